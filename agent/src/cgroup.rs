@@ -108,7 +108,7 @@ impl Cgroup {
         self.table("cgroup.events").get("populated") == Some(&1)
     }
 
-    /// Removes the cgroup and its descendants. Fails with EBUSY while one of them contains a process.
+    /// Removes the cgroup and its descendants. Fails with EBUSY while any of these cgroups contains a process.
     pub fn remove(&self) -> io::Result<()> {
         let mut groups = Vec::new();
         self.for_each_cgroup(&mut |path| groups.push(path.to_owned()));

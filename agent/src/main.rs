@@ -25,7 +25,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let mut args = std::env::args_os();
     // The role depends on `argv[0]`, not on the PID, because the first process of a pod's PID namespace also has PID 1.
-    // The kernel command line cannot set `argv[0]` of init. It can set only the arguments that follow.
+    // The kernel command line cannot turn PID 1 into a helper, because it sets only the arguments after `argv[0]`.
     let is_helper = args.next().is_some_and(|name| name == helper::ARGV0);
     match args.next() {
         Some(role) if is_helper => helper::main(&role, args),

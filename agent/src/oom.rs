@@ -27,7 +27,7 @@ impl FileWatch {
         Ok(Self { inotify: crate::async_fd::register(File::from(inotify), Interest::READABLE)? })
     }
 
-    /// Waits for a change. Returns false if the file has been removed or the watch fails.
+    /// Waits for a change. Returns false if the kernel has removed the watch (IN_IGNORED) or if reading it fails.
     pub async fn changed(&self) -> bool {
         let mut bytes = [0u8; 1024];
         let Ok(read) = self.inotify.async_io(Interest::READABLE, |mut file| file.read(&mut bytes)).await else {

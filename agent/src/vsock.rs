@@ -1,8 +1,8 @@
 //! A vsock listener that accepts connections from the host only.
 //!
 //! Any process of a container can open AF_VSOCK sockets, because the address family is not confined to a network
-//! namespace and needs no capability (net/vmw_vsock/af_vsock.c). Each listener therefore checks its peer's CID. The
-//! kernel takes the CID from the transport, so the peer cannot spoof it. In addition, the guest kernel has no vsock
+//! namespace and needs no capability (net/vmw_vsock/af_vsock.c). Each listener therefore checks the CID of each peer.
+//! The kernel takes the CID from the transport, so the peer cannot spoof it. In addition, the guest kernel has no vsock
 //! loopback transport.
 
 use std::io;

@@ -10,7 +10,7 @@ const MAX_CREDIT: usize = 512;
 /// Fills `bytes` with random bytes (getrandom(2)). Never blocks.
 ///
 /// # Errors
-/// [`io::ErrorKind::WouldBlock`] early in the kernel's boot, before its pool is initialized.
+/// Fails with [`io::ErrorKind::WouldBlock`] early in the kernel's boot, before the kernel's pool is initialized.
 pub fn fill(bytes: &mut [u8]) -> io::Result<()> {
     let mut rest = bytes;
     while !rest.is_empty() {
@@ -31,7 +31,7 @@ pub fn fill(bytes: &mut [u8]) -> io::Result<()> {
 /// Returns random bytes, as [`fill`] does.
 ///
 /// # Errors
-/// Those of [`fill`].
+/// The errors of [`fill`].
 pub fn bytes<const N: usize>() -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
     fill(&mut bytes)?;

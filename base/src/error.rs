@@ -47,7 +47,7 @@ mod tests {
     }
 
     #[test]
-    fn chain_joins_causes_and_omits_repeated_ones() {
+    fn chain_joins_causes_and_omits_repeated_causes() {
         assert_eq!(chain(&layers(&["a"])), "a");
         assert_eq!(chain(&layers(&["failed to open x", "not found"])), "failed to open x: not found");
         assert_eq!(chain(&layers(&["a: b", "b", "c"])), "a: b: c");

@@ -10,8 +10,8 @@ use tracing::{Event, Metadata, span};
 
 /// Receives the events of a process as text.
 pub trait Sink: Send + Sync + 'static {
-    /// Whether an event is logged. `tracing` caches the answer for each call site. If answers change, call
-    /// `tracing::callsite::rebuild_interest_cache`.
+    /// Whether an event is logged. `tracing` caches the answer for each call site. A sink that
+    /// changes an answer must call `tracing::callsite::rebuild_interest_cache`.
     fn enabled(&self, metadata: &Metadata<'_>) -> bool;
 
     /// Writes an event. `fields` is the text that [`Sink::field`] has appended for all fields of the event, in the

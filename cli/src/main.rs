@@ -38,8 +38,8 @@ enum Command {
     },
     /// Shows how long each step of a pod's start took.
     Trace {
-        /// A running pod (`name` or `namespace/name`), a sandbox id or its prefix, or a timeline file. Default: the
-        /// newest timeline in the file that the configuration key `timeline_log` names.
+        /// A running pod (`name` or `namespace/name`), a sandbox id, a prefix of a sandbox id, or a timeline file. The
+        /// default is the newest timeline in the file that the configuration key `timeline_log` names.
         target: Option<String>,
     },
 }

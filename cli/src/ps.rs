@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lists_sandboxes_with_memory_use() {
+    fn rows_and_table_show_sandboxes_with_memory_use() {
         let dir = tempfile::tempdir().unwrap();
         let (state, proc) = (dir.path().join("husk"), dir.path().join("proc"));
         let sandbox = Sandbox {

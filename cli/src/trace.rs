@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn finds_sandboxes_by_id_and_by_pod_name() {
+    fn find_returns_sandboxes_by_id_and_by_pod_name() {
         let dir = tempfile::tempdir().unwrap();
         let state = dir.path();
         for (name, pod) in
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn shows_the_newest_timeline_of_the_log() {
+    fn main_shows_the_newest_timeline_of_the_log() {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("log");
         let config = dir.path().join("config.toml");

@@ -17,10 +17,11 @@ pub struct InvalidValue {
 const MAX_VCPUS: u8 = 64;
 /// Minimum VM memory that the VMM accepts, in MiB.
 const MIN_VM_MIB: u64 = 64;
-/// Maximum VM memory, in MiB (64 TiB). No x86 host has more memory, and sums of such sizes cannot overflow.
+/// Maximum VM memory, in MiB (64 TiB). No x86 host has more memory than that. Sums of sizes up to this maximum cannot
+/// overflow.
 const MAX_VM_MIB: u64 = 64 << 20;
 /// Maximum length of additional kernel parameters, in bytes. An x86-64 kernel's command line has at most 2048 bytes
-/// (COMMAND_LINE_SIZE), and the VMM needs a part of them.
+/// (COMMAND_LINE_SIZE), and the VMM needs a part of these bytes for its own parameters.
 const MAX_PARAMS: usize = 1024;
 
 impl Config {

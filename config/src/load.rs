@@ -1,4 +1,4 @@
-//! Reads the configuration file. Errors name the line.
+//! Reads the configuration file. Errors of the TOML syntax, unknown keys and wrong types are reported with the line.
 
 use std::{io, path::Path, path::PathBuf};
 

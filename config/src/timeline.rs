@@ -21,8 +21,8 @@ pub struct Timeline {
 pub struct Step {
     /// Name of the step, such as `agent ready`.
     pub name: String,
-    /// Time at which the step was reached, in nanoseconds of the host's CLOCK_MONOTONIC. Therefore the times of several
-    /// processes are comparable.
+    /// Time at which the step was reached, in nanoseconds of the host's CLOCK_MONOTONIC. The host's processes share
+    /// this clock. Therefore the times of several processes are comparable.
     pub at_ns: u64,
 }
 

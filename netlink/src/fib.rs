@@ -16,7 +16,7 @@ pub const FRA_FWMARK: u16 = 10;
 pub const FRA_FLOW: u16 = 11;
 /// Interface group. The rule ignores routes through interfaces of this group.
 pub const FRA_SUPPRESS_IFGROUP: u16 = 13;
-/// Prefix length. The rule ignores routes whose prefix is not longer than this.
+/// Prefix length. The rule ignores routes with this prefix length or a shorter one.
 pub const FRA_SUPPRESS_PREFIXLEN: u16 = 14;
 /// Routing table to look up.
 pub const FRA_TABLE: u16 = 15;

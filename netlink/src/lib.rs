@@ -16,7 +16,7 @@ pub use link::{Link, link_header, links};
 
 const HEADER_LEN: usize = size_of::<libc::nlmsghdr>();
 const SEQUENCE_OFFSET: usize = 8;
-/// Maximum length of an attribute's value: the 16-bit length of an attribute includes its header of 4 bytes.
+/// Maximum length of an attribute's value. The 16-bit length of an attribute also counts its header of 4 bytes.
 pub const MAX_VALUE: usize = u16::MAX as usize - 4;
 /// Maximum size of a datagram that the kernel sends in a dump (`netlink_dump` in net/netlink/af_netlink.c).
 const MAX_DATAGRAM: usize = 32 * 1024;
@@ -72,8 +72,8 @@ impl Message {
     /// Fills in the length field and returns the encoded message.
     ///
     /// # Errors
-    /// If the value of an attribute is longer than [`MAX_VALUE`], or the message is longer than its length field can
-    /// say.
+    /// Fails if the value of an attribute is longer than [`MAX_VALUE`], or if the message is too long for its 32-bit
+    /// length field.
     pub fn finish(mut self) -> io::Result<Vec<u8>> {
         let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidInput, text);
         if let Some((kind, length)) = self.oversized {
@@ -201,7 +201,7 @@ impl Netlink {
 /// Receives a datagram.
 ///
 /// # Errors
-/// If the datagram is larger than `buffer`. The kernel drops the bytes that do not fit into `buffer`.
+/// Fails if the datagram is larger than `buffer`, because the kernel drops the bytes that do not fit into `buffer`.
 fn receive_datagram<'a>(socket: BorrowedFd<'_>, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
     // With MSG_TRUNC as an argument, recv(2) returns the datagram's real length.
     let length = recv(socket.as_raw_fd(), buffer, MsgFlags::MSG_TRUNC)?;
@@ -215,7 +215,8 @@ fn receive_datagram<'a>(socket: BorrowedFd<'_>, buffer: &'a mut [u8]) -> io::Res
 /// Reads the messages of a datagram that answer the request with this sequence number. Returns whether the reply is
 /// complete. Clears `consistent` if the reply is an interrupted dump.
 ///
-/// Skips other messages: if an error ended an earlier reply, the rest of that reply may still be in the socket.
+/// Skips messages that answer other requests. If an error interrupted the reading of an earlier reply, the rest of that
+/// reply may still be in the socket.
 fn read_datagram(
     bytes: &[u8],
     sequence: u32,

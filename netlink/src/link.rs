@@ -66,7 +66,7 @@ mod tests {
     use crate::nest;
 
     #[test]
-    fn lists_the_loopback_interface() {
+    fn links_include_the_loopback_interface() {
         let links = links(&Netlink::open().unwrap()).unwrap();
         let loopback = links.iter().find(|link| link.index == 1).unwrap();
         assert_eq!((loopback.name.as_str(), loopback.hardware), ("lo", libc::ARPHRD_LOOPBACK));
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn parses_a_link_message() {
+    fn parse_decodes_a_link_message() {
         let up = libc::IFF_UP as u32;
         let mut body = link_header(2, up, 0).to_vec();
         body[2..4].copy_from_slice(&libc::ARPHRD_ETHER.to_ne_bytes());

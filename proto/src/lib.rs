@@ -47,8 +47,8 @@ pub const SHARE_TAG: &str = "husk";
 /// Path prefix that stands for a namespace of the sandbox in the specification's `linux.namespaces[].path`. The
 /// namespace type follows, as in `/run/husk/ns/uts`.
 ///
-/// Such a path replaces the host's path, which is meaningless in the guest. If the
-/// specification has a path, the container joins the sandbox's namespace. The guest needs no more information.
+/// A path with this prefix replaces the host's path, which has no meaning in the guest. If the specification has a path
+/// for a namespace type, the container joins the sandbox's namespace of this type.
 pub const GUEST_NAMESPACES: &str = "/run/husk/ns";
 
 /// Path prefix that stands for a container's PID namespace. The container id follows.

@@ -40,8 +40,8 @@ impl Cgroup<'_> {
 /// Type URL of the metrics in containerd's API.
 pub const TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
 
-/// Reads the metrics of the cgroup at `path`. The values of an absent controller are zero. The call is cheap, because
-/// it reads only a few files.
+/// Reads the metrics of the cgroup at `path`. If a controller is absent, its values are zero, and memory limits are
+/// `u64::MAX`. The call is cheap, because it reads only a few files.
 pub fn read(path: &Path) -> Metrics {
     let cgroup = &Cgroup(path);
     Metrics {
@@ -215,7 +215,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parses_io_stat_and_psi() {
+    fn parse_io_and_parse_psi_decode_the_kernel_format() {
         let io = parse_io("254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\nnonsense\n");
         assert_eq!((io.len(), io[0].major, io[0].wios), (1, 254, 4));
         let psi = parse_psi("some avg10=1.50 avg60=0.00 avg300=0.00 total=42\nfull avg10=0.00 total=7\n");
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn absent_files_and_keys_read_as_zero() {
+    fn absent_files_and_keys_are_read_as_zero() {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
         write("cpu.stat", "usage_usec 12\nuser_usec 7\nsystem_usec x\n");

@@ -47,7 +47,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn round_trip(port: u16, v4: u32, v6: u128) {
+        fn decode_reverses_encode(port: u16, v4: u32, v6: u128) {
             for ip in [IpAddr::V4(v4.into()), Ipv6Addr::from(v6).to_canonical()] {
                 let address = SocketAddr::new(ip, port);
                 prop_assert_eq!(decode(encode(address)), Ok(address));

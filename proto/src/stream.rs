@@ -58,7 +58,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn round_trip(token in 1u64..) {
+        fn decode_reverses_encode(token in 1u64..) {
             prop_assert_eq!(Header::decode(Header { token }.encode()), Ok(Header { token }));
         }
 

@@ -37,7 +37,7 @@ async fn all(rootfs: String) -> Outcome {
             Err(error) => return Err(error.into()),
         }
     };
-    println!("connected after {:?}", started.elapsed());
+    println!("connected to the agent after {:?}", started.elapsed());
     std::thread::spawn(|| {
         let _ = dial(ports::LOG).map(|mut log| std::io::copy(&mut log, &mut std::io::stdout()));
     });
@@ -58,8 +58,8 @@ async fn all(rootfs: String) -> Outcome {
         }
     });
     let mut setup = SetupRequest { hostname: "pod".into(), entropy: vec![7; 32], ..Default::default() };
-    // If the guest has a network interface (QEMU's user network), the test configures it as the
-    // pod's interface `pod0`.
+    // If the guest has a network interface (QEMU's user network), the test configures that interface as the pod's
+    // interface `pod0`.
     let device = std::fs::read_to_string("/sys/class/net/eth0/address");
     if let Ok(mac) = &device {
         let (name, mac) = ("pod0".to_owned(), mac.trim().to_owned());

@@ -94,7 +94,7 @@ impl Driver {
         let mut spec = spec(&["sh", "-c", "x=$(dd if=/dev/zero bs=1M count=200 | tr '\\0' x); echo survived"]);
         spec["linux"]["resources"] = json!({"memory": {"limit": 20971520, "swap": 20971520}});
         let ran = self.run(&spec).await?;
-        ensure(ran.status != 0, format!("{} {}", ran.status, ran.out))
+        ensure(ran.status != 0, format!("exit status {}, output {}", ran.status, ran.out))
     }
 
     pub async fn pause_and_resume(&self) -> Outcome {

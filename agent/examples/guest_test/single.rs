@@ -18,7 +18,7 @@ impl Driver {
 
     pub async fn exit_code(&self) -> Outcome {
         let ran = self.sh("exit 3").await?;
-        ensure(ran.status == 3, format!("{}", ran.status))
+        ensure(ran.status == 3, format!("exit status {} instead of 3", ran.status))
     }
 
     async fn fails(&self, args: &[&str], want: &str) -> Outcome {
@@ -27,7 +27,10 @@ impl Driver {
             Ok(_) => Err("create succeeded, but should have failed".into()),
             Err(error) => {
                 let left = std::path::Path::new("/proc/1/root/sys/fs/cgroup/husk").join(&id).exists();
-                ensure(error.to_string().contains(want) && !left, format!("{error}, leftovers: {left}"))
+                ensure(
+                    error.to_string().contains(want) && !left,
+                    format!("create failed with {error}; cgroup left: {left}"),
+                )
             }
         }
     }
@@ -69,7 +72,7 @@ impl Driver {
 
     pub async fn large_output(&self) -> Outcome {
         let ran = timed("64 MiB out", self.sh("dd if=/dev/zero bs=1M count=64 2>/dev/null")).await?;
-        ensure(ran.out.len() == 64 << 20, format!("{}", ran.out.len()))
+        ensure(ran.out.len() == 64 << 20, format!("received {} bytes instead of 64 MiB", ran.out.len()))
     }
 
     pub async fn terminal(&self) -> Outcome {

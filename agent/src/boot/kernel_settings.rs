@@ -10,7 +10,7 @@ const SETTINGS: &[(&str, &str)] = &[
     ("net/core/fb_tunnels_only_for_init_net", "1"),
     // A panic of the guest kernel resets the VM at once. The VMM reports the reset.
     ("kernel/panic", "-1"),
-    // Usual settings of container hosts: many small programs run, and kernel limits must be high enough for them.
+    // Usual settings of container hosts. The kernel's defaults are too strict for many containers.
     ("vm/overcommit_memory", "1"),
     ("kernel/keys/root_maxkeys", "1000000"),
     ("kernel/keys/root_maxbytes", "25000000"),

@@ -84,8 +84,8 @@ async fn serve() -> Result<std::convert::Infallible, BootError> {
     tokio::spawn(port_forwarding::serve(forward_port));
     boot_mark::write(BootMark::AgentReady);
 
-    // The namespaces are created now, while the host is still connecting, to save time in Setup. If this fails, Setup
-    // retries and reports the error.
+    // The namespaces are created while the shim connects, to save time in Setup. If creating them fails, Setup retries
+    // and reports the error.
     if let Err(error) = sandbox.prepare(None) {
         tracing::error!("{}", chain(&error));
     }

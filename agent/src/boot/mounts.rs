@@ -29,7 +29,7 @@ pub enum MountError {
     /// The root directory was not moved.
     #[error("failed to move the root away from the initial rootfs, at step {step}")]
     Root {
-        /// System call that failed.
+        /// Step that failed.
         step: &'static str,
         #[source]
         source: nix::Error,
@@ -40,8 +40,9 @@ const RESTRICTED: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(Ms
 
 /// Bind-mounts `/` over itself and makes the new mount the root.
 ///
-/// pivot_root(2) fails while the current root is the kernel's initial rootfs, which has no parent mount. A bind mount
-/// of the initial rootfs has a parent mount, takes no memory and keeps all paths.
+/// libcontainer calls pivot_root(2) for each container. The call fails while the current root is the kernel's initial
+/// rootfs, which has no parent mount. A bind mount of the initial rootfs has a parent mount, takes no memory and keeps
+/// all paths.
 pub fn leave_rootfs() -> Result<(), MountError> {
     let step = |step| move |source| MountError::Root { step, source };
     make_dir("/mnt")?;
@@ -69,8 +70,8 @@ pub fn mount_all() -> Result<(), MountError> {
 pub fn mount_share() -> Result<(), MountError> {
     make_dir("/run/husk")?;
     make_dir(GUEST_SHARE)?;
-    // MS_NODEV is not set, because device nodes in a rootfs also work with runc. BPF device programs restrict the
-    // access to these nodes.
+    // MS_NODEV is not set, because containers can use device nodes in their rootfs, as with runc. BPF device programs
+    // restrict the access to these nodes.
     mount(Some(SHARE_TAG), GUEST_SHARE, Some("virtiofs"), MsFlags::empty(), None::<&str>)
         .map_err(|source| MountError::Mount { fs: "virtiofs".into(), path: GUEST_SHARE.into(), source })
 }

@@ -23,7 +23,7 @@ use crate::shared_volumes;
 /// Creates the container and returns the PID of its init.
 ///
 /// # Errors
-/// Returns the reason in runc's words.
+/// Returns the reason, in the wording of runc's errors.
 pub fn run(request: &CreateRequest) -> Result<i32, String> {
     let config = request.bundle.join("config.json");
     let mut spec = Spec::load(&config).map_err(|error| chain(&error))?;
@@ -47,7 +47,8 @@ pub fn run(request: &CreateRequest) -> Result<i32, String> {
             builder.as_init(request.bundle.clone()).with_systemd(false).with_detach(true).as_sibling(true).build()
         });
     let container = built.map_err(|error| match error_log::read_reason() {
-        // runc looks up the program before the step that it calls "container init".
+        // runc looks up the program before the step that it calls "container init". Therefore runc reports a failed
+        // lookup without the prefix.
         Some(reason) if reason.starts_with("exec: ") => reason,
         Some(reason) => format!("error during container init: {reason}"),
         None => chain(&error),

@@ -54,7 +54,7 @@ pub fn attach_rules(cgroup: &Path, rules: &[LinuxDeviceCgroup], devices: &[Linux
     let all: Vec<Rule> =
         rules.iter().filter_map(from_spec).chain(DEFAULTS.iter().copied()).chain(named.take(64)).collect();
     if allows_all(&all) {
-        // A cgroup without a program also allows all access, and access checks are faster.
+        // A cgroup without a program also allows all access, and the kernel then runs no program for each access.
         return Ok(());
     }
     let cgroup = File::open(cgroup)?;
@@ -166,8 +166,8 @@ fn compile(rules: &[Rule]) -> io::Result<Vec<Instruction>> {
     Ok(program)
 }
 
-/// Returns the offset of a jump over this many instructions. An offset that does not fit is an error. With a wrong
-/// offset, the program could reach a rule's verdict without the rule's tests.
+/// Returns the offset of a jump over `skipped` instructions. Fails if the offset does not fit into 16 bits. With a
+/// truncated offset, the program could reach a rule's verdict without the rule's tests.
 fn jump_offset(skipped: usize) -> io::Result<i16> {
     i16::try_from(skipped).map_err(|_| {
         let text =

@@ -1,7 +1,8 @@
 //! The error log: a file to which all processes of a helper write libcontainer's error lines.
 //!
-//! libcontainer passes only the outermost message from process to process. The cause appears only in its log lines. The
-//! log may also contain the recorded reason, which says in runc's words why the container's init failed.
+//! libcontainer passes only the outermost message from process to process. The cause appears only in libcontainer's log
+//! lines. The error log may also contain the recorded reason. The recorded reason says why the container's init failed,
+//! in the wording of runc's errors.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -67,7 +68,7 @@ mod tests {
     use super::find_reason;
 
     #[test]
-    fn find_reason_prefers_the_recorded_one() {
+    fn find_reason_prefers_the_recorded_reason() {
         assert_eq!(find_reason("deep\nouter\n").as_deref(), Some("deep"));
         assert_eq!(find_reason("deep\nreason: exec: \"x\": gone\n").as_deref(), Some("exec: \"x\": gone"));
         assert_eq!(find_reason(""), None);

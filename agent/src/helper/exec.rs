@@ -31,7 +31,7 @@ const CLONE_NEWTIME: CloneFlags = CloneFlags::from_bits_retain(0x80);
 /// Starts the process. Returns its PID as soon as the process has executed its program.
 ///
 /// # Errors
-/// Returns the reason in runc's words.
+/// Returns the reason, in the wording of runc's errors.
 pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
     let io = |what: &'static str| move |error: io::Error| format!("{what}: {}", io_error_text(&error));
     let console = request
@@ -42,7 +42,7 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
         .map_err(io("failed to connect to the console socket"))?;
     let init = pidfd::open(request.init_pid).map_err(io("cannot exec in a stopped container"))?;
     let cgroups = open_cgroups(&request).map_err(io("failed to open the cgroup"))?;
-    let (mut reasons, reason_writer) = io::pipe().map_err(io("failed to create a pipe"))?;
+    let (mut reasons, reason_writer) = io::pipe().map_err(io("failed to create a pipe for the child's error"))?;
     let namespaces =
         namespaces_to_join(request.init_pid).map_err(io("failed to read the namespaces of the container"))?;
     unshare_time();
@@ -61,7 +61,7 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
     drop(console);
     let mut reason = String::new();
     // The child's end of the pipe closes when the child executes its program or exits.
-    reasons.read_to_string(&mut reason).map_err(io("failed to read from the pipe"))?;
+    reasons.read_to_string(&mut reason).map_err(io("failed to read the child's error from the pipe"))?;
     if reason.is_empty() { Ok(pid) } else { Err(reason) }
 }
 
@@ -134,7 +134,8 @@ fn prepare(
     if let Some(set) = process.capabilities() {
         capabilities::drop_privileges(set, syscall).map_err(|error| chain(&error))?;
     }
-    // On a network file system, root may have no access to the directory while the process's user does.
+    // On a network file system, root may have no access to the working directory although the process's user has
+    // access. Therefore retry as that user.
     entered.or_else(|_| change_directory(process.cwd()))?;
     std::env::current_dir()
         .map_err(|_| "current working directory is outside of container mount namespace root".to_owned())?;
@@ -148,8 +149,8 @@ fn prepare(
 fn set_user_and_groups(process: &Process) -> Result<(), String> {
     let user = process.user();
     let groups: Vec<Gid> = user.additional_gids().iter().flatten().copied().map(Gid::from_raw).collect();
-    // A user namespace can deny setgroups. In that case there are no groups to drop, so setgroups is called only if the
-    // request names groups.
+    // A user namespace can deny setgroups(2). If the request then names no groups, the call is skipped, because there
+    // are no groups to drop.
     let denied = std::fs::read_to_string("/proc/self/setgroups").is_ok_and(|text| text.trim() == "deny");
     if !denied || !groups.is_empty() {
         setgroups(&groups).map_err(|errno| format!("failed to set the supplementary groups: {}", errno_text(errno)))?;

@@ -144,8 +144,8 @@ fn executable(path: &str) -> Result<(), Errno> {
     }
 }
 
-/// Returns the environment in the specification's order. If a name occurs several times, its last value is kept, at
-/// the position of the first. HOME is added if it is missing or empty.
+/// Returns the environment in the specification's order. If a name occurs several times, the last value is kept, at
+/// the position of the name's first occurrence. HOME is added if it is missing or empty.
 fn environment(entries: &[String], home: Option<&str>) -> Vec<String> {
     let mut positions: HashMap<&str, usize> = HashMap::new();
     let mut result: Vec<String> = Vec::with_capacity(entries.len() + 1);

@@ -1,8 +1,8 @@
 //! The helper: the re-executed, single-threaded agent that starts one process of a container and exits.
 //!
-//! It is a separate process for two reasons. First, namespaces, working directory, resource limits and the dumpable
-//! flag are attributes of a whole process. Second, code between fork and exec must not wait for locks that another
-//! thread holds.
+//! The helper is a separate process for two reasons. First, it changes its namespaces, working directory, resource
+//! limits and dumpable flag, which are attributes of a whole process. Second, code between fork and exec must not wait
+//! for locks that another thread holds.
 //!
 //! Fds 0 to 2 of the helper become the standard streams of the new process. Request and response are files in a
 //! private directory.

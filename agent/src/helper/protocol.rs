@@ -51,7 +51,7 @@ pub struct ExecRequest {
 pub struct Response {
     /// PID of the new process; 0 on failure.
     pub pid: i32,
-    /// Reason of a failure, in runc's words.
+    /// Reason why the helper failed, in the wording of runc's errors. `None` on success.
     pub error: Option<String>,
 }
 

@@ -60,7 +60,7 @@ fn receive_fd(socket: &UnixStream) -> io::Result<OwnedFd> {
 /// Sets the terminal's window size. A size of 0 x 0 means that the size is unknown.
 ///
 /// runc's shim sets any size too (containerd, `Init.Resize` in cmd/containerd-shim-runc-v2/process/init.go).
-/// containerd's CRI ignores a size with a zero before it calls the shim (`handleResizing` of the CRI server).
+/// containerd's CRI does not pass a size that contains a zero to the shim (`handleResizing` of the CRI server).
 pub fn resize(master: &Endpoint, width: u32, height: u32) -> io::Result<()> {
     let clamp = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
     terminal::set_window_size(master.get_ref(), clamp(width), clamp(height))
@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn resize_sets_every_size() {
+    async fn resize_accepts_zero_and_clamps_large_sizes() {
         let master = File::options().read(true).write(true).open("/dev/ptmx").unwrap();
         let master = relay::endpoint(master.into()).unwrap();
         for (size, expected) in [((80, 24), (80, 24)), ((0, 0), (0, 0)), ((1 << 16, 1), (u16::MAX, 1))] {

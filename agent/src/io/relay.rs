@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 
 /// Size of one read, in bytes. The kernel's vsock packets carry at most 64 KiB.
 const CHUNK: usize = 64 * 1024;
-/// Capacity of a pipe, in bytes. The process can continue to write while a chunk is being sent.
+/// Capacity of a pipe, in bytes. It is larger than a chunk, so that the process can write while a chunk is sent.
 pub const PIPE_BYTES: libc::c_int = 256 * 1024;
 
 /// Either side of a relay, registered with the async runtime.

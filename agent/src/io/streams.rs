@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn take_works_before_and_after_the_stream_connects() {
+    async fn take_returns_streams_that_connect_before_or_after_the_call() {
         let streams = Streams::default();
         let (mut dialled, accepted) = UnixStream::pair().unwrap();
         accepted.set_nonblocking(true).unwrap();

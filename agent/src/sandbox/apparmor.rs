@@ -17,8 +17,8 @@ pub enum LoadError {
     /// securityfs was not mounted. The kernel may not support it.
     #[error("failed to mount securityfs at {SECURITYFS}")]
     Mount(#[source] nix::Error),
-    /// The policy was not written. The guest kernel rejects a policy whose format is that of a newer kernel.
-    #[error("failed to write the policy to {REPLACE}: the guest kernel may not support its format")]
+    /// The policy was not written. The guest kernel rejects a policy in a format that only newer kernels support.
+    #[error("failed to write the policy to {REPLACE}: the guest kernel may not support the policy's format")]
     Refused(#[source] io::Error),
 }
 

@@ -12,7 +12,7 @@ const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 /// File with the number of 2 MiB huge pages in the kernel's pool (Documentation/admin-guide/mm/hugetlbpage.rst).
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
-/// Reason why CPUs were not brought online or taken offline.
+/// Reason why bringing CPUs online or taking CPUs offline failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CpuError {
     /// The kernel's CPU lists were not read.
@@ -26,7 +26,7 @@ pub enum CpuError {
         /// Number of present CPUs.
         present: u32,
     },
-    /// A CPU was not brought online or taken offline.
+    /// Bringing a CPU online or taking it offline failed.
     #[error("failed to write the online state of CPU {number}")]
     SetOnline {
         /// CPU number.
@@ -40,7 +40,7 @@ pub enum CpuError {
 /// some milliseconds per CPU. Must not be called on the async runtime's thread.
 ///
 /// # Errors
-/// CPUs whose state was changed before the error keep their new state.
+/// The CPUs that changed state before the error occurred keep the new state.
 pub fn set_online_cpus(count: u32) -> Result<u32, CpuError> {
     let read = |name: &str| std::fs::read_to_string(Path::new(CPUS).join(name)).map_err(CpuError::List);
     let (present, online) = (parse_cpu_list(&read("present")?), parse_cpu_list(&read("online")?));
@@ -76,8 +76,9 @@ pub fn drop_caches(pages: bool) -> io::Result<()> {
     std::fs::write(DROP_CACHES, if pages { "3" } else { "2" })
 }
 
-/// Sets the size of the pool of 2 MiB huge pages. Returns the pool's actual size. Blocks while the kernel searches all
-/// memory and migrates pages that are in the way. Must not be called on the async runtime's thread.
+/// Sets the number of 2 MiB huge pages in the kernel's pool. Returns the number of pages that the pool then has, which
+/// can differ from `count`. Blocks while the kernel searches all memory and migrates pages that are in the way. Must
+/// not be called on the async runtime's thread.
 pub fn set_huge_pages(count: u64) -> io::Result<u64> {
     std::fs::write(HUGE_PAGES, count.to_string())?;
     let text = std::fs::read_to_string(HUGE_PAGES)?;

@@ -1,7 +1,8 @@
-//! Mirrored volumes: copies of volumes in the guest. The shim sends entries that keep the copies up to date.
+//! Mirrored volumes are copies of volumes in the guest. The shim keeps the copies up to date. It sends entries. An
+//! entry is a file, a directory or a symbolic link.
 //!
-//! One or more messages with the entries of a whole volume form a round. At the end of a round, entries that the round
-//! has not named are removed.
+//! A round consists of one or more messages that together contain all entries of a volume. At the end of a round, the
+//! agent removes everything from the copy that the round has not named.
 //!
 //! The copies are on a file system of the guest. Therefore inotify(7) reports changes to containers as usual. Unchanged
 //! entries are not touched. New and changed files are written to a temporary path and renamed, so that a reader sees
@@ -58,7 +59,7 @@ impl Mirrors {
     /// Applies one message. Blocks.
     ///
     /// # Errors
-    /// The error names the failed path and contains the kernel's error. Entries that were applied earlier stay.
+    /// The error names the failed path and contains the kernel's error. Entries applied before the error stay.
     pub fn apply(&self, request: &UpdateMirrorRequest) -> io::Result<()> {
         let container = self.root.join(path_component(OsStr::new(&request.container_id))?);
         let (root, temporary) =
@@ -73,7 +74,7 @@ impl Mirrors {
         for entry in &request.entries {
             let path = relative_path(OsStr::from_bytes(&entry.path))?;
             if path.as_os_str().is_empty() {
-                // The entry of the volume's root begins a new round. The paths of an unfinished round no longer count.
+                // The entry of the volume's root begins a new round. Forget the paths of an unfinished round.
                 named.clear();
             }
             apply_entry(&root, &path, &temporary, entry).map_err(|error| {
@@ -160,8 +161,8 @@ fn apply_entry(root: &Path, path: &Path, temporary: &Path, entry: &MirrorEntry) 
     }
 }
 
-/// Opens the temporary file for appending at `offset`. Offset 0 replaces a file that an earlier round left at this
-/// path.
+/// Opens the temporary file for appending at `offset`. If `offset` is 0, replaces a file that an earlier round left at
+/// this path.
 fn open_temporary(temporary: &Path, offset: u64) -> io::Result<File> {
     if offset > 0 {
         let file = OpenOptions::new().append(true).open(temporary)?;
@@ -260,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn round_replaces_the_previous_round() {
+    fn round_removes_entries_that_only_the_previous_round_named() {
         let dir = tempfile::tempdir().unwrap();
         let mirrors = Mirrors::at(dir.path().join("m"));
         round(&mirrors, projected("..1", "old")).unwrap();

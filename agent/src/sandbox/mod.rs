@@ -49,8 +49,8 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Creates the pod's namespaces if they do not exist. With `id_mappings`, a new user namespace owns the namespaces.
-    /// If namespaces were created before the mappings were known, the new ones replace them.
+    /// Creates the pod's namespaces if they do not exist. If `id_mappings` is given, a new user namespace owns these
+    /// namespaces. The new namespaces then replace namespaces that an earlier call created without id mappings.
     ///
     /// # Errors
     /// After an error, the next call retries.

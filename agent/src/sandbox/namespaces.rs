@@ -88,8 +88,8 @@ impl Drop for NamespaceGuard {
     }
 }
 
-/// Creates the pod's network, IPC and UTS namespaces. With `id_mappings`, also creates the user namespace that owns
-/// them.
+/// Creates the pod's network, IPC and UTS namespaces. If `id_mappings` is given, also creates the user namespace that
+/// owns these namespaces.
 pub fn create(id_mappings: Option<&IdMappings>) -> Result<(), NamespaceError> {
     let directory = "/run/husk/ns";
     fs::create_dir_all(directory).map_err(|source| NamespaceError::Create { path: directory.into(), source })?;
@@ -114,7 +114,7 @@ pub fn create(id_mappings: Option<&IdMappings>) -> Result<(), NamespaceError> {
 }
 
 /// Creates the namespaces in another process, the holder, which keeps them alive until they are pinned. The agent
-/// cannot enter a user namespace itself: it would lose its privileges outside that namespace.
+/// does not enter the user namespace itself, because it would lose its privileges outside that namespace.
 fn create_in_user_namespace(id_mappings: &IdMappings) -> Result<(), NamespaceError> {
     let all = KINDS.iter().fold(CloneFlags::CLONE_NEWUSER, |all, kind| all | kind.1);
     let mut holder = spawn_holder(move || unshare(all)).map_err(NamespaceError::Spawn)?;

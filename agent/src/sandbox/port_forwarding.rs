@@ -1,7 +1,7 @@
 //! Guest side of port forwarding: connects to a server in the pod for each forwarded connection.
 //!
-//! The host accepts connections in the pod's network namespace on the node. For each of them, this module connects to
-//! the same address in the pod's network namespace in the guest and relays the data.
+//! The shim accepts connections in the pod's network namespace on the node. For each connection, this module connects
+//! to the same address in the pod's network namespace in the guest and relays the data.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -63,8 +63,8 @@ async fn forward_connection(stream: OwnedFd) -> io::Result<()> {
 
 /// Connects to `address` in the pod. If `address` is 127.0.0.1 and the connection is refused, the fallback is `::1`.
 ///
-/// 127.0.0.1 stands for localhost. The host cannot know whether the server listens on 127.0.0.1 or on `::1`. A client
-/// that connects to localhost also tries `::1` only after a refused connection.
+/// 127.0.0.1 stands for localhost. The shim cannot know whether the server listens on 127.0.0.1 or on `::1`. A client
+/// that connects to localhost uses the same order: it tries `::1` only after 127.0.0.1 has refused the connection.
 async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     match connect_to(address).await {
         Err(error)

@@ -119,7 +119,7 @@ impl agent_ttrpc::Sandbox for SandboxService {
     ) -> ttrpc::Result<UpdateNetworkResponse> {
         let UpdateNetworkRequest { interfaces, routes, neighbours, rules, .. } = request;
         let changed = self.network.apply(NetworkConfig { interfaces, routes, neighbours, rules }).await;
-        changed.map_err(failed("set up the network"))?;
+        changed.map_err(failed("update the network"))?;
         Ok(UpdateNetworkResponse::new())
     }
 

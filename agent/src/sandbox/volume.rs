@@ -24,7 +24,7 @@ use nix::unistd::{Gid, Uid, fchown};
 
 use crate::shared_volumes;
 
-/// Supported file systems.
+/// Supported file systems of memory volumes.
 const KINDS: [&str; 2] = ["tmpfs", "hugetlbfs"];
 
 /// Reason why a volume or its subpath was not mounted.
@@ -66,7 +66,7 @@ impl Volumes {
         }
         let root = volume::root_path(request);
         if !shared {
-            // Containers are created concurrently, and the first one mounts the volume.
+            // Containers are created concurrently. The first container that needs the volume mounts it.
             let mut mounted = lock(&self.0);
             if !mounted.contains(&request.name) {
                 let kind = request.fs_type.as_str();
@@ -98,7 +98,7 @@ fn lock_shared_volumes() -> MutexGuard<'static, ()> {
     lock(&SHARED_VOLUMES_LOCK)
 }
 
-/// Unmounts the volumes of the share in `paths`. Keeps each volume that has a subpath in use by a container. Blocks.
+/// Unmounts the volumes of the share in `paths`, except volumes with a subpath that a container uses. Blocks.
 pub fn unmount_unused(mut paths: Vec<PathBuf>) {
     let _guard = lock_shared_volumes();
     if !paths.is_empty() {
@@ -108,9 +108,8 @@ pub fn unmount_unused(mut paths: Vec<PathBuf>) {
     shared_volumes::unmount(&paths);
 }
 
-/// Returns the volumes of the share that have a subpath in use by a container. Finds them from the names
-/// `<container>/<subpath>` below
-/// `dir`.
+/// Returns the volumes of the share with a subpath that a container uses. Derives the volumes from the paths
+/// `<container>/<subpath>` below `dir`.
 fn shared_volumes_in_use(dir: &Path) -> HashSet<PathBuf> {
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
     let names = entries(dir).flat_map(|container| entries(&container).collect::<Vec<_>>());
@@ -171,7 +170,7 @@ fn open_subpath(root: &Path, directories: &[VolumeDirectory]) -> Result<OwnedFd,
 
 fn create_directory(parent: BorrowedFd<'_>, name: &Path, directory: &VolumeDirectory) -> nix::Result<()> {
     match mkdirat(parent, name, Mode::S_IRWXU) {
-        // Another process has created the directory since the open failed. The directory keeps its owner and mode.
+        // After the open failed, another process created the directory. The directory keeps its owner and mode.
         Err(Errno::EEXIST) => return Ok(()),
         created => created?,
     }
@@ -263,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn mount_rejects_unknown_file_systems_and_names() {
+    fn mount_rejects_unknown_file_systems_and_invalid_names() {
         let request = MountVolumeRequest {
             name: "a".into(),
             container_id: "c".into(),

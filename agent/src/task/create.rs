@@ -97,7 +97,7 @@ impl Tasks {
         match self.get(id)?.init.phase() {
             Phase::Created(pid) | Phase::Running(pid) => Ok(format!("/proc/{pid}/ns/pid").into()),
             _ => Err(ServiceError::FailedPrecondition(format!(
-                "container {id} is not running: its PID namespace no longer exists"
+                "failed to join the PID namespace of container {id}: the container is not running"
             ))),
         }
     }
@@ -175,7 +175,7 @@ impl Tasks {
     pub fn start_init(&self, container: &Arc<Container>) -> Result<i32, ServiceError> {
         match container.init.phase() {
             Phase::Created(pid) => {
-                // libcontainer's init accepts one connection on this socket. It continues when the connection is
+                // libcontainer's init accepts one connection on this socket, and continues when the connection is
                 // closed.
                 let socket = PathBuf::from(STATE_DIR).join(&container.id).join("notify.sock");
                 let notify_init = || -> std::io::Result<()> {

@@ -18,7 +18,8 @@ use crate::sandbox::volume;
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Tasks {
-    /// Deletes a container or an exec. The process must have exited or must never have been started.
+    /// Deletes a container or an exec. The process must have exited or must never have been started. Returns the PID
+    /// and the exit of the process. The PID is 0 for an exec that never ran.
     pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(i32, ProcessExit), ServiceError> {
         let container = match self.get(id) {
             Err(error) if exec_id.is_empty() => {

@@ -34,7 +34,7 @@ impl Tasks {
     /// Runs a helper and waits for its exit. The caller must hold a [`crate::reaper::UnclaimedExitsGuard`].
     ///
     /// # Errors
-    /// Returns the reason in runc's words.
+    /// Returns the reason, in the wording of runc's errors.
     pub async fn run_helper(&self, job: HelperJob<'_>) -> Result<(i32, Option<Endpoint>), String> {
         job.request
             .write(job.request_file)

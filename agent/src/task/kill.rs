@@ -28,7 +28,8 @@ pub fn all(container: &Container, signal: i32) -> Result<(), ServiceError> {
         return container.cgroup.kill().map_err(failed("kill the processes of the container"));
     }
     for pid in container.cgroup.pids() {
-        // The PIDs have just been read, and the agent's only async thread reaps no process before it sends the signals.
+        // The agent's only async thread reaps no process between reading the PIDs and sending the signals. Therefore no
+        // PID of a child has been reused.
         let _ = husk_base::sys::process::kill(pid, signal);
     }
     Ok(())
@@ -53,7 +54,8 @@ fn kill_descendants(container: &Container, process: &Process) -> io::Result<()> 
     let mut killed = HashSet::new();
     let mut frozen = false;
     let result = (0..MAX_SCANS).find_map(|scan| {
-        // The exec forks faster than the scans find its processes. Frozen processes cannot fork.
+        // The exec forks faster than the scans find its processes. Therefore freeze the container, because frozen
+        // processes cannot fork.
         if scan == SCANS_BEFORE_FREEZE && !container.is_paused() {
             frozen = container.cgroup.freeze(true).is_ok();
         }

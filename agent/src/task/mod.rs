@@ -75,7 +75,7 @@ impl Container {
 
     /// Returns the path of the request or response file of the helper that starts `exec_id`.
     fn helper_file(&self, exec_id: &str, suffix: &str) -> PathBuf {
-        // The client chooses the exec id. Its hexadecimal form is always a valid file name.
+        // The client chooses the exec id, which may contain a slash. Its hexadecimal form is a valid file name.
         let name: String = exec_id.bytes().map(|byte| format!("{byte:02x}")).collect();
         self.dir.join(format!("p{name}.{suffix}"))
     }

@@ -38,7 +38,7 @@ impl Phase {
     }
 }
 
-/// Streams of a process, as given in the Create or Exec request.
+/// Stream tokens of a process, as given in the Create or Exec request.
 #[derive(Debug, Clone, Default)]
 pub struct StreamTokens {
     /// Whether the process has a terminal.
@@ -105,7 +105,7 @@ impl Process {
         let _ = self.phase.subscribe().wait_for(|phase| *phase != Phase::New).await;
     }
 
-    /// Waits for the exit.
+    /// Waits for the exit of the process. Returns the PID and the exit.
     pub async fn wait(&self) -> Option<(i32, ProcessExit)> {
         let mut phase = self.phase.subscribe();
         let stopped = phase.wait_for(|phase| matches!(phase, Phase::Stopped(..))).await.ok()?;

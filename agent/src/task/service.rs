@@ -206,7 +206,7 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // Nothing to do: the VM ends with the VMM.
+        // Nothing has to be done, because the VM ends with the VMM process.
         Ok(Empty::new())
     }
 }
@@ -227,7 +227,7 @@ impl TaskService {
                 let _ = container.cgroup.freeze(!frozen);
                 let action = if frozen { "freeze" } else { "thaw" };
                 return Err(ServiceError::Unknown(format!(
-                    "unable to {action}: timed out waiting for the freezer state to change"
+                    "unable to {action} the container: timed out waiting for the freezer state to change"
                 ))
                 .into());
             }

@@ -1,9 +1,9 @@
 //! The time namespace of an exec, by which the agent identifies the exec's processes.
 //!
-//! A separate cgroup would also identify the descendants, but the container would see it. Parent PIDs and sessions do
-//! not identify the descendants, because a process can change its parent and its session. Therefore each exec has its
-//! own time namespace. All descendants inherit the namespace, and only a process with CAP_SYS_ADMIN can leave it. The
-//! clocks of the namespace equal the guest's clocks.
+//! A separate cgroup would also identify the descendants, but the container would see that cgroup. Parent PIDs and
+//! sessions do not identify the descendants, because a process can change its parent and its session. Therefore each
+//! exec has its own time namespace. All descendants inherit the namespace, and only a process with CAP_SYS_ADMIN can
+//! leave it. The clocks of the namespace equal the guest's clocks.
 
 use std::fs::{self, File, Metadata};
 use std::os::unix::fs::MetadataExt;
@@ -18,9 +18,8 @@ pub struct TimeNamespace {
 }
 
 impl TimeNamespace {
-    /// Opens the time namespace of the exec `pid` in the container with init `init`. Returns `None` if the exec has no
-    /// time namespace of its own. Either the exec has already exited, or it has joined a time namespace of the
-    /// container.
+    /// Opens the time namespace of the exec `pid` in the container with init `init`. Returns `None` if the exec has
+    /// already exited, or if the exec has no time namespace of its own because it joined that of the container.
     pub fn of_exec(pid: i32, init: i32) -> Option<Self> {
         let file = File::open(path(pid)).ok()?;
         let id = namespace_id(&file.metadata().ok()?);

@@ -65,7 +65,7 @@ pub fn load_program(kind: u32, attach_type: u32, instructions: &[Instruction]) -
 /// Attaches a program to `target`, such as a cgroup, with `flags` (BPF_F_…).
 ///
 /// # Errors
-/// Those of bpf(2).
+/// The errors of bpf(2).
 pub fn attach(program: BorrowedFd<'_>, target: BorrowedFd<'_>, attach_type: u32, flags: u32) -> io::Result<()> {
     // Word 0: target_fd, attach_bpf_fd. 1: attach_type, attach_flags.
     let attributes = [pair(number(target), number(program)), pair(attach_type, flags)];
@@ -80,7 +80,7 @@ pub fn attach(program: BorrowedFd<'_>, target: BorrowedFd<'_>, attach_type: u32,
 /// keeps the program alive.
 ///
 /// # Errors
-/// Those of bpf(2).
+/// The errors of bpf(2).
 pub fn link(program: BorrowedFd<'_>, target: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
     // Word 0: prog_fd, target_fd. 1: attach_type, flags.
     let attributes = [pair(number(program), number(target)), pair(attach_type, 0)];
@@ -97,7 +97,7 @@ impl SocketMap {
     /// Creates an empty map.
     ///
     /// # Errors
-    /// Those of bpf(2).
+    /// The errors of bpf(2).
     pub fn create(max_entries: u32) -> io::Result<Self> {
         // Word 0: map_type, key_size. 1: value_size, max_entries.
         let (key_size, value_size) = (size_of::<u32>() as u32, size_of::<u64>() as u32);
@@ -166,7 +166,7 @@ mod tests {
     #[test]
     fn verifier_accepts_only_valid_programs() {
         load_program(SOCKET_FILTER, 0, &[MOVE_ZERO, EXIT])
-            .expect("this test needs root and bpf(2): it loads a program");
+            .expect("this test needs root and bpf(2), because it loads a program");
         assert!(load_program(SOCKET_FILTER, 0, &[MOVE_ZERO]).is_err());
         assert!(load_program(SOCKET_FILTER, 0, &[]).is_err());
     }

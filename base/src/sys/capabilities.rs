@@ -2,7 +2,7 @@
 
 use std::io;
 
-/// `_LINUX_CAPABILITY_VERSION_3`. This version uses two structures, each of which has 32 bits of each set.
+/// `_LINUX_CAPABILITY_VERSION_3`. This version uses two structures. Each structure has 32 bits of each set.
 const VERSION: u32 = 0x2008_0522;
 
 /// Capability sets of a thread. Bit n is capability n of linux/capability.h.
@@ -35,7 +35,7 @@ struct Data {
 /// Returns the sets of this thread.
 ///
 /// # Errors
-/// Those of capget(2).
+/// The errors of capget(2).
 pub fn get() -> io::Result<Capabilities> {
     let mut data = [Data::default(); 2];
     let mut header = Header { version: VERSION, pid: 0 };
@@ -71,10 +71,10 @@ pub fn set(sets: Capabilities) -> io::Result<()> {
     }
 }
 
-/// Returns the number of capabilities that the kernel knows: one more than the highest number.
+/// Returns the number of capabilities that the kernel knows, which is one more than the highest capability number.
 ///
 /// # Errors
-/// Those of prctl(2) except EINVAL, which only means that there is no further capability.
+/// The errors of prctl(2), except EINVAL. EINVAL only means that the kernel knows no capability with this number.
 pub fn count() -> io::Result<u32> {
     for number in 0..64 {
         // SAFETY: PR_CAPBSET_READ takes a number and no pointer.
@@ -86,7 +86,7 @@ pub fn count() -> io::Result<u32> {
     Ok(64)
 }
 
-/// Removes a capability from the bounding set of this thread; other threads keep theirs.
+/// Removes a capability from the bounding set of this thread. Other threads keep their bounding sets.
 ///
 /// # Errors
 /// EPERM without CAP_SETPCAP, and EINVAL if there is no such capability.
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn drop_from_bounding_set_affects_this_thread_alone() {
+    fn drop_from_bounding_set_affects_only_this_thread() {
         let bounding = || {
             let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
             let set = status.lines().find_map(|line| line.strip_prefix("CapBnd:")).unwrap();

@@ -8,7 +8,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 /// Makes reads and writes of an open file description non-blocking.
 ///
 /// # Errors
-/// Those of fcntl(2).
+/// The errors of fcntl(2).
 pub fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
     fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
@@ -19,7 +19,7 @@ pub fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
 /// 5.11).
 ///
 /// # Errors
-/// Those of close_range(2).
+/// The errors of close_range(2).
 pub fn close_on_exec_from(first: u32) -> io::Result<()> {
     // SAFETY: the call takes no pointers. With this flag, it closes no fd, so every fd keeps its owner.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };

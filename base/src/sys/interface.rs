@@ -54,7 +54,7 @@ pub fn set_flags(name: &str, flags: libc::c_int) -> io::Result<()> {
 /// exist.
 ///
 /// # Errors
-/// Those of the ioctl TUNSETIFF.
+/// The errors of the ioctl TUNSETIFF.
 pub fn set_tap(tun: impl AsFd, name: &str, flags: libc::c_int) -> io::Result<()> {
     Request::new(name, flags).ioctl(tun, libc::TUNSETIFF)
 }
@@ -72,7 +72,7 @@ pub fn tap_flags(tap: impl AsFd) -> io::Result<libc::c_int> {
 /// Attaches or detaches a queue of a multi-queue tap. The kernel puts frames only into attached queues.
 ///
 /// # Errors
-/// Those of the ioctl TUNSETQUEUE.
+/// The errors of the ioctl TUNSETQUEUE.
 pub fn set_queue_attached(tap: impl AsFd, attached: bool) -> io::Result<()> {
     let flags = if attached { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
     Request::new("", flags).ioctl(tap, libc::TUNSETQUEUE)
@@ -81,7 +81,7 @@ pub fn set_queue_attached(tap: impl AsFd, attached: bool) -> io::Result<()> {
 /// Sets the size, in bytes, of the virtio-net header that precedes each frame of a tap.
 ///
 /// # Errors
-/// Those of the ioctl TUNSETVNETHDRSZ.
+/// The errors of the ioctl TUNSETVNETHDRSZ.
 pub fn set_header_size(tap: impl AsFd, size: libc::c_int) -> io::Result<()> {
     // SAFETY: TUNSETVNETHDRSZ reads an int, and the argument is a valid pointer to an int.
     match unsafe { libc::ioctl(tap.as_fd().as_raw_fd(), TUNSETVNETHDRSZ as _, &raw const size) } {
@@ -93,7 +93,7 @@ pub fn set_header_size(tap: impl AsFd, size: libc::c_int) -> io::Result<()> {
 /// Sets the offloads (TUN_F_…) that the reader of a tap accepts.
 ///
 /// # Errors
-/// Those of the ioctl TUNSETOFFLOAD.
+/// The errors of the ioctl TUNSETOFFLOAD.
 pub fn set_offload(tap: impl AsFd, offloads: libc::c_ulong) -> io::Result<()> {
     // SAFETY: TUNSETOFFLOAD takes an integer and no pointer.
     match unsafe { libc::ioctl(tap.as_fd().as_raw_fd(), TUNSETOFFLOAD as _, offloads) } {
@@ -123,6 +123,6 @@ mod tests {
         assert!(set_offload(&reader, 0).is_err());
         assert!(set_tap(&reader, "husk0", libc::IFF_TAP).is_err());
         let error = set_flags("no-such-if", 0).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::ENODEV), "this test needs root: it sets flags: {error}");
+        assert_eq!(error.raw_os_error(), Some(libc::ENODEV), "this test needs root to set flags: {error}");
     }
 }

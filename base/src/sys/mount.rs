@@ -37,10 +37,10 @@ struct MountAttr {
 /// Returns the id of the mount on which `file` was opened, from proc_pid_fdinfo(5).
 ///
 /// statx(2) also returns the mount id, but asks the file system for attributes. If the server of a network file system
-/// is gone, that file system never answers.
+/// is gone, the file system never answers, and statx(2) blocks.
 ///
 /// # Errors
-/// Those of reading the file in `/proc`.
+/// The errors of reading the file in `/proc`.
 pub fn mount_id(file: BorrowedFd<'_>) -> io::Result<u64> {
     let info = fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", file.as_raw_fd()))?;
     let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:")).and_then(|id| id.trim().parse().ok());
@@ -50,7 +50,7 @@ pub fn mount_id(file: BorrowedFd<'_>) -> io::Result<u64> {
 /// Creates a detached copy of the mount at `source`, with its submounts if `recursive`. The fd is close-on-exec.
 ///
 /// # Errors
-/// Those of open_tree(2).
+/// The errors of open_tree(2).
 pub fn clone_tree(source: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
     let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH | if recursive { AT_RECURSIVE } else { 0 };
     // SAFETY: the path is an empty string that ends with NUL, and the call takes no other pointer. It returns a new fd
@@ -58,11 +58,11 @@ pub fn clone_tree(source: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd
     unsafe { new_fd(libc::syscall(libc::SYS_open_tree, source.as_raw_fd(), c"".as_ptr(), flags)) }
 }
 
-/// Sets attributes and the propagation of a mount, and of its submounts if `recursive`. `propagation` is `MS_PRIVATE`
-/// or similar, or 0 to keep the current propagation.
+/// Sets attributes and the propagation of a mount, and of its submounts if `recursive`. `propagation` is a type
+/// such as `MS_PRIVATE`, or 0 to keep the current propagation.
 ///
 /// # Errors
-/// Those of mount_setattr(2).
+/// The errors of mount_setattr(2).
 pub fn set_attributes(tree: BorrowedFd<'_>, set: u64, propagation: u64, recursive: bool) -> io::Result<()> {
     setattr(tree, &MountAttr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 }, recursive)
 }
@@ -71,7 +71,7 @@ pub fn set_attributes(tree: BorrowedFd<'_>, set: u64, propagation: u64, recursiv
 /// 5.12, or Linux 5.19 if the mount is a layer of an overlayfs.
 ///
 /// # Errors
-/// Those of mount_setattr(2).
+/// The errors of mount_setattr(2).
 pub fn set_id_mapping(tree: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
     let userns_fd = u64::from(user_namespace.as_raw_fd().unsigned_abs());
     setattr(tree, &MountAttr { attr_set: MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd }, recursive)
@@ -90,7 +90,7 @@ fn setattr(tree: BorrowedFd<'_>, attributes: &MountAttr, recursive: bool) -> io:
 /// Attaches a detached mount at `target`.
 ///
 /// # Errors
-/// Those of move_mount(2).
+/// The errors of move_mount(2).
 pub fn attach(tree: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
     let (from, to) = (tree.as_raw_fd(), target.as_raw_fd());
     let path = c"".as_ptr();
@@ -120,12 +120,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join("file"), "x").unwrap();
         let source = File::open(directory.path()).unwrap();
-        let tree = clone_tree(source.as_fd(), true).expect("this test needs root: it clones mounts");
+        let tree = clone_tree(source.as_fd(), true).expect("this test needs root, because it clones mounts");
         set_attributes(tree.as_fd(), MOUNT_ATTR_RDONLY, libc::MS_PRIVATE, true).unwrap();
         let file = format!("/proc/self/fd/{}/file", tree.as_raw_fd());
         assert_eq!(fs::read_to_string(&file).unwrap(), "x");
         assert_eq!(fs::write(&file, "y").unwrap_err().raw_os_error(), Some(libc::EROFS));
-        // The kernel does not attach a directory at a file.
+        // The kernel does not mount a directory on a file.
         let target = File::open(directory.path().join("file")).unwrap();
         assert!(attach(tree.as_fd(), target.as_fd()).is_err());
     }

@@ -1,6 +1,6 @@
-//! Sends signals, waits for processes and ends processes. A signal is a number here.
+//! Sends signals, waits for processes and ends processes. This module represents a signal by its number.
 //!
-//! nix also has these calls, but its types lack real-time signals. If a real-time signal has ended a process, nix's
+//! nix also has these calls, but nix's types lack real-time signals. If a real-time signal has ended a process, nix's
 //! `waitpid` consumes the status and then fails.
 
 use std::io;
@@ -8,8 +8,8 @@ use std::io;
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
-/// Sends a signal to the process `pid` (kill(2)). If `pid` is negative, sends it to the process group `-pid`. `signal`
-/// may be a real-time signal.
+/// Sends a signal to the process `pid` (kill(2)). If `pid` is negative, sends the signal to the process group `-pid`.
+/// `signal` may be a real-time signal.
 ///
 /// # Errors
 /// EINVAL if there is no such signal, and the other errors of kill(2).
@@ -63,7 +63,7 @@ pub fn exit_immediately(code: i32) -> ! {
 /// Returns the securebits flags of this thread (capabilities(7)).
 ///
 /// # Errors
-/// Those of prctl(2).
+/// The errors of prctl(2).
 pub fn secure_bits() -> io::Result<libc::c_int> {
     // SAFETY: PR_GET_SECUREBITS takes no pointer.
     match unsafe { libc::prctl(libc::PR_GET_SECUREBITS) } {
@@ -113,7 +113,7 @@ mod tests {
     #[test]
     fn secure_bits_can_be_set_to_their_current_value() {
         let bits = secure_bits().unwrap();
-        set_secure_bits(bits).expect("this test needs root: it sets secure bits");
+        set_secure_bits(bits).expect("this test needs root, because it sets the securebits flags");
         assert_eq!(secure_bits().unwrap(), bits);
     }
 }

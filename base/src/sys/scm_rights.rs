@@ -18,7 +18,7 @@ struct Control([u8; CONTROL_LEN]);
 /// Sends bytes with fds in one system call, and raises no SIGPIPE. Returns the number of bytes that were sent.
 ///
 /// # Errors
-/// Those of sendmsg(2), such as [`io::ErrorKind::WouldBlock`] on a non-blocking socket. Retries after EINTR.
+/// The errors of sendmsg(2), such as [`io::ErrorKind::WouldBlock`] on a non-blocking socket. Retries after EINTR.
 pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     let socket = socket.as_fd().as_raw_fd();
     let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
@@ -44,11 +44,11 @@ pub struct Packet {
 }
 
 /// Receives bytes and fds in one system call. Returns every received fd as an owned fd, even if the packet is
-/// truncated. nix's `recvmsg` does not return the fds of a truncated packet. If Husk used it, a peer could exhaust this
-/// process's fds.
+/// truncated. nix's `recvmsg` does not return the fds of a truncated packet. With that function, these fds would stay
+/// open, and a peer could exhaust this process's fds.
 ///
 /// # Errors
-/// Those of recvmsg(2), such as [`io::ErrorKind::WouldBlock`] on a non-blocking socket. Retries after EINTR.
+/// The errors of recvmsg(2), such as [`io::ErrorKind::WouldBlock`] on a non-blocking socket. Retries after EINTR.
 pub fn receive(socket: impl AsFd, bytes: &mut [u8]) -> io::Result<Packet> {
     let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     let mut control = Control([0; CONTROL_LEN]);

@@ -8,7 +8,7 @@ use super::new_fd;
 /// Unlocks the slave of a pseudoterminal, so that the slave can be opened.
 ///
 /// # Errors
-/// Those of the ioctl TIOCSPTLCK.
+/// The errors of the ioctl TIOCSPTLCK.
 pub fn unlock(master: impl AsFd) -> io::Result<()> {
     let unlock: libc::c_int = 0;
     // SAFETY: TIOCSPTLCK reads one integer, which outlives the call.
@@ -22,7 +22,7 @@ pub fn unlock(master: impl AsFd) -> io::Result<()> {
 /// the call. `flags` are those of open(2).
 ///
 /// # Errors
-/// Those of the ioctl TIOCGPTPEER.
+/// The errors of the ioctl TIOCGPTPEER.
 pub fn open_slave(master: impl AsFd, flags: libc::c_int) -> io::Result<OwnedFd> {
     // SAFETY: TIOCGPTPEER takes flags, no pointer, and returns a new fd or -1.
     unsafe { new_fd(libc::ioctl(master.as_fd().as_raw_fd(), libc::TIOCGPTPEER, flags)) }
@@ -31,7 +31,7 @@ pub fn open_slave(master: impl AsFd, flags: libc::c_int) -> io::Result<OwnedFd> 
 /// Sets the window size, in characters.
 ///
 /// # Errors
-/// Those of the ioctl TIOCSWINSZ.
+/// The errors of the ioctl TIOCSWINSZ.
 pub fn set_window_size(terminal: impl AsFd, columns: u16, rows: u16) -> io::Result<()> {
     let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: TIOCSWINSZ reads a winsize, which outlives the call.
@@ -44,7 +44,7 @@ pub fn set_window_size(terminal: impl AsFd, columns: u16, rows: u16) -> io::Resu
 /// Makes the terminal the controlling terminal of this session. The caller must be the session leader.
 ///
 /// # Errors
-/// Those of the ioctl TIOCSCTTY.
+/// The errors of the ioctl TIOCSCTTY.
 pub fn set_controlling(terminal: impl AsFd) -> io::Result<()> {
     // SAFETY: TIOCSCTTY takes a number, no pointer.
     match unsafe { libc::ioctl(terminal.as_fd().as_raw_fd(), libc::TIOCSCTTY, 0) } {

@@ -25,7 +25,7 @@ pub struct Peer {
 /// Listens on `port`, for any CID of this system. The socket is close-on-exec. `flags` may add SOCK_NONBLOCK.
 ///
 /// # Errors
-/// Those of socket(2), bind(2) and listen(2).
+/// The errors of socket(2), bind(2) and listen(2).
 pub fn listen(port: u32, flags: SockFlag) -> io::Result<OwnedFd> {
     let listener = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC | flags, None)?;
     bind(listener.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, port))?;
@@ -39,7 +39,7 @@ pub fn listen(port: u32, flags: SockFlag) -> io::Result<OwnedFd> {
 /// ended.
 ///
 /// # Errors
-/// Those of accept4(2).
+/// The errors of accept4(2).
 pub fn accept(listener: BorrowedFd<'_>, flags: SockFlag) -> io::Result<(OwnedFd, Peer)> {
     let mut address = *VsockAddr::new(0, 0).as_ref();
     address.svm_family = 0;
@@ -56,7 +56,7 @@ pub fn accept(listener: BorrowedFd<'_>, flags: SockFlag) -> io::Result<(OwnedFd,
 /// Connects to a port. The socket is close-on-exec.
 ///
 /// # Errors
-/// Those of socket(2) and connect(2).
+/// The errors of socket(2) and connect(2).
 pub fn connect(cid: u32, port: u32) -> io::Result<OwnedFd> {
     let stream = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     nix::sys::socket::connect(stream.as_raw_fd(), &VsockAddr::new(cid, port))?;

@@ -35,7 +35,7 @@ pub fn get(path: &Path, name: &CStr, value: &mut [u8]) -> io::Result<usize> {
 /// Creates or replaces an attribute. Does not follow a symbolic link at the end of the path.
 ///
 /// # Errors
-/// Those of lsetxattr(2).
+/// The errors of lsetxattr(2).
 pub fn set(path: &Path, name: &CStr, value: &[u8]) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     // SAFETY: path and name end with NUL, and `value` has the given length.

@@ -56,7 +56,7 @@ fn kernel(head: &[u8]) -> Result<&'static str, &'static str> {
     }
 }
 
-/// Checks for the archive formats that a kernel unpacks.
+/// Checks whether a file begins with the magic number of an archive format that the kernel unpacks.
 fn initrd(head: &[u8]) -> Result<&'static str, &'static str> {
     let formats: [(&[u8], _); 5] = [
         (b"070701", "cpio"),
@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn recognizes_kernel_and_initrd_formats() {
+    fn kernel_and_initrd_formats_are_recognized() {
         let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
         elf.resize(16, 0);
         elf.extend([2, 0, 62, 0]);

@@ -158,7 +158,7 @@ fn runtime(dump: &str) -> Finding {
     let Ok(dump) = dump.parse::<toml::Table>() else {
         return Finding::warn(name, "containerd's configuration is not valid TOML", "check `containerd config dump`");
     };
-    // The first name is the CRI plugin's name before containerd 2.0. The second is its name since 2.0.
+    // The CRI plugin has the first name before containerd 2.0, and the second name since containerd 2.0.
     let found = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"].iter().find_map(|plugin| {
         let runtimes = dump.get("plugins")?.get(plugin)?.get("containerd")?.get("runtimes")?.as_table()?;
         let is_husk = |value: &toml::Value| value.get("runtime_type").and_then(toml::Value::as_str) == Some(RUNTIME);
@@ -188,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parses_containerd_versions_as_distributions_format_them() {
+    fn version_parses_the_version_formats_of_distributions() {
         for (text, status) in [
             ("containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6", Status::Ok),
             ("containerd github.com/containerd/containerd/v2 v2.1.9 abc", Status::Ok),
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn finds_runtimes_of_containerd_1_and_2() {
+    fn runtime_is_found_in_configurations_of_containerd_1_and_2() {
         for plugin in ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"] {
             let text = format!(
                 "[plugins.\"{plugin}\".containerd.runtimes.vm]\nruntime_type = \"{RUNTIME}\"\nprivileged_without_host_devices = "
@@ -222,10 +222,10 @@ mod tests {
     }
 
     #[test]
-    fn finds_executables_and_reports_failures() {
+    fn find_skips_other_files_and_output_reports_failures() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join(SHIM), "").unwrap();
-        assert_eq!(find(dir.path().to_str().unwrap(), SHIM), None, "not executable");
+        assert_eq!(find(dir.path().to_str().unwrap(), SHIM), None, "found a file that is not executable");
         assert_eq!(shim(dir.path().to_str().unwrap()).status, Status::Fail);
         assert_eq!(output(Path::new("/bin/echo"), &["a b"]).unwrap(), "a b\n");
         assert!(output(Path::new("/bin/false"), &[]).is_err());

@@ -108,7 +108,8 @@ fn set_owner_and_mode(target: BorrowedFd<'_>, name: &OsStr, kind: SFlag, status:
     let (uid, gid) = (Uid::from_raw(status.st_uid), Gid::from_raw(status.st_gid));
     fchownat(target, name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)?;
     if kind != SFlag::S_IFLNK {
-        // FollowSymlink is safe: `name` is in a private directory, and this code did not create it as a symbolic link.
+        // FollowSymlink is safe, because `name` is in a private directory and this code has not created a symbolic link
+        // of that name.
         let mode = Mode::from_bits_truncate(status.st_mode & 0o7777);
         fchmodat(target, name, mode, FchmodatFlags::FollowSymlink)?;
     }

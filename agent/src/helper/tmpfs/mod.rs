@@ -162,9 +162,9 @@ fn current_cgroup() -> io::Result<PathBuf> {
 
 /// The image, and the mounts that precede the current mount in the specification.
 ///
-/// Destinations are compared as strings. A destination may lead through a symbolic link of the image into an earlier
-/// mount. In this case the image's directory is found instead of the mount's directory. A directory outside the image
-/// and the mounts is never found.
+/// Destinations are compared as strings. If a symbolic link of the image leads from a destination into an earlier
+/// mount, the image's directory is found instead of the mount's directory. A directory outside the image and the mounts
+/// is never found.
 struct EarlierMounts<'a> {
     root: PathBuf,
     mounts: Vec<(PathBuf, Content)>,
@@ -191,7 +191,8 @@ impl EarlierMounts<'_> {
             .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
         match openat2(base.as_fd(), &Path::new(".").join(relative), how) {
             Ok(directory) => Ok(Some(directory)),
-            // libcontainer creates a missing destination. It fails to mount if the destination is not a directory.
+            // If the destination is missing, libcontainer creates it. If it is not a directory, libcontainer reports an
+            // error.
             Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
             Err(error) => Err(error.into()),
         }

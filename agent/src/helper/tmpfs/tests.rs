@@ -62,7 +62,7 @@ fn copy_up_keeps_content_modes_and_links() {
     assert_eq!(mode("a"), 0o1733);
     assert_eq!(fs::read_link(to.join("out")).unwrap(), Path::new("/etc/passwd"));
     assert_eq!(fs::read_link(to.join("a/up")).unwrap(), Path::new(".."));
-    // The fifo is created but never opened: opening it would wait for a writer.
+    // The fifo is created but never opened, because opening it would wait for a writer.
     assert!(fs::symlink_metadata(to.join("fifo")).unwrap().file_type().is_fifo());
 }
 

@@ -1,7 +1,7 @@
 //! Sets up the pod's network: finds interfaces by MAC address, moves them to the pod's network namespace, names them
 //! and configures them.
 //!
-//! Later requests update the network when it changes on the host.
+//! When the pod's network on the host changes, a later request updates the network in the guest.
 
 mod address;
 mod operation;
@@ -45,7 +45,7 @@ pub enum NetworkError {
     /// Another request is in progress.
     #[error("failed to change the pod's network: another change is in progress")]
     Busy,
-    /// The kernel rejected a request.
+    /// The kernel rejected a netlink request or a system call.
     #[error("failed to {0}")]
     Kernel(String, #[source] io::Error),
     /// The pod's namespaces were not entered.
@@ -71,8 +71,8 @@ pub struct NetworkConfig {
 }
 
 impl NetworkConfig {
-    /// Returns all parts that may exist after a failed change from `self` to `config`. The returned interfaces are only
-    /// those of `self`.
+    /// Returns all parts that may exist after a failed change from `self` to `config`. Contains only the interfaces of
+    /// `self`, because the next change has to add the other interfaces of `config` again.
     fn merge(mut self, config: Self) -> Self {
         fn add_missing<T: PartialEq>(all: &mut Vec<T>, new: Vec<T>) {
             let new: Vec<T> = new.into_iter().filter(|part| !all.contains(part)).collect();
@@ -88,7 +88,7 @@ impl NetworkConfig {
 /// Configuration that has been applied.
 struct Applied {
     config: NetworkConfig,
-    /// Whether all parts exist. False after a failed change.
+    /// Whether all parts of `config` exist. False after a failed change.
     complete: bool,
 }
 
@@ -127,8 +127,8 @@ async fn change(Applied { config: before, complete }: &Applied, after: &NetworkC
     let mut routes = changed_keys(&before.routes, &after.routes, *complete, route::key);
     let rules = changed_keys(&before.rules, &after.rules, *complete, rule::key);
     remove(before, after, (&routes, &rules), &pod)?;
-    // Names of interfaces whose routes and neighbours all have to be added. Such an interface is new, or its routes and
-    // neighbours have been removed.
+    // Names of the interfaces that this change adds. All routes and neighbours of these interfaces have to be added,
+    // even routes and neighbours that `before` also contains.
     let mut added = Vec::new();
     for interface in after.interfaces.iter().filter(|interface| !before.interfaces.contains(interface)) {
         match before.interfaces.iter().find(|previous| previous.mac == interface.mac && previous.name == interface.name)
@@ -156,7 +156,7 @@ fn add(
     pod: &Netlink,
 ) -> Result<(), NetworkError> {
     let indices = InterfaceIndices::read(&after.interfaces, pod)?;
-    // Direct routes come first, because a gateway is reachable only through the direct routes of its link.
+    // Direct routes are added first, because the kernel accepts a gateway only if a direct route leads to the gateway.
     let new = after.routes.iter().filter(|route| routes.contains(&route::key(route)));
     let (via_gateway, direct): (Vec<_>, Vec<_>) = new.partition(|route| route::has_gateway(route));
     let mut seen_keys = HashSet::new();
@@ -170,7 +170,7 @@ fn add(
     for route in via_gateway {
         route::change(pod, op(route), route, |name| indices.get(name))?;
     }
-    // Rules come last, because the tables that they look up must be filled first.
+    // Rules are added last, because the tables that they look up must be filled first.
     let mut seen_keys = HashSet::new();
     for rule in after.rules.iter().filter(|rule| rules.contains(&rule::key(rule))) {
         let op = if seen_keys.insert(rule::key(rule)) { Operation::Add } else { Operation::Append };
@@ -179,8 +179,8 @@ fn add(
     Ok(())
 }
 
-/// Returns each key whose parts differ between `before` and `after`, in content or in order. All parts of a returned
-/// key have to be recreated together. If `complete` is false, returns all keys.
+/// Returns the keys of the parts that differ between `before` and `after`, in content or in order. All parts with a
+/// returned key have to be recreated together. If `complete` is false, returns all keys.
 fn changed_keys<'a, T: PartialEq, P: Eq + Hash>(
     before: &'a [T],
     after: &'a [T],
@@ -232,7 +232,8 @@ fn remove(
         }
         if current.is_none() {
             let down = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0, libc::IFF_UP as u32));
-            // The shim hot-unplugs the device before it adds another device with the same name or MAC address.
+            // The interface is not removed here. The shim hot-unplugs its device before it adds another device with the
+            // same name or MAC address.
             pod.change(down).map_err(kernel_error(format!("bring down interface {}", interface.name)))?;
         }
     }
@@ -344,10 +345,10 @@ mod tests {
     }
 
     #[test]
-    fn changed_keys_include_all_parts_of_a_key() {
+    fn changed_keys_returns_keys_with_changed_content_or_order() {
         let before = [rule(1, "10.0.0.0/8"), rule(1, ""), rule(2, "")];
         let after = [rule(1, ""), rule(1, "10.0.0.0/8"), rule(2, ""), rule(3, "")];
-        // The order within a key matters.
+        // Parts with the same key also count as changed if only their order differs.
         assert_eq!(changed_keys(&before, &after, true, rule::key), HashSet::from([(false, 1), (false, 3)]));
         assert_eq!(changed_keys(&after, &before, true, rule::key), HashSet::from([(false, 1), (false, 3)]));
         // After a failed change, all keys have to be recreated.

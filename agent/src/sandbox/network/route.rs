@@ -28,7 +28,7 @@ pub fn interfaces(route: &Route) -> impl Iterator<Item = &str> {
     single.into_iter().chain(route.next_hops.iter().map(|hop| hop.interface.as_str()))
 }
 
-/// Whether the route has a gateway. Such a route needs another route to the gateway.
+/// Whether the route has a gateway. A route with a gateway needs another route that leads to the gateway.
 pub fn has_gateway(route: &Route) -> bool {
     !route.gateway.is_empty() || route.next_hops.iter().any(|hop| !hop.gateway.is_empty())
 }
@@ -49,8 +49,8 @@ pub fn change(
         matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH)) && op != Operation::Remove
     };
     let done = match op.change(pod, parsed.message(op, false)) {
-        // When the kernel adds a route, it checks that a route to the gateway exists. It does not check this later, so
-        // the host may have lost the route to the gateway since. The host may also find that route through a rule.
+        // When the kernel adds a route, it checks that another route leads to the gateway. The kernel never repeats
+        // the check. On the host, that other route may have been removed since then, or a rule may select its table.
         // Therefore retry with RTNH_F_ONLINK, which skips the check.
         Err(error) if unreachable(&error) && has_gateway(route) => op.change(pod, parsed.message(op, true)),
         done => done,
@@ -86,7 +86,7 @@ impl<'a> ParsedRoute<'a> {
         let malformed = |text: String, what| Err(NetworkError::Malformed(text, what));
         let Ok(kind) = route.kind.enum_value() else { return malformed(format!("{:?}", route.kind), "route type") };
         let (destination, source) = (parse_optional_cidr(&route.destination)?, parse_optional_ip(&route.source)?);
-        // The gateway does not determine the family: a default route may have a gateway of the other family.
+        // The gateway does not determine the family, because a default route may have a gateway of the other family.
         let family = match destination.map(|(address, _)| address).or(source) {
             Some(address) => family(address),
             None if route.ipv6 => libc::AF_INET6 as u8,
@@ -119,7 +119,7 @@ impl<'a> ParsedRoute<'a> {
         Ok(parsed)
     }
 
-    /// Returns the netlink message. With `onlink`, all gateways get RTNH_F_ONLINK.
+    /// Returns the netlink message. If `onlink` is true, all next hops with a gateway get RTNH_F_ONLINK.
     fn message(&self, op: Operation, onlink: bool) -> Message {
         let route = self.route;
         let v4 = self.family == libc::AF_INET as u8;
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn message_with_one_next_hop() {
+    fn message_with_one_next_hop_uses_rta_oif_and_rta_gateway() {
         let route = Route {
             destination: "10.9.0.0/16".into(),
             gateway: "10.0.0.1".into(),

@@ -22,7 +22,7 @@ pub fn key(rule: &Rule) -> Key {
 }
 
 /// Returns the number of attributes that a rule sets. The kernel removes the first rule that matches all attributes of
-/// the request (net/core/fib_rules.c, `rule_find`). Therefore rules with more attributes must be removed first.
+/// the request (net/core/fib_rules.c, `rule_find`). Therefore the rule with the most attributes must be removed first.
 pub fn selector_count(rule: &Rule) -> usize {
     let texts = [&rule.source, &rule.destination, &rule.input_interface, &rule.output_interface];
     let numbers = [rule.mark, rule.mask, rule.tos, rule.ip_protocol, rule.table, rule.protocol];
@@ -67,7 +67,7 @@ fn message(op: Operation, rule: &Rule) -> Result<Message, NetworkError> {
     fixed[8..].copy_from_slice(&flags.to_ne_bytes());
     // NLM_F_EXCL prevents duplicates. An appended rule must not have this flag, because the kernel (`rule_exists`) also
     // rejects some rules that are not duplicates. It rejects a new rule if an existing rule with the same key has all
-    // attributes of the new rule and further ones.
+    // attributes of the new rule and additional attributes.
     let flags = if op == Operation::Append { 0 } else { libc::NLM_F_EXCL };
     let mut message = op
         .message((libc::RTM_NEWRULE, flags), libc::RTM_DELRULE, &fixed)
