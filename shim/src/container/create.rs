@@ -72,7 +72,7 @@ impl Shim {
                 let started = self.sandbox.start_propagation();
                 started.map_err(|error| ServiceError::failed(format!("failed to watch the host's mounts: {error}")))?;
             }
-            // The hooks may run CNI plugins, which need the VMM process's network namespace. This namespace exists by now.
+            // The hooks may run CNI plugins, which need the VMM process's network namespace. It exists at this point.
             self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
             self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
             Ok::<_, ServiceError>(prepared)

@@ -30,8 +30,7 @@ impl Shim {
         Ok(())
     }
 
-    /// Handles a signal to the sandbox container. A signal that would end the pause program ends the pod's
-    /// VM.
+    /// Handles a signal to the sandbox container. A signal that would end the pause program ends the pod's VM.
     pub(crate) async fn kill_sandbox_container(&self, container: &Container, request: &KillRequest) {
         let Some(status) = status_after(request.signal) else { return };
         self.sandbox.flush_disks().await;
