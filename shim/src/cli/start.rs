@@ -46,7 +46,7 @@ pub enum StartError {
     NoSandbox(String),
 }
 
-/// Starts the sandbox's shim, or finds the one that is already running.
+/// Starts the sandbox's shim, or finds the shim that is already running. Writes the shim's address to stdout.
 ///
 /// # Errors
 /// [`StartError`]. The socket is removed if this container must not start a shim, or if the fork fails.

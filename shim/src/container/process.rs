@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn start_exit_and_delete_move_through_the_states() {
+    fn process_changes_state_on_start_exit_and_delete() {
         let p = process();
         p.begin_start().unwrap();
         assert!(matches!(p.begin_start(), Err(ServiceError::Start("running"))));

@@ -88,8 +88,8 @@ impl Shim {
         }
     }
 
-    /// Logs a message if the pod has fewer vCPUs than its containers may use. Its containers may be
-    /// slower than under runc.
+    /// Logs a message if the pod has fewer vCPUs than its containers may use. These containers may be slower than under
+    /// runc.
     fn log_vcpu_shortage(&self) {
         let Some(resizer) = self.sandbox.resizer() else { return };
         let (wanted, most) = (resizer.growth.vcpus(lock(&self.limits.pod).values()), resizer.growth.max.vcpus);

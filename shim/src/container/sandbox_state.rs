@@ -23,7 +23,7 @@ const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// State of the sandbox that the controller's requests change.
 pub struct SandboxState {
-    /// Input of the launch. `None` after the launch has taken it.
+    /// Input of a launch that a request starts later. `None` if the sandbox has already been launched or stopped.
     pending: Mutex<Option<DeferredLaunch>>,
     /// Set if a request created the sandbox. The sandbox then stays until a request ends it.
     created: OnceLock<Created>,

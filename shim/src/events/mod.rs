@@ -100,8 +100,8 @@ impl Events {
 /// Delivers the queued events in order. While one event is retried, later events wait.
 ///
 /// Delivery is at least once: a retry can repeat an event that containerd has already read. This happens only if
-/// containerd hangs or is killed before it responds. Then the timeout passes or the connection breaks,
-/// and the shim retries.
+/// containerd hangs or is killed before it responds. Then the timeout passes or the connection breaks, and the shim
+/// retries.
 ///
 /// The protocol cannot prevent duplicates, because ttrpc's `Forward` has no event id, and containerd forwards every
 /// event that it receives. Without retries, exit events could be lost, but the kubelet and containerd's CRI wait for

@@ -38,7 +38,8 @@ const CRIO: [(&str, &str); 5] = [
 ];
 
 impl Annotations {
-    /// Returns the value of one of the keys above, or of CRI-O's key for the same value.
+    /// Returns the value of `key`, which is one of the keys above. If this key is absent, returns the value of CRI-O's
+    /// corresponding key.
     pub fn cri(&self, key: &str) -> Option<&str> {
         let of_crio =
             || CRIO.iter().find(|(of_containerd, _)| *of_containerd == key).and_then(|(_, key)| self.get(key));

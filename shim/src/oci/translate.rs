@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn add_cgroup_namespace_does_not_add_a_second_one() {
+    fn add_cgroup_namespace_keeps_an_existing_cgroup_namespace() {
         let mut value = sample();
         add_cgroup_namespace(&mut value);
         assert_eq!(value, sample());

@@ -10,7 +10,7 @@ use crate::volumes::hanging_fs::HangingFileSystem;
 use crate::volumes::*;
 
 #[test]
-fn prepare_mounts_for_the_guest_and_teardown_unmounts() {
+fn prepare_makes_mounts_and_teardown_removes_them() {
     isolated(|dir| {
         let share = share(dir);
         let (data, file) = (dir.join("data"), dir.join("file"));

@@ -1,5 +1,5 @@
-//! Parses routes of all routing tables. A route has one next hop, several, or none (blackhole, unreachable, prohibit,
-//! throw).
+//! Parses routes of all routing tables. A route has one next hop, several next hops, or no next hop (blackhole,
+//! unreachable, prohibit, throw).
 
 use std::collections::HashMap;
 use std::net::IpAddr;
