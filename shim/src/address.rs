@@ -72,7 +72,8 @@ impl Address {
         Self { path: Path::new(dir.unwrap_or(SOCKET_DIR)).join(name) }
     }
 
-    /// Parses the URI that an address file contains.
+    /// Parses the URI that the shim writes to its `address` files. Returns `None` if the text is not the URI of a Unix
+    /// socket with an absolute path.
     pub fn from_uri(uri: &str) -> Option<Self> {
         let path = uri.trim().strip_prefix("unix://")?;
         path.starts_with('/').then(|| Self { path: path.into() })
@@ -93,7 +94,7 @@ impl Address {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let connected = socket(AddressFamily::Unix, SockType::Stream, flags, None)
             .and_then(|socket| connect(socket.as_raw_fd(), &UnixAddr::new(&self.path)?));
-        // EAGAIN: the backlog of the listener is full.
+        // EAGAIN means that a process listens, but its backlog is full.
         matches!(connected, Ok(()) | Err(Errno::EAGAIN))
     }
 
@@ -105,9 +106,9 @@ impl Address {
             .mode(0o711)
             .create(dir)
             .map_err(|source| ListenError::Directory { path: dir.into(), source })?;
-        // Without the lock there are two races. A socket looks dead between another start's bind and listen. Another
-        // start may also have replaced a dead socket already. A lock file would never be removed, so the lock is on the
-        // directory.
+        // The lock prevents two races with another start. Between its bind and listen, the other start's socket looks
+        // dead. This start could also remove a socket that the other start has just bound in place of a dead socket.
+        // The lock is on the directory itself, because nothing would ever remove a separate lock file.
         let _lock = lock(dir).map_err(|source| ListenError::Lock { path: dir.into(), source })?;
         let error = |source| ListenError::Bind { path: self.path.clone(), source };
         for _ in 0..3 {
@@ -136,7 +137,8 @@ impl Address {
     }
 }
 
-/// Locks a directory against other starts. The wait is short, because no start blocks while it holds the lock.
+/// Locks a directory, so that other `start` processes wait. The wait is short, because no process blocks while it holds
+/// the lock.
 fn lock(dir: &Path) -> std::io::Result<Flock<File>> {
     let mut file = File::open(dir)?;
     loop {
@@ -173,7 +175,7 @@ mod tests {
     fn listen_keeps_live_sockets_and_replaces_dead_ones() {
         let dir = tempfile::tempdir().unwrap();
         let address = Address::new(dir.path().to_str(), "c", "n", "g");
-        let Listen::Bound(listener) = address.listen().unwrap() else { panic!("socket in use") };
+        let Listen::Bound(listener) = address.listen().unwrap() else { panic!("the new socket is already in use") };
         assert!(matches!(address.listen().unwrap(), Listen::InUse));
         drop(listener);
         assert!(!address.is_live());

@@ -1,5 +1,5 @@
-//! Errors of the shim's ttrpc services. Their texts and codes equal those of containerd's runc shim, because clients
-//! match on them.
+//! Errors of the shim's ttrpc services. The texts and codes are the same as in containerd's runc shim, because clients
+//! match on these texts and codes.
 
 use ttrpc::{Code, Error};
 
@@ -21,19 +21,19 @@ pub enum ServiceError {
     /// The exec to signal has not been started.
     #[error("process not created: failed precondition")]
     NotStarted,
-    /// The process to start is in this state, but must be in state created.
+    /// The process to start is not in the state `created`. The field is the process's state.
     #[error("cannot start a {0} process: failed precondition")]
     Start(&'static str),
     /// The process to delete has not ended. The field is the process's state.
     #[error("cannot delete a {0} process: failed precondition")]
     Delete(&'static str),
-    /// The exec's container is in this state, but must be running.
+    /// The exec's container is not running. The field is the container's state.
     #[error("cannot exec in a {0} state: failed precondition")]
     Exec(&'static str),
-    /// The container to pause is in this state, but must be running.
+    /// The container to pause is not running. The field is the container's state.
     #[error("cannot pause a {0} container: failed precondition")]
     Pause(&'static str),
-    /// The container to resume is in this state, but must be paused.
+    /// The container to resume is not paused. The field is the container's state.
     #[error("cannot resume a {0} container: failed precondition")]
     Resume(&'static str),
     /// The container to update has exited.

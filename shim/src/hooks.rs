@@ -1,4 +1,4 @@
-//! OCI hooks, which the shim runs on the host. nerdctl, for example, sets up its network in a hook.
+//! OCI hooks, which the shim runs on the host. nerdctl, for example, sets up a container's network in a hook.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -24,7 +24,8 @@ pub struct State<'a> {
     pub id: &'a str,
     /// `creating`, `created`, `running` or `stopped`.
     pub status: &'a str,
-    /// The VMM's PID: its namespaces are the sandbox's namespaces on the host.
+    /// The PID that containerd sees for the container. On the host, the process with this PID is in the sandbox's
+    /// namespaces. The PID is 0 for a container that has stopped.
     #[serde(skip_serializing_if = "is_zero")]
     pub pid: u32,
     /// The bundle directory.
@@ -38,7 +39,7 @@ fn is_zero(pid: &u32) -> bool {
     *pid == 0
 }
 
-/// A hook that failed.
+/// A failure to run hooks.
 #[derive(Debug, thiserror::Error)]
 pub enum HookError {
     /// The hook cannot be run.

@@ -32,7 +32,7 @@ use husk_base::sync::lock;
 
 use cli::Args;
 
-/// Runs the VMM if `argv[0]` is the VMM's name, otherwise the action on the command line.
+/// Runs the VMM if `argv[0]` is the VMM's name. Otherwise, runs the action that the command line names.
 pub fn main() -> ExitCode {
     let started_ns = sandbox::timeline::now();
     let mut args = std::env::args_os();
@@ -65,6 +65,6 @@ fn run(args: std::env::ArgsOs, started_ns: u64) -> Result<(), String> {
     match args.action.as_str() {
         "start" => cli::start::start(&args, started_ns).map_err(|e| chain(&e)),
         "delete" => cli::delete::delete(&args).map_err(|e| chain(&e)),
-        other => Err(format!("unknown action {other:?}: containerd runs this program with start or delete")),
+        other => Err(format!("unknown action {other:?}; containerd runs this program with the action start or delete")),
     }
 }

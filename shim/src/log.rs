@@ -52,7 +52,8 @@ pub fn init(bundle: &Path, namespace: &str, sandbox: &str, debug: bool) {
         limiter: Mutex::default(),
         record_limiter: Mutex::default(),
     };
-    // The logger is leaked, because both crates need a `'static` logger. The process only creates one.
+    // The logger is leaked, because the crates `husk_base` and `log` need a `'static` logger. The process creates only
+    // one logger.
     let logger: &'static Logger = Box::leak(Box::new(logger));
     husk_base::log::install(logger);
     if log::set_logger(logger).is_ok() {
@@ -93,7 +94,8 @@ impl Logger {
         }
     }
 
-    /// Writes a line if the limit on its source allows it.
+    /// Handles a line according to `decision`: writes the line, drops it, or writes instead that the source has reached
+    /// its limit.
     fn write_limited(&self, decision: &Decision, source: &str, level: &str, message: &str, fields: &str) {
         match decision {
             Decision::Log(0) => self.write_line(level, message, fields),
@@ -102,7 +104,7 @@ impl Logger {
                 let source = format!(" source={source}");
                 self.write_line(
                     "warning",
-                    "too many log lines from one source: further lines from this source are left out",
+                    "too many log lines from one source; further lines from this source are left out",
                     &source,
                 );
             }

@@ -1,5 +1,5 @@
 //! `containerd-shim-husk-v2`: the shim that containerd starts for each sandbox. If `argv[0]` is the VMM's name, the
-//! program runs the VMM.
+//! program runs as the VMM instead.
 
 #![deny(clippy::indexing_slicing)]
 

@@ -3,7 +3,7 @@
 //! | containerd | stdin | reply |
 //! | --- | --- | --- |
 //! | 1.6, 1.7 | nothing, or the runtime options (an `Any`) | the plain address (task API v2) |
-//! | 2.0 to 2.2 | as 1.7 | JSON with version 3 if the sandbox controller made the bundle, otherwise as 1.7 |
+//! | 2.0 to 2.2 | as in 1.7 | JSON with version 3 if the sandbox controller made the bundle, otherwise as in 1.7 |
 //! | 2.3 and later | `BootstrapParams` | `BootstrapResult`, version 3 |
 //!
 //! containerd 1.7 rejects JSON with a version above 2. Every containerd since 1.6 accepts a plain address, and then
@@ -29,11 +29,11 @@ pub const MAX_INPUT: u64 = 10 << 20;
 /// Format of the reply to `start`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReplyFormat {
-    /// The address alone.
+    /// Only the address, as text.
     Plain,
-    /// JSON with a version.
+    /// A JSON object with the version of the task API, the address and the protocol.
     Json,
-    /// A `BootstrapResult`.
+    /// An encoded `BootstrapResult` message.
     Protobuf,
 }
 
@@ -46,7 +46,7 @@ pub struct Params {
     pub address: String,
     /// containerd's binary, which publishes events if there is no ttrpc socket.
     pub publish_binary: String,
-    /// Directory for the shim's socket.
+    /// Directory for the shim's socket. `None` means the default directory.
     pub socket_dir: Option<String>,
     /// Whether to log at debug level.
     pub debug: bool,
@@ -80,7 +80,7 @@ impl Env {
 impl Params {
     /// Merges the parameters from stdin, flags and environment.
     ///
-    /// Runtime options (an `Any`) can by accident be decoded as `BootstrapParams`, with their type URL as the id.
+    /// Runtime options (an `Any`) can also be decoded as `BootstrapParams`, with their type URL as the instance id.
     /// Therefore, stdin counts as bootstrap parameters only if its id and namespace equal those of the command line.
     pub fn new(input: &[u8], args: &Args, env: &Env) -> Self {
         if !input.is_empty()
@@ -109,7 +109,7 @@ impl Params {
         }
     }
 
-    /// Selects JSON for a bundle of the sandbox controller.
+    /// Changes a plain reply to JSON if the sandbox controller made the bundle.
     pub fn with_bundle(mut self, bundle: &Path) -> Self {
         if self.reply_format == ReplyFormat::Plain && is_sandbox_controller_bundle(bundle) {
             self.reply_format = ReplyFormat::Json;
@@ -118,7 +118,8 @@ impl Params {
     }
 }
 
-/// Returns whether the sandbox controller made the bundle. Such a bundle does not contain a `config.json`.
+/// Returns whether the sandbox controller made the bundle. A bundle from the sandbox controller does not
+/// contain a `config.json`.
 pub fn is_sandbox_controller_bundle(bundle: &Path) -> bool {
     bundle.components().any(|part| part.as_os_str() == SANDBOX_CONTROLLER)
 }

@@ -16,9 +16,10 @@ use crate::events::timestamp;
 use crate::oci::Bundle;
 use crate::sandbox::state_dir::StateDir;
 
-/// Exit status that `delete` reports, because it cannot know the task's real exit status.
+/// Exit status that `delete` reports. It is the status of a process killed by SIGKILL, because `delete` cannot know the
+/// task's real exit status.
 const EXIT_STATUS_KILLED: u32 = 128 + 9;
-/// Timeout of each request to a shim that may still be needed.
+/// Timeout of each request that checks whether the sandbox's shim is still needed.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Cleans up after a container, and after its sandbox if the sandbox's shim is dead or no longer needed.
@@ -37,9 +38,9 @@ pub fn delete(args: &Args) -> std::io::Result<()> {
             let address = if args.address.is_empty() { Env::read().grpc_address } else { args.address.clone() };
             Address::new(None, &address, &args.namespace, &group)
         });
-    // A live shim also serves the other containers of the pod. Therefore, only deleting the sandbox container cleans up
-    // after the shim. But containerd also runs this action after a normal deletion of the sandbox container. If the
-    // pod still has other containers then, their shim is still needed.
+    // A live shim serves all containers of the pod. Therefore, this action cleans up after a live shim only if it
+    // deletes the sandbox container. containerd also runs this action after a normal deletion of the sandbox container.
+    // If the pod has other containers at that time, they still need the shim.
     let is_needed = || {
         if group == args.id { spec.is_some() && has_other_containers(&address, &args.id) } else { address.is_live() }
     };
@@ -58,7 +59,7 @@ pub fn delete(args: &Args) -> std::io::Result<()> {
     out.flush()
 }
 
-/// Returns whether the shim no longer has container `id`, but still has other containers.
+/// Returns whether the shim has containers, but no longer has container `id`.
 ///
 /// Sends a Shutdown request. A shim that has other containers ignores the request, and every other shim ends.
 fn has_other_containers(address: &Address, id: &str) -> bool {
@@ -74,7 +75,8 @@ fn has_other_containers(address: &Address, id: &str) -> bool {
         }
         let shutdown = ShutdownRequest { id: id.to_owned(), ..Default::default() };
         task.shutdown(context(), &shutdown).await.ok()?;
-        // If the shim ends, it stops accepting connections before it answers the request.
+        // If the shim ends, it stops accepting connections before it answers the request. Therefore, `is_live` below
+        // returns false for a shim that ends.
         Some(())
     };
     runtime.block_on(probe).is_some() && address.is_live()

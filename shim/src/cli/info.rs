@@ -1,4 +1,4 @@
-//! The flags `-info` (containerd 2.0 and later) and `-v`.
+//! Handles the flags `-info` (containerd 2.0 and later) and `-v`.
 
 use std::io::{Read, Write};
 
@@ -14,9 +14,9 @@ pub fn version() {
 
 /// Returns the OCI runtime features (features.md of the OCI runtime specification) that callers evaluate.
 ///
-/// containerd derives two runtime handler features from them and reports both to the kubelet (containerd 2.x,
-/// internal/cri/server/service.go). The first is user namespaces, from `user` and id-mapped mounts. The second is
-/// recursive read-only mounts, from `rro`.
+/// containerd derives two features of the runtime handler from them, and reports these features to the kubelet
+/// (containerd 2.x, internal/cri/server/service.go). It reports user namespaces if it finds the namespace `user` and
+/// id-mapped mounts. It reports recursive read-only mounts if it finds the mount option `rro`.
 fn features() -> Any {
     let features = serde_json::json!({
         "ociVersionMin": "1.0.0",

@@ -16,9 +16,9 @@ pub struct Args {
     pub id: String,
     /// Address of containerd's gRPC socket.
     pub address: String,
-    /// The containerd binary, for publishing events.
+    /// Path of the containerd binary, which publishes events.
     pub publish_binary: String,
-    /// The bundle directory, if it is not the working directory.
+    /// The bundle directory. Empty if the bundle is the working directory.
     pub bundle: PathBuf,
     /// Socket to serve on. The flag is accepted for compatibility, but ignored. The shim chooses its own socket.
     pub socket: String,
@@ -28,11 +28,11 @@ pub struct Args {
     pub version: bool,
     /// Whether to print the RuntimeInfo message.
     pub info: bool,
-    /// The action: `start`, `delete` or empty.
+    /// The action, such as `start` or `delete`. Empty if the command line does not name an action.
     pub action: String,
 }
 
-/// A command line that cannot be used.
+/// An invalid command line.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ArgsError {
     /// An unknown flag.

@@ -46,10 +46,10 @@ pub enum StartError {
     NoSandbox(String),
 }
 
-/// Starts the sandbox's shim, or finds the one that is already running.
+/// Starts the sandbox's shim, or finds the shim that is already running. Writes the shim's address to stdout.
 ///
 /// # Errors
-/// [`StartError`]. Everything created before the failure is removed.
+/// [`StartError`]. The socket is removed if this container must not start a shim, or if the fork fails.
 pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     let dir = std::env::current_dir().map_err(StartError::WorkingDirectory)?;
     let mut input = Vec::new();
@@ -81,7 +81,7 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     let Some(listener) = listener else { return write_reply(&address, reply_format) };
     let destination = Destination::new(params.ttrpc_address, params.address, params.publish_binary);
     adjust_oom_score();
-    // SAFETY: this process has a single thread, so the child is not limited to async-signal-safe functions.
+    // SAFETY: this process has a single thread. Therefore, the child is not limited to async-signal-safe functions.
     match unsafe { nix::unistd::fork() } {
         Ok(nix::unistd::ForkResult::Parent { .. }) => write_reply(&address, reply_format),
         Ok(nix::unistd::ForkResult::Child) => {
@@ -96,7 +96,7 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
                 listener,
                 started_ns,
             };
-            // The child process must end here, because the later code is meant only for the parent.
+            // The child process must end here, because the rest of the program is meant only for the parent.
             std::process::exit(daemon::run(args));
         }
         Err(error) => {
@@ -121,7 +121,7 @@ fn write_address(bundle: &Path, address: &Address) -> Result<(), StartError> {
 
 /// Sets the shim's `oom_score_adj` to containerd's plus one, as containerd's own shims do.
 ///
-/// The kernel's OOM killer then kills the shim before containerd.
+/// If the node runs out of memory, the kernel's OOM killer therefore prefers the shim to containerd.
 fn adjust_oom_score() {
     let parent = nix::unistd::getppid();
     let score = std::fs::read_to_string(format!("/proc/{parent}/oom_score_adj"));

@@ -1,4 +1,4 @@
-//! One container of a sandbox and its processes.
+//! The containers of a sandbox, and the processes of each container.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +11,7 @@ use crate::error::ServiceError;
 use crate::lock;
 use crate::oci::Spec;
 
-/// An exec. Keeps its process specification until the exec is started.
+/// An exec, with the process specification that the guest gets when the exec is started.
 pub struct Exec {
     /// State of the process.
     pub process: Arc<Process>,
@@ -36,7 +36,7 @@ pub struct Container {
     execs: Mutex<HashMap<String, Arc<Exec>>>,
     paused: AtomicBool,
     oom_reported: AtomicBool,
-    /// Tasks that keep the mirrored volumes up to date. Dropping them with the container stops them.
+    /// Tasks that keep the mirrored volumes up to date. The tasks stop when the container is dropped.
     _mirroring: JoinSet<()>,
 }
 
@@ -55,10 +55,10 @@ impl Container {
         }
     }
 
-    /// Returns the init process if `exec` is empty, otherwise the process of that exec.
+    /// Returns the init process if `exec` is empty, otherwise the process of the exec with this id.
     ///
     /// # Errors
-    /// [`ServiceError::NoProcess`].
+    /// [`ServiceError::NoProcess`] if the container has no exec with this id.
     pub fn process(&self, exec: &str) -> Result<Arc<Process>, ServiceError> {
         if exec.is_empty() { Ok(Arc::clone(&self.init)) } else { self.exec(exec).map(|e| Arc::clone(&e.process)) }
     }
@@ -66,7 +66,7 @@ impl Container {
     /// Returns the exec with this id.
     ///
     /// # Errors
-    /// [`ServiceError::NoProcess`].
+    /// [`ServiceError::NoProcess`] if the container has no exec with this id.
     pub fn exec(&self, id: &str) -> Result<Arc<Exec>, ServiceError> {
         lock(&self.execs).get(id).cloned().ok_or_else(|| ServiceError::NoProcess(id.to_owned()))
     }
@@ -108,7 +108,7 @@ impl Container {
         self.paused.store(paused, Ordering::Relaxed);
     }
 
-    /// Returns whether this is the sandbox container of a pod. It has no process in the guest.
+    /// Returns whether this is the sandbox container of a pod. A sandbox container has no process in the guest.
     pub fn is_sandbox_container(&self) -> bool {
         self.spec.annotations.is_sandbox()
     }
@@ -144,7 +144,7 @@ impl Containers {
         lock(&self.slots).insert(container.id.clone(), Some(container));
     }
 
-    /// Removes an id. Returns whether no other id remains.
+    /// Removes an id. Returns true if no ids remain.
     pub fn remove(&self, id: &str) -> bool {
         let mut slots = lock(&self.slots);
         slots.remove(id);
@@ -159,12 +159,12 @@ impl Containers {
         lock(&self.slots).get(id).cloned().flatten().ok_or(ServiceError::NoContainer)
     }
 
-    /// Returns whether no container exists or is being created.
+    /// Returns true if there are no containers, not even a container that is still being created.
     pub fn is_empty(&self) -> bool {
         lock(&self.slots).is_empty()
     }
 
-    /// Returns whether `id` is the only id.
+    /// Returns true if `id` is the only container id.
     pub fn is_only(&self, id: &str) -> bool {
         let slots = lock(&self.slots);
         slots.len() == 1 && slots.contains_key(id)

@@ -72,7 +72,7 @@ impl Shim {
                 let started = self.sandbox.start_propagation();
                 started.map_err(|error| ServiceError::failed(format!("failed to watch the host's mounts: {error}")))?;
             }
-            // CNI plugins that run as hooks need the network namespace of the VMM process, which exists by this point.
+            // The hooks may run CNI plugins, which need the VMM process's network namespace. It exists at this point.
             self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
             self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
             Ok::<_, ServiceError>(prepared)
@@ -88,7 +88,7 @@ impl Shim {
         self.load_profile(&agent, &prepared.profile).await?;
         for volume in &prepared.volumes.memory {
             let made = agent.sandbox.mount_volume(within(timeouts::QUICK), volume).await;
-            made.map_err(|error| self.agent_error("volume", error))?;
+            made.map_err(|error| self.agent_error("mount_volume", error))?;
         }
         let mirroring = mirror::start(&agent, &request.id, prepared.volumes.mirrors).await;
         let mirroring = mirroring.map_err(ServiceError::failed)?;
@@ -122,8 +122,8 @@ impl Shim {
         Ok(())
     }
 
-    /// Tells the agent to clean up after a container whose creation failed. The guest may have copies of the
-    /// container's volumes, or the container itself.
+    /// Tells the agent to clean up after a failed creation. The guest may have copies of the container's volumes, or
+    /// the container itself.
     ///
     /// The agent may still be creating the container. In this case, the agent deletes the container after the creation
     /// has ended, even if the Delete request has timed out by then.
@@ -213,7 +213,7 @@ impl Shim {
         match done {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(error, "failed to remove the container's mounts"),
-            Err(error) => tracing::warn!(%error, "failed to remove the container's mounts"),
+            Err(error) => tracing::warn!(%error, "failed to run the task that removes the container's mounts"),
         }
     }
 
@@ -251,7 +251,7 @@ impl Shim {
             annotations: &container.spec.annotations,
         };
         if let Err(error) = hooks::run(kind, hooks, &state).await {
-            tracing::warn!(container = container.id, error = %crate::chain(&error), "failed to run hooks");
+            tracing::warn!(container = container.id, error = %crate::chain(&error), "failed to run the hooks");
         }
     }
 }

@@ -13,12 +13,14 @@ use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::vm::agent::{timeouts, within};
 
-/// Maximum time without progress in copying a container's output before the output counts as complete.
+/// Timeout for copying the rest of a container's output after the container's exit. If nothing is copied for this long,
+/// the output counts as complete.
 ///
-/// The container's processes have ended by then. Therefore, only a client that does not read can delay the copying.
+/// All processes of the container have ended by then. Therefore, only a client that does not read can delay the
+/// copying.
 const INIT_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
-/// The same timeout for the output of an exec. A process that the exec left behind may hold the exec's stdout open
-/// forever. runc's shim also waits for 2 s.
+/// The same timeout for the output of an exec. This timeout is shorter, because a process that the exec has left behind
+/// may hold the exec's stdout open forever. runc's shim also waits 2 s.
 const EXEC_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Shim {
@@ -129,7 +131,7 @@ impl Shim {
     }
 
     fn publish_deleted(&self, process: &Process, exit: Exit) -> DeleteResponse {
-        tracing::debug!(container = process.container, exec = process.exec, status = exit.status, "deleted");
+        tracing::debug!(container = process.container, exec = process.exec, status = exit.status, "deleted a process");
         DeleteResponse {
             pid: self.pid(&process.container),
             exit_status: exit.status,

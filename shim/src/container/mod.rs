@@ -1,4 +1,4 @@
-//! The containers of one sandbox: the operations of containerd's Task and Sandbox services.
+//! Implements the operations of containerd's Task and Sandbox services for one sandbox and its containers.
 
 pub mod containers;
 mod create;
@@ -32,7 +32,7 @@ use crate::sandbox::launch::DeferredLaunch;
 use crate::stdio::{Paths, Relay, Stdio, Streams};
 use crate::vm::agent::{Agent, Report};
 
-/// Exit status of a process whose VM ended: the status of a process killed by SIGKILL.
+/// Exit status of every process that had not exited when the VM ended. It is the status of a process killed by SIGKILL.
 pub(crate) const EXIT_STATUS_KILLED: u32 = 128 + 9;
 
 /// The shim's state: one sandbox and its containers.
@@ -52,8 +52,8 @@ pub struct Shim {
     pub(crate) finished: watch::Sender<bool>,
 }
 
-/// Runs `work` to completion even if its caller is dropped. ttrpc drops a request's handler when the request's timeout
-/// expires.
+/// Runs `work` to completion, even if the caller's future is dropped. ttrpc drops the future of a request's handler
+/// when the request's timeout expires.
 pub(crate) async fn run_to_completion<T: Send + 'static>(
     work: impl Future<Output = ttrpc::Result<T>> + Send + 'static,
 ) -> ttrpc::Result<T> {
@@ -63,7 +63,7 @@ pub(crate) async fn run_to_completion<T: Send + 'static>(
 impl Shim {
     /// Returns the shim's state for a sandbox, and starts to process `reports`, the agent's events.
     ///
-    /// `pending` contains the input of the launch if a later request creates the sandbox.
+    /// `pending` is set if a later request creates the sandbox. It contains the input of that launch.
     pub fn new(
         namespace: &str,
         sandbox: Arc<Sandbox>,
@@ -88,7 +88,7 @@ impl Shim {
         shim
     }
 
-    /// Waits until the last container and the sandbox are gone.
+    /// Waits until [`Shim::finish`] has torn the sandbox down.
     pub async fn wait_finished(&self) {
         let _ = self.finished.subscribe().wait_for(|done| *done).await;
     }
@@ -98,7 +98,7 @@ impl Shim {
         &self.events
     }
 
-    /// Tears the sandbox down once. Returns to every caller when the teardown is complete.
+    /// Tears the sandbox down. Only the first call starts the teardown, but every call returns when it is complete.
     pub async fn finish(self: &Arc<Self>) {
         if !self.finishing.swap(true, Ordering::Relaxed) {
             // Uses a separate task, because the first caller's request may be dropped when its timeout expires.
@@ -167,7 +167,7 @@ impl Shim {
 
     pub(crate) fn publish_oom(&self, container: &Container) {
         if container.claim_oom_report() {
-            tracing::info!(container = container.id, "out of memory");
+            tracing::info!(container = container.id, "the container ran out of memory");
             let event = TaskOOM { container_id: container.id.clone(), ..Default::default() };
             self.events.publish(TASK_OOM_EVENT_TOPIC, &event);
         }
@@ -177,7 +177,7 @@ impl Shim {
         if process.exec.is_empty() {
             self.sandbox.timeline.mark("exited");
         }
-        tracing::debug!(container = process.container, exec = process.exec, status = exit.status, "exited");
+        tracing::debug!(container = process.container, exec = process.exec, status = exit.status, "a process exited");
         let event = TaskExit {
             container_id: process.container.clone(),
             id: process.event_id().to_owned(),
@@ -197,7 +197,8 @@ impl Shim {
         self.sandbox.agent().ok_or(ServiceError::Gone)
     }
 
-    /// Converts an error of the agent. If the VM has ended, the error contains the last lines of the guest's console.
+    /// Converts an error of a call to the agent, for containerd. If the VM has ended, the new error contains the last
+    /// lines of the guest's console. `what` is the name of the call.
     pub(crate) fn agent_error(&self, what: &str, error: ttrpc::Error) -> ttrpc::Error {
         if self.sandbox.is_dead() {
             let console = self.sandbox.console_tail();
@@ -211,8 +212,8 @@ impl Shim {
         crate::vm::agent::error(what, error)
     }
 
-    /// Opens the streams that a process's stdio needs and starts copying. Returns the stream tokens for the guest's
-    /// request.
+    /// Opens the streams that a process's stdio needs, and starts to copy data. Returns the relay that copies the data,
+    /// and the stream tokens for the request to the agent.
     pub(crate) async fn connect_stdio(&self, stdio: Stdio) -> Result<(Relay, StreamTokens), ServiceError> {
         let needed = stdio.needed_streams();
         let open = async |wanted: bool| match wanted {
@@ -249,7 +250,8 @@ impl Shim {
     }
 }
 
-/// The stream tokens that name a process's streams in the guest's request.
+/// The stream tokens that name a process's streams in a request to the agent. A token is empty if its stream is
+/// not needed.
 #[derive(Debug, Default)]
 pub(crate) struct StreamTokens {
     stdin: String,

@@ -18,7 +18,7 @@ impl Shim {
         }
     }
 
-    /// A failure is only logged, because the VMM may have ended.
+    /// Sets the VMM's `oom_score_adj`. A failure is only logged, because the VMM may have ended.
     fn set_oom_score(&self, score: i32) {
         let pid = self.sandbox.pid();
         if !self.sandbox.is_dead()

@@ -68,7 +68,7 @@ pub enum PrepareError {
     #[error(transparent)]
     Volume(#[from] VolumeError),
     /// Host-only file systems cannot be distinguished from other file systems.
-    #[error("failed to find host-only file systems for {}", share.display())]
+    #[error("failed to find the host-only file systems to keep out of the share {}", share.display())]
     HostOnly {
         /// Path of the sandbox's share.
         share: PathBuf,
@@ -105,7 +105,8 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         translate::add_cgroup_namespace(&mut raw);
     }
     let create = |path: PathBuf| fs::create_dir(&path).map_err(|source| PrepareError::Create { path, source });
-    create(share.join(id))?; // A failure must not reach the cleanup below, which would remove an existing container.
+    // After a failure, this returns before the cleanup below, which would remove an existing container with this id.
+    create(share.join(id))?;
     let mounted = (|| {
         create(share.join(id).join("rootfs"))?;
         create(shared_mounts::markers_dir(share, id))?;

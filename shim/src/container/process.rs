@@ -72,7 +72,7 @@ pub enum ExitReport {
     Publish,
     /// Do nothing yet: [`Process::confirm_start`] returns the exit once the start event is published.
     Deferred,
-    /// Ignore the exit, because an exit has been reported before.
+    /// Ignore the exit, because an earlier report already contained an exit of this process.
     Duplicate,
 }
 
@@ -98,7 +98,7 @@ impl Process {
         lock(&self.inner).state
     }
 
-    /// Returns the exit, if the process has exited.
+    /// Returns the exit, or `None` if the process has not exited.
     pub fn exit(&self) -> Option<Exit> {
         *self.exit.borrow()
     }
@@ -108,7 +108,7 @@ impl Process {
         let mut exit = self.exit.subscribe();
         match exit.wait_for(Option::is_some).await.map(|exit| *exit) {
             Ok(Some(exit)) => exit,
-            // This arm is unreachable, because the sender belongs to `self`.
+            // This arm is unreachable: the wait fails only if the sender is dropped, but `self` owns the sender.
             _ => Exit { status: 255, at: SystemTime::now() },
         }
     }
@@ -118,7 +118,7 @@ impl Process {
         lock(&self.inner).relay = Some(Arc::new(relay));
     }
 
-    /// Returns the relay.
+    /// Returns the relay, or `None` if it was not set or has been dropped.
     pub fn relay(&self) -> Option<Arc<Relay>> {
         lock(&self.inner).relay.clone()
     }
@@ -132,7 +132,7 @@ impl Process {
     /// Changes the state from created to starting.
     ///
     /// # Errors
-    /// [`ServiceError::Start`] from any other state.
+    /// [`ServiceError::Start`] if the process is in any other state.
     pub fn begin_start(&self) -> Result<(), ServiceError> {
         let mut inner = lock(&self.inner);
         if inner.state != State::Created || inner.deferred_exit.is_some() {
@@ -142,7 +142,8 @@ impl Process {
         Ok(())
     }
 
-    /// Records that the start event was published. Returns an exit that was reported before, for publication.
+    /// Records that the start event was published. If the process exited before this event, returns its exit, which the
+    /// caller must then publish.
     pub fn confirm_start(&self) -> Option<Exit> {
         let mut inner = lock(&self.inner);
         match inner.deferred_exit.take() {
@@ -163,7 +164,7 @@ impl Process {
 
     /// Records that the agent could not start the process.
     ///
-    /// runc's shim counts such a process as stopped, with the exit status 255 for an exec.
+    /// As in runc's shim, the process then counts as stopped. `exit` is the exit that clients see.
     pub fn start_failed(&self, exit: Exit) {
         let mut inner = lock(&self.inner);
         inner.deferred_exit = None;
@@ -194,7 +195,7 @@ impl Process {
     /// Begins the deletion. Returns the state before the deletion.
     ///
     /// # Errors
-    /// [`ServiceError::Delete`] if the process runs, or `deleted` if its deletion has begun before.
+    /// [`ServiceError::Delete`] if the process runs. The error `deleted` if an earlier call has begun the deletion.
     pub fn begin_delete(&self, deleted: ServiceError) -> Result<State, ServiceError> {
         let mut inner = lock(&self.inner);
         match inner.state {
@@ -207,7 +208,7 @@ impl Process {
         }
     }
 
-    /// Restores the state before a failed deletion, so that the deletion can be retried.
+    /// Restores the state that the process had before a failed deletion, so that the deletion can be retried.
     pub fn delete_failed(&self, before: State) {
         lock(&self.inner).state = before;
     }
@@ -239,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn start_exit_and_delete_move_through_the_states() {
+    fn process_changes_state_on_start_exit_and_delete() {
         let p = process();
         p.begin_start().unwrap();
         assert!(matches!(p.begin_start(), Err(ServiceError::Start("running"))));

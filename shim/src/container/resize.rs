@@ -27,7 +27,7 @@ impl Shim {
         let after = self.pod_size();
         self.log_vcpu_shortage();
         // The pod boots with the size for its first containers, which are created one by one. Until all of them exist,
-        // their limits add up to less than the boot size. Therefore, a creation may only grow the pod.
+        // their limits add up to less than the boot size. Therefore, a creation may grow the pod, but not shrink it.
         match before.zip(after) {
             Some((before, after)) if before.max(after) != before || huge => self.resize(before).await,
             _ => Ok(()),
@@ -44,15 +44,16 @@ impl Shim {
         }
     }
 
-    /// Queues a resize: the pod and its limits on the host are adapted to the needs of its containers. Does not wait
-    /// for the resize.
+    /// Queues a resize, which adapts the pod and its limits on the host to what its containers need. Does not wait for
+    /// the resize.
     pub(crate) fn queue_resize(&self) {
         if let Some((resizer, target)) = self.sandbox.resizer().zip(self.target(None)) {
             resizer.queue(target);
         }
     }
 
-    /// Grows the pod for a container's new limits (OCI `LinuxResources` as JSON). [`Shim::finish_update`] must follow.
+    /// Grows the pod for a container's new limits (OCI `LinuxResources` as JSON). Returns the update, which the caller
+    /// must pass to [`Shim::finish_update`].
     pub(crate) async fn prepare_update(&self, id: &str, raw: &[u8]) -> Result<LimitsUpdate, ServiceError> {
         let before = lock(&self.limits.pod).get(id).cloned().unwrap_or_default();
         let after = before
@@ -72,12 +73,13 @@ impl Shim {
         Ok(change)
     }
 
-    /// Records whether the update succeeded, and releases resources that are no longer needed.
+    /// Keeps the new limits if the update succeeded (`done`), otherwise restores the old limits. Then releases
+    /// resources that are no longer needed.
     pub(crate) async fn finish_update(&self, id: &str, change: &LimitsUpdate, done: bool) {
         if change.before == change.after {
             return;
         }
-        // `None` if the container was deleted during the update.
+        // The container may have been deleted during the update. Its limits do not exist then.
         if let Some(limits) = lock(&self.limits.pod).get_mut(id) {
             *limits = if done { &change.after } else { &change.before }.clone();
         }
@@ -86,7 +88,8 @@ impl Shim {
         }
     }
 
-    /// Logs a message if the pod has fewer vCPUs than its containers may use. Such a pod is slower than under runc.
+    /// Logs a message if the pod has fewer vCPUs than its containers may use. These containers may be slower than under
+    /// runc.
     fn log_vcpu_shortage(&self) {
         let Some(resizer) = self.sandbox.resizer() else { return };
         let (wanted, most) = (resizer.growth.vcpus(lock(&self.limits.pod).values()), resizer.growth.max.vcpus);
@@ -94,7 +97,7 @@ impl Shim {
             tracing::info!(
                 wanted,
                 most,
-                "the pod has fewer vCPUs than its containers may use (see spare_vcpus and max_vcpus)"
+                "the pod has fewer vCPUs than its containers may use (see the settings spare_vcpus and max_vcpus)"
             );
         }
     }

@@ -1,4 +1,4 @@
-//! The sandbox container of a Kubernetes pod: a record that stands for the VM.
+//! The sandbox container of a Kubernetes pod. In Husk, this container is only a record that represents the VM.
 //!
 //! Its image contains only the pause program, which waits for signals. Husk never runs this program, but reports to
 //! containerd what the program would do.
@@ -30,7 +30,7 @@ impl Shim {
         Ok(())
     }
 
-    /// Handles a signal to the sandbox container. A signal that ends the pause program ends the pod's VM.
+    /// Handles a signal to the sandbox container. A signal that would end the pause program ends the pod's VM.
     pub(crate) async fn kill_sandbox_container(&self, container: &Container, request: &KillRequest) {
         let Some(status) = status_after(request.signal) else { return };
         self.sandbox.flush_disks().await;

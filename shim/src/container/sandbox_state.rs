@@ -1,6 +1,6 @@
 //! The sandbox as containerd's sandbox controller sees it.
 //!
-//! Requests create, start, stop and shut down the sandbox, independently of its containers.
+//! The controller's requests create, start, stop and shut down the sandbox, independently of its containers.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -23,9 +23,9 @@ const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// State of the sandbox that the controller's requests change.
 pub struct SandboxState {
-    /// Input of the launch. `None` after the launch has taken it.
+    /// Input of a launch that a request starts later. `None` if the sandbox has already been launched or stopped.
     pending: Mutex<Option<DeferredLaunch>>,
-    /// Set if a request created the sandbox. Such a sandbox stays until a request ends it.
+    /// Set if a request created the sandbox. The sandbox then stays until a request ends it.
     created: OnceLock<Created>,
     /// Whether a request to stop has arrived.
     stopping: Mutex<bool>,
@@ -37,12 +37,12 @@ pub struct SandboxState {
 struct Created {
     /// Specification that this shim made for the sandbox. It is `{}` if the bundle has a specification.
     spec: Value,
-    /// Directory of the pod's files, if this shim wrote them.
+    /// Directory of the pod's files. `None` if this shim did not write them.
     files: Option<PathBuf>,
 }
 
 impl SandboxState {
-    /// Returns the initial state. `pending` is set if the specification arrives later.
+    /// Returns the initial state. `pending` is set if the specification arrives later, in a request.
     pub fn new(pending: Option<DeferredLaunch>) -> Self {
         Self {
             pending: Mutex::new(pending),
@@ -63,7 +63,7 @@ impl SandboxState {
         self.created_at
     }
 
-    /// Returns the exit, if the sandbox has ended.
+    /// Returns the exit, or `None` if the sandbox has not ended.
     pub fn exit(&self) -> Option<Exit> {
         *self.exit.borrow()
     }
@@ -73,7 +73,8 @@ impl SandboxState {
         self.created.get().map_or(Value::Null, |created| created.spec.clone())
     }
 
-    /// Returns the directory of files that the pod's containers see, such as `/etc/hosts`.
+    /// Returns the directory of files that the pod's containers see, such as `/etc/hosts`. Returns `None` if this shim
+    /// did not write the files.
     pub fn files(&self) -> Option<PathBuf> {
         self.created.get()?.files.clone()
     }
@@ -88,10 +89,10 @@ impl SandboxState {
         });
     }
 
-    /// Waits for the end of the sandbox.
+    /// Waits for the end of the sandbox and returns its exit.
     pub async fn wait(&self) -> Exit {
         let ended = self.exit.subscribe().wait_for(Option::is_some).await.map(|exit| *exit);
-        // The fallback is unreachable, because the sender belongs to `self`.
+        // The fallback is unreachable: the wait fails only if the sender is dropped, but `self` owns the sender.
         ended.ok().flatten().unwrap_or_else(|| Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() })
     }
 }

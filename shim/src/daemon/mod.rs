@@ -44,7 +44,7 @@ pub struct DaemonArgs {
     pub dir: PathBuf,
     /// The sandbox's bundle. `None` if the CreateSandbox request contains the specification.
     pub bundle: Option<Bundle>,
-    /// Receiver of the events.
+    /// The containerd that receives the events.
     pub destination: Destination,
     /// Whether to log at debug level.
     pub debug: bool,
@@ -52,13 +52,13 @@ pub struct DaemonArgs {
     pub address: Address,
     /// The bound socket.
     pub listener: UnixListener,
-    /// Start time of the program.
+    /// Time of the monotonic clock, in nanoseconds, at which `start` began.
     pub started_ns: u64,
 }
 
 /// Runs the daemon and returns its exit code.
 pub fn run(args: DaemonArgs) -> i32 {
-    // The daemon is idle for most of its life, and should then take little memory.
+    // The daemon is idle for most of its life. Its heap must stay small, so that an idle daemon takes little memory.
     heap::keep_small();
     let vmm_log = detach();
     log::init(&args.dir, &args.namespace, &args.sandbox, args.debug);
@@ -98,7 +98,8 @@ pub fn run(args: DaemonArgs) -> i32 {
 
 /// Leaves containerd's session. Closes the pipes to containerd, because containerd waits for their end of file.
 ///
-/// Makes stderr, which the VMM inherits, a pipe whose lines go to the log. Returns the pipe's read end.
+/// Replaces stderr, which the VMM inherits, by a pipe. Returns the pipe's read end, from which lines are copied to the
+/// log. Returns `None` if there is no pipe.
 fn detach() -> Option<OwnedFd> {
     let _ = nix::unistd::setsid();
     let null = std::fs::File::options().read(true).write(true).open("/dev/null").ok()?;
@@ -114,7 +115,8 @@ fn detach() -> Option<OwnedFd> {
 
 /// Creates the mount namespace and the state directory. Runs before the async runtime is started.
 ///
-/// An error is reported later, by the request that creates the sandbox.
+/// Returns the context of the launch, and the guest's view of the share. If the share is an error, the request that
+/// creates the sandbox reports this error later.
 fn prepare(args: &DaemonArgs, dir: StateDir, timeline: Arc<Timeline>) -> (LaunchContext, Result<PathBuf, String>) {
     let made =
         create_mount_namespace().map_err(|e| format!("failed to create the mount namespace: {e}")).and_then(|()| {
@@ -137,12 +139,12 @@ fn create_mount_namespace() -> nix::Result<()> {
     mount(None::<&Path>, "/", None::<&Path>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&Path>)
 }
 
-/// Says when the VM boots.
+/// When the VM boots.
 enum Launch {
     /// The VM boots immediately, because the specification is known.
     Immediate(Box<LaunchInput>),
-    /// The VM boots when a request creates the sandbox. Contains the directory that the VMM serves to
-    /// the guest, or the error from preparing this directory.
+    /// The VM boots when a request creates the sandbox. Contains the guest's view of the share, or the error of
+    /// preparing the share.
     Deferred(Result<PathBuf, String>),
 }
 

@@ -1,4 +1,4 @@
-//! Events to containerd: one queue, delivered in order, with retries.
+//! Queues events for containerd, and delivers the events in order, with retries.
 
 mod publish;
 
@@ -14,7 +14,8 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use publish::{Destination, PublishError};
 
-/// Maximum number of queued events. Without a limit, a long absence of containerd could use up the node's memory.
+/// Maximum number of queued events. Without a limit, the queue could use up the node's memory while containerd does not
+/// run.
 const MAX_QUEUED: usize = 4096;
 
 /// Delivers one event.
@@ -42,7 +43,8 @@ pub struct Events {
 pub struct RetryPolicy {
     /// Time after which the event is dropped.
     pub timeout: Duration,
-    /// Delay before the first retry. Each further delay is twice as long, up to two seconds.
+    /// Delay before the first retry. Each further delay is twice as long as the previous delay, up to two
+    /// seconds.
     pub initial_backoff: Duration,
 }
 
@@ -69,7 +71,7 @@ impl Events {
         };
         if self.waiting.fetch_add(1, Ordering::Relaxed) >= MAX_QUEUED {
             self.waiting.fetch_sub(1, Ordering::Relaxed);
-            tracing::error!(topic, "event dropped: the queue of events for containerd is full");
+            tracing::error!(topic, "dropped an event, because the queue of events for containerd is full");
             return;
         }
         let envelope = Envelope {
@@ -87,20 +89,23 @@ impl Events {
     pub async fn flush(&self, timeout: Duration) {
         let (done, wait) = oneshot::channel();
         if self.queue.send(Item::Flush(done)).is_ok() && tokio::time::timeout(timeout, wait).await.is_err() {
-            tracing::warn!(waiting = self.waiting.load(Ordering::Relaxed), "timed out delivering the last events");
+            tracing::warn!(
+                waiting = self.waiting.load(Ordering::Relaxed),
+                "timed out while delivering the last events to containerd"
+            );
         }
     }
 }
 
 /// Delivers the queued events in order. While one event is retried, later events wait.
 ///
-/// Delivery is at least once: a retry can repeat an event that containerd has already read. This happens if the
-/// connection breaks or the timeout passes before containerd's response arrives. Both happen only if containerd hangs
-/// or is killed at that moment.
+/// Delivery is at least once: a retry can repeat an event that containerd has already read. This happens only if
+/// containerd hangs or is killed before it responds. Then the timeout passes or the connection breaks, and the shim
+/// retries.
 ///
-/// The protocol cannot prevent duplicates: ttrpc's `Forward` has no event id, and containerd forwards every event that
-/// it receives. Without retries, exit events could be lost, but the kubelet and containerd's CRI wait for them. A
-/// duplicate does no harm, because the kubelet and the CRI ignore another exit event of an exited container.
+/// The protocol cannot prevent duplicates, because ttrpc's `Forward` has no event id, and containerd forwards every
+/// event that it receives. Without retries, exit events could be lost, but the kubelet and containerd's CRI wait for
+/// them. A duplicate does no harm, because the kubelet and the CRI ignore a second exit event of the same container.
 async fn deliver(
     mut items: mpsc::UnboundedReceiver<Item>,
     waiting: Arc<AtomicUsize>,
@@ -119,10 +124,14 @@ async fn deliver(
         let mut backoff = retry.initial_backoff;
         while let Err(error) = publisher.publish(&event).await {
             if tokio::time::Instant::now() + backoff > deadline {
-                tracing::error!(topic = event.topic, error = %crate::chain(&error), "event dropped: delivery failed");
+                tracing::error!(
+                    topic = event.topic,
+                    error = %crate::chain(&error),
+                    "dropped an event, because all attempts to deliver it failed"
+                );
                 break;
             }
-            tracing::debug!(topic = event.topic, error = %crate::chain(&error), "failed to deliver an event: retrying");
+            tracing::debug!(topic = event.topic, error = %crate::chain(&error), "failed to deliver an event; retrying");
             tokio::time::sleep(backoff).await;
             backoff = (backoff * 2).min(Duration::from_secs(2));
         }

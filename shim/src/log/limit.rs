@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn burst_is_logged_and_a_flood_is_counted() {
+    fn burst_is_logged_and_further_lines_are_counted() {
         let mut limiter = Limiter::default();
         let begin = Instant::now();
         for _ in 0..BURST {
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn steady_lines_at_the_rate_are_never_left_out() {
+    fn lines_within_the_rate_limit_are_never_left_out() {
         let mut limiter = Limiter::default();
         let begin = Instant::now();
         for number in 0..5 * BURST {

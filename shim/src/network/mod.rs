@@ -5,7 +5,8 @@
 //! expect them. The guest gets an interface with the same name, MAC address, addresses, routes, rules and neighbours. A
 //! tap exists as long as one of its fds is open. Therefore, the tap disappears when the VMM ends.
 //!
-//! [`connect`] changes the calling thread's network namespace. The daemon calls it while the process has one thread.
+//! While [`connect`] runs, the calling thread is in the pod's network namespace. Therefore, the daemon calls this
+//! function before the process has other threads, or in a thread that only launches the sandbox.
 
 pub mod port_forwarding;
 mod read;
@@ -57,8 +58,8 @@ pub struct TapOptions {
 impl TapOptions {
     /// Limits the queue pairs for a VM with this many interfaces.
     ///
-    /// The fds of all interfaces go to the VMM in one message, together with the VM's other fds. If there are very many
-    /// interfaces, each one has fewer queue pairs.
+    /// The fds of all interfaces go to the VMM in one message, together with the VM's other fds. If these fds would
+    /// exceed the message's limit, each interface has fewer queue pairs.
     fn per_interface(self, interfaces: usize) -> Self {
         let fds = (wire::MAX_FDS - VM_FDS) / interfaces.max(1);
         Self { queue_pairs: self.queue_pairs.min(fds.saturating_sub(usize::from(self.vhost))).max(1), ..self }
@@ -70,8 +71,8 @@ impl TapOptions {
 pub struct Tap {
     /// The open device, one fd per queue pair.
     pub fds: Vec<OwnedFd>,
-    /// `/dev/vhost-net`, if vhost-net may carry the frames. In this case, traffic control on the host does the MAC
-    /// anti-spoofing. Otherwise, the VMM does it.
+    /// An fd of `/dev/vhost-net`, if vhost-net may carry the frames. In this case, traffic control on the host does the
+    /// MAC anti-spoofing. Otherwise, the VMM does it.
     pub vhost: Option<OwnedFd>,
     /// The interface's index in the namespace.
     pub link: i32,
@@ -124,12 +125,13 @@ fn kernel_error(step: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkErr
 ///
 /// # Errors
 /// [`NetworkError`]. Taps created before the failure are removed. The thread is back in its original namespace, unless
-/// the error is [`NetworkError::Enter`] for that namespace.
+/// the error is a [`NetworkError::Enter`] with the path of the original namespace.
 pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError> {
     in_namespace(path, || {
         let netlink = Netlink::open().map_err(kernel_error("open a netlink socket"))?;
         let list = || read::links(&netlink).map_err(kernel_error("list interfaces"));
-        // Subscribes before the first listing. Otherwise, changes of interfaces after the listing would be missed.
+        // Subscribes before the first listing. Otherwise, changes between the listing and the subscription would be
+        // missed.
         let before = watcher::subscribe();
         let links = list()?;
         let each = options.per_interface(links.len());
@@ -163,9 +165,8 @@ fn without_taps(mut links: Vec<Link>, taps: &[Tap]) -> Vec<Link> {
 }
 
 /// Starts port forwarding. TCP connections that host processes open in the current network namespace are redirected to
-/// the shim.
+/// the shim. Returns `None` after a failure, which is only logged.
 fn start_port_forwarding() -> Option<PortForwarding> {
-    // Best effort.
     sk_lookup::attach_to_current_namespace()
         .inspect_err(
             |error| tracing::warn!(%error, "failed to steer connections to the shim; port forwarding is not available"),
@@ -191,7 +192,7 @@ pub fn watch_new(path: &Path, forward_ports: bool, options: TapOptions) -> Resul
 /// Runs `f` in the network namespace at `path`.
 ///
 /// # Errors
-/// [`NetworkError::Open`] and [`NetworkError::Enter`].
+/// [`NetworkError::Open`] or [`NetworkError::Enter`] if the namespace cannot be opened, entered or left.
 pub fn in_namespace<T>(path: &Path, f: impl FnOnce() -> T) -> Result<T, NetworkError> {
     let open = |path: &Path| File::open(path).map_err(|source| NetworkError::Open { path: path.into(), source });
     let enter = |file: &File, path: &Path| {

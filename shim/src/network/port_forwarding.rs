@@ -1,6 +1,7 @@
-//! Port forwarding: forwards connections to the guest that host processes open in the pod's network namespace.
+//! Port forwarding: host processes open connections in the pod's network namespace, and the shim forwards these
+//! connections to the guest.
 //!
-//! See `crate::network::sk_lookup` for how such connections reach the shim's listeners.
+//! See `crate::network::sk_lookup` for how the connections reach the shim's listeners.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use crate::vm::vmm::{Vmm, VmmError};
 
 /// Maximum number of connections at once. Further connections wait in the listener's backlog.
 const MAX_CONNECTIONS: usize = 512;
-/// Timeout for connecting inside the guest.
+/// Timeout for connecting to a listener in the guest.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// First and maximum backoff after a failed accept.
@@ -32,7 +33,7 @@ enum ForwardError {
     /// The guest could not connect, usually because nothing listens at the address.
     #[error("failed to connect to {address} in the pod")]
     Refused {
-        /// Address that was dialled.
+        /// Address that the client dialled.
         address: SocketAddr,
         /// Error of the guest's kernel.
         #[source]
@@ -57,7 +58,10 @@ pub fn serve(forwarding: PortForwarding, vmm: &Vmm) {
             let accepting = accept(listener, vmm.clone(), slots);
             tokio::select! {
                 result = accepting => if let Err(error) = result {
-                    tracing::warn!(%error, "stopped port forwarding: a listener in the pod's network namespace failed");
+                    tracing::warn!(
+                        %error,
+                        "stopped port forwarding, because a listener in the pod's network namespace failed"
+                    );
                 },
                 _ = vmm.wait() => {}
             }
@@ -103,9 +107,9 @@ fn is_listener_error(error: &std::io::Error) -> bool {
 }
 
 async fn forward_connection(mut client: TcpStream, vmm: &Vmm) -> Result<(), ForwardError> {
-    // The local address of an accepted connection is the address that was dialled.
+    // The local address of an accepted connection is the address that the client dialled.
     let address = client.local_addr()?;
-    // If nothing listens in the guest, the client must see a reset instead of an orderly end.
+    // If nothing listens in the guest, the client must see a reset instead of an orderly close.
     reset_at_close(&client, true)?;
     let mut guest =
         tokio::time::timeout(CONNECT_TIMEOUT, dial(address, vmm)).await.map_err(|_| ForwardError::Timeout)??;

@@ -4,9 +4,10 @@
 //! are redirected and never reach the namespace's network stack. Only host processes open connections inside the
 //! namespace. For example, containerd's port forwarding connects to localhost there.
 //!
-//! A BPF program at the kernel's socket lookup (BPF_PROG_TYPE_SK_LOOKUP, Linux 5.9) selects the listener of the address
-//! family, for every destination address and port. The accepted connection has the destination as its local address.
-//! The steering does not need netfilter. The listeners and the program disappear when their fds are closed.
+//! A BPF program in the kernel's socket lookup (BPF_PROG_TYPE_SK_LOOKUP, Linux 5.9) selects the listener of the
+//! connection's address family, for every destination address and port. The local address of an accepted connection is
+//! the destination that the client dialled. The steering does not need netfilter. The listeners and the program
+//! disappear when their fds are closed.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
@@ -35,10 +36,10 @@ const SK_PASS: i32 = 1;
 const CTX_FAMILY: i16 = 8;
 const CTX_PROTOCOL: i16 = 12;
 
-/// Steers the connections of the current network namespace.
+/// Creates listeners in the current network namespace, and steers TCP connections to these listeners.
 ///
 /// # Errors
-/// For example, if the kernel is too old for this program type, or its configuration forbids BPF programs.
+/// The kernel's error, for example if the kernel is older than 5.9 or its configuration forbids BPF programs.
 pub fn attach_to_current_namespace() -> io::Result<PortForwarding> {
     let listen = |address: SocketAddr| {
         let listener = TcpListener::bind(address)?;
@@ -46,7 +47,7 @@ pub fn attach_to_current_namespace() -> io::Result<PortForwarding> {
         Ok::<_, io::Error>(listener)
     };
     let mut listeners = vec![listen((Ipv4Addr::LOCALHOST, 0).into())?];
-    // The namespace may not support IPv6.
+    // An error is ignored, because the namespace may not support IPv6.
     listeners.extend(listen((Ipv6Addr::LOCALHOST, 0).into()));
     let map = SocketMap::create(2)?;
     for (key, listener) in (0..).zip(&listeners) {

@@ -35,8 +35,8 @@ enum NetworkSyncError {
     /// The pod's network on the host cannot be read.
     #[error(transparent)]
     Read(#[from] NetworkError),
-    /// The thread that reads the pod's network could not be started.
-    #[error("failed to start a thread that reads the pod's network")]
+    /// The thread that reads the pod's network could not be started, or panicked.
+    #[error("failed to run the thread that reads the pod's network")]
     Thread(#[source] io::Error),
     /// The VMM cannot attach or detach an interface.
     #[error("failed to attach or detach a network interface of the VM")]
@@ -46,8 +46,8 @@ enum NetworkSyncError {
     Guest(#[source] ttrpc::Error),
 }
 
-/// Request to apply all current changes. The answer arrives when the changes are applied. An error is a text with the
-/// error and its causes.
+/// Request to apply all current changes. The answer arrives when the changes are applied. If they cannot be applied,
+/// the answer is a text with the error and its causes.
 type SettleRequest = oneshot::Sender<Result<(), String>>;
 
 /// Handle of the task that applies changes.
@@ -127,7 +127,8 @@ async fn watch(
     loop {
         let retry_at = retry.as_ref().map(|retry| retry.retry_at);
         let request = tokio::select! {
-            // Every attempt creates taps, which cause notices. These notices must not shorten the backoff.
+            // Every attempt creates taps, which cause netlink notifications. These notifications must not shorten the
+            // backoff.
             ready = notices.readable(), if retry_at.is_none() => {
                 ready?.clear_ready();
                 tokio::select! {
@@ -160,7 +161,7 @@ struct Guest {
     watcher: Arc<Mutex<NetworkWatcher>>,
     vmm: Vmm,
     agent: Agent,
-    /// Slots of attached interfaces that the guest has not scanned yet.
+    /// Slots of attached interfaces whose devices the guest has not bound to their driver yet.
     unbound_slots: Vec<u32>,
     /// MAC addresses of devices whose interfaces have disappeared.
     removed: Vec<[u8; 6]>,
@@ -239,14 +240,14 @@ impl Guest {
     }
 }
 
-/// Reads all pending notices. Returns whether at least one was pending.
+/// Reads all pending netlink notifications. Returns whether at least one notification was pending.
 fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
     let mut some = false;
     loop {
         let mut bytes = [0u8; 8192];
         match recv(notices.as_raw_fd(), &mut bytes, MsgFlags::empty()) {
             Ok(_) => some = true,
-            // The kernel has dropped notices. Therefore, at least one was pending.
+            // The kernel has dropped notifications. Therefore, at least one notification was pending.
             Err(Errno::ENOBUFS) => some = true,
             Err(Errno::EAGAIN) => return Ok(some),
             Err(error) => return Err(error.into()),
@@ -293,7 +294,7 @@ mod tests {
     impl Apply for FailingGuest {
         async fn apply(&mut self) -> Result<(), NetworkSyncError> {
             self.tries.send(Instant::now()).unwrap();
-            // Every attempt causes a notice, as creating a tap does.
+            // Every attempt causes a notification, as the creation of a tap does.
             self.notices.write_all(b"x").unwrap();
             match self.left {
                 0 => Ok(()),
@@ -305,8 +306,8 @@ mod tests {
         }
     }
 
-    /// Starts the task with a guest that fails `left` attempts. Also returns the socket that causes notices, and the
-    /// receiver of the attempts' times.
+    /// Starts the task with a guest that fails `left` attempts. Also returns the socket that sends notifications, and
+    /// the receiver of the attempts' times.
     fn watched(left: u32) -> (NetworkSync, UnixStream, mpsc::UnboundedReceiver<Instant>) {
         let (notices, input) = UnixStream::pair().unwrap();
         notices.set_nonblocking(true).unwrap();
@@ -324,11 +325,12 @@ mod tests {
         let mut last = tried.recv().await.unwrap();
         for secs in [1, 2, 4, 8, 16, 30, 30] {
             let at = tried.recv().await.unwrap();
-            // The runtime's clock has a resolution of a millisecond.
+            // Compares whole seconds, because the runtime's clock has a resolution of only one millisecond.
             assert_eq!((at - last).as_secs(), secs);
             last = at;
         }
-        // The last attempt has succeeded. The notice of that attempt causes one more attempt, without a backoff.
+        // The last attempt has succeeded. The notification from that attempt causes one more attempt, without a
+        // backoff.
         assert!((tried.recv().await.unwrap() - last) < FIRST_BACKOFF);
     }
 

@@ -100,7 +100,7 @@ pub fn remove(netlink: &Netlink, link: i32, tap: i32) -> io::Result<()> {
 /// does not have the device.
 fn vhost() -> Option<OwnedFd> {
     let vhost = File::options().read(true).custom_flags(libc::O_PATH).open("/dev/vhost-net").map(OwnedFd::from);
-    vhost.inspect_err(|error| tracing::debug!(%error, "failed to open /dev/vhost-net: the VMM forwards frames")).ok()
+    vhost.inspect_err(|error| tracing::debug!(%error, "failed to open /dev/vhost-net; the VMM forwards frames")).ok()
 }
 
 /// Opens a tap with the flags that the VMM needs. The tap disappears when its last fd is closed.
@@ -152,7 +152,7 @@ fn redirect_from_mac(netlink: &Netlink, from: i32, to: i32, mac: [u8; 6]) -> boo
     filter(netlink, from, SECOND_PRIORITY, "matchall", &nest(&[(TCA_MATCHALL_ACT, &drop)]))
         .and_then(|()| filter(netlink, from, FIRST_PRIORITY, "flower", &mac_filter))
         .inspect_err(
-            |error| tracing::info!(%error, "failed to set up MAC anti-spoofing on the host: the VMM forwards frames"),
+            |error| tracing::info!(%error, "failed to set up MAC anti-spoofing on the host; the VMM forwards frames"),
         )
         .is_ok()
 }
@@ -164,7 +164,7 @@ fn mirred(to: i32) -> Vec<u8> {
     action(c"mirred", &nest(&[(TCA_MIRRED_PARMS, &mirred)]))
 }
 
-/// Encodes a list of one action.
+/// Encodes a list that contains one action.
 fn action(kind: &CStr, options: &[u8]) -> Vec<u8> {
     let action = nest(&[(TCA_ACT_KIND, kind.to_bytes_with_nul()), (TCA_ACT_OPTIONS, options)]);
     // In a list of actions, the type of each attribute is the position of the action. The first position is 1.

@@ -1,4 +1,4 @@
-//! Changes of the network after the pod's start: interfaces, addresses, routes, rules and neighbours.
+//! Finds changes of the pod's network after the pod's start: interfaces, addresses, routes, rules and neighbours.
 
 use std::fs::File;
 use std::io;
@@ -29,7 +29,7 @@ const RTMGRP_IPV6_RULE: i32 = 1 << (19 - 1);
 pub struct NetworkWatcher {
     namespace: File,
     tap_links: Vec<TapLink>,
-    /// Interfaces whose taps must still be removed, because their redirections still exist.
+    /// Interfaces whose taps and redirections must still be removed.
     stale: Vec<TapLink>,
     /// MAC addresses of removed interfaces that no [`NetworkChange`] has reported yet.
     removed: Vec<[u8; 6]>,
@@ -130,7 +130,7 @@ impl NetworkWatcher {
                 Ok(tap) => taps.push(tap),
                 Err(error) => {
                     // The next attempt must first remove the taps of this call, because their redirections would make
-                    // it fail.
+                    // the attempt fail.
                     self.stale.extend(taps.iter().map(TapLink::from_tap));
                     return Err(error);
                 }
@@ -177,7 +177,7 @@ impl NetworkWatcher {
 pub(super) fn log_unsupported<'a>(unsupported: impl IntoIterator<Item = &'a String>) {
     unsupported
         .into_iter()
-        .for_each(|what| tracing::warn!("ignored {what} in the pod's network: Husk does not support them"));
+        .for_each(|what| tracing::warn!("ignored {what} in the pod's network, because Husk does not support them"));
 }
 
 /// Opens a non-blocking socket that becomes readable when the network of the current namespace changes.

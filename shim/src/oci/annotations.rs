@@ -27,8 +27,8 @@ pub const CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
 /// Memory in bytes, the sum of the containers' limits.
 pub const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
-/// Keys of the same values under CRI-O: CRI-O's own keys (CRI-O, pkg/annotations/internal.go) and the kubelet's labels
-/// for the pod. CRI-O does not pass the pod's CPU and memory values.
+/// Pairs of a key above and the key that CRI-O uses for the same value. CRI-O uses its own keys (CRI-O,
+/// pkg/annotations/internal.go) and the kubelet's pod labels. CRI-O does not pass the pod's CPU and memory values.
 const CRIO: [(&str, &str); 5] = [
     (SANDBOX_ID, "io.kubernetes.cri-o.SandboxID"),
     (CONTAINER_TYPE, "io.kubernetes.cri-o.ContainerType"),
@@ -38,7 +38,8 @@ const CRIO: [(&str, &str); 5] = [
 ];
 
 impl Annotations {
-    /// Returns the value of one of the keys above, or of CRI-O's key for the same value.
+    /// Returns the value of `key`, which is one of the keys above. If this key is absent, returns the value of CRI-O's
+    /// corresponding key.
     pub fn cri(&self, key: &str) -> Option<&str> {
         let of_crio =
             || CRIO.iter().find(|(of_containerd, _)| *of_containerd == key).and_then(|(_, key)| self.get(key));

@@ -145,7 +145,7 @@ impl Bundle {
     /// Returns the bundle of a specification that is not in a file. Otherwise, does the same as [`Bundle::read`].
     ///
     /// # Errors
-    /// [`BundleError::Parse`].
+    /// [`BundleError::Parse`] if `raw` is not an OCI runtime specification.
     pub fn from_value(dir: &Path, raw: Value) -> Result<Self, BundleError> {
         let parse = |source| BundleError::Parse { path: dir.join("config.json"), source };
         // Without this check, serde would also deserialize the struct from an array.
@@ -161,7 +161,7 @@ impl Bundle {
         let parse = |source| BundleError::Parse { path: dir.join("config.json"), source };
         let raw: Value = serde_json::from_slice(bytes).map_err(parse)?;
         Self::from_value(dir, raw).map_err(|error| match serde_json::from_slice::<Spec>(bytes) {
-            // This error contains line and column.
+            // An error of parsing the text contains line and column, which an error of converting the value lacks.
             Err(source) => parse(source),
             Ok(_) => error,
         })
@@ -170,7 +170,7 @@ impl Bundle {
     /// Rejects a specification that cannot run in a VM.
     ///
     /// # Errors
-    /// [`BundleError`].
+    /// [`BundleError`] with the reason.
     pub fn check(&self) -> Result<(), BundleError> {
         self.check_spec()?;
         self.check_network()?;

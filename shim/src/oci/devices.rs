@@ -25,16 +25,17 @@ const STANDARD: [Standard; 10] = [
     standard("/dev/fuse", 10, 229),
 ];
 
-/// `/dev/kvm`.
+/// Device numbers of `/dev/kvm`.
 const KVM: (u64, u64) = (10, 232);
 
-/// Returns the guest's path of a character device.
+/// Returns the guest's path of a device with these numbers. If `character` is false, the device is a block
+/// device.
 ///
 /// # Errors
 /// The reason why the guest does not have the device.
 pub fn guest_path(character: bool, major: u64, minor: u64) -> Result<&'static str, String> {
     if character && (major, minor) == KVM {
-        return Err("the guest has no KVM: a container cannot run nested VMs".into());
+        return Err("a container cannot run nested VMs, because the guest has no KVM".into());
     }
     match STANDARD.iter().find(|d| character && (d.major, d.minor) == (major, minor)) {
         Some(device) => Ok(device.path),

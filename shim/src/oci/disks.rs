@@ -1,4 +1,4 @@
-//! Finds the host's block devices in a specification, and replaces their device numbers by the guest's.
+//! Finds the host's block devices in a specification, and replaces their device numbers with the guest's.
 
 use serde_json::Value;
 
@@ -50,10 +50,10 @@ fn writable(spec: &Value, major: u32, minor: u32) -> bool {
     last.is_some_and(|rule| rule.get("allow").and_then(Value::as_bool).unwrap_or_default())
 }
 
-/// Replaces the host's device numbers by the guest's.
+/// Replaces the host's device numbers with the guest's.
 ///
 /// # Errors
-/// If `spec` is not JSON.
+/// The parser's error if `spec` is not JSON.
 pub fn replace_disk_numbers(spec: &[u8], disks: &[(Disk, DeviceNumbers)]) -> serde_json::Result<Vec<u8>> {
     let mut spec: Value = serde_json::from_slice(spec)?;
     for path in ["/linux/devices", "/linux/resources/devices"] {

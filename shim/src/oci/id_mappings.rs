@@ -13,7 +13,7 @@ const OVERFLOW_ID: u32 = 65534;
 /// Maximum number of mappings that the kernel accepts (user_namespaces(7)).
 const MAX_LINES: usize = 340;
 
-/// A range of ids in a user namespace, and the ids outside the namespace to which it maps.
+/// A range of ids in a user namespace, and the range of ids to which it maps outside the namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 pub struct IdMapping {
     /// First id inside the namespace.
@@ -28,7 +28,7 @@ pub struct IdMapping {
 }
 
 impl IdMapping {
-    /// Returns the id outside the namespace to which this range maps `id`, if the range contains `id`.
+    /// Returns the id to which `id` maps outside the namespace, or `None` if this range does not contain `id`.
     fn map_id(&self, id: u32) -> Option<u32> {
         let offset = id.checked_sub(self.container).filter(|offset| *offset < self.size)?;
         self.host.checked_add(offset)
@@ -133,12 +133,12 @@ impl IdMappings {
         Self::from_mount(&uids, &gids).map_err(|error| error.to_string())
     }
 
-    /// Returns the user id outside the namespace to which `id` is mapped, if any.
+    /// Returns the user id to which `id` maps outside the namespace, or `None` if `id` is not mapped.
     pub fn uid(&self, id: u32) -> Option<u32> {
         self.uids.iter().find_map(|mapping| mapping.map_id(id))
     }
 
-    /// Returns the group id outside the namespace to which `id` is mapped, if any.
+    /// Returns the group id to which `id` maps outside the namespace, or `None` if `id` is not mapped.
     pub fn gid(&self, id: u32) -> Option<u32> {
         self.gids.iter().find_map(|mapping| mapping.map_id(id))
     }
@@ -162,7 +162,7 @@ impl IdMappings {
         format!("u{}-g{}", all(&self.uids), all(&self.gids))
     }
 
-    /// Returns a user namespace with these mappings, for an id-mapped mount. Blocks until a helper process has started
+    /// Returns a user namespace with these mappings, for an id-mapped mount. Blocks until a child process has started
     /// and ended.
     ///
     /// # Errors
@@ -197,7 +197,7 @@ fn check(kind: &'static str, mappings: &[IdMapping]) -> Result<(), IdMappingErro
     }
     for (index, mapping) in mappings.iter().enumerate() {
         let IdMapping { container, host, size } = *mapping;
-        // The id 2^32-1 cannot be mapped: it means "no id" (chown(2)).
+        // The id 2^32-1 cannot be mapped, because it means "no id" (chown(2)).
         if size == 0 || container.checked_add(size).is_none() || host.checked_add(size).is_none() {
             return Err(IdMappingError::Range { kind, container, host, size });
         }

@@ -1,6 +1,7 @@
 //! The parts of the OCI runtime specification that the host reads. Everything else is passed to the guest as JSON.
 //!
-//! Every field has a default. Missing fields are rejected later, with a better error (see [`crate::oci::bundle`]).
+//! Every field has a default. The checks in [`crate::oci::bundle`] reject missing fields later, with a clearer error
+//! than the parser's.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -161,11 +162,11 @@ pub enum Network {
 /// Resource limits that determine the size of a VM.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct Resources {
-    /// CPU time.
+    /// CPU limits.
     pub cpu: Option<Cpu>,
-    /// Memory.
+    /// Memory limit.
     pub memory: Option<Memory>,
-    /// Huge pages.
+    /// Limits of huge pages.
     #[serde(default, rename = "hugepageLimits", deserialize_with = "or_default")]
     pub hugepage_limits: Vec<HugepageLimit>,
 }
@@ -181,7 +182,7 @@ pub struct HugepageLimit {
     pub limit: u64,
 }
 
-/// CPU time.
+/// CPU limits.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct Cpu {
     /// Quota in microseconds per period. A value of 0 or less means unlimited.
@@ -201,7 +202,7 @@ fn cpu_list<'de, D: Deserializer<'de>>(from: D) -> Result<Option<CpuSet>, D::Err
     text.filter(|text| !text.is_empty()).map(|text| text.parse().map_err(D::Error::custom)).transpose()
 }
 
-/// Memory.
+/// Memory limit.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct Memory {
     /// Limit in bytes. A value of 0 or less means unlimited.

@@ -57,7 +57,7 @@ fn process(process: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<
     // the bundle accept them only on a node without SELinux, where they have no effect.
     process.remove("selinuxLabel");
     if process.remove("execCPUAffinity").is_some() {
-        notes.push("omitted execCPUAffinity: the host's CPU numbers have no meaning in the guest".into());
+        notes.push("omitted execCPUAffinity, because the host's CPU numbers have no meaning in the guest".into());
     }
     Ok(())
 }
@@ -71,7 +71,7 @@ fn linux(
     linux.insert("cgroupsPath".into(), format!("/husk/{id}").into());
     linux.remove("mountLabel");
     if linux.remove("memoryPolicy").is_some() {
-        notes.push("omitted linux.memoryPolicy: the host's NUMA nodes have no meaning in the guest".into());
+        notes.push("omitted linux.memoryPolicy, because the host's NUMA nodes have no meaning in the guest".into());
     }
     if present(linux, "intelRdt") {
         return Err(unsupported("linux.intelRdt", "cache and bandwidth classes of the host cannot be used in a VM"));
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn add_cgroup_namespace_does_not_add_a_second_one() {
+    fn add_cgroup_namespace_keeps_an_existing_cgroup_namespace() {
         let mut value = sample();
         add_cgroup_namespace(&mut value);
         assert_eq!(value, sample());

@@ -37,7 +37,7 @@ pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<Stri
         // The list of CPUs stays, because the agent maps it to vCPUs. The list of NUMA nodes is removed, because the
         // guest does not have NUMA nodes.
         if cpu.remove("mems").is_some_and(|value| value.as_str().is_some_and(|text| !text.is_empty())) {
-            notes.push("omitted resources.cpu.mems: the host's NUMA nodes have no meaning in the guest".into());
+            notes.push("omitted resources.cpu.mems, because the host's NUMA nodes have no meaning in the guest".into());
         }
         // Only cgroup v1 supports realtime scheduling, but the guest has cgroup v2.
         cpu.remove("realtimeRuntime");
@@ -73,7 +73,7 @@ pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<Stri
         return Err(unsupported("resources.rdma", "the guest has no RDMA devices"));
     }
     if resources.remove("network").is_some() {
-        notes.push("omitted resources.network: these limits need cgroup v1, but the guest has cgroup v2".into());
+        notes.push("omitted resources.network, because its limits need cgroup v1, but the guest has cgroup v2".into());
     }
     Ok(())
 }

@@ -24,7 +24,7 @@ const HOST_ONLY: [(&str, &str); 6] = [
     ("devtmpfs", "dev"),
 ];
 
-/// Creates a directory on which one file system of each host-only type is mounted, and a tmpfs with a file.
+/// Creates a directory that contains one mount of each host-only type, and a tmpfs with a file.
 fn mount_host_only(dir: &Path) -> PathBuf {
     let root = dir.join("root");
     let none = None::<&Path>;

@@ -49,7 +49,7 @@ fn later_mounts_propagate_to_slave_volumes_only() {
 }
 
 #[test]
-fn sync_propagates_later_mounts_except_host_only_ones() {
+fn sync_propagates_later_mounts_except_host_only_mounts() {
     isolated(|dir| {
         let none = None::<&Path>;
         let share = share(dir);
@@ -84,7 +84,7 @@ fn sync_propagates_later_mounts_except_host_only_ones() {
 }
 
 #[test]
-fn sync_propagates_a_mount_over_a_host_only_one() {
+fn sync_propagates_a_mount_that_covers_a_host_only_mount() {
     isolated(|dir| {
         let (share, root) = (share(dir), shared_mount(dir));
         fs::create_dir(root.join("proc")).unwrap();
@@ -164,7 +164,7 @@ fn sync_ignores_covered_host_only_mounts() {
             nix::mount::umount(&root.join("run")).unwrap();
             sync_mounts(&share.host).unwrap();
             if options.contains(&"rslave") {
-                assert_eq!(fs::read(seen.join("run/netns/a")).unwrap(), b"", "the namespace's file is mounted");
+                assert_eq!(fs::read(seen.join("run/netns/a")).unwrap(), b"", "the network namespace is visible");
             }
             teardown(&share.host, "c1").unwrap();
             assert_eq!((entries_in_share(&share), staged_trees(&share)), (0, 0));
@@ -251,7 +251,7 @@ fn sync_tolerates_concurrent_volume_changes() {
             while !churn.is_finished() {
                 let point = root.join((round % 8).to_string());
                 tmpfs(&point);
-                // An update that meets a partial change may fail. The next update completes it.
+                // An update may fail if the mounts change while it runs. A later update succeeds.
                 let _ = sync_mounts(host);
                 nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH).unwrap();
                 let _ = sync_mounts(host);

@@ -1,5 +1,5 @@
-//! Tests [`prepare`] with real mounts. Each test has its own mount namespace. The tests need root, as `cargo xtask
-//! test` does.
+//! Tests [`prepare`] with real mounts. Each test has its own mount namespace. The tests need root. Therefore, run
+//! `cargo xtask test` as root.
 
 mod host_only;
 mod later_mounts;
@@ -61,7 +61,7 @@ fn guest_source(share: &Share, prepared: &Prepared, index: usize) -> PathBuf {
 /// Returns the number of directories and files in the share.
 fn entries_in_share(share: &Share) -> usize {
     let count = |path: &Path| fs::read_dir(path).unwrap().count();
-    // The directory of volumes is not counted.
+    // The entries of the directory of volumes are counted instead of the directory itself.
     count(&share.host) - 1 + count(&share.host.join(shared_mounts::VOLUMES))
 }
 
@@ -83,7 +83,8 @@ fn share(dir: &Path) -> Share {
     Share::mount(&sandbox).unwrap()
 }
 
-/// Prepares a container with a volume of `root` and these options. Returns the volume's path in the guest's view.
+/// Prepares a container with a volume that has the source `root` and these mount options. Returns the volume's path in
+/// the guest's view of the share.
 fn prepare_volume(dir: &Path, share: &Share, root: &Path, options: &[&str]) -> PathBuf {
     prepare_volume_for("c1", dir, share, root, options)
 }

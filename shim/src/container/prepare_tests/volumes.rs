@@ -1,4 +1,4 @@
-//! Tests a container's mounts and volumes: what the guest sees, and what a teardown leaves.
+//! Tests a container's mounts and volumes: what the guest sees, and what a teardown leaves behind.
 
 use std::{collections::HashMap, fs, time::Duration};
 
@@ -10,7 +10,7 @@ use crate::volumes::hanging_fs::HangingFileSystem;
 use crate::volumes::*;
 
 #[test]
-fn prepare_mounts_for_the_guest_and_teardown_unmounts() {
+fn prepare_makes_mounts_and_teardown_removes_them() {
     isolated(|dir| {
         let share = share(dir);
         let (data, file) = (dir.join("data"), dir.join("file"));
@@ -43,7 +43,7 @@ fn prepare_mounts_for_the_guest_and_teardown_unmounts() {
         for refused in [fs::write(&third, "no"), fs::write(guest.join("x"), "no"), fs::remove_dir(&guest)] {
             assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EROFS));
         }
-        // A second container with the same id is rejected, and the first is unchanged.
+        // A second container with the same id is rejected, and the first container is unchanged.
         assert!(matches!(prepare(&bundle, &request), Err(PrepareError::Create { .. })));
         assert!(guest.join("rootfs/new").exists());
 
@@ -143,7 +143,7 @@ fn a_hanging_file_system_delays_only_containers_that_use_it() {
             let in_time = finished.recv_timeout(Duration::from_secs(10));
             drop(hanging);
             first.join().unwrap();
-            assert!(in_time.is_ok());
+            assert!(in_time.is_ok(), "a container waited for a file system that it does not use");
         });
         teardown(&share.host, "c1").unwrap();
         assert_eq!((entries_in_share(&share), staged_trees(&share)), (0, 0));

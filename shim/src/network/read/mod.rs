@@ -20,7 +20,7 @@ enum Entry<T> {
     /// The guest does not need the entry. Its kernel creates the entry by itself, or the entry has no meaning in a
     /// guest.
     Implicit,
-    /// The guest would need the entry, but does not get it. Contains a description for the log.
+    /// The guest would need the entry, but Husk does not support it. Contains a description for the log.
     Unsupported(String),
 }
 
@@ -42,7 +42,7 @@ pub struct Link {
 
 /// Lists the interfaces that the guest gets.
 ///
-/// Omits loopback interfaces, the fallback devices of tunnels, and interfaces that are down.
+/// Omits loopback interfaces, the fallback devices of tunnels (such as `tunl0`), and interfaces that are down.
 pub fn links(netlink: &Netlink) -> io::Result<Vec<Link>> {
     Ok(husk_netlink::links(netlink)?.into_iter().filter_map(to_guest_link).collect())
 }
@@ -83,7 +83,7 @@ fn dump_both_families<T>(
 ) -> io::Result<Vec<T>> {
     let mut entries = Vec::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
-        // struct rtmsg, struct fib_rule_hdr
+        // Both struct rtmsg and struct fib_rule_hdr have 12 bytes, and begin with the family.
         let mut fixed = [0; 12];
         fixed[0] = family as u8;
         netlink.dump(Message::new(request, libc::NLM_F_DUMP, &fixed), |kind, body| {
@@ -175,8 +175,8 @@ fn ip(family: u8, value: &[u8]) -> Option<IpAddr> {
     }
 }
 
-/// Returns whether the address is in fe80::/10. The guest's kernel generates such an address itself, from the same MAC
-/// address.
+/// Returns whether the address is in fe80::/10. The guest's kernel generates its link-local address itself, from the
+/// same MAC address.
 fn is_link_local(address: IpAddr) -> bool {
     matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }

@@ -1,5 +1,5 @@
-//! Parses routes of all routing tables. A route has one next hop, several, or none (blackhole, unreachable, prohibit,
-//! throw).
+//! Parses routes of all routing tables. A route has one next hop, several next hops, or no next hop (blackhole,
+//! unreachable, prohibit, throw).
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -11,7 +11,7 @@ use husk_proto::agent::{NextHop, Route};
 
 use super::{Entry, ip, is_link_local};
 
-/// linux/rtnetlink.h.
+/// The attribute with the id of a nexthop object (linux/rtnetlink.h).
 const RTA_NH_ID: u16 = 30;
 /// The metric of the entry that represents "no route" (net/ipv6/route.c, `ip6_null_entry`).
 const NO_ROUTE: u32 = u32::MAX;
@@ -32,7 +32,7 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
         libc::RTN_UNREACHABLE => Kind::UNREACHABLE,
         libc::RTN_PROHIBIT => Kind::PROHIBIT,
         libc::RTN_THROW => Kind::THROW,
-        // The kernel derives these routes from addresses.
+        // The kernel derives all other routes from addresses.
         _ => return Some(Entry::Implicit),
     };
     let mut route = Route {
@@ -71,7 +71,7 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
     }
     let is_kernel_table = route.table == LOCAL_TABLE || route.table == MAIN_TABLE;
     let is_generated = |address| is_link_local(address) || address.is_multicast();
-    // RTM_F_CLONED: a route exception that the kernel stored for one destination.
+    // RTM_F_CLONED marks a route exception, which the kernel stored for one destination.
     let is_implicit = flags & libc::RTM_F_CLONED != 0
         || kind == Kind::UNICAST && route.table == LOCAL_TABLE
         || is_kernel_table && destination.is_some_and(is_generated)
@@ -139,12 +139,12 @@ fn via(value: &[u8]) -> Option<IpAddr> {
     ip(u8::try_from(u16::from_ne_bytes(family.try_into().ok()?)).ok()?, address)
 }
 
-/// Returns the name of an interface that the guest has.
+/// Returns the name of the interface with this index, or `None` if the guest does not have the interface.
 ///
 /// Returns `lo` only for routes that were configured, because the guest's kernel itself creates the other routes
 /// through `lo`.
 fn interface_name(index: u32, names: &HashMap<u32, &str>, by_kernel: bool) -> Option<String> {
-    // LOOPBACK_IFINDEX of include/net/flow.h
+    // The loopback interface always has index 1 (LOOPBACK_IFINDEX in include/net/flow.h).
     if index == 1 && !by_kernel {
         return Some("lo".to_owned());
     }
