@@ -21,7 +21,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         parser.input(entry?.path());
     }
     let set = parser.file_descriptor_set()?;
-    let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: cargo has to run this program")?);
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set; run this build script with cargo")?);
     std::fs::write(out.join("services.pb"), set.write_to_bytes()?)?;
     Ok(())
 }

@@ -6,8 +6,8 @@ use std::fmt::Write as _;
 
 use husk_config::timeline::Timeline;
 
-/// Returns the median. For an even number of values, this is the mean of the two middle values. Without values, it is
-/// 0.
+/// Returns the median. For an even number of values, this is the mean of the two middle values. Returns 0 if there
+/// are no values.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);

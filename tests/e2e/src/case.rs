@@ -77,7 +77,7 @@ impl Case {
         format!("{}-{}", self.name, self.next.get())
     }
 
-    /// Returns the test's directory on the node. It is removed at the end.
+    /// Returns the test's directory on the node. The directory is removed when the test ends.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -133,7 +133,7 @@ impl Case {
 
     /// Mounts a writable busybox rootfs on the node for this test. containerd's snapshotter makes the rootfs.
     pub fn rootfs(&self, name: &str) -> PathBuf {
-        /// The snapshot of the image's uppermost layer.
+        /// The key of the snapshot of the image's uppermost layer.
         static LAYER: OnceLock<String> = OnceLock::new();
         let path = self.dir.join(format!("{name}.rootfs"));
         fs::create_dir_all(&path).unwrap();
@@ -159,7 +159,8 @@ impl Case {
         path
     }
 
-    /// Removes the test's containers and mounts. Returns the containers that had to be removed by force.
+    /// Removes the test's containers and mounts. Returns the ids of the containers that had to be removed by force. If
+    /// the test has failed, returns an empty list.
     fn clean_up(&self, failed: bool) -> Vec<String> {
         let prefix = format!("{}-", self.name);
         let mut ids = containerd::containers(NAMESPACE).unwrap_or_default();
@@ -172,7 +173,7 @@ impl Case {
             if *by_ctr {
                 run_ctr(&["images", "unmount", "--rm", &key]);
             } else {
-                // If this fails, the check for leftovers reports the mount.
+                // If the unmount fails, the check for leftovers reports the mount.
                 let _ = umount(path);
                 let _ = containerd::remove_snapshot(NAMESPACE, &key);
             }
@@ -246,7 +247,7 @@ impl Container {
     fn record(&self) -> Task {
         let tasks = containerd::tasks(NAMESPACE).unwrap_or_else(|status| panic!("failed to list the tasks: {status}"));
         let found = tasks.iter().find(|task| task.id == self.id).cloned();
-        found.unwrap_or_else(|| panic!("no task {} in {tasks:?}", self.id))
+        found.unwrap_or_else(|| panic!("containerd has no task {}; its tasks: {tasks:?}", self.id))
     }
 
     /// Kills the container, and waits until its `ctr run` exits with the code for signal 9.

@@ -60,7 +60,7 @@ impl Output {
         String::from_utf8_lossy(&self.stderr).into_owned()
     }
 
-    /// Requires this exit code.
+    /// Requires the exit code `code`.
     #[track_caller]
     pub fn expect_code(self, code: i32) -> Self {
         assert!(self.code == code, "expected exit code {code}\n{}", self.describe());
@@ -74,7 +74,7 @@ impl Output {
         self
     }
 
-    /// Requires success and exactly this output, apart from trailing white space.
+    /// Requires success and exactly the output `expected`, apart from trailing white space.
     #[track_caller]
     pub fn expect_out(self, expected: &str) -> Self {
         let out = self.out();
@@ -93,7 +93,7 @@ impl Output {
         let missing: Vec<_> = parts.iter().filter(|part| !err.contains(&part.to_lowercase())).collect();
         assert!(
             self.code == 1 && missing.is_empty(),
-            "expected exit code 1 and an error with {missing:?}\n{}",
+            "expected exit code 1 and an error that contains {missing:?}\n{}",
             self.describe()
         );
         self
@@ -162,7 +162,7 @@ impl Running {
         Self::new(child, line, messages, 2)
     }
 
-    /// Starts `command` on a terminal, whose master side is `master`.
+    /// Starts `command` on a terminal. `master` is the terminal's master side.
     #[track_caller]
     pub fn start_on_terminal(mut command: Command, master: OwnedFd) -> Self {
         let line = format!("{command:?}").replace('"', "");
@@ -188,10 +188,10 @@ impl Running {
             .as_mut()
             .unwrap()
             .write_all(bytes)
-            .unwrap_or_else(|error| panic!("failed to write to stdin: {error}"));
+            .unwrap_or_else(|error| panic!("failed to write to the program's stdin: {error}"));
     }
 
-    /// Takes the write end of standard input, for another thread.
+    /// Takes the write end of standard input, so that another thread can write to it.
     pub fn take_stdin(&mut self) -> ChildStdin {
         self.stdin.take().unwrap()
     }
@@ -206,18 +206,18 @@ impl Running {
         self.child.id().cast_signed()
     }
 
-    /// Waits until standard output has another line with `text`, and returns that line.
+    /// Waits for the next line of standard output that contains `text`, and returns the line.
     #[track_caller]
     pub fn wait_for(&mut self, text: &str) -> String {
         if let Some(line) = self.try_wait_for(text, TIMEOUT) {
             return line;
         }
         let output = self.kill();
-        panic!("{text:?} was not printed\n{}", output.describe());
+        panic!("the program has not printed {text:?}\n{}", output.describe());
     }
 
-    /// Like [`Running::wait_for`], with a timeout. Returns `None` if the timeout expires. The program then keeps
-    /// running.
+    /// Like [`Running::wait_for`], with the timeout `limit`. Returns `None` if the timeout expires or the output ends,
+    /// and does not kill the program.
     pub fn try_wait_for(&mut self, text: &str, limit: Duration) -> Option<String> {
         let deadline = Instant::now() + limit;
         loop {
@@ -241,7 +241,7 @@ impl Running {
         None
     }
 
-    /// Receives one message. Returns false if none arrives before the deadline.
+    /// Receives one message. Returns false if no message arrives before the deadline, or if the output has ended.
     fn receive(&mut self, deadline: Instant) -> bool {
         if self.open == 0 {
             return false;

@@ -66,7 +66,7 @@ impl Group {
         }
         let refused = catch_unwind(AssertUnwindSafe(|| {
             let error = request();
-            assert!(error.contains(word), "{error}");
+            assert!(error.contains(word), "expected an error that contains {word:?}, got {error:?}");
         }));
         self.record(behaviour, if refused.is_ok() { "refused" } else { "fails" });
     }

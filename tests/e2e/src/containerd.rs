@@ -19,7 +19,7 @@ pub struct Task {
     pub id: String,
     /// The pid of the task's first process on the node.
     pub pid: i32,
-    /// `CREATED`, `RUNNING`, `STOPPED`, `PAUSED` …
+    /// The task's status: `CREATED`, `RUNNING`, `STOPPED`, `PAUSED` …
     pub status: String,
 }
 
@@ -69,7 +69,7 @@ pub fn kill(namespace: &str, id: &str, signal: i32) -> Result<(), Status> {
     call(namespace, "tasks.v1.Tasks", "Kill", &json!({ "container_id": id, "signal": signal })).map(drop)
 }
 
-/// Returns the key of a snapshot's parent. For a snapshot of an image, this is the image's uppermost layer.
+/// Returns the key of a snapshot's parent. For a snapshot of an image, the parent is the image's uppermost layer.
 ///
 /// # Errors
 /// The status of the failed call.
@@ -89,7 +89,7 @@ pub fn prepare_snapshot(namespace: &str, key: &str, parent: &str) -> Result<Stri
     let request = json!({ "snapshotter": SNAPSHOTTER, "key": key, "parent": parent, "labels": labels });
     let answer = call(namespace, "snapshots.v1.Snapshots", "Prepare", &request)?;
     let mounts: Vec<&Value> = items(&answer["mounts"]).collect();
-    assert!(mounts.len() == 1 && mounts[0]["type"] == "overlay", "the snapshot is not one overlay mount: {answer}");
+    assert!(mounts.len() == 1 && mounts[0]["type"] == "overlay", "expected one overlay mount, got {answer}");
     Ok(items(&mounts[0]["options"]).map(text).collect::<Vec<_>>().join(","))
 }
 

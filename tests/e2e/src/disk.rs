@@ -22,7 +22,7 @@ nix::ioctl_none_bad! {
     loop_clr_fd, 0x4c01
 }
 
-/// Python program: writes "changed" to `/dev/xvda` without syncing it, and keeps the device open.
+/// Python program that writes "changed" to `/dev/xvda` without fsync(2), and keeps the device open.
 pub const WRITER_PROGRAM: &str = r#"
 import os, time
 fd = os.open("/dev/xvda", os.O_RDWR)

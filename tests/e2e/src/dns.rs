@@ -7,7 +7,7 @@ use std::thread::{self, JoinHandle};
 
 /// Length of a message header, in bytes.
 const HEADER_LEN: usize = 12;
-/// Response code of a name that does not exist.
+/// Response code for a name that does not exist.
 const NXDOMAIN: u8 = 3;
 
 /// The server. Dropping it stops the server.
@@ -18,7 +18,7 @@ pub struct Dns {
 }
 
 impl Dns {
-    /// Serves `names` at port 53 of this address. Other names do not exist.
+    /// Serves `names` on port 53 of the address `at`. Responds to questions about other names with NXDOMAIN.
     #[track_caller]
     pub fn serve(at: IpAddr, names: Vec<(String, IpAddr)>) -> Self {
         let socket = UdpSocket::bind((at, 53)).unwrap();
@@ -51,7 +51,7 @@ impl Drop for Dns {
     }
 }
 
-/// Returns the response to a message with one question.
+/// Returns the response to a message with one question, or `None` if the message is malformed.
 fn answer(message: &[u8], names: &[(String, IpAddr)]) -> Option<Vec<u8>> {
     let (mut at, mut labels) = (HEADER_LEN, Vec::new());
     loop {
@@ -78,7 +78,8 @@ fn answer(message: &[u8], names: &[(String, IpAddr)]) -> Option<Vec<u8>> {
     Some(answer)
 }
 
-/// Encodes a resource record of the question's type. Its name is a pointer to the question's name.
+/// Encodes a resource record of the question's type. The record's name is a pointer to the question's name. Returns
+/// `None` if `ip` is not an address of this type.
 fn record(ip: &IpAddr, kind: u16) -> Option<Vec<u8>> {
     let data = match (ip, kind) {
         (IpAddr::V4(ip), 1) => ip.octets().to_vec(),
@@ -98,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answers_questions() {
+    fn answer_contains_records_of_known_names_only() {
         let names = [("a.b".to_owned(), "10.0.0.1".parse().unwrap())];
         let ask = |name: &[u8], kind: u8| [&[7, 9, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0], name, &[0, kind, 0, 1]].concat();
         let found = answer(&ask(b"\x01A\x01b\0", 1), &names).unwrap();

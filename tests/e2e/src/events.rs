@@ -18,19 +18,19 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 /// A subscription to containerd's events, and the task events received so far.
 pub struct Events {
     arriving: Receiver<Vec<u8>>,
-    /// Container id and event.
+    /// Container id and description of each event.
     seen: RefCell<Vec<(String, String)>>,
     /// Number of the last marker event.
     marker: Cell<u32>,
 }
 
 impl Events {
-    /// Subscribes to the events. All events that are sent after the return are recorded.
+    /// Subscribes to the events. All events that are sent after this function returns are recorded.
     #[track_caller]
     pub fn watch() -> Self {
         let arriving = grpc::stream("containerd.services.events.v1.Events", "Subscribe");
         let events = Self { arriving, seen: RefCell::default(), marker: Cell::default() };
-        // containerd does not report when it has registered the subscription. Before that it drops the markers.
+        // containerd does not report when it has registered the subscription. Before, it drops the markers.
         // Therefore markers are published until one arrives.
         let subscribed = node::eventually(TIMEOUT, || {
             let marker = events.mark();
@@ -58,7 +58,7 @@ impl Events {
         let has_enough = || self.seen_of(container).len() >= count;
         let enough = has_enough() || self.receive(Instant::now() + TIMEOUT, |_| has_enough());
         let seen = self.seen_of(container);
-        assert!(enough, "expected {count} events of the container, received {seen:?}");
+        assert!(enough, "expected {count} events of {container}, received {seen:?}");
         seen
     }
 
@@ -76,8 +76,8 @@ impl Events {
         topic
     }
 
-    /// Records arriving events until `enough` accepts the topic of an event. Returns false if it has accepted none by
-    /// the deadline.
+    /// Records arriving events until `enough` accepts the topic of an event. Returns false if `enough` accepts
+    /// no topic before the deadline.
     fn receive(&self, deadline: Instant, enough: impl Fn(&str) -> bool) -> bool {
         while let Ok(bytes) = self.arriving.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             let envelope = Envelope::parse_from_bytes(&bytes).unwrap();
@@ -90,7 +90,7 @@ impl Events {
     }
 }
 
-/// Returns the container id and a description of a task event.
+/// Returns the container id and a description of a task event, or `None` for any other event.
 fn task(envelope: &Envelope) -> Option<(String, String)> {
     let value = &envelope.event.value;
     let what = envelope.topic.strip_prefix("/tasks/")?;

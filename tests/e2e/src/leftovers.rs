@@ -20,7 +20,7 @@ const STATE_DIRS: &[(&str, usize)] = &[
     ("/run/netns", 1),
     ("/run/ipcns", 1),
     ("/dev/shm", 1),
-    // Unit files of transient units. systemd removes them when it unloads the unit.
+    // Unit files of transient units. systemd removes each file when it unloads the unit.
     ("/run/systemd/transient", 2),
 ];
 
@@ -45,11 +45,12 @@ impl Snapshot {
         processes(&all, &mut things);
         mounts(&all, &mut things);
         for (dir, depth) in STATE_DIRS {
-            // The directory itself is created with the first container after boot, and stays.
+            // Only the directory's entries are recorded. The directory itself is created with the first container after
+            // boot, and stays.
             entries(Path::new(dir), *depth, &mut things);
         }
         cgroups(Path::new("/sys/fs/cgroup"), &mut things);
-        // CNI's bridge is created with the first pod, and stays.
+        // CNI's bridge is no leftover: it is created with the first pod, and stays.
         for name in names("/sys/class/net").iter().filter(|name| *name != "cni0") {
             things.insert(format!("interface {name}"));
         }
@@ -57,8 +58,8 @@ impl Snapshot {
         Self { things }
     }
 
-    /// Waits until everything that the node has was already in the snapshot, and containerd has neither containers nor
-    /// tasks.
+    /// Waits until the node's state contains nothing in addition to the snapshot, and containerd has neither containers
+    /// nor tasks.
     ///
     /// # Errors
     /// The list of leftovers.
@@ -158,7 +159,7 @@ fn entries(dir: &Path, depth: usize, things: &mut BTreeSet<String>) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
         let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        // All containers of a containerd namespace share its directory.
+        // The directory of a containerd namespace is no leftover, because all containers of the namespace share it.
         if path.file_name().is_some_and(|name| name != NAMESPACE && name != KUBERNETES) {
             things.insert(format!("path {}", path.display()));
         }

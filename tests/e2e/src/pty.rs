@@ -19,8 +19,8 @@ impl Terminal {
     /// Starts `command` on a new terminal of this size.
     #[track_caller]
     pub fn start(mut command: Command, rows: u16, columns: u16) -> Self {
-        let pty = openpty(&size(rows, columns), None).expect("open a pseudo-terminal");
-        let slave = || pty.slave.try_clone().expect("duplicate the terminal's fd");
+        let pty = openpty(&size(rows, columns), None).expect("failed to open a pseudo-terminal");
+        let slave = || pty.slave.try_clone().expect("failed to duplicate the terminal's slave fd");
         command.stdin(slave()).stdout(slave()).stderr(slave());
         // SAFETY: setsid(2) and ioctl(2) are async-signal-safe, and the closure accesses no memory of the parent.
         unsafe {
@@ -34,7 +34,7 @@ impl Terminal {
             });
         }
         drop(pty.slave);
-        let reader = pty.master.try_clone().expect("duplicate the terminal's fd");
+        let reader = pty.master.try_clone().expect("failed to duplicate the terminal's master fd");
         Self { running: Running::start_on_terminal(command, reader), master: pty.master }
     }
 
@@ -50,7 +50,7 @@ impl Terminal {
     pub fn type_text(&self, text: &str) {
         let mut rest = text.as_bytes();
         while !rest.is_empty() {
-            let written = nix::unistd::write(&self.master, rest).expect("write to the terminal");
+            let written = nix::unistd::write(&self.master, rest).expect("failed to write to the terminal");
             rest = &rest[written..];
         }
     }

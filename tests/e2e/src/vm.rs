@@ -7,7 +7,7 @@ pub fn vmm_pids() -> Vec<i32> {
     processes_with(|arguments| arguments.first().is_some_and(|first| first == "husk-vmm"))
 }
 
-/// Returns the VMM pids of one container: the children of its shims.
+/// Returns the pids of the VMMs of one container. The VMMs are children of the container's shims.
 pub fn vmm_pids_of(id: &str) -> Vec<i32> {
     let shims = shim_pids_of(id);
     vmm_pids().into_iter().filter(|pid| parent(*pid).is_some_and(|parent| shims.contains(&parent))).collect()
@@ -57,7 +57,7 @@ fn parent(pid: i32) -> Option<i32> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Memory {
     /// PSS of guest memory: the mappings that are excluded from core dumps (MADV_DONTDUMP). The VMM sets this advice
-    /// only for guest memory. Guest memory cannot be identified by size, because advice about huge pages splits the
+    /// only for guest memory. Guest memory cannot be identified by size, because advice about huge pages splits its
     /// mapping.
     pub guest: u64,
     /// PSS of all other mappings.

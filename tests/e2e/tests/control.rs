@@ -56,7 +56,7 @@ fn init_without_handler_ignores_sigterm() {
 #[test]
 fn resume_continues_paused_processes() {
     case("pause", |case| {
-        // The rename is atomic, so that a reader always sees a number.
+        // The script updates the file by a rename, which is atomic. Therefore a reader always sees a number.
         let script = "i=0; echo 0 > /tmp/count; echo up
             while :; do i=$((i+1)); echo $i > /tmp/next; mv /tmp/next /tmp/count; sleep 0.1; done";
         let container = case.container(case.sh(script));
@@ -116,7 +116,7 @@ fn ps_lists_each_process_with_distinct_pid() {
         };
         // The list has a shell, a subshell and four sleepers.
         let pids_before = node::eventually(Duration::from_secs(10), || Some(listed()).filter(|pids| pids.len() == 6));
-        let pids_before = pids_before.unwrap_or_else(|| panic!("expected six processes: {:?}", listed()));
+        let pids_before = pids_before.unwrap_or_else(|| panic!("expected six processes, listed pids: {:?}", listed()));
         let mut distinct = pids_before.clone();
         distinct.dedup();
         assert_eq!(distinct.len(), 6, "pids are repeated: {pids_before:?}");
@@ -124,7 +124,7 @@ fn ps_lists_each_process_with_distinct_pid() {
         let inside = container.exec("count", &["sh", "-c", "exec 2>/dev/null; grep -l . /proc/[0-9]*/cmdline | wc -l"]);
         let inside: usize = inside.expect_clean().out().trim().parse().unwrap();
         assert!((6..=9).contains(&inside), "the container sees {inside} processes");
-        // An exec adds one PID to the list. When the exec ends, the PID disappears.
+        // An exec adds one pid to the list. When the exec ends, its pid disappears.
         let exec = container.exec_command("more", &[], &["sh", "-c", "echo up; exec sleep 1005"]);
         let mut exec = Running::start(exec, Input::Null);
         exec.wait_for("up");
@@ -148,8 +148,13 @@ fn metrics_come_from_container_cgroup() {
             .unwrap_or_else(|error| panic!("metrics are not JSON: {error}\n{}", output.describe()));
         // ctr prints the cgroup v2 message with its protobuf field names.
         let number = |pointer: &str| {
-            let value = metrics.pointer(pointer).unwrap_or_else(|| panic!("no {pointer}\n{}", output.describe()));
-            value.as_u64().or_else(|| value.as_str()?.parse().ok()).unwrap_or_else(|| panic!("{pointer} is {value}"))
+            let value = metrics
+                .pointer(pointer)
+                .unwrap_or_else(|| panic!("the metrics have no {pointer}\n{}", output.describe()));
+            value
+                .as_u64()
+                .or_else(|| value.as_str()?.parse().ok())
+                .unwrap_or_else(|| panic!("{pointer} is {value}, not a number"))
         };
         assert_eq!(number("/pids/current"), 3, "{}", output.describe());
         assert_eq!(number("/memory/usage_limit"), 201_326_592, "{}", output.describe());

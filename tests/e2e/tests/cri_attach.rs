@@ -29,7 +29,7 @@ fn attached(container: &PodContainer, name: &str, tty: bool) -> Stream {
 const ECHO_LINES: &str = "echo up; while read line; do echo heard $line; echo aside $line >&2; done; echo end; exit 5";
 
 /// Prints each line of stdin, and the terminal's size after each SIGWINCH. If a signal arrived just before `read`, the
-/// shell would run the trap only after `read` has returned. `wait` has no such gap.
+/// shell would run the trap only after `read` has returned. `wait` does not have this race.
 const ECHO_TTY: &str = "exec 3<&0; while read line; do echo heard $line; done <&3 & trap 'stty size' WINCH; echo up; \
                         while :; do wait; done";
 
@@ -59,7 +59,7 @@ fn attach_resizes_the_containers_terminal() {
         two.send(channel::STDIN, b"again\n");
         two.wait_for(channel::STDOUT, "heard again\r\n");
         let size = container.exec(&["sh", "-c", "stty size < /dev/pts/0 || stty size < /dev/console"]);
-        assert_eq!(size.out, "30 90\n", "the terminal's size: {size:?}");
+        assert_eq!(size.out, "30 90\n", "the terminal's size has changed: {size:?}");
         container.stop(0);
     });
 }
@@ -123,7 +123,7 @@ fn exec_timeout_kills_all_its_processes_in_a_user_namespace() {
         let pod = userns::pod(pods);
         let container = pod.start(&userns::sh(&pod, userns::SLEEP));
         let scripts = ["exec sleep 4715", "sleep 4715 & sleep 4715", "setsid sh -c 'sleep 4715; :' & sleep 4715"];
-        // runc kills only the command. Its children would run on, and the call would wait for them.
+        // runc kills only the command. The command's children would run on, and the call would wait for them.
         let scripts = if runtime() == RUNC { &scripts[..1] } else { &scripts[..] };
         // Make the calls at the same time, because each call takes as long as its timeout.
         thread::scope(|scope| {

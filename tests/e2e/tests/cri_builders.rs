@@ -66,8 +66,8 @@ fn ci_docker_builds_and_runs_on_overlay2() {
         let docker = &applied.containers[0];
         assert_eq!(step(docker, "docker info -f '{{.Driver}} {{.CgroupVersion}}'"), "overlay2 2");
         write_context(docker);
-        // DOCKER_BUILDKIT=0 selects the classic builder. Debian's client has no other, because BuildKit is a separate
-        // package.
+        // DOCKER_BUILDKIT=0 selects the classic builder. Debian's client has no other builder, because BuildKit is a
+        // separate package.
         step(docker, "DOCKER_BUILDKIT=0 docker build -q -t app /tmp/context");
         // Docker publishes ports inside the pod. The guest kernel enforces the limits of Docker's containers.
         step(docker, "docker run -d --name web -p 8080:80 app");

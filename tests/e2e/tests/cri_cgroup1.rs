@@ -46,7 +46,7 @@ fn vmm_is_in_the_pods_cgroup_of_every_controller() {
         let parent = config["linux"]["cgroup_parent"].as_str().unwrap().to_owned();
         let pod = pods.run(config);
         for (controller, path) in cgroups(pod.pid()) {
-            assert!(path.to_string_lossy().contains(&parent), "{controller}: {}", path.display());
+            assert!(path.to_string_lossy().contains(&parent), "the VMM's {controller} cgroup is {}", path.display());
         }
         // No VMM thread is in another cgroup.
         for task in fs::read_dir(format!("/proc/{}/task", pod.pid())).unwrap().flatten() {
@@ -66,7 +66,7 @@ fn vmm_is_in_the_pods_cgroup_of_every_controller() {
             let seen = limit(&pod, "memory", "memory.limit_in_bytes");
             assert!(
                 found.is_some(),
-                "CPU quota {} µs, memory limit {seen} bytes",
+                "expected {quota} µs and {least} MiB, got CPU quota {} µs and memory limit {seen} bytes",
                 limit(&pod, "cpu", "cpu.cfs_quota_us")
             );
         };

@@ -23,7 +23,7 @@ def full(write):
 kept = os.open("/data/kept", os.O_CREAT | os.O_RDWR)
 os.write(kept, b"k" * (1 << 20))
 os.fsync(kept)
-# write(2) fails as soon as the volume is full. The error does not come only at fsync(2).
+# write(2) itself fails as soon as the volume is full. The error is not delayed until fsync(2).
 fd = os.open("/data/large", os.O_CREAT | os.O_WRONLY)
 written = 0
 try:
@@ -104,12 +104,12 @@ fn writes_to_a_full_volume_fail_with_enospc() {
     });
 }
 
-/// Returns the CRI devices of a container that has the disk.
+/// Returns the CRI device list of a container that gets the disk.
 fn devices(disk: &Disk, permissions: &str) -> Value {
     json!([{ "container_path": "/dev/xvda", "host_path": disk.device, "permissions": permissions }])
 }
 
-/// Starts a container that has the disk, privileged or not.
+/// Starts a container that has the disk as `/dev/xvda`. The container may be privileged.
 #[track_caller]
 fn start_with_device(pod: &Pod, disk: &Disk, permissions: &str, privileged: bool) -> PodContainer {
     let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
@@ -221,7 +221,7 @@ const MARK: &str = "the node's own";
 #[test]
 fn privileged_container_cannot_open_the_nodes_devices() {
     pods("cri-none-of-the-nodes", |pods| {
-        // A disk of the node with marked content. No pod gets this disk.
+        // This disk of the node has marked content. No pod gets the disk.
         let disk = Disk::new(&pods.dir().join("disk"), 8);
         fs::write(&disk.device, MARK).unwrap();
         let marked: String = MARK.bytes().map(|byte| format!("{byte:02x}")).collect();
@@ -261,7 +261,7 @@ fn privileged_container_cannot_open_the_nodes_devices() {
             "the test's disk is not among {names:?}"
         );
         let listed = container.sh("ls /dev /sys/block; cat /proc/partitions");
-        // The guest kernel has its own loop devices, which are empty.
+        // Loop devices are skipped, because the guest kernel has its own loop devices, which are empty.
         for name in names.iter().filter(|name| !name.starts_with("loop")) {
             assert!(
                 !listed.split_whitespace().any(|word| word == name),

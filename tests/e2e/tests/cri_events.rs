@@ -50,12 +50,12 @@ fn task_events_are_published_once_and_in_order() {
         assert_eq!(over_limit.wait(), (137, "OOMKilled".into()));
         over_limit.remove();
         assert_eq!(events.for_container(&over_limit.id), ["create", "start", "oom", "exit 137", "delete 137"]);
-        // A container that is stopped with its pod.
+        // The last container is stopped with its pod.
         let last = pod.start(&pod.sh("sleep 100000"));
         pod.stop();
         pod.remove();
         assert_eq!(events.for_container(&last.id), ["create", "start", "exit 137", "delete 137"]);
-        // The sandbox has no task if the shim implements the sandbox API.
+        // If the shim implements the sandbox API, the sandbox has no task and therefore no task events.
         let sandbox = events.for_container(&pod.id);
         assert!(sandbox.is_empty() || sandbox == ["create", "start", "exit 137", "delete 137"], "{sandbox:?}");
     });

@@ -69,7 +69,7 @@ fn port_forward_carries_fifty_connections_and_large_data_to_loopback_servers() {
 
 #[track_caller]
 fn carries_fifty_connections(pod: &Pod) {
-    // Port forwarding tries both address families, so it reaches servers on 127.0.0.1 and on ::1.
+    // Port forwarding tries both address families. Therefore it reaches servers on 127.0.0.1 and on ::1.
     for port in [8001, 8002] {
         let forward = forward(pod);
         let connections: Vec<Connection> = (0..CONNECTIONS).map(|number| forward.open(port, number)).collect();
@@ -81,9 +81,9 @@ fn carries_fifty_connections(pod: &Pod) {
         for (number, connection) in connections.iter().enumerate() {
             assert_eq!(text(connection.read(hello(number).len())), hello(number), "echo of port {port}");
         }
-        // A connection to a port without a listener ends at once, and the others stay. Husk accepts the connection before it
-        // connects to the guest, and then resets it. Kubernetes' streaming server logs the reset, but does not
-        // report it to the client (portForward in httpstream.go).
+        // A connection to a port without a listener ends at once, and the other connections stay. Husk accepts the
+        // connection before it connects to the guest, and then resets the connection. Kubernetes' streaming server logs
+        // the reset, but does not report it to the client (portForward in httpstream.go).
         let refused = forward.open(8099, CONNECTIONS);
         let error = refused.error();
         assert!(error.contains("8099") || runtime() != RUNC, "{error:?}");

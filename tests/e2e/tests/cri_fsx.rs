@@ -10,7 +10,7 @@ use husk_e2e::FSX;
 use husk_e2e::cri::pod::{need_image, pods};
 use serde_json::json;
 
-/// Number of operations that fsx does on its file.
+/// Number of operations that fsx performs on its file.
 const OPERATIONS: &str = "3000";
 /// Timeout of one fsx run. fsx takes some seconds, but much longer on a busy emulated node.
 const TIMEOUT: Duration = Duration::from_secs(900);

@@ -110,7 +110,7 @@ fn guest_follows_address_route_and_neighbour_changes() {
 
         assert_eq!(container.sh("ip route; ip -6 route"), routes);
 
-        // Adds a second interface, as a network does that is attached to the running pod.
+        // Adds a second interface, as if a further network was attached to the running pod.
         run("ip", &["link", "add", "huskveth", "type", "veth", "peer", "name", "second"]);
         let netns = pod.netns();
         run("ip", &["link", "set", "second", "netns", netns.file_name().unwrap().to_str().unwrap()]);
@@ -150,8 +150,8 @@ fn guest_follows_recreated_interfaces_and_changed_macs() {
         let assert_reachable = || {
             wait_until(&container, "ip addr", |text| text.contains("10.98.0.2/24"));
             let address: SocketAddr = "10.98.0.2:8080".parse().unwrap();
-            // Until the guest has the new interface, the node's network stack answers. It has no listener, so it
-            // refuses the connection.
+            // Until the guest has the new interface, the node's network stack answers. It refuses the connection,
+            // because it has no listener.
             let answer = node::eventually(Duration::from_secs(30), || {
                 let mut text = String::new();
                 let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).ok()?;
@@ -171,8 +171,8 @@ fn guest_follows_recreated_interfaces_and_changed_macs() {
         add_interface();
         wait_until(&container, mac, |text| text == "02:00:00:00:98:02");
         assert_reachable();
-        // The interface gets another MAC address. The node does not learn about this change, so the test flushes the
-        // neighbour entries of the peer.
+        // The interface gets another MAC address. The node does not learn about this change. Therefore the test
+        // flushes the neighbour entries of the peer.
         ip(&pod, "link set second address 02:00:00:00:98:03");
         run("ip", &["neigh", "flush", "dev", "huskveth"]);
         wait_until(&container, mac, |text| text == "02:00:00:00:98:03");
@@ -187,7 +187,7 @@ fn guest_follows_recreated_interfaces_and_changed_macs() {
             3,
             "expected lo, eth0 and the tap of eth0: {links:?}"
         );
-        // Add and remove more interfaces than there are slots, one after the other.
+        // One after the other, the test adds and removes more interfaces than there are slots.
         for _ in 0..4 {
             add_interface();
             wait_until(&container, "ip addr", |text| text.contains("10.98.0.2/24"));
@@ -197,7 +197,7 @@ fn guest_follows_recreated_interfaces_and_changed_macs() {
         add_interface();
         assert_reachable();
         run("ip", &["link", "del", "huskveth"]);
-        assert!(container.sh("ip route").contains("default"), "the first interface lost its default route");
+        assert!(container.sh("ip route").contains("default"), "eth0 has lost its default route");
     });
 }
 

@@ -1,4 +1,4 @@
-//! Mirrored volumes: Secrets, projected volumes and the downward API reach the guest unchanged. Their updates do, too.
+//! Mirrored volumes: Secrets, projected volumes, downward API volumes and their updates reach the guest unchanged.
 
 use std::os::unix::fs::chown;
 use std::path::Path;
@@ -13,7 +13,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
 /// Prints a hash over the visible files of the directory `$0` (name, mode, owner, size, content). Then prints the
-/// number of hashed lines. Each file has two.
+/// number of hashed lines. Each file has two lines.
 const HASH_FILES: &str = r"
     cd $0 && export LC_ALL=C && find -L . -path './..?*' -prune -o -type f \
         -exec stat -L -c '%n %a %u:%g %s' {} + -exec sha256sum {} + | sort > /tmp/files
@@ -31,7 +31,7 @@ while True:
     os.read(fd, 1 << 20)
 "#;
 
-/// Returns the directory's hash and number of files, as the node sees them.
+/// Returns the directory's hash and number of hashed lines, as the node sees them.
 #[track_caller]
 fn hash_on_node(dir: &Path) -> String {
     let seen = Command::new("sh").args(["-c", HASH_FILES]).arg(dir).output().unwrap();
@@ -149,7 +149,7 @@ fn downward_api_updates_reach_the_guest() {
         );
         let expected = hash_on_node(&volume);
         let seen = node::eventually(Duration::from_secs(60), || (words(&hash().out) == expected).then_some(()));
-        assert!(seen.is_some(), "expected {expected}: {:?}", hash());
+        assert!(seen.is_some(), "expected the hash {expected}, got {:?}", hash());
         assert_eq!(container.sh("cat /volume/limits/memory"), "96");
     });
 }

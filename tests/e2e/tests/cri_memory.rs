@@ -1,5 +1,4 @@
-//! Memory volumes and huge pages: the guest provides them, and accounts for them and limits them as a host with runc
-//! does.
+//! Memory volumes and huge pages. The guest provides this memory, and charges and limits it as a host with runc does.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -15,7 +14,7 @@ use serde_json::{Value, json};
 const MIB: u64 = 1 << 20;
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
-/// An emptyDir, mounted as the kubelet mounts it. Dropping it unmounts it.
+/// An emptyDir, mounted as the kubelet mounts it. Dropping this value unmounts the emptyDir.
 struct Volume(PathBuf);
 
 impl Volume {
@@ -23,7 +22,7 @@ impl Volume {
         let path = pods.dir().join("volumes/kubernetes.io~empty-dir").join(name);
         fs::create_dir_all(&path).unwrap();
         mount(Some(kind), &path, Some(kind), MsFlags::empty(), Some(data)).unwrap();
-        // The owner is that of a pod with an fsGroup.
+        // The kubelet sets this group and mode for a pod with an fsGroup.
         chown(&path, None, Some(2000)).unwrap();
         fs::set_permissions(&path, PermissionsExt::from_mode(0o2777)).unwrap();
         Self(path)
@@ -45,7 +44,7 @@ impl Drop for Volume {
 fn memory_volume_is_charged_to_the_container_and_absent_on_the_node() {
     pods("cri-in-memory", |pods| {
         let volume = Volume::new(pods, "cache", "tmpfs", "size=96m");
-        // Makes a subPath as the kubelet does: it is a bind mount of a directory of the volume.
+        // Creates a subPath as the kubelet does, by a bind mount of a directory of the volume.
         let directory = volume.0.join("part");
         fs::create_dir(&directory).unwrap();
         chown(&directory, Some(1234), Some(2000)).unwrap();
@@ -68,7 +67,10 @@ fn memory_volume_is_charged_to_the_container_and_absent_on_the_node() {
         let memory = |file: &str| format!("awk '/^{file} / {{print int($2 / 1048576)}}' /sys/fs/cgroup/memory.stat");
         full_volume.sh("dd if=/dev/zero of=/data/large bs=1M count=64 2> /dev/null");
         let counted = full_volume.sh(&memory("shmem"));
-        assert!((64..70).contains(&counted.parse::<u64>().unwrap()), "{counted} MiB are charged to the container");
+        assert!(
+            (64..70).contains(&counted.parse::<u64>().unwrap()),
+            "{counted} MiB of shmem are charged to the container"
+        );
         let full = full_volume.exec(&["sh", "-c", "dd if=/dev/zero of=/data/more bs=1M count=64; rm /data/more"]);
         assert!(full.err.contains("No space left"), "{full:?}");
         // A container that exceeds its memory limit is killed. The pod and its VM stay.
@@ -122,7 +124,7 @@ fn free_pages() -> u64 {
     fs::read_to_string(format!("{POOL}/free_hugepages")).unwrap().trim().parse().unwrap()
 }
 
-/// The node's pool of huge pages. Dropping it empties the pool.
+/// The node's pool of huge pages. Dropping this value empties the pool.
 struct Pool;
 
 impl Pool {

@@ -28,7 +28,8 @@ for name in sys.argv[1:]:
 fn pod_resolves_search_domains_hosts_entries_and_its_own_name() {
     need_image(PYTHON);
     pods("cri-names", |pods| {
-        // CNI creates the bridge when the first pod starts, so this pod comes before the DNS server.
+        // CNI creates the bridge when the first pod starts. Therefore this pod starts before the DNS server, which
+        // listens on the bridge's address.
         let server = pods.pod();
         let serving = server.start(&server.sh("nc -ll -p 80 -e echo the service"));
         let addresses = server.addresses();
@@ -67,7 +68,8 @@ fn pod_resolves_search_domains_hosts_entries_and_its_own_name() {
         assert_eq!(found("www.example.test"), "192.0.2.7");
         assert_eq!((found("client"), found("given.alias")), (address.to_string(), "192.0.2.1".into()));
         assert_eq!(found("nobody"), "none True");
-        // Another container of the pod reaches the service by name. Its image has another resolver.
+        // Another container of the pod reaches the service by name. Its busybox image has another resolver than the
+        // Python image.
         let client = pod.sleeper();
         assert_eq!(client.sh("hostname; cat /etc/hostname"), "client\nclient");
         let script = "nslookup -type=a web.team.svc.cluster.test | awk '/^Address/ {found = $2} END {print found}'";
@@ -80,7 +82,7 @@ fn pod_resolves_search_domains_hosts_entries_and_its_own_name() {
     });
 }
 
-/// Returns each datagram with a prefix to its sender.
+/// Sends each datagram back to its sender, with a prefix.
 const ECHO: &str = r#"
 import socket
 served = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -132,6 +134,6 @@ fn udp_host_port_reaches_the_pod_until_it_stops() {
         pod.stop();
         socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
         let gone = node::eventually(Duration::from_secs(20), || ask(b"three").is_err().then_some(()));
-        assert!(gone.is_some(), "the host port still answers");
+        assert!(gone.is_some(), "the host port still answers after the pod has stopped");
     });
 }

@@ -77,13 +77,13 @@ fn pods_reach_the_node_and_each_other() {
         assert_eq!(a.sh("ip route | sed 's/ *$//' | grep -c default"), "1");
         // The node reaches the pod, with both address families.
         for ip in &addresses.0 {
-            assert_eq!(greeting((*ip, 8080).into()), "one", "{ip}");
+            assert_eq!(greeting((*ip, 8080).into()), "one", "greeting from {ip}");
         }
-        // Pod to pod.
+        // One pod reaches the other pod.
         let list = |ips: &[IpAddr]| ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
         let dial = |ips: &str| format!("for ip in {ips}; do nc -w 20 $ip 8080 < /dev/null; done");
         assert_eq!(b.sh(&dial(&list(&addresses.0))), "one\none");
-        // Pod to node, at the bridge's addresses.
+        // The pod reaches the node at the bridge's addresses.
         for listen in ["10.88.0.1:0", "[fd00:88::1]:0"] {
             let listener = TcpListener::bind(listen).unwrap();
             let address = listener.local_addr().unwrap();
@@ -95,11 +95,11 @@ fn pods_reach_the_node_and_each_other() {
             });
             let answer = a.sh(&format!("nc -w 20 {} {} < /dev/null", address.ip(), address.port()));
             assert_eq!(answer, "the node", "answer from the node's server at {address}");
-            assert_eq!(accept.join().unwrap(), expected, "the node sees the pod's address");
+            assert_eq!(accept.join().unwrap(), expected, "the client address that the node sees");
         }
         // A pod reaches itself at its addresses and at the loopback addresses.
         assert_eq!(a.sh(&dial(&format!("{} 127.0.0.1 ::1", list(&addresses.0)))), "one\none\none\none");
-        // More data than any buffer on the way holds, in both directions.
+        // The client sends and receives more data than any buffer on the way holds.
         let script = "head -c 8000000 /dev/zero | nc -w 20 HOST 8083 | wc -c";
         for ip in &addresses.1 {
             assert_eq!(a.sh(&script.replace("HOST", &ip.to_string())), "8000000", "number of bytes echoed at {ip}");
@@ -117,7 +117,7 @@ fn dial(pod: &Pod, address: SocketAddr) -> std::io::Result<TcpStream> {
     dialled.join().unwrap()
 }
 
-/// Returns all data that it has received after the client has half-closed the connection.
+/// Echo server. Sends the data of a connection back after the client has half-closed the connection.
 const ECHO: &str = "import _thread, socket
 def echo(peer):
     peer.sendall(b''.join(iter(lambda: peer.recv(65536), b'')))
@@ -132,19 +132,20 @@ fn port_forward_reaches_loopback_servers_and_resets_connections_to_closed_ports(
     pods("cri-forward", |pods| {
         let pod = pods.pod();
         let container = server(&pod, "here");
-        // Many connections at the same time need this server, because busybox's server has a backlog of one.
+        // Many connections at the same time need the Python server, because busybox's server has a backlog of one.
         need_image(PYTHON);
         let echo = pod.start(&pod.python(ECHO));
         echo.wait_for("up");
         let localhost = |ip: &str, port: u16| SocketAddr::new(ip.parse::<IpAddr>().unwrap(), port);
-        // First through containerd's streaming server, as kubectl connects, to servers on both loopback addresses.
+        // The test first connects as kubectl does, through containerd's streaming server, to servers on both loopback
+        // addresses.
         for port in [8081, 8082] {
             let answer = call("PortForward", &json!({ "pod_sandbox_id": pod.id, "port": [port] }));
             let mut stream = Stream::connect(&format!("{}?port={port}", answer["url"].as_str().unwrap()));
             stream.send(0, b"GET / HTTP/1.0\r\n\r\n");
             stream.wait_for(0, "here-page");
         }
-        // Then directly, with both address families and many half-closed connections at the same time.
+        // Then it connects directly, with both address families and many half-closed connections at the same time.
         let mut connections: Vec<_> = (0..50).map(|_| dial(&pod, localhost("::1", 8084)).unwrap()).collect();
         for (number, connection) in connections.iter_mut().enumerate() {
             connection.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
@@ -184,6 +185,6 @@ fn tcp_host_port_reaches_the_pod_until_it_stops() {
         let gone = node::eventually(Duration::from_secs(10), || {
             TcpStream::connect_timeout(&"10.88.0.1:18080".parse().unwrap(), Duration::from_secs(2)).err()
         });
-        assert!(gone.is_some(), "the host port still accepts connections");
+        assert!(gone.is_some(), "the host port still accepts connections after the pod has stopped");
     });
 }

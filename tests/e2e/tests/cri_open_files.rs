@@ -18,7 +18,7 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 const NR_OPEN: &str = "/proc/sys/fs/nr_open";
 
 /// Lowers the fd limit of containerd's children. Also lowers `nr_open`, because the VMM raises its own limit to this
-/// value. Dropping it restores both limits.
+/// value. Dropping this struct restores both limits.
 struct LowFdLimit {
     containerd: i32,
     limit: libc::rlimit,
@@ -71,14 +71,15 @@ fn pod_uses_more_files_than_the_vmms_fd_limit() {
         };
         let limits = fs::read_to_string(format!("/proc/{}/limits", pod.pid())).unwrap();
         let open = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
-        assert!(open.contains(&format!(" {LIMIT} ")), "the VMM has another fd limit: {open}");
+        assert!(open.contains(&format!(" {LIMIT} ")), "the fd limit of the VMM is not {LIMIT}: {open}");
         let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
         config["mounts"] = json!([{ "host_path": dir.to_string_lossy(), "container_path": "/data" }]);
         let container = pod.start(&config);
         let total = (DIRECTORIES * FILES).to_string();
         // Looks up all files. The guest first forgets files that were never read.
         assert_eq!(container.sh("ls -lR /data | grep -c ^-"), total);
-        // Data that the guest has read stays in its page cache. As long as it is there, the VMM keeps the file open.
+        // Data that the guest has read stays in its page cache. As long as a file's data is there, the VMM keeps the
+        // file open.
         let read = container.exec_within(TIMEOUT, &["sh", "-c", "find /data -type f -exec cat {} + | grep -c 1"]);
         assert_eq!((read.out.trim(), read.err.as_str()), (total.as_str(), ""), "{}", node::log_tail(20));
         // The VMM keeps new files open as well.

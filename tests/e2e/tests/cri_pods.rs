@@ -1,4 +1,4 @@
-//! Pods through containerd's CRI: the life of sandboxes and containers, and what the containers of a pod share.
+//! Pods through containerd's CRI: the lifecycle of sandboxes and containers, and what the containers of a pod share.
 //!
 //! Runs: containerd 1.7 and 2
 use husk_e2e::cri::{self, pods};
@@ -40,7 +40,7 @@ fn pod_and_its_vm_outlive_their_containers() {
         assert_eq!(again.wait().0, 137);
         b.stop(0);
         assert!(pod.is_ready());
-        assert_eq!(vm::vmm_pids(), vmms, "the pod has another VM");
+        assert_eq!(vm::vmm_pids(), vmms, "the pod no longer has its first VM");
         // Removes a container that was created but never started.
         pod.create(&pod.sh("true")).remove();
         pod.stop();
@@ -63,7 +63,8 @@ fn containers_share_network_ipc_uts_and_sysctls_but_not_pid_and_mount() {
         config["dns_config"] = json!({ "servers": ["10.0.0.53"], "searches": ["e2e.test"], "options": ["ndots:2"] });
         let pod = pods.run(config);
         let (a, b) = (pod.sleeper(), pod.sleeper());
-        // Host name and DNS configuration. Containers share the network and /dev/shm, but not processes and mounts.
+        // The containers have the pod's host name and DNS configuration. They share the network and /dev/shm, but not
+        // processes and mounts.
         let namespaces = "for kind in net ipc uts pid mnt; do readlink /proc/self/ns/$kind; done";
         let of_a = a.sh(&format!(
             "{namespaces}; hostname; cat /etc/resolv.conf
@@ -78,14 +79,18 @@ fn containers_share_network_ipc_uts_and_sysctls_but_not_pid_and_mount() {
         ));
         let (of_a, of_b): (Vec<&str>, Vec<&str>) = (of_a.lines().collect(), of_b.lines().collect());
         let same: Vec<bool> = of_a.iter().zip(&of_b).take(5).map(|(one, other)| one == other).collect();
-        assert_eq!(same, [true, true, true, false, false], "net, ipc, uts, pid, mnt: {of_a:?} {of_b:?}");
+        assert_eq!(
+            same,
+            [true, true, true, false, false],
+            "whether net, ipc, uts, pid and mnt namespaces are the same: {of_a:?} {of_b:?}"
+        );
         assert_eq!(of_a[5..], ["the-pod", "search e2e.test", "nameserver 10.0.0.53", "options ndots:2"]);
         assert_eq!(of_b[5..], ["the-pod", "shared", "80", "1", "through"]);
     });
 }
 
 #[test]
-fn containers_share_the_pid_namespace_if_the_pod_asks_for_it() {
+fn containers_with_pid_mode_pod_share_a_pid_namespace() {
     pods("cri-pid", |pods| {
         let pod = pods.pod();
         let shared = |script: &str| {

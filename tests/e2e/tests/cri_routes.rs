@@ -1,5 +1,5 @@
-//! Routes, rules and routing tables: the guest has those of the pod's network namespace. The tests run the node's `ip`
-//! command both in the guest and in the pod's network namespace.
+//! The guest has the same routes, rules and routing tables as the pod's network namespace. The tests run the node's
+//! `ip` command both in the guest and in the pod's network namespace.
 
 use std::fs;
 use std::io::Read;
@@ -149,7 +149,7 @@ fn network_by_script(name: &str, script: &str, body: impl FnOnce(&Pods)) {
     fs::remove_file(format!("{plugin}.script")).unwrap();
 }
 
-/// Adds all kinds of routes and rules, and first the addresses that make their gateways reachable.
+/// Adds addresses that make the gateways reachable, and then all kinds of routes and rules.
 const ALL_KINDS: &str = "
 ip addr add 10.94.1.2/24 dev eth0
 ip -6 addr add fd00:941::2/64 dev eth0 nodad
@@ -225,8 +225,8 @@ fn guest_follows_all_kinds_of_routes_and_rules() {
         in_guest(&container, "rule del pref 250");
         wait_until_equal(&pod, &container);
         in_guest(&container, "rule add pref 250 from 10.250.0.0/16 lookup 250");
-        // Three rules have the same priority, so their order matters. The one in the middle matches everything, the
-        // other two match less.
+        // Three rules have the same priority. Their order matters, because the rule in the middle matches all packets,
+        // and each of the other two rules matches only some packets.
         on_node(&pod, "rule add pref 400 from 10.5.0.0/16 lookup 100");
         on_node(&pod, "rule add pref 400 lookup 1000");
         on_node(&pod, "rule add pref 400 from 10.6.0.0/16 lookup 1000");
@@ -349,7 +349,7 @@ fn wait_until(container: &PodContainer, view: &str, holds: impl Fn(&str) -> bool
         last = in_guest(container, view);
         holds(&last).then_some(())
     });
-    assert!(held.is_some(), "{view} prints\n{last}\n{}", node::log_tail(20));
+    assert!(held.is_some(), "`ip {view}` still prints\n{last}\n{}", node::log_tail(20));
 }
 
 #[test]

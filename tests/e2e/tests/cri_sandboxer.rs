@@ -159,7 +159,7 @@ fn sandbox_service_implements_all_requests() {
         let request = CreateSandboxRequest { sandbox_id: id(), ..Default::default() };
         let error = client.create_sandbox(shim::context(), &request).unwrap_err();
         assert!(error.to_string().contains("already exists"), "{error}");
-        // Starting again returns the pid and time of the first start.
+        // A second StartSandbox request returns the pid and time of the first start.
         let request = StartSandboxRequest { sandbox_id: id(), ..Default::default() };
         let started = client.start_sandbox(shim::context(), &request).unwrap();
         assert_eq!(started.pid, pod.pid().unsigned_abs());
@@ -171,7 +171,7 @@ fn sandbox_service_implements_all_requests() {
         assert_eq!((status.sandbox_id.as_str(), status.state.as_str()), (id().as_str(), "SANDBOX_READY"));
         assert_eq!((status.pid, &status.created_at), (started.pid, &started.created_at));
         assert!(status.exited_at.is_none() && status.info["info"].contains("runtimeSpec"), "{status:?}");
-        // A waiter gets the sandbox's exit. A requested stop has exit status 0.
+        // A WaitSandbox request returns the sandbox's exit. A requested stop has exit status 0.
         let waiter = {
             let request = WaitSandboxRequest { sandbox_id: id(), ..Default::default() };
             let client = shim::sandbox_client(&pod.id);
@@ -185,7 +185,7 @@ fn sandbox_service_implements_all_requests() {
         let status = client.sandbox_status(shim::context(), &request).unwrap();
         assert_eq!((status.state.as_str(), status.pid), ("SANDBOX_NOTREADY", 0));
         assert_eq!((&status.created_at, &status.exited_at), (&started.created_at, &exit.exited_at));
-        // Stopping and waiting again succeed.
+        // Further StopSandbox and WaitSandbox requests succeed.
         let request = StopSandboxRequest { sandbox_id: id(), ..Default::default() };
         client.stop_sandbox(shim::context(), &request).unwrap();
         client.stop_sandbox(shim::context(), &request).unwrap();
@@ -222,7 +222,7 @@ fn shutdown_sandbox_returns_after_the_vm_and_its_state_are_removed() {
             assert_eq!(
                 thread.join().unwrap(),
                 (Ok(()), false),
-                "the answer, and whether the state directory still exists"
+                "the result, and whether the state directory still exists"
             );
         }
         assert!(!vm::vmm_pids().contains(&vmm), "the VMM still runs");
@@ -279,8 +279,8 @@ fn vm_ends_and_pod_is_not_ready_after_its_shim_is_killed() {
         let gone = node::eventually(Duration::from_secs(20), || vm::vmm_pids().is_empty().then_some(()));
         assert!(gone.is_some(), "the VM outlives its shim");
         wait_until_not_ready(&pod);
-        // containerd may report the end of the pod before the end of the container. It does not remove a running
-        // container, so the test waits.
+        // containerd may report the end of the pod before the end of the container. containerd does not
+        // remove a running container. Therefore the test waits.
         assert!([137, 255].contains(&container.wait().0));
         pod.stop();
         pod.remove();
@@ -290,8 +290,8 @@ fn vm_ends_and_pod_is_not_ready_after_its_shim_is_killed() {
 #[test]
 fn run_pod_sandbox_rejects_host_namespaces_and_disallowed_annotations() {
     pods("sb-refused", |pods| {
-        // The host network is not tested, because with this sandboxer containerd 2.1 itself crashes on it (NewBundle
-        // without a specification).
+        // The host network is not tested, because containerd 2.1 itself crashes on the host network with this
+        // sandboxer (NewBundle without a specification).
         for (namespace, word) in [("pid", "host pid"), ("ipc", "host ipc")] {
             let mut config = pods.config();
             config["linux"]["security_context"]["namespace_options"] = json!({ namespace: "NODE" });

@@ -8,7 +8,7 @@ use husk_e2e::cri::{PodContainer, call, pods, try_call};
 use husk_e2e::node;
 use serde_json::json;
 
-/// Sends an Exec or Attach request with the fields `more`, and connects to its stream.
+/// Sends an Exec or Attach request with the additional fields `more`, and connects to the stream.
 #[track_caller]
 fn open(method: &str, container: &PodContainer, more: serde_json::Value) -> Stream {
     let mut request = json!({ "container_id": container.id, "stdout": true });
@@ -77,10 +77,10 @@ fn attach_reaches_stdin_and_logs_are_split_and_reopened() {
         let mut stream = open("Attach", &container, json!({ "stdin": true, "stderr": true }));
         stream.send(channel::STDIN, b"first\nsecond\n");
         stream.wait_for(channel::STDOUT, "heard second");
-        // The first client that disconnects closes stdin.
+        // With `stdin_once`, stdin closes when the first client disconnects.
         drop(stream);
         assert_eq!(container.wait(), (5, "Error".into()));
-        // CRI's log format: time, stream, full (F) or partial (P), text.
+        // In CRI's log format, each line has a time, a stream, `F` (full) or `P` (partial), and a text.
         let log = container.log();
         let mut texts: Vec<(&str, &str)> = Vec::new();
         for line in log.lines() {
@@ -179,7 +179,7 @@ fn container_has_the_requested_mounts_limits_and_security_context() {
     });
 }
 
-/// Returns the groups that the image's /etc/group adds to the user, because containerd 1.7 merges them.
+/// Returns the groups of the user in the image's /etc/group. containerd 1.7 adds them to the requested groups.
 fn groups(container: &PodContainer) -> String {
     let listed = container.sh("grep -E ':[^:]*tester' /etc/group | cut -d: -f3");
     let mut groups: Vec<u32> = listed.lines().filter_map(|line| line.parse().ok()).collect();

@@ -79,7 +79,7 @@ fn limits(dir: &Path) -> [String; 4] {
 fn systemd_limits(unit: &str) -> [String; 4] {
     let shown = show(unit);
     let number = |key: &str| if shown[key] == "infinity" { "max".to_owned() } else { shown[key].clone() };
-    // systemd prints the CPU time for each second, in seconds or in milliseconds.
+    // systemd prints the CPU time per second in the unit s or ms.
     let quota = &shown["CPUQuotaPerSecUSec"];
     let millis = quota.strip_suffix("ms").and_then(|text| text.parse::<f64>().ok());
     let millis = millis.or_else(|| Some(quota.strip_suffix('s')?.parse::<f64>().ok()? * 1000.0));
@@ -87,8 +87,8 @@ fn systemd_limits(unit: &str) -> [String; 4] {
     [number("MemoryMax"), number("MemoryHigh"), cpu, shown.get("AllowedCPUs").cloned().unwrap_or_default()]
 }
 
-/// Reloads all units, and then makes systemd write the unit's CPU and memory properties. This would remove limits that
-/// systemd does not know. Fails unless the cgroup has all its limits and controllers afterwards.
+/// Reloads all units, and then makes systemd write the unit's CPU and memory properties. The write would remove limits
+/// that systemd does not know. Fails unless the cgroup has all its limits and controllers afterwards.
 #[track_caller]
 fn assert_limits_survive_reload(unit: &str, dir: &Path) {
     let controllers = || file(dir.parent().unwrap(), "cgroup.subtree_control");
@@ -101,10 +101,11 @@ fn assert_limits_survive_reload(unit: &str, dir: &Path) {
     let weight = if file(dir, "cpu.weight") == "77" { "78" } else { "77" };
     systemctl(&["set-property", "--runtime", unit, &format!("CPUWeight={weight}"), &format!("MemoryLow={weight}M")]);
     let back = node::eventually(SETTLE, || ((limits(dir), controllers()) == had).then_some(()));
-    assert!(back.is_some(), "limits {:?} and controllers {}; expected {had:?}", limits(dir), controllers());
+    assert!(back.is_some(), "{unit} has limits {:?} and controllers {}; expected {had:?}", limits(dir), controllers());
 }
 
-/// Waits until the kernel and systemd both have these limits.
+/// Waits until both the kernel and systemd have the CPU quota `quota`, the cpuset `cpus` and a memory limit of at least
+/// `least_mib` MiB.
 #[track_caller]
 fn wait_for_limits(unit: &str, dir: &Path, quota: &str, cpus: &str, least_mib: u64) {
     let applied = node::eventually(SETTLE, || {
@@ -177,7 +178,7 @@ fn scope_has_runcs_properties_and_systemd_keeps_its_limits() {
         wait_for_limits(&name, &dir, "75000 100000", "1", 128);
         assert_limits_survive_reload(&name, &dir);
         let second = pod.start(&limited(&pod, 255, 64, "2"));
-        // 1005 milli-CPUs are 100.5 % of a CPU. systemd rounds this up to whole percents.
+        // The limits and the overhead are 1005 milli-CPUs, or 100.5 % of a CPU. systemd rounds up to whole percents.
         wait_for_limits(&name, &dir, "101000 100000", "1-2", 192);
         call("UpdateContainerResources", &json!({ "container_id": first.id, "linux": resources(1000, 256, "1") }));
         wait_for_limits(&name, &dir, "151000 100000", "1-2", 320);
@@ -231,8 +232,8 @@ fn killed_shim_leaves_no_unit() {
         // SAFETY: kill(2) takes two integers and no pointers.
         assert_eq!(unsafe { libc::kill(shim(&pod), libc::SIGKILL) }, 0);
         wait_until_unloaded(&name);
-        // containerd failed to reach the task, and retries the deletion after a second. Until then it does not remove
-        // the container, so the test waits.
+        // containerd failed to reach the task, and retries the deletion after a second. Until then, containerd does
+        // not remove the container. Therefore the test waits.
         container.wait();
         pod.stop();
         pod.remove();
@@ -246,7 +247,7 @@ fn create_replaces_a_failed_unit_and_rejects_an_active_one() {
     case("systemd-units", |case| {
         let scope = |id: &str| format!("husk-{id}.scope");
         let group = |id: &str| format!("husk_e2e.slice:husk:{id}");
-        // First, the unit has failed: its scope has exceeded RuntimeMaxSec.
+        // In the first case, the unit has failed, because its scope has exceeded RuntimeMaxSec.
         let run = case.sh("cat /proc/1/cgroup");
         let (id, name) = (run.id().to_owned(), scope(run.id()));
         let timed = ["--scope", "--quiet", "--unit", &name, "-p", "RuntimeMaxSec=100ms", "sleep", "100"];
@@ -257,7 +258,7 @@ fn create_replaces_a_failed_unit_and_rejects_an_active_one() {
         wait_until_unloaded(&name);
         assert!(Path::new("/sys/fs/cgroup/husk_e2e.slice").exists());
 
-        // Then the unit is active.
+        // In the second case, the unit is active.
         let run = case.sh("echo not reached");
         let (id, name) = (run.id().to_owned(), scope(run.id()));
         let mut running = Command::new("systemd-run");
@@ -270,7 +271,7 @@ fn create_replaces_a_failed_unit_and_rejects_an_active_one() {
         running.wait().unwrap();
         wait_until_unloaded(&name);
 
-        // The scope cannot start in a masked slice.
+        // In the third case, the scope cannot start, because its slice is masked.
         systemctl(&["mask", "--runtime", "husk_masked.slice"]);
         let run = case.sh("echo not reached");
         let (id, name) = (run.id().to_owned(), scope(run.id()));

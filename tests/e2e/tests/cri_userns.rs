@@ -45,7 +45,7 @@ fn owners_of_volume_files_follow_the_id_mapping() {
         // containerd 2.x uses id-mapped mounts. containerd 1.7 copies the image instead and does not map the ids of
         // volumes.
         let maps = is_containerd_2();
-        // On the node's disk, like the kubelet's volumes.
+        // These volumes are on the node's disk, like the kubelet's volumes.
         let dir = Path::new("/var/lib/kubelet/pods/uid-userns-volumes-1/volumes");
         let data = dir.join("kubernetes.io~empty-dir/data");
         let settings = dir.join("kubernetes.io~configmap/settings");
@@ -107,7 +107,7 @@ fn containers_of_a_user_namespace_share_the_pid_namespace() {
 }
 
 #[test]
-fn user_namespace_keeps_tty_seccomp_and_read_only_rootfs() {
+fn tty_seccomp_and_read_only_rootfs_work_in_a_user_namespace() {
     pods("userns-else", |pods| {
         let pod = pod(pods);
         let mut config = sh(&pod, &format!("tty; echo out > /dev/tty; stat -c %u /dev/tty $(tty); {SLEEP}"));
@@ -137,7 +137,7 @@ fn user_namespace_keeps_tty_seccomp_and_read_only_rootfs() {
 }
 
 #[test]
-fn create_container_rejects_another_id_mapping() {
+fn create_container_rejects_an_id_mapping_other_than_its_pods() {
     pods("userns-other", |pods| {
         let pod = pod(pods);
         let mut config = sh(&pod, "true");

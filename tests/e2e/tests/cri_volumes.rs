@@ -20,7 +20,7 @@ fn publish(volume: &Path, version: &str, value: &str) {
     kubelet::write_atomically(volume, version, &entries);
 }
 
-/// Prints an inotify event for each change of the ConfigMap, until its value is "third".
+/// Prints a line for each inotify event of the ConfigMap's volume, until the value of `key` is "third".
 const WATCH: &str = r#"
 import ctypes, os, struct
 libc = ctypes.CDLL(None)
@@ -72,13 +72,13 @@ fn containers_and_node_share_volumes_and_later_mounts() {
             ]);
             pod.start(&config)
         };
-        // One container mounts the volume, the other one mounts a subPath of it.
+        // One container mounts the volume, and the other container mounts a subPath of the volume.
         let (parent, part) = (with(&volume, "/data"), with(&volume.join("sub"), "/part"));
         parent.sh("echo one > /data/sub/file");
         assert_eq!(part.sh("cat /part/file"), "one");
         part.sh("echo two > /part/other; mv /part/file /part/moved");
         assert_eq!(parent.sh("cat /data/sub/other /data/sub/moved"), "two\none");
-        // The containers see files that the node writes, and file systems that it mounts.
+        // The containers see files that the node writes, and file systems that the node mounts.
         fs::write(volume.join("sub/moved"), "changed on the node\n").unwrap();
         let seen = node::eventually(Duration::from_secs(5), || {
             (part.sh("cat /part/moved") == "changed on the node").then_some(())

@@ -56,13 +56,13 @@ fn start_rejects_disk_without_free_slot_and_memory_still_grows() {
         // A disk that is already attached needs no further slot.
         let second = pod.start(&config_with_disks(&pod, &disks[2..3]));
         assert_eq!(second.sh("blockdev --getsize64 /dev/xvda"), (3 << 20).to_string());
-        // Memory has slots of its own. Therefore it can still be hot-plugged.
+        // Memory has slots of its own. Therefore memory can still be hot-plugged.
         let memory_mib = || second.sh("awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo").parse::<u64>().unwrap();
         let before = memory_mib();
         let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
         config["linux"]["resources"] = json!({ "memory_limit_in_bytes": 600 << 20 });
         let large = pod.start(&config);
-        assert!(memory_mib() > before + 400, "memory: {before} MiB before, {} MiB after", memory_mib());
+        assert!(memory_mib() > before + 400, "the guest has {before} MiB before and {} MiB after", memory_mib());
         assert_eq!(large.sh("echo runs"), "runs");
         pod.stop();
     });
@@ -78,7 +78,7 @@ fn written_data_is_on_disk_after_vm_ends() {
         config["devices"] = config_with_disks(&pod, &disks)["devices"].clone();
         let writer = pod.start(&config);
         writer.wait_for("written");
-        // SIGTERM ends the shim, as when the node shuts down. The container does not end before its VM does.
+        // SIGTERM ends the shim, as a shutdown of the node does. The container does not end before its VM does.
         let shims = vm::shim_pids_of(&pod.id);
         assert_eq!(shims.len(), 1);
         // SAFETY: kill takes two integers.

@@ -30,7 +30,7 @@ fn pod_is_not_ready_after_its_vmm_dies() {
         assert!(gone.is_some(), "the pod is still ready");
         pod.stop();
         pod.remove();
-        // Each process has one exit event, and each container one delete event after it.
+        // Each process has one exit event. At the end, each container has one delete event.
         let expected =
             ["create", "start", "exec-added 1", "exec-started 1", "exec-exit 1 137", "exit 137", "delete 137"];
         assert_eq!(number_exec_ids(&events.for_container(&container.id)), expected);
@@ -102,7 +102,7 @@ fn failed_create_leaves_nothing_in_guest() {
         let container = pod.sleeper();
         let available =
             || container.sh("awk '/MemAvailable/ {print int($2 / 1024)}' /proc/meminfo").parse::<u64>().unwrap();
-        // Copying this volume to the guest fails midway, because it exceeds the maximum depth.
+        // Copying this volume to the guest fails midway, because the volume exceeds the maximum depth.
         let volume = pods.volume(&pod, "secret", "deep");
         fs::create_dir_all(volume.join("z/".repeat(70))).unwrap();
         fs::write(volume.join("large"), vec![1; 32 << 20]).unwrap();
@@ -132,7 +132,7 @@ fn pod_with_killed_shim_can_be_stopped_and_removed() {
         assert_eq!(shims.len(), 1, "a pod must have exactly one shim");
         // SAFETY: kill takes two integers.
         assert_eq!(unsafe { libc::kill(shims[0], libc::SIGKILL) }, 0);
-        // containerd 2.x does not ask the runtime for this exit status. It reports 255, which means "unknown".
+        // containerd 2.x does not ask the runtime for this exit status, and reports 255, which means "unknown".
         assert!([137, 255].contains(&container.wait().0));
         let gone = node::eventually(Duration::from_secs(20), || vm::vmm_pids().is_empty().then_some(()));
         assert!(gone.is_some(), "the VMM outlives its shim");
@@ -200,13 +200,13 @@ fn limits_set_vm_size_and_husk_ps_lists_vm() {
         config["linux"]["resources"] =
             json!({ "cpu_quota": 150_000, "cpu_period": 100_000, "memory_limit_in_bytes": 200 << 20 });
         let pod = pods.run(config);
-        // The container has a limit, because a container without one would make the VM grow.
+        // The container has a limit, because a container without a limit would make the VM grow.
         let mut limited = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
         limited["linux"]["resources"] = pod.config["linux"]["resources"].clone();
         let container = pod.start(&limited);
         assert_eq!(container.sh("nproc"), "2");
         let mib: u64 = container.sh("awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo").parse().unwrap();
-        assert!((200..264).contains(&mib), "the guest has {mib} MiB");
+        assert!((200..264).contains(&mib), "the guest has {mib} MiB of memory");
         let output = Command::new("husk").args(["ps", "--output", "json"]).output().unwrap();
         let list: Value = serde_json::from_slice(&output.stdout).unwrap();
         let listed = list.as_array().unwrap().iter().find(|one| one["id"] == pod.id.as_str()).unwrap();

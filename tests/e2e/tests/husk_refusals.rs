@@ -8,7 +8,8 @@ use husk_e2e::node::Config;
 use husk_e2e::{case, spec};
 use serde_json::json;
 
-/// Runs a container that must be refused with an error that contains all `parts`. `case` checks for leftovers.
+/// Runs a container with `configuration` as Husk's configuration. This must fail with an error that contains all
+/// `parts`. `case` checks for leftovers.
 fn assert_refused(name: &str, configuration: &str, parts: &[&str]) {
     case(name, |case| {
         let _config = Config::set(configuration);
@@ -49,7 +50,7 @@ fn create_rejects_invalid_specification() {
 
 #[test]
 fn create_rejects_cgroups_path_that_cannot_be_created() {
-    // No cgroup can be created below this one (cgroup-v2.rst, cgroup.max.descendants).
+    // No cgroup can be created below this cgroup (cgroup-v2.rst, cgroup.max.descendants).
     let closed = std::path::Path::new("/sys/fs/cgroup/husk-closed");
     fs::create_dir(closed).unwrap();
     fs::write(closed.join("cgroup.max.descendants"), "0").unwrap();
@@ -120,7 +121,7 @@ fn create_rejects_missing_or_invalid_kernel_and_initrd() {
 
 #[test]
 fn guest_kernel_panic_is_in_the_error() {
-    // The initrd has no init, so the kernel panics. The error has to contain the kernel's last message.
+    // The kernel panics, because the initrd has no init. The error has to contain the kernel's last message.
     assert_refused("panic", "initrd = \"/etc/passwd\"\n", &["kernel panic"]);
 }
 

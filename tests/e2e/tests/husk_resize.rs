@@ -1,5 +1,5 @@
-//! In-place resize: the size of a running VM follows its containers' limits. The tests look at it in the guest and on
-//! the node.
+//! In-place resize: the size of a running VM follows its containers' limits. The tests check the size in the guest and
+//! on the node.
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,8 +11,8 @@ use husk_e2e::{node, vm};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
-/// Timeout for reclaim. It takes long because the guest has to search for free memory, and reports freed memory only
-/// after a delay.
+/// Timeout for reclaim. Reclaim takes long because the guest has to search for free memory, and reports freed memory
+/// only after a delay.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn limits(millis: u64, mib: u64) -> Value {
@@ -44,7 +44,7 @@ fn wait_for_size(container: &PodContainer, cpus: u64, mib: std::ops::Range<u64>)
     let found = node::eventually(TIMEOUT, || reached(size(container)).then_some(()));
     assert!(
         found.is_some(),
-        "the guest has {:?}, expected {cpus} vCPUs and {mib:?} MiB\n{}",
+        "the guest has {:?} (vCPUs, MiB), expected {cpus} vCPUs and {mib:?} MiB\n{}",
         size(container),
         node::log_tail(40)
     );
@@ -91,17 +91,21 @@ fn update_grows_and_shrinks_vm_with_container() {
         update(&one, 2000, 320);
         // The test does not wait here, because the update returns after the VM has grown.
         let (cpus, mib) = size(&one);
-        assert!(cpus == 2 && (320..385).contains(&mib), "{cpus} vCPUs, {mib} MiB\n{}", node::log_tail(40));
+        assert!(
+            cpus == 2 && (320..385).contains(&mib),
+            "the guest has {cpus} vCPUs and {mib} MiB\n{}",
+            node::log_tail(40)
+        );
         assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "335544320\n200000 100000");
         let (vcpus, grown) = listed(&pod);
         assert!(
             vcpus == 2 && (boot_mib + 120..boot_mib + 300).contains(&grown),
-            "{vcpus} vCPUs, {boot_mib} MiB at boot, {grown} MiB now"
+            "husk ps lists {vcpus} vCPUs and {grown} MiB; at boot {boot_mib} MiB"
         );
         let host = cgroup(&pod);
         let limit = |file: &str| read(&host, file);
         let bytes: u64 = limit("memory.max").parse().unwrap();
-        assert!((384 * MIB..448 * MIB).contains(&bytes), "memory.max is {bytes}");
+        assert!((384 * MIB..448 * MIB).contains(&bytes), "memory.max is {bytes} bytes");
         assert_eq!(limit("cpu.max"), "225000 100000");
         // Both vCPUs run, and hot-plugged memory is used.
         one.sh("grep -q ^processor.*1 /proc/cpuinfo && dd if=/dev/zero of=/dev/null bs=250M count=1 2> /dev/null");
@@ -141,7 +145,8 @@ fn vm_grows_for_later_container_unless_annotations_fix_its_size() {
         two.remove();
         // The VM does not become smaller than its boot size, because further containers of the pod may be created.
         wait_for_size(&one, 1, 120..193);
-        // Sized by the pod's annotations, which containerd's drop-in passes on. One vCPU is the default.
+        // The annotations of this pod, which containerd's drop-in passes on, set the size of its VM. The default is one
+        // vCPU.
         let fixed_pod = {
             let mut config = pods.config();
             config["annotations"] = json!({ "io.husk.vcpus": "2", "io.husk.memory_mib": "300" });
@@ -204,7 +209,7 @@ fn oom_kill_at_pod_limit_stays_in_guest() {
 }
 
 /// Number of files. At 1.5 KiB of host memory for each open file, the VMM would need 29 MiB to keep all of them open.
-/// This does not fit: a pod with 32 MiB has only 16 MiB for the VMM and the shim in addition to VM memory.
+/// This does not fit, because a pod with 32 MiB has only 16 MiB for the VMM and the shim in addition to VM memory.
 const FILES: usize = 20_000;
 
 #[test]
@@ -217,8 +222,8 @@ fn vm_survives_walk_over_many_files() {
         }
         fs::write(dir.join(format!("{}/{n}", n / 1000)), "x").unwrap();
     }
-    // Drops the node's caches, so that the pod's cgroup is charged when the VMM opens the files. Dirty pages cannot be
-    // dropped, therefore they are written first.
+    // The test drops the node's caches, so that the pod's cgroup is charged when the VMM opens the files. Before that,
+    // sync(2) writes the dirty pages, because they cannot be dropped.
     nix::unistd::sync();
     fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
     pods("cri-many-files", |pods| {
@@ -256,11 +261,11 @@ fn update_reclaims_memory_below_boot_size() {
         one.sh("dd if=/dev/zero of=/dev/null bs=300M count=1 2> /dev/null; dd if=/dev/zero of=/file bs=1M count=260 2> /dev/null");
         let used = resident_mib(&pod);
         update(&one, 1000, 128);
-        // The guest's memory size stays. The memory beyond the container's new limit is reclaimed.
+        // The guest's memory size does not change. The memory beyond the container's new limit is reclaimed.
         wait_for_size(&one, 1, 512..577);
         assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "134217728\n100000 100000");
-        // Before the update, the guest has 260 MiB of page cache in addition to its other memory. After it, the
-        // container has at most 128 MiB.
+        // Before the update, the guest has 260 MiB of page cache in addition to its other memory. After the
+        // update, the container has at most 128 MiB.
         let back = node::eventually(TIMEOUT, || (resident_mib(&pod) + 50 < used).then_some(()));
         assert!(back.is_some(), "{} MiB are resident after shrinking, {used} MiB before", resident_mib(&pod));
         assert_eq!(read(&cgroup(&pod), "cpu.max"), "125000 100000");

@@ -32,9 +32,10 @@ fn vmm_lives_as_long_as_its_container() {
     case("vmm-life", |case| {
         let container = case.sleeper();
         let vmms = vm::vmm_pids_of(&container.id);
-        assert_eq!(vmms.len(), 1, "one VMM per container");
-        assert_eq!(container.pid(), vmms[0], "the task's pid is the VMM's");
-        // CNI configures the network namespace of this PID. Therefore it must not be the node's network namespace.
+        assert_eq!(vmms.len(), 1, "a container must have exactly one VMM");
+        assert_eq!(container.pid(), vmms[0], "the task's pid must be the VMM's pid");
+        // CNI configures the network namespace of this pid. Therefore the pid must not be in the node's network
+        // namespace.
         let net = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
         assert_ne!(net(&vmms[0].to_string()), net("self"));
         // The pod's mounts are only in the mount namespaces of the shim and the VMM.
@@ -55,8 +56,8 @@ fn limits_set_boot_size() {
         let run = case.sh(script).flags(&["--memory-limit", "268435456", "--cpus", "1.5"]);
         let output = run.output().expect_clean();
         let numbers: Vec<u64> = output.out().lines().map(|line| line.parse().unwrap()).collect();
-        assert_eq!(numbers[0], 2, "1.5 CPUs are two vCPUs");
-        assert!((256..330).contains(&numbers[1]), "256 MiB plus the overhead: {}", output.describe());
+        assert_eq!(numbers[0], 2, "1.5 CPUs must give two vCPUs");
+        assert!((256..330).contains(&numbers[1]), "expected 256 MiB plus the overhead: {}", output.describe());
     });
 }
 
@@ -126,7 +127,7 @@ fn idle_vmm_takes_at_most_8_mib_in_addition_to_guest_memory() {
         let memory = vm::memory(pid).unwrap();
         let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
         assert!(memory.guest > 0, "no guest memory found\n{smaps}");
-        assert!(memory.other <= 8 << 10, "PSS beside guest memory: {} KiB\n{smaps}", memory.other);
+        assert!(memory.other <= 8 << 10, "PSS without guest memory: {} KiB\n{smaps}", memory.other);
         println!("VMM: {} KiB without guest memory, {} KiB of guest memory", memory.other, memory.guest);
         container.kill();
     });

@@ -129,7 +129,7 @@ const HOST_ONLY: [&str; 17] = [
 const TEST_MOUNTED: [&str; 11] =
     ["proc", "sysfs", "cgroup2", "debugfs", "tracefs", "securityfs", "bpf", "configfs", "devtmpfs", "devpts", "mqueue"];
 
-/// Mounts below a directory of the node. Dropping it unmounts them.
+/// Mounts below a directory of the node. Dropping this value unmounts them.
 struct Mounted(Vec<PathBuf>);
 
 impl Mounted {
@@ -176,8 +176,8 @@ fn host_only_mounts() -> Vec<String> {
     host_only.map(|line| line.split(' ').nth(4).unwrap().to_owned()).collect()
 }
 
-/// Lists the entries of each mount point below /host, and prints the mount points whose entries are not the expected
-/// ones. Then tries to open files that would give a container control of the node.
+/// Lists the entries of each mount point below each directory in `HOSTS`, and prints the mount points with unexpected
+/// entries. Then tries to open files that would give a container control of the node.
 const INSPECT: &str = r#"
 import os
 def inspect(host):
@@ -209,7 +209,8 @@ for host in HOSTS:
     inspect(host)
 "#;
 
-/// Returns the entries that each host-only mount covers. A container sees these entries instead of the mount's.
+/// Returns the mount point of each host-only mount, and the names of the entries that the mount covers. A container
+/// sees these entries instead of the mount's entries.
 fn covered_entries(bare: &Path) -> Vec<(String, Vec<String>)> {
     let listed = |at: &str| {
         let entries = fs::read_dir(bare.join(at.trim_start_matches('/'))).into_iter().flatten();
@@ -220,8 +221,8 @@ fn covered_entries(bare: &Path) -> Vec<(String, Vec<String>)> {
     host_only_mounts().into_iter().map(|at| (at.clone(), listed(&at))).collect()
 }
 
-/// Returns the accesses to host-only file systems that a container has. The container mounts the node's root once for
-/// each element of `options`.
+/// Runs a container and returns one line for each access that it has to a host-only file system. The container mounts
+/// the node's root once for each element of `options`.
 fn inspect(case: &Case, dir: &Path, options: &[&str], flags: &[&str]) -> String {
     let mounts: serde_json::Map<_, _> =
         covered_entries(&dir.join("bare")).into_iter().map(|(at, names)| (at, json!(names))).collect();
@@ -314,7 +315,7 @@ fn later_mounts_propagate_except_host_only_and_can_be_unmounted() {
         let seen = container.exec("seen", &["sh", "-c", "cat /v/before/file /v/under/file; ls /v/proc /v/sys /v/dev"]);
         let seen = seen.expect_code(0).out();
         assert_eq!(seen.trim(), "before\nover it\n/v/dev:\n\n/v/proc:\n\n/v/sys:");
-        // The node can unmount, although the container has read from the mounts.
+        // The node can unmount file systems, although the container has read from them.
         for name in ["before", "under"] {
             umount(&dir.join(name)).unwrap();
         }
@@ -359,7 +360,7 @@ fn mirrored_volume_does_not_follow_symlink_that_replaces_parent() {
 /// CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SYS_ADMIN, MKNOD and SETFCAP (capabilities(7)).
 const FILE_SERVER_CAPS: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 27 | 1 << 31;
 
-/// Checks the worker threads of virtio-fs, which are `virtio-fs0` and up. Only these threads serve requests for the
+/// Checks the worker threads of virtio-fs (`virtio-fs0`, `virtio-fs1` …). Only these threads serve requests for the
 /// host's files. The device loop (`devices`) serves only FORGET, and keeps the capabilities of the process.
 #[test]
 fn virtio_fs_workers_have_few_capabilities() {
@@ -380,11 +381,11 @@ fn virtio_fs_workers_have_few_capabilities() {
                 [("CapEff:", FILE_SERVER_CAPS), ("CapPrm:", FILE_SERVER_CAPS), ("CapInh:", 0), ("CapAmb:", 0)]
             {
                 let has = u64::from_str_radix(field(set), 16).unwrap();
-                assert_eq!(has & !most, 0, "{set} has further capabilities in\n{status}");
+                assert_eq!(has & !most, 0, "{set} has more than the allowed capabilities in\n{status}");
             }
         }
-        assert!(workers.iter().any(|name| name == "virtio-fs0"), "checked {workers:?}, skipped {others:?}");
-        assert!(others.iter().any(|name| name == "devices"), "checked {workers:?}, skipped {others:?}");
+        assert!(workers.iter().any(|name| name == "virtio-fs0"), "no thread virtio-fs0: {workers:?}, {others:?}");
+        assert!(others.iter().any(|name| name == "devices"), "no thread devices: {workers:?}, {others:?}");
         container.kill();
     });
 }
@@ -413,7 +414,7 @@ fn vmm_sees_only_the_share_and_its_threads_have_few_capabilities() {
                 status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap().trim().to_owned()
             };
             assert_eq!(field("NoNewPrivs"), "1", "{status}");
-            // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SYS_ADMIN, MKNOD and SETFCAP.
+            // These are the bits of `FILE_SERVER_CAPS`.
             let allowed = "00000000882000db";
             assert_eq!(field("CapBnd"), allowed, "{status}");
             let file_server = field("Name").starts_with("virtio-fs");

@@ -1,8 +1,8 @@
 //! Installation by docs/install.md: from a node with containerd but without Husk to a running pod, and back.
 //!
 //! The test runs the page's commands for root on the node (lines with `#`) in their order. It does not run the commands
-//! for another machine (lines with `$`): `cargo xtask dist` has run before the test, and the others need a cluster. In
-//! place of a cluster, the test calls the CRI as the kubelet would.
+//! for another machine (lines with `$`), because `cargo xtask dist` has run before the test and the other commands need
+//! a cluster. Instead, the test itself calls the CRI as the kubelet would.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -66,7 +66,7 @@ fn blocks() -> Vec<Block> {
             (None, None) => {}
         }
     }
-    assert!(open.is_none(), "a block has no closing fence");
+    assert!(open.is_none(), "a block of docs/install.md has no closing fence");
     blocks
 }
 
@@ -75,18 +75,21 @@ fn blocks() -> Vec<Block> {
 fn commands(heading: &str) -> Vec<&'static str> {
     let found = blocks().into_iter().filter(|block| block.heading == heading && block.kind == "console");
     let lines: Vec<_> = found.flat_map(|block| block.lines).filter_map(|line| line.strip_prefix("# ")).collect();
-    assert!(!lines.is_empty(), "no commands below {heading:?}");
+    assert!(!lines.is_empty(), "docs/install.md has no commands below {heading:?}");
     lines
 }
 
 /// Returns the content of a configuration file from the page.
 #[track_caller]
 fn file_content(kind: &str) -> String {
-    let block = blocks().into_iter().find(|block| block.kind == kind).unwrap_or_else(|| panic!("no block {kind:?}"));
+    let block = blocks()
+        .into_iter()
+        .find(|block| block.kind == kind)
+        .unwrap_or_else(|| panic!("docs/install.md has no block {kind:?}"));
     block.lines.join("\n") + "\n"
 }
 
-/// Runs a command as root. The node has no service manager.
+/// Runs a command as root. The node has no service manager, and therefore this function restarts containerd itself.
 #[track_caller]
 fn run(command: &str) -> Output {
     if command == "systemctl restart containerd" {
@@ -109,7 +112,7 @@ fn run_all(commands: &[&str]) {
                 assert!(failed.iter().all(|line| line.contains(" kvm ")) && text.contains("ok    shim"), "{text}");
             }
             "husk ps" => assert!(output.status.success() && text.lines().count() == 1, "{command}: {text}"),
-            // grep has to find nothing. In that case it exits with 1.
+            // grep has to find nothing. If it finds nothing, it exits with 1.
             _ if command.starts_with("grep ") => assert!(output.status.code() == Some(1) && text.is_empty(), "{text}"),
             _ => assert!(output.status.success(), "{command} failed: {text}"),
         }
@@ -201,7 +204,7 @@ fn documented_commands_install_and_remove_husk() {
     assert!(PAGE.contains(&format!("$ kubectl apply -f {EXAMPLE}")), "docs/install.md does not apply {EXAMPLE}");
     let is_v2 = is_containerd_2();
     let _node = OriginalNode::save_and_uninstall();
-    // The node's containerd has a configuration already.
+    // Before the installation, containerd already has a configuration.
     if is_v2 {
         fs::write(CONFIG, "version = 3\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n").unwrap();
     } else {

@@ -14,7 +14,7 @@ fn create_sets_cgroup_limits() {
             spec::mount_cgroup(spec);
         });
         // 2048 CPU shares are weight 79 with runc 1.1, which the node has, and weight 174 since runc 1.3.2.
-        // libcontainer converts like runc 1.3.2.
+        // Husk's libcontainer crate converts like runc 1.3.2.
         let weight = if husk_e2e::runtime() == "io.containerd.runc.v2" { 79 } else { 174 };
         run.output().expect_clean().expect_out(&format!("134217728\n33554432\n150000 100000\n{weight}\n42\n0::/"));
     });
@@ -23,7 +23,7 @@ fn create_sets_cgroup_limits() {
 // The test sets the specification directly, because containerd's CRI passes swap limits on only if containerd's own
 // cgroup has swap.
 #[test]
-fn swap_limit_excludes_memory_limit() {
+fn memory_swap_max_is_the_swap_limit_minus_the_memory_limit() {
     case("swap", |case| {
         for (swap, expected) in [(157_286_400, "52428800"), (104_857_600, "0"), (-1, "max")] {
             let run = case.with_spec("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory.swap.max", |spec| {

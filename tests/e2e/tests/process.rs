@@ -39,7 +39,7 @@ fn process_has_user_groups_and_umask() {
 #[test]
 fn process_has_only_its_capabilities_and_no_new_privileges_unless_allowed() {
     case("caps", |case| {
-        // CHOWN, NET_BIND_SERVICE and KILL only: bits 0, 10 and 5.
+        // The process gets only CHOWN, NET_BIND_SERVICE and KILL, which are the bits 0, 10 and 5.
         let run = case.with_spec(
             &format!("{STATUS}; chown 1:1 /tmp && echo may chown; hostname x || echo may not"),
             |spec| {
@@ -57,7 +57,7 @@ fn process_has_only_its_capabilities_and_no_new_privileges_unless_allowed() {
         assert_eq!(output.value("CapAmb"), "0000000000000020");
         assert_eq!(output.value("NoNewPrivs"), "1");
         assert!(output.out().contains("may chown\nmay not"), "{}", output.describe());
-        // The capabilities are set by ctr's flags. An exec has the same sets.
+        // Here, ctr's flags set the capabilities. An exec has the same capability sets as its container.
         let flags = ["--cap-add", "CAP_SYS_TIME", "--cap-drop", "CAP_MKNOD", "--allow-new-privs"];
         let container = case.container(case.sh("echo up; exec sleep 1000").flags(&flags));
         let output = container.exec("caps", &["sh", "-c", STATUS]).expect_clean();
@@ -119,7 +119,7 @@ fn program_lookup_uses_container_path() {
 /// Returns the part of an error that states the cause. It starts at `exec:`.
 fn cause(output: &Output) -> String {
     let err = output.err();
-    let start = err.find("exec: ").unwrap_or_else(|| panic!("no cause in\n{}", output.describe()));
+    let start = err.find("exec: ").unwrap_or_else(|| panic!("no cause in the error\n{}", output.describe()));
     err[start..].trim().to_owned()
 }
 
@@ -232,7 +232,7 @@ fn privileged_container_can_mount_and_write_sysctls() {
 #[test]
 fn id_mappings_apply_to_rootfs_volumes_and_exec() {
     case("userns", |case| {
-        // The format of `ctr run`: container id, host id, size.
+        // `ctr run` takes the first container id, the first host id and the number of ids.
         let map = "0:200000:65536";
         let volume = case.dir().join("volume");
         fs::create_dir(&volume).unwrap();

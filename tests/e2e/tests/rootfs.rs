@@ -147,7 +147,7 @@ fn bind_mounts_have_their_options() {
             let found = options(point);
             assert!(
                 wanted.iter().all(|want| found.iter().any(|f| f == want)),
-                "{point}{found:?}\n{}",
+                "{point}has only the options {found:?}\n{}",
                 output.describe()
             );
         }
@@ -184,7 +184,7 @@ fn tmpfs_mounts_have_their_options() {
                     json!({ "destination": "/scratch", "type": "tmpfs", "source": "tmpfs",
                             "options": ["nosuid", "noexec", "nodev", "size=8m", "mode=1750", "uid=1000", "gid=44"] }),
                 );
-                // tmpcopyup: the tmpfs starts with the image's content.
+                // With tmpcopyup, the tmpfs starts with the image's content.
                 spec::push(
                     spec,
                     "",
@@ -197,9 +197,13 @@ fn tmpfs_mounts_have_their_options() {
         let out = output.out();
         assert!(out.starts_with("1750 1000:44\n"), "{}", output.describe());
         for wanted in ["nosuid", "noexec", "nodev", "size=8192k"] {
-            assert!(out.contains(wanted), "{wanted}\n{}", output.describe());
+            assert!(out.contains(wanted), "no {wanted} in the output\n{}", output.describe());
         }
-        assert!(out.contains("\ngreet\n") && out.contains("greetings"), "tmpcopyup\n{}", output.describe());
+        assert!(
+            out.contains("\ngreet\n") && out.contains("greetings"),
+            "tmpcopyup has not copied the image's files\n{}",
+            output.describe()
+        );
         assert!(output.err().contains("/scratch/echo: Permission denied"), "{}", output.describe());
         assert!(output.err().contains("No space left on device"), "{}", output.describe());
     });
@@ -261,7 +265,7 @@ fn tmpcopyup_copies_content_and_resolves_links_in_rootfs() {
         assert!(out.starts_with(expected), "{}", output.describe());
         let tree = out.lines().find(|line| line.contains(" /srv/tree ")).unwrap_or_default();
         assert!(tree.contains("nosuid") && tree.contains("- tmpfs tmpfs") && tree.contains("size=4096k"), "{tree}");
-        // The image has not changed.
+        // The rootfs below the tmpfs mounts has not changed.
         let root = root.borrow();
         assert_eq!(fs::read_to_string(root.join("srv/tree/private/mine")).unwrap(), "as it was\n");
         assert!(root.join("srv/tree/tool").exists());
@@ -284,12 +288,16 @@ fn mounts_have_their_propagation() {
         });
         let output = run.output().expect_clean();
         assert!(output.out().contains("/private private"), "{}", output.describe());
-        // If the root is a private mount on the node, the container's root cannot be a slave of a peer group. Then
-        // mountinfo shows no tag.
+        // If the root is a private mount on the node, the container's root cannot be a slave of a peer group. In that
+        // case, mountinfo shows no tag.
         let script = "awk '$5 == \"/\" {print $7}' /proc/self/mountinfo | cut -d: -f1";
         let run = case.with_spec(script, |spec| spec["linux"]["rootfsPropagation"] = json!("rslave"));
         let output = run.output();
-        assert!(matches!(output.out().trim(), "master" | "-"), "rslave\n{}", output.describe());
+        assert!(
+            matches!(output.out().trim(), "master" | "-"),
+            "unexpected propagation of a rootfs with rslave\n{}",
+            output.describe()
+        );
     });
 }
 
@@ -311,7 +319,7 @@ fn containers_do_not_share_namespaces() {
         let mut two = case.sh(script).start(Input::Pipe);
         one.wait_for("end");
         two.wait_for("end");
-        // Neither container sees the processes or interfaces of the other one.
+        // Each container sees only its own loopback interface.
         let list = husk_e2e::command::run_ctr(&["tasks", "ls", "-q"]).out();
         for id in list.lines() {
             let output = husk_e2e::command::run_ctr(&[

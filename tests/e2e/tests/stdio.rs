@@ -34,7 +34,10 @@ fn stdin_transfers_64_mib_intact() {
         let mut stdin = running.take_stdin();
         let writer = thread::spawn(move || stdin.write_all(&bytes));
         let output = running.wait_within(BULK_TIMEOUT);
-        writer.join().unwrap().unwrap_or_else(|error| panic!("failed to write stdin: {error}\n{}", output.describe()));
+        writer
+            .join()
+            .unwrap()
+            .unwrap_or_else(|error| panic!("failed to write to stdin: {error}\n{}", output.describe()));
         output.expect_clean().expect_out(&format!("{expected}  -"));
     });
 }
@@ -42,7 +45,8 @@ fn stdin_transfers_64_mib_intact() {
 #[test]
 fn stdout_transfers_64_mib_intact() {
     case("bulk-out", |case| {
-        // Numbered blocks of numbered lines, so that lost, repeated or reordered data is detected.
+        // The script prints numbered blocks of numbered lines, so that the test detects lost, repeated or reordered
+        // data.
         let script = "seq 1 200000 | head -c 1048576 > /tmp/block
             i=0; while [ $i -lt 64 ]; do i=$((i+1)); echo block $i; cat /tmp/block; done";
         let running = case.sh(script).start(Input::Null);
@@ -56,7 +60,7 @@ fn stdout_transfers_64_mib_intact() {
         }
         let output = running.wait_within(BULK_TIMEOUT);
         assert_eq!(output.code, 0, "{}", output.describe());
-        assert_eq!(output.stdout.len(), expected.len(), "number of bytes\n{}", output.describe());
+        assert_eq!(output.stdout.len(), expected.len(), "number of bytes on stdout\n{}", output.describe());
         if output.stdout != expected {
             let difference = expected.iter().zip(&output.stdout).position(|(one, other)| one != other);
             panic!("the output differs from the expected data at byte {difference:?}");
@@ -70,8 +74,8 @@ fn stdout_and_stderr_are_separate() {
         let script = "for i in $(seq 1 2000); do echo out $i; echo err $i >&2; done";
         let output = case.sh(script).output().expect_code(0);
         let expected = |name: &str| (1..=2000).map(|i| format!("{name} {i}\n")).collect::<String>();
-        assert!(output.out() == expected("out"), "stdout is not what was written\n{}", output.describe());
-        assert!(output.err() == expected("err"), "stderr is not what was written\n{}", output.describe());
+        assert!(output.out() == expected("out"), "stdout differs from what the container wrote\n{}", output.describe());
+        assert!(output.err() == expected("err"), "stderr differs from what the container wrote\n{}", output.describe());
     });
 }
 
@@ -102,8 +106,8 @@ fn unread_stdin_does_not_block_exit() {
 #[test]
 fn terminal_has_requested_size_and_resizes() {
     case("tty", |case| {
-        // The first size can arrive after the start, as with any runtime. Therefore the script waits for it. Later, a
-        // trap interrupts `read`.
+        // The first size can arrive after the start, as with any runtime. Therefore the script waits for it. At
+        // each later SIGWINCH, the trap interrupts `read`.
         let script = "tty; echo TERM=$TERM
             while [ \"$(stty size 2>/dev/null)\" != '31 97' ]; do sleep 0.1; done
             trap 'echo resized to $(stty size)' WINCH

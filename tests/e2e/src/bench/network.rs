@@ -13,8 +13,8 @@ use crate::cri::pod::need_image;
 use crate::cri::{Pod, PodContainer, pods_with_handler};
 use crate::{PYTHON, node};
 
-/// Python server. On port 8080, it echoes. On port 8081, it counts the bytes that it receives. Each port serves one
-/// connection at a time.
+/// Python server. On port 8080, it echoes the received data. On port 8081, it counts the received bytes and sends the
+/// count at the end. Each port serves one connection at a time.
 const SERVER: &str = "import socket, threading
 def serve(port, each):
     server = socket.create_server(('0.0.0.0', port))
@@ -55,7 +55,7 @@ struct Variant {
     started: Vec<f64>,
 }
 
-/// Measures both variants with `vcpus` vCPUs per pod, and prints a table with one row per variant.
+/// Measures vhost-net and the VMM's data path with `vcpus` vCPUs per pod. Prints a table with one row per data path.
 ///
 /// # Panics
 /// If a step fails.

@@ -43,19 +43,19 @@ enum Command {
     },
     /// Measures the throughput of a command's output through the CRI's Exec, with runc and Husk in turn.
     Exec {
-        /// Number of runs of each variant, after one warm-up run.
+        /// Number of runs of each runtime, after one warm-up run.
         #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
         runs: u32,
-        /// Output of each run, in MiB.
+        /// Size of each run's output, in MiB.
         #[arg(long, default_value_t = 128)]
         mib: u64,
     },
     /// Measures throughput, round-trip time and start-up cost of a pod's network, with vhost-net and the VMM in turn.
     Network {
-        /// Number of runs of each variant, after one warm-up run.
+        /// Number of runs with each data path, after one warm-up run.
         #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
         runs: u32,
-        /// Data to send in each direction, in MiB.
+        /// Amount of data to send in each direction, in MiB.
         #[arg(long, default_value_t = 64)]
         mib: usize,
         /// Number of vCPUs of each pod.
@@ -77,7 +77,7 @@ const RUNTIMES: [Runtime; 3] = [
     Runtime { name: "husk", flags: &["--runtime", "io.containerd.husk.v2"] },
 ];
 
-/// Path of a script that runs runsc with further options. containerd's shim for runc cannot set these options.
+/// Path of a script that runs runsc with options that containerd's shim for runc cannot set.
 const RUNSC: &str = "/run/husk-bench-runsc";
 
 /// `--network=none` is needed because the network namespace of `ctr run` is empty. runsc with a network refuses to
@@ -102,7 +102,7 @@ fn main() -> Result<()> {
     }
 }
 
-/// Creates one pod per runtime, and measures the output of a container in each pod, in alternating runs.
+/// Creates one pod per runtime. Measures the throughput of a container's output in each pod, in alternating runs.
 fn exec(runs: u32, mib: u64) {
     let mut rates = [("runc", Vec::new()), ("husk", Vec::new())];
     pods_with_handler("bench-exec", "husk", |pods| {
@@ -123,7 +123,7 @@ fn exec(runs: u32, mib: u64) {
         rates[rates.len() / 2]
     });
     println!(
-        "\n{mib} MiB, medians of {runs} runs: runc {runc:.1} MiB/s, husk {husk:.1} MiB/s ({:.2} times runc's)",
+        "\n{mib} MiB, medians of {runs} runs: runc {runc:.1} MiB/s, husk {husk:.1} MiB/s ({:.2} × runc)",
         husk / runc
     );
 }
@@ -203,7 +203,7 @@ fn run_once(runtime: &Runtime, round: u32) -> Result<(f64, String)> {
     args.extend([BUSYBOX, &id, "true"]);
     let output = Running::start(ctr(&args), Input::Null).wait();
     if output.code != 0 {
-        bail!("{} failed\n{}", runtime.name, output.describe());
+        bail!("failed to run a container with {}\n{}", runtime.name, output.describe());
     }
     Ok((output.took.as_secs_f64(), id))
 }
@@ -245,6 +245,6 @@ fn measure_memory() -> Result<MemoryUse> {
 
 /// Returns the current time of CLOCK_MONOTONIC, the clock of the timelines, in ns.
 fn monotonic() -> u64 {
-    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("read CLOCK_MONOTONIC");
+    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("failed to read CLOCK_MONOTONIC");
     u64::try_from(time.tv_sec()).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec()).unwrap_or(0)
 }

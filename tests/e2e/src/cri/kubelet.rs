@@ -12,7 +12,7 @@ use std::path::{Component, Path};
 pub type Entry<'a> = (&'a str, &'a [u8], u32);
 
 /// Replaces the content of `volume` by `entries`. Writes the entries to a new directory `version`. Then atomically
-/// replaces the symbolic link `..data` by one to this directory. The visible names are symbolic links through `..data`.
+/// replaces the symbolic link `..data` by a link to this directory. The visible names are links through `..data`.
 #[track_caller]
 pub fn write_atomically(volume: &Path, version: &str, entries: &[Entry]) {
     fs::create_dir_all(volume).unwrap();

@@ -96,8 +96,8 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> AppliedMan
     config["linux"]["security_context"]["privileged"] = privileged.into();
     let limits: Vec<Limits> = containers.iter().map(Limits::parse).collect();
     let init = spec["initContainers"].as_array().map(Vec::as_slice).unwrap_or_default();
-    // Only the containers that run at the same time count. Regular init containers have exited by then, and in the
-    // tests they need no more resources than the other containers.
+    // The pod's limits are the sums for the containers that run at the same time. Regular init containers have exited
+    // by then, and in the tests they need no more resources than the other containers.
     let at_once: Vec<Limits> = init.iter().filter(|one| is_sidecar(one)).chain(containers).map(Limits::parse).collect();
     if at_once.iter().all(|limits| limits.memory > 0) {
         config["linux"]["resources"] =
@@ -128,7 +128,8 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> AppliedMan
             ],
         );
         let image = text(&container["image"]);
-        let image = images.iter().find(|(name, _)| *name == image).unwrap_or_else(|| panic!("no image for {image}")).1;
+        let image =
+            images.iter().find(|(name, _)| *name == image).unwrap_or_else(|| panic!("no local image for {image}")).1;
         need_image(image);
         let mut config = pod.sh("");
         config["metadata"]["name"] = container["name"].clone();

@@ -78,12 +78,12 @@ pub fn need_image(reference: &str) {
         let answer = try_call_within(super::TIMEOUT, "ImageService", "ImageStatus", &request).ok()?;
         (!answer["image"].is_null()).then_some(())
     });
-    assert!(known.is_some(), "the CRI does not know {reference}");
+    assert!(known.is_some(), "the CRI does not list the imported image {reference}");
     listed.push(reference.to_owned());
 }
 
 impl Pods {
-    /// Returns the test's directory on the node. It is removed at the end.
+    /// Returns the test's directory on the node. The directory is removed when the test ends.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -123,7 +123,7 @@ impl Pods {
         self.run_with_handler(&self.handler, config)
     }
 
-    /// Runs a pod with this configuration and another runtime handler.
+    /// Runs a pod with this configuration and this runtime handler.
     #[track_caller]
     pub fn run_with_handler(&self, handler: &str, config: Value) -> Pod {
         let answer = call("RunPodSandbox", &json!({ "config": config, "runtime_handler": handler }));
@@ -146,7 +146,7 @@ impl Pods {
                 result = Err(format!("RemovePodSandbox failed: {status}"));
             }
         }
-        // The kubelet creates and removes the pod's parent cgroup; containerd does not.
+        // containerd does not remove a pod's parent cgroup. On a Kubernetes node, the kubelet removes it.
         for number in 1..=self.next.get() {
             remove_parent(&format!("{}-{number}", self.name));
         }
@@ -300,7 +300,7 @@ impl PodContainer {
         call("StartContainer", &json!({ "container_id": self.id }));
     }
 
-    /// Stops the container: SIGTERM, then SIGKILL after `timeout` seconds.
+    /// Stops the container with SIGTERM, and with SIGKILL if it still runs after `timeout` seconds.
     #[track_caller]
     pub fn stop(&self, timeout: u32) {
         call("StopContainer", &json!({ "container_id": self.id, "timeout": timeout }));
@@ -318,7 +318,7 @@ impl PodContainer {
         call("ContainerStatus", &json!({ "container_id": self.id }))["status"].clone()
     }
 
-    /// Waits for the container to exit. Returns exit code and reason.
+    /// Waits for the container to exit. Returns the exit code and the reason from the CRI status.
     #[track_caller]
     pub fn wait(&self) -> (i64, String) {
         self.wait_within(crate::command::TIMEOUT)
@@ -388,11 +388,11 @@ impl PodContainer {
     #[track_caller]
     pub fn wait_for(&self, text: &str) {
         let found = node::eventually(crate::command::TIMEOUT, || self.log().contains(text).then_some(()));
-        assert!(found.is_some(), "{text:?} is not in the log:\n{}", self.log());
+        assert!(found.is_some(), "{text:?} is not in the container's log:\n{}", self.log());
     }
 }
 
-/// Returns the string in `value`; an empty string if it is not a string.
+/// Returns the string in `value`, or an empty string if `value` is not a string.
 pub fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }

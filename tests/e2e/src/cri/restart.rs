@@ -34,7 +34,7 @@ fn stop() {
     assert!(gone.is_some(), "containerd does not exit:\n{}", node::log_tail(20));
 }
 
-/// Starts containerd like the node's init.
+/// Starts containerd as the node's init does.
 #[track_caller]
 fn start() {
     // fd 9 is the node's status port, which containerd must not keep open. The shell exits at once, so that containerd
@@ -69,8 +69,8 @@ fn numbers(log: &str) -> Vec<u64> {
     words.collect()
 }
 
-/// Adds the mount of `dir` to a container's configuration. The container exits when a file appears there, and signals
-/// its exit with another file.
+/// Adds a mount of `dir` to a container's configuration. When the file `exit` appears in `dir`, the container creates
+/// the file `exited` and exits.
 fn with_signal_dir(config: Value, dir: &Path) -> Value {
     let mut config = config;
     config["mounts"] = json!([{ "host_path": dir.to_string_lossy(), "container_path": "/signals" }]);
@@ -92,7 +92,7 @@ struct Survivors<'a> {
     ending: PodContainer,
     /// A container that is created before the restart and started afterwards.
     created: PodContainer,
-    /// The only container of the other pod.
+    /// The only container of the pod `other`.
     alone: PodContainer,
 }
 
@@ -121,7 +121,7 @@ impl<'a> Survivors<'a> {
         let before = numbers(&self.counting.log());
         fs::write(self.signals.join("exit"), "").unwrap();
         let ended = node::eventually(TIMEOUT, || self.signals.join("exited").exists().then_some(()));
-        assert!(ended.is_some(), "{}: a container does not keep running without containerd", self.handler);
+        assert!(ended.is_some(), "{}: a container does not run without containerd", self.handler);
         before.last().copied().unwrap()
     }
 
@@ -133,7 +133,7 @@ impl<'a> Survivors<'a> {
         assert!(pod.is_ready() && other.is_ready(), "{handler}: a pod is no longer ready:\n{}", node::log_tail(60));
         assert_eq!(pod.pid(), sandbox_pid);
         // runc's shim does not report a container that has exited. Therefore containerd takes the container for a
-        // leftover.
+        // leftover, and reports the exit code 255.
         assert_eq!(ending.wait().0, if crate::runtime() == crate::RUNC { 255 } else { 7 });
         assert_eq!(sleeper.sh("echo still here"), "still here");
         let failed = alone.exec(&["sh", "-c", "echo bad >&2; exit 4"]);

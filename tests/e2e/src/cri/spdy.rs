@@ -1,4 +1,4 @@
-//! CRI port forwarding like kubectl: many connections over one SPDY/3.1 connection, each with half-close.
+//! CRI port forwarding as kubectl does it: one SPDY/3.1 connection carries many connections, each with half-close.
 //!
 //! Each connection consists of a data stream and an error stream (k8s.io/apimachinery, `pkg/util/httpstream/spdy`;
 //! k8s.io/kubelet, `pkg/cri/streaming/portforward`). The frames follow the SPDY draft 3.1. Flow control is not
@@ -24,7 +24,7 @@ const FIN: u8 = 1;
 /// Maximum payload of a sent frame, in bytes.
 const MAX_PAYLOAD: usize = 32 * 1024;
 
-/// Receivers of the streams' data, by stream id. A stream is removed at its end.
+/// The channel that receives each stream's data, by stream id. A stream is removed at its end.
 type Streams = Arc<Mutex<HashMap<u32, Sender<Vec<u8>>>>>;
 
 /// The connection to the streaming server.
@@ -136,7 +136,7 @@ impl Connection {
         SendHalf { writer: Arc::clone(&self.writer), id: self.id }
     }
 
-    /// Receives the next data; `None` at the end.
+    /// Receives the next data. Returns `None` at the end of the stream.
     #[track_caller]
     pub fn receive(&self) -> Option<Vec<u8>> {
         receive(&self.data)
@@ -160,7 +160,7 @@ impl Connection {
         all
     }
 
-    /// Waits for the end of the connection. Returns the error message; empty if there was none.
+    /// Waits for the end of the connection. Returns the error message, which is empty if there was no error.
     #[track_caller]
     pub fn error(&self) -> String {
         let text: Vec<u8> = std::iter::from_fn(|| receive(&self.error)).flatten().collect();
@@ -189,7 +189,7 @@ fn receive(stream: &Receiver<Vec<u8>>) -> Option<Vec<u8>> {
     match stream.recv_timeout(TIMEOUT) {
         Ok(data) => Some(data),
         Err(RecvTimeoutError::Disconnected) => None,
-        Err(RecvTimeoutError::Timeout) => panic!("no data within {TIMEOUT:?}"),
+        Err(RecvTimeoutError::Timeout) => panic!("received no data within {TIMEOUT:?}"),
     }
 }
 

@@ -85,8 +85,8 @@ pub fn check_cpu_memory_and_pids(pod: &Pod) {
     config["linux"]["resources"] = json!({ "memory_limit_in_bytes": 200 * MIB });
     let container = pod.start(&config);
     container.wait_for("up");
-    // tmpfs memory counts until the file is removed. Page cache of files that were only read can be reclaimed at any
-    // time.
+    // tmpfs memory counts as working set until the file is removed. Page cache of files that were only read need not
+    // count, because the kernel can reclaim it at any time.
     container.sh("dd if=/dev/zero of=/dev/shm/fill bs=1M count=40 2> /dev/null; cat /bin/busybox > /dev/null");
     let group = Path::new("/sys/fs/cgroup").join(text(&pod.config["linux"]["cgroup_parent"]).trim_start_matches('/'));
     let (before, host) = (usage_in_container(&container), usage_on_node(&group));
@@ -94,7 +94,7 @@ pub fn check_cpu_memory_and_pids(pod: &Pod) {
     let pod_stats = pod_stats(pod);
     let (host_after, after) = (usage_on_node(&group), usage_in_container(&container));
     assert_between(&reported, before, after);
-    assert!(before.0 > 10_000_000 && before.1 > 40 * MIB, "CPU time in ns, working set in bytes: {before:?}");
+    assert!(before.0 > 10_000_000 && before.1 > 40 * MIB, "too low CPU time (ns) or working set (bytes): {before:?}");
     assert_eq!(reported["attributes"]["metadata"]["name"], config["metadata"]["name"]);
     assert_between(&pod_stats, host, host_after);
     assert_eq!(pod_stats["containers"].as_array().unwrap().len(), 1, "{pod_stats}");
@@ -108,7 +108,7 @@ pub fn check_cpu_memory_and_pids(pod: &Pod) {
     let before = usage_in_container(&container);
     let reported = call("ContainerStats", &json!({ "container_id": container.id }))["stats"].clone();
     assert_between(&reported, before, usage_in_container(&container));
-    assert!(before.1 < 20 * MIB, "CPU time in ns, working set in bytes: {before:?}");
+    assert!(before.1 < 20 * MIB, "the working set is {} bytes after the file was removed", before.1);
     container.stop(0);
 }
 
@@ -156,7 +156,7 @@ pub fn check_network(pod: &Pod) {
             let (this, other) = (after[way] - before[way], after[1 - way] - before[1 - way]);
             assert!(
                 expected.contains(&this) && other < TRAFFIC as u64 / 10,
-                "{name} counter {way}: {this} bytes; counter of the other direction: {other} bytes"
+                "{name} bytes after sending {TRAFFIC}: {this} in this direction, {other} in the other"
             );
         }
     }
@@ -174,7 +174,7 @@ pub fn check_block_io(pods: &Pods) {
     container.sh("dd if=/dev/xvda of=/dev/null bs=1M skip=16 count=4 2> /dev/null");
     let inside = container.sh("cat /sys/fs/cgroup/io.stat");
     let reported = metrics(&container)["io"]["usage"].clone();
-    let disks = reported.as_array().unwrap_or_else(|| panic!("not a list of disks: {reported}"));
+    let disks = reported.as_array().unwrap_or_else(|| panic!("the metrics have no list of disks: {reported}"));
     let entry = disks.iter().find(|disk| disk["wbytes"].as_u64().unwrap_or(0) >= 8 * MIB);
     let entry =
         entry.unwrap_or_else(|| panic!("no disk with 8 MiB written in {reported}; the guest's io.stat:\n{inside}"));

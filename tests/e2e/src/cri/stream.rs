@@ -62,7 +62,7 @@ impl Stream {
         stream
     }
 
-    /// Reads more bytes to the buffer. Returns false at the end.
+    /// Reads more bytes into the buffer. Returns false at the end of the stream.
     #[track_caller]
     fn fill(&mut self) -> bool {
         let mut bytes = [0; 64 * 1024];
@@ -109,7 +109,7 @@ impl Stream {
         self.socket.write_all(&frame).unwrap();
     }
 
-    /// Receives the next message. Returns its channel and data; `None` at the end.
+    /// Receives the next message. Returns its channel and data, or `None` at the end of the stream.
     #[track_caller]
     pub fn receive(&mut self) -> Option<(u8, Vec<u8>)> {
         loop {
@@ -156,7 +156,7 @@ impl Stream {
         }
     }
 
-    /// Receives to the end. Returns the data of stdout, stderr and the status channel.
+    /// Receives to the end of the stream. Returns the data of stdout, stderr and the status channel.
     #[track_caller]
     pub fn finish(mut self) -> (Vec<u8>, Vec<u8>, String) {
         let (mut out, mut err, mut status) = (Vec::new(), Vec::new(), Vec::new());

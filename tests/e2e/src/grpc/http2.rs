@@ -48,7 +48,8 @@ struct Connection {
 }
 
 thread_local! {
-    /// The thread's connection. A test calls hundreds of methods, and connecting takes longer than most calls.
+    /// The connection that the thread's calls reuse. A test makes hundreds of calls, and connecting takes longer than
+    /// most calls.
     static CONNECTION: RefCell<Option<Connection>> = const { RefCell::new(None) };
 }
 
@@ -64,8 +65,8 @@ fn runtime() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// Closes the thread's connection. This has to be done before the server ends, because the server may wait for its
-/// clients. A later call then opens a new connection and does not fail on the ended one.
+/// Closes the thread's connection. Call this function before the server is stopped, because the server may wait for its
+/// clients to disconnect. The next call opens a new connection, and does not fail on the closed connection.
 pub fn disconnect() {
     CONNECTION.take();
 }
@@ -125,7 +126,8 @@ async fn listen(socket: &str, path: &str, message: Vec<u8>, to: &Sender<Vec<u8>>
     Ok(())
 }
 
-/// Splits the first message off the received data. Returns `None` if the message is incomplete.
+/// Splits the first message off the received data. Returns the message and the remaining data, or `None` if the message
+/// is incomplete.
 fn split_message(data: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
     let length: [u8; 4] = data.get(1..5)?.try_into().ok()?;
     let end = 5 + u32::from_be_bytes(length) as usize;
@@ -223,7 +225,7 @@ mod tests {
         assert_eq!(split_message(&[0, 0]), None);
     }
 
-    /// Serves on a socket. Returns each message to its sender, or the status 5 for the path `/fails`. Closes the
+    /// Serves on a socket. Sends each message back to the client, with the status 5 for the path `/fails`. Closes the
     /// connection after a request for the path `/closes`. The returned value counts the connections.
     fn serve(socket: &Path) -> Arc<AtomicU32> {
         let runtime = runtime();

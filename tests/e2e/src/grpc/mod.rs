@@ -57,7 +57,7 @@ pub fn call(
     Ok(json_of(&called.output_type(), &answer))
 }
 
-/// Calls a streaming method with an empty request. The iterator ends if no message arrives within `limit`.
+/// Calls a streaming method with an empty request. The returned iterator ends if no message arrives within `limit`.
 pub fn stream_of(limit: Duration, service: &str, name: &str) -> impl Iterator<Item = Value> + use<> {
     let answer = method(service, name).output_type();
     let answers = stream(service, name);

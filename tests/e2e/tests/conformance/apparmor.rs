@@ -1,4 +1,4 @@
-//! AppArmor: the node's profiles apply to containers, also if the guest's kernel enforces them.
+//! AppArmor: the node's profiles apply to containers, also under Husk, where the guest's kernel enforces them.
 
 use std::fs;
 use std::path::Path;

@@ -91,7 +91,7 @@ fn container() {
                 assert!(status["image"]["image"].as_str().unwrap().contains("busybox"), "{status}");
                 container.remove();
             });
-            group.check("listed by pod, by state and by label", || {
+            group.check("a container is listed by pod and state, by label and by id", || {
                 let container = sleeper(&pod, |config| config["labels"] = json!({ "find": "me" }));
                 let state = json!({ "state": "CONTAINER_RUNNING" });
                 for filter in [
@@ -110,7 +110,7 @@ fn container() {
                 assert_eq!(run_once(&pod, "echo mark > /srv/mark; ls /srv", |_| {}), "mark");
                 assert_eq!(run_once(&pod, "ls /srv", |_| {}), "");
             });
-            group.check("a termination message", || {
+            group.check("a termination message reaches the node", || {
                 let message = pods.dir().join("message");
                 fs::write(&message, "").unwrap();
                 run_once(&pod, "echo why > /dev/termination-log", |config| {

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use super::{run_once, security_context, sleeper};
 
-/// Mounts the node's path `source` at `/volume`, with the further fields `options`.
+/// Mounts the node's path `source` at `/volume`. The mount has the additional fields `options`.
 fn mount(source: &Path, options: &Value) -> impl FnOnce(&mut Value) {
     let mut mount = json!({ "host_path": source.to_string_lossy(), "container_path": "/volume" });
     mount.as_object_mut().unwrap().extend(options.as_object().unwrap().clone());
@@ -58,7 +58,7 @@ fn mounts() {
                 run_once(&pod, "echo made > /volume/file", mount(&missing, &plain));
                 assert_eq!(fs::read_to_string(missing.join("file")).unwrap(), "made\n");
             });
-            group.check("read-only", || {
+            group.check("a read-only mount", || {
                 let text = run_once(&pod, "touch /volume/x 2>&1", mount(&dir, &json!({ "readonly": true })));
                 assert!(text.contains("ead-only"), "{text}");
             });
@@ -82,11 +82,12 @@ fn mounts() {
                 node(&["umount", &late.to_string_lossy()]);
                 assert_eq!(seen, "late\n");
             });
-            group.check("recursive read-only (Husk: by the handler husk-userns)", || {
+            group.check("recursive read-only (Husk: with the handler husk-userns)", || {
                 let below = dir.join("sub");
                 node(&["mount", "-t", "tmpfs", "tmpfs", &below.to_string_lossy()]);
                 let text = catch_unwind(AssertUnwindSafe(|| {
-                    // containerd 2.x reports recursive read-only mounts to the kubelet only for runc's runtime type.
+                    // containerd 2.x announces recursive read-only mounts to the kubelet only for handlers of runc's
+                    // type. Of Husk's handlers, only husk-userns has this type.
                     let handler = if cri::handler() == "runc" { "runc" } else { "husk-userns" };
                     let pod = pods.run_with_handler(handler, pods.config());
                     let recursive = json!({ "readonly": true, "recursive_read_only": true });
@@ -142,7 +143,7 @@ fn volumes() {
         let pod = pods.pod();
         let plain = json!({});
         group("Volumes", |group| {
-            group.check("an emptyDir in memory, with its size", || {
+            group.check("an emptyDir in memory, with its size limit", || {
                 let dir = pods.dir().join("memory");
                 fs::create_dir_all(&dir).unwrap();
                 node(&["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", &dir.to_string_lossy()]);
@@ -151,14 +152,14 @@ fn volumes() {
                 node(&["umount", &dir.to_string_lossy()]);
                 assert_eq!(text, "8388608");
             });
-            group.check("owner, mode, links, extended times", || {
+            group.check("owner, mode, links and modification time", || {
                 let dir = pods.dir().join("files");
                 fs::create_dir_all(&dir).unwrap();
                 let script = "cd /volume; touch a; chown 1234:5678 a; chmod 4750 a; ln a b; ln -s a c;
                     touch -d '2001-02-03 04:05:06' a; stat -c '%u %g %a %h %Y' b; readlink c";
                 assert_eq!(run_once(&pod, script, mount(&dir, &plain)), "1234 5678 4750 2 981173106\na");
             });
-            group.check("fifos and sockets between containers", || {
+            group.check("a fifo between two containers", || {
                 let dir = pods.dir().join("pipes");
                 fs::create_dir_all(&dir).unwrap();
                 let (a, b) = (sleeper(&pod, mount(&dir, &plain)), sleeper(&pod, mount(&dir, &plain)));
@@ -167,9 +168,10 @@ fn volumes() {
                 a.remove();
                 b.remove();
             });
-            for (behaviour, sub_path) in
-                [("a fifo where one container only reads", false), ("a fifo through two subPaths of an emptyDir", true)]
-            {
+            for (behaviour, sub_path) in [
+                ("a fifo in a volume that one container mounts read-only", false),
+                ("a fifo through two subPaths of an emptyDir", true),
+            ] {
                 group.check(behaviour, || {
                     let uid = pod.config["metadata"]["uid"].as_str().unwrap();
                     let pod_dir = Path::new("/var/lib/kubelet/pods").join(uid);

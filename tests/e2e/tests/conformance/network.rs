@@ -21,7 +21,7 @@ fn read_from(address: SocketAddr) -> String {
     text.trim_end().to_owned()
 }
 
-/// Starts a container that serves `hello` at TCP port 8080.
+/// Starts a container that serves `hello` on TCP port 8080.
 fn start_server(pod: &Pod) -> PodContainer {
     let script = "nc -ll -p 8080 -e echo hello & until netstat -ltn | grep -q :8080; do sleep 0.1; done; echo up; wait";
     let server = pod.start(&pod.sh(script));
@@ -46,18 +46,18 @@ fn network() {
         group("Networking", |group| {
             group.check("the node reaches the pod", || {
                 for ip in one.addresses() {
-                    assert_eq!(read_from((ip, 8080).into()), "hello", "from {ip}");
+                    assert_eq!(read_from((ip, 8080).into()), "hello", "answer from {ip}");
                 }
             });
             group.check("a pod reaches another pod", || {
                 for ip in one.addresses() {
-                    assert_eq!(client.sh(&format!("nc -w 20 {ip} 8080 < /dev/null")), "hello", "{ip}");
+                    assert_eq!(client.sh(&format!("nc -w 20 {ip} 8080 < /dev/null")), "hello", "answer from {ip}");
                 }
             });
-            group.check("a port of the node leads to the pod", || {
+            group.check("a TCP host port leads to the pod", || {
                 assert_eq!(read_from("10.88.0.1:18081".parse().unwrap()), "hello");
             });
-            group.check("a port of the node leads to the pod by UDP", || {
+            group.check("a UDP host port leads to the pod", || {
                 need_image(PYTHON);
                 let udp = one.start(&one.python(
                     "import socket\nserved = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
@@ -85,7 +85,7 @@ fn network() {
                 assert!(python.log().contains("hello"));
                 python.remove();
             });
-            group.check("pods have addresses of their own", || assert_ne!(one.addresses(), two.addresses()));
+            group.check("each pod has its own addresses", || assert_ne!(one.addresses(), two.addresses()));
         });
     });
 }

@@ -44,7 +44,7 @@ fn resources() {
                 let script = "grep Cpus_allowed_list /proc/self/status | cut -f2";
                 assert_eq!(run_once(&pod, script, limits(json!({ "cpuset_cpus": "1" }))), "1");
             });
-            group.check("unified: other files of cgroup v2", || {
+            group.check("unified: a cgroup v2 file without a CRI field of its own", || {
                 let text =
                     run_once(&pod, &cgroup("memory.high"), limits(json!({ "unified": { "memory.high": "67108864" } })));
                 assert_eq!(text, "67108864");

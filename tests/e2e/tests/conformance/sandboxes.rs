@@ -27,7 +27,7 @@ fn sandboxes() {
                 assert!(try_call("ContainerStatus", &json!({ "container_id": container.id })).is_err());
             });
             let pod = pods.pod();
-            group.check("listed by id, by state and by label, with its handler", || {
+            group.check("a sandbox is listed by id and state and by label, with its handler", || {
                 let state = json!({ "state": "SANDBOX_READY" });
                 let label = json!({ "husk-e2e": "conf-sandbox" });
                 for filter in [json!({ "id": pod.id, "state": state }), json!({ "label_selector": label })] {
@@ -36,7 +36,7 @@ fn sandboxes() {
                     assert_eq!(list["items"][0]["runtime_handler"], cri::handler());
                 }
             });
-            group.check("addresses in the status", || assert!(!pod.addresses().is_empty()));
+            group.check("the status contains the pod's addresses", || assert!(!pod.addresses().is_empty()));
             pod.remove();
             let mut config = pods.config();
             config["hostname"] = json!("the-pod");
@@ -55,11 +55,11 @@ fn sandboxes() {
                 let expected = "search e2e.test\nnameserver 10.0.0.53\noptions ndots:2";
                 assert_eq!(container.sh("cat /etc/resolv.conf"), expected);
             });
-            group.check("safe kernel parameters", || {
+            group.check("safe sysctls", || {
                 let text = container.sh("cd /proc/sys; cat kernel/shm_rmid_forced net/ipv4/ip_local_port_range");
                 assert_eq!(text.split_whitespace().collect::<Vec<_>>(), ["1", "20000", "30000"]);
             });
-            group.check("unsafe kernel parameters", || {
+            group.check("unsafe sysctls", || {
                 let text = container.sh("cd /proc/sys; cat kernel/msgmax fs/mqueue/msg_max net/core/somaxconn");
                 assert_eq!(text, "16384\n20\n77");
             });

@@ -54,7 +54,7 @@ fn users() {
                 let groups: Vec<&str> = text.split_whitespace().collect();
                 assert!(groups.contains(&"3001") && groups.contains(&"3002"), "{text}");
             });
-            // The image's /etc/group lists user 1000 in further groups.
+            // The image's /etc/group lists user 1000 in the groups 29, 44 and 2000.
             let groups = |policy: &str| {
                 let text = run_once(&pod, "id -G", |config| {
                     security_context(config)["run_as_user"] = json!({ "value": 1000 });

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::{run_once, sleeper};
 
-/// Requests a stream with the further fields `options` and connects to its URL.
+/// Sends a request with the additional fields `options`, and connects to the stream's URL.
 #[track_caller]
 fn open(method: &str, container: &PodContainer, options: &Value) -> Stream {
     let mut request = json!({ "container_id": container.id, "stdout": true });
