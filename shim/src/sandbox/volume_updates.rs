@@ -62,7 +62,7 @@ impl Updates {
             if elapsed >= HANG_TIMEOUT {
                 update.served = request;
                 if !std::mem::replace(&mut update.hangs, true) {
-                    tracing::warn!(volume = %update.volume.display(), ?elapsed, "the update of a volume's mounts hangs");
+                    tracing::warn!(volume = %update.volume.display(), ?elapsed, "updating a volume's mounts hangs");
                 }
             }
         }
