@@ -8,13 +8,12 @@ use serde_json::{Value, json};
 
 use crate::oci::Bundle;
 
-/// File names in the sandbox's state directory. Each is mounted in a container's `/etc`.
+/// Names of the pod's files in the sandbox's state directory. Each file is mounted into `/etc` of the containers.
 pub const FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
 /// Mount point of shared memory in a container.
 const SHM: &str = "/dev/shm";
 /// Source of the pod's shared memory in a specification. The path does not exist, but has the form of containerd's
-/// paths for shared memory. The translation of the bundle replaces the source of such a mount by the guest's shared
-/// memory.
+/// paths for shared memory. When the bundle is translated, the guest's shared memory replaces a source of this form.
 const SHM_SOURCE: &str = "/run/husk/sandboxes/pod/shm";
 
 /// A failure to write the pod's files.
@@ -43,7 +42,7 @@ pub enum FilesError {
 /// Writes the pod's files into `dir`.
 ///
 /// # Errors
-/// [`FilesError`]. Files that were already written stay in `dir`, and are removed with `dir`.
+/// [`FilesError`]. Files that were written before the error stay in `dir` until `dir` is removed.
 pub fn write(dir: &Path, config: &PodSandboxConfig, hostname: &str) -> Result<(), FilesError> {
     let read_node_file = |path: &str| match std::fs::read(path) {
         // If the node does not have the file, the pod gets an empty file.
@@ -105,13 +104,13 @@ pub fn add_mounts(bundle: &mut Bundle, dir: &Path) {
         None => add.push(shm),
     }
     let Some(raw) = bundle.raw.as_object_mut() else { return };
-    // A list that is `null` counts as absent.
+    // A `mounts` list that is `null` counts as absent.
     if raw.get("mounts").is_none_or(Value::is_null) {
         raw.insert("mounts".into(), Value::Array(Vec::new()));
     }
     let Some(Value::Array(mounts)) = raw.get_mut("mounts") else { return };
     for mount in add {
-        // The parsed and the raw list must keep the same order.
+        // The parsed list and the raw list must have the same order.
         if let Ok(parsed) = serde_json::from_value(mount.clone()) {
             bundle.spec.mounts.push(parsed);
             mounts.push(mount);

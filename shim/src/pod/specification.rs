@@ -7,7 +7,7 @@ use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::{Map, Value, json};
 
-/// Message name of the pod's configuration. containerd's type URLs do not contain a host.
+/// Protobuf message name of the pod's configuration. In containerd, this name without a host is also the type URL.
 const MESSAGE: &str = "runtime.v1.PodSandboxConfig";
 /// Sysctls that containerd 2.x sets in a pod by default (enable_unprivileged_ports and enable_unprivileged_icmp).
 const SYSCTLS: [(&str, &str); 2] =
@@ -16,7 +16,7 @@ const SYSCTLS: [(&str, &str); 2] =
 /// Error of decoding the pod's configuration from a sandbox's options.
 #[derive(Debug, thiserror::Error)]
 pub enum PodError {
-    /// The options have another type.
+    /// The options have a type other than `MESSAGE`.
     #[error("invalid type {0:?} of the sandbox's options: expected {MESSAGE}")]
     Type(String),
     /// The options cannot be decoded.
@@ -37,7 +37,8 @@ pub fn config(options: Option<&Any>) -> Result<PodSandboxConfig, PodError> {
 
 /// Makes the sandbox's specification.
 ///
-/// Omits each namespace that the pod shares with the node. The checks of the bundle then reject the specification.
+/// Omits each namespace that the pod shares with the node. Because this namespace is missing, the checks of the bundle
+/// then reject the specification.
 pub fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value {
     let options = &config.linux.security_context.namespace_options;
     let mut namespaces = vec![json!({ "type": "mount" }), json!({ "type": "uts" })];
@@ -60,7 +61,7 @@ pub fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value 
     }
     let mut sysctls: Map<String, Value> = SYSCTLS.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
     if has_user_namespace {
-        // The upper end of this sysctl's range is not a gid of the user namespace. containerd also omits the sysctl.
+        // The user namespace has no gid for the upper end of this sysctl's range. containerd also omits the sysctl.
         sysctls.remove("net.ipv4.ping_group_range");
     }
     sysctls.extend(config.linux.sysctls.iter().map(|(key, value)| (key.clone(), value.clone().into())));

@@ -12,7 +12,7 @@ const DEFAULT_PERIOD: u64 = 100_000;
 /// Minimum memory in MiB that the VMM accepts for a VM.
 const MIN_VM_MIB: u64 = 64;
 
-/// Size of a VM.
+/// Size of a VM at boot, its additional kernel parameters, and the rules for its growth.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BootSize {
     /// vCPUs at boot, at least 1.
@@ -54,9 +54,9 @@ pub enum BootSizeError {
     Forbidden(String),
 }
 
-/// Sizes the VM of a sandbox from `spec`, the specification of its first container.
+/// Sizes the VM of a sandbox from `spec`, the specification of the sandbox's first container.
 ///
-/// `max_guest_mib` is the maximum guest memory within the limit of the parent cgroup.
+/// `max_guest_mib` is the maximum guest memory, in MiB, that fits into the parent cgroup's memory limit.
 ///
 /// # Errors
 /// [`BootSizeError`] if a limit is too low, or an annotation is invalid or not allowed.
@@ -65,11 +65,11 @@ pub fn boot_size(spec: &Spec, config: &Config, max_guest_mib: u64) -> Result<Boo
     size(spec, config, &host)
 }
 
-/// Resources of the host. A limit above these resources has no effect.
+/// Resources of the host. If a pod's limit exceeds these resources, the excess has no effect.
 struct Host {
     cpus: u64,
     memory_mib: u64,
-    /// Maximum guest memory within the limit of the parent cgroup.
+    /// Maximum guest memory, in MiB, that fits into the parent cgroup's memory limit.
     max_guest_mib: u64,
 }
 
@@ -84,7 +84,7 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<BootSize, BootSizeE
         Some(vcpus) => vcpus,
         None => match vcpus(&cpu) {
             Some(limit) => limit.min(host.cpus.max(1)).min(u64::from(config.max_vcpus)),
-            // Without a CPU limit, the VM gets at least as many vCPUs as the pod requests CPUs.
+            // Without a CPU limit, the VM gets a vCPU for each requested CPU, but at least default_vcpus.
             None => cpus_of_shares(cpu.shares.unwrap_or(0))
                 .max(config.default_vcpus.into())
                 .min(host.cpus.max(config.default_vcpus.into()))
@@ -113,7 +113,7 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<BootSize, BootSizeE
     let vcpus = u8::try_from(vcpus).unwrap_or(config.max_vcpus);
     let memory_mib = memory_mib.min(host.max_guest_mib).max(MIN_VM_MIB);
     let boot = Size { vcpus, memory_mib };
-    // A size that an annotation sets is fixed.
+    // If an annotation sets the vCPUs or the memory, the VM does not grow beyond this value.
     let fixed = |key: &str| spec.annotations.get(key).is_some();
     let host_vcpus = u8::try_from(host.cpus.max(1)).unwrap_or(u8::MAX);
     // spare_vcpus limits the growth, because the guest's kernel allocates per-CPU data for every possible vCPU at boot.
@@ -125,8 +125,8 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<BootSize, BootSizeE
     Ok(BootSize { vcpus, memory_mib, kernel_params, growth: Growth::new(boot, max, config) })
 }
 
-/// Returns the limits that determine the VM's size. These come from the annotations of a Kubernetes sandbox, or from
-/// the resources of a container outside a pod.
+/// Returns the limits that determine the VM's size. The limits come from the annotations of a Kubernetes sandbox, or
+/// from the resources of a container outside a pod.
 fn limits(spec: &Spec) -> Result<(Cpu, Memory), BootSizeError> {
     if spec.annotations.is_sandbox() {
         let cpu = Cpu {
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_rounded_up_and_include_the_overhead() {
+    fn size_rounds_limits_up_and_adds_the_memory_overhead() {
         let limit = |quota: i64, period: u64, memory: i64| {
             let resources = json!({ "cpu": { "quota": quota, "period": period }, "memory": { "limit": memory } });
             sized(|v| v["linux"]["resources"] = resources)
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn requested_cpus_count_only_without_a_limit() {
+    fn cpu_request_sets_the_vcpus_only_without_a_cpu_limit() {
         let pod = |quota: &str, shares: &str| {
             let pod = json!({
                 "io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-cpu-period": "100000",
@@ -247,7 +247,7 @@ mod tests {
         assert_eq!(pod("0", "2"), Ok(1));
         assert_eq!(pod("0", "2048"), Ok(2));
         assert_eq!(pod("-1", "2500"), Ok(3));
-        assert_eq!(pod("0", "262144"), Ok(8), "the size exceeds the host's CPUs");
+        assert_eq!(pod("0", "262144"), Ok(8), "the number of vCPUs is not limited to the host's CPUs");
         assert_eq!(pod("100000", "2048"), Ok(1), "the request takes precedence over the limit");
         assert!(pod("0", "x").is_err());
         let alone = sized(|v| v["linux"]["resources"] = json!({ "cpu": { "shares": 4096 } }));
@@ -264,13 +264,13 @@ mod tests {
         };
         assert_eq!(max(json!({}), 3), (4, 16 << 10));
         assert_eq!(max(json!({}), 0), (1, 16 << 10));
-        assert_eq!(max(json!({}), 63), (8, 16 << 10), "the size exceeds the host's CPUs");
+        assert_eq!(max(json!({}), 63), (8, 16 << 10), "the number of vCPUs is not limited to the host's CPUs");
         assert_eq!(max(json!({ annotation::VCPUS: "3" }), 3), (3, 16 << 10));
         assert_eq!(max(json!({ annotation::MEMORY_MIB: "512" }), 3), (4, 512));
     }
 
     #[test]
-    fn size_annotations_take_precedence_and_are_checked() {
+    fn size_annotations_override_the_defaults_and_are_checked() {
         let with = |key: &str, value: &str| sized(|v| v["annotations"] = json!({ key: value }));
         assert_eq!(with(annotation::VCPUS, "16"), Ok((16, 1024)));
         assert_eq!(with(annotation::MEMORY_MIB, "2048"), Ok((1, 2048)));

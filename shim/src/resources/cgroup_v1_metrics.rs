@@ -7,7 +7,7 @@ use protobuf::MessageField;
 
 use crate::resources::cgroup::CgroupLocation;
 
-/// Values from this one on mean that no limit is set. Without a limit, cgroup v1 shows a very large number.
+/// A limit of this value or above means that no limit is set. Without a limit, cgroup v1 shows a very large number.
 const NO_LIMIT: u64 = 1 << 62;
 
 /// Reads the cgroup's metrics from a handful of small files. Values of an absent controller are zero.

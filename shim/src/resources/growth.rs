@@ -1,4 +1,4 @@
-//! Computes how large a pod's VM has to be for its containers, while containers are added, removed and updated.
+//! Computes the size that a pod's VM needs when containers are added, removed and updated.
 
 use std::collections::HashMap;
 
@@ -22,7 +22,7 @@ const HOST_MIB: u64 = 32;
 /// Minimum host memory in MiB that the VMM and the shim need. The rest of [`HOST_MIB`] is page cache.
 const MIN_HOST_MIB: u64 = 12;
 /// Ratio of guest memory to the size of the page tables that map it. If all guest memory is used, the host's page
-/// tables have 1/512 of its size, and the guest's page tables have another 1/512.
+/// tables have 1/512 of the memory's size, and the guest's page tables have another 1/512.
 const MEMORY_TO_PAGE_TABLES: u64 = 256;
 /// CPU time in millicores that the VMM's device threads and the guest's kernel may use in addition to the containers'
 /// quota.
@@ -100,7 +100,7 @@ impl Limits {
 
     fn apply(&mut self, resources: &Resources) {
         let Resources { cpu, memory, hugepage_limits } = resources;
-        // A quota of 0 counts as unset, and so does a period without a quota. A quota of -1 means unlimited.
+        // A quota of 0 counts as unset. A period without a quota also counts as unset. A quota of -1 means unlimited.
         if let Some(quota) = cpu.as_ref().and_then(|cpu| cpu.quota).filter(|&quota| quota != 0) {
             self.cpu_millis = millis(quota, cpu.as_ref().and_then(|cpu: &Cpu| cpu.period));
         }
@@ -121,7 +121,7 @@ impl Limits {
 
 impl Limits {
     /// Returns the maximum CPU time of the container in millicores. This is the lower of two limits: the container's
-    /// quota, and the time of all its CPUs.
+    /// quota, and the full time of the CPUs in its cpuset. Returns `None` if the container has neither limit.
     fn usable_millis(&self) -> Option<u64> {
         let set = self.cpus.as_ref().map(|cpus| cpus.count().saturating_mul(1000));
         self.cpu_millis.into_iter().chain(set).min()
@@ -144,9 +144,9 @@ impl Growth {
     /// Returns the size for these containers. If `start` is true, returns at least the boot size, because the boot size
     /// covers containers that have not been created yet.
     ///
-    /// The limits of the containers are added. The default size is added only once, because all containers without a
-    /// limit share it, as they would share a host. Also, a pod of ten such containers does not need ten times the
-    /// kernel's page metadata.
+    /// The result is the sum of the containers' limits. The default size is added only once, because all containers
+    /// without a limit share it, as they would share a host. Also, the default size includes the kernel's page
+    /// metadata, which a pod of ten containers does not need ten times.
     pub fn size<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone, start: bool) -> Size {
         let vcpus = self.vcpus(containers.clone());
         let memory = containers.clone().map(|limits| limits.memory);
@@ -177,7 +177,7 @@ impl Growth {
         let millis = containers.clone().filter_map(Limits::usable_millis).fold(0u64, u64::saturating_add);
         let mut unlimited = containers.filter(|limits| limits.usable_millis().is_none()).map(|limits| limits.shares);
         let free = match unlimited.next() {
-            // The containers without a limit share the sum of their requests, but at least the default.
+            // The containers without a limit share as many vCPUs as they request together, but at least the default.
             Some(first) => {
                 let shares = unlimited.fold(first, u64::saturating_add);
                 cpus_of_shares(shares).max(u64::from(self.default.vcpus))
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_add_up_and_unlimited_containers_count_once() {
+    fn size_adds_up_limits_and_adds_the_default_size_once() {
         assert_eq!(size(&[], true), (1, 264));
         assert_eq!(size(&[], false), (1, 264));
         assert_eq!(size(&[limits(500, 100)], true), (1, 264));
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn shares_count_only_without_a_quota() {
+    fn cpu_shares_count_only_without_a_quota() {
         let asks = |shares: u64, millis: Option<u64>| Limits { shares, ..limits(millis, 1) };
         let vcpus = |containers: &[Limits]| growth().vcpus(containers.iter());
         assert_eq!(vcpus(&[asks(2, None), asks(2, None)]), 1);
@@ -300,14 +300,14 @@ mod tests {
         assert_eq!(host(&[limits(500, None), limits(None, 1)]), HostLimits::default());
         assert_eq!(host_bytes(256), (256 + 1 + 32) << 20);
         assert_eq!(host_bytes(u64::MAX), u64::MAX);
-        // The example RuntimeClass has an overhead of 80 MiB. The guest gets 64 MiB of it.
+        // The example RuntimeClass has an overhead of 80 MiB. The guest gets 64 MiB of this overhead.
         assert!((320..=324).contains(&guest_mib((256 + 80) << 20)));
         assert_eq!(guest_mib(1), 0);
         assert!(guest_mib(u64::MAX) > 1 << 30);
     }
 
     #[test]
-    fn cpusets_limit_vcpus_and_the_host_limit_is_their_union() {
+    fn cpusets_limit_the_vcpus_and_the_host_gets_the_union_of_cpusets() {
         let on = |cpus: &str, millis| Limits {
             cpu_millis: millis,
             cpus: Some(cpus.parse().unwrap()),

@@ -14,12 +14,12 @@ const PERIOD: u64 = 100_000;
 /// In addition to the guest's memory, the limit at which the sandbox is killed includes the minimum memory for the VMM
 /// and the shim. The distance is a third of this minimum.
 const THROTTLE_MARGIN: u64 = 4 << 20;
-/// Values from this one on mean that no limit is set. Without a limit, cgroup v1 shows the largest multiple of the page
-/// size, or one page less.
+/// A limit of this value or above means that no limit is set. Without a limit, cgroup v1 shows the largest multiple of
+/// the page size below 2^63, or a value that is one page lower.
 const NO_LIMIT: u64 = 1 << 62;
 
-/// Returns the maximum guest memory in MiB within the memory limit of the parent cgroup. The kubelet sets this limit
-/// for the pod.
+/// Returns the maximum guest memory, in MiB, that fits into the parent cgroup's memory limit. The kubelet sets this
+/// limit for the pod.
 ///
 /// If a guest used more memory than this, the kernel would kill the VMM. The limit can change while the pod runs.
 pub fn max_guest_mib(location: &CgroupLocation) -> u64 {
@@ -28,22 +28,22 @@ pub fn max_guest_mib(location: &CgroupLocation) -> u64 {
 
 /// Returns the pod's limit of 2 MiB huge pages in the parent cgroup, in MiB. Returns zero if no limit is set.
 ///
-/// The kubelet sets a limit for every pod. By default, containerd does not set a limit for containers
-/// (`disable_hugetlb_controller`).
+/// The pod's limit is used, because the kubelet sets a limit for every pod, but containerd by default does not set a
+/// limit for containers (`disable_hugetlb_controller`).
 pub fn huge_mib(location: &CgroupLocation) -> u64 {
     parent_limit(location, "hugetlb", ["hugetlb.2MB.max", "hugetlb.2MB.limit_in_bytes"]).unwrap_or(0) >> 20
 }
 
-/// Reads a limit of the parent cgroup. The array has the limit's file names in cgroup v2 and v1. Returns `None` if no
-/// limit is set.
+/// Reads a limit of the parent cgroup. The array has the name of the limit's file in cgroup v2, then the name in cgroup
+/// v1. Returns `None` if no limit is set.
 fn parent_limit(location: &CgroupLocation, controller: &str, [v2_file, v1_file]: [&str; 2]) -> Option<u64> {
     let file = if matches!(location, CgroupLocation::V2(_)) { v2_file } else { v1_file };
     let text = std::fs::read_to_string(location.controller_dir(controller)?.parent()?.join(file)).ok()?;
     text.trim().parse::<u64>().ok().filter(|&limit| limit < NO_LIMIT)
 }
 
-/// Returns the lowest task limit of the parent cgroups. These are the pod's cgroup, whose limit is the kubelet's
-/// `podPidsLimit`, and its ancestors.
+/// Returns the lowest task limit of the parent cgroups, or `None` if no limit is set. The parent cgroups are the pod's
+/// cgroup and its ancestors. The kubelet sets the limit of the pod's cgroup (`podPidsLimit`).
 ///
 /// On the host, the pod's cgroup contains only the few threads of the VMM and the shim, and not the pod's processes.
 /// Therefore, the guest enforces the limit.
@@ -63,11 +63,11 @@ pub fn reclaim_threshold(location: &CgroupLocation) -> Option<u64> {
     Some(parent.map_or(limit, |parent| limit.min(parent)))
 }
 
-/// Sets the limits for a guest that now has `guest_mib` of memory. May block while the kernel reclaims memory for a
+/// Sets the limits for a guest that now has `guest_mib` MiB of memory. May block while the kernel reclaims memory for a
 /// lower limit.
 ///
 /// The memory limit depends on the memory that the guest has now, not on the memory that the pod may use. Therefore, if
-/// memory runs out, the guest kills one of its own processes before the host kills the VMM.
+/// the guest's memory runs out, the guest's kernel kills a process in the guest before the host's kernel kills the VMM.
 ///
 /// If the cgroup is a systemd scope, this function first writes the limits itself. Then it sends the same limits to
 /// systemd, which writes them again. Therefore, only this process, and not systemd, waits until memory is reclaimed.
@@ -187,7 +187,7 @@ mod tests {
         std::fs::write(dir.path().join("cpuset.cpus.effective"), "0-7\n").unwrap();
         set(&location, None, &HostLimits::default(), 100);
         assert_eq!(cpus(), None);
-        // The list is empty, as before the first write.
+        // A cgroup whose list of CPUs was never set shows an empty list.
         std::fs::write(pod.join("cpuset.cpus"), "\n").unwrap();
         set(&location, None, &HostLimits::default(), 100);
         assert_eq!(cpus().as_deref(), Some("\n"));

@@ -27,8 +27,8 @@ impl Scores {
         lowest(&scores).unwrap_or(score)
     }
 
-    /// Removes the score of a container. Returns the lowest score of the remaining containers, or `None` if the lowest
-    /// score does not change.
+    /// Removes the score of a container. Returns the lowest score of the remaining containers. Returns `None` if the
+    /// container has no score, or if no container remains.
     pub fn remove(&self, id: &str) -> Option<i32> {
         let mut scores = lock(&self.0);
         scores.remove(id)?;
@@ -40,7 +40,7 @@ fn lowest(scores: &HashMap<String, i32>) -> Option<i32> {
     scores.values().min().copied()
 }
 
-/// Sets the `oom_score_adj` of a process, -1000 to 1000.
+/// Sets the `oom_score_adj` of a process to `score`, which must be in the range -1000 to 1000.
 ///
 /// # Errors
 /// If the process has ended. EINVAL if the score is out of range.

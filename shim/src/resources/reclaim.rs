@@ -31,10 +31,10 @@ use crate::resources::limits;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::Vmm;
 
-/// Minimum time between two reactions. This limit is needed because the kernel reports every reclaim, and several
-/// reclaims often follow each other closely.
+/// Minimum time between two reactions to a report of the kernel or the VMM. This limit is needed because the kernel
+/// reports every reclaim, and several reclaims often follow each other closely.
 const MIN_INTERVAL: Duration = Duration::from_secs(1);
-/// If the guest must drop its caches again within this time, it also drops the page cache.
+/// If the guest must drop its caches twice within this time, the second time it also drops the page cache.
 ///
 /// An inode with cached pages stays in the guest's memory. Therefore, dropping only the unused inodes may not free
 /// enough memory.
@@ -76,7 +76,8 @@ struct Guest {
 }
 
 impl Guest {
-    /// Tells the guest to drop its cache of unused files.
+    /// Tells the guest to drop its unused inodes. If the guest has recently dropped caches, also tells it to drop its
+    /// page cache.
     async fn drop_caches(&self, reason: &str) {
         let page_cache = lock(&self.last).is_some_and(|last| last.elapsed() < PAGE_CACHE_WINDOW);
         tracing::info!(pages = page_cache, reason, "dropping the guest's file caches");
@@ -91,7 +92,7 @@ impl Guest {
 /// Notifications of the kernel about reclaim in the cgroup.
 struct Watch {
     notices: AsyncFd<OwnedFd>,
-    /// Open files of cgroup v1. The kernel sends notifications as long as these files are open.
+    /// Open `memory.pressure_level` files of cgroup v1. The kernel sends notifications as long as these files are open.
     _levels: Vec<File>,
 }
 
@@ -108,7 +109,7 @@ impl Watch {
                 let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
                 let mut levels = Vec::new();
                 // Also watch the parent, which is the pod's cgroup, because the kernel reports a reclaim to the cgroup
-                // whose limit causes it.
+                // whose limit causes the reclaim.
                 for dir in dir.ancestors().take(2) {
                     let level = match File::open(dir.join("memory.pressure_level")) {
                         // A sandbox outside a pod may have no parent cgroup with this file.
@@ -162,7 +163,7 @@ fn is_nearly_exhausted(location: &CgroupLocation) -> bool {
     }
 }
 
-/// Returns the cgroup's memory without its page cache, in bytes.
+/// Returns the cgroup's memory without its page cache, in bytes. Returns `None` if the memory cannot be read.
 fn unreclaimable(location: &CgroupLocation) -> Option<u64> {
     let dir = location.controller_dir("memory")?;
     let (usage, prefix) = match location {

@@ -1,4 +1,4 @@
-//! Resizes a running VM: one task that calls the VMM and the agent in turn.
+//! Resizes a running VM. One task calls the VMM and the agent in turn.
 //!
 //! A request to grow is answered when everything has grown: first the host's limits, then memory, then vCPUs. A request
 //! to shrink is answered at once. Later, when the guest has given memory back, the task lowers the host's memory limit.
@@ -31,7 +31,7 @@ pub enum ResizeError {
     /// The agent rejected a request.
     #[error("failed to set up the {0} in the guest")]
     Agent(&'static str, #[source] ttrpc::Error),
-    /// The guest has fewer vCPUs online than requested.
+    /// The number of vCPUs that are online in the guest differs from the requested number.
     #[error("failed to set the number of vCPUs: the guest has {online} of {wanted} vCPUs online")]
     Processors {
         /// vCPUs that are online.
@@ -48,11 +48,11 @@ pub enum ResizeError {
         wanted_mib: u64,
     },
     /// The node has too few free huge pages.
-    #[error("failed to reserve {wanted_mib} MiB of huge pages of 2 MiB: the node has {free_mib} MiB available")]
+    #[error("failed to reserve {wanted_mib} MiB of 2 MiB huge pages: the node has {free_mib} MiB available")]
     NodeHugePages {
-        /// Huge pages that the pod does not have yet.
+        /// Size of the additional huge pages that the pod needs.
         wanted_mib: u64,
-        /// Huge pages of the node that are neither in use nor reserved.
+        /// Size of the node's huge pages that are neither in use nor reserved.
         free_mib: u64,
     },
     /// The guest could not allocate the huge pages.
@@ -73,8 +73,8 @@ pub enum ResizeError {
 pub struct Target {
     /// Size of the VM.
     pub size: Size,
-    /// Huge pages in MiB. Huge pages are never taken back from the guest, because a volume may use them, and the node
-    /// counts them as the pod's.
+    /// Size of the huge pages in MiB. Huge pages are never taken back from the guest, because a volume may use them.
+    /// Also, the node counts these huge pages as the pod's.
     pub huge_mib: u64,
     /// Limits on the host.
     pub host: HostLimits,
@@ -119,9 +119,9 @@ impl Resizer {
         Self { growth, jobs }
     }
 
-    /// Does the same as [`Resizer::resize`], but does not wait.
+    /// Does the same as [`Resizer::resize`], but does not wait for the result.
     pub fn queue(&self, target: Target) {
-        // The task lives as long as this handle.
+        // Sending does not fail, because the task lives as long as this handle.
         let _ = self.jobs.send(Job { target, done: oneshot::channel().0 });
     }
 
@@ -139,7 +139,8 @@ impl Resizer {
 /// A function that records the pod's current size for `husk ps`. It may block.
 pub type RecordSize = Arc<dyn Fn(Size) + Send + Sync>;
 
-/// Pending request to shrink memory. Returns the hot-plugged memory that the guest still has, in MiB.
+/// Pending request to shrink memory. Returns the hot-plugged memory that remains in the guest, in MiB, or `None` if the
+/// request fails.
 type Shrinking = Pin<Box<dyn Future<Output = Option<u64>> + Send>>;
 
 /// The task's state.
@@ -152,7 +153,7 @@ struct ResizeTask {
     start: Size,
     /// Target that was requested last.
     current: Target,
-    /// Whether the pod has reached `current`. Otherwise, the next request repeats the failed steps.
+    /// Whether the pod has reached `current`. If not, the next request repeats the failed steps.
     complete: bool,
     slots: Slots,
     /// Maximum hot-plugged memory in MiB that the guest may have at this time.
@@ -212,8 +213,8 @@ impl ResizeTask {
         self.plugged_mib = self.plugged_mib.max(wanted_mib);
         self.set_host_limits().await;
         if wanted_mib > previous_mib || (retry && wanted_mib > 0 && wanted_mib == previous_mib) {
-            // The new request ends an earlier request that still waits in the VMM. The answer to the earlier request
-            // must be ignored, because it would not be the remaining memory.
+            // The new request ends an earlier request that waits in the VMM. Ignore the answer to the earlier request,
+            // because that answer does not contain the guest's remaining memory.
             self.shrinking = None;
             self.grow_memory(PageKind::Ordinary, wanted_mib).await?;
         } else if wanted_mib < previous_mib {
@@ -226,8 +227,8 @@ impl ResizeTask {
             }));
         }
         if target.huge_mib > huge_before || (retry && target.huge_mib > 0) {
-            // If this fails, the container is not created. Later targets must then not include the container's huge
-            // pages.
+            // If the guest does not get the huge pages, the container is not created. Later targets must then not
+            // include the container's huge pages.
             self.current.huge_mib = huge_before;
             self.grow_huge_pages(target.huge_mib, huge_before).await?;
             self.current.huge_mib = target.huge_mib;
@@ -277,7 +278,7 @@ impl ResizeTask {
         }
     }
 
-    /// Hot-plugs memory from the host's huge pages, and tells the guest to allocate huge pages in it.
+    /// Hot-plugs memory from the host's huge pages, and tells the guest to allocate huge pages in this memory.
     async fn grow_huge_pages(&mut self, wanted_mib: u64, previous_mib: u64) -> Result<(), ResizeError> {
         let more = wanted_mib.saturating_sub(previous_mib);
         match hugepages::free_mib() {

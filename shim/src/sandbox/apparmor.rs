@@ -36,8 +36,8 @@ pub enum AppArmorError {
     Missing(String),
     /// The node's kernel does not export the policy.
     #[error(
-        "failed to read the policy of AppArmor profile {profile:?} from {path}: use Unconfined on nodes whose kernel \
-         lacks CONFIG_SECURITY_APPARMOR_EXPORT_BINARY"
+        "failed to read the policy of AppArmor profile {profile:?} from {path} (if the node's kernel lacks \
+         CONFIG_SECURITY_APPARMOR_EXPORT_BINARY, use the profile type Unconfined)"
     )]
     Read {
         /// Name of the profile.
@@ -63,7 +63,7 @@ pub enum AppArmorError {
 }
 
 impl Sandbox {
-    /// Loads the node's current version of a profile into the guest, unless the guest has it already.
+    /// Loads the node's current version of a profile into the guest, unless the guest already has this version.
     ///
     /// # Errors
     /// `AppArmorError`.
@@ -93,11 +93,11 @@ impl Sandbox {
 
 /// Reads the policy blob from which the kernel loaded `profile`. Blocks.
 fn policy(profiles: &Path, profile: &str) -> Result<Vec<u8>, AppArmorError> {
-    // A child profile or hat is loaded together with its parent.
+    // Search for the parent, because a child profile or hat is loaded together with its parent.
     let parent = profile.split_once("//").map_or(profile, |(parent, _)| parent);
     let missing = || AppArmorError::Missing(profile.to_owned());
-    // A directory's name consists of the plain characters of the profile's name, and a number. The file `name` contains
-    // the profile's full name.
+    // A directory's name contains the alphanumeric characters of the profile's name, and ends with a number. The file
+    // `name` contains the profile's full name.
     let entries = fs::read_dir(profiles).map_err(|_| missing())?;
     let name_matches = |dir: &Path| fs::read_to_string(dir.join("name")).is_ok_and(|name| name.trim_end() == parent);
     let found = entries.flatten().map(|entry| entry.path()).find(|dir| may_match(dir, parent) && name_matches(dir));
@@ -107,9 +107,10 @@ fn policy(profiles: &Path, profile: &str) -> Result<Vec<u8>, AppArmorError> {
     if policy.len() as u64 > MAX_POLICY { Err(AppArmorError::Large(profile.to_owned())) } else { Ok(policy) }
 }
 
-/// Returns whether a directory can belong to a profile. Compares only the characters that the kernel keeps in the name.
+/// Returns whether a directory can belong to a profile. Compares only the characters that the kernel keeps in the
+/// directory's name.
 ///
-/// This avoids reading a file for each of the node's hundreds of profiles.
+/// This check avoids reading a file for each of the node's hundreds of profiles.
 fn may_match(dir: &Path, profile: &str) -> bool {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     let plain = |text: &str| text.chars().filter(char::is_ascii_alphanumeric).collect::<String>();

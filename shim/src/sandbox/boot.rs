@@ -33,7 +33,7 @@ const SPARE_SLOTS: u8 = 5;
 /// Mount option with the size of the pod's shared memory, as containerd's CRI sets it.
 const SHM_SIZE: &str = "size=65536k";
 
-/// Configuration of the guest for its pod.
+/// Configuration of the guest that depends on the pod.
 pub struct Pod {
     /// Sandbox id.
     pub id: String,
@@ -53,7 +53,7 @@ pub struct Pod {
 
 /// Everything that a boot needs. Prepared while the VMM process starts.
 pub struct BootPlan {
-    /// Configuration of the guest for its pod.
+    /// Configuration of the guest that depends on the pod.
     pub pod: Pod,
     /// The operator's configuration.
     pub config: Config,
@@ -111,8 +111,8 @@ pub enum BootError {
         /// Last lines of the console.
         console: String,
     },
-    /// The connection to the agent cannot be used.
-    #[error("failed to connect to the agent")]
+    /// The connection to the agent cannot be registered with the async runtime.
+    #[error("failed to register the connection to the agent with the async runtime")]
     Connect(#[source] std::io::Error),
     /// The agent could not set up the sandbox.
     #[error("failed to set up the sandbox in the guest")]
@@ -244,7 +244,7 @@ async fn connect(plan: &BootPlan, vmm: &Vmm, timeline: &Timeline, limit: Duratio
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let pod = &plan.pod;
     let (uids, gids) = pod.id_mappings.as_ref().map(IdMappings::mappings).unwrap_or_default();
-    // As under runc, the pod's root user owns the mount.
+    // As under runc, the pod's root user owns the mount of the shared memory.
     let owner = pod.id_mappings.as_ref().and_then(|id_mappings| Some((id_mappings.uid(0)?, id_mappings.gid(0)?)));
     let owner = owner.map(|(uid, gid)| [format!("uid={uid}"), format!("gid={gid}")]).into_iter().flatten();
     let shared_memory = Mount {
@@ -312,8 +312,8 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
                         ExitReason::Stopped => "the VM was stopped".to_owned(),
                         ExitReason::Failed(why) => format!("the VM failed: {}", console::clean(&why)),
                     };
-                    // Log a warning, because the shim has not ended this VM: the shim uses SIGKILL, after which the VMM
-                    // cannot send a notice.
+                    // Log a warning, because the shim has not ended this VM. The shim ends a VM with SIGKILL, after
+                    // which the VMM cannot send a notice.
                     tracing::warn!(reason, "the guest ended");
                     update.send_modify(|p| p.ended = Some(reason));
                 }

@@ -33,7 +33,8 @@ pub struct AttachedDisk {
 }
 
 impl AttachedDisk {
-    /// Returns the guest's device numbers. `attach` hot-plugs the disk, then `find` asks the guest for the numbers.
+    /// Returns the device numbers of the disk in the guest. `attach` hot-plugs the disk, then `find` asks the guest for
+    /// the numbers.
     async fn get_or_attach<E, F: Future<Output = Result<DeviceNumbers, E>>>(
         &self,
         attach: impl Future<Output = Result<u32, E>>,
@@ -81,8 +82,8 @@ pub enum DiskError {
 }
 
 impl Sandbox {
-    /// Returns the guest's device numbers of a block device of the host. Hot-plugs the device if it is not attached
-    /// yet.
+    /// Returns the device numbers that a block device of the host has in the guest. Hot-plugs the device if it is not
+    /// attached.
     ///
     /// # Errors
     /// [`DiskError`]. The next call retries the step that failed.
@@ -93,7 +94,7 @@ impl Sandbox {
 
     /// Tells the guest to write its dirty pages to its disks, if it has disks. Waits for at most ten seconds.
     ///
-    /// Without this call, data in the guest's page cache would be lost. Under runc, such data is in the node's page
+    /// Without this call, data in the guest's page cache would be lost. Under runc, this data is in the node's page
     /// cache, and survives the pod.
     pub async fn flush_disks(&self) {
         let some = lock(&self.disks).values().any(|plug| plug.slot.initialized());
@@ -158,7 +159,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn disk_keeps_its_slot_when_the_guest_finds_it_late() {
+    async fn disk_keeps_its_slot_if_finding_it_in_the_guest_is_retried() {
         let (plug, attached) = (AttachedDisk::default(), Cell::new(0));
         let attach = || async {
             attached.set(attached.get() + 1);

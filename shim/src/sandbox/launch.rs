@@ -41,13 +41,13 @@ pub struct LaunchContext {
 
 /// A sandbox that is launched later, when its specification arrives.
 pub struct DeferredLaunch {
-    /// The sandbox.
+    /// Properties of the sandbox.
     pub context: LaunchContext,
     /// The guest's view of the share, or the error of preparing the share.
     pub share: Result<PathBuf, String>,
     /// The bundle directory.
     pub dir: PathBuf,
-    /// Receives the agent's reports.
+    /// Channel to which the agent's reports are sent.
     pub reports: mpsc::UnboundedSender<Report>,
 }
 
@@ -63,7 +63,7 @@ impl DeferredLaunch {
         let share = share?;
         let bundle = Bundle::from_value(&dir, spec).map_err(|e| chain(&e))?;
         bundle.check().map_err(|e| chain(&e))?;
-        // Uses a blocking thread, because a slow service manager must not block the runtime.
+        // Use a blocking thread, because waiting for systemd must not block the async runtime.
         let entered = tokio::task::spawn_blocking({
             let (context, path) = (context.clone(), bundle.spec.linux.cgroups_path.clone());
             move || enter_cgroup(&context, &path)
@@ -106,7 +106,7 @@ pub fn prepare(context: &LaunchContext, bundle: &Bundle, share: &Path) -> Launch
     partial.finish(plan)
 }
 
-/// Returns a launch that failed before it acquired anything.
+/// Returns the input of a launch that failed before it acquired a resource.
 pub fn failed(error: String) -> LaunchInput {
     PartialLaunch::default().finish(Err(error))
 }
@@ -154,8 +154,8 @@ impl PartialLaunch {
         };
         let network = match &network {
             // CNI sets up a new namespace later: in hooks, or between Create and Start. `ctr run --cni` runs CNI
-            // between Create and Start. containerd 1.7 does the same for pods with a user namespace, because the user
-            // namespace must own the network namespace (pkg/cri/server/sandbox_run.go).
+            // between Create and Start. containerd 1.7 also runs CNI then for pods with a user namespace, because the
+            // user namespace must own the network namespace (pkg/cri/server/sandbox_run.go).
             Network::New => match &self.vmm {
                 Some(vmm) => network::watch_new(
                     &PathBuf::from(format!("/proc/{}/ns/net", vmm.pid)),
@@ -191,7 +191,7 @@ fn record_sandbox(context: &LaunchContext, spec: &Spec, boot_size: &BootSize, vm
     }
 }
 
-/// Returns the configuration of the guest for its pod.
+/// Returns the configuration of the guest that depends on the pod.
 ///
 /// The sysctls of a sandbox container belong to the pod, because that container is never created. The sysctls of a
 /// container without a pod are applied when the container is created.
@@ -202,7 +202,7 @@ fn pod(context: &LaunchContext, spec: &Spec, id_mappings: Option<IdMappings>, ne
     Pod { id, hostname, shared_memory: is_sandbox, sysctls, pids_max: None, id_mappings, network }
 }
 
-/// Returns the sandbox's host name. As under runc, this is the host's name if the specification's name is empty.
+/// Returns the sandbox's host name. As under runc, this is the host's name if the specification does not set a name.
 pub fn hostname(name: &str) -> String {
     if !name.is_empty() {
         return name.to_owned();
@@ -222,9 +222,9 @@ pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String
 
 /// Moves this process into the cgroup that the specification names.
 ///
-/// If this move fails, the sandbox does not start. Otherwise, the sandbox would run without limits, and its resource
-/// usage would count for containerd's cgroup. runc, even rootless runc, also fails in this case
-/// (libcontainer/cgroups/fs2/fs2.go, Apply). If the specification does not name a cgroup, as with containerd's
+/// If this move fails, the sandbox does not start. Outside the cgroup, the sandbox would run without limits, and its
+/// resource usage would count for containerd's cgroup. runc, even rootless runc, also fails if it cannot enter the
+/// cgroup (libcontainer/cgroups/fs2/fs2.go, Apply). If the specification does not name a cgroup, as with containerd's
 /// `disable_cgroup`, the process stays in its cgroup.
 fn enter_cgroup(context: &LaunchContext, path: &str) -> Result<Option<Cgroup>, String> {
     if path.is_empty() {

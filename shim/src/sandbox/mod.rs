@@ -84,8 +84,8 @@ pub enum StreamError {
 }
 
 impl Sandbox {
-    /// Returns a sandbox that has not been launched: only its directory exists. `vmm_log` is the read end of the VMM's
-    /// stderr.
+    /// Returns a sandbox that has not been launched: only its directory exists. `vmm_log` is the read end of a pipe to
+    /// which the VMM's stderr goes.
     pub fn new(id: &str, dir: StateDir, timeline: Arc<Timeline>, vmm_log: Option<OwnedFd>) -> Arc<Self> {
         let log_tail = LogTail::default();
         if let Some(log) = vmm_log {
@@ -191,8 +191,8 @@ impl Sandbox {
 
     /// Returns the huge pages that the node and the pod's cgroup allow for the whole pod, in MiB.
     pub fn huge_mib(&self) -> u64 {
-        // Do not read the cgroup on a node without huge pages. Most nodes do not have huge pages, but this function
-        // runs for every container.
+        // This function runs for every container. On a node without huge pages, as most nodes are, do not read the
+        // cgroup.
         match (hugepages::pool_mib(), self.cgroup()) {
             (pool_mib @ 1.., Some(cgroup)) => limits::huge_mib(cgroup.location()).min(pool_mib),
             _ => 0,
@@ -229,7 +229,7 @@ impl Sandbox {
         }
     }
 
-    /// Returns whether the VM has ended.
+    /// Returns whether the VM has ended or was never started.
     pub fn is_dead(&self) -> bool {
         self.vmm().is_none_or(|vmm| vmm.ended().is_some())
     }
@@ -256,7 +256,7 @@ impl Sandbox {
     /// Waits until the guest has the network configuration that the host has now.
     ///
     /// # Errors
-    /// If the guest does not get the changes. The text contains the error and its causes.
+    /// If the guest's network cannot be updated. The text contains the error and its causes.
     pub async fn settle_network(&self) -> Result<(), String> {
         match self.network_sync.get() {
             Some(network_sync) => network_sync.settle().await,
@@ -269,7 +269,7 @@ impl Sandbox {
         self.launched.get()?.resizer.as_ref()
     }
 
-    /// Opens a stream for container stdio. Returns the stream token that names the stream in a request.
+    /// Opens a stream for container stdio. Returns the stream, and the stream token that names it in a request.
     ///
     /// # Errors
     /// [`StreamError`] if the stream cannot be opened.

@@ -1,4 +1,5 @@
-//! Propagates the host's later mounts and unmounts to volumes with `rslave` propagation.
+//! Propagates mounts and unmounts that the host makes after a volume was created to the volume, if the volume has
+//! `rslave` propagation.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -17,7 +18,7 @@ use crate::async_fd::register;
 use crate::sandbox::volume_updates::Updates;
 use crate::volumes::propagate;
 
-/// Maximum time for which the start of a process waits until the volumes show the host's earlier mounts.
+/// Maximum time for which the start of a process waits until the volumes show the mounts that the host has by then.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time between a change of the mount list and the update that it causes. The delay saves updates, because changes come
 /// in bursts, and each update reads the whole list.
@@ -33,7 +34,7 @@ pub struct Propagation {
 
 struct Running {
     task: JoinHandle<()>,
-    /// Number of the latest requested update.
+    /// Number of the latest request for an update.
     requested: watch::Sender<u64>,
     /// Number of the latest request that an update has served.
     served: watch::Receiver<u64>,
@@ -71,14 +72,14 @@ impl Propagation {
         let mut served = running.served.clone();
         match timeout(SETTLE_TIMEOUT, served.wait_for(|served| *served >= number)).await {
             Ok(Ok(_)) => {}
-            Ok(Err(_)) => tracing::warn!("the propagation of the host's later mounts to the volumes has stopped"),
+            Ok(Err(_)) => tracing::warn!("the host's new mounts are no longer propagated to the pod's volumes"),
             Err(_) => {
-                tracing::warn!(limit = ?SETTLE_TIMEOUT, "the host's recent mounts are not in the volumes yet");
+                tracing::warn!(limit = ?SETTLE_TIMEOUT, "the host's recent mounts are not in the pod's volumes yet");
             }
         }
     }
 
-    /// Stops the updates. Those in progress continue, and ignore volumes that are removed.
+    /// Prevents further updates. Updates in progress continue, and ignore volumes that have been removed.
     pub fn stop(&self) {
         if let Some(running) = self.running.get() {
             running.task.abort();
@@ -94,7 +95,7 @@ async fn run(list: AsyncFd<File>, share: PathBuf, mut requests: watch::Receiver<
         let share = share.clone();
         move |volume| propagate::update(&share, volume).map_err(|error| crate::chain(&error))
     });
-    // Time of the update that a change has caused.
+    // Time at which the update after a change of the mount list starts. `None` if no change is pending.
     let mut due = Some(Instant::now());
     loop {
         let start = tokio::select! {
@@ -164,7 +165,7 @@ mod tests {
     use crate::volumes::test_support::{bind_for, isolated, shared_mount, tmpfs};
 
     #[test]
-    fn a_hanging_volume_delays_no_other() {
+    fn hanging_volume_does_not_delay_other_volumes() {
         isolated(|dir| {
             let share = Share::mount(dir).unwrap();
             let [(stuck, stuck_in_share), (other, other_in_share)] = ["stuck", "other"].map(|name| {
@@ -197,8 +198,9 @@ mod tests {
                 let waited = started.elapsed();
                 let arrived = other_in_share.join("later/file").exists();
                 drop(hanging);
-                assert!(arrived && waited < SETTLE_TIMEOUT, "{waited:?}");
-                // The change is not lost. No request waits for the update that hung.
+                assert!(arrived && waited < SETTLE_TIMEOUT, "arrived: {arrived}, waited: {waited:?}");
+                // The later mount in the volume that hung is not lost. Repeat the request until this mount arrives,
+                // because a request does not wait for an update that hangs.
                 let arrives = async {
                     while !stuck_in_share.join("later/file").exists() {
                         propagation.settle().await;

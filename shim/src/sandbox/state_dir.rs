@@ -192,7 +192,7 @@ impl ProcessId {
         Some(Self { pid: i32::try_from(pid).ok()?, start: start_time(&stat)? })
     }
 
-    /// Kills the process if the PID still belongs to it, and waits for its end.
+    /// Kills the process if the PID still belongs to it, and waits at most 5 s for its end.
     pub fn kill_and_wait(self) {
         let Ok(fd) = pidfd::open(self.pid) else { return };
         // A pidfd always refers to the same process. If the start time still matches now, the PID had not been reused

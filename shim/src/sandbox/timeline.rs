@@ -75,7 +75,7 @@ impl Timeline {
             std::fs::OpenOptions::new().create(true).append(true).open(log)?.write_all(line.as_bytes())
         });
         if let Err(error) = written {
-            tracing::warn!(%error, path = %log.display(), "failed to append the timeline");
+            tracing::warn!(%error, path = %log.display(), "failed to append the timeline to the timeline log");
         }
     }
 }

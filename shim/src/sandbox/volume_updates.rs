@@ -1,4 +1,5 @@
-//! Updates of the mounts in a pod's volumes: one task per volume, so a volume that hangs delays no other.
+//! Updates the mounts in a pod's volumes. Each volume is updated in a separate task, so that a volume that hangs does
+//! not delay other volumes.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -8,16 +9,17 @@ use std::time::Duration;
 use tokio::task::{Id, JoinSet};
 use tokio::time::Instant;
 
-/// Time in progress after which no request waits for an update. Normally an update takes milliseconds.
+/// Duration after which an update counts as hanging, and requests no longer wait for it. Normally, an update takes
+/// milliseconds.
 const HANG_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Updates the mounts of the volume with this name. Blocks.
+/// Function that updates the mounts of the volume with this name. It may block.
 type Update = Arc<dyn Fn(&OsStr) -> Result<(), String> + Send + Sync>;
 
 /// The updates of a pod's volumes.
 ///
-/// Each volume has at most one update in progress. A volume that changes during its update is updated again when that
-/// ends.
+/// Each volume has at most one update in progress. A volume that is requested during its update is updated again when
+/// this update ends.
 pub struct Updates {
     update: Update,
     tasks: JoinSet<Result<(), String>>,
@@ -31,9 +33,9 @@ struct InProgress {
     started: Instant,
     /// Number of the request that the update serves.
     request: u64,
-    /// Number of the latest request for which the volume keeps nobody waiting.
+    /// Number of the latest request that does not have to wait for this volume.
     served: u64,
-    /// The volume has been requested since the update started.
+    /// Whether the volume has been requested since the update started.
     again: bool,
     hangs: bool,
 }
@@ -44,7 +46,7 @@ impl Updates {
         Self { update: Arc::new(update), tasks: JoinSet::new(), in_progress: HashMap::new(), requested: 0 }
     }
 
-    /// Starts request number `request`: an update of each of `volumes`, which are all that exist.
+    /// Starts request number `request`, which updates every volume. `volumes` lists all volumes that exist.
     pub fn start(&mut self, mut volumes: Vec<OsString>, request: u64) {
         let previous = std::mem::replace(&mut self.requested, request);
         for update in self.in_progress.values_mut() {
@@ -60,7 +62,7 @@ impl Updates {
             if elapsed >= HANG_TIMEOUT {
                 update.served = request;
                 if !std::mem::replace(&mut update.hangs, true) {
-                    tracing::warn!(volume = %update.volume.display(), ?elapsed, "the update of a volume's mounts hangs");
+                    tracing::warn!(volume = %update.volume.display(), ?elapsed, "updating a volume's mounts hangs");
                 }
             }
         }
@@ -76,8 +78,8 @@ impl Updates {
         self.in_progress.insert(task.id(), InProgress { volume, started, request, served, again: false, hangs: false });
     }
 
-    /// Waits for the end of an update, and updates the volume again if it has changed. Returns `None` if no update is
-    /// in progress.
+    /// Waits for the end of an update and returns its result. Updates the volume again if it was requested during that
+    /// update. Returns `None` if no update is in progress.
     pub async fn ended(&mut self) -> Option<Result<(), String>> {
         let (id, result) = match self.tasks.join_next_with_id().await? {
             Ok(ended) => ended,
@@ -91,7 +93,7 @@ impl Updates {
         Some(result)
     }
 
-    /// Returns the number of the latest request that is served in all volumes, except those whose update hangs.
+    /// Returns the number of the latest request that was served in all volumes, except volumes whose update hangs.
     pub fn served(&self) -> u64 {
         self.in_progress.values().map(|update| update.served).min().unwrap_or(self.requested)
     }
@@ -104,8 +106,8 @@ mod tests {
 
     use super::*;
 
-    /// Updates in which those of the volume `hung` wait for a message. Returns also the sender of the messages, and the
-    /// volumes whose updates have started.
+    /// Returns updates in which every update of the volume `hung` waits for a message. Also returns the sender of these
+    /// messages, and the volumes whose updates have started.
     fn updates() -> (Updates, mpsc::Sender<()>, Arc<Mutex<Vec<OsString>>>) {
         let (sender, receiver) = mpsc::channel();
         let (receiver, started) = (Mutex::new(receiver), Arc::new(Mutex::new(Vec::new())));
@@ -129,7 +131,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_volume_in_progress_is_skipped_and_updated_again() {
+    async fn volume_requested_during_its_update_is_updated_again() {
         let (mut updates, hung, started) = updates();
         for request in 1..=3 {
             updates.start(volumes(), request);
@@ -141,7 +143,7 @@ mod tests {
         hung.send(()).unwrap();
         updates.ended().await.unwrap().unwrap();
         assert_eq!(updates.served(), 1);
-        // Once for all requests that came in between.
+        // One update serves all requests that were made during the first update.
         hung.send(()).unwrap();
         updates.ended().await.unwrap().unwrap();
         assert_eq!((updates.served(), count(&started, "hung")), (3, 2));
@@ -149,7 +151,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn nothing_waits_for_a_volume_that_hangs() {
+    async fn requests_do_not_wait_for_a_volume_that_hangs() {
         let (mut updates, hung, started) = updates();
         updates.start(volumes(), 1);
         updates.ended().await.unwrap().unwrap();
@@ -157,7 +159,7 @@ mod tests {
         updates.start(volumes(), 2);
         updates.ended().await.unwrap().unwrap();
         assert_eq!(updates.served(), 2);
-        // Its next update is waited for.
+        // After the update that hung has ended, requests wait for the volume's next update.
         hung.send(()).unwrap();
         updates.ended().await.unwrap().unwrap();
         updates.start(volumes(), 3);
@@ -185,7 +187,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_panic_of_an_update_is_an_error() {
+    async fn panic_of_an_update_is_returned_as_an_error() {
         let mut updates = Updates::new(|_| panic!("test"));
         updates.start(vec!["a".into()], 1);
         assert!(updates.ended().await.unwrap().is_err());

@@ -1,4 +1,4 @@
-//! Serves containerd's Sandbox API (containerd.runtime.sandbox.v1) to its sandbox controller.
+//! Serves containerd's Sandbox API (containerd.runtime.sandbox.v1) to containerd's sandbox controller.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -82,7 +82,8 @@ impl Sandbox for Handler {
         self.check(&request.sandbox_id)?;
         let mut response = PlatformResponse::new();
         let platform = response.platform.mut_or_insert_default();
-        // These are Go's names (GOOS, GOARCH). The guest's architecture equals the host's, for which Husk is built.
+        // These are Go's names (GOOS, GOARCH). The guest has the same architecture as the host, and Husk supports only
+        // x86_64.
         platform.os = "linux".to_owned();
         platform.architecture = "amd64".to_owned();
         Ok(response)

@@ -49,7 +49,7 @@ impl Handler {
         self.shim.containers.get(id)
     }
 
-    /// Returns a container that has processes in the guest.
+    /// Returns a container, unless it is a sandbox container, which has no processes in the guest.
     fn guest_container(&self, id: &str) -> Result<Arc<Container>, ServiceError> {
         self.container(id).and_then(|container| {
             if container.is_sandbox_container() { Err(ServiceError::Sandbox) } else { Ok(container) }
@@ -128,8 +128,8 @@ impl Task for Handler {
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let container = self.container(&request.id)?;
         // A container that has exited keeps its PID until it is deleted. Without a PID, a restarted containerd would
-        // assume that the container is a leftover. It would delete the container and lose its exit status (1.7 and
-        // 2.1, shim_load.go, loadShims).
+        // assume that the container is a leftover. containerd would then delete the container and lose its exit status
+        // (1.7 and 2.1, shim_load.go, loadShims).
         if container.is_sandbox_container() || container.init.exit().is_some() {
             let one = ProcessInfo { pid: self.shim.pid(&container.id), ..Default::default() };
             return Ok(PidsResponse { processes: vec![one], ..Default::default() });

@@ -32,13 +32,13 @@ use crate::async_fd::register;
 
 /// Timeout for a logger to become ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout, from the end of a logger's input, for the logger to process the rest and exit. After this timeout, the
+/// Timeout for a logger to process the rest of its input and exit after the input has ended. After this timeout, the
 /// logger gets SIGTERM.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout for a logger to end after SIGTERM. After this timeout, the logger gets SIGKILL.
 const SIGTERM_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Handle to a running logger. If the logger has not ended within a timeout after the handle is dropped, the logger is
+/// Handle to a running logger. After the handle is dropped, the logger must end within `EXIT_TIMEOUT`, or it is
 /// terminated.
 #[derive(Debug)]
 pub struct LoggerHandle {

@@ -76,7 +76,7 @@ pub enum Streams {
     },
 }
 
-/// containerd's ends of the streams, opened.
+/// The opened ends of the streams on containerd's side.
 #[derive(Debug)]
 pub struct Stdio {
     terminal: bool,

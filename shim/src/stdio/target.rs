@@ -93,7 +93,7 @@ fn stdout_file(output: &Output, path: &Path) -> Result<Arc<File>, StdioError> {
     }
 }
 
-/// A parsed stream name.
+/// A parsed path or URI of a stream.
 #[derive(Debug, PartialEq, Eq)]
 enum Target {
     Path(PathBuf),

@@ -6,7 +6,7 @@
 pub const MAX_MESSAGE: usize = 16 << 20;
 /// Length of a header's fixed part in bytes. The fixed part ends with the length of the header fields.
 pub const FIXED_HEADER: usize = 16;
-/// Alignment of a structure, and of the header.
+/// Alignment of a structure and of the header, in bytes.
 const STRUCT: usize = 8;
 
 /// The value of a property, by D-Bus type.
@@ -69,9 +69,9 @@ pub enum Received {
     },
     /// A signal.
     Signal {
-        /// Its name.
+        /// The signal's name.
         member: String,
-        /// Its encoded arguments.
+        /// The signal's encoded arguments.
         body: Vec<u8>,
     },
     /// Any other message, such as a method call. Such a message is ignored.
@@ -418,7 +418,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn decode_reads_returns_errors_and_signals() {
+    fn decode_parses_replies_errors_and_signals() {
         let back = |message: Vec<u8>| {
             let fixed: [u8; FIXED_HEADER] = message[..FIXED_HEADER].try_into().unwrap();
             assert_eq!(remaining_length(&fixed).unwrap(), message.len() - FIXED_HEADER);

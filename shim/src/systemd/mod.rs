@@ -21,7 +21,7 @@ const SOCKET: &str = "/run/systemd/private";
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// Timeout for setting properties.
 const SET_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout for stopping a scope. containerd waits three seconds for a shim to end.
+/// Timeout for stopping a scope. It is shorter than the three seconds for which containerd waits for a shim to end.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
@@ -91,9 +91,10 @@ impl Scope {
             connection.run_job(unit, "StartTransientUnit", "ssa(sv)a(sa(sv))", body)
         };
         let start_or_recover = |connection: &mut Connection| match start(connection) {
-            // The previous attempt has created the scope, but systemd re-executed before it replied.
+            // The previous attempt has created the scope, but systemd re-executed itself before sending the reply.
             Err(error) if error.has_name(UNIT_EXISTS) && is_member(pid, unit) => Ok(()),
-            // This may be a failed scope of an earlier sandbox, because systemd keeps a failed unit until it is reset.
+            // The existing unit may be the failed scope of an earlier sandbox. systemd keeps a failed unit until it is
+            // reset.
             Err(error) if error.has_name(UNIT_EXISTS) => {
                 reset_failed(connection, unit)?;
                 start(connection)
@@ -142,8 +143,8 @@ impl Unit {
 
     /// Sets runtime properties, which are valid until the next boot of the node. Blocks.
     ///
-    /// systemd writes the properties to the cgroup now. It writes them again whenever it rewrites the attributes of the
-    /// same controller, for example after `systemctl set-property`.
+    /// systemd writes the properties to the cgroup at once. It writes them again whenever it rewrites the attributes of
+    /// the same controller, for example after `systemctl set-property`.
     pub fn set(&self, properties: &[Property]) -> Result<(), UnitError> {
         let Self(unit) = self;
         let set = |connection: &mut Connection| {

@@ -89,7 +89,7 @@ impl Agent {
     }
 }
 
-/// Checks an event.
+/// Checks an event. Returns `None` if the kind of the event is unknown.
 ///
 /// Uses the guest's exit time only if this time is within the last 60 seconds by the host's clock. Otherwise, uses the
 /// current time.
@@ -134,7 +134,7 @@ pub fn error(what: &str, error: ttrpc::Error) -> ttrpc::Error {
     }
 }
 
-/// Returns at most `limit` bytes of the text, without control characters.
+/// Shortens the text to at most `limit` bytes, then replaces control characters.
 fn bounded(text: &str, limit: usize) -> String {
     let end = (0..=limit.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
     crate::vm::console::clean(text.get(..end).unwrap_or_default())
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_are_bounded() {
+    fn error_shortens_the_text_and_replaces_control_characters() {
         let long = ttrpc::error::get_rpc_status(ttrpc::Code::NOT_FOUND, "ä\x1b".repeat(10_000));
         let ttrpc::Error::RpcStatus(status) = error("create", long) else { panic!("no status") };
         assert!(status.message.len() <= MAX_ERROR * 3 && !status.message.contains('\x1b'));

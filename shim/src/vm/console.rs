@@ -21,7 +21,7 @@ pub struct LogTail {
 }
 
 impl LogTail {
-    /// Keeps a line.
+    /// Adds a line. If the maximum number of lines is reached, drops the oldest line.
     pub fn push(&self, line: String) {
         let mut lines = lock(&self.lines);
         if lines.len() == MAX_LINES {
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn lines_are_bounded_and_clean() {
+    async fn read_lines_splits_long_lines_and_replaces_control_characters() {
         let mut input = vec![b'x'; MAX_LINE + 10];
         input.extend_from_slice(b"\r\n\x1b[2Jhi\n\nrest");
         let mut lines = Vec::new();

@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn running_waits_for_the_end_of_the_boot() {
+    async fn wait_running_waits_for_the_end_of_the_boot() {
         for (end, expected) in [
             (State::Running(agent().await), Ok(())),
             (State::Failed("no kernel".into()), Err("no kernel")),

@@ -1,12 +1,13 @@
-//! Finds the host's id of a VMM thread by its id in the VMM's PID namespace.
+//! Finds the id that a VMM thread has on the host. The input is the thread's id in the VMM's PID namespace.
 
 use std::io;
 use std::path::Path;
 
-/// Returns the host's id of a thread of process `vmm`. `inner` is the id of the thread in the VMM's PID namespace.
+/// Returns the id that a thread of process `vmm` has on the host. `inner` is the id of the thread in the VMM's PID
+/// namespace.
 ///
-/// The VMM is not trusted. Therefore, only its own threads are searched, so that it cannot name a process of somebody
-/// else.
+/// The VMM is not trusted. Therefore, only the VMM's own threads are searched, so that the VMM cannot name another
+/// process.
 ///
 /// # Errors
 /// `NotFound` if the VMM does not have this thread, and the errors of reading `/proc`.
@@ -22,7 +23,7 @@ pub fn on_host(vmm: u32, inner: u32) -> io::Result<u32> {
             Err(error) => return Err(error),
         }
     }
-    Err(io::Error::new(io::ErrorKind::NotFound, format!("the VMM has no thread {inner}")))
+    Err(io::Error::new(io::ErrorKind::NotFound, format!("the VMM has no thread with id {inner}")))
 }
 
 /// Reads the id of a thread in its own PID namespace: the last number of `NSpid` (proc_pid_status(5)).

@@ -1,4 +1,5 @@
-//! The VMM process as the shim sees it: starts it, sends requests over the control socket, and waits for its end.
+//! Client of the VMM process. Starts the process, sends requests over the control socket, and waits for the end of the
+//! process.
 
 use std::collections::HashMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -65,7 +66,8 @@ struct Inner {
     pid: u32,
     dead: watch::Receiver<Option<ExitStatus>>,
     fd_shortage: Notify,
-    /// Ids of the threads that stand for containers. Maps each id on the host to the id in the VMM's PID namespace.
+    /// Ids of the VMM's threads whose ids serve as the PIDs of containers. Maps each id on the host to the id in the
+    /// VMM's PID namespace.
     threads: Mutex<HashMap<u32, u32>>,
 }
 
@@ -95,7 +97,7 @@ pub fn spawn(network: &Network) -> Result<Spawned, VmmError> {
 
 /// Waits for a child that has ended or is about to end.
 fn reap(pid: u32) -> ExitStatus {
-    // No other code waits for this child.
+    // This does not fail, because no other code waits for this child.
     let status = process::wait(pid.cast_signed(), 0).ok().flatten().map_or(0, |(_, status)| status);
     ExitStatus::from_raw(status)
 }
@@ -162,7 +164,7 @@ impl Vmm {
         let pid = match found.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
             Ok(pid) => pid,
             Err(error) => {
-                // The error of finding the thread is the one that is reported.
+                // Ignore an error of this call, because the error of finding the thread is returned.
                 let _ = self.call(Call::ReleasePid { pid: inner }, &[]).await;
                 return Err(VmmError::Thread(error));
             }
@@ -179,8 +181,8 @@ impl Vmm {
         }
     }
 
-    /// Sends a request and waits for the answer. An [`FdIndex`](husk_vmm::config::FdIndex) in the request is an index
-    /// into `fds`.
+    /// Sends a request and waits for the answer. Returns the answer, and the fd that the VMM sent with it, if any. An
+    /// [`FdIndex`](husk_vmm::config::FdIndex) in the request is an index into `fds`.
     ///
     /// # Errors
     /// [`VmmError`] if the VMM refuses, or ends before it answers.

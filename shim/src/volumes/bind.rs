@@ -1,8 +1,8 @@
 //! Binds host directories and files into the share, each once for the whole pod, even if several containers use it.
 //!
 //! The virtio-fs server tells files apart by the mount through which they are reached (virtiofsd,
-//! `passthrough::InodeIds`). Two mounts of one directory would give the guest two sets of inodes: a fifo, a socket or a
-//! lock in one would not work in the other.
+//! `passthrough::InodeIds`). Two mounts of one directory would give the guest two sets of inodes. A fifo, a socket or a
+//! lock would then not work between containers that use different mounts.
 
 use std::{
     io,
@@ -36,7 +36,8 @@ pub struct Source<'a> {
     pub receives_mounts: bool,
 }
 
-/// Binds `source` into the share for container `id`, unless the share already has it. Returns its path in the guest.
+/// Binds `source` into the share for container `id`, unless the share already has the source. Returns the path of the
+/// source in the guest.
 ///
 /// If host-only file systems are omitted, adds a text about them to `notes`.
 pub fn bind(
@@ -71,7 +72,7 @@ pub fn bind(
         notes.push(format!("host-only file systems are left out of {source}: {}", left_out.join(", ")));
     }
     if source.receives_mounts {
-        // The next update adds the mounts that are still missing in the share.
+        // The next update of this volume adds the mounts that are missing in the share.
         add_receiving(source, host_only, (share, id), &name).map_err(|(step, source)| host(step)(source))?;
     }
     Ok(format!("{}/{VOLUMES}/{name}", husk_proto::GUEST_SHARE))
@@ -102,8 +103,8 @@ fn copy(source: &Source<'_>, host_only: &HostOnly, stage: &StagingDir) -> Result
     Ok((tree, left_out))
 }
 
-/// Adds the receiving tree of mount `name`, unless it has one: a copy of the source's mounts that receives the host's
-/// later mounts.
+/// Adds the receiving tree of mount `name`, unless the mount has a receiving tree. This tree is a copy of the source's
+/// mounts that receives the host's later mounts.
 fn add_receiving(
     source: &Source<'_>,
     host_only: &HostOnly,
@@ -112,7 +113,7 @@ fn add_receiving(
 ) -> Result<(), Step> {
     let tree = clone_source(source, source.flags.recursive && source.directory, libc::MS_SLAVE)?;
     let added = shared_mounts::add_receiving((share, id), name, source.directory, &tree);
-    if added.map_err(|error| ("attach a copy that receives later mounts", error))? {
+    if added.map_err(|error| ("attach a copy that receives the host's later mounts", error))? {
         StagingDir::for_share(share).detach_sandbox_mounts(name, host_only);
     }
     Ok(())
@@ -126,10 +127,11 @@ fn clone_source(source: &Source<'_>, recursive: bool, propagation: u64) -> Resul
     Ok(tree)
 }
 
-/// Returns the key that identifies a mount: its source, the host's mount through which it is reached, and its flags.
+/// Returns the key that identifies a mount. The key contains the source, the host's mount through which the source is
+/// reached, and the flags.
 fn mount_key(source: &Source<'_>) -> io::Result<String> {
     let stat = fstat(source.file)?;
-    // A key without the mount id contains the mount's flags, such as read-only, instead.
+    // If the mount id is ignored, the key contains the flags of the host's mount, such as read-only, instead.
     let mount = match source.ignores_mount_id {
         true => format!("m{:x}", fstatvfs(source.file)?.flags().bits()),
         false => format!("{:x}", mount_api::mount_id(source.file.as_fd())?),
@@ -161,7 +163,7 @@ impl Flags {
                 "ro" => flags.read_only = true,
                 "rw" => flags.read_only = false,
                 "rro" => (flags.read_only, flags.read_only_submounts) = (true, true),
-                // `slave` counts as `rslave`: the guest receives later mounts at every depth.
+                // With both options, the guest receives the host's later mounts at every depth.
                 "slave" | "rslave" => flags.slave = true,
                 _ => {}
             }
@@ -181,7 +183,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_reads_the_options_that_the_host_applies() {
+    fn flags_contain_the_options_that_the_host_applies() {
         let of = |options: &[&str]| {
             let options = Some(options.iter().map(ToString::to_string).collect());
             let (kind, source) = (Some("bind".into()), Some("/a".into()));

@@ -1,4 +1,4 @@
-//! For tests: a file system that hangs, as a network file system does whose server is gone.
+//! A file system for tests that hangs, like a network file system whose server is gone.
 
 use std::{
     fs::{self, File},
@@ -15,11 +15,11 @@ const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
 const INIT: u32 = 26;
 const BATCH_FORGET: u32 = 42;
-/// Looking up this name ends the answers.
+/// Name of the last lookup that is answered.
 const LAST: &str = "last";
 
-/// A FUSE file system with the directory `dir`, and a tmpfs mounted on it, that answers no request. Once this is
-/// dropped, all requests fail.
+/// A FUSE file system that answers no request. It has a directory `dir`, on which a tmpfs is mounted. After this value
+/// is dropped, all requests fail.
 pub struct HangingFileSystem {
     connection: File,
 }
@@ -31,7 +31,7 @@ impl HangingFileSystem {
         let mut connection = File::options().read(true).write(true).open("/dev/fuse").unwrap();
         let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", connection.as_raw_fd());
         mount(Some("hanging"), point, Some("fuse"), MsFlags::empty(), Some(data.as_str())).unwrap();
-        // The kernel asks while the tmpfs is mounted.
+        // Answer requests in a thread, because the kernel sends requests while the tmpfs is being mounted.
         let server = std::thread::spawn(move || {
             while answer(&mut connection) {}
             connection
@@ -49,21 +49,22 @@ impl HangingFileSystem {
     }
 }
 
-/// Answers a request. Returns false after the last one.
+/// Answers a request. Returns false if this was the last request to answer.
 fn answer(connection: &mut File) -> bool {
     let mut request = [0; 1 << 16];
     let length = connection.read(&mut request).unwrap();
     let number = |at: usize| u32::from_ne_bytes(request[at..at + 4].try_into().unwrap());
     let (operation, unique) = (number(4), &request[8..16]);
     let last = request[40..length].starts_with(LAST.as_bytes());
-    // S_IFDIR and the mode are at offset 60 of `struct fuse_attr`. All timeouts are 0: the kernel caches nothing.
+    // S_IFDIR and the mode are at offset 60 of `struct fuse_attr`. All timeouts are 0, so that the kernel caches
+    // nothing.
     let mut attributes = [0; 88];
     attributes[60..64].copy_from_slice(&0o40755_u32.to_ne_bytes());
     let (error, body) = match operation {
         // `struct fuse_init_out`: major and minor version, then limits.
         INIT => (0, [&7_u32.to_ne_bytes()[..], &31_u32.to_ne_bytes(), &[0; 56]].concat()),
         LOOKUP if last => (-libc::ENOENT, Vec::new()),
-        // `struct fuse_entry_out`, of node 2.
+        // `struct fuse_entry_out` for node 2.
         LOOKUP => (0, [&2_u64.to_ne_bytes()[..], &[0; 32], &attributes].concat()),
         // `struct fuse_attr_out`.
         GETATTR => (0, [&[0; 16][..], &attributes].concat()),

@@ -1,5 +1,5 @@
-//! Finds host-only file systems, which are interfaces to the host's kernel, devices or processes. Such file systems are
-//! never put into the share.
+//! Finds host-only file systems, which are interfaces to the host's kernel, devices or processes. These file systems
+//! are never put into the share.
 //!
 //! Under runc, a container opens files of the node's `/proc`, for example in a volume of `/`, with the container's
 //! permissions. Under Husk, the VMM would open these files with the VMM's permissions. The guest has its own instances
@@ -24,7 +24,8 @@ use crate::volumes::mountinfo::Entry;
 use crate::volumes::{mount_api, mountinfo};
 
 /// Host-only file system types in Linux 6.12, with their `f_type` in statfs(2) (include/uapi/linux/magic.h and each
-/// file system's source). devtmpfs has `None`, because its `f_type` is the same as that of tmpfs.
+/// file system's source). devtmpfs has `None`, because its `f_type` is the same as that of tmpfs. cpuset has `None`,
+/// because its `f_type` is the same as that of cgroup.
 const TYPES: [(&str, Option<i64>); 32] = [
     ("binder", Some(0x6c6f_6f70)),
     ("binfmt_misc", Some(0x4249_4e4d)),
@@ -157,7 +158,7 @@ const GUEST_DEV_DIRS: [&str; 5] = ["/dev", "/dev/mqueue", "/dev/net", "/dev/pts"
 /// instance at `path`, returns the same path.
 ///
 /// Returns `None` for the directory of a process, because the same PID is another process in the guest. Also returns
-/// `None` for other directories of devices.
+/// `None` for every other path, such as a directory of devices that not every guest has.
 pub fn guest_path(path: &Path) -> Option<PathBuf> {
     let in_guest = match path.strip_prefix("/proc") {
         Ok(rest) => !rest.components().next().is_some_and(|first| is_process_dir(first.as_os_str())),

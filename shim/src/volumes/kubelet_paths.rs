@@ -19,7 +19,7 @@ use nix::{
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::{mount_api, mountinfo};
 
-/// An emptyDir on a disk, or a subdirectory of such an emptyDir. The guest accesses the directory through virtio-fs.
+/// An emptyDir on a disk, or a subdirectory of this emptyDir. The guest accesses the directory through virtio-fs.
 #[derive(Debug)]
 pub struct DiskEmptyDir {
     /// The volume's directory.
@@ -29,7 +29,7 @@ pub struct DiskEmptyDir {
 }
 
 /// Returns the emptyDir of the pod with uid `pod` that contains `source`, a file or directory opened at `path`. Returns
-/// `None` if the source is not in such a volume, or if the volume is a memory volume.
+/// `None` if the source is not in an emptyDir of this pod, or if the emptyDir is a memory volume.
 ///
 /// An emptyDir belongs to a single pod. Therefore, the whole volume can be bound into the share. The guest then
 /// enforces whether a container may write to the volume, and which subdirectory the container gets. With separate

@@ -1,4 +1,4 @@
-//! Attaches image files to loop devices. A rootfs may be in such a file.
+//! Attaches image files to loop devices. An image file may contain a rootfs.
 
 use std::{
     fs::{File, OpenOptions},
@@ -42,8 +42,8 @@ struct LoopConfig {
     reserved: [u64; 8],
 }
 
-/// Attaches `file` to a loop device. The kernel detaches the device when the returned file is closed and the device is
-/// not mounted.
+/// Attaches `file` to a loop device. Returns the path of the device, and the open device. The kernel detaches the
+/// device when the returned file is closed and the device is not mounted.
 pub fn attach(file: &Path, read_only: bool) -> io::Result<(PathBuf, File)> {
     let backing = OpenOptions::new().read(true).write(!read_only).open(file)?;
     let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;

@@ -29,7 +29,7 @@ impl<'a> Tree<'a> {
     pub fn of(entries: &'a [Entry], id: u64) -> Option<Self> {
         let by_id: HashMap<u64, &Entry> = entries.iter().map(|entry| (entry.id, entry)).collect();
         let mut base = *by_id.get(&id)?;
-        // A mount that covers the root of another mount is a child of the other mount, and has the same mount point.
+        // If a mount covers the root of another mount, it is a child of the covered mount and has the same mount point.
         while let Some(parent) = by_id.get(&base.parent).filter(|p| p.point == base.point && p.id != base.id) {
             base = parent;
         }
@@ -42,10 +42,10 @@ impl<'a> Tree<'a> {
         Some(Self { base, children })
     }
 
-    /// Returns the submounts that a path lookup reaches, parents first, and the excluded submounts.
+    /// Returns two lists: the submounts that a path lookup reaches, parents first, and the excluded submounts.
     ///
-    /// Omits the submounts that `excluded` selects, and all mounts below these submounts. A path lookup does not reach
-    /// a mount if a later mount covers its root or a directory above its mount point.
+    /// The first list omits the submounts that `excluded` selects, and all mounts below these submounts. A path lookup
+    /// does not reach a mount if a later mount covers its root or a directory above its mount point.
     pub fn reachable(&self, excluded: impl Fn(&Entry) -> bool) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
         let (mut found, mut left_out) = (Vec::new(), Vec::new());
         let top = self.top(self.base);
@@ -81,7 +81,7 @@ impl<'a> Tree<'a> {
     fn push_children(&self, parent: &'a Entry, into: &mut Vec<&'a Entry>) {
         let mut last: Option<&Path> = None;
         for child in self.children(parent) {
-            // A mount on a parent directory hides this mount.
+            // Skip a mount that a mount on one of its parent directories hides.
             if !last.is_some_and(|last| child.point.starts_with(last)) {
                 last = Some(&child.point);
                 into.push(self.top(child));

@@ -140,8 +140,8 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
         return reject(message);
     }
     let path = context.bundle.join(source);
-    // Use the guest's instance, which shows the guest's kernel. The host's instance cannot be shared, because the VMM
-    // would open its files with the VMM's permissions.
+    // Use the guest's instance of a host-only file system, which shows the guest's kernel. The host's instance cannot
+    // be shared, because the VMM would open its files with the VMM's permissions.
     let guest_instance = |path: &Path, kind: &str, notes: &mut Vec<String>| match host_only::guest_path(path) {
         Some(guest) => {
             notes.push(format!("the mount of {} shows the guest's instance instead of the host's", path.display()));
@@ -149,7 +149,7 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
         }
         None => reject(format!(
             "{} is on a host-only file system ({kind}) and cannot be shared with a VM; mount /proc, /sys or /dev to \
-             get the guest's instance, and list single devices as devices",
+             get the guest's instance, and add single devices to the container's devices",
             path.display()
         )),
     };
@@ -300,7 +300,7 @@ mod tests {
         let of = |path: &Path, options: &[&str]| plan_for(&mount(path.to_str().unwrap(), "/x", options));
         assert!(matches!(of(&volume, &["rbind", "ro"]), Ok(Plan::Mirror { source, .. }) if source.path() == volume));
         assert!(matches!(of(&volume, &["rbind", "rw"]), Ok(Plan::Bind { directory: true, .. })));
-        // The first path leads to its directory only by a symlink. The second path belongs to another pod.
+        // A symlink at the path of a volume and a volume of another pod are not mirrored.
         let link = volume.with_file_name("link");
         std::os::unix::fs::symlink("/etc", &link).unwrap();
         assert!(matches!(of(&link, &["rbind", "ro"]), Ok(Plan::Bind { directory: true, .. })));

@@ -1,4 +1,4 @@
-//! Applies the host's later mounts and unmounts in volumes with `rslave` propagation to the share.
+//! Updates the share after the host has mounted or unmounted something in a volume with `rslave` propagation.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -36,8 +36,8 @@ pub fn volumes(share: &Path) -> Result<Vec<OsString>, SyncError> {
 
 /// Applies the host's mounts and unmounts in volume `name` to the share. Calls for one volume must not overlap.
 ///
-/// The volume may be removed at the same time. No request is sent to a file system. Therefore, a file system that hangs
-/// blocks this only if it contains a mount point.
+/// The volume may be removed at the same time. The only requests to file systems are lookups of mount points.
+/// Therefore, a file system that hangs blocks the update only if it contains a mount point.
 ///
 /// # Errors
 /// The first error. The other mounts are updated nevertheless.
@@ -70,8 +70,8 @@ fn update_from(
     let (received, _) = received.reachable(|entry| host_only.contains(entry));
     let (shared, _) = shared.reachable(|_| false);
     let (removed, added) = differences(shared, received);
-    // Unmounts only the topmost mounts, because this includes their submounts. A submount's path may lie in a file
-    // system that hangs.
+    // Unmount only the topmost mounts, because this also unmounts their submounts. The path of a submount may be in a
+    // file system that hangs.
     let unmounted = removed.iter().map(|submount| detach(&to.file, submount).map_err(error("unmount", &submount.path)));
     let unmounted = first_error(unmounted);
     let mounted = copy_new(&from.file, target, &added, host_only);
@@ -133,7 +133,7 @@ mod tests {
             let entries = mountinfo::read().unwrap();
             let old = id(&at("from/a"));
             let added = [Submount { path: "a".into(), entry: entries.iter().find(|entry| entry.id == old).unwrap() }];
-            // The list is then outdated. The kernel gives the lowest free id to the new mount.
+            // Make the list outdated. The new mount gets the lowest free id, which is the id of the old mount.
             nix::mount::umount(&at("from/a")).unwrap();
             mount(Some("proc"), &at("from/a"), Some("proc"), MsFlags::empty(), None::<&Path>).unwrap();
             let from = mount_api::open_path(&at("from"), false).unwrap();

@@ -62,7 +62,7 @@ pub enum RootfsError {
     Unsupported(String),
 }
 
-/// How bind mounts copy their source in the staging directory.
+/// The staging directory and the rule with which bind mounts copy their source.
 #[derive(Clone, Copy)]
 pub struct CopyContext<'a> {
     /// The staging directory.
@@ -80,7 +80,7 @@ pub fn mount_all(mounts: &[RootMount], target: &Path, context: CopyContext<'_>) 
 
 fn mount_one(root: &RootMount, target: &Path, context: CopyContext<'_>) -> Result<Vec<String>, RootfsError> {
     if !root.target.is_empty() && root.target != "/" {
-        // Reject such a mount, because a symlink in the image could lead it to any directory of the host.
+        // Reject the mount, because a symlink in the image could redirect it to any directory of the host.
         let message = format!("a mount at {:?} inside the rootfs is not supported", root.target);
         return Err(RootfsError::Unsupported(message));
     }
@@ -97,7 +97,7 @@ fn mount_one(root: &RootMount, target: &Path, context: CopyContext<'_>) -> Resul
                 id_mapped_overlay(target, &options, &id_mappings).map(|()| Vec::new())
             }
             Some(_) => {
-                let message = format!("{} cannot be id-mapped: only overlay and bind mounts can", root.kind);
+                let message = format!("{} cannot be id-mapped; only overlay and bind mounts are supported", root.kind);
                 return Err(RootfsError::Unsupported(message));
             }
         }
@@ -205,7 +205,7 @@ fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> 
         nix::unistd::chdir(&dir)?;
         mount_with_data(&source, &target, &kind, flags, &data)
     })?;
-    mounter.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
+    mounter.join().unwrap_or_else(|_| Err(io::Error::other("the thread that mounts the rootfs panicked")))
 }
 
 /// Mounts an overlay whose lower directories are id-mapped.
@@ -246,7 +246,7 @@ fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappi
         mount_with_data(Path::new("overlay"), Path::new("overlay"), "overlay", flags, &data.join(","))?;
         mount_api::clone_tree(mount_api::open_path(Path::new("overlay"), false)?.as_fd(), false)
     })?;
-    let overlay = mounter.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))?;
+    let overlay = mounter.join().unwrap_or_else(|_| Err(io::Error::other("the thread that mounts layers panicked")))?;
     mount_api::attach(overlay.as_fd(), mount_api::open_path(target, false)?.as_fd())
 }
 
@@ -258,8 +258,8 @@ fn mount_with_data(source: &Path, target: &Path, kind: &str, flags: MsFlags, dat
 /// relative to this parent. Returns `None` if the options still exceed a page, or cannot be rewritten.
 fn relative_layers(data: &[&str]) -> Option<(PathBuf, String)> {
     let lower = data.iter().find_map(|option| option.strip_prefix("lowerdir="))?;
-    // A backslash escapes a colon in a path. Such options cannot be split at colons, but containerd does not create
-    // such paths.
+    // A backslash escapes a colon in a path. Paths with an escaped colon cannot be split at colons, but containerd does
+    // not create them.
     if lower.contains('\\') || lower.contains("::") {
         return None;
     }

@@ -19,8 +19,8 @@ use crate::volumes::staging_dir::StagingDir;
 /// A sandbox's share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Share {
-    /// Directory in which the host creates directories and mounts: the argument of [`crate::volumes::teardown()`], and
-    /// `Request::share`.
+    /// Directory in which the host creates directories and mounts. It is the argument `share` of
+    /// [`crate::volumes::teardown()`].
     pub host: PathBuf,
     /// Directory that the VMM serves to the guest.
     pub guest: PathBuf,

@@ -1,4 +1,5 @@
-//! The mounts in the share that the containers of a pod have in common: which container uses which.
+//! The mounts in the share that the containers of a pod have in common. This module records which container uses which
+//! mount.
 //!
 //! Each mount that a container uses is marked by an empty file with the mount's name in `<share>/<container>/mounts`.
 
@@ -16,21 +17,23 @@ use crate::volumes::staging_dir::StagingDir;
 use crate::volumes::unmount::{remove, unmount};
 
 /// Directory of the mounts in the share. It is never removed, and no name in it is reused, because the guest's kernel
-/// may cache a directory's old entry for a while.
+/// may cache an old entry of the directory for a while.
 pub use husk_proto::SHARED_VOLUMES as VOLUMES;
 
-/// What the names in the share do not say about its mounts.
+/// State of the mounts that the names in the share do not show.
 struct Mounts {
     /// Number with which the name of the next mount begins.
     next_number: u64,
-    /// Mount points whose mounts no further container gets: their unmount has begun, and may have failed.
+    /// Mount points that no further container gets, because the unmount has begun and may have failed, or because
+    /// attaching the mount failed.
     retired: BTreeSet<PathBuf>,
 }
 
 /// The lock is held while markers and mounts must be consistent, because containers are created and deleted on separate
 /// threads.
 ///
-/// It is never held during a request to a file system of the host. That may hang, and would delay the whole pod.
+/// The lock is never held during a request to a file system of the host. The request may hang, and would then delay the
+/// whole pod.
 static MOUNTS: Mutex<Mounts> = Mutex::new(Mounts { next_number: 0, retired: BTreeSet::new() });
 
 /// Locks markers and mounts.
@@ -46,8 +49,8 @@ pub fn markers_dir(share: &Path, id: &str) -> PathBuf {
 /// A failed step, as a verb with its object, and its error.
 pub type Step = (&'static str, io::Error);
 
-/// Returns the name of the mount with this key, after marking it as used by container `id`. If there is none, `copy`
-/// returns its tree.
+/// Marks the mount with this key as used by container `id`, and returns the name of the mount. If no mount has this
+/// key, adds a mount with the tree that `copy` returns.
 ///
 /// `copy` runs without the lock. If another container adds the mount at the same time, the tree is discarded.
 pub fn acquire(
@@ -68,7 +71,8 @@ pub fn acquire(
     if let Some(name) = mark_present(&lock_mounts())? {
         return Ok(name);
     }
-    // Dropped after the lock, because that may unmount it.
+    // Declared before the lock, so that the tree is dropped without the lock. Dropping the tree may unmount it, and may
+    // hang.
     let tree = copy()?;
     let mut mounts = lock_mounts();
     if let Some(name) = mark_present(&mounts)? {
@@ -84,18 +88,19 @@ pub fn acquire(
     let attached =
         opened.and_then(|target| mount_api::attach(tree.as_fd(), target.as_fd()).map_err(at("attach the mount")));
     if attached.is_err() {
-        // Nobody may get the empty mount point. The release of the container removes it.
+        // No container may get the empty mount point. When the container is deleted, its release removes the mount
+        // point.
         mounts.retired.insert(target);
     }
     attached.map(|()| name)
 }
 
-/// Attaches `tree` as the receiving tree of mount `name`, which container `id` uses. Returns false if the mount has a
-/// receiving tree already.
+/// Attaches `tree` as the receiving tree of mount `name`, which container `id` uses. Returns false if the mount already
+/// has a receiving tree, or is no longer used.
 pub fn add_receiving((share, id): (&Path, &str), name: &str, directory: bool, tree: &OwnedFd) -> io::Result<bool> {
     let stage = StagingDir::for_share(share);
     let mounts = lock_mounts();
-    // If the container was deleted while the tree was made, nothing would remove the tree.
+    // Do not attach the tree if the container was deleted while the tree was made. Nothing would remove the tree.
     let is_used =
         markers_dir(share, id).join(name).try_exists()? && !mounts.retired.contains(&share.join(VOLUMES).join(name));
     if !is_used || stage.receiving()?.iter().any(|found| found == name) {
@@ -116,8 +121,8 @@ pub fn release(share: &Path, id: &str, mut report: impl FnMut(&Path, io::Result<
     }
 }
 
-/// Removes the marker of container `id` for mount `name`. If no other container uses the mount, the mount is removed
-/// first. The marker stays if that fails, so that the next call finds the mount.
+/// Removes the marker of container `id` for mount `name`. If no other container uses the mount, first removes the
+/// mount. If this removal fails, the marker stays, so that the next call finds the mount.
 fn release_mount(share: &Path, id: &str, name: &OsStr, report: &mut impl FnMut(&Path, io::Result<()>)) {
     let (marker, target) = (markers_dir(share, id).join(name), share.join(VOLUMES).join(name));
     let mut mounts = lock_mounts();
@@ -127,7 +132,7 @@ fn release_mount(share: &Path, id: &str, name: &OsStr, report: &mut impl FnMut(&
         Err(error) => return report(&marker, Err(error)),
     }
     mounts.retired.insert(target.clone());
-    // The last reference to a file system may go with the mount, and its server may hang.
+    // Unlock first, because unmounting may release the last reference to a file system, and then hang with its server.
     drop(mounts);
     let stage = StagingDir::for_share(share);
     let unmounted = unmount(&target).and_then(|()| remove(&target));
@@ -153,7 +158,8 @@ fn is_used_by_another(share: &Path, id: &str, name: &OsStr) -> io::Result<bool> 
 }
 
 impl Mounts {
-    /// Returns the name of the mount with this key, if there is one that a container can get.
+    /// Returns the name of the mount that has this key and that a container can get. Returns `None` if there is no such
+    /// mount.
     fn find(&self, share: &Path, key: &str) -> io::Result<Option<String>> {
         for entry in fs::read_dir(share.join(VOLUMES))? {
             let entry = entry?;
@@ -199,7 +205,7 @@ mod tests {
             capabilities::set(capabilities::Capabilities { effective: sets.effective & !(1 << 21), ..sets }).unwrap();
             assert!(failures_of_release(&share, "c1") > 0);
             capabilities::set(sets).unwrap();
-            // The mount may be incomplete, so the next container gets another.
+            // The first mount may be incomplete. Therefore, the next container gets another mount.
             let second = bind_for(&share, "c2", &source, &options);
             assert!(second != first && second.join("file").exists());
             assert_eq!(failures_of_release(&share, "c1"), 0);

@@ -1,12 +1,12 @@
-//! The staging directory: mount trees are prepared in it before they are attached to the share.
+//! The staging directory, in which mount trees are prepared before they are attached to the share.
 //!
 //! It is invisible to the guest. Submounts are copied one by one. For this, a tree is attached here first, because
 //! mountinfo lists only the submounts of attached mounts. Only submounts that a path lookup reaches are copied, without
 //! host-only file systems.
 //!
 //! A volume with `rslave` propagation has a second tree here, the receiving tree, which stays and receives the host's
-//! later mounts. [`crate::volumes::propagate`] copies them to the share. Therefore, no host-only file system gets into
-//! the share, and the host can unmount a file system on which a guest has open files.
+//! later mounts. [`crate::volumes::propagate`] copies these mounts to the share. Therefore, no host-only file system
+//! gets into the share, and the host can unmount a file system on which a guest has open files.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -26,7 +26,7 @@ const RECEIVING: &str = "receiving";
 /// Subdirectory of the trees that are being copied.
 const COPYING: &str = "copying";
 
-/// Name of the next copy in that subdirectory.
+/// Number that names the next copy in the subdirectory `COPYING`.
 static NEXT_COPY: AtomicU64 = AtomicU64::new(0);
 
 /// The staging directory of a sandbox.
@@ -35,7 +35,7 @@ pub struct StagingDir {
 }
 
 impl StagingDir {
-    /// Returns the staging directory of the sandbox with this share. Both have the same parent directory.
+    /// Returns the staging directory of the sandbox with this share. Both directories have the same parent directory.
     pub fn for_share(share: &Path) -> Self {
         Self { dir: share.with_file_name("stage") }
     }
@@ -65,7 +65,7 @@ impl StagingDir {
     /// the mount points of the omitted mounts, relative to the tree, with the reason.
     ///
     /// # Errors
-    /// If a mount cannot be copied. Everything is removed from the staging directory in this case.
+    /// If a mount cannot be copied. The copied mounts are then removed from the staging directory.
     pub fn copy(&self, tree: &OwnedFd, host_only: &HostOnly) -> io::Result<(OwnedFd, Vec<String>)> {
         let dir = self.dir.join(COPYING).join(NEXT_COPY.fetch_add(1, Ordering::Relaxed).to_string());
         let (from, to) = (dir.join("from"), dir.join("to"));
@@ -82,7 +82,7 @@ impl StagingDir {
     /// [`StagingDir::remove_receiving`] must follow.
     ///
     /// # Errors
-    /// If the tree cannot be attached. Its mount point is removed in this case.
+    /// If the tree cannot be attached. The mount point is then removed.
     pub fn attach_receiving(&self, tree: &OwnedFd, directory: bool, name: &str) -> io::Result<()> {
         let point = self.receiving_point(name.as_ref());
         if directory {
@@ -92,18 +92,18 @@ impl StagingDir {
         }
         let attached = mount_api::open_path(&point, false).and_then(|to| mount_api::attach(tree.as_fd(), to.as_fd()));
         if attached.is_err() {
-            // Best effort: the first error is reported.
+            // Best effort, because the error of attaching the tree is returned.
             let _ = unmount::remove(&point);
         }
         attached
     }
 
     /// Detaches the copies of the share and of the staging directory from the receiving tree of volume `name`.
-    /// Otherwise, every later volume would propagate into each receiving tree. Best effort, because updates exclude
-    /// copies that stay.
+    /// With these copies, every later volume would propagate into each receiving tree. Best effort, because updates
+    /// exclude copies that stay.
     ///
-    /// The host's own mounts stay, even host-only mounts, because a later mount of the host on one of them propagates
-    /// only to a copy of it.
+    /// The host's own mounts stay, even host-only mounts. If the host mounts something on one of these mounts later,
+    /// the new mount propagates to the receiving tree only if the tree contains a copy of the older mount.
     pub fn detach_sandbox_mounts(&self, name: &str, host_only: &HostOnly) {
         if let (Ok(entries), Ok(Some(base))) = (mountinfo::read(), mounted(&self.receiving_point(name.as_ref())))
             && let Some(tree) = Tree::of(&entries, base.id)
@@ -162,8 +162,8 @@ fn copy_in(
         if unreachable.iter().any(|path| submount.path.starts_with(path)) {
             continue;
         }
-        // A mount that no path reaches does not fail the volume. Its mount point may be in a file system whose server
-        // has died, or a guest may have moved it below a path that is too long.
+        // Omit a submount that no path reaches instead of failing. The mount point may be in a file system whose server
+        // has died, or a guest may have moved the mount point below a path that is too long.
         if let Err(error) = copy_staged(&from.file, to, submount) {
             unreachable.push(&submount.path);
             if error.kind() != io::ErrorKind::NotFound {

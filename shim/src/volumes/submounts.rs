@@ -40,7 +40,8 @@ pub fn first_error<E>(steps: impl Iterator<Item = Result<(), E>>) -> Result<(), 
     errors.into_iter().next().map_or(Ok(()), Err)
 }
 
-/// Copies one mount of a staged tree. Because the tree is private, its mounts are still those of the list.
+/// Copies one mount of a tree in the staging directory. The tree is private. Therefore, its mounts have not changed
+/// since the mount list was read.
 pub fn copy_staged(from: &OwnedFd, to: &Path, submount: &Submount<'_>) -> io::Result<()> {
     let source = open_below(from, &submount.path)?;
     if mount_api::mount_id(source.as_fd())? != submount.entry.id {
@@ -51,10 +52,10 @@ pub fn copy_staged(from: &OwnedFd, to: &Path, submount: &Submount<'_>) -> io::Re
 
 /// Attaches a private copy of the mount `source`, without its submounts, at `path` below the mount at `to`.
 ///
-/// Does nothing if nothing is mounted at `to` any more.
+/// Does nothing if the mount at `to` is gone.
 pub fn attach_copy(source: &OwnedFd, to: &Path, path: &Path) -> io::Result<()> {
-    // Opens `to` for every submount, because an earlier submount may cover `to`. The fd of the mount ensures that
-    // nothing is attached to the mount point below it if the volume is removed at the same time.
+    // Open `to` for every submount, because an earlier submount may cover `to`. The fd refers to the mount itself.
+    // Therefore, nothing is attached to the bare mount point if the volume is removed at the same time.
     let Some(to) = mounted(to)? else { return Ok(()) };
     let tree = mount_api::clone_tree(source.as_fd(), false)?;
     mount_api::set_attributes(tree.as_fd(), 0, libc::MS_PRIVATE, false)?;
@@ -69,9 +70,9 @@ pub fn detach(base: &OwnedFd, submount: &Submount<'_>) -> io::Result<()> {
         file => file?,
     };
     if mount_api::mount_id(file.as_fd())? != submount.entry.id {
-        return Err(io::Error::other("another mount has replaced it"));
+        return Err(io::Error::other("another mount has replaced the mount"));
     }
-    // Unmounts by the fd, because a guest may put a symlink into the path at any time.
+    // Unmount by the fd, because a guest may put a symlink into the path at any time.
     match umount2(format!("/proc/self/fd/{}", file.as_raw_fd()).as_str(), MntFlags::MNT_DETACH) {
         // The mount was unmounted together with its volume.
         Ok(()) | Err(Errno::EINVAL) => Ok(()),
@@ -112,7 +113,7 @@ mod tests {
                 tmpfs(&at(path));
             }
             fs::write(at("outside/b/file"), "").unwrap();
-            // This symlink replaces the directory `a` of the mount list.
+            // Replace the directory `a`, which the path of a listed mount contains, by a symlink.
             std::os::unix::fs::symlink(at("outside"), at("to/a")).unwrap();
             let entries = mountinfo::read().unwrap();
             let entry = |id: u64| -> &Entry { entries.iter().find(|entry| entry.id == id).unwrap() };

@@ -1,4 +1,5 @@
-//! For tests with real mounts. Each test has its own mount namespace. The tests need root, as `cargo xtask test` does.
+//! Helpers for tests that mount file systems. Each test has its own mount namespace. The tests need root, as
+//! `cargo xtask test` does.
 
 use std::path::{Path, PathBuf};
 
@@ -16,7 +17,7 @@ use crate::volumes::{Share, mount_api};
 /// Runs `test` in a thread with a new directory and a new mount namespace, which is like that of the shim's daemon.
 pub fn isolated(test: impl FnOnce(&Path) + Send + 'static) {
     let thread = std::thread::spawn(move || {
-        unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root: it mounts");
+        unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root to mount file systems");
         let none = None::<&Path>;
         mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).unwrap();
         let dir = tempfile::tempdir().unwrap();

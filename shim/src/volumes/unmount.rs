@@ -10,7 +10,7 @@ use nix::{
 /// Maximum number of mounts stacked on one directory. This maximum bounds the loop.
 const MAX_STACKED: usize = 4096;
 
-/// Unmounts everything at `path`. Open files do not prevent the unmount, because it is detached (MNT_DETACH).
+/// Unmounts everything at `path`. Open files do not prevent the unmount, because it is lazy (MNT_DETACH).
 pub fn unmount(path: &Path) -> io::Result<()> {
     for _ in 0..MAX_STACKED {
         match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {

@@ -13,7 +13,8 @@ pub use crate::resources::cgroup::remove::remove;
 /// Mount point of cgroup v2, or parent directory of the cgroup v1 mounts.
 const MOUNT: &str = "/sys/fs/cgroup";
 
-/// Maximum number of attempts to create a cgroup. An attempt fails if another sandbox removes the parent at that time.
+/// Maximum number of attempts to create a cgroup. An attempt fails if another sandbox removes the parent cgroup at the
+/// same time.
 const ATTEMPTS: u32 = 10;
 
 /// Location of a sandbox's cgroup.
@@ -29,8 +30,8 @@ pub enum CgroupLocation {
 #[derive(Debug)]
 pub struct Cgroup {
     location: CgroupLocation,
-    /// Cgroups to which this process returns before the removal. There is one for each directory of the sandbox's
-    /// cgroup.
+    /// Cgroups to which this process returns before the sandbox's cgroup is removed. There is one cgroup for each
+    /// directory of the sandbox's cgroup, in the same order.
     origins: Vec<PathBuf>,
     namespace: String,
     /// systemd scope of the cgroup, if systemd created it.
@@ -99,7 +100,7 @@ impl Cgroup {
         let cgroup = Self { location, origins, namespace: namespace.to_owned(), unit: scope.map(|scope| scope.unit) };
         let made = cgroup.make();
         if made.is_err() {
-            // With cgroup v1, the process may already be in the cgroups of some hierarchies.
+            // With cgroup v1, this process may have moved into the sandbox's cgroup in some of the hierarchies.
             cgroup.leave();
             cgroup.unit.iter().for_each(stop_scope);
             cgroup.location.dirs().for_each(|path| drop(std::fs::remove_dir(path)));
@@ -116,8 +117,8 @@ impl Cgroup {
         for path in self.location.dirs() {
             create(path).map_err(|source| CgroupError::Create { path: path.to_owned(), source })?;
         }
-        // Set up the controllers before this process moves into the cgroup, because the memory that a process has used
-        // before the move is never charged to the new cgroup.
+        // Set up the controllers before this process moves into the cgroup. Memory that a process allocates while its
+        // cgroup has no memory controller is never charged to that cgroup.
         match &self.location {
             CgroupLocation::V2(path) => delegate(Path::new(MOUNT), path),
             CgroupLocation::V1(_) => {
@@ -141,7 +142,7 @@ impl Cgroup {
     fn leave(&self) {
         for (path, origin) in self.location.dirs().zip(&self.origins) {
             if std::fs::write(origin.join("cgroup.procs"), "0").is_err() {
-                // The original cgroup has been removed. Moves the process to the root of the hierarchy, which always
+                // The original cgroup has been removed. Move the process to the root of the hierarchy, which always
                 // exists.
                 let root = path.ancestors().skip(1).take_while(|parents| parents.join("cgroup.procs").exists()).last();
                 let _ = root.map(|root| std::fs::write(root.join("cgroup.procs"), "0"));
@@ -149,8 +150,8 @@ impl Cgroup {
         }
     }
 
-    /// Moves this process back to its original cgroups and removes the sandbox's cgroup. Also removes the parent,
-    /// containerd's cgroup for the namespace, if the parent is then empty.
+    /// Moves this process back to its original cgroups and removes the sandbox's cgroup. If the parent is containerd's
+    /// cgroup for the namespace and is then empty, also removes the parent.
     pub async fn leave_and_remove(&self) {
         self.leave();
         let (location, namespace, unit) = (self.location.clone(), self.namespace.clone(), self.unit.clone());
@@ -161,13 +162,13 @@ impl Cgroup {
         })
         .await;
         if let Err(error) = removed {
-            tracing::warn!("failed to remove the cgroup: {error}");
+            tracing::warn!("failed to run the removal of the sandbox's cgroup: {error}");
         }
     }
 }
 
 impl CgroupLocation {
-    /// Returns the directory of a controller's files, if the host has the controller.
+    /// Returns the directory with a controller's files, or `None` if no cgroup v1 hierarchy has the controller.
     pub fn controller_dir(&self, controller: &str) -> Option<&Path> {
         match self {
             Self::V2(path) => Some(path),
@@ -193,8 +194,8 @@ fn stop_scope(unit: &Unit) {
     }
 }
 
-/// Creates a directory with its parents. Retries, because the last sandbox in a parent may be removing that parent at
-/// the same time.
+/// Creates a directory with its parents. Retries, because another sandbox may be removing an empty parent at the same
+/// time.
 fn create(path: &Path) -> std::io::Result<()> {
     for _ in 1..ATTEMPTS {
         match std::fs::create_dir_all(path) {

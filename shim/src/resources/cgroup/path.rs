@@ -25,8 +25,8 @@ pub fn parse(cgroups_path: &str) -> Result<CgroupsPath, CgroupError> {
         [path] => ((*path).to_owned(), None),
         [slice, prefix, name] => {
             let slice = if slice.is_empty() { "system.slice" } else { slice };
-            // The unit has the same name as under runc (libcontainer/cgroups/systemd/common.go, getUnitName). A name of
-            // a slice is rejected, because a slice cannot contain processes directly.
+            // The unit has the same name as under runc (libcontainer/cgroups/systemd/common.go, getUnitName). A name
+            // that ends in `.slice` is rejected, because a slice cannot contain processes directly.
             let unit = format!("{prefix}-{name}.scope");
             if name.is_empty() || name.ends_with(".slice") || unit.contains('/') {
                 return Err(error());
@@ -47,7 +47,8 @@ pub fn parse(cgroups_path: &str) -> Result<CgroupsPath, CgroupError> {
     if relative.as_os_str().is_empty() { Err(error()) } else { Ok(CgroupsPath { relative, scope }) }
 }
 
-/// Returns the cgroup path of a slice. For example, the path of `a-b.slice` is `a.slice/a-b.slice`.
+/// Returns the cgroup path of a slice, or `None` if the slice's name is invalid. For example, the path of `a-b.slice`
+/// is `a.slice/a-b.slice`.
 fn expand_slice(slice: &str) -> Option<String> {
     let name = slice.strip_suffix(".slice")?;
     if name == "-" {
@@ -91,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_slice_form_has_a_scope() {
+    fn parse_returns_a_scope_only_for_the_slice_form() {
         let scope = |text: &str| parse(text).unwrap().scope;
         assert_eq!(scope("/kubepods.slice/x.scope"), None);
         assert_eq!(scope(":p:n"), Some(Scope { slice: "system.slice".into(), unit: Unit::new("p-n.scope") }));

@@ -14,14 +14,16 @@ use crate::systemd::Unit;
 /// Removes a sandbox's cgroup and all cgroups below it. Also removes containerd's cgroup for the namespace, if that
 /// cgroup is then empty.
 ///
-/// `dirs` has one directory, or one for each cgroup v1 hierarchy. First waits at most a second for killed processes to
-/// end. Then stops the systemd scope, if there is one, before it removes the scope's cgroup. Otherwise, the cgroup
-/// could disappear before systemd notices that the cgroup is empty, and systemd would keep the unit.
+/// With cgroup v2, `dirs` has one directory. With cgroup v1, `dirs` has one directory for each hierarchy.
+///
+/// First waits at most a second for killed processes to end. Then stops the systemd scope, if there is one, and removes
+/// the cgroup. In the opposite order, the cgroup could disappear before systemd notices that the cgroup is empty, and
+/// systemd would keep the unit.
 pub fn remove(dirs: &[&Path], unit: Option<&Unit>, namespace: &str) {
     let dirs: Vec<&Path> = dirs.iter().copied().filter(|path| is_within(path)).collect();
     let deadline = Instant::now() + EXIT_TIMEOUT;
-    // Also wait until the cgroups below are empty, because a killed process leaves its cgroup only shortly after it was
-    // reaped.
+    // Wait even if all processes were reaped, because a killed process leaves its cgroup only shortly after it was
+    // reaped. The wait includes the cgroups below each directory.
     let empty: Vec<_> = dirs.iter().map(|path| wait_until_empty(path, deadline)).collect();
     unit.into_iter().for_each(crate::resources::cgroup::stop_scope);
     for (path, empty) in dirs.into_iter().zip(empty) {

@@ -27,7 +27,8 @@ pub fn locate(mounts: &str, proc_cgroup: &str, relative: &Path, scope: bool) -> 
     }
     for (point, options) in mounts.lines().filter_map(|line| hierarchy(line, "cgroup")) {
         let has = |name: &str| options.split(',').any(|option| option == name);
-        // hierarchy-ID:controllers:path (cgroups(7)). A hierarchy without controllers has a name instead.
+        // A line has the form hierarchy-ID:controllers:path (cgroups(7)). If a hierarchy has no controllers, the second
+        // field contains its name.
         let line = proc_cgroup.lines().find_map(|line| {
             let (names, path) = line.split_once(':')?.1.split_once(':')?;
             (!names.is_empty() && names.split(',').all(has)).then_some((names, path))
@@ -55,8 +56,8 @@ fn hierarchy<'a>(line: &'a str, kind: &str) -> Option<(PathBuf, &'a str)> {
     Some((mount.split(' ').nth(4)?.into(), options))
 }
 
-/// Copies the parent's CPUs and memory nodes to each new cpuset cgroup. Without CPUs and memory nodes, no process can
-/// join the cgroup.
+/// Copies the parent's CPUs and memory nodes to each new cpuset cgroup between `top` and `path`. Without CPUs and
+/// memory nodes, no process can join the cgroup.
 pub fn inherit_cpuset(top: &Path, path: &Path) {
     let mut parents: Vec<&Path> = path.ancestors().take_while(|dir| dir.starts_with(top) && *dir != top).collect();
     parents.reverse();

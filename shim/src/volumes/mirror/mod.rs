@@ -1,8 +1,9 @@
-//! Mirrored volumes (ConfigMaps, Secrets, projected and downward API volumes): copied to the guest and kept up to date.
+//! Mirrored volumes (ConfigMaps, Secrets, projected and downward API volumes), which are copied to the guest and kept
+//! up to date.
 //!
 //! On a shared file system, the guest would read changed files, but inotify(7) would not report the changes. Therefore,
 //! these volumes, to which no pod writes, are not shared. The agent keeps a copy on one of the guest's file
-//! systems, and every change on the host is copied. The number and size of files are limited only by memory.
+//! systems, and every change on the host is copied. Only the guest's memory limits the number and size of the files.
 
 mod walk;
 mod watch;
@@ -30,7 +31,7 @@ use crate::volumes::mount_api;
 const PLUGIN_DIRS: [&str; 4] =
     ["kubernetes.io~configmap", "kubernetes.io~secret", "kubernetes.io~projected", "kubernetes.io~downward-api"];
 
-/// Maximum number of attempts to copy a volume that changes while it is read. The kubelet changes it about once a
+/// Maximum number of attempts to copy a volume that changes while it is read. The kubelet changes a volume about once a
 /// minute.
 const MAX_ATTEMPTS: u32 = 10;
 /// Delay before a failed copy is retried. For example, a guest without free memory rejects a copy.
@@ -38,8 +39,8 @@ const RETRY_DELAY: Duration = Duration::from_secs(10);
 
 /// The directory of a volume on the host.
 ///
-/// It is opened only once, when the mount is checked. A tenant who can write to a parent directory could later put
-/// another directory at its path.
+/// The directory is opened only once, when the mount is checked. If it were opened again, a tenant who can write to a
+/// parent directory could have put another directory at the path.
 #[derive(Debug, Clone)]
 pub struct Volume {
     /// A detached mount of the directory. An fd on the host's mount would make the host's umount(2) fail with EBUSY.
@@ -115,8 +116,9 @@ pub enum MirrorError {
 }
 
 impl MirrorError {
-    /// Returns whether the next attempt may succeed: the volume may have changed while it was read. Otherwise the shim
-    /// would copy a large volume several times, and the caller would wait for each.
+    /// Returns whether the next attempt may succeed, because the volume may have changed while it was read.
+    ///
+    /// After other errors, more attempts would copy a large volume several times while the caller waits.
     fn is_transient(&self) -> bool {
         matches!(self, Self::Read { source, .. } if source.kind() != io::ErrorKind::InvalidData)
     }
@@ -138,7 +140,7 @@ pub fn guest_path(container: &str, mount: usize) -> String {
     format!("{}/{container}/{mount}", husk_proto::GUEST_MIRRORS)
 }
 
-/// Copies the volumes of a container to the guest. The returned tasks keep the copies up to date until they are
+/// Copies the volumes of a container to the guest. The returned tasks keep the copies up to date until the tasks are
 /// dropped.
 ///
 /// # Errors
@@ -147,7 +149,7 @@ pub fn guest_path(container: &str, mount: usize) -> String {
 pub async fn start(agent: &Agent, container: &str, mirrors: Vec<Mirror>) -> Result<JoinSet<()>, MirrorError> {
     let mut tasks = JoinSet::new();
     for mirror in mirrors {
-        // Creates the watch before the copy, so that a change in between is copied twice instead of being missed.
+        // Create the watch before the copy. A change between these steps is then copied twice instead of being missed.
         let watch = Watch::new(&mirror.source).await;
         copy(agent, container, &mirror).await?;
         match watch {
@@ -167,13 +169,16 @@ async fn keep_updated(agent: Agent, container: String, mirror: Mirror, mut watch
     loop {
         tokio::select! {
             changed = watch.changed() => if let Err(error) = changed {
-                tracing::warn!(container, volume = %mirror.source.path.display(), %error, "stopped watching a volume");
+                tracing::warn!(
+                    container, volume = %mirror.source.path.display(), %error,
+                    "failed to read the events of a volume: the guest does not get its changes"
+                );
                 return;
             },
             () = tokio::time::sleep(RETRY_DELAY), if retry => {}
         }
         if let Err(error) = watch.add_new_directories(&mirror.source).await {
-            tracing::debug!(container, volume = %mirror.source.path.display(), %error, "a watched volume was removed");
+            tracing::debug!(container, volume = %mirror.source.path.display(), %error, "stopped watching a volume");
             return;
         }
         let copied = copy(&agent, &container, &mirror).await;
@@ -182,12 +187,12 @@ async fn keep_updated(agent: Agent, container: String, mirror: Mirror, mut watch
             Ok(()) => {
                 tracing::debug!(container, volume = %mirror.source.path.display(), "copied the changes of a volume");
             }
-            // The volume was replaced while it was read. It is copied again after the retry delay.
+            // The volume probably changed while it was read. It is copied again after the retry delay.
             Err(error @ MirrorError::Read { .. }) => {
                 tracing::debug!(
                     container,
                     error = crate::chain(&error),
-                    "a volume changed while it was read; retrying"
+                    "failed to read the changes of a volume; retrying"
                 );
             }
             Err(error) => {
@@ -235,8 +240,8 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
     }
     let walked = walk.await.unwrap_or_else(|error| Err(io::Error::other(error)));
     walked.map_err(|source| MirrorError::Read { path: mirror.source.path.clone(), source })?;
-    // The agent removes entries that the copy lacks only after this message, because only a complete copy shows which
-    // entries were removed.
+    // Only after this message does the agent remove entries that are missing in the copy. Before this message, the copy
+    // is incomplete and does not show which entries were removed from the volume.
     send(Vec::new(), true).await
 }
 
@@ -251,7 +256,7 @@ mod tests {
     use crate::volumes::test_support::{isolated, tmpfs};
 
     #[test]
-    fn a_volume_does_not_keep_the_host_from_unmounting_it() {
+    fn host_can_unmount_a_volume_that_is_open() {
         isolated(|dir| {
             tmpfs(&dir.join("v"));
             std::fs::write(dir.join("v/key"), "").unwrap();
@@ -265,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_volume_that_may_have_changed_is_copied_again() {
+    fn only_read_errors_of_a_changed_volume_are_transient() {
         let read = |kind: io::ErrorKind| MirrorError::Read { path: "/v".into(), source: kind.into() };
         assert!(read(io::ErrorKind::Interrupted).is_transient());
         assert!(read(io::ErrorKind::NotFound).is_transient());

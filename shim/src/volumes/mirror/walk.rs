@@ -24,14 +24,18 @@ const MAX_DEPTH: usize = 64;
 /// Passes all entries of `volume` to `send`, in batches, until `send` returns false. Blocks.
 ///
 /// # Errors
-/// If an entry cannot be read, or the volume has changed in the meantime ([`io::ErrorKind::Interrupted`]). No
-/// symlink has been sent in these cases. [`io::ErrorKind::BrokenPipe`] if `send` has returned false, and
-/// [`io::ErrorKind::InvalidData`] if the volume cannot be copied as it is.
+/// - If an entry cannot be read.
+/// - [`io::ErrorKind::Interrupted`] if the volume has changed while it was read.
+/// - [`io::ErrorKind::InvalidData`] if the directories are nested too deeply.
+/// - [`io::ErrorKind::BrokenPipe`] if `send` has returned false.
+///
+/// After an error of the first three kinds, no symlink has been sent.
 pub fn walk(volume: &Volume, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::Result<()> {
     let mut walk = Walk { volume, send, batch: Vec::new(), batch_bytes: 0, links: Vec::new(), versions: Vec::new() };
     walk.directory(Path::new(""), 0)?;
-    // The kubelet publishes a new version by replacing a symlink to its directory, and removes the old directory only
-    // afterwards. The entries are consistent if no symlink has changed since before the directories were read.
+    // The kubelet publishes a new version by replacing the symlink to the version's directory, and removes the old
+    // directory only afterwards. Symlinks are read before directories. Therefore, the entries are consistent if no
+    // symlink has changed since it was read.
     let unchanged = |link: &MirrorEntry| {
         let current = OpenEntry::at(volume, Path::new(OsStr::from_bytes(&link.path))).and_then(|found| found.target());
         current.is_ok_and(|target| target.as_os_str().as_bytes() == link.content)
@@ -40,7 +44,7 @@ pub fn walk(volume: &Volume, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::
     {
         return Err(io::ErrorKind::Interrupted.into());
     }
-    // Symlinks come last: the guest must have a symlink's target before the symlink changes.
+    // Send symlinks last, because the guest must have a symlink's new target before the symlink changes.
     for link in std::mem::take(&mut walk.links) {
         walk.add(link)?;
     }
@@ -76,8 +80,8 @@ struct Walk<'a, F> {
     batch: Vec<MirrorEntry>,
     batch_bytes: usize,
     links: Vec<MirrorEntry>,
-    /// Paths, relative to the volume, of directories to which a symlink beside them points. The kubelet's `..data` is
-    /// such a symlink.
+    /// Paths, relative to the volume, of directories to which a symlink in the same directory points. For example, the
+    /// kubelet's symlink `..data` points to the directory of the current version.
     versions: Vec<PathBuf>,
 }
 
@@ -101,7 +105,7 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
             let is_version = target.components().count() == 1
                 && OpenEntry::at(self.volume, &beside).is_ok_and(|found| found.is(SFlag::S_IFDIR));
             if is_version {
-                // The version was created after the directory was listed.
+                // The version is missing in the list of names, because it was created after the directory was listed.
                 if !names.contains(&beside) {
                     return Err(io::ErrorKind::Interrupted.into());
                 }
@@ -110,7 +114,7 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
             let content = target.into_os_string().into_vec();
             self.links.push(MirrorEntry { content, ..entry(Kind::SYMLINK, name, &found.stat) });
         }
-        // Skips files of other types. The kubelet does not create them, and they could not be copied.
+        // Skip files of other types. The kubelet does not create these files, and they could not be copied.
         for (name, found) in &all {
             if found.is(SFlag::S_IFDIR) {
                 self.directory(name, depth + 1)?;
@@ -221,7 +225,7 @@ mod tests {
         };
         publish("..1");
         let mut links = 0;
-        // The file fills a batch, so the next version is published between two batches.
+        // The file fills a batch. Therefore, the next version is published between two batches.
         let walked = walk(&volume(dir.path()), |batch| {
             links += batch.iter().filter(|entry| entry.kind == Kind::SYMLINK.into()).count();
             if !dir.path().join("..2").exists() {
@@ -268,7 +272,7 @@ mod tests {
         fs::write(path.join("key"), "").unwrap();
         symlink(outside.join("volume"), path.join("link")).unwrap();
         let volume = volume(&path);
-        // Puts another directory at the volume's path, by a symlink in place of its parent directory.
+        // Put another directory at the volume's path by replacing the parent directory with a symlink.
         fs::rename(dir.path().join("pods"), dir.path().join("moved")).unwrap();
         symlink(&outside, dir.path().join("pods")).unwrap();
         assert!(path.join("secret").exists());

@@ -1,4 +1,4 @@
-//! Watches a volume for changes: inotify(7) on each of its directories.
+//! Watches a volume for changes, with inotify(7) on each of the volume's directories.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -86,7 +86,7 @@ fn watch_tree(inotify: &Inotify, volume: &Volume, path: &Path) -> io::Result<()>
         let entry = entry?;
         if entry.file_type()?.is_dir() {
             match watch_tree(inotify, volume, &path.join(entry.file_name())) {
-                // The directory was removed in the meantime. An event reports that.
+                // The directory was removed in the meantime. An event reports the removal.
                 Err(error) if error.raw_os_error() == Some(Errno::ENOENT as i32) => {}
                 result => result?,
             }
