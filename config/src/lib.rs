@@ -59,6 +59,8 @@ pub struct Config {
     pub free_page_reporting: bool,
     /// Whether the host's kernel forwards network frames if vhost-net is available.
     pub vhost_net: bool,
+    /// What happens when the VMM makes a system call that its seccomp filters do not allow.
+    pub seccomp: Seccomp,
     /// Timeout for the agent's first answer, in seconds.
     pub start_timeout_secs: u64,
     /// Log level of the shim.
@@ -85,12 +87,23 @@ impl Default for Config {
             virtio_fs_workers: 2,
             free_page_reporting: true,
             vhost_net: true,
+            seccomp: Seccomp::Enforce,
             start_timeout_secs: 60,
             log_level: LogLevel::Info,
             timeline_log: PathBuf::new(),
             allowed_annotations: vec![annotation::VCPUS.into(), annotation::MEMORY_MIB.into()],
         }
     }
+}
+
+/// What happens when the VMM makes a system call that its seccomp filters do not allow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Seccomp {
+    /// The VM ends. The pod's error names the thread and the call.
+    Enforce,
+    /// The host's kernel logs the call and makes it.
+    Log,
 }
 
 /// Log level. Each level includes the levels that are listed before it.

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use husk_vmm::client::{ARGV0, CONTROL_FD, SpawnOptions, Vmm, spawn};
-use husk_vmm::config::{BlkConfig, FdIndex, ShareConfig, VmConfig};
+use husk_vmm::config::{BlkConfig, FdIndex, SeccompMode, ShareConfig, VmConfig};
 use husk_vmm::control::{Call, ExitReason, Notice};
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -120,6 +120,7 @@ fn config() -> VmConfig {
         blk: Vec::new(),
         balloon: false,
         spare_slots: 2,
+        seccomp: SeccompMode::Enforce,
     }
 }
 

@@ -47,6 +47,18 @@ pub struct VmConfig {
     /// Number of empty virtio-mmio slots for hot-plugged disks and interfaces. The VM gets fewer empty slots if fewer
     /// slots are free. Hot-plugged memory has additional slots.
     pub spare_slots: u8,
+    /// What happens when a thread of the VMM makes a system call that its seccomp filter does not allow.
+    pub seccomp: SeccompMode,
+}
+
+/// What happens when a thread makes a system call that its seccomp filter does not allow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SeccompMode {
+    /// The VMM ends, and reports the thread and the call.
+    Enforce,
+    /// The host's kernel logs the thread and the call, and makes the call. This mode is for finding calls that a filter
+    /// lacks.
+    Log,
 }
 
 /// Position of an fd in the list that is sent with the configuration.

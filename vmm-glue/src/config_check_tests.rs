@@ -4,6 +4,7 @@
 use std::io;
 
 use super::*;
+use crate::config::SeccompMode;
 
 /// Returns a valid configuration and its fds: a character device, two files and a pipe.
 fn valid() -> (VmConfig, Vec<OwnedFd>, io::PipeReader) {
@@ -31,6 +32,7 @@ fn valid() -> (VmConfig, Vec<OwnedFd>, io::PipeReader) {
         blk: Vec::new(),
         balloon: false,
         spare_slots: 0,
+        seccomp: SeccompMode::Enforce,
     };
     let fds = vec![File::open("/dev/null").unwrap().into(), file(), file(), writer.into()];
     (config, fds, reader)

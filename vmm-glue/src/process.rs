@@ -20,12 +20,13 @@ mod pids;
 mod prepare;
 
 use pids::Pids;
+pub use prepare::{PrepareError, prepare};
 
 /// Runs the VMM on its control socket and never returns. The process must not have other threads yet.
 pub fn main(control: OwnedFd) -> ! {
     let reporter = Arc::new(Reporter::new(control));
     log::init();
-    if let Err(error) = prepare::prepare() {
+    if let Err(error) = prepare() {
         ::log::error!("{}", chain(&error));
         exit_immediately(1);
     }
@@ -122,7 +123,8 @@ fn create(config: crate::config::VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Rep
     let mut checked =
         config_check::check(config, fds).map_err(|error| format!("invalid VM configuration: {}", chain(&error)))?;
     let share = checked.config.share.as_mut();
-    let belongings = jail::enter(share.as_ref().map(|share| share.root.as_ref())).map_err(|error| chain(&error))?;
+    let root = share.as_ref().map(|share| share.root.as_ref());
+    let belongings = jail::enter(root, checked.config.seccomp).map_err(|error| chain(&error))?;
     if let Some(share) = share {
         share.root = "/".to_owned();
     }

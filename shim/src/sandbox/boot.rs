@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use husk_base::entropy;
-use husk_config::Config;
+use husk_config::{Config, Seccomp};
 use husk_proto::agent::{IdMapping, Mount, SetupRequest};
 use husk_proto::{GUEST_SHM, SHARE_TAG, ports};
-use husk_vmm::config::{FdIndex, ShareConfig, VmConfig};
+use husk_vmm::config::{FdIndex, SeccompMode, ShareConfig, VmConfig};
 use husk_vmm::control::{BootStep, Call, ExitReason, Notice};
 use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, watch};
@@ -224,6 +224,10 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
         blk: Vec::new(),
         balloon: plan.config.free_page_reporting,
         spare_slots: SPARE_SLOTS,
+        seccomp: match plan.config.seccomp {
+            Seccomp::Enforce => SeccompMode::Enforce,
+            Seccomp::Log => SeccompMode::Log,
+        },
     };
     let files = format!("from kernel {} and initrd {}", plan.config.kernel.display(), plan.config.initrd.display());
     let error = |step: String| move |source| BootError::Vmm { step, source };

@@ -16,7 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use husk_vmm::client::{ARGV0, CONTROL_FD, CallError, SpawnOptions, Vmm, spawn};
-use husk_vmm::config::{BlkConfig, FdIndex, NetConfig, ShareConfig, VmConfig};
+use husk_vmm::config::{BlkConfig, FdIndex, NetConfig, SeccompMode, ShareConfig, VmConfig};
 use husk_vmm::control::Call;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -231,6 +231,7 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
         blk: vec![BlkConfig { file: FdIndex(5), read_only: false, serial: "disk-0".into() }],
         balloon: true,
         spare_slots: 0,
+        seccomp: SeccompMode::Enforce,
     };
     let mut fds = vec![kvm.as_fd(), kernel.as_fd(), initrd.as_fd(), end.as_fd(), tap.as_fd(), disk.as_fd()];
     fds.extend(vhost.as_ref().map(AsFd::as_fd));

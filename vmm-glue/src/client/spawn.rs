@@ -71,6 +71,9 @@ pub enum SpawnError {
     /// The child could not move its control socket to [`CONTROL_FD`].
     #[error("failed to pass the control socket to the VMM process")]
     Control(#[source] io::Error),
+    /// The child could not close the fds that it inherited.
+    #[error("failed to close the inherited fds of the VMM process: close_range(2) needs Linux 5.9")]
+    Close(#[source] io::Error),
     /// The child could not execute the binary.
     #[error("failed to execute the VMM binary")]
     Exec(#[source] io::Error),
@@ -93,6 +96,7 @@ enum FailedStep {
     None,
     Network,
     Control,
+    Close,
     Exec,
 }
 
@@ -125,6 +129,7 @@ pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
         FailedStep::None => return Ok(Spawned { pid, pidfd, control: parent_end }),
         FailedStep::Network => SpawnError::Network(error),
         FailedStep::Control => SpawnError::Control(error),
+        FailedStep::Close => SpawnError::Close(error),
         FailedStep::Exec => SpawnError::Exec(error),
     };
     // The pid cannot have been reused, because nobody has waited for the child.
@@ -179,6 +184,10 @@ extern "C" fn child(plan: *mut c_void) -> c_int {
         };
         if placed < 0 {
             return fail(plan, FailedStep::Control);
+        }
+        // The child has its own copy of the fd table, because the clone does not have CLONE_FILES.
+        if libc::syscall(libc::SYS_close_range, CONTROL_FD + 1, c_int::MAX, 0) != 0 {
+            return fail(plan, FailedStep::Close);
         }
         libc::execve((*plan).exe, (*plan).argv, (*plan).envp);
         fail(plan, FailedStep::Exec)

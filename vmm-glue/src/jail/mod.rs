@@ -7,6 +7,7 @@
 mod capabilities;
 mod limits;
 mod root;
+pub mod seccomp;
 mod thread;
 
 pub use self::limits::LimitError;
@@ -20,6 +21,9 @@ use std::path::Path;
 
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
+
+use self::seccomp::ViolationError;
+use crate::config::SeccompMode;
 
 /// What the process opened or read before it entered the jail.
 #[derive(Debug)]
@@ -62,6 +66,9 @@ pub enum JailError {
     /// `prctl(PR_SET_NO_NEW_PRIVS)` failed.
     #[error("failed to set no_new_privs for the VMM")]
     NoNewPrivileges(#[source] io::Error),
+    /// The handler for violations of seccomp filters could not be installed.
+    #[error(transparent)]
+    Seccomp(#[from] ViolationError),
 }
 
 /// Confines the process. Sets resource limits and no_new_privs, creates namespaces, makes the share the root directory,
@@ -72,7 +79,7 @@ pub enum JailError {
 ///
 /// # Errors
 /// [`JailError`]. After an error the process may be confined only in part, and must end.
-pub fn enter(share: Option<&Path>) -> Result<Belongings, JailError> {
+pub fn enter(share: Option<&Path>, seccomp: SeccompMode) -> Result<Belongings, JailError> {
     let max_fds = limits::set()?;
     let namespaces =
         CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWCGROUP;
@@ -80,5 +87,6 @@ pub fn enter(share: Option<&Path>) -> Result<Belongings, JailError> {
     let (fd_directory, dev_null) = root::enter(share)?;
     capabilities::bound().map_err(JailError::Bounding)?;
     prctl::set_no_new_privs().map_err(|errno| JailError::NoNewPrivileges(errno.into()))?;
+    seccomp::prepare(seccomp)?;
     Ok(Belongings { fd_directory, dev_null, max_fds })
 }

@@ -5,6 +5,7 @@ use std::io;
 use nix::sched::{CloneFlags, unshare};
 
 use super::capabilities;
+use super::seccomp::{self, FilterError};
 
 /// Kind of a thread of the VMM process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,22 +28,37 @@ pub enum Kind {
 
 /// Error of confining a thread.
 #[derive(Debug, thiserror::Error)]
-#[error("failed to {step} of a thread of kind {kind:?}")]
-pub struct ConfineError {
-    kind: Kind,
-    step: &'static str,
-    #[source]
-    source: io::Error,
+pub enum ConfineError {
+    /// The thread still has more rights than its kind needs.
+    #[error("failed to {step} of a thread of kind {kind:?}")]
+    Rights {
+        /// The kind of the thread.
+        kind: Kind,
+        /// The step that failed.
+        step: &'static str,
+        /// The error of the step.
+        source: io::Error,
+    },
+    /// The thread has no seccomp filter.
+    #[error("failed to filter the system calls of a thread of kind {kind:?}")]
+    Filter {
+        /// The kind of the thread.
+        kind: Kind,
+        /// The error of the filter.
+        source: FilterError,
+    },
 }
 
 /// Confines this thread. The thread must not have served the guest before.
 pub fn confine(kind: Kind) -> Result<(), ConfineError> {
-    let error = |step| move |source| ConfineError { kind, step, source };
+    let error = |step| move |source| ConfineError::Rights { kind, step, source };
     if kind == Kind::FileServer {
         // For operations on extended attributes, virtiofsd changes the working directory. Therefore, this thread must
         // not share its working directory with other threads.
         unshare(CloneFlags::CLONE_FS).map_err(|errno| error("separate the working directory")(errno.into()))?;
-        return capabilities::keep_for_files().map_err(error("reduce the capabilities"));
+        capabilities::keep_for_files().map_err(error("reduce the capabilities"))?;
+    } else {
+        capabilities::drop_all().map_err(error("drop the capabilities"))?;
     }
-    capabilities::drop_all().map_err(error("drop the capabilities"))
+    seccomp::load(kind).map_err(|source| ConfineError::Filter { kind, source })
 }

@@ -1,0 +1,70 @@
+//! seccomp filters of the VMM's threads (seccomp(2)). Each kind of thread has a filter that allows only the system calls
+//! in its table. The tables are data with a reason for each call.
+
+mod rule;
+mod tables;
+mod violation;
+
+pub use self::rule::{Condition, Rule};
+pub use self::tables::rules;
+pub use self::violation::ViolationError;
+
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
+
+use seccompiler::{BackendError, BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch, apply_filter};
+use syscalls::Sysno;
+
+use super::Kind;
+use crate::config::SeccompMode;
+
+/// The mode of this process. It is set once, when the process enters the jail. The threads of a process that has not
+/// entered the jail get no filter. Only unit tests run without a jail.
+static MODE: OnceLock<SeccompMode> = OnceLock::new();
+
+/// Error of loading a filter.
+#[derive(Debug, thiserror::Error)]
+pub enum FilterError {
+    /// The table could not be compiled.
+    #[error("failed to compile the seccomp filter")]
+    Compile(#[from] BackendError),
+    /// The kernel refused the filter.
+    #[error("failed to load the seccomp filter: the kernel needs CONFIG_SECCOMP_FILTER")]
+    Load(#[from] seccompiler::Error),
+}
+
+/// Sets the mode of the filters that [`load`] loads, and installs the handler that reports violations.
+pub fn prepare(mode: SeccompMode) -> Result<(), ViolationError> {
+    // The cell is empty, because the process enters the jail only once.
+    let _ = MODE.set(mode);
+    violation::handle()
+}
+
+/// Loads the filter for this thread. Threads that this thread starts later inherit the filter.
+pub fn load(kind: Kind) -> Result<(), FilterError> {
+    let Some(&mode) = MODE.get() else { return Ok(()) };
+    violation::remember_thread();
+    apply_filter(&refuse_clone3()?)?;
+    Ok(apply_filter(&compile(rules(kind), mode)?)?)
+}
+
+/// Compiles a filter. A call that no rule allows raises SIGSYS, or is logged by the kernel and made.
+fn compile<'a>(rules: impl Iterator<Item = &'a Rule>, mode: SeccompMode) -> Result<BpfProgram, BackendError> {
+    let other = match mode {
+        SeccompMode::Enforce => SeccompAction::Trap,
+        SeccompMode::Log => SeccompAction::Log,
+    };
+    let mut calls: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    for rule in rules {
+        calls.entry(rule.call.id().into()).or_default().extend(rule.compile()?);
+    }
+    SeccompFilter::new(calls, other, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+}
+
+/// Compiles a filter that makes clone3 fail with ENOSYS. glibc then calls clone. A filter can check the flags of clone,
+/// but not those of clone3, because clone3 gets them in memory.
+fn refuse_clone3() -> Result<BpfProgram, BackendError> {
+    let calls = BTreeMap::from([(i64::from(Sysno::clone3.id()), Vec::new())]);
+    let refuse = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
+    SeccompFilter::new(calls, SeccompAction::Allow, refuse, TargetArch::x86_64)?.try_into()
+}

@@ -1,0 +1,214 @@
+//! The system calls that each kind of thread may make.
+
+use libc::{
+    AF_UNIX, CLONE_CHILD_CLEARTID, CLONE_FILES, CLONE_FS, CLONE_PARENT_SETTID, CLONE_SETTLS, CLONE_SIGHAND,
+    CLONE_SYSVSEM, CLONE_THREAD, CLONE_VM, FIONBIO, PR_SET_NAME, PR_SET_NO_NEW_PRIVS, PROT_EXEC,
+};
+use syscalls::Sysno;
+
+use super::rule::{Rule, allow, allow_if, is, lacks};
+use crate::jail::Kind;
+
+/// PID of the VMM in its PID namespace (pid_namespaces(7)): it is the namespace's first process.
+const OWN_PID: u32 = 1;
+/// Flags with which glibc starts a thread (`create_thread` in nptl/pthread_create.c).
+const THREAD_FLAGS: u32 = (CLONE_VM
+    | CLONE_FS
+    | CLONE_FILES
+    | CLONE_SYSVSEM
+    | CLONE_SIGHAND
+    | CLONE_THREAD
+    | CLONE_SETTLS
+    | CLONE_PARENT_SETTID
+    | CLONE_CHILD_CLEARTID)
+    .cast_unsigned();
+
+// linux/kvm.h
+const KVM_RUN: u32 = 0xae80;
+const KVM_KVMCLOCK_CTRL: u32 = 0xaead;
+const KVM_CREATE_VCPU: u32 = 0xae41;
+const KVM_SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
+const KVM_IRQFD: u32 = 0x4020_ae76;
+const KVM_IOEVENTFD: u32 = 0x4040_ae79;
+const KVM_SET_CPUID2: u32 = 0x4008_ae90;
+const KVM_SET_MSRS: u32 = 0x4008_ae89;
+const KVM_SET_FPU: u32 = 0x41a0_ae8d;
+const KVM_GET_LAPIC: u32 = 0x8400_ae8e;
+const KVM_SET_LAPIC: u32 = 0x4400_ae8f;
+
+/// Calls of every thread.
+const EVERY_THREAD: &[Rule] = &[
+    allow(Sysno::futex, "locks, condition variables and channels"),
+    allow(Sysno::write, "eventfds, log lines and the console"),
+    allow(Sysno::sendmsg, "notices on the control socket"),
+    allow(Sysno::exit_group, "ends the process when the VM ends or a filter is violated"),
+    allow(Sysno::rt_sigreturn, "returns from the handler of SIGRTMIN or SIGSYS"),
+    allow(Sysno::munmap, "the allocator gives back memory"),
+    allow(Sysno::madvise, "the allocator gives back memory"),
+    allow(Sysno::brk, "the allocator gets memory"),
+    allow_if(Sysno::mmap, &[lacks(2, PROT_EXEC as u32)], "the allocator gets memory, which is never executable"),
+    allow_if(
+        Sysno::mprotect,
+        &[lacks(2, PROT_EXEC as u32)],
+        "the allocator extends its heaps, which are never executable",
+    ),
+    allow(Sysno::clock_gettime, "timestamps, if the host's clock source has no vDSO"),
+    allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait with a timeout"),
+];
+
+const VCPU: &[Rule] =
+    &[allow_if(Sysno::ioctl, &[is(1, KVM_RUN), is(1, KVM_KVMCLOCK_CTRL)], "runs the guest, and reports a pause to it")];
+
+/// Calls of a thread that ends before the process ends.
+const THREAD_END: &[Rule] = &[
+    allow(Sysno::exit, "ends the thread"),
+    allow(Sysno::sigaltstack, "removes the stack for signal handlers when the thread ends"),
+    allow(Sysno::rt_sigprocmask, "blocks signals while the thread ends"),
+];
+
+const WORKER: &[Rule] = &[
+    allow(Sysno::epoll_create1, "waits for notifications: a new instance for each activation of the device"),
+    allow(Sysno::epoll_ctl, "waits for notifications"),
+    allow(Sysno::epoll_wait, "waits for notifications"),
+    allow(Sysno::read, "clears a notification"),
+    allow(Sysno::close, "closes the epoll instance after an activation, and files"),
+];
+
+const DISK: &[Rule] = &[
+    allow(Sysno::preadv, "reads of the guest"),
+    allow(Sysno::pwritev, "writes of the guest"),
+    allow(Sysno::pread64, "reads of the guest"),
+    allow(Sysno::pwrite64, "writes of the guest"),
+    allow(Sysno::fdatasync, "flush requests"),
+    allow(Sysno::fallocate, "discard and write-zeroes requests"),
+];
+
+const FILE_SERVER: &[Rule] = &[
+    allow(Sysno::openat, "opens files by O_PATH fds and their entries in /proc/self/fd"),
+    allow(Sysno::newfstatat, "GETATTR, LOOKUP"),
+    allow(Sysno::statx, "GETATTR, LOOKUP, STATX"),
+    allow(Sysno::readlinkat, "READLINK"),
+    allow(Sysno::mkdirat, "MKDIR"),
+    allow(Sysno::mknodat, "MKNOD"),
+    allow(Sysno::symlinkat, "SYMLINK"),
+    allow(Sysno::linkat, "LINK"),
+    allow(Sysno::unlinkat, "UNLINK, RMDIR"),
+    allow(Sysno::renameat2, "RENAME, RENAME2"),
+    allow(Sysno::fchmod, "SETATTR"),
+    allow(Sysno::fchmodat, "SETATTR"),
+    allow(Sysno::fchownat, "SETATTR"),
+    allow(Sysno::ftruncate, "SETATTR"),
+    allow(Sysno::utimensat, "SETATTR"),
+    allow(Sysno::fstatfs, "STATFS"),
+    allow(Sysno::fsync, "FSYNC, FSYNCDIR"),
+    allow(Sysno::fdatasync, "FSYNC, FSYNCDIR"),
+    allow(Sysno::syncfs, "SYNCFS"),
+    allow(Sysno::fallocate, "FALLOCATE"),
+    allow(Sysno::lseek, "LSEEK, READDIR"),
+    allow(Sysno::copy_file_range, "COPY_FILE_RANGE"),
+    allow(Sysno::getdents64, "READDIR"),
+    allow(Sysno::preadv, "READ"),
+    allow(Sysno::preadv2, "READ"),
+    allow(Sysno::pwritev, "WRITE"),
+    allow(Sysno::pwritev2, "WRITE"),
+    allow(Sysno::pwrite64, "WRITE"),
+    allow(Sysno::pread64, "READ"),
+    allow(Sysno::fgetxattr, "GETXATTR"),
+    allow(Sysno::getxattr, "GETXATTR of a file that cannot be opened, below /proc/self/fd"),
+    allow(Sysno::fsetxattr, "SETXATTR"),
+    allow(Sysno::setxattr, "SETXATTR of a file that cannot be opened, below /proc/self/fd"),
+    allow(Sysno::flistxattr, "LISTXATTR"),
+    allow(Sysno::listxattr, "LISTXATTR of a file that cannot be opened, below /proc/self/fd"),
+    allow(Sysno::fremovexattr, "REMOVEXATTR"),
+    allow(Sysno::removexattr, "REMOVEXATTR of a file that cannot be opened, below /proc/self/fd"),
+    allow(Sysno::fchdir, "extended attributes of files that cannot be opened"),
+    allow(Sysno::umask, "creates files with the mode that the guest asks for"),
+    allow(Sysno::setresuid, "creates files as the user who asks for them"),
+    allow(Sysno::setresgid, "creates files as the group that asks for them"),
+    allow(Sysno::setgroups, "drops supplementary groups before a file is created"),
+    allow(Sysno::capget, "drops and restores CAP_FSETID around a write"),
+    allow(Sysno::capset, "drops and restores CAP_FSETID around a write"),
+    allow(Sysno::fcntl, "OPEN and CREATE change flags, and files are duplicated"),
+    allow(Sysno::dup, "duplicates files"),
+    allow(Sysno::getrandom, "seeds the keys of hash tables"),
+];
+
+const DEVICE_LOOP: &[Rule] = &[
+    allow(Sysno::epoll_ctl, "registers the events of devices and connections"),
+    allow(Sysno::epoll_wait, "waits for events"),
+    allow(Sysno::epoll_create1, "EventManager"),
+    allow(Sysno::eventfd2, "a new activation of a device"),
+    allow(Sysno::read, "eventfds, and streams of vsock connections"),
+    allow(Sysno::readv, "frames from the tap"),
+    allow(Sysno::writev, "frames to the tap"),
+    allow(Sysno::close, "closes streams and eventfds"),
+    allow(Sysno::recvfrom, "streams of vsock connections"),
+    allow(Sysno::sendto, "streams of vsock connections"),
+    allow(Sysno::recvmsg, "streams of vsock connections"),
+    allow(Sysno::shutdown, "half-closes streams of vsock connections"),
+    allow(Sysno::fcntl, "duplicates eventfds"),
+    allow(Sysno::timerfd_create, "timers"),
+    allow(Sysno::timerfd_settime, "timers"),
+    allow(Sysno::getrandom, "virtio-rng"),
+];
+
+const CONTROL: &[Rule] = &[
+    allow(Sysno::recvmsg, "requests on the control socket"),
+    allow(Sysno::close, "closes fds"),
+    allow(Sysno::eventfd2, "eventfds of hot-plugged devices"),
+    allow(Sysno::fcntl, "duplicates eventfds"),
+    allow(Sysno::read, "clears eventfds"),
+    allow(Sysno::lseek, "determines the size of a hot-plugged disk"),
+    allow(Sysno::fstat, "checks the fds of hot-plugged devices"),
+    allow(Sysno::statx, "checks the fds of hot-plugged devices"),
+    allow_if(Sysno::socketpair, &[is(0, AF_UNIX as u32)], "the stream socket that answers a request to connect"),
+    allow_if(Sysno::clone, &[is(0, THREAD_FLAGS)], "starts threads of hot-plugged devices and vCPUs, but no process"),
+    allow(Sysno::clone3, "fails with ENOSYS, so that glibc calls clone"),
+    allow(Sysno::set_robust_list, "starts a thread"),
+    allow(Sysno::rseq, "starts a thread"),
+    allow(Sysno::gettid, "a container's pid"),
+    allow(Sysno::sched_getaffinity, "starts a thread"),
+    allow_if(
+        Sysno::prctl,
+        &[is(0, PR_SET_NAME as u32), is(0, PR_SET_NO_NEW_PRIVS as u32)],
+        "starts and confines a thread",
+    ),
+    allow(Sysno::capget, "confines a thread"),
+    allow(Sysno::capset, "confines a thread"),
+    allow(Sysno::seccomp, "confines a thread"),
+    allow_if(Sysno::tgkill, &[is(0, OWN_PID)], "interrupts vCPUs"),
+    allow_if(
+        Sysno::ioctl,
+        &[
+            is(1, KVM_CREATE_VCPU),
+            is(1, KVM_SET_USER_MEMORY_REGION),
+            is(1, KVM_IRQFD),
+            is(1, KVM_IOEVENTFD),
+            is(1, KVM_SET_CPUID2),
+            is(1, KVM_SET_MSRS),
+            is(1, KVM_SET_FPU),
+            is(1, KVM_GET_LAPIC),
+            is(1, KVM_SET_LAPIC),
+            is(1, FIONBIO as u32),
+        ],
+        "hot-plugs devices, memory and vCPUs",
+    ),
+];
+
+/// Returns the tables of a kind of thread. A call may be in several tables.
+fn tables(kind: Kind) -> &'static [&'static [Rule]] {
+    match kind {
+        // The thread starts threads, which inherit its filter.
+        Kind::Control => &[EVERY_THREAD, CONTROL, THREAD_END, VCPU, WORKER, DISK],
+        Kind::Vcpu => &[EVERY_THREAD, VCPU],
+        Kind::DeviceLoop => &[EVERY_THREAD, DEVICE_LOOP],
+        Kind::FileServer => &[EVERY_THREAD, THREAD_END, WORKER, FILE_SERVER],
+        Kind::Disk => &[EVERY_THREAD, THREAD_END, WORKER, DISK],
+        Kind::Prefault | Kind::Pid => &[EVERY_THREAD, THREAD_END],
+    }
+}
+
+/// Returns the rules of a kind of thread. A call may have several rules.
+pub fn rules(kind: Kind) -> impl Iterator<Item = &'static Rule> {
+    tables(kind).iter().copied().flatten()
+}

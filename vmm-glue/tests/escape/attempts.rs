@@ -1,0 +1,265 @@
+//! The attempts to get out of the jail.
+
+use std::ffi::CStr;
+use std::os::fd::AsRawFd;
+
+use syscalls::{Errno, Sysno, syscall};
+
+use crate::payload::Inside;
+
+/// Why sockets do no harm without the filters.
+const EMPTY_NETWORK: &str = "the test's network namespace is empty";
+const OWN_KEYS: &str = "the keys are those of the process";
+
+/// An attempt.
+pub struct Attempt {
+    pub name: &'static str,
+    /// Makes the attempt. Returns what the process has got, or the error.
+    pub make: fn(&Inside) -> Result<String, String>,
+    /// If only the seccomp filters stop the attempt, the reason why no other wall has to.
+    pub without_filters: Option<&'static str>,
+}
+
+/// An attempt that has to fail with and without the seccomp filters.
+const fn never(name: &'static str, make: fn(&Inside) -> Result<String, String>) -> Attempt {
+    Attempt { name, make, without_filters: None }
+}
+
+/// An attempt that only the seccomp filters stop.
+const fn filtered(
+    name: &'static str,
+    make: fn(&Inside) -> Result<String, String>,
+    without_filters: &'static str,
+) -> Attempt {
+    Attempt { name, make, without_filters: Some(without_filters) }
+}
+
+/// Makes a system call. The attempt succeeds if the call succeeds.
+macro_rules! call {
+    ($name:ident $(, $argument:expr)*) => {
+        |_| {
+            // SAFETY: the arguments are numbers, or pointers to static data. The process ends after the attempt.
+            let result: Result<usize, Errno> = unsafe { syscall!(Sysno::$name $(, $argument)*) };
+            result.map(|value| format!("{} returned {value}", stringify!($name))).map_err(name)
+        }
+    };
+}
+
+fn name(errno: Errno) -> String {
+    errno.name().map_or_else(|| errno.to_string(), str::to_owned)
+}
+
+/// Address of a NUL-terminated text.
+fn text(text: &'static CStr) -> usize {
+    text.as_ptr().addr()
+}
+
+/// Opens a path and reads its first bytes.
+fn read(directory: i32, path: &'static CStr, flags: i32) -> Result<String, String> {
+    // SAFETY: the path is a static text, and the buffer outlives the call.
+    unsafe {
+        let fd = syscall!(Sysno::openat, directory, text(path), flags).map_err(name)?;
+        let mut buffer = [0u8; 16];
+        let len = syscall!(Sysno::read, fd, buffer.as_mut_ptr(), buffer.len()).map_err(name)?;
+        Ok(format!("{path:?} holds {:?}", String::from_utf8_lossy(&buffer[..len])))
+    }
+}
+
+const AT_FDCWD: i32 = libc::AT_FDCWD;
+
+/// All attempts.
+pub const ATTEMPTS: &[Attempt] = &[
+    never("open a host file by its path", |_| read(AT_FDCWD, c"/etc/passwd", libc::O_RDONLY)),
+    never("open a file beside the share by `..`", |_| read(AT_FDCWD, c"../secret", libc::O_RDONLY)),
+    never("open a file beside the share by `/..`", |_| read(AT_FDCWD, c"/../../secret", libc::O_RDONLY)),
+    never("open `..` of the process's fds", |inside| {
+        read(inside.belongings.fd_directory.as_raw_fd(), c"../status", libc::O_RDONLY)
+    }),
+    never("open /proc/1/root", |_| read(AT_FDCWD, c"/proc/1/root/etc/passwd", libc::O_RDONLY)),
+    never("open a cgroup file", |_| read(AT_FDCWD, c"/sys/fs/cgroup/cgroup.procs", libc::O_RDWR)),
+    never("use an inherited fd", inherited_fds),
+    never("chroot to `..`", |_| {
+        // SAFETY: the arguments are static texts.
+        unsafe { syscall!(Sysno::chroot, text(c"..")).map_err(name)? };
+        Ok("changed the root".to_owned())
+    }),
+    never("mount a tmpfs", call!(mount, text(c"x"), text(c"/"), text(c"tmpfs"), 0, 0)),
+    never("mount procfs", call!(mount, text(c"x"), text(c"/"), text(c"proc"), 0, 0)),
+    never("unmount the root", call!(umount2, text(c"/"), libc::MNT_DETACH)),
+    never("open a new mount", call!(fsopen, text(c"proc"), 0)),
+    never("clone the root's mount", call!(open_tree, AT_FDCWD, text(c"/"), 1)),
+    never("change a mount's flags", |_| {
+        let attributes = [0u64, 1 | 2 | 4 | 8, 0, 0];
+        // SAFETY: the attributes outlive the call.
+        let result = unsafe { syscall!(Sysno::mount_setattr, AT_FDCWD, text(c"/"), 0, attributes.as_ptr(), 32) };
+        result.map(|_| "cleared nodev of the share".to_owned()).map_err(name)
+    }),
+    never("make a device node and open it", device_node),
+    never("open a file by its handle", |_| {
+        let mut handle = [128u32; 40];
+        let mut mount_id = 0i32;
+        // SAFETY: the buffers outlive the calls.
+        unsafe {
+            syscall!(Sysno::name_to_handle_at, AT_FDCWD, text(c"/"), handle.as_mut_ptr(), &raw mut mount_id, 0)
+                .map_err(name)?;
+            syscall!(Sysno::open_by_handle_at, AT_FDCWD, handle.as_ptr(), libc::O_RDONLY).map_err(name)?;
+        }
+        Ok("opened the root by its handle".to_owned())
+    }),
+    never("trace the parent", |inside| {
+        // SAFETY: PTRACE_ATTACH takes no pointers.
+        let result = unsafe { syscall!(Sysno::ptrace, libc::PTRACE_ATTACH, inside.parent, 0, 0) };
+        result.map(|_| "traces the parent".to_owned()).map_err(name)
+    }),
+    never("read the memory of the parent", |inside| {
+        let mut byte = 0u8;
+        let local = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+        // SAFETY: the vectors outlive the call.
+        let result =
+            unsafe { syscall!(Sysno::process_vm_readv, inside.parent, &raw const local, 1, &raw const local, 1, 0) };
+        result.map(|_| "read a byte".to_owned()).map_err(name)
+    }),
+    never("signal the parent", |inside| {
+        // SAFETY: the call takes no pointers.
+        let result = unsafe { syscall!(Sysno::kill, inside.parent, 0) };
+        result.map(|_| "may signal the parent".to_owned()).map_err(name)
+    }),
+    never("signal all processes", call!(kill, -1i32, 0)),
+    never("open a pidfd of the parent", |inside| {
+        // SAFETY: the call takes no pointers.
+        let result = unsafe { syscall!(Sysno::pidfd_open, inside.parent, 0) };
+        result.map(|_| "has a pidfd of the parent".to_owned()).map_err(name)
+    }),
+    filtered("IPv4 socket", call!(socket, libc::AF_INET, libc::SOCK_STREAM, 0), EMPTY_NETWORK),
+    never("packet socket", call!(socket, libc::AF_PACKET, libc::SOCK_RAW, 0)),
+    filtered(
+        "vsock socket",
+        call!(socket, libc::AF_VSOCK, libc::SOCK_STREAM, 0),
+        "the host has no vsock transport for its own processes",
+    ),
+    filtered("netlink socket", call!(socket, libc::AF_NETLINK, libc::SOCK_RAW, 0), EMPTY_NETWORK),
+    never("crypto socket", call!(socket, 38, libc::SOCK_SEQPACKET, 0)),
+    never("connect to an abstract socket of the host", connect_abstract),
+    never("bpf", |_| {
+        // An array of one element: type, key size, value size and length.
+        let attributes = [2u32, 4, 4, 1];
+        // SAFETY: the attributes outlive the call.
+        let result = unsafe { syscall!(Sysno::bpf, 0, attributes.as_ptr(), 16) };
+        result.map(|_| "has a BPF map".to_owned()).map_err(name)
+    }),
+    never("perf_event_open", |_| {
+        let attributes = [0u64, 120, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        // SAFETY: the attributes outlive the call.
+        let result = unsafe { syscall!(Sysno::perf_event_open, attributes.as_ptr(), 0, -1i32, -1i32, 0) };
+        result.map(|_| "counts events".to_owned()).map_err(name)
+    }),
+    filtered("add a key", call!(add_key, text(c"user"), text(c"husk"), text(c"x"), 1, -2i32), OWN_KEYS),
+    filtered("read the id of the own keyring", call!(keyctl, 0, -2i32, 1), OWN_KEYS),
+    never("io_uring", |_| {
+        let mut parameters = [0u64; 15];
+        // SAFETY: the parameters outlive the call.
+        let result = unsafe { syscall!(Sysno::io_uring_setup, 1, parameters.as_mut_ptr()) };
+        result.map(|_| "has an io_uring".to_owned()).map_err(name)
+    }),
+    never("userfaultfd", call!(userfaultfd, 0)),
+    filtered("new user namespace", call!(unshare, libc::CLONE_NEWUSER), "its capabilities are those of an empty world"),
+    filtered("new mount namespace", call!(unshare, libc::CLONE_NEWNS), "it has the same mounts"),
+    filtered("new process", call!(clone, libc::SIGCHLD, 0, 0, 0, 0), "it is in the same jail"),
+    never("new process by clone3", |_| {
+        let mut arguments = [0u64; 11];
+        arguments[4] = libc::SIGCHLD as u64;
+        // SAFETY: the arguments outlive the call.
+        let result = unsafe { syscall!(Sysno::clone3, arguments.as_mut_ptr(), 88) };
+        result.map(|_| "started a process".to_owned()).map_err(name)
+    }),
+    never("execute a file of the share", call!(execve, text(c"/inside"), 0, 0)),
+    never("execute a memfd", |_| {
+        // SAFETY: the texts are static.
+        unsafe {
+            let fd = syscall!(Sysno::memfd_create, text(c"x"), 0).map_err(name)?;
+            syscall!(Sysno::write, fd, text(c"#!/bin/sh\n"), 10).map_err(name)?;
+            syscall!(Sysno::execveat, fd, text(c""), 0, 0, libc::AT_EMPTY_PATH).map_err(name)?;
+        }
+        Ok("executed a memfd".to_owned())
+    }),
+    filtered(
+        "map executable memory",
+        call!(mmap, 0, 4096, libc::PROT_EXEC, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1i32, 0),
+        "it is memory of the same process",
+    ),
+    never("raise capabilities", |_| {
+        let header = [0x2008_0522u32, 0];
+        let data = [u32::MAX; 6];
+        // SAFETY: the buffers outlive the call.
+        let result = unsafe { syscall!(Sysno::capset, header.as_ptr(), data.as_ptr()) };
+        result.map(|_| "has all capabilities".to_owned()).map_err(name)
+    }),
+    never("load a kernel module", call!(finit_module, 0, text(c""), 0)),
+    never("read the kernel's log", |_| {
+        let mut buffer = [0u8; 16];
+        // SAFETY: the buffer outlives the call.
+        let result = unsafe { syscall!(Sysno::syslog, 3, buffer.as_mut_ptr(), buffer.len()) };
+        result.map(|_| "read the log".to_owned()).map_err(name)
+    }),
+    never("reboot", call!(reboot, 0xfee1_deadu32, 672_274_793, 0, 0)),
+    never("set the clock", call!(clock_settime, libc::CLOCK_REALTIME, text(c"0123456789abcdef"))),
+    never("use I/O ports", call!(ioperm, 0x80, 1, 1)),
+    never("use a disk quota", call!(quotactl, 0, 0, 0, 0)),
+    never("change the real-time priority", |_| {
+        let priority = 1i32;
+        // SAFETY: the parameter outlives the call.
+        let result = unsafe { syscall!(Sysno::sched_setscheduler, 0, libc::SCHED_FIFO, &raw const priority) };
+        result.map(|_| "has a real-time priority".to_owned()).map_err(name)
+    }),
+    never("raise the limit of open files", |_| {
+        let limit = [u64::from(u32::MAX), u64::from(u32::MAX)];
+        // SAFETY: the limit outlives the call.
+        let result = unsafe { syscall!(Sysno::prlimit64, 0, libc::RLIMIT_NOFILE, limit.as_ptr(), 0) };
+        result.map(|_| "raised the limit".to_owned()).map_err(name)
+    }),
+    never("enable core dumps", |_| {
+        let limit = [u64::MAX, u64::MAX];
+        // SAFETY: the limit outlives the call.
+        let result = unsafe { syscall!(Sysno::prlimit64, 0, libc::RLIMIT_CORE, limit.as_ptr(), 0) };
+        result.map(|_| "raised the limit".to_owned()).map_err(name)
+    }),
+];
+
+/// Looks for fds other than standard input, output and error, the control socket, and the fds that the jail opens.
+fn inherited_fds(inside: &Inside) -> Result<String, String> {
+    let known = [0, 1, 2, 3, inside.belongings.fd_directory.as_raw_fd(), inside.belongings.dev_null.as_raw_fd()];
+    for fd in (0..1024).filter(|fd| !known.contains(fd)) {
+        let mut byte = 0u8;
+        // SAFETY: the buffer outlives the call.
+        match unsafe { syscall!(Sysno::read, fd, &raw mut byte, 0) } {
+            Err(Errno::EBADF) => {}
+            result => return Ok(format!("fd {fd} is open: {result:?}")),
+        }
+    }
+    Err("no other fd is open".to_owned())
+}
+
+/// Makes a node of the host's first memory device (/dev/mem), which every host has, in the share.
+fn device_node(_: &Inside) -> Result<String, String> {
+    // SAFETY: the path is a static text.
+    unsafe { syscall!(Sysno::mknodat, AT_FDCWD, text(c"/mem"), libc::S_IFCHR | 0o666, libc::makedev(1, 1)) }
+        .or_else(|errno| if errno == Errno::EEXIST { Ok(0) } else { Err(errno) })
+        .map_err(name)?;
+    // SAFETY: as above.
+    unsafe { syscall!(Sysno::openat, AT_FDCWD, text(c"/mem"), libc::O_RDONLY) }
+        .map(|_| "opened /dev/mem".to_owned())
+        .map_err(name)
+}
+
+/// Connects to a socket that the test has bound in the host's network namespace.
+fn connect_abstract(_: &Inside) -> Result<String, String> {
+    let mut address = [0u8; 14];
+    address[0] = libc::AF_UNIX as u8;
+    address[3..].copy_from_slice(b"husk-escape");
+    // SAFETY: the address outlives the calls.
+    unsafe {
+        let fd = syscall!(Sysno::socket, libc::AF_UNIX, libc::SOCK_STREAM, 0).map_err(name)?;
+        syscall!(Sysno::connect, fd, address.as_ptr(), address.len()).map_err(name)?;
+    }
+    Ok("connected".to_owned())
+}
