@@ -29,6 +29,7 @@ mod source;
 mod stages;
 mod stamp;
 mod suites;
+mod syscalls;
 mod test;
 mod ui;
 mod user_cache;

@@ -12,7 +12,7 @@ use crate::plan::{self, Outcome, Plan, Retries};
 use crate::results::{AttemptOutcome, BootReport, Recorder, Results, SuiteOutcome, Summary};
 use crate::stages::{self, Stages};
 use crate::suites::{self, Lines, Needs, NodeKind};
-use crate::{cmd, deny, dist, files, imports, kernel, modules, paths, setup, side, ui};
+use crate::{cmd, deny, dist, files, imports, kernel, modules, paths, setup, side, syscalls, ui};
 
 /// The suite whose containers build images. The suite needs additional images.
 const BUILDERS: &str = "cri_builders";
@@ -66,6 +66,10 @@ pub struct Options {
     /// profile. The suites always use the quick profile, so that by default everything is compiled only once.
     #[arg(long)]
     release: bool,
+    /// Log the system calls that the VMM's seccomp filters do not allow, and make them. At the end, list the rules that
+    /// no suite needed, and fail if a filter lacks a call.
+    #[arg(long, requires = "e2e")]
+    syscalls: bool,
 }
 
 /// The result of a run.
@@ -285,7 +289,8 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
         |seat, boot| {
             let program = |(name, _): &(String, usize)| named.iter().map(|(suite, _)| *suite).find(|s| s.name == *name);
             let programs: Vec<&Program> = boot.suites.iter().filter_map(program).collect();
-            run_boot(seat, boot, &programs, &Selection { filter, long }, options.handler.as_deref())
+            let selection = Selection { filter, long, syscalls: options.syscalls };
+            run_boot(seat, boot, &programs, &selection, options.handler.as_deref())
         },
         |work, boot, report: BootReport| {
             let name = boot.line.name();
@@ -321,7 +326,10 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
     ] {
         notes.extend(work.results.with_logs(outcome).into_iter().map(|suite| format!("{what}: {suite}")));
     }
-    let failed = work.plans.iter().any(|(_, plan)| !plan.failed().is_empty());
+    let mut failed = work.plans.iter().any(|(_, plan)| !plan.failed().is_empty());
+    if options.syscalls {
+        failed |= !syscalls::report()?;
+    }
     Ok(End { code: u8::from(failed), notes })
 }
 
@@ -331,6 +339,8 @@ struct Selection<'a> {
     filter: &'a str,
     /// Whether long tests run.
     long: bool,
+    /// Whether the system calls of the VMMs are recorded.
+    syscalls: bool,
 }
 
 impl Selection<'_> {
@@ -362,7 +372,8 @@ fn run_boot(
     }
     files::make_dir(&seat.dir())?;
     let path = seat.dir().join("e2e.sh");
-    fs::write(&path, script(boot)).with_context(|| format!("failed to write {}", path.display()))?;
+    fs::write(&path, script(boot, selection.syscalls))
+        .with_context(|| format!("failed to write {}", path.display()))?;
     let mut env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()), ("RUST_BACKTRACE".into(), "1".into())];
     env.extend(handler.map(|handler| ("HUSK_E2E_HANDLER".to_owned(), handler.to_owned())));
     let limits = if selection.filter.is_empty() { LIMITS } else { Limits::default() };
@@ -378,19 +389,28 @@ fn run_boot(
             None
         }
     };
+    if selection.syscalls && console.is_none() {
+        syscalls::keep(&seat.out_dir(), boot.number)?;
+    }
     recorder.finish(console.as_deref(), boot.number)
 }
 
 /// Returns the script that runs the suites of a boot. [`Recorder`] reads the script's marks, and the line that the
 /// script prints before each suite's output.
-fn script(boot: &Boot) -> String {
+fn script(boot: &Boot, syscalls: bool) -> String {
     let mut script = String::from("# Runs the suites one after another. Fails if a suite fails.\nfailed=0\n");
+    if syscalls {
+        script.push_str(&syscalls::begin());
+    }
     for (name, _) in &boot.suites {
         script.push_str(&format!(
             "echo \"== {name}\"; echo \"mark begun {name}\" >&9\n\
              if /husk/tests/{name} --test-threads=1 \"$@\" 9>&-; then echo \"mark passed {name}\" >&9\n\
              else failed=1; echo \"mark failed {name}\" >&9; fi\n"
         ));
+    }
+    if syscalls {
+        script.push_str(syscalls::END);
     }
     script.push_str("exit $failed\n");
     script
@@ -429,7 +449,7 @@ mod tests {
 
     /// Runs the script of a boot on this machine, with other programs in place of the suites.
     fn boot_here(dir: &Path, results: &mut Results, boot: &Boot, args: &[&str]) -> Vec<(String, Attempt)> {
-        let script = script(boot).replace("/husk/tests", &dir.join("suites").display().to_string());
+        let script = script(boot, false).replace("/husk/tests", &dir.join("suites").display().to_string());
         let marks = dir.join("marks");
         let mut bash = Command::new("bash");
         bash.arg("-c").arg(format!("exec 9>'{}'; {script}", marks.display())).arg("script").args(args);
@@ -482,7 +502,7 @@ mod tests {
 
     #[test]
     fn arguments_include_ignored_tests_only_if_long_tests_run() {
-        let args = |filter, long| Selection { filter, long }.args();
+        let args = |filter, long| Selection { filter, long, syscalls: false }.args();
         assert!(args("", false).is_empty());
         assert_eq!(args("", true), ["--include-ignored"]);
         assert_eq!(args("name", true), ["--include-ignored", "name"]);

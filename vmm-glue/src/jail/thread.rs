@@ -26,6 +26,25 @@ pub enum Kind {
     Pid,
 }
 
+impl Kind {
+    /// All kinds.
+    pub const ALL: [Self; 7] =
+        [Self::Control, Self::Vcpu, Self::DeviceLoop, Self::FileServer, Self::Disk, Self::Prefault, Self::Pid];
+
+    /// Returns the beginning of the names of these threads (comm in proc(5)).
+    pub fn thread_name(self) -> &'static str {
+        match self {
+            Self::Control => "husk-vmm",
+            Self::Vcpu => "vcpu",
+            Self::DeviceLoop => "devices",
+            Self::FileServer => "virtio-fs",
+            Self::Disk => "virtio-blk",
+            Self::Prefault => "prefault",
+            Self::Pid => "husk-task",
+        }
+    }
+}
+
 /// Error of confining a thread.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfineError {

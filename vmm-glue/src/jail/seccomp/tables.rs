@@ -85,7 +85,7 @@ const DISK: &[Rule] = &[
 
 const FILE_SERVER: &[Rule] = &[
     allow(Sysno::openat, "opens files by O_PATH fds and their entries in /proc/self/fd"),
-    allow(Sysno::newfstatat, "GETATTR, LOOKUP"),
+    allow(Sysno::openat2, "opens files below the share, and follows no symlink"),
     allow(Sysno::statx, "GETATTR, LOOKUP, STATX"),
     allow(Sysno::readlinkat, "READLINK"),
     allow(Sysno::mkdirat, "MKDIR"),
@@ -107,12 +107,8 @@ const FILE_SERVER: &[Rule] = &[
     allow(Sysno::lseek, "LSEEK, READDIR"),
     allow(Sysno::copy_file_range, "COPY_FILE_RANGE"),
     allow(Sysno::getdents64, "READDIR"),
-    allow(Sysno::preadv, "READ"),
     allow(Sysno::preadv2, "READ"),
-    allow(Sysno::pwritev, "WRITE"),
     allow(Sysno::pwritev2, "WRITE"),
-    allow(Sysno::pwrite64, "WRITE"),
-    allow(Sysno::pread64, "READ"),
     allow(Sysno::fgetxattr, "GETXATTR"),
     allow(Sysno::getxattr, "GETXATTR of a file that cannot be opened, below /proc/self/fd"),
     allow(Sysno::fsetxattr, "SETXATTR"),
@@ -123,6 +119,8 @@ const FILE_SERVER: &[Rule] = &[
     allow(Sysno::removexattr, "REMOVEXATTR of a file that cannot be opened, below /proc/self/fd"),
     allow(Sysno::fchdir, "extended attributes of files that cannot be opened"),
     allow(Sysno::umask, "creates files with the mode that the guest asks for"),
+    allow(Sysno::geteuid, "whether the thread has to switch to the user who asks for a file"),
+    allow(Sysno::getegid, "whether the thread has to switch to the group that asks for a file"),
     allow(Sysno::setresuid, "creates files as the user who asks for them"),
     allow(Sysno::setresgid, "creates files as the group that asks for them"),
     allow(Sysno::setgroups, "drops supplementary groups before a file is created"),
@@ -211,4 +209,60 @@ fn tables(kind: Kind) -> &'static [&'static [Rule]] {
 /// Returns the rules of a kind of thread. A call may have several rules.
 pub fn rules(kind: Kind) -> impl Iterator<Item = &'static Rule> {
     tables(kind).iter().copied().flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    const KINDS: [(Kind, usize); 7] = [
+        (Kind::Control, 45),
+        (Kind::Vcpu, 15),
+        (Kind::DeviceLoop, 35),
+        (Kind::FileServer, 70),
+        (Kind::Disk, 35),
+        (Kind::Prefault, 15),
+        (Kind::Pid, 15),
+    ];
+
+    #[test]
+    fn each_kind_of_thread_stays_within_its_budget_of_calls() {
+        for (kind, budget) in KINDS {
+            let calls: BTreeSet<Sysno> = rules(kind).map(|rule| rule.call).collect();
+            assert!(calls.len() <= budget, "{kind:?} has {} calls, but its budget is {budget}", calls.len());
+        }
+    }
+
+    #[test]
+    fn table_has_no_call_twice_and_every_rule_has_a_reason() {
+        for (kind, _) in KINDS {
+            for table in tables(kind) {
+                let calls: BTreeSet<Sysno> = table.iter().map(|rule| rule.call).collect();
+                assert_eq!(calls.len(), table.len(), "a table of {kind:?} has a call twice");
+                assert!(table.iter().all(|rule| !rule.reason.is_empty()));
+            }
+        }
+    }
+
+    #[test]
+    fn powerful_calls_are_allowed_with_certain_arguments_only() {
+        use Sysno::{clone, ioctl, mmap, mprotect, prctl, socket, socketpair, tgkill};
+        for (kind, _) in KINDS {
+            for rule in rules(kind) {
+                let filtered = !rule.when.is_empty();
+                let powerful = [clone, ioctl, mmap, mprotect, prctl, socket, socketpair, tgkill].contains(&rule.call);
+                assert!(filtered || !powerful, "{} is not filtered for {kind:?}", rule.call);
+            }
+        }
+    }
+
+    #[test]
+    fn handler_of_violations_may_make_its_calls() {
+        for (kind, _) in KINDS {
+            let unconditional = |call| rules(kind).any(|rule| rule.call == call && rule.when.is_empty());
+            assert!([Sysno::write, Sysno::sendmsg, Sysno::exit_group].into_iter().all(unconditional), "{kind:?}");
+        }
+    }
 }

@@ -1,0 +1,139 @@
+//! Compares the system calls that the VMM's threads make during the end-to-end suites with their seccomp filters.
+//!
+//! The node's kernel counts the calls with histogram triggers (Documentation/trace/histogram.rst). The filters only log
+//! calls that they do not allow, so that one run finds all calls that a filter lacks.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::build::cargo;
+use crate::{cmd, files, paths, ui};
+
+/// The thread names of the VMM's kinds of threads, as globs.
+const THREADS: [&str; 7] = ["husk-vmm", "vcpu*", "devices", "virtio-fs*", "virtio-blk*", "prefault", "husk-task"];
+const EVENT: &str = "/sys/kernel/tracing/events/raw_syscalls/sys_enter";
+/// Files in the node's /out.
+const COUNTS: &str = "syscalls.txt";
+const VIOLATIONS: &str = "violations.txt";
+
+/// Lines of a node's script that write what was counted. Each violation is a record of the audit subsystem with the
+/// thread's name and the number of the call (seccomp(2), SECCOMP_RET_LOG).
+pub const END: &str = "cat /sys/kernel/tracing/events/raw_syscalls/sys_enter/hist > /out/syscalls.txt\n\
+                       dmesg | grep 'type=1326' > /out/violations.txt\n";
+
+/// A rule of a filter, as `cargo run --example filters` prints it.
+struct Rule {
+    kind: String,
+    thread: String,
+    call: String,
+    number: String,
+}
+
+/// Returns the lines of a node's script that start counting.
+pub fn begin() -> String {
+    let mut script = String::from(
+        "echo 'seccomp = \"log\"' >> /etc/husk/config.toml\n\
+         mount -t tracefs tracefs /sys/kernel/tracing\n",
+    );
+    for thread in THREADS {
+        script
+            .push_str(&format!("echo 'hist:keys=id:size=1024 if COMM ~ \"{thread}\"' >> {EVENT}/trigger || exit 1\n"));
+    }
+    script
+}
+
+/// Keeps the counts of a boot.
+pub fn keep(out: &Path, boot: usize) -> Result<()> {
+    let dir = dir()?;
+    for name in [COUNTS, VIOLATIONS] {
+        let from = out.join(name);
+        let to = dir.join(format!("{boot}-{name}"));
+        fs::copy(&from, &to).with_context(|| format!("failed to copy {} to {}", from.display(), to.display()))?;
+    }
+    Ok(())
+}
+
+/// Prints the rules that no suite needed and the calls that a filter lacks. Returns false if a filter lacks a call.
+pub fn report() -> Result<bool> {
+    let table = cmd::output(cargo().args(["run", "--quiet", "--package", "husk-vmm", "--example", "filters"]))?;
+    let rules: Vec<Rule> = table.lines().filter_map(rule).collect();
+    let (mut counts, mut violations) = (BTreeMap::new(), BTreeSet::new());
+    for entry in fs::read_dir(dir()?).context("failed to read the counts of system calls")? {
+        let path = entry?.path();
+        let text = fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
+        if path.to_string_lossy().ends_with(COUNTS) {
+            count(&text, &mut counts);
+        } else {
+            violations.extend(text.lines().filter_map(violation));
+        }
+    }
+    for Rule { kind, call, .. } in rules.iter().filter(|rule| !is_used(rule, &counts)) {
+        ui::say("syscalls", format!("no suite needed {call} of {kind}"));
+    }
+    for (thread, number) in &violations {
+        let name = rules.iter().find(|rule| rule.number == *number).map_or("", |rule| &rule.call);
+        ui::say("syscalls", format!("the filter of thread {thread} lacks system call {number} {name}"));
+    }
+    Ok(violations.is_empty())
+}
+
+fn dir() -> Result<PathBuf> {
+    let dir = paths::results().join("syscalls");
+    files::make_dir(&dir)?;
+    Ok(dir)
+}
+
+fn rule(line: &str) -> Option<Rule> {
+    let mut fields = line.split('\t').map(str::to_owned);
+    Some(Rule { kind: fields.next()?, thread: fields.next()?, call: fields.next()?, number: fields.next()? })
+}
+
+/// Adds the counts of a `hist` file: thread name (as a glob) and number of the call, and how often it was made.
+fn count(text: &str, counts: &mut BTreeMap<(String, String), u64>) {
+    let mut thread = String::new();
+    for line in text.lines() {
+        if line.starts_with("# trigger info:") {
+            thread = line.split('"').nth(1).unwrap_or_default().to_owned();
+        } else if let Some((key, hits)) = line.strip_prefix("{ id:").and_then(|line| line.split_once("} hitcount:")) {
+            let hits = hits.trim().parse().unwrap_or(0);
+            *counts.entry((thread.clone(), key.trim().to_owned())).or_default() += hits;
+        }
+    }
+}
+
+/// Returns thread name and number of the call in a record of the audit subsystem.
+fn violation(line: &str) -> Option<(String, String)> {
+    let field = |name: &str| line.split_whitespace().find_map(|word| word.strip_prefix(name)).map(str::to_owned);
+    let thread = field("comm=")?.trim_matches('"').to_owned();
+    let number = field("syscall=")?;
+    THREADS.iter().any(|name| thread.starts_with(name.trim_end_matches('*'))).then_some((thread, number))
+}
+
+fn is_used(rule: &Rule, counts: &BTreeMap<(String, String), u64>) -> bool {
+    counts.keys().any(|(thread, number)| thread.trim_end_matches('*') == rule.thread && *number == rule.number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_and_violations_are_read_by_thread_and_call() {
+        let hist = "# event histogram\n#\n# trigger info: hist:keys=id:vals=hitcount:sort=hitcount:size=1024 \
+                    if COMM ~ \"vcpu*\" [active]\n#\n\n{ id:        202 } hitcount:       7\n\
+                    { id:         16 } hitcount:      90\n\nTotals:\n    Hits: 97\n";
+        let mut counts = BTreeMap::new();
+        count(hist, &mut counts);
+        count(hist, &mut counts);
+        assert_eq!(counts[&("vcpu*".into(), "202".into())], 14);
+        let rule = |number: &str| rule(&format!("Vcpu\tvcpu\tx\t{number}\treason")).unwrap();
+        assert!(is_used(&rule("16"), &counts) && !is_used(&rule("1"), &counts));
+        let record = "[   9.1] audit: type=1326 audit(1.2:3): auid=0 pid=5 comm=\"vcpu0\" exe=\"/x\" sig=0 \
+                      arch=c000003e syscall=41 compat=0 ip=0x1 code=0x7ffc0000";
+        assert_eq!(violation(record), Some(("vcpu0".into(), "41".into())));
+        assert_eq!(violation(&record.replace("vcpu0", "sshd")), None);
+    }
+}
