@@ -177,7 +177,8 @@ impl Growth {
         let millis = containers.clone().filter_map(Limits::usable_millis).fold(0u64, u64::saturating_add);
         let mut unlimited = containers.filter(|limits| limits.usable_millis().is_none()).map(|limits| limits.shares);
         let free = match unlimited.next() {
-            // The containers without a limit share as many vCPUs as they request together, but at least the default.
+            // The containers without a limit share the sum of the vCPUs that they request, but at least the default
+            // number of vCPUs.
             Some(first) => {
                 let shares = unlimited.fold(first, u64::saturating_add);
                 cpus_of_shares(shares).max(u64::from(self.default.vcpus))
@@ -217,7 +218,7 @@ impl Size {
     }
 }
 
-/// Returns the memory that the guest's kernel needs for page metadata, in MiB.
+/// Returns the memory, in MiB, that the guest's kernel needs for the metadata (`struct page` array) of `mib` MiB.
 ///
 /// The kernel needs 64 bytes for each page, and allocates the metadata for blocks of 128 MiB.
 pub fn page_metadata_mib(mib: u64) -> u64 {
