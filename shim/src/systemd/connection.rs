@@ -190,7 +190,7 @@ impl Connection {
     fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             self.stream.set_write_timeout(Some(self.remaining_time()?))?;
-            // This does not cause a SIGPIPE, because std sends with MSG_NOSIGNAL.
+            // The write does not cause a SIGPIPE, because std sends with MSG_NOSIGNAL.
             match self.stream.write(bytes) {
                 Ok(length) => bytes = bytes.get(length..).unwrap_or_default(),
                 Err(error) => check_retry(error)?,
