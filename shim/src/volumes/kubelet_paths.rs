@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn is_sub_path_recognizes_the_kubelets_directory() {
+    fn is_sub_path_recognizes_the_directory_of_the_kubelet() {
         assert!(is_sub_path(Path::new("/var/lib/kubelet/pods/u/volume-subpaths/data/web/0")));
         assert!(!is_sub_path(Path::new("/var/lib/kubelet/pods/u/volumes/kubernetes.io~csi/data/mount")));
     }

@@ -96,7 +96,8 @@ impl Share {
     /// repeatedly.
     pub fn unmount(&self) {
         for path in [&self.guest, &self.host, &self.stage()] {
-            // A detached unmount includes all submounts. Ignore an error, because there may be nothing to unmount.
+            // A lazy unmount (MNT_DETACH) includes all submounts. Ignore an error, because there may be nothing to
+            // unmount.
             let _ = umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
             let _ = std::fs::remove_dir(path);
         }
