@@ -106,7 +106,8 @@ fn annotations(id: &str, config: &PodSandboxConfig) -> Map<String, Value> {
     all
 }
 
-/// Returns the cgroup path: a scope in a systemd slice if the parent is a slice, otherwise a path below the parent.
+/// Returns the `cgroupsPath` of the sandbox. If the parent is a systemd slice, the result names a scope in this slice.
+/// If the parent is another cgroup, the result is a path below the parent. If there is no parent, the result is empty.
 fn cgroups_path(parent: &str, id: &str) -> String {
     let name = parent.rsplit('/').next().unwrap_or_default();
     match parent {
