@@ -145,8 +145,8 @@ impl Growth {
     /// covers containers that have not been created yet.
     ///
     /// The result is the sum of the containers' limits. The default size is added only once, because all containers
-    /// without a limit share it, as they would share a host. Also, the default size includes the kernel's page
-    /// metadata, which a pod of ten containers does not need ten times.
+    /// without a limit share it, as they would share a host. Moreover, the default size includes the kernel's
+    /// page metadata, which a pod of ten containers does not need ten times.
     pub fn size<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone, start: bool) -> Size {
         let vcpus = self.vcpus(containers.clone());
         let memory = containers.clone().map(|limits| limits.memory);

@@ -89,7 +89,8 @@ fn round_cpu_millis(unit: Option<&Unit>, millis: u64) -> u64 {
     if unit.is_some() { millis.div_ceil(10).saturating_mul(10) } else { millis }
 }
 
-/// If the sandbox's cgroup has a list of CPUs, returns all CPUs of the parent cgroup, to which the list must be reset.
+/// Returns the CPUs to which the list of CPUs of the sandbox's cgroup must be reset. These are all CPUs of the parent
+/// cgroup. Returns `None` if the sandbox's cgroup has no list of CPUs.
 ///
 /// The kernel does not accept an empty list for a cgroup that has processes (kernel/cgroup/cpuset.c, validate_change:
 /// ENOSPC).

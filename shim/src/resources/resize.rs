@@ -141,8 +141,8 @@ impl Resizer {
 /// A function that records the pod's current size for `husk ps`. It may block.
 pub type RecordSize = Arc<dyn Fn(Size) + Send + Sync>;
 
-/// Pending request to shrink memory. Returns the hot-plugged memory that remains in the guest, in MiB, or `None` if the
-/// request fails.
+/// Pending request to shrink memory. The future returns the hot-plugged memory that remains in the guest, in MiB, or
+/// `None` if the request fails.
 type Shrinking = Pin<Box<dyn Future<Output = Option<u64>> + Send>>;
 
 /// The task's state.

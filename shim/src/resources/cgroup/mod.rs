@@ -162,7 +162,7 @@ impl Cgroup {
         })
         .await;
         if let Err(error) = removed {
-            tracing::warn!("failed to run the removal of the sandbox's cgroup: {error}");
+            tracing::warn!("the task that removes the sandbox's cgroup failed: {error}");
         }
     }
 }
