@@ -73,7 +73,7 @@ pub enum DiskError {
         #[source]
         source: VmmError,
     },
-    /// The agent did not answer with a device.
+    /// The agent failed to find the device.
     #[error("failed to find the block device in the guest")]
     Guest(#[source] ttrpc::Error),
     /// The guest has no disk in the slot.

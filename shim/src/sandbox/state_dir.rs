@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn kill_and_wait_spares_a_reused_pid() {
+    fn kill_and_wait_does_not_kill_a_process_that_reuses_the_pid() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let id = ProcessId::read(child.id()).unwrap();
         ProcessId { start: id.start + 1, ..id }.kill_and_wait();

@@ -9,8 +9,8 @@ use std::time::Duration;
 use tokio::task::{Id, JoinSet};
 use tokio::time::Instant;
 
-/// Duration after which an update counts as hanging, and requests no longer wait for it. Normally, an update takes
-/// milliseconds.
+/// Duration after which an update counts as hanging. Requests do not wait longer for an update. Normally, an update
+/// takes milliseconds.
 const HANG_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Function that updates the mounts of the volume with this name. It may block.
