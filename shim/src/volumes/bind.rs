@@ -1,7 +1,7 @@
 //! Binds host directories and files into the share. Each directory or file is bound only once for the whole pod, even
 //! if several containers use it.
 //!
-//! The virtio-fs server tells files apart by the mount through which they are reached (virtiofsd,
+//! The virtio-fs server identifies a file by its inode and the mount through which it is reached (virtiofsd,
 //! `passthrough::InodeIds`). Two mounts of one directory would give the guest two sets of inodes. A fifo, a socket or a
 //! lock would then not work between containers that use different mounts.
 

@@ -24,8 +24,8 @@ pub struct Submount<'a> {
 }
 
 impl<'a> Tree<'a> {
-    /// Returns the tree whose root mount has this mount id. `id` may also be the id of a mount that covers the root
-    /// mount. Returns `None` if the list does not contain a mount with this id.
+    /// Returns the tree whose root mount has this mount id, or is covered by the mount with this id. Returns `None` if
+    /// the list does not contain a mount with this id.
     pub fn of(entries: &'a [Entry], id: u64) -> Option<Self> {
         let by_id: HashMap<u64, &Entry> = entries.iter().map(|entry| (entry.id, entry)).collect();
         let mut base = *by_id.get(&id)?;
@@ -97,7 +97,7 @@ impl<'a> Tree<'a> {
 /// Returns the submounts to remove from `old` and the submounts to add to `old`, so that `old` becomes `new`.
 ///
 /// Two submounts are equal if they show the same directory of the same file system at the same path. Removing a
-/// submount also removes the submounts below it. Therefore, the first list contains only the topmost submounts to
+/// submount removes all submounts below it. Therefore, the first list contains only the topmost submounts to
 /// remove. If a submount below them is in `new`, the second list contains it, so that it is added again.
 pub fn differences<'a>(old: Vec<Submount<'a>>, new: Vec<Submount<'a>>) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
     let same = |a: &Submount<'_>, b: &Submount<'_>| {

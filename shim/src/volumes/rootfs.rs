@@ -197,8 +197,8 @@ fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> 
         return Err(io::Error::other(message));
     };
     // Shorten the options with paths that are relative to the working directory. Use a new thread, because a thread
-    // must call unshare(CLONE_FS) before it changes its working directory. Otherwise, it would change the working directory
-    // of all threads.
+    // must call unshare(CLONE_FS) before it changes its working directory. Otherwise, it would change the working
+    // directory of all threads.
     let (target, kind, flags) = (target.to_path_buf(), root.kind.clone(), options.flags);
     let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;

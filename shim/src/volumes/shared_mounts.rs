@@ -24,8 +24,8 @@ pub use husk_proto::SHARED_VOLUMES as VOLUMES;
 struct Mounts {
     /// Number with which the name of the next mount begins.
     next_number: u64,
-    /// Mount points that no further container gets, because the unmount has begun and may have failed, or because
-    /// attaching the mount failed.
+    /// Mount points that no further container gets. Either their unmount has begun and may have failed, or the mount
+    /// could not be attached.
     retired: BTreeSet<PathBuf>,
 }
 

@@ -162,8 +162,8 @@ fn copy_in(
         if unreachable.iter().any(|path| submount.path.starts_with(path)) {
             continue;
         }
-        // Omit a submount that no path reaches instead of failing. The mount point may be in a file system whose server
-        // has died, or a guest may have moved the mount point below a path that is too long.
+        // If a submount cannot be copied, omit it instead of failing. The mount point may be in a file system whose
+        // server has died, or a guest may have moved the mount point below a path that is too long.
         if let Err(error) = copy_staged(&from.file, to, submount) {
             unreachable.push(&submount.path);
             if error.kind() != io::ErrorKind::NotFound {
