@@ -1,4 +1,5 @@
-//! The address of a sandbox's shim: one Unix socket per containerd, namespace and sandbox.
+//! The address of a sandbox's shim. Each combination of containerd instance, namespace and sandbox has its own Unix
+//! socket.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -62,9 +63,9 @@ pub enum Listen {
 }
 
 impl Address {
-    /// Returns the address of the shim that serves `sandbox` in `namespace`.
+    /// Returns the address of the shim that serves `sandbox` in containerd's namespace `namespace`.
     ///
-    /// `containerd` is the path of containerd's gRPC socket. Without `dir`, the socket is in [`SOCKET_DIR`].
+    /// `containerd` is the path of containerd's gRPC socket. If `dir` is `None`, the socket is in [`SOCKET_DIR`].
     pub fn new(dir: Option<&str>, containerd: &str, namespace: &str, sandbox: &str) -> Self {
         let mut hash = Sha256::new();
         hash.update(Path::new(containerd).join(namespace).join(sandbox).as_os_str().as_encoded_bytes());
@@ -106,9 +107,10 @@ impl Address {
             .mode(0o711)
             .create(dir)
             .map_err(|source| ListenError::Directory { path: dir.into(), source })?;
-        // The lock prevents two races with another start. Between its bind and listen, the other start's socket looks
-        // dead. This start could also remove a socket that the other start has just bound in place of a dead socket.
-        // The lock is on the directory itself, because nothing would ever remove a separate lock file.
+        // The lock prevents two races with another `start` process. First, the other process's socket looks dead after
+        // bind(2) and before listen(2). Second, both processes may find the same dead socket. Without the lock, this
+        // process could then remove the socket with which the other process has replaced the dead socket. The lock is
+        // on the directory itself, because nothing would ever remove a separate lock file.
         let _lock = lock(dir).map_err(|source| ListenError::Lock { path: dir.into(), source })?;
         let error = |source| ListenError::Bind { path: self.path.clone(), source };
         for _ in 0..3 {
@@ -137,8 +139,8 @@ impl Address {
     }
 }
 
-/// Locks a directory, so that other `start` processes wait. The wait is short, because no process blocks while it holds
-/// the lock.
+/// Locks a directory. Other `start` processes wait for the lock. Their wait is short, because no process blocks while
+/// it holds the lock.
 fn lock(dir: &Path) -> std::io::Result<Flock<File>> {
     let mut file = File::open(dir)?;
     loop {

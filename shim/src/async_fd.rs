@@ -9,9 +9,9 @@ use tokio::io::unix::AsyncFd;
 /// Registers an fd with the current async runtime.
 ///
 /// # Errors
-/// The error of epoll if it does not support the fd, for example the fd of a regular file.
+/// The error from epoll, for example if the fd belongs to a regular file, which epoll does not support.
 pub fn register<T: AsRawFd + Into<OwnedFd>>(fd: T, interest: Interest) -> io::Result<AsyncFd<T>> {
-    // SAFETY: a type that converts into `OwnedFd` owns its fd. Therefore, the fd stays open and unchanged while `fd`
-    // lives. The `AsyncFd` deregisters the fd before it drops `fd`.
+    // SAFETY: a type that converts into `OwnedFd` owns its fd. Therefore, the fd stays open, and its number does not
+    // change, while `fd` lives. The `AsyncFd` deregisters the fd before it drops `fd`.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }

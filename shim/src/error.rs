@@ -1,9 +1,9 @@
-//! Errors of the shim's ttrpc services. The texts and codes are the same as in containerd's runc shim, because clients
-//! match on these texts and codes.
+//! Errors of the shim's ttrpc services. If containerd's runc shim has the same error, its text and code are used,
+//! because clients match on these texts and codes.
 
 use ttrpc::{Code, Error};
 
-/// Error of a request to one of the shim's services.
+/// Why a request to one of the shim's services failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
     /// No container has this id.
@@ -49,7 +49,7 @@ pub enum ServiceError {
     #[error("{0}: not implemented")]
     Unsupported(&'static str),
     /// The request needs a running program, which the sandbox container does not have.
-    #[error("the sandbox container does not run a program; name another container of the pod: failed precondition")]
+    #[error("the sandbox container does not run a program; use another container of the pod: failed precondition")]
     Sandbox,
     /// The request names a sandbox that this shim does not serve.
     #[error("sandbox {0}: not found")]

@@ -9,9 +9,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use crate::oci::Hook;
 use crate::oci::annotations::Annotations;
 
-/// Timeout of a hook if the specification does not set one.
+/// Timeout of a hook if the specification does not set a timeout.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
-/// Maximum number of bytes of a failed hook's stdout that the error contains. The same limit applies to stderr.
+/// Maximum number of bytes of a failed hook's stdout in the error message. The same limit applies to stderr.
 const MAX_OUTPUT: u64 = 4096;
 
 /// The container's state, which the OCI runtime specification passes to hooks on stdin.
@@ -24,8 +24,8 @@ pub struct State<'a> {
     pub id: &'a str,
     /// `creating`, `created`, `running` or `stopped`.
     pub status: &'a str,
-    /// The PID that containerd sees for the container. On the host, the process with this PID is in the sandbox's
-    /// namespaces. The PID is 0 for a container that has stopped.
+    /// The PID that the shim reports to containerd for the container. On the host, the process with this PID is in the
+    /// sandbox's namespaces. The PID is 0 for a container that has stopped.
     #[serde(skip_serializing_if = "is_zero")]
     pub pid: u32,
     /// The bundle directory.
@@ -123,7 +123,7 @@ async fn run_one(hook: &Hook, state: &[u8]) -> std::io::Result<(std::process::Ex
     let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let feed = async {
         if let Some(mut stdin) = stdin {
-            // A hook may end without reading its state.
+            // Ignore an error, because a hook may end without reading the container's state.
             let _ = stdin.write_all(state).await;
         }
     };

@@ -1,5 +1,5 @@
-//! The shim's log: logfmt lines, as containerd's Go shims write them. The shim writes the lines to a fifo, from which
-//! containerd copies them to its own log.
+//! The shim's log. It consists of logfmt lines, like the logs of containerd's Go shims. The shim writes the lines to a
+//! fifo, from which containerd copies them to its own log.
 
 mod limit;
 
@@ -32,7 +32,7 @@ struct Logger {
     namespace: String,
     dropped: AtomicU64,
     limiter: Mutex<Limiter<Identifier>>,
-    /// Limits the records of the `log` crate, by file and line.
+    /// Limits the rate of records from the `log` crate. The source of a record is its file and line.
     record_limiter: Mutex<Limiter<(Option<&'static str>, Option<u32>)>>,
 }
 
@@ -41,7 +41,7 @@ pub fn init(bundle: &Path, namespace: &str, sandbox: &str, debug: bool) {
     if debug {
         set_level(LogLevel::Debug);
     }
-    // Opens the fifo non-blocking, because a write must not wait for containerd, which may be slow or dead.
+    // Open the fifo in non-blocking mode, because a write must not wait for containerd, which may be slow or dead.
     let options = libc::O_NONBLOCK | libc::O_CLOEXEC;
     let fifo = File::options().write(true).custom_flags(options).open(bundle.join("log")).ok();
     let logger = Logger {

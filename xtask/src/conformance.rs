@@ -154,13 +154,15 @@ fn page(rows: &[Row], titles: &[String], runc: &str) -> String {
     let mut text = format!(
         "# CRI conformance of Husk and runc\n\n\
          `cargo xtask conformance` generates this page. The command tests each behaviour through containerd's CRI in\n\
-         the test node. The groups are those of the CRI's validation suite. The columns name the handler and\n\
-         containerd's version. The version of runc is {runc}.\n\n\
-         - *refused*: the behaviour needs something that a VM does not share with its host. The error message names it.\n\
-         - If a behaviour fails with every runtime of one containerd version, that containerd does not implement it.\n\
+         the test node. The groups of behaviours are those of the CRI's validation suite. The columns name the\n\
+         handler and containerd's version. The version of runc is {runc}.\n\n\
+         - *refused*: the behaviour needs something that a VM does not share with its host. The error message names\n  \
+         what it needs.\n\
+         - If a behaviour fails with every runtime of a containerd version, this containerd does not implement the\n  \
+         behaviour.\n\
          - husk-sandbox is the handler with `sandboxer = \"shim\"`. With this sandboxer, a pod with\n  \
-         `hostNetwork: true` crashes containerd 2.1 itself ([install.md](install.md)). Therefore this behaviour\n  \
-         is not tried.\n"
+         `hostNetwork: true` crashes containerd 2.1 itself ([install.md](install.md)). Therefore the host's\n  \
+         network namespace is not tried.\n"
     );
     let mut group = "";
     for row in rows {

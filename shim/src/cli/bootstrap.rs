@@ -1,4 +1,5 @@
-//! The bootstrap protocol between containerd and `start`: the format of stdin and of the reply on stdout.
+//! The bootstrap protocol between containerd and the shim's `start` action: the format of stdin and of the reply on
+//! stdout.
 //!
 //! | containerd | stdin | reply |
 //! | --- | --- | --- |
@@ -9,9 +10,9 @@
 //! containerd 1.7 rejects JSON with a version above 2. Every containerd since 1.6 accepts a plain address, and then
 //! uses version 2 of the task API. Therefore, the plain address is the default.
 //!
-//! `MAX_SHIM_VERSION` does not distinguish the containerd versions. All of them set it to 2 (containerd 2.1,
-//! pkg/shim/util.go), although 2.0 and later also accept version 3. Instead, the shim checks the path of a sandbox's
-//! bundle. The path contains the name of the sandbox controller, which changed in 2.0.
+//! `MAX_SHIM_VERSION` does not distinguish the containerd versions. Every containerd version sets it to 2 (containerd
+//! 2.1, pkg/shim/util.go), although 2.0 and later accept version 3, too. Instead, the shim checks the path of a
+//! sandbox's bundle. The path contains the name of the sandbox controller, and containerd 2.0 changed this name.
 
 use std::path::Path;
 
@@ -20,7 +21,7 @@ use protobuf::Message;
 
 use super::Args;
 
-/// Path component of each bundle that the sandbox controller makes, in containerd 2.0 and later.
+/// Path component of each bundle that the sandbox controller of containerd 2.0 and later makes.
 const SANDBOX_CONTROLLER: &str = "io.containerd.sandbox.controller.v1.shim";
 
 /// Maximum number of bytes read from stdin, as in containerd's own shims.
@@ -80,8 +81,9 @@ impl Env {
 impl Params {
     /// Merges the parameters from stdin, flags and environment.
     ///
-    /// Runtime options (an `Any`) can also be decoded as `BootstrapParams`, with their type URL as the instance id.
-    /// Therefore, stdin counts as bootstrap parameters only if its id and namespace equal those of the command line.
+    /// The bytes of runtime options (an `Any`) are a valid `BootstrapParams` message, too. Its instance id is then the
+    /// options' type URL. Therefore, stdin counts as bootstrap parameters only if the decoded id and namespace equal
+    /// the id and namespace of the command line.
     pub fn new(input: &[u8], args: &Args, env: &Env) -> Self {
         if !input.is_empty()
             && let Ok(params) = BootstrapParams::parse_from_bytes(input)

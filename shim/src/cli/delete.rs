@@ -22,11 +22,12 @@ const EXIT_STATUS_KILLED: u32 = 128 + 9;
 /// Timeout of each request that checks whether the sandbox's shim is still needed.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Cleans up after a container, and after its sandbox if the sandbox's shim is dead or no longer needed.
+/// Cleans up after the container's sandbox if the sandbox's shim is dead or no longer needed. Then writes a
+/// DeleteResponse to stdout.
 pub fn delete(args: &Args) -> std::io::Result<()> {
     let bundle = if args.bundle.as_os_str().is_empty() { std::env::current_dir()? } else { args.bundle.clone() };
-    // config.json may have been removed with the bundle, or may never have existed. In both cases, the container counts
-    // as its own sandbox.
+    // config.json may have been removed with the bundle, or may never have existed. In both cases, the container's id
+    // is used as the sandbox's id.
     let spec = Bundle::read(&bundle).ok().map(|bundle| bundle.spec);
     let group = spec.as_ref().and_then(|spec| spec.group(&args.id).ok().map(str::to_owned));
     let group = group.unwrap_or_else(|| args.id.clone());
@@ -39,8 +40,8 @@ pub fn delete(args: &Args) -> std::io::Result<()> {
             Address::new(None, &address, &args.namespace, &group)
         });
     // A live shim serves all containers of the pod. Therefore, this action cleans up after a live shim only if it
-    // deletes the sandbox container. containerd also runs this action after a normal deletion of the sandbox container.
-    // If the pod has other containers at that time, they still need the shim.
+    // deletes the sandbox container. containerd runs this action even after a normal deletion of the sandbox container.
+    // If the pod still has other containers, these containers need the shim.
     let is_needed = || {
         if group == args.id { spec.is_some() && has_other_containers(&address, &args.id) } else { address.is_live() }
     };
@@ -59,9 +60,10 @@ pub fn delete(args: &Args) -> std::io::Result<()> {
     out.flush()
 }
 
-/// Returns whether the shim has containers, but no longer has container `id`.
+/// Returns whether the shim no longer has container `id`, but still has other containers.
 ///
-/// Sends a Shutdown request. A shim that has other containers ignores the request, and every other shim ends.
+/// To find this out, sends a Shutdown request. A shim that has containers ignores this request. A shim without
+/// containers ends.
 fn has_other_containers(address: &Address, id: &str) -> bool {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return false };
     let probe = async {

@@ -14,9 +14,9 @@ pub fn version() {
 
 /// Returns the OCI runtime features (features.md of the OCI runtime specification) that callers evaluate.
 ///
-/// containerd derives two features of the runtime handler from them, and reports these features to the kubelet
-/// (containerd 2.x, internal/cri/server/service.go). It reports user namespaces if it finds the namespace `user` and
-/// id-mapped mounts. It reports recursive read-only mounts if it finds the mount option `rro`.
+/// containerd derives two features of the runtime handler from the OCI features, and reports these two to the kubelet
+/// (containerd 2.x, internal/cri/server/service.go). containerd reports user namespaces if it finds the namespace
+/// `user` and id-mapped mounts. containerd reports recursive read-only mounts if it finds the mount option `rro`.
 fn features() -> Any {
     let features = serde_json::json!({
         "ociVersionMin": "1.0.0",

@@ -66,10 +66,10 @@ impl Args {
     /// Parses the arguments after the program name, as Go's `flag` package does.
     ///
     /// A flag has one or two dashes and the form `-flag value` or `-flag=value`. A boolean flag does not need a value.
-    /// The first argument that is not a flag is the action. Later arguments are ignored.
+    /// The first argument that is not a flag is the action. The arguments after the action are ignored.
     ///
     /// # Errors
-    /// [`ArgsError`] for command lines that Go's `flag` package rejects too.
+    /// [`ArgsError`] for command lines that Go's `flag` package would reject, too.
     pub fn parse<I: IntoIterator<Item = String>>(args: I) -> Result<Self, ArgsError> {
         let mut out = Self::default();
         let mut args = args.into_iter();
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn parse_accepts_containerds_start_command() {
+    fn parse_accepts_the_start_command_of_containerd() {
         let args = parse(&[
             "-namespace",
             "default",

@@ -121,7 +121,7 @@ fn write_address(bundle: &Path, address: &Address) -> Result<(), StartError> {
 
 /// Sets the shim's `oom_score_adj` to containerd's plus one, as containerd's own shims do.
 ///
-/// If the node runs out of memory, the kernel's OOM killer therefore prefers the shim to containerd.
+/// Therefore, if the node runs out of memory, the kernel's OOM killer kills the shim before it kills containerd.
 fn adjust_oom_score() {
     let parent = nix::unistd::getppid();
     let score = std::fs::read_to_string(format!("/proc/{parent}/oom_score_adj"));

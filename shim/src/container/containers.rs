@@ -126,7 +126,7 @@ pub struct Containers {
 }
 
 impl Containers {
-    /// Reserves an id. [`Containers::insert`] or [`Containers::remove`] must follow.
+    /// Reserves an id. The caller must later call [`Containers::insert`] or [`Containers::remove`].
     ///
     /// # Errors
     /// [`ServiceError::Exists`] if the id is reserved or belongs to a container.

@@ -72,7 +72,8 @@ impl Shim {
                 let started = self.sandbox.start_propagation();
                 started.map_err(|error| ServiceError::failed(format!("failed to watch the host's mounts: {error}")))?;
             }
-            // The hooks may run CNI plugins, which need the VMM process's network namespace. It exists at this point.
+            // The hooks may run CNI plugins, which need the network namespace of the VMM process. The VMM process
+            // already exists at this point.
             self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
             self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
             Ok::<_, ServiceError>(prepared)
@@ -117,12 +118,13 @@ impl Shim {
         init.set_relay(relay);
         let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, mirroring));
         self.publish_created(&container, request);
-        // The resize must follow the creation. Otherwise, the container's CPU limit would slow down its own creation.
+        // The resize must follow the creation. Otherwise, the container's CPU limit would slow down the container's
+        // creation.
         self.queue_resize();
         Ok(())
     }
 
-    /// Tells the agent to clean up after a failed creation. The guest may have copies of the container's volumes, or
+    /// Tells the agent to clean up after a failed creation. The guest may contain copies of the container's volumes, or
     /// the container itself.
     ///
     /// The agent may still be creating the container. In this case, the agent deletes the container after the creation
@@ -134,7 +136,11 @@ impl Shim {
             Ok(_) => tracing::info!(container = id, "deleted the container in the guest after a failed create"),
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
             Err(error) => {
-                tracing::warn!(container = id, %error, "failed to clean up in the guest after a failed create");
+                tracing::warn!(
+                    container = id,
+                    %error,
+                    "failed to delete the container in the guest after a failed create"
+                );
             }
         }
     }

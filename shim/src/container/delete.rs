@@ -16,11 +16,12 @@ use crate::vm::agent::{timeouts, within};
 /// Timeout for copying the rest of a container's output after the container's exit. If nothing is copied for this long,
 /// the output counts as complete.
 ///
-/// All processes of the container have ended by then. Therefore, only a client that does not read can delay the
-/// copying.
+/// All processes of the container have ended by then. Therefore, only a client that does not read the output can delay
+/// the copying.
 const INIT_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
-/// The same timeout for the output of an exec. This timeout is shorter, because a process that the exec has left behind
-/// may hold the exec's stdout open forever. runc's shim also waits 2 s.
+/// Timeout for copying the rest of an exec's output after the exec's exit. This timeout is shorter than
+/// [`INIT_OUTPUT_IDLE_TIMEOUT`], because a process that the exec has left behind may hold the exec's stdout open
+/// forever. runc's shim waits 2 s, too.
 const EXEC_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Shim {
@@ -31,8 +32,8 @@ impl Shim {
         }
         let process = container.process(&request.exec_id)?;
         // Do not signal a finished exec, so that processes that it has left behind can continue. containerd sends a
-        // kill request after the exit of every exec, and also if an exec has exceeded its timeout (1.7 and 2.1,
-        // WithProcessKill in process.go). The shim cannot distinguish these two requests.
+        // kill request after the exit of every exec, and sends the same request if an exec exceeds its timeout (1.7 and
+        // 2.1, WithProcessKill in process.go). The shim cannot distinguish these two requests.
         match process.state() {
             State::Stopped | State::Deleted => return Err(ServiceError::Finished.into()),
             State::Created if !process.exec.is_empty() => return Err(ServiceError::NotStarted.into()),
@@ -67,7 +68,7 @@ impl Shim {
         {
             relay.drain(INIT_OUTPUT_IDLE_TIMEOUT).await;
         }
-        // Deleting the sandbox container ends the VM. Deleting the last container also ends the VM, unless the sandbox
+        // Deleting the sandbox container ends the VM. Deleting the last container ends the VM, too, unless the sandbox
         // controller created the sandbox. In both cases, the guest does not need a cleanup.
         if container.is_sandbox_container()
             || (self.containers.is_only(&container.id) && !self.sandbox_state.is_created())
@@ -119,7 +120,7 @@ impl Shim {
             if let Ok(agent) = self.agent() {
                 let request =
                     DeleteRequest { id: container.id.clone(), exec_id: process.exec.clone(), ..Default::default() };
-                // Best effort, because the agent does not have the exec if its start failed.
+                // Best effort, because the agent does not know an exec that it failed to start.
                 if let Err(error) = agent.task.delete(within(timeouts::QUICK), &request).await {
                     tracing::debug!(container = container.id, exec = process.exec, %error, "failed to delete the exec");
                 }

@@ -39,14 +39,14 @@ pub(crate) const EXIT_STATUS_KILLED: u32 = 128 + 9;
 pub struct Shim {
     pub(crate) namespace: String,
     pub(crate) sandbox: Arc<Sandbox>,
-    /// State of the sandbox as containerd's sandbox controller set it.
+    /// State that the requests of containerd's sandbox controller change.
     pub(crate) sandbox_state: sandbox_state::SandboxState,
     pub(crate) containers: Containers,
     pub(crate) limits: resize::ResourceLimits,
     pub(crate) pids: pids::Pids,
     pub(crate) oom_scores: Scores,
     pub(crate) events: Events,
-    /// Whether the VM has ended and all its events have been handled. After that, all processes count as exited.
+    /// Whether the VM has ended and all of the agent's reports have been handled. All processes then count as exited.
     pub(crate) vm_ended: AtomicBool,
     pub(crate) finishing: AtomicBool,
     pub(crate) finished: watch::Sender<bool>,
@@ -63,7 +63,8 @@ pub(crate) async fn run_to_completion<T: Send + 'static>(
 impl Shim {
     /// Returns the shim's state for a sandbox, and starts to process `reports`, the agent's events.
     ///
-    /// `pending` is set if a later request creates the sandbox. It contains the input of that launch.
+    /// `pending` is `Some` if the VM must be launched by a later CreateSandbox request. It contains the input of this
+    /// launch.
     pub fn new(
         namespace: &str,
         sandbox: Arc<Sandbox>,
@@ -98,10 +99,12 @@ impl Shim {
         &self.events
     }
 
-    /// Tears the sandbox down. Only the first call starts the teardown, but every call returns when it is complete.
+    /// Tears the sandbox down. Only the first call starts the teardown, but every call waits until the teardown is
+    /// complete.
     pub async fn finish(self: &Arc<Self>) {
         if !self.finishing.swap(true, Ordering::Relaxed) {
-            // Uses a separate task, because the first caller's request may be dropped when its timeout expires.
+            // Use a separate task, because ttrpc drops the future of the first caller's request when the request's
+            // timeout expires.
             let shim = Arc::clone(self);
             tokio::spawn(async move {
                 shim.sandbox.tear_down().await;
@@ -111,8 +114,8 @@ impl Shim {
         self.wait_finished().await;
     }
 
-    /// Turns the agent's reports into exits and events. When the VM ends, reports the exit of every process that has
-    /// not been deleted.
+    /// Records the exits that the agent reports, and publishes the events for containerd. When the VM ends, marks every
+    /// process that has not exited as killed.
     async fn handle_reports(self: Arc<Self>, mut reports: mpsc::UnboundedReceiver<Report>) {
         while let Some(report) = reports.recv().await {
             match report {
@@ -150,7 +153,7 @@ impl Shim {
         self.sandbox_state.record_end();
     }
 
-    /// Marks all processes of a container as killed, after the VM has ended.
+    /// Marks all processes of a container as killed. Called when the VM has ended.
     pub(crate) fn mark_all_killed(&self, container: &Container) {
         let exit = Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() };
         for process in container.processes() {
@@ -197,8 +200,8 @@ impl Shim {
         self.sandbox.agent().ok_or(ServiceError::Gone)
     }
 
-    /// Converts an error of a call to the agent, for containerd. If the VM has ended, the new error contains the last
-    /// lines of the guest's console. `what` is the name of the call.
+    /// Converts an error from a call to the agent into an error for containerd. If the VM has ended, the new error
+    /// contains the last lines of the guest's console. `what` is the name of the call.
     pub(crate) fn agent_error(&self, what: &str, error: ttrpc::Error) -> ttrpc::Error {
         if self.sandbox.is_dead() {
             let console = self.sandbox.console_tail();

@@ -1,17 +1,18 @@
-//! Keeps the VMM's `oom_score_adj` at the lowest score of the containers.
+//! Keeps the VMM's `oom_score_adj` equal to the lowest `oom_score_adj` of the pod's containers.
 
 use crate::container::Shim;
 use crate::oci::Spec;
 use crate::resources::oom_score::{DEFAULT, set};
 
 impl Shim {
-    /// Takes the score of a new container into account. [`Shim::release_oom_score`] must follow.
+    /// Records the `oom_score_adj` of a new container, and applies the lowest value to the VMM. The caller must later
+    /// call [`Shim::release_oom_score`].
     pub(crate) fn apply_oom_score(&self, id: &str, spec: &Spec) {
         let score = spec.process.oom_score_adj.unwrap_or(DEFAULT);
         self.set_oom_score(self.oom_scores.insert(id, score));
     }
 
-    /// Releases the score of a container that was deleted or could not be created.
+    /// Drops the recorded `oom_score_adj` of a container that was deleted or could not be created.
     pub(crate) fn release_oom_score(&self, id: &str) {
         if let Some(score) = self.oom_scores.remove(id) {
             self.set_oom_score(score);

@@ -1,7 +1,7 @@
-//! PIDs that containerd sees for containers.
+//! PIDs that the shim reports to containerd for containers.
 //!
-//! A container outside a pod has the VMM's PID. Each container of a pod has its own PID, so that a specification can
-//! name the container's PID namespace as `/proc/PID/ns/pid`.
+//! A container outside a pod has the VMM's PID. Each container of a pod has its own PID, so that another container's
+//! specification can name the container's PID namespace as `/proc/PID/ns/pid`.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -27,7 +27,7 @@ impl Shim {
         lock(&self.pids.0).iter().map(|(id, pid)| (*pid, id.clone())).collect()
     }
 
-    /// Acquires a PID for a container of a pod. [`Shim::release_pid`] must follow. Best effort.
+    /// Acquires a PID for a container of a pod. The caller must later call [`Shim::release_pid`]. Best effort.
     pub(crate) async fn acquire_pid(&self, container: &str, spec: &Spec) {
         if !spec.group(container).is_ok_and(|group| group != container) {
             return;

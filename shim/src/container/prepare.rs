@@ -1,4 +1,4 @@
-//! Prepares a container: its mounts on the host, and its specification for the guest.
+//! Prepares a container: creates its mounts on the host, and its specification for the guest.
 
 use std::{
     collections::HashMap,
@@ -41,18 +41,19 @@ pub struct Prepared {
     pub rootfs: String,
     /// Notes for the log about settings that the guest does not support.
     pub notes: Vec<String>,
-    /// Whether the host's later mounts must be propagated to a volume ([`crate::volumes::propagate`]).
+    /// Whether a volume must receive the mounts that the host makes after the container's creation
+    /// ([`crate::volumes::propagate`]).
     pub needs_propagation: bool,
     /// AppArmor profile, which the guest must load before it creates the container.
     pub profile: String,
-    /// Volumes that must be set up in the guest before it creates the container.
+    /// Volumes that must be set up in the guest before the container is created.
     pub volumes: GuestVolumes,
     /// Block devices of the host, which must be attached to the VM before the guest creates the container. The
     /// specification has the host's device numbers until [`crate::oci::replace_disk_numbers`] replaces them.
     pub disks: Vec<Disk>,
 }
 
-/// Error of preparing a container.
+/// Why preparing a container failed.
 #[derive(Debug, thiserror::Error)]
 pub enum PrepareError {
     /// The id is not valid as the name of a directory.
@@ -68,7 +69,7 @@ pub enum PrepareError {
     #[error(transparent)]
     Volume(#[from] VolumeError),
     /// Host-only file systems cannot be distinguished from other file systems.
-    #[error("failed to find the host-only file systems to keep out of the share {}", share.display())]
+    #[error("failed to find the host-only file systems, which must not get into the share {}", share.display())]
     HostOnly {
         /// Path of the sandbox's share.
         share: PathBuf,
@@ -93,7 +94,7 @@ pub enum PrepareError {
 /// [`PrepareError`]. All mounts that were made for the container are removed in this case.
 pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, PrepareError> {
     let Request { id, share, .. } = *request;
-    // This check keeps the path inside the share. containerd's own check of ids is stricter.
+    // This check ensures that the container's directory is inside the share. containerd's own check of ids is stricter.
     if id.is_empty() || id.starts_with('.') || id.contains('/') || id.contains('\0') {
         return Err(PrepareError::Id(id.into()));
     }
@@ -105,7 +106,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         translate::add_cgroup_namespace(&mut raw);
     }
     let create = |path: PathBuf| fs::create_dir(&path).map_err(|source| PrepareError::Create { path, source });
-    // After a failure, this returns before the cleanup below, which would remove an existing container with this id.
+    // If this call fails, return before the cleanup below. The cleanup would remove an existing container with this id.
     create(share.join(id))?;
     let mounted = (|| {
         create(share.join(id).join("rootfs"))?;
@@ -113,7 +114,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         mount(bundle, request, &mut raw, &mut notes, &mut volumes)
     })();
     if let Err(error) = mounted {
-        // Ignore an error of the cleanup, because the caller gets the first error.
+        // Ignore an error from the cleanup, because the caller gets the error that made the cleanup necessary.
         let _ = teardown(share, id);
         return Err(error);
     }

@@ -70,7 +70,7 @@ pub struct Process {
 pub enum ExitReport {
     /// Publish the exit event.
     Publish,
-    /// Do nothing yet: [`Process::confirm_start`] returns the exit once the start event is published.
+    /// Do not publish the exit event yet. [`Process::confirm_start`] returns the exit when the event may be published.
     Deferred,
     /// Ignore the exit, because an earlier report already contained an exit of this process.
     Duplicate,
@@ -108,7 +108,8 @@ impl Process {
         let mut exit = self.exit.subscribe();
         match exit.wait_for(Option::is_some).await.map(|exit| *exit) {
             Ok(Some(exit)) => exit,
-            // This arm is unreachable: the wait fails only if the sender is dropped, but `self` owns the sender.
+            // This arm is unreachable, because the wait fails only if the sender is dropped, and `self` owns the
+            // sender.
             _ => Exit { status: 255, at: SystemTime::now() },
         }
     }
@@ -142,8 +143,8 @@ impl Process {
         Ok(())
     }
 
-    /// Records that the start event was published. If the process exited before this event, returns its exit, which the
-    /// caller must then publish.
+    /// Records that the start event was published. If the process exited before this event, returns the exit. The
+    /// caller must then publish the exit event.
     pub fn confirm_start(&self) -> Option<Exit> {
         let mut inner = lock(&self.inner);
         match inner.deferred_exit.take() {
@@ -173,7 +174,7 @@ impl Process {
         self.exit.send_if_modified(|e| e.is_none().then(|| *e = Some(exit)).is_some());
     }
 
-    /// Records a reported exit.
+    /// Records an exit of the process. Returns what the caller must do with this exit.
     pub fn record_exit(&self, exit: Exit) -> ExitReport {
         let mut inner = lock(&self.inner);
         match inner.state {
@@ -195,7 +196,7 @@ impl Process {
     /// Begins the deletion. Returns the state before the deletion.
     ///
     /// # Errors
-    /// [`ServiceError::Delete`] if the process runs. The error `deleted` if an earlier call has begun the deletion.
+    /// [`ServiceError::Delete`] if the process runs, or `deleted` if an earlier call has begun the deletion.
     pub fn begin_delete(&self, deleted: ServiceError) -> Result<State, ServiceError> {
         let mut inner = lock(&self.inner);
         match inner.state {

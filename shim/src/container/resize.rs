@@ -1,5 +1,5 @@
-//! Resizes the pod when its containers change. Grows the pod before a container gets more resources, and shrinks it
-//! after a container has fewer resources.
+//! Resizes the pod when its containers change. The pod grows before a container is created or a limit is raised. The
+//! pod shrinks after a container is deleted or a limit is lowered.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,7 +20,7 @@ pub(crate) struct ResourceLimits {
 
 impl Shim {
     /// Grows the pod for a container that is about to be created. Does nothing for a container outside a pod, because
-    /// its VM already boots with the full size.
+    /// the VM of that container boots with its full size.
     pub(crate) async fn reserve_resources(&self, id: &str, limits: Limits) -> Result<(), ServiceError> {
         let (before, huge) = (self.pod_size(), limits.huge_page_bytes > 0 || self.sandbox.huge_mib() > 0);
         lock(&self.limits.pod).insert(id.to_owned(), limits);
@@ -38,7 +38,7 @@ impl Shim {
     pub(crate) fn release_resources(&self, id: &str) {
         self.release_oom_score(id);
         let removed = lock(&self.limits.pod).remove(id).is_some();
-        // A resize after the last container is unnecessary, because the VM ends with that container.
+        // A resize after the last container's deletion is unnecessary, because the VM ends with that container.
         if removed && !self.containers.is_empty() && !self.sandbox.is_dead() {
             self.queue_resize();
         }
@@ -52,8 +52,8 @@ impl Shim {
         }
     }
 
-    /// Grows the pod for a container's new limits (OCI `LinuxResources` as JSON). Returns the update, which the caller
-    /// must pass to [`Shim::finish_update`].
+    /// Grows the pod for a container's new limits. `raw` contains these limits as JSON (OCI `LinuxResources`). Returns
+    /// the update, which the caller must pass to [`Shim::finish_update`].
     pub(crate) async fn prepare_update(&self, id: &str, raw: &[u8]) -> Result<LimitsUpdate, ServiceError> {
         let before = lock(&self.limits.pod).get(id).cloned().unwrap_or_default();
         let after = before
@@ -79,12 +79,12 @@ impl Shim {
         if change.before == change.after {
             return;
         }
-        // The container may have been deleted during the update. Its limits do not exist then.
+        // If the container was deleted during the update, its limits no longer exist.
         if let Some(limits) = lock(&self.limits.pod).get_mut(id) {
             *limits = if done { &change.after } else { &change.before }.clone();
         }
         if let Err(error) = self.resize(Size { vcpus: 0, memory_mib: 0 }).await {
-            tracing::warn!(%error, "failed to shrink the pod after an update");
+            tracing::warn!(%error, "failed to shrink the pod after an update of a container's limits");
         }
     }
 
@@ -125,7 +125,7 @@ impl Shim {
     }
 }
 
-/// An update of one container's limits that has begun.
+/// An unfinished update of one container's limits.
 #[derive(Debug)]
 pub(crate) struct LimitsUpdate {
     before: Limits,

@@ -43,10 +43,10 @@ impl Shim {
     }
 }
 
-/// Returns the exit status of the pause program after a signal, or `None` if the signal does not end it.
+/// Returns the exit status of the pause program after a signal, or `None` if the signal does not end the program.
 ///
-/// The program handles SIGINT and SIGTERM (kubernetes/build/pause/linux/pause.c). PID 1 of a PID namespace gets only
-/// the signals that it handles, and SIGKILL (pid_namespaces(7)).
+/// The program handles SIGINT and SIGTERM (kubernetes/build/pause/linux/pause.c). PID 1 of a PID namespace receives
+/// only SIGKILL and the signals for which it has a handler (pid_namespaces(7)).
 fn status_after(signal: u32) -> Option<u32> {
     match i32::try_from(signal).unwrap_or_default() {
         libc::SIGINT | libc::SIGTERM => Some(0),

@@ -21,13 +21,14 @@ use crate::sandbox::launch::hostname;
 /// Timeout for the request that creates the sandbox. containerd sends this request right after the answer to `start`.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// State of the sandbox that the controller's requests change.
+/// State of the sandbox. The requests of the sandbox controller change this state.
 pub struct SandboxState {
-    /// Input of a launch that a request starts later. `None` if the sandbox has already been launched or stopped.
+    /// Input of a launch that waits for a CreateSandbox request. `None` if the sandbox has already been launched or
+    /// stopped.
     pending: Mutex<Option<DeferredLaunch>>,
-    /// Set if a request created the sandbox. The sandbox then stays until a request ends it.
+    /// Set if a CreateSandbox request created the sandbox. The sandbox then exists until another request stops it.
     created: OnceLock<Created>,
-    /// Whether a request to stop has arrived.
+    /// Whether a request to stop the sandbox has arrived.
     stopping: Mutex<bool>,
     /// Exit of the sandbox.
     exit: watch::Sender<Option<Exit>>,
@@ -37,12 +38,12 @@ pub struct SandboxState {
 struct Created {
     /// Specification that this shim made for the sandbox. It is `{}` if the bundle has a specification.
     spec: Value,
-    /// Directory of the pod's files. `None` if this shim did not write them.
+    /// Directory of the pod's files. `None` if this shim did not write these files.
     files: Option<PathBuf>,
 }
 
 impl SandboxState {
-    /// Returns the initial state. `pending` is set if the specification arrives later, in a request.
+    /// Returns the initial state. `pending` is `Some` if the specification arrives later, in a CreateSandbox request.
     pub fn new(pending: Option<DeferredLaunch>) -> Self {
         Self {
             pending: Mutex::new(pending),
@@ -92,15 +93,16 @@ impl SandboxState {
     /// Waits for the end of the sandbox and returns its exit.
     pub async fn wait(&self) -> Exit {
         let ended = self.exit.subscribe().wait_for(Option::is_some).await.map(|exit| *exit);
-        // The fallback is unreachable: the wait fails only if the sender is dropped, but `self` owns the sender.
+        // The fallback is unreachable, because the wait fails only if the sender is dropped, and `self` owns the
+        // sender.
         ended.ok().flatten().unwrap_or_else(|| Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() })
     }
 }
 
 impl Shim {
-    /// Creates the sandbox from the pod's configuration and starts its boot.
+    /// Creates the sandbox from the pod's configuration and launches its VM.
     ///
-    /// If the bundle has a specification, the sandbox is already booting.
+    /// If the bundle has a specification, the VM is already booting, and this function only records the creation.
     pub(crate) async fn create_sandbox(&self, config: &PodSandboxConfig, netns: &str) -> Result<(), ServiceError> {
         let pending = lock(&self.sandbox_state.pending).take();
         let (created, launch) = match pending {
@@ -134,10 +136,11 @@ impl Shim {
         Ok(())
     }
 
-    /// Stops the sandbox with everything that runs in it, and waits for its end.
+    /// Stops the sandbox with everything that runs in it, and waits until the sandbox has ended.
     pub(crate) async fn stop_sandbox(&self) {
         *lock(&self.sandbox_state.stopping) = true;
-        // Dropping `pending` closes the report channel, which ends a sandbox that was never launched.
+        // Drop `pending` to close the channel for the agent's reports. The closed channel ends a sandbox that was never
+        // launched.
         drop(lock(&self.sandbox_state.pending).take());
         self.sandbox.end().await;
         self.sandbox_state.wait().await;

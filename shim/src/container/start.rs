@@ -51,8 +51,8 @@ impl Shim {
         Ok(())
     }
 
-    /// Adds an exec. The agent gets the exec only when the exec is started. Therefore, the agent's errors are reported
-    /// at the start, as in runc's shim.
+    /// Adds an exec. The agent gets the exec only when the exec is started. Therefore, the Start request returns the
+    /// agent's errors, as in runc's shim.
     pub(crate) fn add_exec(&self, container: &Container, request: &ExecProcessRequest) -> Result<(), ServiceError> {
         if !crate::ids::is_name(&request.exec_id) {
             return Err(ServiceError::Invalid(format!("exec id {:?}", request.exec_id)));

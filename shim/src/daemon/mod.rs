@@ -30,8 +30,8 @@ const EVENT_FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
 const SERVER_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Maximum number of threads for blocking calls. An idle thread ends after a short time.
 ///
-/// Each call that hangs in a file system occupies a thread. If no thread is left, create and delete of the pod's other
-/// containers wait.
+/// Each call that hangs in a file system occupies a thread. If no thread is left, requests to create or delete the
+/// pod's other containers wait.
 const MAX_BLOCKING_THREADS: usize = 64;
 
 /// The state that `start` passes to the daemon that it forks.
@@ -73,7 +73,7 @@ pub fn run(args: DaemonArgs) -> i32 {
         (Some(_), Err(error)) => Launch::Immediate(Box::new(launch::failed(error))),
         (Some(bundle), Ok(share)) => Launch::Immediate(Box::new(launch::prepare(&context, bundle, &share))),
     };
-    // containerd removes the bundle directory before the shim ends.
+    // Leave the bundle directory, because containerd removes it before the shim ends.
     let _ = std::env::set_current_dir("/");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -98,8 +98,8 @@ pub fn run(args: DaemonArgs) -> i32 {
 
 /// Leaves containerd's session. Closes the pipes to containerd, because containerd waits for their end of file.
 ///
-/// Replaces stderr, which the VMM inherits, by a pipe. Returns the pipe's read end, from which lines are copied to the
-/// log. Returns `None` if there is no pipe.
+/// Replaces stderr, which the VMM inherits, with a pipe. Returns the pipe's read end. The shim copies the lines from
+/// this pipe to its log. Returns `None` if `/dev/null` cannot be opened or the pipe cannot be created.
 fn detach() -> Option<OwnedFd> {
     let _ = nix::unistd::setsid();
     let null = std::fs::File::options().read(true).write(true).open("/dev/null").ok()?;
@@ -115,8 +115,8 @@ fn detach() -> Option<OwnedFd> {
 
 /// Creates the mount namespace and the state directory. Runs before the async runtime is started.
 ///
-/// Returns the context of the launch, and the guest's view of the share. If the share is an error, the request that
-/// creates the sandbox reports this error later.
+/// Returns the context of the launch, and the directory that the VMM serves to the guest. If this directory cannot be
+/// prepared, returns the error instead. A later request reports this error.
 fn prepare(args: &DaemonArgs, dir: StateDir, timeline: Arc<Timeline>) -> (LaunchContext, Result<PathBuf, String>) {
     let made =
         create_mount_namespace().map_err(|e| format!("failed to create the mount namespace: {e}")).and_then(|()| {
@@ -131,8 +131,8 @@ fn prepare(args: &DaemonArgs, dir: StateDir, timeline: Arc<Timeline>) -> (Launch
 
 /// Moves this process to a new mount namespace with slave propagation.
 ///
-/// The host's later mounts propagate into the new namespace, but no mount propagates to the host. The kernel removes
-/// the pod's mounts when the last process in the namespace ends.
+/// Mounts that the host makes later propagate into the new namespace, but no mount propagates to the host. The kernel
+/// removes the pod's mounts when the last process in the namespace ends.
 fn create_mount_namespace() -> nix::Result<()> {
     use nix::mount::{MsFlags, mount};
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
@@ -143,8 +143,8 @@ fn create_mount_namespace() -> nix::Result<()> {
 enum Launch {
     /// The VM boots immediately, because the specification is known.
     Immediate(Box<LaunchInput>),
-    /// The VM boots when a request creates the sandbox. Contains the guest's view of the share, or the error of
-    /// preparing the share.
+    /// The VM boots when a CreateSandbox request arrives. Contains the directory that the VMM serves to the guest, or
+    /// the reason why preparing this directory failed.
     Deferred(Result<PathBuf, String>),
 }
 
@@ -168,7 +168,7 @@ async fn serve(args: DaemonArgs, context: LaunchContext, launch: Launch, vmm_log
                 () = shim.create_timed_out() => {
                     tracing::warn!("the shim ends, because no request to create the sandbox arrived in time");
                 }
-                () = termination_signal() => tracing::info!("the shim ends after a signal"),
+                () = termination_signal() => tracing::info!("the shim ends after SIGTERM or SIGINT"),
             }
             shim.finish().await;
             address.remove();

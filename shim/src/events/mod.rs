@@ -21,7 +21,7 @@ const MAX_QUEUED: usize = 4096;
 /// Delivers one event.
 #[async_trait::async_trait]
 pub trait Publish: Send {
-    /// Attempts to deliver the event once.
+    /// Makes one attempt to deliver the event.
     async fn publish(&mut self, event: &Envelope) -> Result<(), PublishError>;
 }
 
@@ -97,15 +97,16 @@ impl Events {
     }
 }
 
-/// Delivers the queued events in order. While one event is retried, later events wait.
+/// Delivers the queued events in order. While the delivery of one event is retried, the events behind it wait.
 ///
-/// Delivery is at least once: a retry can repeat an event that containerd has already read. This happens only if
-/// containerd hangs or is killed before it responds. Then the timeout passes or the connection breaks, and the shim
-/// retries.
+/// containerd may receive an event twice (at-least-once delivery), because a retry can repeat an event that containerd
+/// has already read. This happens only if containerd hangs or is killed before it responds. The timeout then passes or
+/// the connection breaks, and the shim retries.
 ///
 /// The protocol cannot prevent duplicates, because ttrpc's `Forward` has no event id, and containerd forwards every
 /// event that it receives. Without retries, exit events could be lost, but the kubelet and containerd's CRI wait for
-/// them. A duplicate does no harm, because the kubelet and the CRI ignore a second exit event of the same container.
+/// exit events. A duplicate does no harm, because the kubelet and the CRI ignore a second exit event of the same
+/// container.
 async fn deliver(
     mut items: mpsc::UnboundedReceiver<Item>,
     waiting: Arc<AtomicUsize>,
@@ -193,7 +194,7 @@ mod tests {
         let delivered = Arc::new(Mutex::new(Vec::new()));
         let events =
             Events::start("default", Flaky { fails: 0, delivered: Arc::clone(&delivered) }, RetryPolicy::default());
-        // The required fields of this message are missing.
+        // This message cannot be encoded, because its required fields are missing.
         let invalid = protobuf::descriptor::uninterpreted_option::NamePart::new();
         events.publish("/invalid", &invalid);
         assert_eq!(events.waiting.load(Ordering::Relaxed), 0);

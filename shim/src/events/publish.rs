@@ -1,4 +1,4 @@
-//! Publishes events to containerd, through its ttrpc socket or its binary's `publish` command.
+//! Publishes events to containerd, through containerd's ttrpc socket or with the command `containerd publish`.
 
 use std::process::Stdio;
 use std::time::Duration;

@@ -13,7 +13,7 @@ const INTERVAL: Duration = Duration::from_millis(200);
 /// What to do with a line.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// Log the line. The value is the number of lines of the same source that were left out before it.
+    /// Log the line. The value is the number of lines of the same source that were left out before this line.
     Log(u64),
     /// Do not log the line. Log instead that lines of this source are left out from now on.
     First,

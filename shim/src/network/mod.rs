@@ -2,8 +2,9 @@
 //!
 //! Each interface of the namespace gets a tap. Traffic control redirects every frame from the interface to the tap, and
 //! from the tap to the interface. The interface keeps its name and addresses, because statistics and CNI's checks
-//! expect them. The guest gets an interface with the same name, MAC address, addresses, routes, rules and neighbours. A
-//! tap exists as long as one of its fds is open. Therefore, the tap disappears when the VMM ends.
+//! expect this name and these addresses. The guest gets an interface with the same name, MAC address, addresses,
+//! routes, rules and neighbours. A tap exists as long as one of its fds is open. Therefore, the tap disappears when the
+//! VMM ends.
 //!
 //! While [`connect`] runs, the calling thread is in the pod's network namespace. Therefore, the daemon calls this
 //! function before the process has other threads, or in a thread that only launches the sandbox.
@@ -40,9 +41,10 @@ pub struct Network {
     pub taps: Vec<Tap>,
     /// Interfaces with their addresses, and the configured routes, rules and neighbours.
     pub config: UpdateNetworkRequest,
-    /// The watcher for later changes, with the socket that becomes readable when something has changed.
+    /// The watcher for later changes, and the socket that becomes readable when the network has changed. `None` if the
+    /// network cannot be watched.
     pub watcher: Option<(NetworkWatcher, OwnedFd)>,
-    /// Accepts connections that host processes open inside the namespace.
+    /// Accepts connections that host processes open inside the namespace. `None` if port forwarding is not available.
     pub port_forwarding: Option<PortForwarding>,
 }
 
@@ -56,7 +58,7 @@ pub struct TapOptions {
 }
 
 impl TapOptions {
-    /// Limits the queue pairs for a VM with this many interfaces.
+    /// Limits the number of queue pairs of each tap, for a VM with `interfaces` interfaces.
     ///
     /// The fds of all interfaces go to the VMM in one message, together with the VM's other fds. If these fds would
     /// exceed the message's limit, each interface has fewer queue pairs.
@@ -148,7 +150,8 @@ pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError
         let network = Network {
             taps,
             config,
-            // Best effort.
+            // Best effort, because the pod works without a watcher. Without a watcher, later changes of the pod's
+            // network do not reach the guest.
             watcher: watcher
                 .inspect_err(|error| tracing::warn!(%error, "failed to watch the pod's network for changes"))
                 .ok(),
@@ -174,8 +177,8 @@ fn start_port_forwarding() -> Option<PortForwarding> {
         .ok()
 }
 
-/// Watches the new network namespace at `path`, which has only a loopback interface so far. With `forward_ports`, also
-/// starts port forwarding.
+/// Watches the new network namespace at `path`, which has only a loopback interface so far. If `forward_ports` is true,
+/// starts port forwarding, too.
 pub fn watch_new(path: &Path, forward_ports: bool, options: TapOptions) -> Result<Network, NetworkError> {
     in_namespace(path, || {
         let notices = watcher::subscribe();

@@ -16,7 +16,8 @@ use tokio::sync::Semaphore;
 use crate::network::PortForwarding;
 use crate::vm::vmm::{Vmm, VmmError};
 
-/// Maximum number of connections at once. Further connections wait in the listener's backlog.
+/// Maximum number of connections that are forwarded at the same time. All other connections wait in the listener's
+/// backlog.
 const MAX_CONNECTIONS: usize = 512;
 /// Timeout for connecting to a listener in the guest.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -24,7 +25,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// First and maximum backoff after a failed accept.
 const ACCEPT_BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 
-/// Error of forwarding a connection.
+/// Why forwarding a connection failed.
 #[derive(Debug, thiserror::Error)]
 enum ForwardError {
     /// The stream to the guest could not be opened.
@@ -35,14 +36,14 @@ enum ForwardError {
     Refused {
         /// Address that the client dialled.
         address: SocketAddr,
-        /// Error of the guest's kernel.
+        /// Error from the guest's kernel.
         #[source]
         source: std::io::Error,
     },
     /// The guest did not answer before the timeout.
     #[error("the guest did not answer within {CONNECT_TIMEOUT:?}")]
     Timeout,
-    /// One of the two connections failed.
+    /// The client's connection or the stream to the guest failed.
     #[error("failed to copy data between client and guest")]
     Stream(#[from] std::io::Error),
 }

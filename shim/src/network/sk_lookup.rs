@@ -2,7 +2,7 @@
 //!
 //! The namespace does not have servers, because the pod's servers are in the guest. Frames that arrive at an interface
 //! are redirected and never reach the namespace's network stack. Only host processes open connections inside the
-//! namespace. For example, containerd's port forwarding connects to localhost there.
+//! namespace. For example, containerd's port forwarding connects to localhost in the namespace.
 //!
 //! A BPF program in the kernel's socket lookup (BPF_PROG_TYPE_SK_LOOKUP, Linux 5.9) selects the listener of the
 //! connection's address family, for every destination address and port. The local address of an accepted connection is
@@ -62,7 +62,7 @@ pub fn attach_to_current_namespace() -> io::Result<PortForwarding> {
 
 /// Returns the BPF program. A jump offset is the number of instructions to skip.
 fn program(map: i32) -> Vec<Instruction> {
-    // linux/bpf_common.h and linux/bpf.h: the opcodes in use.
+    // Opcodes from linux/bpf_common.h and linux/bpf.h.
     const MOV: u8 = 0xbf; // dst = src
     const MOV_VALUE: u8 = 0xb7; // dst = value
     const ADD_VALUE: u8 = 0x07;
@@ -115,7 +115,7 @@ mod tests {
         assert_eq!(at(end), 0xb7);
         assert_eq!((at(2), at(12)), (0x55, 0x15));
         for jump in [2, 12] {
-            assert_eq!(target(jump), end, "from {jump}");
+            assert_eq!(target(jump), end, "the jump at instruction {jump} does not lead to the end");
         }
         // This jump skips the store of key 1 and reaches LOAD_MAP.
         assert_eq!((at(5), at(target(5))), (0x15, 0x18));

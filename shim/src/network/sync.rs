@@ -21,15 +21,15 @@ use crate::network::{NetworkChange, NetworkError, NetworkWatcher, Tap};
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::{Vmm, VmmError};
 
-/// Delay after a first change, so that related changes are applied together. For example, an interface, its address and
-/// its routes arrive one after another.
+/// Delay between the first notification and the update. Changes that arrive within this delay are applied together. For
+/// example, an interface, its address and its routes arrive one after another.
 const COALESCE_DELAY: Duration = Duration::from_millis(50);
 /// First backoff after a failed update. The backoff doubles with every retry.
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 /// Maximum backoff.
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
-/// Error of applying a change to the guest.
+/// Why a change could not be applied to the guest.
 #[derive(Debug, thiserror::Error)]
 enum NetworkSyncError {
     /// The pod's network on the host cannot be read.
@@ -92,9 +92,9 @@ impl NetworkSync {
     }
 }
 
-/// Applies changes to the guest. Tests use a test double.
+/// Applies changes to the guest. Tests implement this trait with a test double.
 trait Apply {
-    /// Reads the host's configuration and applies what has changed.
+    /// Reads the pod's network on the host and applies the changes.
     fn apply(&mut self) -> impl Future<Output = Result<(), NetworkSyncError>> + Send;
 }
 
@@ -133,7 +133,8 @@ async fn watch(
                 ready?.clear_ready();
                 tokio::select! {
                     () = tokio::time::sleep(COALESCE_DELAY) => None,
-                    // A request ends the delay, because callers send it when the configuration is complete.
+                    // A request ends the delay, because callers send a request when the pod's network is completely
+                    // configured.
                     request = requests.recv() => request,
                 }
             }
@@ -163,7 +164,7 @@ struct Guest {
     agent: Agent,
     /// Slots of attached interfaces whose devices the guest has not bound to their driver yet.
     unbound_slots: Vec<u32>,
-    /// MAC addresses of devices whose interfaces have disappeared.
+    /// MAC addresses of devices to hot-unplug, because their interfaces have disappeared.
     removed: Vec<[u8; 6]>,
 }
 
@@ -173,7 +174,7 @@ impl Apply for Guest {
         self.removed.append(&mut change.removed);
         let applied = self.apply_change(&mut change).await;
         match &applied {
-            Ok(()) => tracing::info!("applied a change of the pod's network"),
+            Ok(()) => tracing::info!("applied a change of the pod's network to the guest"),
             Err(_) => lock(&self.watcher).mark_undelivered(&change.taps),
         }
         applied
@@ -188,7 +189,8 @@ impl Guest {
             let rest = change.without_new();
             self.agent.sandbox.update_network(within(timeouts::SLOW), &rest).await.map_err(NetworkSyncError::Guest)?;
         }
-        // Detaches before it attaches, because a new interface may have the MAC address of an old interface.
+        // Detach old interfaces before attaching new interfaces, because a new interface may have the MAC address of an
+        // old interface.
         self.detach_removed().await?;
         while let Some(tap) = change.taps.first() {
             let mut fds = Vec::new();
@@ -208,7 +210,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Hot-unplugs the devices whose interfaces have disappeared. This frees their slots.
+    /// Hot-unplugs the devices whose interfaces have disappeared, which frees the devices' slots.
     async fn detach_removed(&mut self) -> Result<(), NetworkSyncError> {
         while let Some(&mac) = self.removed.last() {
             if let (Answer::Attached { slot }, _) = self.call(Call::FindNet(mac), &[]).await? {
@@ -255,7 +257,7 @@ fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
     }
 }
 
-/// Reads the pod's network. Uses a new thread, because the thread joins the pod's network namespace.
+/// Reads the pod's network. Uses a new thread, because the thread joins the pod's network namespace and stays there.
 async fn read_change(watcher: &Arc<Mutex<NetworkWatcher>>) -> Result<Option<NetworkChange>, NetworkSyncError> {
     let (done, changes) = oneshot::channel();
     let watcher = Arc::clone(watcher);
@@ -284,7 +286,7 @@ mod tests {
 
     use super::*;
 
-    /// A guest that fails `left` attempts before it succeeds, and reports the time of every attempt.
+    /// A guest whose next `left` updates fail. It reports the time of every update.
     struct FailingGuest {
         tries: mpsc::UnboundedSender<Instant>,
         left: u32,
@@ -306,8 +308,8 @@ mod tests {
         }
     }
 
-    /// Starts the task with a guest that fails `left` attempts. Also returns the socket that sends notifications, and
-    /// the receiver of the attempts' times.
+    /// Starts the task with a guest whose first `left` updates fail. Returns the task's handle, the socket that sends
+    /// notifications, and the receiver for the time of each update.
     fn watched(left: u32) -> (NetworkSync, UnixStream, mpsc::UnboundedReceiver<Instant>) {
         let (notices, input) = UnixStream::pair().unwrap();
         notices.set_nonblocking(true).unwrap();

@@ -33,7 +33,7 @@ const TCA_EGRESS_REDIR: u32 = 1;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 
-/// Priorities of filters. The kernel tries the filter with the lowest number first.
+/// Priorities of filters. The kernel tries the filter with the lowest priority number first.
 const FIRST_PRIORITY: u16 = 1;
 const SECOND_PRIORITY: u16 = 2;
 
@@ -49,7 +49,7 @@ pub fn create(netlink: &Netlink, link: &Link, options: TapOptions) -> Result<Tap
     let addr_gen_mode = nest(&[(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE])]);
     let addr_gen_mode = nest(&[(libc::AF_INET6 as u16, &addr_gen_mode)]);
     let header = link_header(index, 0, 0);
-    // A kernel without IPv6 rejects this request, but does not need it.
+    // Ignore an error. A kernel without IPv6 rejects this request, but does not generate a link-local address either.
     let _ = netlink.change(Message::new(libc::RTM_NEWLINK, 0, &header).attribute(libc::IFLA_AF_SPEC, &addr_gen_mode));
     let up = libc::IFF_UP as u32;
     let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, up, up));
@@ -73,15 +73,15 @@ pub fn create(netlink: &Netlink, link: &Link, options: TapOptions) -> Result<Tap
         from_guest().map_err(kernel_error(format!("redirect frames to {}", link.name)))
     };
     let vhost = connect().inspect_err(|_| {
-        // The tap disappears with its fds, but the redirection to the tap does not. Ignore an error of the removal,
-        // because the caller gets the first error.
+        // The tap disappears with its fds, but the redirection to the tap does not. Ignore an error from the removal,
+        // because the caller gets the error that made the removal necessary.
         let _ = remove(netlink, link.index, index);
     })?;
     Ok(Tap { fds, vhost, link: link.index, index, mac: link.mac, mtu: link.mtu })
 }
 
-/// Removes a tap, even if another process has an open fd of the tap. Also removes the redirection from its interface to
-/// the tap, if the redirection still exists.
+/// Removes a tap, even if another process has an open fd of the tap. If the redirection from the interface to the tap
+/// still exists, removes this redirection, too.
 pub fn remove(netlink: &Netlink, link: i32, tap: i32) -> io::Result<()> {
     let ignore_missing = |result: io::Result<()>| match result {
         // The tap or the filter has already disappeared with its interface.
@@ -96,8 +96,8 @@ pub fn remove(netlink: &Netlink, link: i32, tap: i32) -> io::Result<()> {
     )))
 }
 
-/// Opens `/dev/vhost-net` as an `O_PATH` fd, through which the VMM opens the device later. Returns `None` if the host
-/// does not have the device.
+/// Opens `/dev/vhost-net` as an `O_PATH` fd, through which the VMM opens the device later. Returns `None` if the device
+/// cannot be opened.
 fn vhost() -> Option<OwnedFd> {
     let vhost = File::options().read(true).custom_flags(libc::O_PATH).open("/dev/vhost-net").map(OwnedFd::from);
     vhost.inspect_err(|error| tracing::debug!(%error, "failed to open /dev/vhost-net; the VMM forwards frames")).ok()
@@ -121,7 +121,8 @@ fn ingress(netlink: &Netlink, from: i32) -> io::Result<()> {
     let create = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
     let message = Message::new(libc::RTM_NEWQDISC, create, &tcmsg(from, INGRESS, TC_H_INGRESS, 0));
     match netlink.change(message.text(libc::TCA_KIND, "ingress")) {
-        // An ingress qdisc that another program has made also accepts filters.
+        // EEXIST is not a failure, because an ingress qdisc that another program has created accepts these filters,
+        // too.
         Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
         _ => Ok(()),
     }
@@ -135,8 +136,8 @@ fn redirect(netlink: &Netlink, from: i32, to: i32) -> io::Result<()> {
 /// Sets up MAC anti-spoofing. Redirects frames with the source MAC `mac` from `from` to `to`, and drops all other
 /// frames.
 ///
-/// Returns false on failure, for example if the kernel lacks `cls_flower` or `act_gact`. After a failure, the filter of
-/// [`redirect`] takes precedence over a drop filter that was already added.
+/// Returns false on failure, for example if the kernel lacks `cls_flower` or `act_gact`. After a failure, the caller
+/// adds the filter of [`redirect`]. That filter takes precedence over a drop filter that was already added.
 ///
 /// `tc filter add dev FROM ingress prio 2 matchall action drop`,
 /// `tc filter add dev FROM ingress prio 1 flower src_mac MAC action mirred egress redirect dev TO`
@@ -177,7 +178,8 @@ fn filter(netlink: &Netlink, from: i32, priority: u16, kind: &str, options: &[u8
     netlink.change(message.text(libc::TCA_KIND, kind).attribute(libc::TCA_OPTIONS, options))
 }
 
-/// Encodes `tcm_info`: the filter's priority in the upper half, the protocol in network byte order in the lower half.
+/// Encodes `tcm_info`, which has the filter's priority in the upper 16 bits and the protocol in network byte order in
+/// the lower 16 bits.
 fn tcm_info(priority: u16) -> u32 {
     u32::from(priority) << 16 | u32::from((libc::ETH_P_ALL as u16).to_be())
 }

@@ -85,8 +85,8 @@ impl NetworkChange {
 }
 
 impl NetworkWatcher {
-    /// Returns a watcher of the current namespace. The arguments are the taps of the namespace's interfaces, and the
-    /// state that was read from the namespace.
+    /// Returns a watcher of the current namespace. The arguments are the taps of the namespace's interfaces, the state
+    /// that was read from the namespace, and the options for new taps.
     pub(super) fn new(
         taps: &[Tap],
         (last, unsupported): (UpdateNetworkRequest, Unsupported),
@@ -160,7 +160,8 @@ impl NetworkWatcher {
         Ok(())
     }
 
-    /// Records that the last change, with the new interfaces of `taps`, did not reach the guest.
+    /// Records that the last change did not reach the guest. `taps` are the taps of new interfaces that the VMM has not
+    /// attached.
     ///
     /// The next [`NetworkWatcher::read_change`] reports the whole change again.
     pub fn mark_undelivered(&mut self, taps: &[Tap]) {

@@ -1,4 +1,4 @@
-//! Annotations of the container runtimes that call the shim: containerd's CRI plugin and CRI-O. Husk's own annotations
+//! Annotations of the CRI implementations that call the shim: containerd's CRI plugin and CRI-O. Husk's own annotations
 //! are in [`husk_config::annotation`].
 
 use std::collections::BTreeMap;
@@ -10,7 +10,7 @@ pub struct Annotations(pub BTreeMap<String, String>);
 
 /// Id of the container's sandbox.
 pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
-/// `sandbox` for a pod's sandbox container, `container` for its other containers.
+/// `sandbox` for a pod's sandbox container, `container` for the pod's other containers.
 pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 /// Namespace of the pod.
 pub const POD_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
@@ -61,7 +61,7 @@ impl Annotations {
         self.cri(CONTAINER_TYPE).is_some()
     }
 
-    /// Returns whether this is a pod's sandbox container, which represents the pod and does not run a program.
+    /// Returns whether the container is a pod's sandbox container, which represents the pod and does not run a program.
     pub fn is_sandbox(&self) -> bool {
         self.cri(CONTAINER_TYPE) == Some("sandbox")
     }

@@ -1,4 +1,4 @@
-//! Reads a bundle's `config.json` and rejects what a VM cannot provide.
+//! Reads a bundle's `config.json` and rejects a specification that needs something that a VM cannot provide.
 
 use std::{
     io::{self, Read},
@@ -28,11 +28,11 @@ pub struct Bundle {
     pub spec: Spec,
 }
 
-/// Error of reading or checking a bundle.
+/// Why a bundle cannot be read or is rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
     /// `config.json` cannot be read.
-    #[error("failed to read the bundle's {}", path.display())]
+    #[error("failed to read the bundle's specification {}", path.display())]
     Read {
         /// Path of the file.
         path: PathBuf,
@@ -94,7 +94,7 @@ pub enum BundleError {
 }
 
 impl BundleError {
-    /// Returns the error of a specification without a network namespace.
+    /// Returns the error for a specification without a network namespace.
     pub fn host_network() -> Self {
         NETWORK.missing()
     }
@@ -148,7 +148,7 @@ impl Bundle {
     /// [`BundleError::Parse`] if `raw` is not an OCI runtime specification.
     pub fn from_value(dir: &Path, raw: Value) -> Result<Self, BundleError> {
         let parse = |source| BundleError::Parse { path: dir.join("config.json"), source };
-        // Without this check, serde would also deserialize the struct from an array.
+        // Without this check, serde would accept an array of the struct's fields, too.
         if !raw.is_object() {
             return Err(parse(de::Error::custom("the specification is not a JSON object")));
         }
@@ -161,13 +161,14 @@ impl Bundle {
         let parse = |source| BundleError::Parse { path: dir.join("config.json"), source };
         let raw: Value = serde_json::from_slice(bytes).map_err(parse)?;
         Self::from_value(dir, raw).map_err(|error| match serde_json::from_slice::<Spec>(bytes) {
-            // An error of parsing the text contains line and column, which an error of converting the value lacks.
+            // Parse the text again to get an error with a line and a column. The error from converting the JSON value
+            // has neither.
             Err(source) => parse(source),
             Ok(_) => error,
         })
     }
 
-    /// Rejects a specification that cannot run in a VM.
+    /// Rejects the specification of a container that cannot run in a VM.
     ///
     /// # Errors
     /// [`BundleError`] with the reason.
@@ -188,8 +189,8 @@ impl Bundle {
             .map_err(|error| BundleError::Invalid(error.to_string()))
     }
 
-    /// Rejects labels on a node with SELinux, because the guest cannot apply them. On a node without SELinux, labels
-    /// have no effect under runc either.
+    /// Rejects SELinux labels on a node with SELinux, because the guest cannot apply these labels. On a node without
+    /// SELinux, labels have no effect under runc either.
     fn check_selinux(&self, enabled: bool) -> Result<(), BundleError> {
         let labels = [&self.spec.process.selinux_label, &self.spec.linux.mount_label];
         match labels.into_iter().flatten().find(|label| !label.is_empty()) {
@@ -361,7 +362,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn null_counts_as_absent() {
+    fn null_fields_count_as_absent() {
         let bundle = bundle(|v| {
             v["annotations"] = Value::Null;
             v["mounts"] = Value::Null;

@@ -1,9 +1,9 @@
-//! Sets of the host's CPUs in cgroup notation: `0-3,7`.
+//! Sets of the host's CPUs in cgroup notation, such as `0-3,7`.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// Maximum number of CPUs: the kernel's bound for x86 (`NR_CPUS` with `MAXSMP`).
+/// Maximum number of CPUs, which is the kernel's limit for x86 (`NR_CPUS` with `MAXSMP`).
 const MAX_CPUS: usize = 8192;
 const WORDS: usize = MAX_CPUS / 64;
 
@@ -22,7 +22,7 @@ impl CpuSet {
         self.0.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
-    /// Returns the CPUs that are in either set.
+    /// Returns the CPUs that are in at least one of the two sets.
     pub fn union(mut self, other: &Self) -> Self {
         self.0.iter_mut().zip(other.0.iter()).for_each(|(word, more)| *word |= more);
         self
@@ -44,7 +44,7 @@ impl CpuSet {
 impl FromStr for CpuSet {
     type Err = CpuSetError;
 
-    /// Parses the kernel's list format (`Documentation/admin-guide/cgroup-v2.rst`, `cpuset.cpus`), without strides.
+    /// Parses the kernel's list format (`Documentation/admin-guide/cgroup-v2.rst`, `cpuset.cpus`). Rejects strides.
     fn from_str(text: &str) -> Result<Self, CpuSetError> {
         let error = || CpuSetError(text.to_owned());
         let mut words = Box::new([0; WORDS]);

@@ -1,4 +1,4 @@
-//! Character devices that the guest itself has. A container may use only these.
+//! Character devices that the guest itself has. A container cannot use any other character device.
 
 /// A character device that every guest has.
 struct Standard {
@@ -11,7 +11,8 @@ const fn standard(path: &'static str, major: u64, minor: u64) -> Standard {
     Standard { path, major, minor }
 }
 
-/// Device numbers from the kernel's `Documentation/admin-guide/devices.txt`. They are the same on every Linux.
+/// Device numbers from the kernel's `Documentation/admin-guide/devices.txt`. These numbers are the same on every Linux
+/// kernel.
 const STANDARD: [Standard; 10] = [
     standard("/dev/null", 1, 3),
     standard("/dev/zero", 1, 5),

@@ -4,7 +4,8 @@ use serde_json::{Map, Value};
 
 use crate::oci::json::{TranslateError, present, unsupported};
 
-/// Keeps only the hooks that the guest runs: `startContainer`, whose program is in the container's image.
+/// Keeps only the hooks that the guest runs. These are the `startContainer` hooks, because their programs are in the
+/// container's image.
 pub fn keep_guest_hooks(hooks: &mut Map<String, Value>) -> Result<(), TranslateError> {
     if present(hooks, "createContainer") {
         // The hook's program is on the host, but it must run in the container's namespaces, which are in the guest.

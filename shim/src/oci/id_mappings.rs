@@ -8,7 +8,7 @@ use std::{
 
 use serde::Deserialize;
 
-/// Id that stands for every unmapped id (the kernel's `overflowuid`).
+/// Id that the kernel shows in place of every unmapped id (`overflowuid`).
 const OVERFLOW_ID: u32 = 65534;
 /// Maximum number of mappings that the kernel accepts (user_namespaces(7)).
 const MAX_LINES: usize = 340;
@@ -217,9 +217,10 @@ struct Holder(libc::pid_t);
 
 impl Holder {
     fn new() -> io::Result<Self> {
-        // The child has no exit signal. Therefore, other code of the shim that waits for any child does not reap it.
-        // SAFETY: without a stack and without CLONE_VM, this is fork(2). The child has one thread. It calls only
-        // prctl(2) and pause(2), which do not take a lock that another thread may have held.
+        // The child has no exit signal. Therefore, other code of the shim that waits for any child does not reap this
+        // child.
+        // SAFETY: without a stack and without CLONE_VM, this clone(2) call is equivalent to fork(2). The child has one
+        // thread. It calls only prctl(2) and pause(2), which do not take a lock that another thread may have held.
         let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_NEWUSER, 0, 0, 0, 0) };
         match libc::pid_t::try_from(pid) {
             Ok(0) => loop {

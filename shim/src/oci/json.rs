@@ -1,8 +1,8 @@
-//! Reads fields of a specification's JSON. Defines the error of the specification's translation.
+//! Reads fields of a specification's JSON. Defines the error type for the translation of a specification.
 
 use serde_json::{Map, Value};
 
-/// Error of translating a specification.
+/// Why a specification cannot be translated for the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum TranslateError {
     /// The JSON cannot be parsed.

@@ -1,4 +1,4 @@
-//! The parts of the OCI runtime specification that the host reads. Everything else is passed to the guest as JSON.
+//! The parts of the OCI runtime specification that the shim reads. Everything else is passed to the guest as JSON.
 //!
 //! Every field has a default. The checks in [`crate::oci::bundle`] reject missing fields later, with a clearer error
 //! than the parser's.

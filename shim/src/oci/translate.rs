@@ -1,6 +1,6 @@
 //! Translates a specification for the guest: references to the host are removed, replaced or rejected.
 //!
-//! The JSON is edited in place, so that fields that this code does not know also reach the guest.
+//! The JSON is edited in place. Therefore, fields that this code does not know reach the guest unchanged.
 
 use std::collections::HashMap;
 
@@ -54,7 +54,7 @@ pub fn exec_process(raw: &[u8]) -> Result<(Vec<u8>, String), TranslateError> {
 
 fn process(process: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
     // The AppArmor profile stays, because the shim loads it into the guest. SELinux labels are removed. The checks of
-    // the bundle accept them only on a node without SELinux, where they have no effect.
+    // the bundle accept labels only on a node without SELinux, where labels have no effect.
     process.remove("selinuxLabel");
     if process.remove("execCPUAffinity").is_some() {
         notes.push("omitted execCPUAffinity, because the host's CPU numbers have no meaning in the guest".into());
@@ -87,7 +87,8 @@ fn linux(
             "a listener on the host cannot serve processes in the guest",
         ));
     }
-    // In the guest, slave propagation has the same effect as private, because the root mount has no peer on the host.
+    // Slave propagation is allowed. In the guest, it has the same effect as private propagation, because the root mount
+    // has no peer on the host.
     if let Some(mode @ ("shared" | "rshared")) = linux.get("rootfsPropagation").and_then(Value::as_str) {
         let message = format!("{mode} mounts of the guest cannot propagate to the host; use rslave or rprivate");
         return Err(unsupported("linux.rootfsPropagation", message));
@@ -109,8 +110,8 @@ fn linux(
     Ok(())
 }
 
-/// Replaces paths of host namespaces by paths of the sandbox's namespaces (see `husk_proto::GUEST_NAMESPACES`), or of
-/// another container's PID namespace.
+/// Replaces the path of each host namespace with the path of the sandbox's namespace of the same type (see
+/// `husk_proto::GUEST_NAMESPACES`), or of another container's PID namespace.
 fn namespaces(
     linux: &mut Map<String, Value>,
     pids: &HashMap<u32, String>,
@@ -122,8 +123,8 @@ fn namespaces(
         let path = namespace.remove("path").and_then(|path| path.as_str().map(str::to_owned)).unwrap_or_default();
         let joins = !path.is_empty();
         let kind = namespace.get("type").and_then(Value::as_str).unwrap_or_default();
-        // containerd names the PID namespace of a TARGET container by the PID of that container's task (1.7,
-        // pkg/cri/sbserver).
+        // If the pod asks for the PID namespace of another container (CRI's `NamespaceMode` TARGET), containerd writes
+        // the path with the PID of that container's task (1.7, pkg/cri/sbserver).
         let target = pid_of(&path).and_then(|pid| pids.get(&pid));
         match (kind, target) {
             // This is the pod's user namespace. The guest creates it from the mappings, even if the host already has
@@ -219,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn pid_namespace_of_another_container_is_found_by_its_pid() {
+    fn pid_namespace_is_found_by_the_pid_of_its_container() {
         let pid = |path: &str| {
             let (value, _) = translated(|v| v["linux"]["namespaces"][0]["path"] = path.into()).unwrap();
             value["linux"]["namespaces"][0]["path"].clone()

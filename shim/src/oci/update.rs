@@ -18,8 +18,8 @@ pub fn resources_update(raw: &[u8]) -> Result<Vec<u8>, TranslateError> {
 
 /// Size of the supported huge pages, 2 MiB, in the notation of the specification.
 pub const HUGE_PAGE: &str = "2MB";
-/// Error text for block I/O limits. There is a further reason, which the text does not give: most of a container's I/O
-/// goes to the host through virtio-fs, which the guest's cgroups do not account for.
+/// Error text for block I/O limits. The text omits another reason: the guest's cgroups do not account for I/O through
+/// virtio-fs, which is most of a container's I/O.
 const NO_BLOCK_IO: &str = "block I/O limits are not supported: they use the host's device numbers, and the guest's \
                            cgroups do not have I/O weights";
 
@@ -61,7 +61,8 @@ pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<Stri
         resources.remove("blockIO");
     }
     if let Some(limits) = resources.get("hugepageLimits").and_then(Value::as_array) {
-        // Kubernetes sends a limit of 0 for every page size of the host.
+        // A limit of 0 is accepted for every page size, because Kubernetes sends this limit for each page size of the
+        // host.
         let nonzero = |limit: &&Value| limit.get("limit").and_then(Value::as_u64) != Some(0);
         let size = |limit: &Value| limit.get("pageSize").and_then(Value::as_str).unwrap_or_default().to_owned();
         if let Some(size) = limits.iter().filter(nonzero).map(size).find(|size| size != HUGE_PAGE) {

@@ -13,7 +13,8 @@ pub const FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
 /// Mount point of shared memory in a container.
 const SHM: &str = "/dev/shm";
 /// Source of the pod's shared memory in a specification. The path does not exist, but has the form of containerd's
-/// paths for shared memory. When the bundle is translated, the guest's shared memory replaces a source of this form.
+/// paths for shared memory. In the specification for the guest, the shim replaces a source of this form with the path
+/// of the guest's shared memory.
 const SHM_SOURCE: &str = "/run/husk/sandboxes/pod/shm";
 
 /// A failure to write the pod's files.
@@ -155,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn add_mounts_keeps_existing_mounts_and_replaces_tmpfs_shm() {
+    fn add_mounts_keeps_existing_mounts_but_replaces_a_tmpfs_at_dev_shm() {
         let mut bundle = bundle(json!([
             { "destination": "/dev/shm", "type": "tmpfs", "source": "shm" },
             { "destination": "/etc/hosts", "type": "bind", "source": "/kubelet/hosts", "options": ["rbind"] },
@@ -171,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn resolv_conf_has_containerds_format() {
+    fn resolv_conf_has_the_same_format_as_in_containerd() {
         let dns = DNSConfig {
             servers: vec!["10.0.0.53".into(), "::1".into()],
             searches: vec!["a".into(), "b".into()],

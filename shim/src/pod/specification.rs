@@ -1,5 +1,5 @@
-//! Makes a sandbox's specification from the pod's configuration. containerd's podsandbox controller does the same for a
-//! sandbox container (containerd 2.1, internal/cri/server/podsandbox/sandbox_run_linux.go).
+//! Makes a sandbox's specification from the pod's configuration, as containerd's podsandbox controller makes the
+//! specification of a sandbox container (containerd 2.1, internal/cri/server/podsandbox/sandbox_run_linux.go).
 
 use husk_config::annotation;
 use husk_proto::cri::{IDMapping, NamespaceMode, PodSandboxConfig};
@@ -7,7 +7,7 @@ use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::{Map, Value, json};
 
-/// Protobuf message name of the pod's configuration. In containerd, this name without a host is also the type URL.
+/// Protobuf message name of the pod's configuration. containerd uses this name, without a host, as the type URL.
 const MESSAGE: &str = "runtime.v1.PodSandboxConfig";
 /// Sysctls that containerd 2.x sets in a pod by default (enable_unprivileged_ports and enable_unprivileged_icmp).
 const SYSCTLS: [(&str, &str); 2] =
@@ -37,8 +37,8 @@ pub fn config(options: Option<&Any>) -> Result<PodSandboxConfig, PodError> {
 
 /// Makes the sandbox's specification.
 ///
-/// Omits each namespace that the pod shares with the node. Because this namespace is missing, the checks of the bundle
-/// then reject the specification.
+/// Omits each namespace that the pod shares with the node. `Bundle::check` later rejects a specification in which this
+/// namespace is missing.
 pub fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value {
     let options = &config.linux.security_context.namespace_options;
     let mut namespaces = vec![json!({ "type": "mount" }), json!({ "type": "uts" })];
@@ -61,7 +61,7 @@ pub fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value 
     }
     let mut sysctls: Map<String, Value> = SYSCTLS.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
     if has_user_namespace {
-        // The user namespace has no gid for the upper end of this sysctl's range. containerd also omits the sysctl.
+        // The user namespace has no gid for the upper end of this sysctl's range. containerd omits this sysctl, too.
         sysctls.remove("net.ipv4.ping_group_range");
     }
     sysctls.extend(config.linux.sysctls.iter().map(|(key, value)| (key.clone(), value.clone().into())));
@@ -88,7 +88,7 @@ fn mappings(has_user_namespace: bool, ids: &[IDMapping]) -> Vec<Value> {
 }
 
 fn annotations(id: &str, config: &PodSandboxConfig) -> Map<String, Value> {
-    // Husk's configuration decides later which of these annotations a pod may use.
+    // `boot_size` later rejects the annotations that Husk's configuration does not allow.
     let husk = config.annotations.iter().filter(|(key, _)| key.starts_with(annotation::PREFIX));
     let mut all: Map<String, Value> = husk.map(|(key, value)| (key.clone(), value.clone().into())).collect();
     let mut put = |key: &str, value: String| all.insert(format!("io.kubernetes.cri.{key}"), value.into());
@@ -106,7 +106,8 @@ fn annotations(id: &str, config: &PodSandboxConfig) -> Map<String, Value> {
     all
 }
 
-/// Returns the cgroup path: a scope in a systemd slice if the parent is a slice, otherwise a path below the parent.
+/// Returns the `cgroupsPath` of the sandbox. If the parent is a systemd slice, the result names a scope in this slice.
+/// If the parent is another cgroup, the result is a path below the parent. If there is no parent, the result is empty.
 fn cgroups_path(parent: &str, id: &str) -> String {
     let name = parent.rsplit('/').next().unwrap_or_default();
     match parent {
@@ -135,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_configuration_gets_containerds_defaults() {
+    fn empty_configuration_gets_the_defaults_of_containerd() {
         let value = spec(|_| ());
         let bundle = checked(&value).unwrap();
         let spec = bundle.spec;

@@ -54,7 +54,7 @@ pub enum BootSizeError {
     Forbidden(String),
 }
 
-/// Sizes the VM of a sandbox from `spec`, the specification of the sandbox's first container.
+/// Computes the boot size of a sandbox's VM from `spec`, the specification of the sandbox's first container.
 ///
 /// `max_guest_mib` is the maximum guest memory, in MiB, that fits into the parent cgroup's memory limit.
 ///
@@ -84,7 +84,7 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<BootSize, BootSizeE
         Some(vcpus) => vcpus,
         None => match vcpus(&cpu) {
             Some(limit) => limit.min(host.cpus.max(1)).min(u64::from(config.max_vcpus)),
-            // Without a CPU limit, the VM gets a vCPU for each requested CPU, but at least default_vcpus.
+            // Without a CPU limit, the VM gets a vCPU for each requested CPU, but at least default_vcpus vCPUs.
             None => cpus_of_shares(cpu.shares.unwrap_or(0))
                 .max(config.default_vcpus.into())
                 .min(host.cpus.max(config.default_vcpus.into()))

@@ -145,8 +145,8 @@ impl Growth {
     /// covers containers that have not been created yet.
     ///
     /// The result is the sum of the containers' limits. The default size is added only once, because all containers
-    /// without a limit share it, as they would share a host. Also, the default size includes the kernel's page
-    /// metadata, which a pod of ten containers does not need ten times.
+    /// without a limit share it, as they would share a host. Moreover, the default size includes the kernel's
+    /// page metadata, which a pod of ten containers does not need ten times.
     pub fn size<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone, start: bool) -> Size {
         let vcpus = self.vcpus(containers.clone());
         let memory = containers.clone().map(|limits| limits.memory);
@@ -177,7 +177,8 @@ impl Growth {
         let millis = containers.clone().filter_map(Limits::usable_millis).fold(0u64, u64::saturating_add);
         let mut unlimited = containers.filter(|limits| limits.usable_millis().is_none()).map(|limits| limits.shares);
         let free = match unlimited.next() {
-            // The containers without a limit share as many vCPUs as they request together, but at least the default.
+            // The containers without a limit share the sum of the vCPUs that they request, but at least the default
+            // number of vCPUs.
             Some(first) => {
                 let shares = unlimited.fold(first, u64::saturating_add);
                 cpus_of_shares(shares).max(u64::from(self.default.vcpus))
@@ -217,7 +218,7 @@ impl Size {
     }
 }
 
-/// Returns the memory that the guest's kernel needs for page metadata, in MiB.
+/// Returns the memory, in MiB, that the guest's kernel needs for the metadata (`struct page` array) of `mib` MiB.
 ///
 /// The kernel needs 64 bytes for each page, and allocates the metadata for blocks of 128 MiB.
 pub fn page_metadata_mib(mib: u64) -> u64 {

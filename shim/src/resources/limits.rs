@@ -26,10 +26,11 @@ pub fn max_guest_mib(location: &CgroupLocation) -> u64 {
     parent_limit(location, "memory", ["memory.max", "memory.limit_in_bytes"]).map_or(u64::MAX, guest_mib)
 }
 
-/// Returns the pod's limit of 2 MiB huge pages in the parent cgroup, in MiB. Returns zero if no limit is set.
+/// Returns the limit, in MiB, that the parent cgroup sets for the pod's huge pages of 2 MiB. Returns zero if no limit
+/// is set.
 ///
-/// The pod's limit is used, because the kubelet sets a limit for every pod, but containerd by default does not set a
-/// limit for containers (`disable_hugetlb_controller`).
+/// The containers' own limits are not used. The kubelet sets a limit for every pod, but containerd by default does not
+/// set a limit for containers (`disable_hugetlb_controller`).
 pub fn huge_mib(location: &CgroupLocation) -> u64 {
     parent_limit(location, "hugetlb", ["hugetlb.2MB.max", "hugetlb.2MB.limit_in_bytes"]).unwrap_or(0) >> 20
 }
@@ -88,7 +89,8 @@ fn round_cpu_millis(unit: Option<&Unit>, millis: u64) -> u64 {
     if unit.is_some() { millis.div_ceil(10).saturating_mul(10) } else { millis }
 }
 
-/// If the sandbox's cgroup has a list of CPUs, returns all CPUs of the parent cgroup, to which the list must be reset.
+/// Returns the CPUs to which the list of CPUs of the sandbox's cgroup must be reset. These are all CPUs of the parent
+/// cgroup. Returns `None` if the sandbox's cgroup has no list of CPUs.
 ///
 /// The kernel does not accept an empty list for a cgroup that has processes (kernel/cgroup/cpuset.c, validate_change:
 /// ENOSPC).

@@ -12,7 +12,7 @@ use std::sync::Mutex;
 use crate::lock;
 
 /// Score of a container whose specification does not set a score, and of a VMM without containers. The VMM must not
-/// inherit containerd's score, because the OOM killer would then kill the VMM last.
+/// inherit containerd's low score, because the OOM killer would then kill the VMM last.
 pub const DEFAULT: i32 = 0;
 
 /// Scores of the containers by container id.

@@ -2,8 +2,8 @@
 //!
 //! For every inode in the guest kernel's cache, the VMM has an open file. The open file pins the host's inode in
 //! memory, which the host charges to the pod's cgroup. The host's kernel cannot reclaim this memory, and the guest's
-//! kernel does not know of it. Therefore, a guest that walks through many files would cause the host's kernel to kill
-//! its VMM.
+//! kernel does not know of it. Therefore, without this module, the host's kernel would kill the VMM of a guest that
+//! walks through many files.
 //!
 //! cgroup v2 throttles processes at `memory.high` and reports the throttling (`memory.events`,
 //! Documentation/admin-guide/cgroup-v2.rst). cgroup v1 reports that the kernel begins to reclaim memory
@@ -34,10 +34,10 @@ use crate::vm::vmm::Vmm;
 /// Minimum time between two reactions to a report of the kernel or the VMM. This limit is needed because the kernel
 /// reports every reclaim, and several reclaims often follow each other closely.
 const MIN_INTERVAL: Duration = Duration::from_secs(1);
-/// If the guest must drop its caches twice within this time, the second time it also drops the page cache.
+/// If the guest must drop its caches twice within this time, the second drop includes the page cache.
 ///
-/// An inode with cached pages stays in the guest's memory. Therefore, dropping only the unused inodes may not free
-/// enough memory.
+/// The first drop includes only unused inodes. It may not free enough memory, because an inode with cached pages stays
+/// in the guest's memory.
 const PAGE_CACHE_WINDOW: Duration = Duration::from_secs(15);
 /// Memory counts as nearly exhausted if the unreclaimable memory is at most this many bytes below the limit.
 const MARGIN: u64 = 2 << 20;
@@ -76,8 +76,8 @@ struct Guest {
 }
 
 impl Guest {
-    /// Tells the guest to drop its unused inodes. If the guest has recently dropped caches, also tells it to drop its
-    /// page cache.
+    /// Tells the guest to drop its unused inodes. If the guest last dropped caches less than [`PAGE_CACHE_WINDOW`] ago,
+    /// tells the guest to drop its page cache, too.
     async fn drop_caches(&self, reason: &str) {
         let page_cache = lock(&self.last).is_some_and(|last| last.elapsed() < PAGE_CACHE_WINDOW);
         tracing::info!(pages = page_cache, reason, "dropping the guest's file caches");
@@ -89,7 +89,7 @@ impl Guest {
     }
 }
 
-/// Notifications of the kernel about reclaim in the cgroup.
+/// Receives notifications from the kernel when it reclaims memory of the cgroup.
 struct Watch {
     notices: AsyncFd<OwnedFd>,
     /// Open `memory.pressure_level` files of cgroup v1. The kernel sends notifications as long as these files are open.
@@ -108,8 +108,8 @@ impl Watch {
             CgroupLocation::V1(_) => {
                 let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
                 let mut levels = Vec::new();
-                // Also watch the parent, which is the pod's cgroup, because the kernel reports a reclaim to the cgroup
-                // whose limit causes the reclaim.
+                // Watch both the sandbox's cgroup and its parent, which is the pod's cgroup. The kernel reports a
+                // reclaim to the cgroup whose limit causes the reclaim.
                 for dir in dir.ancestors().take(2) {
                     let level = match File::open(dir.join("memory.pressure_level")) {
                         // A sandbox outside a pod may have no parent cgroup with this file.

@@ -1,7 +1,8 @@
 //! Resizes a running VM. One task calls the VMM and the agent in turn.
 //!
-//! A request to grow is answered when everything has grown: first the host's limits, then memory, then vCPUs. A request
-//! to shrink is answered at once. Later, when the guest has given memory back, the task lowers the host's memory limit.
+//! The task answers a request to grow when all resources have grown. The resources grow in this order: the host's
+//! limits, memory, huge pages, vCPUs. The task answers a request to shrink at once. Later, when the guest has given
+//! memory back, the task lowers the host's memory limit.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -73,8 +74,8 @@ pub enum ResizeError {
 pub struct Target {
     /// Size of the VM.
     pub size: Size,
-    /// Size of the huge pages in MiB. Huge pages are never taken back from the guest, because a volume may use them.
-    /// Also, the node counts these huge pages as the pod's.
+    /// Total size of the huge pages in MiB. Huge pages are never taken back from the guest, because a volume may use
+    /// them. Moreover, the node counts these huge pages as the pod's.
     pub huge_mib: u64,
     /// Limits on the host.
     pub host: HostLimits,
@@ -119,7 +120,8 @@ impl Resizer {
         Self { growth, jobs }
     }
 
-    /// Does the same as [`Resizer::resize`], but does not wait for the result.
+    /// Requests to resize the pod to `target`, and does not wait for the result. If the resize fails, the task logs the
+    /// error.
     pub fn queue(&self, target: Target) {
         // Sending does not fail, because the task lives as long as this handle.
         let _ = self.jobs.send(Job { target, done: oneshot::channel().0 });
@@ -139,8 +141,8 @@ impl Resizer {
 /// A function that records the pod's current size for `husk ps`. It may block.
 pub type RecordSize = Arc<dyn Fn(Size) + Send + Sync>;
 
-/// Pending request to shrink memory. Returns the hot-plugged memory that remains in the guest, in MiB, or `None` if the
-/// request fails.
+/// Pending request to shrink memory. The future returns the hot-plugged memory that remains in the guest, in MiB, or
+/// `None` if the request fails.
 type Shrinking = Pin<Box<dyn Future<Output = Option<u64>> + Send>>;
 
 /// The task's state.

@@ -21,8 +21,8 @@ use crate::vm::agent::{Agent, timeouts, within};
 const PROFILES: &str = "/sys/kernel/security/apparmor/policy/profiles";
 /// Profile name of a container that is not confined.
 const UNCONFINED: &str = "unconfined";
-/// Maximum size of a policy in bytes, because the agent does not accept a longer message. A typical policy has about 10
-/// KiB.
+/// Maximum size of a policy in bytes. A policy must fit into one message to the agent, and the size of a message is
+/// limited. A typical policy has about 10 KiB.
 const MAX_POLICY: u64 = 3 << 20;
 
 /// Profiles that the guest has loaded, with a digest of each policy.

@@ -33,7 +33,7 @@ const SPARE_SLOTS: u8 = 5;
 /// Mount option with the size of the pod's shared memory, as containerd's CRI sets it.
 const SHM_SIZE: &str = "size=65536k";
 
-/// Configuration of the guest that depends on the pod.
+/// The part of the guest's configuration that depends on the pod.
 pub struct Pod {
     /// Sandbox id.
     pub id: String,
@@ -51,9 +51,9 @@ pub struct Pod {
     pub network: Network,
 }
 
-/// Everything that a boot needs. Prepared while the VMM process starts.
+/// Everything that a boot needs. The shim prepares the plan while the VMM process starts.
 pub struct BootPlan {
-    /// Configuration of the guest that depends on the pod.
+    /// The part of the guest's configuration that depends on the pod.
     pub pod: Pod,
     /// The operator's configuration.
     pub config: Config,
@@ -182,7 +182,7 @@ pub async fn boot(
         }
         Ok(Err(error)) => {
             // If the guest has ended, its end is the cause of any other error. Wait for the VMM's end, because the
-            // console is complete only then.
+            // console's output is incomplete until then.
             let ended = matches!(error, BootError::Ended { .. })
                 || matches!(error, BootError::Vmm { source: VmmError::Gone, .. });
             if ended || progress.borrow().ended.is_some() {
@@ -312,12 +312,12 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
                 Notice::FdShortage => {}
                 Notice::Exited { reason } => {
                     let reason = match reason {
-                        ExitReason::Reset => "the guest reset or powered itself off".to_owned(),
+                        ExitReason::Reset => "the guest reset itself or powered off".to_owned(),
                         ExitReason::Stopped => "the VM was stopped".to_owned(),
                         ExitReason::Failed(why) => format!("the VM failed: {}", console::clean(&why)),
                     };
-                    // Log a warning, because the shim has not ended this VM. The shim ends a VM with SIGKILL, after
-                    // which the VMM cannot send a notice.
+                    // Log a warning, because the shim did not end this VM. The shim ends a VM by killing the VMM with
+                    // SIGKILL, and a killed VMM cannot send this notice.
                     tracing::warn!(reason, "the guest ended");
                     update.send_modify(|p| p.ended = Some(reason));
                 }

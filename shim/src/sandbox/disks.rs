@@ -73,7 +73,7 @@ pub enum DiskError {
         #[source]
         source: VmmError,
     },
-    /// The agent did not answer with a device.
+    /// The agent failed to find the device.
     #[error("failed to find the block device in the guest")]
     Guest(#[source] ttrpc::Error),
     /// The guest has no disk in the slot.
@@ -137,14 +137,14 @@ async fn find_in_guest(agent: &Agent, slot: u32) -> Result<DeviceNumbers, DiskEr
 /// Opens a block device by its number. Blocks.
 fn open(disk: Disk) -> io::Result<File> {
     let Disk { major, minor, read_only } = disk;
-    // `uevent` contains the name of the device's node in /dev (Linux, Documentation/ABI/testing/sysfs-dev).
+    // `uevent` contains the name of the device's file in /dev (Linux, Documentation/ABI/testing/sysfs-dev).
     let uevent = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"))?;
     let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME=")).ok_or(io::ErrorKind::NotFound)?;
     let path: PathBuf = ["/dev", name].iter().collect();
     let file = File::options().read(true).write(!read_only).open(path)?;
     let meta = file.metadata()?;
     let number = libc::makedev(major, minor);
-    // The file in /dev may be a node of another device, which the container must not get.
+    // The file in /dev may belong to another device, which the container must not get.
     if meta.file_type().is_block_device() && meta.rdev() == number {
         Ok(file)
     } else {
@@ -159,7 +159,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn disk_keeps_its_slot_if_finding_it_in_the_guest_is_retried() {
+    async fn disk_keeps_its_slot_if_the_search_in_the_guest_is_retried() {
         let (plug, attached) = (AttachedDisk::default(), Cell::new(0));
         let attach = || async {
             attached.set(attached.get() + 1);

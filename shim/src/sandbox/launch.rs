@@ -154,8 +154,8 @@ impl PartialLaunch {
         };
         let network = match &network {
             // CNI sets up a new namespace later: in hooks, or between Create and Start. `ctr run --cni` runs CNI
-            // between Create and Start. containerd 1.7 also runs CNI then for pods with a user namespace, because the
-            // user namespace must own the network namespace (pkg/cri/server/sandbox_run.go).
+            // between Create and Start. For pods with a user namespace, containerd 1.7 runs CNI at that time, too,
+            // because the user namespace must own the network namespace (pkg/cri/server/sandbox_run.go).
             Network::New => match &self.vmm {
                 Some(vmm) => network::watch_new(
                     &PathBuf::from(format!("/proc/{}/ns/net", vmm.pid)),
@@ -191,10 +191,10 @@ fn record_sandbox(context: &LaunchContext, spec: &Spec, boot_size: &BootSize, vm
     }
 }
 
-/// Returns the configuration of the guest that depends on the pod.
+/// Returns the part of the guest's configuration that depends on the pod.
 ///
-/// The sysctls of a sandbox container belong to the pod, because that container is never created. The sysctls of a
-/// container without a pod are applied when the container is created.
+/// The sysctls of a sandbox container belong to the pod, because that container is never created in the guest. The
+/// sysctls of a container without a pod are applied when the container is created.
 fn pod(context: &LaunchContext, spec: &Spec, id_mappings: Option<IdMappings>, network: network::Network) -> Pod {
     let is_sandbox = spec.annotations.is_sandbox();
     let sysctls = if is_sandbox { spec.linux.sysctl.clone() } else { Default::default() };
@@ -202,7 +202,8 @@ fn pod(context: &LaunchContext, spec: &Spec, id_mappings: Option<IdMappings>, ne
     Pod { id, hostname, shared_memory: is_sandbox, sysctls, pids_max: None, id_mappings, network }
 }
 
-/// Returns the sandbox's host name. As under runc, this is the host's name if the specification does not set a name.
+/// Returns `name`, the host name in the specification. If `name` is empty, returns the node's host name, which the
+/// sandbox would have under runc, too.
 pub fn hostname(name: &str) -> String {
     if !name.is_empty() {
         return name.to_owned();
@@ -223,9 +224,9 @@ pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String
 /// Moves this process into the cgroup that the specification names.
 ///
 /// If this move fails, the sandbox does not start. Outside the cgroup, the sandbox would run without limits, and its
-/// resource usage would count for containerd's cgroup. runc, even rootless runc, also fails if it cannot enter the
-/// cgroup (libcontainer/cgroups/fs2/fs2.go, Apply). If the specification does not name a cgroup, as with containerd's
-/// `disable_cgroup`, the process stays in its cgroup.
+/// resource usage would be charged to containerd's cgroup. If runc cannot enter the cgroup, it fails, too, even in
+/// rootless mode (libcontainer/cgroups/fs2/fs2.go, Apply). If the specification does not name a cgroup, as with
+/// containerd's `disable_cgroup`, the process stays in its cgroup.
 fn enter_cgroup(context: &LaunchContext, path: &str) -> Result<Option<Cgroup>, String> {
     if path.is_empty() {
         return Ok(None);

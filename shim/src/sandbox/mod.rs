@@ -189,10 +189,10 @@ impl Sandbox {
         &self.dir
     }
 
-    /// Returns the huge pages that the node and the pod's cgroup allow for the whole pod, in MiB.
+    /// Returns the total size, in MiB, of the huge pages that the node and the pod's cgroup allow for the whole pod.
     pub fn huge_mib(&self) -> u64 {
-        // This function runs for every container. On a node without huge pages, as most nodes are, do not read the
-        // cgroup.
+        // Do not read the cgroup on a node without huge pages. Most nodes have none, and this function runs for every
+        // container.
         match (hugepages::pool_mib(), self.cgroup()) {
             (pool_mib @ 1.., Some(cgroup)) => limits::huge_mib(cgroup.location()).min(pool_mib),
             _ => 0,
@@ -209,12 +209,12 @@ impl Sandbox {
     }
 
     /// Returns the VMM's PID on the host, or 0 if the VMM was not started. The VMM is in the sandbox's network
-    /// namespace.
+    /// namespace. Therefore, clients can open this namespace through the PID.
     pub fn pid(&self) -> u32 {
         self.vmm().map_or(0, Vmm::pid)
     }
 
-    /// Acquires a host PID for one container. [`Sandbox::release_pid`] must follow.
+    /// Acquires a PID on the host for one container. The caller must release it with [`Sandbox::release_pid`].
     ///
     /// # Errors
     /// [`VmmError`] if the VMM cannot provide a PID.
@@ -242,8 +242,8 @@ impl Sandbox {
     /// Waits until the agent accepts containers.
     ///
     /// # Errors
-    /// If the boot has failed, or the VM has ended. The text contains the error and its causes. It is an `Arc`, so that
-    /// several callers can share it.
+    /// If the boot has failed, or the VM has ended. The text contains the error and its causes. The text is an
+    /// `Arc`, so that several callers can share it.
     pub async fn ready(&self) -> Result<Agent, Arc<str>> {
         self.state.wait_running().await
     }
@@ -316,7 +316,7 @@ impl Sandbox {
         }
     }
 
-    /// Ends the VM and removes everything that belongs to the sandbox from the host.
+    /// Ends the VM and removes the sandbox's remains from the host: its mounts, cgroup and directory.
     pub async fn tear_down(&self) {
         self.end().await;
         if let Some(vmm) = self.vmm() {

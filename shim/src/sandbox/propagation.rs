@@ -1,5 +1,5 @@
-//! Propagates mounts and unmounts that the host makes after a volume was created to the volume, if the volume has
-//! `rslave` propagation.
+//! Keeps volumes with `rslave` propagation up to date. When the host mounts or unmounts something in a volume's source,
+//! this module makes the same change in the volume.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -18,15 +18,17 @@ use crate::async_fd::register;
 use crate::sandbox::volume_updates::Updates;
 use crate::volumes::propagate;
 
-/// Maximum time for which the start of a process waits until the volumes show the mounts that the host has by then.
+/// Maximum time for which the start of a process waits until the volumes show the host's current mounts.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time between a change of the mount list and the update that it causes. The delay saves updates, because changes come
 /// in bursts, and each update reads the whole list.
 const DEBOUNCE: Duration = Duration::from_millis(50);
-/// Minimum time between two log lines about failed updates. A guest can make updates fail by renaming directories.
+/// Minimum time between two log lines about failed updates. The limit is needed because a guest can make many updates
+/// fail, by renaming directories.
 const LOG_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Keeps the mounts in a sandbox's volumes up to date. It does nothing until a container has an `rslave` volume.
+/// Keeps the mounts in a sandbox's volumes up to date. Does nothing until a container has a volume with `rslave`
+/// propagation.
 #[derive(Default)]
 pub struct Propagation {
     running: OnceLock<Running>,
@@ -41,7 +43,7 @@ struct Running {
 }
 
 impl Propagation {
-    /// Starts the updates, unless they are running. Must be called in an async runtime.
+    /// Starts the updates, unless they are already running. Must be called in an async runtime.
     ///
     /// # Errors
     /// If the mount list cannot be opened or polled.

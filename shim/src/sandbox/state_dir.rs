@@ -83,7 +83,8 @@ impl StateDir {
     /// # Errors
     /// [`StateError`] with the path that could not be created.
     pub fn create(&self) -> Result<Share, StateError> {
-        // Retry once, because the shim of another sandbox in this namespace may be removing the parent directory.
+        // Retry once, because the shim of another sandbox may be removing the directory of the containerd
+        // namespace, which is the parent directory.
         let make = || std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&self.path);
         make().or_else(|_| make()).map_err(|source| StateError::Create { path: self.path.clone(), source })?;
         Share::mount(&self.path).map_err(StateError::Share)
@@ -133,19 +134,19 @@ impl StateDir {
         }
     }
 
-    /// Returns a process that was recorded earlier.
+    /// Returns the process that was recorded under `name`, or `None` if there is no valid record.
     pub fn read_process(&self, name: &str) -> Option<ProcessId> {
         let text = self.read(name)?;
         let (pid, start) = text.trim().split_once(' ')?;
         Some(ProcessId { pid: pid.parse().ok().filter(|pid| *pid > 1)?, start: start.parse().ok()? })
     }
 
-    /// Returns the contents of a small file that was written earlier.
+    /// Returns the contents of the file `name`, or `None` if the file cannot be read.
     pub fn read(&self, name: &str) -> Option<String> {
         std::fs::read_to_string(self.path.join(name)).ok()
     }
 
-    /// Removes everything that belongs to the sandbox from the host: leftover processes, mounts, cgroup and directory.
+    /// Removes the sandbox's remains from the host: its processes, mounts, cgroup and directory.
     pub fn clean_up(&self) {
         for name in ["vmm.pid", "shim.pid"] {
             if let Some(process) = self.read_process(name)
@@ -248,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn kill_and_wait_spares_a_reused_pid() {
+    fn kill_and_wait_does_not_kill_a_process_that_reuses_the_pid() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let id = ProcessId::read(child.id()).unwrap();
         ProcessId { start: id.start + 1, ..id }.kill_and_wait();

@@ -22,7 +22,7 @@ pub struct Timeline {
 
 /// Returns the time of the monotonic clock in nanoseconds. All processes of the host share this clock.
 pub fn now() -> u64 {
-    // This does not fail, because the clock exists on every Linux.
+    // Reading the clock does not fail, because every Linux kernel has this clock.
     let now = ClockId::CLOCK_MONOTONIC.now().map_or_else(|_| Duration::ZERO, Duration::from);
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -9,8 +9,8 @@ use std::time::Duration;
 use tokio::task::{Id, JoinSet};
 use tokio::time::Instant;
 
-/// Duration after which an update counts as hanging, and requests no longer wait for it. Normally, an update takes
-/// milliseconds.
+/// Duration after which an update counts as hanging. Requests do not wait longer for an update. Normally, an update
+/// takes milliseconds.
 const HANG_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Function that updates the mounts of the volume with this name. It may block.
@@ -18,8 +18,8 @@ type Update = Arc<dyn Fn(&OsStr) -> Result<(), String> + Send + Sync>;
 
 /// The updates of a pod's volumes.
 ///
-/// Each volume has at most one update in progress. A volume that is requested during its update is updated again when
-/// this update ends.
+/// Each volume has at most one update in progress. If a request arrives during a volume's update, the volume is updated
+/// again when this update ends.
 pub struct Updates {
     update: Update,
     tasks: JoinSet<Result<(), String>>,
@@ -35,7 +35,7 @@ struct InProgress {
     request: u64,
     /// Number of the latest request that does not have to wait for this volume.
     served: u64,
-    /// Whether the volume has been requested since the update started.
+    /// Whether a request for the volume has arrived since the update started.
     again: bool,
     hangs: bool,
 }
@@ -62,7 +62,8 @@ impl Updates {
             if elapsed >= HANG_TIMEOUT {
                 update.served = request;
                 if !std::mem::replace(&mut update.hangs, true) {
-                    tracing::warn!(volume = %update.volume.display(), ?elapsed, "updating a volume's mounts hangs");
+                    let volume = update.volume.display();
+                    tracing::warn!(%volume, ?elapsed, "the update of a volume's mounts hangs");
                 }
             }
         }
@@ -78,8 +79,8 @@ impl Updates {
         self.in_progress.insert(task.id(), InProgress { volume, started, request, served, again: false, hangs: false });
     }
 
-    /// Waits for the end of an update and returns its result. Updates the volume again if it was requested during that
-    /// update. Returns `None` if no update is in progress.
+    /// Waits for the end of an update and returns its result. If a request for the volume arrived during that update,
+    /// starts another update of the volume. Returns `None` if no update is in progress.
     pub async fn ended(&mut self) -> Option<Result<(), String>> {
         let (id, result) = match self.tasks.join_next_with_id().await? {
             Ok(ended) => ended,
@@ -131,7 +132,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn volume_requested_during_its_update_is_updated_again() {
+    async fn request_during_the_update_of_a_volume_starts_another_update() {
         let (mut updates, hung, started) = updates();
         for request in 1..=3 {
             updates.start(volumes(), request);

@@ -147,7 +147,7 @@ fn try_splice(
     }
     let mut fds = [PollFd::new(socket, socket_event), PollFd::new(pipe, pipe_event)];
     poll(&mut fds, PollTimeout::ZERO)?;
-    // Every event counts as ready, even a hang-up, because the next attempt then returns the error.
+    // A side with any event counts as ready, even if the event is a hang-up. The next attempt then returns the error.
     let [socket, pipe] = fds.map(|fd| fd.revents().is_some_and(|events| !events.is_empty()));
     match (socket, pipe) {
         (false, _) => Err(io::ErrorKind::WouldBlock.into()),

@@ -45,7 +45,8 @@ pub struct LoggerHandle {
     _released: oneshot::Sender<()>,
 }
 
-/// Starts a logger and waits until it is ready. Returns the write ends of its pipes for stdout and stderr.
+/// Starts a logger and waits until it is ready. Returns the write ends of its pipes for stdout and stderr, and its
+/// handle.
 pub async fn start(
     path: &Path,
     args: &[String],

@@ -1,8 +1,8 @@
 //! Opens containerd's ends of the streams.
 //!
 //! As in runc's shim, the shim keeps both ends of an output fifo open. Therefore, when a client disconnects and
-//! reconnects, the container neither gets SIGPIPE nor loses output. The shim also keeps the write end of the stdin fifo
-//! open, until `CloseIO`.
+//! reconnects, the container neither gets SIGPIPE nor loses output. Until `CloseIO`, the shim keeps the write end of
+//! the stdin fifo open, too.
 
 use std::{
     fs::{self, File, OpenOptions},

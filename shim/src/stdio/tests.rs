@@ -178,7 +178,7 @@ fn logger(dir: &Path, script: &str) -> String {
 }
 
 #[tokio::test]
-async fn logger_gets_both_streams_and_ends_with_them() {
+async fn logger_gets_both_streams_and_ends_when_they_end() {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");
     let program = logger(

@@ -93,8 +93,8 @@ impl Connection {
 
     /// Authenticates with the socket's credentials ("Authentication Protocol", EXTERNAL).
     ///
-    /// Sends everything in one write, as libsystemd does. With several writes, systemd could read `BEGIN` together with
-    /// the first message. systemd would then not process this message until more data arrives
+    /// Sends everything in one write, as libsystemd does. If `BEGIN` were sent separately, systemd could read it
+    /// together with the first message. systemd would then not process this message until more data arrives
     /// (libsystemd/sd-bus/bus-socket.c).
     fn authenticate(&mut self) -> Result<(), CallError> {
         let user = nix::unistd::geteuid().to_string();
@@ -190,7 +190,7 @@ impl Connection {
     fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             self.stream.set_write_timeout(Some(self.remaining_time()?))?;
-            // This does not cause a SIGPIPE, because std sends with MSG_NOSIGNAL.
+            // The write does not cause a SIGPIPE, because std sends with MSG_NOSIGNAL.
             match self.stream.write(bytes) {
                 Ok(length) => bytes = bytes.get(length..).unwrap_or_default(),
                 Err(error) => check_retry(error)?,

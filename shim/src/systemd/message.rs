@@ -74,7 +74,7 @@ pub enum Received {
         /// The signal's encoded arguments.
         body: Vec<u8>,
     },
-    /// Any other message, such as a method call. Such a message is ignored.
+    /// Any other message, for example a method call. The shim ignores these messages.
     Other,
 }
 
@@ -94,7 +94,7 @@ impl Body {
     }
 
     fn length(&mut self, length: usize) {
-        // This never saturates, because these messages have at most a few hundred bytes.
+        // The length never saturates, because the shim's messages have at most a few hundred bytes.
         self.u32(u32::try_from(length).unwrap_or(u32::MAX));
     }
 
@@ -117,7 +117,7 @@ impl Body {
     }
 
     fn signature(&mut self, signature: &str) {
-        // This never saturates, because these signatures have a few letters.
+        // The length never saturates, because the shim's signatures have only a few letters.
         self.0.push(u8::try_from(signature.len()).unwrap_or(u8::MAX));
         self.0.extend(signature.as_bytes());
         self.0.push(0);
@@ -320,7 +320,7 @@ pub fn decode(message: &[u8]) -> Result<Received, Malformed> {
         Some(&ERROR) => Received::Error {
             to: to.ok_or(Malformed)?,
             name: error_name.ok_or(Malformed)?.to_owned(),
-            // By convention, the first argument is the message, if it is a string.
+            // By convention, the first argument is the error message if this argument is a string.
             text: Reader::new(body).text().unwrap_or_default().to_owned(),
         },
         Some(&SIGNAL) => Received::Signal { member: member.ok_or(Malformed)?.to_owned(), body: body.to_vec() },

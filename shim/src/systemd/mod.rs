@@ -123,8 +123,8 @@ impl Scope {
             ("IOAccounting", Value::Bool(true)),
             ("TasksAccounting", Value::Bool(true)),
             ("DefaultDependencies", Value::Bool(false)),
-            // A scope whose VMM was killed by the OOM killer must not stay as a failed unit. The shim's caller already
-            // learns of the failure from the shim.
+            // If the OOM killer kills the VMM, the scope must not stay as a failed unit. The shim reports the failure
+            // to its caller.
             ("CollectMode", Value::Text("inactive-or-failed".into())),
         ]
     }
@@ -213,8 +213,9 @@ mod tests {
     use super::message::tests::{failed, removed, returned};
     use super::*;
 
-    /// Plays systemd's role. Answers the calls of each connection in turn, and returns the bytes of all calls. Closes a
-    /// connection for which the list of answers is empty.
+    /// Plays systemd's role. Answers the calls of each connection in turn, then closes the connection. If a
+    /// connection's list of answers is empty, closes the connection after the authentication. Returns the bytes of all
+    /// calls.
     fn peer(dir: &Path, connections: Vec<Vec<Vec<Vec<u8>>>>) -> JoinHandle<Vec<Vec<u8>>> {
         let listener = UnixListener::bind(dir.join("socket")).unwrap();
         std::thread::spawn(move || {
@@ -254,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn start_and_stop_wait_for_the_end_of_their_job() {
+    fn start_and_stop_wait_until_their_jobs_end() {
         let dir = tempfile::tempdir().unwrap();
         // JobRemoved may arrive before the reply to the call, and may be about other jobs.
         let early = vec![removed("/job/3", "p-n.scope", "done"), returned(1, "/job/3")];

@@ -1,6 +1,7 @@
 //! Client of the agent in the guest.
 //!
-//! The agent is not trusted: every call has a timeout, and every answer is checked.
+//! The agent is not trusted. Therefore, every call except the subscription to events has a timeout, and every answer is
+//! checked.
 
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime};

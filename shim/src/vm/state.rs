@@ -11,7 +11,7 @@ use super::agent::Agent;
 pub enum State {
     /// The VM has not been launched, because the specification has not arrived.
     Pending,
-    /// The guest boots.
+    /// The guest is booting.
     Booting,
     /// The agent accepts containers.
     Running(Agent),
@@ -100,8 +100,8 @@ impl StateCell {
     /// Waits until the VM runs.
     ///
     /// # Errors
-    /// If the boot has failed, or the VM has ended. The text contains the error and its causes. It is an `Arc`, so that
-    /// several callers can share it.
+    /// If the boot has failed, or the VM has ended. The text contains the error and its causes. The text is an
+    /// `Arc`, so that several callers can share it.
     pub async fn wait_running(&self) -> Result<Agent, Arc<str>> {
         let mut state = self.0.subscribe();
         let decided = state.wait_for(|state| !matches!(state.phase(), Phase::Pending | Phase::Booting)).await;

@@ -48,7 +48,7 @@ mod tests {
     }
 
     #[test]
-    fn on_host_translates_from_a_pid_namespace() {
+    fn on_host_translates_an_id_from_a_pid_namespace() {
         let args = ["--pid", "--fork", "--kill-child", "sleep", "1000"];
         let mut unshare = Command::new("unshare").args(args).spawn().unwrap();
         let children = format!("/proc/{0}/task/{0}/children", unshare.id());

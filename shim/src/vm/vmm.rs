@@ -66,7 +66,7 @@ struct Inner {
     pid: u32,
     dead: watch::Receiver<Option<ExitStatus>>,
     fd_shortage: Notify,
-    /// Ids of the VMM's threads whose ids serve as the PIDs of containers. Maps each id on the host to the id in the
+    /// The VMM's threads whose ids serve as the PIDs of containers. Maps each thread's id on the host to its id in the
     /// VMM's PID namespace.
     threads: Mutex<HashMap<u32, u32>>,
 }
@@ -97,7 +97,7 @@ pub fn spawn(network: &Network) -> Result<Spawned, VmmError> {
 
 /// Waits for a child that has ended or is about to end.
 fn reap(pid: u32) -> ExitStatus {
-    // This does not fail, because no other code waits for this child.
+    // The wait does not fail, because no other code waits for this child.
     let status = process::wait(pid.cast_signed(), 0).ok().flatten().map_or(0, |(_, status)| status);
     ExitStatus::from_raw(status)
 }
@@ -151,7 +151,7 @@ impl Vmm {
         self.inner.pid
     }
 
-    /// Acquires a host PID for one container. [`Vmm::release_pid`] must follow.
+    /// Acquires a PID on the host for one container. The caller must release it with [`Vmm::release_pid`].
     ///
     /// # Errors
     /// The errors of [`Vmm::call`].

@@ -1,6 +1,7 @@
-//! Binds host directories and files into the share, each once for the whole pod, even if several containers use it.
+//! Binds host directories and files into the share. Each directory or file is bound only once for the whole pod, even
+//! if several containers use it.
 //!
-//! The virtio-fs server tells files apart by the mount through which they are reached (virtiofsd,
+//! The virtio-fs server identifies a file by its inode and the mount through which it is reached (virtiofsd,
 //! `passthrough::InodeIds`). Two mounts of one directory would give the guest two sets of inodes. A fifo, a socket or a
 //! lock would then not work between containers that use different mounts.
 
@@ -91,20 +92,20 @@ fn copy(source: &Source<'_>, host_only: &HostOnly, stage: &StagingDir) -> Result
     }
     if let Some(id_mappings) = source.id_mappings {
         let user_namespace = id_mappings.namespace().map_err(at("create a user namespace with the id mappings"))?;
-        // As with runc, this fails if the file system of a submount does not support id-mapped mounts.
+        // As with runc, this call fails if the file system of a submount does not support id-mapped mounts.
         mount_api::set_id_mapping(tree.as_fd(), user_namespace.as_fd(), recursive)
             .map_err(at("set the id mappings"))?;
     }
     if flags.read_only {
-        // The guest also makes the mount read-only. But a guest with a compromised kernel must not be able to write.
+        // The guest makes the mount read-only, too. But a guest with a compromised kernel must not be able to write.
         mount_api::set_attributes(tree.as_fd(), mount_api::MOUNT_ATTR_RDONLY, 0, flags.read_only_submounts)
             .map_err(at("make the mount read-only"))?;
     }
     Ok((tree, left_out))
 }
 
-/// Adds the receiving tree of mount `name`, unless the mount has a receiving tree. This tree is a copy of the source's
-/// mounts that receives the host's later mounts.
+/// Adds the receiving tree of mount `name`, unless the mount already has a receiving tree. This tree is a copy of the
+/// source's mounts, and receives the host's later mounts.
 fn add_receiving(
     source: &Source<'_>,
     host_only: &HostOnly,
@@ -163,7 +164,7 @@ impl Flags {
                 "ro" => flags.read_only = true,
                 "rw" => flags.read_only = false,
                 "rro" => (flags.read_only, flags.read_only_submounts) = (true, true),
-                // With both options, the guest receives the host's later mounts at every depth.
+                // With either option, the guest receives the host's later mounts at every depth.
                 "slave" | "rslave" => flags.slave = true,
                 _ => {}
             }

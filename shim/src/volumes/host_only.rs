@@ -61,7 +61,7 @@ const TYPES: [(&str, Option<i64>); 32] = [
     ("xenfs", Some(0xabba_1974)),
 ];
 
-/// Name of the file systems of the sandbox's directories.
+/// Name that error messages use for the file systems of the sandbox's directories.
 const SANDBOX: &str = "the sandbox's share";
 
 /// Distinguishes host-only file systems from other file systems.
@@ -79,8 +79,7 @@ impl HostOnly {
     /// a volume of `/` would give a container write access to the share.
     ///
     /// # Errors
-    /// The error of stat(2). Ignoring this error would make the rule incomplete, and a host-only file system could get
-    /// into the share.
+    /// The error of stat(2). If this error were ignored, a host-only file system could get into the share.
     pub fn new<'a>(directories: impl IntoIterator<Item = &'a Path>) -> io::Result<Self> {
         let dev = Path::new("/dev");
         let mut devices = Vec::new();
@@ -137,8 +136,8 @@ impl HostOnly {
         }
     }
 
-    /// Does the same as [`HostOnly::type_of`] for a layer of an overlay. Reads the mount list only for a layer on a
-    /// tmpfs, because statfs(2) also reports devtmpfs as tmpfs.
+    /// Returns the same result as [`HostOnly::type_of`], for a layer of an overlay. Reads the mount list only for a
+    /// layer on a tmpfs, because statfs(2) cannot tell devtmpfs from tmpfs.
     ///
     /// # Errors
     /// The errors of [`HostOnly::type_of`].
@@ -157,8 +156,8 @@ const GUEST_DEV_DIRS: [&str; 5] = ["/dev", "/dev/mqueue", "/dev/net", "/dev/pts"
 /// Returns the guest path that replaces `path`, a host path on a host-only file system. If the guest has its own
 /// instance at `path`, returns the same path.
 ///
-/// Returns `None` for the directory of a process, because the same PID is another process in the guest. Also returns
-/// `None` for every other path, such as a directory of devices that not every guest has.
+/// Returns `None` if not every guest has an instance at `path`, for example for a directory of devices. Returns `None`
+/// for the directory of a process, too, because the PID belongs to another process in the guest.
 pub fn guest_path(path: &Path) -> Option<PathBuf> {
     let in_guest = match path.strip_prefix("/proc") {
         Ok(rest) => !rest.components().next().is_some_and(|first| is_process_dir(first.as_os_str())),

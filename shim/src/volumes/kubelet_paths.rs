@@ -1,4 +1,4 @@
-//! Knows the kubelet's directories for a pod's volumes on the node. Finds the volume, and the subdirectory of the
+//! Recognizes the kubelet's directories for a pod's volumes on the node. Finds the volume, and the subdirectory of the
 //! volume, to which a mount's source belongs.
 
 use std::{
@@ -62,8 +62,8 @@ pub fn disk_empty_dir(
     // system, to find the path of the subPath in the volume.
     let (all, part) = (path_in_filesystem(&volume)?, path_in_filesystem(source)?);
     let Ok(subdirectory) = part.strip_prefix(&all) else { return Ok(None) };
-    // A mount inside the volume is not part of the volume. A directory that was removed or renamed in the meantime is
-    // not part of the volume either.
+    // A mount inside the volume is not part of the volume. A directory that was removed or renamed after it was opened
+    // is not part of the volume either.
     match stat_components(&volume, subdirectory, id_mappings) {
         Ok((subdirectory, end)) if end == device_and_inode(source)? => {
             Ok(Some(DiskEmptyDir { root: volume, subdirectory }))
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn is_sub_path_recognizes_the_kubelets_directory() {
+    fn is_sub_path_recognizes_the_directory_of_the_kubelet() {
         assert!(is_sub_path(Path::new("/var/lib/kubelet/pods/u/volume-subpaths/data/web/0")));
         assert!(!is_sub_path(Path::new("/var/lib/kubelet/pods/u/volumes/kubernetes.io~csi/data/mount")));
     }

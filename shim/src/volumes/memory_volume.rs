@@ -125,7 +125,7 @@ mod tests {
             request_for(&fd, path, None, ("c", 0)).unwrap()
         };
         assert_eq!(request_at(dir.path()), None);
-        // This is a tmpfs, but not an emptyDir.
+        // /dev/shm is a tmpfs, but not an emptyDir.
         assert_eq!(request_at(Path::new("/dev/shm")), None);
     }
 }

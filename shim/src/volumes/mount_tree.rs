@@ -24,8 +24,8 @@ pub struct Submount<'a> {
 }
 
 impl<'a> Tree<'a> {
-    /// Returns the tree whose root mount has this mount id. `id` may also be the id of a mount that covers the root
-    /// mount. Returns `None` if the list does not contain a mount with this id.
+    /// Returns the tree whose root mount has this mount id, or is covered by the mount with this id. Returns `None` if
+    /// the list does not contain a mount with this id.
     pub fn of(entries: &'a [Entry], id: u64) -> Option<Self> {
         let by_id: HashMap<u64, &Entry> = entries.iter().map(|entry| (entry.id, entry)).collect();
         let mut base = *by_id.get(&id)?;
@@ -81,7 +81,7 @@ impl<'a> Tree<'a> {
     fn push_children(&self, parent: &'a Entry, into: &mut Vec<&'a Entry>) {
         let mut last: Option<&Path> = None;
         for child in self.children(parent) {
-            // Skip a mount that a mount on one of its parent directories hides.
+            // Skip a mount if another mount, on one of its parent directories, hides it.
             if !last.is_some_and(|last| child.point.starts_with(last)) {
                 last = Some(&child.point);
                 into.push(self.top(child));
@@ -97,8 +97,8 @@ impl<'a> Tree<'a> {
 /// Returns the submounts to remove from `old` and the submounts to add to `old`, so that `old` becomes `new`.
 ///
 /// Two submounts are equal if they show the same directory of the same file system at the same path. Removing a
-/// submount also removes the submounts below it. Therefore, only the topmost submounts to remove are returned, and a
-/// removed submount that `new` contains is added again.
+/// submount removes all submounts below it. Therefore, the first list contains only the topmost submounts to
+/// remove. If a submount below them is in `new`, the second list contains it, so that it is added again.
 pub fn differences<'a>(old: Vec<Submount<'a>>, new: Vec<Submount<'a>>) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
     let same = |a: &Submount<'_>, b: &Submount<'_>| {
         (&a.path, a.entry.device, &a.entry.root) == (&b.path, b.entry.device, &b.entry.root)
@@ -147,13 +147,13 @@ mod tests {
 
     #[test]
     fn reachable_skips_mounts_that_a_later_mount_hides() {
-        // Mount 7 is on a directory above the mount point of 6.
+        // Mount 7 is on a directory above the mount point of mount 6.
         let mut entries = tree();
         entries.push(entry(6, 2, "/v/run/netns/x", "proc"));
         entries.push(entry(7, 2, "/v/run", "tmpfs"));
         let (paths, left_out) = reached(&entries, 2);
         assert!(left_out.is_empty() && paths.contains(&("run".into(), 7)), "{paths:?}");
-        // Mount 8 is on the root of 3, and hides 3 and everything below it.
+        // Mount 8 is on the root of mount 3, and hides mounts 3 and 4.
         entries.push(entry(8, 3, "/v/a", "tmpfs"));
         let (paths, _) = reached(&entries, 2);
         assert!(paths.contains(&("a".into(), 8)) && !paths.iter().any(|(_, id)| [3, 4].contains(id)), "{paths:?}");
@@ -164,7 +164,7 @@ mod tests {
         let mut entries = tree();
         entries.push(entry(6, 3, "/v/a/proc", "proc"));
         entries.push(entry(7, 6, "/v/a/proc/sys/fs", "tmpfs"));
-        // An excluded mount still hides the mount that it covers. The covered mount must not appear instead.
+        // An excluded mount hides the mount that it covers. Therefore, `paths` must not contain either mount.
         entries.push(entry(8, 5, "/v/a-b", "proc"));
         let (mut paths, mut left_out) = reached(&entries, 2);
         paths.sort();
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn reachable_lists_a_mount_that_covers_the_tree_at_the_empty_path() {
+    fn mount_that_covers_the_root_of_the_tree_has_an_empty_path() {
         let mut entries = tree();
         entries.push(entry(6, 2, "/v", "tmpfs"));
         entries.push(entry(7, 6, "/v/a", "tmpfs"));

@@ -64,14 +64,14 @@ fn update_from(
         move |source| SyncError { step, path, source }
     };
     let bases = mounted(point).and_then(|from| Ok((from, mounted(target)?)));
-    // A volume that is being added or removed has only one of the two mounts.
+    // While a volume is being added or removed, only one of these two mounts exists.
     let (Some(from), Some(to)) = bases.map_err(error("open", Path::new("")))? else { return Ok(()) };
     let (Some(received), Some(shared)) = (Tree::of(entries, from.id), Tree::of(entries, to.id)) else { return Ok(()) };
     let (received, _) = received.reachable(|entry| host_only.contains(entry));
     let (shared, _) = shared.reachable(|_| false);
     let (removed, added) = differences(shared, received);
-    // Unmount only the topmost mounts, because this also unmounts their submounts. The path of a submount may be in a
-    // file system that hangs.
+    // Unmount only the topmost mounts. The kernel unmounts their submounts with them. The lookup of a submount's path
+    // might hang, because this path may be in a file system that hangs.
     let unmounted = removed.iter().map(|submount| detach(&to.file, submount).map_err(error("unmount", &submount.path)));
     let unmounted = first_error(unmounted);
     let mounted = copy_new(&from.file, target, &added, host_only);
@@ -98,7 +98,7 @@ fn copy_new(
             let id = mount_api::mount_id(source.as_fd())?;
             match entries.iter().find(|entry| entry.id == id) {
                 Some(entry) if !host_only.contains(entry) => attach_copy(&source, to, &submount.path),
-                // The mount was unmounted, or replaced by a host-only mount. The next update handles that.
+                // The mount was unmounted, or replaced by a host-only mount. The next update handles this change.
                 _ => Ok(()),
             }
         });

@@ -114,7 +114,7 @@ fn mount_one(root: &RootMount, target: &Path, context: CopyContext<'_>) -> Resul
 fn reject_host_only(kind: &str, options: &Options<'_>, host_only: &HostOnly) -> Result<(), RootfsError> {
     let reject = |what: &str, kind: &str| {
         Err(RootfsError::Unsupported(format!(
-            "{what} is a host-only file system ({kind}), which a guest must not have"
+            "{what} is a host-only file system ({kind}), which cannot be shared with a VM"
         )))
     };
     if HostOnly::is_type(kind) {
@@ -196,9 +196,9 @@ fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> 
         let message = format!("the options have {} bytes, but the kernel accepts only {}", data.len(), PAGE_SIZE - 1);
         return Err(io::Error::other(message));
     };
-    // Shorten the options by paths that are relative to the working directory. Use a new thread, because a thread must
-    // call unshare(CLONE_FS) before it changes its working directory. Otherwise, it would change the working directory
-    // of all threads.
+    // Shorten the options with paths that are relative to the working directory. Use a new thread, because a thread
+    // must call unshare(CLONE_FS) before it changes its working directory. Otherwise, it would change the working
+    // directory of all threads.
     let (target, kind, flags) = (target.to_path_buf(), root.kind.clone(), options.flags);
     let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;

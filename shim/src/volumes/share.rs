@@ -2,7 +2,7 @@
 //!
 //! Two directories show the same tmpfs. The host creates directories and mounts in `share`. `guest` is a read-only
 //! slave mount of `share`, and the root of the guest's virtio-fs. Every mount in `share` propagates to `guest`.
-//! Therefore, the guest can write to rootfs and volumes, which are separate mounts. But the guest can neither fill the
+//! The guest can write to rootfs and volumes, because they are separate mounts. But the guest can neither fill the
 //! tmpfs nor create a symlink at a path where the host is about to mount something. Mounts are prepared in a third
 //! directory, the staging directory `stage`, which is invisible to the guest.
 
@@ -96,7 +96,8 @@ impl Share {
     /// repeatedly.
     pub fn unmount(&self) {
         for path in [&self.guest, &self.host, &self.stage()] {
-            // A detached unmount includes all submounts. Ignore an error, because there may be nothing to unmount.
+            // A lazy unmount (MNT_DETACH) includes all submounts. Ignore an error, because there may be nothing to
+            // unmount.
             let _ = umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
             let _ = std::fs::remove_dir(path);
         }

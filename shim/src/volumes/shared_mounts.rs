@@ -20,17 +20,17 @@ use crate::volumes::unmount::{remove, unmount};
 /// may cache an old entry of the directory for a while.
 pub use husk_proto::SHARED_VOLUMES as VOLUMES;
 
-/// State of the mounts that the names in the share do not show.
+/// State of the mounts. It cannot be derived from the names in the share.
 struct Mounts {
     /// Number with which the name of the next mount begins.
     next_number: u64,
-    /// Mount points that no further container gets, because the unmount has begun and may have failed, or because
-    /// attaching the mount failed.
+    /// Mount points that no further container gets. Either their unmount has begun and may have failed, or the mount
+    /// could not be attached.
     retired: BTreeSet<PathBuf>,
 }
 
-/// The lock is held while markers and mounts must be consistent, because containers are created and deleted on separate
-/// threads.
+/// State of the mounts of all containers. The lock keeps markers and mounts consistent, because containers are created
+/// and deleted on separate threads.
 ///
 /// The lock is never held during a request to a file system of the host. The request may hang, and would then delay the
 /// whole pod.
@@ -71,8 +71,8 @@ pub fn acquire(
     if let Some(name) = mark_present(&lock_mounts())? {
         return Ok(name);
     }
-    // Declared before the lock, so that the tree is dropped without the lock. Dropping the tree may unmount it, and may
-    // hang.
+    // `tree` is declared before the guard of the lock. Therefore, the tree is dropped after the lock is released. The
+    // drop may unmount the tree, and may hang.
     let tree = copy()?;
     let mut mounts = lock_mounts();
     if let Some(name) = mark_present(&mounts)? {
@@ -88,7 +88,7 @@ pub fn acquire(
     let attached =
         opened.and_then(|target| mount_api::attach(tree.as_fd(), target.as_fd()).map_err(at("attach the mount")));
     if attached.is_err() {
-        // No container may get the empty mount point. When the container is deleted, its release removes the mount
+        // No container may get the empty mount point. When container `id` is deleted, `release` removes the mount
         // point.
         mounts.retired.insert(target);
     }
@@ -132,7 +132,8 @@ fn release_mount(share: &Path, id: &str, name: &OsStr, report: &mut impl FnMut(&
         Err(error) => return report(&marker, Err(error)),
     }
     mounts.retired.insert(target.clone());
-    // Unlock first, because unmounting may release the last reference to a file system, and then hang with its server.
+    // Unlock first, because unmounting may release the last reference to a file system. The unmount then hangs if the
+    // file system's server hangs.
     drop(mounts);
     let stage = StagingDir::for_share(share);
     let unmounted = unmount(&target).and_then(|()| remove(&target));
@@ -217,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn containers_that_copy_a_source_at_once_share_one_mount() {
+    fn containers_that_copy_a_source_at_the_same_time_share_one_mount() {
         isolated(|dir| {
             let (share, source) = (Share::mount(dir).unwrap(), dir.join("source"));
             tmpfs(&source);

@@ -1,8 +1,8 @@
 //! The staging directory, in which mount trees are prepared before they are attached to the share.
 //!
-//! It is invisible to the guest. Submounts are copied one by one. For this, a tree is attached here first, because
-//! mountinfo lists only the submounts of attached mounts. Only submounts that a path lookup reaches are copied, without
-//! host-only file systems.
+//! The staging directory is invisible to the guest. To copy a tree, the shim first attaches the tree here, because
+//! mountinfo lists only the submounts of attached mounts. The shim then copies the submounts one by one. It omits
+//! host-only file systems, and submounts that no path lookup reaches.
 //!
 //! A volume with `rslave` propagation has a second tree here, the receiving tree, which stays and receives the host's
 //! later mounts. [`crate::volumes::propagate`] copies these mounts to the share. Therefore, no host-only file system
@@ -62,7 +62,7 @@ impl StagingDir {
     }
 
     /// Returns a detached, private copy of the detached mount tree `tree`, without host-only file systems. Also returns
-    /// the mount points of the omitted mounts, relative to the tree, with the reason.
+    /// the mount points of the omitted mounts, relative to the tree, each with the reason for its omission.
     ///
     /// # Errors
     /// If a mount cannot be copied. The copied mounts are then removed from the staging directory.
@@ -78,8 +78,8 @@ impl StagingDir {
         points_removed.and(dir_removed).map(|()| copied)
     }
 
-    /// Attaches `tree`, a slave of the host's mounts, as the receiving tree of volume `name`.
-    /// [`StagingDir::remove_receiving`] must follow.
+    /// Attaches `tree`, a slave of the host's mounts, as the receiving tree of volume `name`. The caller must remove it
+    /// with [`StagingDir::remove_receiving`].
     ///
     /// # Errors
     /// If the tree cannot be attached. The mount point is then removed.
@@ -99,8 +99,8 @@ impl StagingDir {
     }
 
     /// Detaches the copies of the share and of the staging directory from the receiving tree of volume `name`.
-    /// With these copies, every later volume would propagate into each receiving tree. Best effort, because updates
-    /// exclude copies that stay.
+    /// If these copies stayed, every later volume would propagate into each receiving tree. Best effort, because
+    /// updates exclude copies that cannot be detached.
     ///
     /// The host's own mounts stay, even host-only mounts. If the host mounts something on one of these mounts later,
     /// the new mount propagates to the receiving tree only if the tree contains a copy of the older mount.
@@ -162,8 +162,8 @@ fn copy_in(
         if unreachable.iter().any(|path| submount.path.starts_with(path)) {
             continue;
         }
-        // Omit a submount that no path reaches instead of failing. The mount point may be in a file system whose server
-        // has died, or a guest may have moved the mount point below a path that is too long.
+        // If a submount cannot be copied, omit it instead of failing. The mount point may be in a file system whose
+        // server has died, or a guest may have moved the mount point below a path that is too long.
         if let Err(error) = copy_staged(&from.file, to, submount) {
             unreachable.push(&submount.path);
             if error.kind() != io::ErrorKind::NotFound {

@@ -113,7 +113,7 @@ mod tests {
                 tmpfs(&at(path));
             }
             fs::write(at("outside/b/file"), "").unwrap();
-            // Replace the directory `a`, which the path of a listed mount contains, by a symlink.
+            // In `to`, a symlink takes the place of the directory `a`, which is part of the mount's path `a/b`.
             std::os::unix::fs::symlink(at("outside"), at("to/a")).unwrap();
             let entries = mountinfo::read().unwrap();
             let entry = |id: u64| -> &Entry { entries.iter().find(|entry| entry.id == id).unwrap() };

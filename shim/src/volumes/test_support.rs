@@ -1,5 +1,5 @@
-//! Helpers for tests that mount file systems. Each test has its own mount namespace. The tests need root, as
-//! `cargo xtask test` does.
+//! Helpers for tests that mount file systems. Each test has its own mount namespace. The tests need root. Therefore,
+//! `cargo xtask test` runs as root.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,8 @@ use crate::volumes::shared_mounts::markers_dir;
 use crate::volumes::staging_dir::StagingDir;
 use crate::volumes::{Share, mount_api};
 
-/// Runs `test` in a thread with a new directory and a new mount namespace, which is like that of the shim's daemon.
+/// Runs `test` in a thread with a new directory and a new mount namespace. As in the shim's daemon, all mounts in the
+/// namespace are slaves of the host's mounts.
 pub fn isolated(test: impl FnOnce(&Path) + Send + 'static) {
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root to mount file systems");

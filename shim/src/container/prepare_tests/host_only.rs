@@ -13,8 +13,8 @@ use crate::container::prepare::*;
 use crate::container::prepare_tests::*;
 use crate::volumes::*;
 
-/// Host-only file system types, each with the name of the directory on which a test mounts it. These mounts have no
-/// effect on the host.
+/// Host-only file system types, each with the name of the directory on which a test mounts a file system of this type.
+/// These mounts have no effect on the host.
 const HOST_ONLY: [(&str, &str); 6] = [
     ("proc", "proc"),
     ("sysfs", "sys"),
@@ -33,7 +33,8 @@ fn mount_host_only(dir: &Path) -> PathBuf {
         let options = (kind == "devpts").then_some("newinstance");
         mount(Some(kind), &root.join(name), Some(kind), MsFlags::empty(), options).unwrap();
     }
-    // A tmpfs that covers a host-only mount, and a tmpfs inside a host-only mount, are excluded with that mount.
+    // The guest must not see these two tmpfs mounts either: `dev/shm` is inside a host-only mount, and the tmpfs on
+    // `sys` covers a host-only mount.
     mount(Some("t"), &root.join("dev/shm"), Some("tmpfs"), MsFlags::empty(), none)
         .or_else(|_| {
             fs::create_dir(root.join("dev/shm"))?;
@@ -101,7 +102,7 @@ fn a_host_only_rootfs_or_layer_is_rejected() {
 }
 
 #[test]
-fn volumes_exclude_the_sandboxs_share() {
+fn volumes_exclude_the_share_of_the_sandbox() {
     isolated(|dir| {
         let share = share(dir);
         let seen = prepare_volume(dir, &share, &dir.join("sandbox"), &["rbind", "ro"]);

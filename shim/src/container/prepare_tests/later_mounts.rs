@@ -1,4 +1,4 @@
-//! Tests that volumes with `rslave` propagation get the host's later mounts.
+//! Tests that volumes with `rslave` propagation receive the mounts that the host makes after the container's creation.
 
 use std::{collections::HashMap, fs, path::Path};
 
@@ -103,7 +103,7 @@ fn sync_propagates_a_mount_that_covers_a_host_only_mount() {
 }
 
 #[test]
-fn receiving_trees_exclude_the_sandboxs_mounts() {
+fn receiving_trees_exclude_the_mounts_of_the_sandbox() {
     isolated(|dir| {
         let share = share(dir);
         let sandbox = dir.join("sandbox");

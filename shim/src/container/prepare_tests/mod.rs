@@ -21,7 +21,7 @@ use crate::volumes::test_support::{isolated, shared_mount, tmpfs};
 use crate::volumes::*;
 
 fn mounts_below(dir: &Path) -> Vec<String> {
-    // Reads the thread's mount list, because the process's main thread is in another namespace.
+    // Reads the thread's mount list, because the process's main thread is in another mount namespace.
     let text = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     let dir = dir.to_str().unwrap();
     text.lines().filter_map(|line| line.split(' ').nth(4)).filter(|at| at.starts_with(dir)).map(Into::into).collect()
@@ -61,7 +61,7 @@ fn guest_source(share: &Share, prepared: &Prepared, index: usize) -> PathBuf {
 /// Returns the number of directories and files in the share.
 fn entries_in_share(share: &Share) -> usize {
     let count = |path: &Path| fs::read_dir(path).unwrap().count();
-    // The entries of the directory of volumes are counted instead of the directory itself.
+    // The directory of volumes itself does not count, but its entries do.
     count(&share.host) - 1 + count(&share.host.join(shared_mounts::VOLUMES))
 }
 
@@ -71,7 +71,7 @@ fn staged_trees(share: &Share) -> usize {
     dirs.map(|dir| fs::read_dir(dir.unwrap().path()).unwrap().count()).sum()
 }
 
-/// Updates all volumes. Returns the first error.
+/// Updates the mounts in all volumes of the share. Returns the first error.
 fn sync_mounts(share: &Path) -> Result<(), SyncError> {
     let results: Vec<_> = propagate::volumes(share)?.iter().map(|name| propagate::update(share, name)).collect();
     results.into_iter().collect()
@@ -83,8 +83,8 @@ fn share(dir: &Path) -> Share {
     Share::mount(&sandbox).unwrap()
 }
 
-/// Prepares a container with a volume that has the source `root` and these mount options. Returns the volume's path in
-/// the guest's view of the share.
+/// Prepares a container with a volume that has the source `root` and these mount options. Returns the volume's path
+/// below the directory that the VMM serves to the guest (`Share::guest`).
 fn prepare_volume(dir: &Path, share: &Share, root: &Path, options: &[&str]) -> PathBuf {
     prepare_volume_for("c1", dir, share, root, options)
 }

@@ -14,7 +14,7 @@ use crate::container::prepare_tests::*;
 use crate::volumes::*;
 
 #[test]
-fn prepare_mounts_layers_whose_options_exceed_a_page() {
+fn prepare_mounts_an_overlay_whose_options_exceed_a_page() {
     isolated(|dir| {
         let share = share(dir);
         let rootfs = [overlay(dir, 120)];

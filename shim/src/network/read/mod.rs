@@ -1,4 +1,4 @@
-//! Reads the network that CNI set up in a namespace, through rtnetlink(7).
+//! Uses rtnetlink(7) to read the network that CNI has set up in a namespace.
 
 mod route;
 mod rule;
@@ -17,14 +17,14 @@ use super::{NetworkError, kernel_error};
 enum Entry<T> {
     /// The guest gets the entry.
     Supported(T),
-    /// The guest does not need the entry. Its kernel creates the entry by itself, or the entry has no meaning in a
-    /// guest.
+    /// The guest does not need the entry, because the guest's kernel creates the same entry itself or the entry has no
+    /// meaning in a guest.
     Implicit,
     /// The guest would need the entry, but Husk does not support it. Contains a description for the log.
     Unsupported(String),
 }
 
-/// Descriptions, for the log, of the parts of the network that the guest does not get.
+/// The parts of the pod's network that the guest does not get, each described by a text for the log.
 pub type Unsupported = BTreeSet<String>;
 
 /// An Ethernet interface that is up.
@@ -57,8 +57,8 @@ pub fn to_guest_link(link: husk_netlink::Link) -> Option<Link> {
     Some(Link { index: link.index, name: link.name, mac: link.mac.try_into().ok()?, mtu })
 }
 
-/// Reads the configuration of these interfaces for the guest. Also returns a description of each part that the guest
-/// does not get.
+/// Reads the guest's network configuration for these interfaces. The second result describes each part of the pod's
+/// network that the guest does not get.
 pub fn network(netlink: &Netlink, links: &[Link]) -> Result<(UpdateNetworkRequest, Unsupported), NetworkError> {
     let names: HashMap<u32, &str> = links.iter().map(|link| (link.index.unsigned_abs(), link.name.as_str())).collect();
     let mut unsupported = Unsupported::new();
@@ -98,7 +98,7 @@ fn dump_both_families<T>(
     Ok(entries)
 }
 
-/// Reads the interfaces' addresses, except for link-local IPv6 addresses, which every interface generates itself.
+/// Reads the interfaces' addresses, except for link-local IPv6 addresses, which the guest's kernel generates itself.
 fn interfaces(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Interface>> {
     let mut addresses: HashMap<i32, Vec<String>> = HashMap::new();
     // struct ifaddrmsg
@@ -125,8 +125,8 @@ fn parse_address(body: &[u8]) -> Option<(i32, String)> {
     let mut found = None;
     for (kind, value) in attributes(body.get(8..)?) {
         match kind {
-            // If IFA_LOCAL is present, it is the local address. It is always present in IPv4. In IPv6, it is present on
-            // point-to-point interfaces, where IFA_ADDRESS is the peer's address.
+            // IFA_LOCAL, if present, is the local address. Every IPv4 address has IFA_LOCAL. An IPv6 address has
+            // IFA_LOCAL on a point-to-point interface, where IFA_ADDRESS is the peer's address.
             libc::IFA_LOCAL => found = ip(family, value),
             libc::IFA_ADDRESS if found.is_none() => found = ip(family, value),
             _ => {}

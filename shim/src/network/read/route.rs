@@ -108,8 +108,8 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
     })
 }
 
-/// Appends the next hops through interfaces that the guest has. Returns whether a next hop uses encapsulation, or
-/// `None` if the attribute is malformed.
+/// Appends the next hops whose interfaces exist in the guest. Returns whether a next hop uses encapsulation, or `None`
+/// if the attribute is malformed.
 fn next_hops(hops: &mut Vec<NextHop>, family: u8, bytes: &[u8], name: impl Fn(u32) -> Option<String>) -> Option<bool> {
     let (mut rest, mut encapsulates) = (bytes, false);
     // struct rtnexthop
@@ -133,7 +133,7 @@ fn next_hops(hops: &mut Vec<NextHop>, family: u8, bytes: &[u8], name: impl Fn(u3
     Some(encapsulates)
 }
 
-/// Parses `struct rtvia`, a gateway of another address family.
+/// Parses `struct rtvia`, which contains a gateway whose address family may differ from the route's.
 fn via(value: &[u8]) -> Option<IpAddr> {
     let (family, address) = value.split_at_checked(2)?;
     ip(u8::try_from(u16::from_ne_bytes(family.try_into().ok()?)).ok()?, address)

@@ -56,7 +56,8 @@ pub fn parse(body: &[u8]) -> Option<Entry<Rule>> {
             FRA_SPORT_RANGE => rule.source_ports = Some(ports(value)?).into(),
             FRA_DPORT_RANGE => rule.destination_ports = Some(ports(value)?).into(),
             FRA_PAD => {}
-            // Without its unsupported attribute, the rule would have a different meaning.
+            // The guest does not get the rule at all, because the rule would have a different meaning without the
+            // unsupported attribute.
             FRA_L3MDEV => return unsupported("with l3mdev (VRF)"),
             FRA_UID_RANGE => return unsupported("with a UID range"),
             FRA_FLOW => return unsupported("with realms"),

@@ -60,7 +60,7 @@ pub enum CgroupError {
         source: std::io::Error,
     },
     /// The process cannot be moved into the cgroup.
-    #[error("failed to move into the cgroup {path}")]
+    #[error("failed to move the shim into the cgroup {path}")]
     Enter {
         /// Path of the cgroup.
         path: PathBuf,
@@ -150,8 +150,8 @@ impl Cgroup {
         }
     }
 
-    /// Moves this process back to its original cgroups and removes the sandbox's cgroup. If the parent is containerd's
-    /// cgroup for the namespace and is then empty, also removes the parent.
+    /// Moves this process back to its original cgroups and removes the sandbox's cgroup. Then removes the parent
+    /// cgroup, too, if the parent is containerd's cgroup for the namespace and is empty.
     pub async fn leave_and_remove(&self) {
         self.leave();
         let (location, namespace, unit) = (self.location.clone(), self.namespace.clone(), self.unit.clone());
@@ -162,7 +162,7 @@ impl Cgroup {
         })
         .await;
         if let Err(error) = removed {
-            tracing::warn!("failed to run the removal of the sandbox's cgroup: {error}");
+            tracing::warn!("the task that removes the sandbox's cgroup failed: {error}");
         }
     }
 }

@@ -11,19 +11,19 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::resources::cgroup::{MOUNT, v1};
 use crate::systemd::Unit;
 
-/// Removes a sandbox's cgroup and all cgroups below it. Also removes containerd's cgroup for the namespace, if that
-/// cgroup is then empty.
+/// Removes a sandbox's cgroup and all cgroups below it. Then removes containerd's cgroup for the namespace, if that
+/// cgroup is empty.
 ///
 /// With cgroup v2, `dirs` has one directory. With cgroup v1, `dirs` has one directory for each hierarchy.
 ///
 /// First waits at most a second for killed processes to end. Then stops the systemd scope, if there is one, and removes
-/// the cgroup. In the opposite order, the cgroup could disappear before systemd notices that the cgroup is empty, and
-/// systemd would keep the unit.
+/// the cgroup. If the cgroup were removed before the scope is stopped, systemd might not notice that the cgroup became
+/// empty, and would then keep the unit.
 pub fn remove(dirs: &[&Path], unit: Option<&Unit>, namespace: &str) {
     let dirs: Vec<&Path> = dirs.iter().copied().filter(|path| is_within(path)).collect();
     let deadline = Instant::now() + EXIT_TIMEOUT;
-    // Wait even if all processes were reaped, because a killed process leaves its cgroup only shortly after it was
-    // reaped. The wait includes the cgroups below each directory.
+    // Wait even if all processes were reaped, because a killed process can stay in its cgroup for a short time after it
+    // was reaped. The wait includes the cgroups below each directory.
     let empty: Vec<_> = dirs.iter().map(|path| wait_until_empty(path, deadline)).collect();
     unit.into_iter().for_each(crate::resources::cgroup::stop_scope);
     for (path, empty) in dirs.into_iter().zip(empty) {
@@ -68,7 +68,7 @@ fn remove_directories(path: &Path) -> io::Result<()> {
 /// (cgroup-v2.rst, "Basic Operations").
 fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
     let mut events = match File::open(path.join("cgroup.events")) {
-        // Either this is cgroup v1, which does not have this file, or the cgroup has been removed.
+        // Either the host uses cgroup v1, which does not have this file, or the cgroup has been removed.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return v1::wait_until_empty(path, deadline),
         other => other?,
     };

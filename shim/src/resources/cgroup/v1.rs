@@ -16,8 +16,9 @@ const CPUSET: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
 /// Returns the directory of the sandbox's cgroup in each hierarchy, and the directory of this process's current cgroup
 /// in the same hierarchy.
 ///
-/// `mounts` is the text of `/proc/self/mountinfo`. `proc_cgroup` is the text of `/proc/self/cgroup`. For a systemd
-/// `scope`, the result includes the cgroup v2 hierarchy, because systemd also tracks its units' processes there.
+/// `mounts` is the text of `/proc/self/mountinfo`. `proc_cgroup` is the text of `/proc/self/cgroup`. `scope`
+/// tells whether the cgroup is a systemd scope. If so, the result includes the cgroup v2 hierarchy, because systemd
+/// tracks the processes of its units in this hierarchy, too.
 pub fn locate(mounts: &str, proc_cgroup: &str, relative: &Path, scope: bool) -> (CgroupLocation, Vec<PathBuf>) {
     let (mut all, mut origins) = (Vec::new(), Vec::new());
     let unified = mounts.lines().find_map(|line| hierarchy(line, "cgroup2")).filter(|_| scope);
@@ -36,7 +37,7 @@ pub fn locate(mounts: &str, proc_cgroup: &str, relative: &Path, scope: bool) -> 
         let Some((names, path)) = line else { continue };
         let names: Vec<String> = names.split(',').map(str::to_owned).collect();
         let dir = point.join(relative);
-        // Skip further mounts of a hierarchy that is mounted twice.
+        // If a hierarchy is mounted more than once, use only its first mount.
         if all.iter().all(|(known, _)| *known != names) {
             all.push((names, dir));
             origins.push(point.join(path.trim_start_matches('/')));

@@ -2,8 +2,9 @@
 //! up to date.
 //!
 //! On a shared file system, the guest would read changed files, but inotify(7) would not report the changes. Therefore,
-//! these volumes, to which no pod writes, are not shared. The agent keeps a copy on one of the guest's file
-//! systems, and every change on the host is copied. Only the guest's memory limits the number and size of the files.
+//! these volumes are not shared. The agent keeps a copy on one of the guest's file systems, and every change on the
+//! host is copied. Changes need not be copied to the host, because no pod writes to these volumes. Only the guest's
+//! memory limits the number and size of the files.
 
 mod walk;
 mod watch;

@@ -18,7 +18,7 @@ use crate::volumes::mirror::Volume;
 const BATCH_BYTES: usize = 1 << 20;
 /// Estimated size of an entry without its content and path, in bytes.
 const ENTRY_OVERHEAD: usize = 128;
-/// Maximum depth of directories. No volume of the kubelet is that deep.
+/// Maximum depth of directories. The volumes that the kubelet creates have far fewer levels.
 const MAX_DEPTH: usize = 64;
 
 /// Passes all entries of `volume` to `send`, in batches, until `send` returns false. Blocks.
@@ -105,7 +105,7 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
             let is_version = target.components().count() == 1
                 && OpenEntry::at(self.volume, &beside).is_ok_and(|found| found.is(SFlag::S_IFDIR));
             if is_version {
-                // The version is missing in the list of names, because it was created after the directory was listed.
+                // If the version is missing in the list of names, it was created after the directory was listed.
                 if !names.contains(&beside) {
                     return Err(io::ErrorKind::Interrupted.into());
                 }

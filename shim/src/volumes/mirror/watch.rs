@@ -86,7 +86,7 @@ fn watch_tree(inotify: &Inotify, volume: &Volume, path: &Path) -> io::Result<()>
         let entry = entry?;
         if entry.file_type()?.is_dir() {
             match watch_tree(inotify, volume, &path.join(entry.file_name())) {
-                // The directory was removed in the meantime. An event reports the removal.
+                // The directory was removed after it was listed. An event reports the removal.
                 Err(error) if error.raw_os_error() == Some(Errno::ENOENT as i32) => {}
                 result => result?,
             }
