@@ -18,7 +18,7 @@ use crate::arch::{device_tree, layout, regs};
 use crate::boot_timing::BootTiming;
 use crate::bus::Bus;
 use crate::config_check::CheckedConfig;
-use crate::event_loop::{EventLoop, LoopError};
+use crate::event_loop::{LoopError, PreparedLoop};
 use crate::guest_memory::GuestMemory;
 use crate::jail::Belongings;
 use crate::memory::hotplug::Backing;
@@ -29,9 +29,8 @@ use crate::vcpu::factory::{CreateVcpuError, VcpuFactory};
 use crate::vcpu::{VcpuError, Vcpus};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, BlkError};
-use crate::virtio::device::VirtioDevice;
+use crate::virtio::device::{SharedDevice, VirtioDevice};
 use crate::virtio::fs::{Fs, FsError};
-use crate::virtio::mmio::SharedDevice;
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::slots::{PlugError, Purpose, Slots};
@@ -193,7 +192,9 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
         .into_iter()
         .filter(|kind| matches!(kind, HotplugMemory::Reserved(_)))
         .count();
-    let slots = Arc::new(Slots::new(vm.clone(), memory.clone(), device_slots, memory_slots));
+    let device_loop = PreparedLoop::new()?;
+    let slots = Slots::new(vm.clone(), memory.clone(), device_loop.handle(), device_slots, memory_slots);
+    let slots = Arc::new(slots);
     for (name, device) in &devices {
         slots.plug(device.clone(), Purpose::Any).map_err(|error| BootError::Plug((*name).to_owned(), error))?;
     }
@@ -247,7 +248,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
 
     // Start the threads.
     let devices = devices.into_iter().map(|(_, device)| device).collect();
-    let event_loop = EventLoop::start(devices, reporter.clone())?;
+    let event_loop = device_loop.start(devices, reporter.clone())?;
     let vcpus = Vcpus::start(vcpus, factory, &bus, reporter)?;
     timing.step("threads");
     Ok(Vm {

@@ -2,10 +2,20 @@
 //!
 //! See Virtual I/O Device (VIRTIO) 1.2, section 4.2 "Virtio Over MMIO". Every write comes from the guest. Writes that
 //! the protocol does not allow in the current state are ignored. The queue configuration cannot change after DRIVER_OK.
+//!
+//! The registers are written on vCPU threads, and the device is activated and reset on the device loop. A vCPU does not
+//! wait for an activation: the driver's notifications stay in the eventfds until the device serves them. A vCPU does
+//! wait for a reset. After the write of 0, Linux frees the queues at once, without reading the status again (`vm_reset`
+//! in drivers/virtio/virtio_mmio.c). Until the reset is complete, other vCPUs read a status that is not 0 (section
+//! 2.4.2).
+//!
+//! The wait has no timeout, because the device may access the queues until the reset is complete. The device loop
+//! pauses only when no vCPU runs, so it does not pause while a vCPU waits for it. The locks have an order: slot, device,
+//! registers. The device loop never locks a slot.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use husk_base::error::chain;
 use husk_base::sync;
@@ -25,11 +35,9 @@ use virtio_bindings::virtio_mmio::{
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, ActiveQueue, Interrupt, SharedDevice, lock};
+use super::loop_handle::LoopHandle;
 use crate::guest_memory::GuestMemory;
-
-/// A device, shared by the device loop and the transport.
-pub type SharedDevice = Arc<Mutex<dyn VirtioDevice>>;
 
 /// Offset of the register that a driver writes to notify a queue. KVM turns the write into an eventfd signal.
 pub const NOTIFY_OFFSET: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
@@ -59,7 +67,10 @@ pub struct Transport {
     memory: GuestMemory,
     interrupt: Arc<MmioInterrupt>,
     notify: Vec<EventFd>,
+    device_loop: LoopHandle,
     registers: Mutex<Registers>,
+    /// Signals that a reset is complete.
+    reset_complete: Condvar,
 }
 
 /// Register values that the driver has written.
@@ -71,15 +82,17 @@ struct Registers {
     driver_features_sel: u32,
     queue_sel: u32,
     queues: Vec<Queue>,
+    /// Whether the device loop has to complete a reset.
+    resetting: bool,
+    /// Number of resets that the device loop has completed.
+    resets: u64,
 }
 
 /// The device's single interrupt line, with two possible causes.
 pub struct MmioInterrupt {
     status: AtomicU32,
     generation: AtomicU32,
-    /// Whether the device has failed and the driver sees DEVICE_NEEDS_RESET. This flag cannot be in [`Registers`]: a
-    /// device is already locked when it sets the flag, but the lock of the registers must be taken before the lock of
-    /// the device.
+    /// Whether the device has failed and the driver sees DEVICE_NEEDS_RESET. Any thread of the device sets this flag.
     needs_reset: AtomicBool,
     /// Whether vhost also writes to `irq` when vhost has used buffers (see [`Interrupt::share_irq`]).
     shared: AtomicBool,
@@ -131,8 +144,13 @@ impl MmioInterrupt {
 }
 
 impl Transport {
-    /// Attaches `device` to a new transport. `irq` interrupts the guest.
-    pub fn new(device: SharedDevice, memory: GuestMemory, irq: EventFd) -> Result<Self, TransportError> {
+    /// Attaches `device` to a new transport. `irq` interrupts the guest. `device_loop` activates and resets the device.
+    pub fn new(
+        device: SharedDevice,
+        memory: GuestMemory,
+        irq: EventFd,
+        device_loop: LoopHandle,
+    ) -> Result<Self, TransportError> {
         let (device_type, device_features, queues) = {
             let device = lock(&device);
             let queues = device.queue_sizes().iter().map(|&size| Queue::new(size)).collect::<Result<Vec<_>, _>>();
@@ -155,6 +173,7 @@ impl Transport {
                 irq,
             }),
             notify,
+            device_loop,
             registers: Mutex::new(Registers {
                 status: 0,
                 device_features,
@@ -163,7 +182,10 @@ impl Transport {
                 driver_features_sel: 0,
                 queue_sel: 0,
                 queues,
+                resetting: false,
+                resets: 0,
             }),
+            reset_complete: Condvar::new(),
         })
     }
 
@@ -198,8 +220,8 @@ impl Transport {
         }
     }
 
-    /// Serves a write by the driver.
-    pub fn write(&self, offset: u64, data: &[u8]) {
+    /// Serves a write by the driver. A write that resets the device returns when the reset is complete.
+    pub fn write(self: &Arc<Self>, offset: u64, data: &[u8]) {
         if let Some(config) = offset.checked_sub(u64::from(VIRTIO_MMIO_CONFIG)) {
             let status = self.registers().status | self.interrupt.status();
             if status & VIRTIO_CONFIG_S_DRIVER != 0 && status & (VIRTIO_CONFIG_S_FAILED | NEEDS_RESET) == 0 {
@@ -226,7 +248,7 @@ impl Transport {
         }
     }
 
-    fn write_register(&self, register: u32, value: u32) {
+    fn write_register(self: &Arc<Self>, register: u32, value: u32) {
         match register {
             VIRTIO_MMIO_INTERRUPT_ACK => {
                 self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
@@ -238,30 +260,57 @@ impl Transport {
         }
     }
 
-    fn write_status(&self, value: u32) {
+    fn write_status(self: &Arc<Self>, value: u32) {
         let mut registers = self.registers();
         if value == 0 {
-            let active = registers.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
-            registers.reset();
-            if active {
-                lock(&self.device).reset();
-            }
-            self.interrupt.reset();
-            return;
+            self.reset(registers);
+        } else if registers.advance(value) {
+            self.run(Self::activate);
         }
-        if registers.advance(value) {
-            let result = self.activate(&mut registers);
-            if let Err(error) = result {
-                log::warn!("failed to activate virtio device of type {}: {}", self.device_type, chain(&error));
-                if let Err(error) = self.interrupt.needs_reset() {
-                    log::warn!("failed to interrupt the driver of virtio device of type {}: {error}", self.device_type);
-                }
+    }
+
+    /// Resets the device. Returns when the reset is complete.
+    fn reset(self: &Arc<Self>, mut registers: MutexGuard<'_, Registers>) {
+        if registers.status & VIRTIO_CONFIG_S_DRIVER_OK == 0 {
+            registers.reset();
+            return self.interrupt.reset();
+        }
+        // Only the first of several vCPUs starts the reset, and all of them wait for it.
+        registers.resetting = registers.resetting || self.run(Self::start_reset);
+        let before = registers.resets;
+        while registers.resetting && registers.resets == before {
+            registers = sync::wait(&self.reset_complete, registers);
+        }
+    }
+
+    /// Runs `job` on the device loop, after all earlier jobs. The caller holds the lock of the registers, so that the
+    /// jobs run in the order of the writes. Returns false if the device loop has ended.
+    ///
+    /// At most two jobs wait: the status allows one activation and then one reset, and nothing more before the reset is
+    /// complete.
+    fn run(self: &Arc<Self>, job: fn(&Arc<Self>)) -> bool {
+        let transport = Arc::clone(self);
+        let result = self.device_loop.run(move || job(&transport));
+        if let Err(error) = &result {
+            log::error!("virtio device of type {}: failed to call the device loop: {error}", self.device_type);
+        }
+        result.is_ok()
+    }
+
+    /// Activates the device. Runs on the device loop.
+    fn activate(self: &Arc<Self>) {
+        let activated = self.activation().and_then(|activation| lock(&self.device).activate(activation));
+        if let Err(error) = activated {
+            log::warn!("failed to activate virtio device of type {}: {}", self.device_type, chain(&error));
+            if let Err(error) = self.interrupt.needs_reset() {
+                log::warn!("failed to interrupt the driver of virtio device of type {}: {error}", self.device_type);
             }
         }
     }
 
-    /// Passes the queues to the device, which serves them from then on.
-    fn activate(&self, registers: &mut Registers) -> Result<(), ActivateError> {
+    /// Returns what the device gets at DRIVER_OK. Since DRIVER_OK, the driver can change neither features nor queues.
+    fn activation(&self) -> Result<Activation, ActivateError> {
+        let registers = self.registers();
         let mut queues = Vec::with_capacity(registers.queues.len());
         for (index, (queue, notify)) in registers.queues.iter().zip(&self.notify).enumerate() {
             // A ready queue must lie completely in guest memory. The device decides whether it accepts queues that are
@@ -274,12 +323,30 @@ impl Transport {
             let notify = notify.try_clone().map_err(|error| ActivateError::Host("queue notification", error))?;
             queues.push(ActiveQueue { queue: active, notify });
         }
-        lock(&self.device).activate(Activation {
+        Ok(Activation {
             memory: self.memory.clone(),
             features: registers.driver_features,
             queues,
             interrupt: self.interrupt.clone(),
         })
+    }
+
+    /// Resets the device. Runs on the device loop.
+    fn start_reset(self: &Arc<Self>) {
+        let transport = Arc::clone(self);
+        let mut device = lock(&self.device);
+        device.reset();
+        device.when_idle(Box::new(move || transport.complete_reset()));
+    }
+
+    /// Lets the driver see that the reset is complete. Runs on the device loop or on a thread of the device.
+    fn complete_reset(&self) {
+        let mut registers = self.registers();
+        registers.reset();
+        self.interrupt.reset();
+        registers.resetting = false;
+        registers.resets = registers.resets.wrapping_add(1);
+        self.reset_complete.notify_all();
     }
 
     fn registers(&self) -> MutexGuard<'_, Registers> {
@@ -337,8 +404,8 @@ impl Registers {
     /// Advances the status by one step (section 3.1.1). Returns whether the device must be activated.
     fn advance(&mut self, value: u32) -> bool {
         let current = self.status;
-        if value & current != current || self.status & VIRTIO_CONFIG_S_FAILED != 0 {
-            return false; // a driver may only add bits, and nothing follows FAILED
+        if value & current != current || self.status & VIRTIO_CONFIG_S_FAILED != 0 || self.resetting {
+            return false; // a driver may only add bits, and nothing follows FAILED or a reset that is not complete
         }
         match value & !current & !NEEDS_RESET {
             0 => {}
@@ -413,11 +480,6 @@ fn half(value: u64, select: u32) -> u32 {
         1 => (value >> 32) as u32,
         _ => 0,
     }
-}
-
-/// Locks a device.
-pub fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
-    sync::lock(device)
 }
 
 /// Serves a read from an empty slot. The slot reads as a transport without a device, which has device ID 0 (section
