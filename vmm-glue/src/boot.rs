@@ -31,11 +31,10 @@ use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, BlkError};
 use crate::virtio::device::{SharedDevice, VirtioDevice};
 use crate::virtio::fs::{Fs, FsError};
-use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::slots::{PlugError, Purpose, Slots};
 use crate::virtio::vsock::Vsock;
-use crate::vm::{Devices, HotplugMemory, Vm};
+use crate::vm::{Devices, HotplugMemory, Interfaces, Vm};
 use crate::vmgenid::VmGenId;
 
 /// Kernel parameters that every guest gets:
@@ -163,18 +162,15 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     let vsock = Vsock::new(u64::from(config.vsock_cid)).map_err(|error| BootError::Host("vsock", error))?;
     let vsock = Arc::new(Mutex::new(vsock));
     let mut devices: Vec<(&str, SharedDevice)> = vec![("vsock", vsock.clone())];
-    let fd_directory =
-        belongings.fd_directory.try_clone().map_err(|error| BootError::Host("the fd of /proc/self/fd", error))?;
-    let fd_directory = Arc::new(fd_directory);
     if let Some(share) = &config.share {
         let reporter = Arc::clone(reporter);
         let fs = Fs::new(share, belongings, move || reporter.report_fd_shortage()).map_err(BootError::Share)?;
         devices.push(("virtio-fs", shared(fs)));
     }
-    for (net, backend) in net {
-        let net = Net::new(backend, net.mac, net.mtu, Arc::clone(&fd_directory))
-            .map_err(|error| BootError::Host("the tap", error))?;
-        devices.push(("virtio-net", shared(net)));
+    let mut interfaces = Interfaces::new(Arc::clone(reporter));
+    for (net, taps) in net {
+        let net = interfaces.create(&net, taps).map_err(|error| BootError::Host("the tap", error))?;
+        devices.push(("virtio-net", net));
     }
     for (blk, file) in blk {
         let blk = Blk::new(file, blk.read_only, &blk.serial).map_err(BootError::Disk)?;
@@ -259,7 +255,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
         hotplug_memory,
         hotplug_huge_pages,
         kvm: vm,
-        fd_directory,
+        interfaces,
         _vmgenid: vmgenid,
         running: false,
         _memory: memory,

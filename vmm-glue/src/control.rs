@@ -37,6 +37,12 @@ pub enum Call {
     },
     /// Hot-plugs a network interface into a spare slot.
     AttachNet(NetConfig),
+    /// Gives an interface its vhost-net, which the VMM has requested ([`Notice::VhostRequested`]). The packet carries
+    /// open fds of `/dev/vhost-net`, one for each queue pair.
+    StartVhost {
+        /// The interface's MAC address.
+        mac: [u8; 6],
+    },
     /// Hot-plugs a disk into a spare slot.
     AttachBlk(BlkConfig),
     /// Requests the slot of the interface with this MAC address. The answer is `Attached`, or `NotFound` if no
@@ -148,6 +154,12 @@ pub enum Notice {
     /// The VMM is close to its fd limit, because it has an open file for each file that the guest knows. The guest
     /// should forget unused files.
     FdShortage,
+    /// An interface has much traffic, which vhost-net should carry. The VMM sends this notice at most once for each
+    /// interface. The shim answers with [`Call::StartVhost`], or does not answer.
+    VhostRequested {
+        /// The interface's MAC address.
+        mac: [u8; 6],
+    },
     /// The VM has ended. The VMM process ends after this notice.
     Exited {
         /// The reason.

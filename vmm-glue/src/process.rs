@@ -88,6 +88,7 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
             return;
         }
         (Call::AttachNet(config), Some(vm)) => attached(vm.attach_net(&config, fds)),
+        (Call::StartVhost { mac }, Some(vm)) => done(vm.start_vhost(mac, fds)),
         (Call::AttachBlk(config), Some(vm)) => attached(vm.attach_blk(&config, fds)),
         (Call::FindNet(mac), Some(vm)) => {
             Ok(vm.find_net(mac).map_or(Answer::NotFound, |slot| Answer::Attached { slot }))

@@ -201,7 +201,8 @@ pub async fn boot(
 async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
     let huge_mib = hugepages::pool_mib();
     let mut fds = vec![plan.kvm.as_fd(), plan.kernel.as_fd(), plan.initrd.as_fd(), console.as_fd()];
-    let net = plan.pod.network.taps.iter().map(|tap| net_config(tap, &mut fds)).collect();
+    let net: Vec<_> = plan.pod.network.taps.iter().map(|tap| net_config(tap, &mut fds)).collect();
+    net.iter().for_each(|net| vmm.allow_vhost(net));
     let config = VmConfig {
         id: plan.pod.id.clone(),
         vcpus: plan.boot_size.vcpus,
@@ -304,8 +305,8 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
                         update.send_modify(|p| p.ready = true);
                     }
                 }
-                // `Vmm::wait_for_fd_shortage` handles this notice.
-                Notice::FdShortage => {}
+                // `Vmm` handles these notices itself.
+                Notice::FdShortage | Notice::VhostRequested { .. } => {}
                 Notice::Exited { reason } => {
                     let reason = match reason {
                         ExitReason::Reset => "the guest reset or powered itself off".to_owned(),

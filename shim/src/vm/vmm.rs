@@ -1,7 +1,7 @@
 //! The VMM process as the shim sees it: starts it, sends requests over the control socket, and waits for its end.
 
 use std::collections::HashMap;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use husk_base::sys::process;
 use husk_vmm::client::{self, SpawnError, SpawnOptions, Spawned};
+use husk_vmm::config::NetConfig;
 use husk_vmm::control::{Answer, Call, Notice, Reply, Request, wire};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -19,6 +20,7 @@ use crate::async_fd::register;
 use crate::lock;
 use crate::oci::Network;
 use crate::vm::thread_id;
+use crate::vm::vhost::{self, VhostPermits};
 
 /// Error of starting or calling the VMM.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +52,9 @@ pub enum VmmError {
     /// The thread whose PID the VMM reported cannot be found.
     #[error("failed to find the VMM's thread that stands for the container")]
     Thread(#[source] std::io::Error),
+    /// vhost-net cannot be opened.
+    #[error("failed to open {}: run `modprobe vhost_net`, or set vhost_net = false", vhost::DEVICE)]
+    Vhost(#[source] std::io::Error),
     /// The VMM's answer does not match the request.
     #[error("the VMM's answer does not match the request")]
     Unexpected,
@@ -65,6 +70,7 @@ struct Inner {
     pid: u32,
     dead: watch::Receiver<Option<ExitStatus>>,
     fd_shortage: Notify,
+    vhost: VhostPermits,
     /// Ids of the threads that stand for containers. Maps each id on the host to the id in the VMM's PID namespace.
     threads: Mutex<HashMap<u32, u32>>,
 }
@@ -130,6 +136,7 @@ impl Vmm {
             pid,
             dead,
             fd_shortage: Notify::new(),
+            vhost: VhostPermits::default(),
             threads: Mutex::default(),
         });
         let vmm = Self { inner: Arc::clone(&inner) };
@@ -177,6 +184,37 @@ impl Vmm {
         if let Err(error) = self.call(Call::ReleasePid { pid: inner }, &[]).await {
             tracing::debug!(pid, %error, "failed to release a PID");
         }
+    }
+
+    /// Lets an interface have vhost-net once it has much traffic, if its configuration says so.
+    pub fn allow_vhost(&self, net: &NetConfig) {
+        self.inner.vhost.allow(net);
+    }
+
+    /// Undoes [`Vmm::allow_vhost`] for an interface that the VMM does not have any more.
+    pub fn revoke_vhost(&self, mac: [u8; 6]) {
+        self.inner.vhost.revoke(mac);
+    }
+
+    /// Gives vhost-net to an interface that has requested it. Does not wait until the interface has it.
+    fn start_vhost(&self, mac: [u8; 6]) {
+        let Some(pairs) = self.inner.vhost.take(mac) else {
+            let mac = format!("{mac:02x?}");
+            return tracing::warn!(mac, "ignored the VMM's request for vhost-net: the interface may not have it");
+        };
+        let vmm = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = vmm.pass_vhost(mac, pairs).await {
+                let (error, mac) = (crate::chain(&error), format!("{mac:02x?}"));
+                tracing::warn!(mac, error, "the VMM continues to carry the frames of an interface");
+            }
+        });
+    }
+
+    async fn pass_vhost(&self, mac: [u8; 6], pairs: usize) -> Result<(), VmmError> {
+        let files = vhost::open(pairs).await.map_err(VmmError::Vhost)?;
+        let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        self.call(Call::StartVhost { mac }, &fds).await.map(drop)
     }
 
     /// Sends a request and waits for the answer. An [`FdIndex`](husk_vmm::config::FdIndex) in the request is an index
@@ -242,7 +280,7 @@ impl Vmm {
 }
 
 /// Reads answers and notices until the socket is closed.
-async fn read(inner: &Inner, notices: &mpsc::UnboundedSender<Notice>) {
+async fn read(inner: &Arc<Inner>, notices: &mpsc::UnboundedSender<Notice>) {
     loop {
         match inner.control.async_io(Interest::READABLE, |socket| wire::recv::<Reply>(socket)).await {
             Ok((Reply::Answer { seq, result }, fds)) => {
@@ -253,6 +291,9 @@ async fn read(inner: &Inner, notices: &mpsc::UnboundedSender<Notice>) {
                 }
             }
             Ok((Reply::Notice(Notice::FdShortage), _)) => inner.fd_shortage.notify_one(),
+            Ok((Reply::Notice(Notice::VhostRequested { mac }), _)) => {
+                Vmm { inner: Arc::clone(inner) }.start_vhost(mac);
+            }
             Ok((Reply::Notice(notice), _)) => drop(notices.send(notice)),
             Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
                 tracing::warn!(%error, "the VMM sent an unknown message");
