@@ -59,6 +59,8 @@ pub struct Config {
     pub free_page_reporting: bool,
     /// Whether the host's kernel forwards network frames if vhost-net is available.
     pub vhost_net: bool,
+    /// Whether a pod fails to start if the host's kernel cannot restrict the VMM's access to files with landlock.
+    pub require_landlock: bool,
     /// Timeout for the agent's first answer, in seconds.
     pub start_timeout_secs: u64,
     /// Log level of the shim.
@@ -85,6 +87,7 @@ impl Default for Config {
             virtio_fs_workers: 2,
             free_page_reporting: true,
             vhost_net: true,
+            require_landlock: false,
             start_timeout_secs: 60,
             log_level: LogLevel::Info,
             timeline_log: PathBuf::new(),

@@ -116,6 +116,7 @@ fn config() -> VmConfig {
         kernel_params: String::new(),
         console: FdIndex(3),
         share: None,
+        require_landlock: false,
         vsock_cid: 3,
         net: Vec::new(),
         blk: Vec::new(),

@@ -35,6 +35,8 @@ pub struct VmConfig {
     pub console: FdIndex,
     /// The share, which virtio-fs serves.
     pub share: Option<ShareConfig>,
+    /// Whether it is an error if the host's kernel cannot restrict the VMM's access to files with landlock.
+    pub require_landlock: bool,
     /// The guest's vsock CID, 3 or more.
     pub vsock_cid: u32,
     /// Network interfaces at boot.

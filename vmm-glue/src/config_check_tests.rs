@@ -26,6 +26,7 @@ fn valid() -> (VmConfig, Vec<OwnedFd>, io::PipeReader) {
         kernel_params: String::new(),
         console: FdIndex(3),
         share: None,
+        require_landlock: false,
         vsock_cid: 3,
         net: Vec::new(),
         blk: Vec::new(),

@@ -22,7 +22,8 @@ pub struct Request {
 /// An operation that the shim requests.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Call {
-    /// Creates the VM. Its vCPUs stay paused. The packet carries the fds to which the configuration refers.
+    /// Creates the VM. Its vCPUs stay paused. The packet carries the fds to which the configuration refers. The answer
+    /// is `Created`.
     Create(Box<VmConfig>),
     /// Starts the vCPUs, or resumes them after `Pause`.
     Resume,
@@ -120,6 +121,11 @@ pub enum Reply {
 pub enum Answer {
     /// The operation is complete.
     Done,
+    /// The VM has been created.
+    Created {
+        /// What the jail of the VMM does not restrict, because the host's kernel cannot restrict it, as text.
+        unrestricted: Option<String>,
+    },
     /// The requested item does not exist.
     NotFound,
     /// The connection is open. The packet carries the socket.

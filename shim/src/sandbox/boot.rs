@@ -12,7 +12,7 @@ use husk_config::Config;
 use husk_proto::agent::{IdMapping, Mount, SetupRequest};
 use husk_proto::{GUEST_SHM, SHARE_TAG, ports};
 use husk_vmm::config::{FdIndex, ShareConfig, VmConfig};
-use husk_vmm::control::{BootStep, Call, ExitReason, Notice};
+use husk_vmm::control::{Answer, BootStep, Call, ExitReason, Notice};
 use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, watch};
 
@@ -220,6 +220,7 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
             root: plan.share.display().to_string(),
             workers: plan.config.virtio_fs_workers,
         }),
+        require_landlock: plan.config.require_landlock,
         vsock_cid: 3,
         net,
         blk: Vec::new(),
@@ -228,7 +229,11 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
     };
     let files = format!("from kernel {} and initrd {}", plan.config.kernel.display(), plan.config.initrd.display());
     let error = |step: String| move |source| BootError::Vmm { step, source };
-    vmm.call(Call::Create(Box::new(config)), &fds).await.map_err(error(format!("create the VM {files}")))?;
+    let create = Call::Create(Box::new(config));
+    let (created, _) = vmm.call(create, &fds).await.map_err(error(format!("create the VM {files}")))?;
+    if let Answer::Created { unrestricted: Some(unrestricted) } = created {
+        tracing::warn!(unrestricted, "the jail of the VMM has a gap");
+    }
     vmm.call(Call::Resume, &[]).await.map_err(error("start the VM".into()))?;
     Ok(())
 }

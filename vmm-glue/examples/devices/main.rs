@@ -232,6 +232,7 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
         kernel_params: std::env::var("DEVICES_KERNEL_PARAMS").unwrap_or_default(),
         console: FdIndex(3),
         share: Some(ShareConfig { tag: "husk".into(), root: root.display().to_string(), workers: 2 }),
+        require_landlock: false,
         vsock_cid: 3,
         net: vec![NetConfig {
             taps: vec![FdIndex(4)],

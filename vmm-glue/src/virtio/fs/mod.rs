@@ -9,6 +9,8 @@ mod descriptor_table;
 mod fd_limit;
 mod fuse_server;
 #[cfg(test)]
+mod landlock_tests;
+#[cfg(test)]
 mod names_tests;
 #[cfg(test)]
 mod race_tests;
