@@ -61,6 +61,8 @@ pub struct Config {
     pub vhost_net: bool,
     /// What happens when the VMM makes a system call that its seccomp filters do not allow.
     pub seccomp: Seccomp,
+    /// Whether a pod fails to start if the host's kernel cannot restrict the VMM's access to files with landlock.
+    pub require_landlock: bool,
     /// Timeout for the agent's first answer, in seconds.
     pub start_timeout_secs: u64,
     /// Log level of the shim.
@@ -88,6 +90,7 @@ impl Default for Config {
             free_page_reporting: true,
             vhost_net: true,
             seccomp: Seccomp::Enforce,
+            require_landlock: false,
             start_timeout_secs: 60,
             log_level: LogLevel::Info,
             timeline_log: PathBuf::new(),

@@ -71,6 +71,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     loop {
         match vmm.notice()? {
             Notice::BootStep { step, at_ns } => eprintln!("[{step:?} at {} ms]", at_ns as f64 / 1e6 - started),
+            Notice::VhostRequested { .. } => eprintln!("[an interface has much traffic]"),
             Notice::FdShortage => eprintln!("[the VMM is close to its fd limit: the guest should forget unused files]"),
             Notice::Exited { reason } => {
                 eprintln!("[exited: {reason:?} at {} ms]", now_ms() - started);
@@ -115,6 +116,7 @@ fn config() -> VmConfig {
         kernel_params: String::new(),
         console: FdIndex(3),
         share: None,
+        require_landlock: false,
         vsock_cid: 3,
         net: Vec::new(),
         blk: Vec::new(),

@@ -18,7 +18,7 @@ use crate::arch::{device_tree, layout, regs};
 use crate::boot_timing::BootTiming;
 use crate::bus::Bus;
 use crate::config_check::CheckedConfig;
-use crate::event_loop::{EventLoop, LoopError};
+use crate::event_loop::{LoopError, PreparedLoop};
 use crate::guest_memory::GuestMemory;
 use crate::jail::Belongings;
 use crate::memory::hotplug::Backing;
@@ -29,14 +29,12 @@ use crate::vcpu::factory::{CreateVcpuError, VcpuFactory};
 use crate::vcpu::{VcpuError, Vcpus};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, BlkError};
-use crate::virtio::device::VirtioDevice;
+use crate::virtio::device::{SharedDevice, VirtioDevice};
 use crate::virtio::fs::{Fs, FsError};
-use crate::virtio::mmio::SharedDevice;
-use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::slots::{PlugError, Purpose, Slots};
 use crate::virtio::vsock::Vsock;
-use crate::vm::{Devices, HotplugMemory, Vm};
+use crate::vm::{Devices, HotplugMemory, Interfaces, Vm};
 use crate::vmgenid::VmGenId;
 
 /// Kernel parameters that every guest gets:
@@ -164,18 +162,15 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     let vsock = Vsock::new(u64::from(config.vsock_cid)).map_err(|error| BootError::Host("the vsock device", error))?;
     let vsock = Arc::new(Mutex::new(vsock));
     let mut devices: Vec<(&str, SharedDevice)> = vec![("vsock", vsock.clone())];
-    let fd_directory =
-        belongings.fd_directory.try_clone().map_err(|error| BootError::Host("the fd of /proc/self/fd", error))?;
-    let fd_directory = Arc::new(fd_directory);
     if let Some(share) = &config.share {
         let reporter = Arc::clone(reporter);
         let fs = Fs::new(share, belongings, move || reporter.report_fd_shortage()).map_err(BootError::Share)?;
         devices.push(("virtio-fs", shared(fs)));
     }
-    for (net, backend) in net {
-        let net = Net::new(backend, net.mac, net.mtu, Arc::clone(&fd_directory))
-            .map_err(|error| BootError::Host("the tap", error))?;
-        devices.push(("virtio-net", shared(net)));
+    let mut interfaces = Interfaces::new(Arc::clone(reporter));
+    for (net, taps) in net {
+        let net = interfaces.create(&net, taps).map_err(|error| BootError::Host("the tap", error))?;
+        devices.push(("virtio-net", net));
     }
     for (blk, file) in blk {
         let blk = Blk::new(file, blk.read_only, &blk.serial).map_err(BootError::Disk)?;
@@ -193,7 +188,9 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
         .into_iter()
         .filter(|kind| matches!(kind, HotplugMemory::Reserved(_)))
         .count();
-    let slots = Arc::new(Slots::new(vm.clone(), memory.clone(), device_slots, memory_slots));
+    let device_loop = PreparedLoop::new()?;
+    let slots = Slots::new(vm.clone(), memory.clone(), device_loop.handle(), device_slots, memory_slots);
+    let slots = Arc::new(slots);
     for (name, device) in &devices {
         slots.plug(device.clone(), Purpose::Any).map_err(|error| BootError::Plug((*name).to_owned(), error))?;
     }
@@ -247,7 +244,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
 
     // Start the threads.
     let devices = devices.into_iter().map(|(_, device)| device).collect();
-    let event_loop = EventLoop::start(devices, reporter.clone())?;
+    let event_loop = device_loop.start(devices, reporter.clone())?;
     let vcpus = Vcpus::start(vcpus, factory, &bus, reporter)?;
     timing.step("threads");
     Ok(Vm {
@@ -258,7 +255,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
         hotplug_memory,
         hotplug_huge_pages,
         kvm: vm,
-        fd_directory,
+        interfaces,
         _vmgenid: vmgenid,
         running: false,
         _memory: memory,

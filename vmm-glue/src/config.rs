@@ -36,6 +36,8 @@ pub struct VmConfig {
     pub console: FdIndex,
     /// The share, which virtio-fs serves.
     pub share: Option<ShareConfig>,
+    /// Whether it is an error if the host's kernel cannot restrict the VMM's access to files with landlock.
+    pub require_landlock: bool,
     /// The guest's vsock CID, 3 or more.
     pub vsock_cid: u32,
     /// Network interfaces at boot.
@@ -84,9 +86,10 @@ pub struct NetConfig {
     /// The tap's queues, 1 to 8: open fds of `/dev/net/tun`, attached with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR. Several
     /// fds are attached to the same interface, with IFF_MULTI_QUEUE.
     pub taps: Vec<FdIndex>,
-    /// `/dev/vhost-net`, opened with O_PATH, if vhost-net may carry the frames. vhost-net does not look at the frames.
-    /// Therefore, the filters on the other side of the tap must do the MAC anti-spoofing.
-    pub vhost: Option<FdIndex>,
+    /// Whether the VMM may request vhost-net ([`Notice::VhostRequested`](crate::control::Notice::VhostRequested)).
+    /// vhost-net does not look at the frames. Therefore, the filters on the other side of the tap must do the MAC
+    /// anti-spoofing.
+    pub vhost: bool,
     /// The guest's MAC address. The VMM drops frames from the guest that have another source MAC. If vhost-net carries
     /// the frames, the filters on the other side of the tap drop such frames.
     pub mac: [u8; 6],

@@ -10,7 +10,7 @@ use nix::sys::stat::fstat;
 
 use crate::arch::layout;
 use crate::config::{BlkConfig, FdIndex, NetConfig, ShareConfig, VmConfig};
-use crate::virtio::net::{Backend, MAX_QUEUE_PAIRS, tap_flags};
+use crate::virtio::net::{MAX_QUEUE_PAIRS, tap_flags};
 
 /// Minimum and maximum guest memory in MiB. The maximum, 4 TiB, is far below 64 TiB, the limit of 46 physical address
 /// bits.
@@ -77,7 +77,7 @@ pub struct CheckedConfig {
     /// Write end of the console's pipe.
     pub console: OwnedFd,
     /// Network interfaces and their taps.
-    pub net: Vec<(NetConfig, Backend)>,
+    pub net: Vec<(NetConfig, Vec<File>)>,
     /// Disks and their files.
     pub blk: Vec<(BlkConfig, File)>,
 }
@@ -141,8 +141,8 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<CheckedConfig, Confi
     Ok(CheckedConfig { config, memory, kvm, kernel, initrd, initrd_len, console, net, blk })
 }
 
-/// Validates a network interface and its taps.
-pub fn net(config: &NetConfig, fds: &mut Fds) -> Result<Backend, ConfigError> {
+/// Validates a network interface and returns its taps.
+pub fn net(config: &NetConfig, fds: &mut Fds) -> Result<Vec<File>, ConfigError> {
     check_range((68..=u16::MAX).contains(&config.mtu), "net.mtu", config.mtu, "68 to 65535")?;
     let [first, ..] = config.mac;
     let unicast = first & 1 == 0 && config.mac != [0; 6];
@@ -162,11 +162,15 @@ pub fn net(config: &NetConfig, fds: &mut Fds) -> Result<Backend, ConfigError> {
         )?;
         taps.push(tap);
     }
-    let vhost = config.vhost.map(|vhost| fds.take("net.vhost", vhost)).transpose()?;
-    if let Some(vhost) = &vhost {
-        check_kind(has_file_type(vhost, "net.vhost", libc::S_IFCHR)?, "net.vhost", "/dev/vhost-net")?;
+    Ok(taps)
+}
+
+/// Validates open fds of `/dev/vhost-net`.
+pub fn vhost(fds: Vec<OwnedFd>) -> Result<Vec<File>, ConfigError> {
+    for fd in &fds {
+        check_kind(has_file_type(fd, "vhost-net", libc::S_IFCHR)?, "vhost-net", "/dev/vhost-net")?;
     }
-    Ok(Backend { taps, vhost: vhost.map(File::from) })
+    Ok(fds.into_iter().map(File::from).collect())
 }
 
 /// Validates a disk and its file.

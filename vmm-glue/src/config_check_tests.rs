@@ -27,6 +27,7 @@ fn valid() -> (VmConfig, Vec<OwnedFd>, io::PipeReader) {
         kernel_params: String::new(),
         console: FdIndex(3),
         share: None,
+        require_landlock: false,
         vsock_cid: 3,
         net: Vec::new(),
         blk: Vec::new(),
@@ -95,7 +96,7 @@ fn check_rejects_invalid_devices() {
         })
         .contains("blk.serial")
     );
-    let tap = NetConfig { taps: vec![FdIndex(4)], vhost: None, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
+    let tap = NetConfig { taps: vec![FdIndex(4)], vhost: false, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
     assert!(
         check_error(|config, fds| {
             config.net.push(tap.clone());

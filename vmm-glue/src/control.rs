@@ -22,7 +22,8 @@ pub struct Request {
 /// An operation that the shim requests.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Call {
-    /// Creates the VM. Its vCPUs stay paused. The packet carries the fds to which the configuration refers.
+    /// Creates the VM. Its vCPUs stay paused. The packet carries the fds to which the configuration refers. The answer
+    /// is `Created`.
     Create(Box<VmConfig>),
     /// Starts the vCPUs, or resumes them after `Pause`.
     Resume,
@@ -37,6 +38,12 @@ pub enum Call {
     },
     /// Hot-plugs a network interface into a spare slot.
     AttachNet(NetConfig),
+    /// Gives an interface its vhost-net, which the VMM has requested ([`Notice::VhostRequested`]). The packet carries
+    /// open fds of `/dev/vhost-net`, one for each queue pair.
+    StartVhost {
+        /// The interface's MAC address.
+        mac: [u8; 6],
+    },
     /// Hot-plugs a disk into a spare slot.
     AttachBlk(BlkConfig),
     /// Requests the slot of the interface with this MAC address. The answer is `Attached`, or `NotFound` if no
@@ -114,6 +121,11 @@ pub enum Reply {
 pub enum Answer {
     /// The operation is complete.
     Done,
+    /// The VM has been created.
+    Created {
+        /// What the jail of the VMM does not restrict, because the host's kernel cannot restrict it, as text.
+        unrestricted: Option<String>,
+    },
     /// The requested item does not exist.
     NotFound,
     /// The connection is open. The packet carries the socket.
@@ -148,6 +160,12 @@ pub enum Notice {
     /// The VMM is close to its fd limit, because it has an open file for each file that the guest knows. The guest
     /// should forget unused files.
     FdShortage,
+    /// An interface has much traffic, which vhost-net should carry. The VMM sends this notice at most once for each
+    /// interface. The shim answers with [`Call::StartVhost`], or does not answer.
+    VhostRequested {
+        /// The interface's MAC address.
+        mac: [u8; 6],
+    },
     /// The VM has ended. The VMM process ends after this notice.
     Exited {
         /// The reason.

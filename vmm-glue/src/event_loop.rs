@@ -2,6 +2,7 @@
 //! events.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use event_manager::{EventManager, RemoteEndpoint, SubscriberId, SubscriberOps};
@@ -10,7 +11,8 @@ use husk_base::error::chain;
 use crate::control::ExitReason;
 use crate::jail::{Kind, confine};
 use crate::reporter::Reporter;
-use crate::virtio::mmio::SharedDevice;
+use crate::virtio::device::{self, SharedDevice};
+use crate::virtio::loop_handle::LoopHandle;
 
 /// Stack size of the device loop's thread in bytes.
 const STACK: usize = 256 << 10;
@@ -35,7 +37,10 @@ pub enum LoopError {
     NotPaused,
 }
 
-/// Handle to the device loop, for other threads.
+/// A device loop whose thread has not been started. What other threads run on it waits for the start.
+pub struct PreparedLoop(EventManager<SharedDevice>);
+
+/// Controls the device loop, from another thread.
 pub struct EventLoop {
     endpoint: RemoteEndpoint<SharedDevice>,
     /// Receives the ids of the boot devices, in the order of the devices. The channel is read when an id is needed.
@@ -45,10 +50,20 @@ pub struct EventLoop {
     paused: Option<Sender<()>>,
 }
 
-impl EventLoop {
+impl PreparedLoop {
+    /// Creates the loop.
+    pub fn new() -> Result<Self, LoopError> {
+        EventManager::new().map(Self).map_err(LoopError::Setup)
+    }
+
+    /// Returns a handle to the loop.
+    pub fn handle(&self) -> LoopHandle {
+        LoopHandle::new(self.0.remote_endpoint())
+    }
+
     /// Starts the device loop's thread.
-    pub fn start(devices: Vec<SharedDevice>, reporter: std::sync::Arc<Reporter>) -> Result<Self, LoopError> {
-        let mut manager = EventManager::<SharedDevice>::new().map_err(LoopError::Setup)?;
+    pub fn start(self, devices: Vec<SharedDevice>, reporter: Arc<Reporter>) -> Result<EventLoop, LoopError> {
+        let Self(mut manager) = self;
         let endpoint = manager.remote_endpoint();
         let (id_sender, boot_ids) = channel();
         std::thread::Builder::new()
@@ -69,43 +84,56 @@ impl EventLoop {
                 }
             })
             .map_err(LoopError::Thread)?;
-        Ok(Self { endpoint, boot_ids, boot_devices: Vec::new(), paused: None })
+        Ok(EventLoop { endpoint, boot_ids, boot_devices: Vec::new(), paused: None })
     }
+}
 
+impl EventLoop {
     /// Adds a device.
     pub fn add(&self, device: SharedDevice) -> Result<SubscriberId, LoopError> {
-        self.endpoint.call_blocking(move |loop_| Ok(loop_.add_subscriber(device))).map_err(LoopError::Gone)
+        self.call(move |loop_| Ok(loop_.add_subscriber(device)))
     }
 
-    /// Removes a device that [`Self::add`] has added.
-    pub fn remove(&self, device: SubscriberId) -> Result<(), LoopError> {
-        self.endpoint.call_blocking(move |loop_| loop_.remove_subscriber(device).map(drop)).map_err(LoopError::Gone)
+    /// Resets a device that [`Self::add`] has added, and removes it.
+    pub fn remove(&self, id: SubscriberId) -> Result<(), LoopError> {
+        self.call(move |loop_| {
+            device::lock(loop_.subscriber_mut(id)?).reset();
+            loop_.remove_subscriber(id).map(drop)
+        })
     }
 
-    /// Removes a boot device, by its index in the list given to [`Self::start`].
+    /// Resets and removes a boot device, by its index in the list given to [`PreparedLoop::start`].
     pub fn remove_boot_device(&mut self, index: u32) -> Result<(), LoopError> {
         self.boot_devices.extend(self.boot_ids.try_iter());
         let device = *self.boot_devices.get(index as usize).ok_or(LoopError::Unknown(index))?;
         self.remove(device)
     }
 
-    /// Runs a closure on the device loop. Does not wait until the closure has run.
-    pub fn run(&self, closure: impl FnOnce() + Send + 'static) -> Result<(), LoopError> {
-        self.endpoint.fire(move |_| closure()).map_err(LoopError::Gone)
+    /// Runs a closure on the device loop, and waits for its result.
+    fn call<T: Send + 'static>(
+        &self,
+        closure: impl FnOnce(&mut dyn SubscriberOps<Subscriber = SharedDevice>) -> Result<T, event_manager::Error>
+        + Send
+        + 'static,
+    ) -> Result<T, LoopError> {
+        self.endpoint.call_blocking(closure).map_err(LoopError::Gone)
     }
 
-    /// Pauses the device loop between two events. Returns when it has paused.
-    pub fn pause(&mut self) -> Result<(), LoopError> {
+    /// Pauses `devices` between two events, and then the device loop. Returns when all have paused.
+    pub fn pause(&mut self, devices: Vec<SharedDevice>) -> Result<(), LoopError> {
         if self.paused.is_some() {
             return Ok(());
         }
         let (paused_tx, paused_rx) = channel();
         let (resume_tx, resume_rx) = channel::<()>();
-        self.run(move || {
+        let closure = move |_: &mut dyn SubscriberOps<Subscriber = SharedDevice>| {
+            devices.iter().for_each(|device| device::lock(device).pause());
             let _ = paused_tx.send(());
             // The device loop resumes when `recv` returns. `recv` returns an error when `paused` is dropped.
             let _ = resume_rx.recv();
-        })?;
+            devices.iter().for_each(|device| device::lock(device).resume());
+        };
+        self.endpoint.fire(closure).map_err(LoopError::Gone)?;
         paused_rx.recv().map_err(|_| LoopError::NotPaused)?;
         self.paused = Some(resume_tx);
         Ok(())
@@ -116,7 +144,7 @@ impl EventLoop {
         self.paused.is_some()
     }
 
-    /// Resumes the device loop.
+    /// Resumes the devices and the device loop. Does not wait until they have resumed.
     pub fn resume(&mut self) {
         self.paused = None;
     }

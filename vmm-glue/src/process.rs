@@ -9,9 +9,10 @@ use husk_base::error::chain;
 use husk_base::sys::process::exit_immediately;
 
 use crate::boot;
+use crate::config::VmConfig;
 use crate::config_check;
 use crate::control::{Answer, BootStep, Call, ExitReason, Request};
-use crate::jail;
+use crate::jail::{self, Entered};
 use crate::reporter::Reporter;
 use crate::vm::{Vm, VmError};
 
@@ -55,10 +56,10 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
             reporter.exit(ExitReason::Stopped)
         }
         (Call::Create(config), None) => match create(*config, fds, reporter) {
-            Ok(vm) => {
+            Ok((vm, unrestricted)) => {
                 *current_vm = Some(vm);
                 reporter.report_boot_step(BootStep::VmCreated);
-                Ok(Answer::Done)
+                Ok(Answer::Created { unrestricted })
             }
             Err(error) => Err(error),
         },
@@ -89,6 +90,7 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
             return;
         }
         (Call::AttachNet(config), Some(vm)) => attached(vm.attach_net(&config, fds)),
+        (Call::StartVhost { mac }, Some(vm)) => done(vm.start_vhost(mac, fds)),
         (Call::AttachBlk(config), Some(vm)) => attached(vm.attach_blk(&config, fds)),
         (Call::FindNet(mac), Some(vm)) => {
             Ok(vm.find_net(mac).map_or(Answer::NotFound, |slot| Answer::Attached { slot }))
@@ -119,17 +121,19 @@ fn attached(result: Result<u32, VmError>) -> Result<Answer, String> {
     result.map(|slot| Answer::Attached { slot }).map_err(|error| chain(&error))
 }
 
-fn create(config: crate::config::VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Result<Vm, String> {
+/// Confines the process and creates the VM. Also returns what the jail does not restrict, as text.
+fn create(config: VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Result<(Vm, Option<String>), String> {
     let mut checked =
         config_check::check(config, fds).map_err(|error| format!("invalid VM configuration: {}", chain(&error)))?;
     let share = checked.config.share.as_mut();
     let root = share.as_ref().map(|share| share.root.as_ref());
-    let belongings = jail::enter(root, checked.config.seccomp).map_err(|error| chain(&error))?;
+    let Entered { belongings, unrestricted } =
+        jail::enter(root, checked.config.require_landlock, checked.config.seccomp).map_err(|error| chain(&error))?;
     if let Some(share) = share {
         share.root = "/".to_owned();
     }
     let vm = boot::build(checked, belongings, reporter).map_err(|error| chain(&error))?;
     // Confine this thread last, because the threads that it starts inherit its capabilities.
     jail::confine(jail::Kind::Control).map_err(|error| chain(&error))?;
-    Ok(vm)
+    Ok((vm, unrestricted))
 }

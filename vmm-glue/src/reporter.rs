@@ -40,6 +40,11 @@ impl Reporter {
         self.send(&Reply::Notice(Notice::FdShortage), None);
     }
 
+    /// Requests vhost-net for the interface with this MAC address.
+    pub(crate) fn request_vhost(&self, mac: [u8; 6]) {
+        self.send(&Reply::Notice(Notice::VhostRequested { mac }), None);
+    }
+
     /// Reports why the VM has ended, and ends the process.
     pub fn exit(&self, reason: ExitReason) -> ! {
         if self.ending.swap(true, Ordering::SeqCst) {

@@ -5,7 +5,7 @@ mod devices;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use husk_base::sync::lock;
 use kvm_ioctls::VmFd;
@@ -17,11 +17,12 @@ use crate::event_loop::LoopError;
 use crate::guest_memory::GuestMemory;
 use crate::memory::MemoryError;
 use crate::memory::hotplug::HotplugRange;
+use crate::reporter::Reporter;
 use crate::vcpu::{VcpuError, Vcpus};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, BlkError};
 use crate::virtio::mem::{Mem, OnSizeReached};
-use crate::virtio::net::Net;
+use crate::virtio::net::{Backend, Net, OfferError, RequestVhost};
 use crate::virtio::slots::{PlugError, Purpose};
 use crate::virtio::vsock::{self, Vsock};
 use crate::vmgenid::VmGenId;
@@ -49,6 +50,12 @@ pub enum VmError {
     /// The tap could not be set up.
     #[error("failed to set up the tap")]
     Tap(#[source] io::Error),
+    /// No interface with this MAC address waits for vhost-net.
+    #[error("failed to start vhost-net: no interface with MAC address {0:02x?} waits for it")]
+    NoVhostRequest([u8; 6]),
+    /// The interface cannot use vhost-net.
+    #[error(transparent)]
+    Vhost(#[from] OfferError),
     /// The disk could not be set up.
     #[error("failed to set up the disk")]
     Disk(#[from] BlkError),
@@ -81,14 +88,45 @@ pub struct Vm {
     pub(crate) hotplug_memory: HotplugMemory,
     pub(crate) hotplug_huge_pages: HotplugMemory,
     pub(crate) kvm: Arc<VmFd>,
-    /// `/proc/self/fd`, through which vhost-net is reopened.
-    pub(crate) fd_directory: Arc<File>,
+    pub(crate) interfaces: Interfaces,
     /// Restoring a VM from a snapshot will renew the id.
     pub(crate) _vmgenid: VmGenId,
     pub(crate) running: bool,
     /// This field must be the last, so that it is dropped last. All fields above use guest memory until the process
     /// ends.
     pub(crate) _memory: GuestMemory,
+}
+
+/// The VM's network interfaces.
+pub(crate) struct Interfaces {
+    reporter: Arc<Reporter>,
+    devices: Vec<Weak<Mutex<Net>>>,
+}
+
+impl Interfaces {
+    /// Returns no interfaces. Interfaces that are created later request vhost-net from the shim through `reporter`.
+    pub fn new(reporter: Arc<Reporter>) -> Self {
+        Self { reporter, devices: Vec::new() }
+    }
+
+    /// Creates an interface's device.
+    ///
+    /// # Errors
+    /// The errors of [`Net::new`].
+    pub fn create(&mut self, config: &NetConfig, taps: Vec<File>) -> io::Result<Arc<Mutex<Net>>> {
+        let (reporter, mac) = (Arc::clone(&self.reporter), config.mac);
+        let request = move || reporter.request_vhost(mac);
+        let vhost = config.vhost.then(|| Box::new(request) as RequestVhost);
+        let device = Arc::new(Mutex::new(Net::new(Backend { taps, vhost }, mac, config.mtu)?));
+        // Forget the devices that were hot-unplugged.
+        self.devices.retain(|device| device.strong_count() > 0);
+        self.devices.push(Arc::downgrade(&device));
+        Ok(device)
+    }
+
+    fn waiting_for_vhost(&self, mac: [u8; 6]) -> Option<Arc<Mutex<Net>>> {
+        self.devices.iter().filter_map(Weak::upgrade).find(|device| lock(device).waits_for_vhost(mac))
+    }
 }
 
 /// State of one kind of hot-plugged memory.
@@ -153,10 +191,17 @@ impl Vm {
     /// Hot-plugs a network interface into a spare slot and returns the slot's number.
     pub fn attach_net(&mut self, config: &NetConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
         let mut fds = config_check::Fds::new(fds);
-        let backend = config_check::net(config, &mut fds)?;
+        let taps = config_check::net(config, &mut fds)?;
         fds.reject_unused()?;
-        let device = Net::new(backend, config.mac, config.mtu, Arc::clone(&self.fd_directory)).map_err(VmError::Tap)?;
-        self.devices.attach(Arc::new(Mutex::new(device)), Purpose::Any)
+        let device = self.interfaces.create(config, taps).map_err(VmError::Tap)?;
+        self.devices.attach(device, Purpose::Any)
+    }
+
+    /// Gives the interface with this MAC address the vhost-net that it has requested: one fd for each queue pair.
+    pub fn start_vhost(&self, mac: [u8; 6], fds: Vec<OwnedFd>) -> Result<(), VmError> {
+        let files = config_check::vhost(fds)?;
+        let interface = self.interfaces.waiting_for_vhost(mac).ok_or(VmError::NoVhostRequest(mac))?;
+        Ok(lock(&interface).offer_vhost(files)?)
     }
 
     /// Hot-plugs a disk into a spare slot and returns the slot's number.

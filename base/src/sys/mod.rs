@@ -9,6 +9,7 @@ pub mod fd;
 pub mod heap;
 pub mod interface;
 pub mod io_port;
+pub mod landlock;
 pub mod mount;
 pub mod pidfd;
 pub mod process;

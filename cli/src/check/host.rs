@@ -3,6 +3,8 @@
 use std::{fs, io, path::Path};
 
 use husk_base::error::chain;
+use husk_config::Config;
+use husk_vmm::jail::Landlock;
 use husk_vmm::kvm_probe::{Probe, ProbeError, kvm_speed};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, TMPFS_MAGIC, statfs};
 
@@ -12,7 +14,7 @@ use super::Finding;
 const MIN_KERNEL: (u32, u32) = (5, 12);
 
 /// Runs all checks of the host.
-pub fn all() -> Vec<Finding> {
+pub fn all(config: &Config) -> Vec<Finding> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let file_systems = fs::read_to_string("/proc/filesystems").unwrap_or_default();
     vec![
@@ -20,6 +22,7 @@ pub fn all() -> Vec<Finding> {
         kvm(kvm_speed()),
         kernel(release.trim()),
         namespaces(),
+        landlock(Landlock::of_kernel(), config.require_landlock),
         overlay(&file_systems),
         tun(),
         vhost_net(),
@@ -80,6 +83,19 @@ fn namespaces() -> Finding {
         return Finding::ok("namespaces", "mnt, pid, net, ipc, uts");
     }
     Finding::fail("namespaces", format!("missing: {}", missing.join(", ")), "use a kernel with these namespaces")
+}
+
+fn landlock(landlock: Landlock, required: bool) -> Finding {
+    let name = "landlock";
+    match landlock.missing() {
+        None => Finding::ok(name, landlock.to_string()),
+        Some(missing) if required && !landlock.is_usable() => Finding::fail(
+            name,
+            format!("{missing}, but the configuration requires it"),
+            format!("{}, or set require_landlock = false", landlock.remedy()),
+        ),
+        Some(missing) => Finding::warn(name, missing, landlock.remedy()),
+    }
 }
 
 fn overlay(file_systems: &str) -> Finding {
@@ -154,7 +170,21 @@ mod tests {
 
     #[test]
     fn all_host_checks_run() {
-        let names: Vec<_> = all().iter().map(|finding| finding.name).collect();
-        assert_eq!(names, ["user", "kvm", "kernel", "namespaces", "overlay", "tun", "vhost-net", "cgroup"]);
+        let names: Vec<_> = all(&Config::default()).iter().map(|finding| finding.name).collect();
+        assert_eq!(names, ["user", "kvm", "kernel", "namespaces", "landlock", "overlay", "tun", "vhost-net", "cgroup"]);
+    }
+
+    #[test]
+    fn missing_landlock_fails_only_if_it_is_required() {
+        assert_eq!(landlock(Landlock::Abi(6), true), Finding::ok("landlock", "this kernel has landlock ABI 6"));
+        for required in [false, true] {
+            let partial = landlock(Landlock::Abi(2), required);
+            assert!(partial.status == Status::Warn && partial.detail.contains("TCP"), "{partial:?}");
+            let expected = if required { Status::Fail } else { Status::Warn };
+            for landlock in [Landlock::Abi(1), Landlock::NotBuilt, Landlock::NotEnabled].map(|l| landlock(l, required))
+            {
+                assert_eq!(landlock.status, expected, "{landlock:?}");
+            }
+        }
     }
 }

@@ -66,7 +66,7 @@ impl Finding {
 pub fn main(config: &Path, output: Output) -> ExitCode {
     let (configuration, mut findings) = artefacts::configuration(config);
     findings.extend(artefacts::images(&configuration));
-    findings.extend(host::all());
+    findings.extend(host::all(&configuration));
     findings.extend(containerd::all());
     let works = findings.iter().all(|finding| finding.status != Status::Fail);
     let text = match output {

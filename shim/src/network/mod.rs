@@ -64,7 +64,7 @@ impl TapOptions {
     /// exceed the message's limit, each interface has fewer queue pairs.
     fn per_interface(self, interfaces: usize) -> Self {
         let fds = (wire::MAX_FDS - VM_FDS) / interfaces.max(1);
-        Self { queue_pairs: self.queue_pairs.min(fds.saturating_sub(usize::from(self.vhost))).max(1), ..self }
+        Self { queue_pairs: self.queue_pairs.min(fds).max(1), ..self }
     }
 }
 
@@ -73,9 +73,9 @@ impl TapOptions {
 pub struct Tap {
     /// The open device, one fd per queue pair.
     pub fds: Vec<OwnedFd>,
-    /// An fd of `/dev/vhost-net`, if vhost-net may carry the frames. In this case, traffic control on the host does the
-    /// MAC anti-spoofing. Otherwise, the VMM does it.
-    pub vhost: Option<OwnedFd>,
+    /// Whether vhost-net may carry the frames. In this case, traffic control on the host does the MAC anti-spoofing.
+    /// Otherwise, the VMM does it.
+    pub vhost: bool,
     /// The interface's index in the namespace.
     pub link: i32,
     /// The tap's index in the namespace.
@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     fn without_taps_removes_only_the_taps() {
-        let tap = Tap { fds: Vec::new(), vhost: None, link: 2, index: 7, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
+        let tap = Tap { fds: Vec::new(), vhost: false, link: 2, index: 7, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
         let before = vec![link(2)];
         assert_eq!(without_taps(vec![link(2), link(7)], &[tap]), before);
         assert_ne!(without_taps(vec![link(2), link(3)], &[]), before);
@@ -229,13 +229,11 @@ mod tests {
 
     #[test]
     fn per_interface_fits_all_fds_into_one_message() {
-        for vhost in [false, true] {
-            let options = TapOptions { queue_pairs: 8, vhost };
-            assert_eq!(options.per_interface(1).queue_pairs, 8);
-            for interfaces in 1..=(wire::MAX_FDS - VM_FDS) / 2 {
-                let each = options.per_interface(interfaces).queue_pairs + usize::from(vhost);
-                assert!(interfaces * each <= wire::MAX_FDS - VM_FDS, "{interfaces}");
-            }
+        let options = TapOptions { queue_pairs: 8, vhost: true };
+        assert_eq!(options.per_interface(1).queue_pairs, 8);
+        for interfaces in 1..=wire::MAX_FDS - VM_FDS {
+            let each = options.per_interface(interfaces).queue_pairs;
+            assert!(interfaces * each <= wire::MAX_FDS - VM_FDS, "{interfaces}");
         }
     }
 }

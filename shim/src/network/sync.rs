@@ -195,6 +195,7 @@ impl Guest {
         while let Some(tap) = change.taps.first() {
             let mut fds = Vec::new();
             let config = net_config(tap, &mut fds);
+            self.vmm.allow_vhost(&config);
             let (Answer::Attached { slot }, _) = self.call(Call::AttachNet(config), &fds).await? else {
                 return Err(NetworkSyncError::Plug(VmmError::Unexpected));
             };
@@ -222,6 +223,7 @@ impl Guest {
                     .map_err(NetworkSyncError::Guest)?;
                 self.call(Call::Detach { slot }, &[]).await?;
             }
+            self.vmm.revoke_vhost(mac);
             self.removed.pop();
         }
         Ok(())
@@ -271,12 +273,12 @@ async fn read_change(watcher: &Arc<Mutex<NetworkWatcher>>) -> Result<Option<Netw
 
 /// Returns the VMM's configuration of a tap, and adds the tap's fds to `fds`.
 pub fn net_config<'a>(tap: &'a Tap, fds: &mut Vec<BorrowedFd<'a>>) -> NetConfig {
-    let mut add = |fd: &'a OwnedFd| {
+    let add = |fd: &'a OwnedFd| {
         fds.push(fd.as_fd());
         FdIndex(fds.len() - 1)
     };
-    let taps = tap.fds.iter().map(&mut add).collect();
-    NetConfig { taps, vhost: tap.vhost.as_ref().map(add), mac: tap.mac, mtu: tap.mtu }
+    let taps = tap.fds.iter().map(add).collect();
+    NetConfig { taps, vhost: tap.vhost, mac: tap.mac, mtu: tap.mtu }
 }
 
 #[cfg(test)]

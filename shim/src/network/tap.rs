@@ -4,13 +4,14 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use husk_base::sys::interface;
 use husk_netlink::{Message, Netlink, link_header, nest};
 
 use super::read::Link;
 use super::{NetworkError, Tap, TapOptions, kernel_error};
+use crate::vm::vhost;
 
 /// linux/pkt_sched.h: the parent and the handle of an ingress qdisc.
 const TC_H_INGRESS: u32 = 0xffff_fff1;
@@ -61,9 +62,8 @@ pub fn create(netlink: &Netlink, link: &Link, options: TapOptions) -> Result<Tap
     };
     let from_guest = || {
         ingress(netlink, index)?;
-        let vhost =
-            options.vhost.then(vhost).flatten().filter(|_| redirect_from_mac(netlink, index, link.index, link.mac));
-        if vhost.is_none() {
+        let vhost = options.vhost && has_vhost() && redirect_from_mac(netlink, index, link.index, link.mac);
+        if !vhost {
             redirect(netlink, index, link.index)?;
         }
         Ok(vhost)
@@ -96,11 +96,13 @@ pub fn remove(netlink: &Netlink, link: i32, tap: i32) -> io::Result<()> {
     )))
 }
 
-/// Opens `/dev/vhost-net` as an `O_PATH` fd, through which the VMM opens the device later. Returns `None` if the device
-/// cannot be opened.
-fn vhost() -> Option<OwnedFd> {
-    let vhost = File::options().read(true).custom_flags(libc::O_PATH).open("/dev/vhost-net").map(OwnedFd::from);
-    vhost.inspect_err(|error| tracing::debug!(%error, "failed to open /dev/vhost-net; the VMM forwards frames")).ok()
+/// Returns whether the host has vhost-net.
+fn has_vhost() -> bool {
+    let exists = Path::new(vhost::DEVICE).exists();
+    if !exists {
+        tracing::debug!("{} does not exist: the VMM forwards frames", vhost::DEVICE);
+    }
+    exists
 }
 
 /// Opens a tap with the flags that the VMM needs. The tap disappears when its last fd is closed.

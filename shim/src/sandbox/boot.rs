@@ -12,7 +12,7 @@ use husk_config::{Config, Seccomp};
 use husk_proto::agent::{IdMapping, Mount, SetupRequest};
 use husk_proto::{GUEST_SHM, SHARE_TAG, ports};
 use husk_vmm::config::{FdIndex, SeccompMode, ShareConfig, VmConfig};
-use husk_vmm::control::{BootStep, Call, ExitReason, Notice};
+use husk_vmm::control::{Answer, BootStep, Call, ExitReason, Notice};
 use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, watch};
 
@@ -201,7 +201,8 @@ pub async fn boot(
 async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
     let huge_mib = hugepages::pool_mib();
     let mut fds = vec![plan.kvm.as_fd(), plan.kernel.as_fd(), plan.initrd.as_fd(), console.as_fd()];
-    let net = plan.pod.network.taps.iter().map(|tap| net_config(tap, &mut fds)).collect();
+    let net: Vec<_> = plan.pod.network.taps.iter().map(|tap| net_config(tap, &mut fds)).collect();
+    net.iter().for_each(|net| vmm.allow_vhost(net));
     let config = VmConfig {
         id: plan.pod.id.clone(),
         vcpus: plan.boot_size.vcpus,
@@ -219,6 +220,7 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
             root: plan.share.display().to_string(),
             workers: plan.config.virtio_fs_workers,
         }),
+        require_landlock: plan.config.require_landlock,
         vsock_cid: 3,
         net,
         blk: Vec::new(),
@@ -231,7 +233,11 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
     };
     let files = format!("from kernel {} and initrd {}", plan.config.kernel.display(), plan.config.initrd.display());
     let error = |step: String| move |source| BootError::Vmm { step, source };
-    vmm.call(Call::Create(Box::new(config)), &fds).await.map_err(error(format!("create the VM {files}")))?;
+    let create = Call::Create(Box::new(config));
+    let (created, _) = vmm.call(create, &fds).await.map_err(error(format!("create the VM {files}")))?;
+    if let Answer::Created { unrestricted: Some(unrestricted) } = created {
+        tracing::warn!(unrestricted, "the jail of the VMM has a gap");
+    }
     vmm.call(Call::Resume, &[]).await.map_err(error("start the VM".into()))?;
     Ok(())
 }
@@ -308,8 +314,8 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
                         update.send_modify(|p| p.ready = true);
                     }
                 }
-                // `Vmm::wait_for_fd_shortage` handles this notice.
-                Notice::FdShortage => {}
+                // `Vmm` handles these notices itself.
+                Notice::FdShortage | Notice::VhostRequested { .. } => {}
                 Notice::Exited { reason } => {
                     let reason = match reason {
                         ExitReason::Reset => "the guest reset itself or powered off".to_owned(),

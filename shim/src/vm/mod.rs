@@ -4,6 +4,7 @@ pub mod agent;
 pub mod console;
 pub mod state;
 mod thread_id;
+pub mod vhost;
 pub mod vmm;
 
 pub use state::{State, StateCell};

@@ -2,7 +2,7 @@
 //! process.
 
 use std::collections::HashMap;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 
 use husk_base::sys::process;
 use husk_vmm::client::{self, SpawnError, SpawnOptions, Spawned};
+use husk_vmm::config::NetConfig;
 use husk_vmm::control::{Answer, Call, Notice, Reply, Request, wire};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -20,6 +21,7 @@ use crate::async_fd::register;
 use crate::lock;
 use crate::oci::Network;
 use crate::vm::thread_id;
+use crate::vm::vhost::{self, VhostPermits};
 
 /// Error of starting or calling the VMM.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +53,9 @@ pub enum VmmError {
     /// The thread whose PID the VMM reported cannot be found.
     #[error("failed to find the VMM's thread that stands for the container")]
     Thread(#[source] std::io::Error),
+    /// vhost-net cannot be opened.
+    #[error("failed to open {}: run `modprobe vhost_net`, or set vhost_net = false", vhost::DEVICE)]
+    Vhost(#[source] std::io::Error),
     /// The VMM's answer does not match the request.
     #[error("the VMM's answer does not match the request")]
     Unexpected,
@@ -66,8 +71,8 @@ struct Inner {
     pid: u32,
     dead: watch::Receiver<Option<ExitStatus>>,
     fd_shortage: Notify,
-    /// The VMM's threads whose ids serve as the PIDs of containers. Maps each thread's id on the host to its id in the
-    /// VMM's PID namespace.
+    vhost: VhostPermits,
+    /// Ids of the threads that stand for containers. Maps each id on the host to the id in the VMM's PID namespace.
     threads: Mutex<HashMap<u32, u32>>,
 }
 
@@ -132,6 +137,7 @@ impl Vmm {
             pid,
             dead,
             fd_shortage: Notify::new(),
+            vhost: VhostPermits::default(),
             threads: Mutex::default(),
         });
         let vmm = Self { inner: Arc::clone(&inner) };
@@ -181,8 +187,39 @@ impl Vmm {
         }
     }
 
-    /// Sends a request and waits for the answer. Returns the answer, and the fd that the VMM sent with it, if any. An
-    /// [`FdIndex`](husk_vmm::config::FdIndex) in the request is an index into `fds`.
+    /// Lets an interface have vhost-net once it has much traffic, if its configuration says so.
+    pub fn allow_vhost(&self, net: &NetConfig) {
+        self.inner.vhost.allow(net);
+    }
+
+    /// Undoes [`Vmm::allow_vhost`] for an interface that the VMM does not have any more.
+    pub fn revoke_vhost(&self, mac: [u8; 6]) {
+        self.inner.vhost.revoke(mac);
+    }
+
+    /// Gives vhost-net to an interface that has requested it. Does not wait until the interface has it.
+    fn start_vhost(&self, mac: [u8; 6]) {
+        let Some(pairs) = self.inner.vhost.take(mac) else {
+            let mac = format!("{mac:02x?}");
+            return tracing::warn!(mac, "ignored the VMM's request for vhost-net: the interface may not have it");
+        };
+        let vmm = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = vmm.pass_vhost(mac, pairs).await {
+                let (error, mac) = (crate::chain(&error), format!("{mac:02x?}"));
+                tracing::warn!(mac, error, "the VMM continues to carry the frames of an interface");
+            }
+        });
+    }
+
+    async fn pass_vhost(&self, mac: [u8; 6], pairs: usize) -> Result<(), VmmError> {
+        let files = vhost::open(pairs).await.map_err(VmmError::Vhost)?;
+        let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        self.call(Call::StartVhost { mac }, &fds).await.map(drop)
+    }
+
+    /// Sends a request and waits for the answer. An [`FdIndex`](husk_vmm::config::FdIndex) in the request is an index
+    /// into `fds`.
     ///
     /// # Errors
     /// [`VmmError`] if the VMM refuses, or ends before it answers.
@@ -244,7 +281,7 @@ impl Vmm {
 }
 
 /// Reads answers and notices until the socket is closed.
-async fn read(inner: &Inner, notices: &mpsc::UnboundedSender<Notice>) {
+async fn read(inner: &Arc<Inner>, notices: &mpsc::UnboundedSender<Notice>) {
     loop {
         match inner.control.async_io(Interest::READABLE, |socket| wire::recv::<Reply>(socket)).await {
             Ok((Reply::Answer { seq, result }, fds)) => {
@@ -255,6 +292,9 @@ async fn read(inner: &Inner, notices: &mpsc::UnboundedSender<Notice>) {
                 }
             }
             Ok((Reply::Notice(Notice::FdShortage), _)) => inner.fd_shortage.notify_one(),
+            Ok((Reply::Notice(Notice::VhostRequested { mac }), _)) => {
+                Vmm { inner: Arc::clone(inner) }.start_vhost(mac);
+            }
             Ok((Reply::Notice(notice), _)) => drop(notices.send(notice)),
             Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
                 tracing::warn!(%error, "the VMM sent an unknown message");

@@ -66,6 +66,29 @@ fn vhost_workers(pod: &Pod) -> Vec<String> {
     found
 }
 
+/// Returns whether the pod's VMM has an open fd of vhost-net.
+fn has_vhost_fd(pod: &Pod) -> bool {
+    let fds = fs::read_dir(format!("/proc/{}/fd", pod.pid())).unwrap();
+    // An fd may be closed before its link is read.
+    fds.filter_map(|fd| fs::read_link(fd.unwrap().path()).ok()).any(|target| target.starts_with("/dev/vhost-net"))
+}
+
+/// A device of the node that does not exist while the value exists.
+struct MissingDevice(&'static str);
+
+impl MissingDevice {
+    fn new(path: &'static str) -> Self {
+        fs::rename(path, format!("{path}.missing")).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for MissingDevice {
+    fn drop(&mut self) {
+        let _ = fs::rename(format!("{}.missing", self.0), self.0);
+    }
+}
+
 /// Returns the number of a thread's voluntary context switches, which is how often it has waited for work.
 fn voluntary_switches(task: &str) -> u64 {
     let status = fs::read_to_string(format!("{task}/status")).unwrap();
@@ -163,11 +186,30 @@ fn vhost_worker_starts_with_much_traffic_and_drops_frames_with_spoofed_mac() {
         assert_eq!(container.sh("ls /sys/class/net/eth0/queues | tr '\\n' ' '"), "rx-0 tx-0");
         echo_over_connections(address(&pod), 1, 100);
         assert_eq!(vhost_workers(&pod).len(), 0);
+        assert!(!has_vhost_fd(&pod), "the VMM has an fd of vhost-net before it needs vhost-net");
         echo_over_connections(address(&pod), 40, 50_000);
         assert_eq!(vhost_workers(&pod).len(), 1, "{}", node::log_tail(20));
+        assert!(has_vhost_fd(&pod));
         assert_spoofed_frames_are_dropped(&pod, &container);
         // The pod's network still works after the spoofed frames.
         echo_over_connections(address(&pod), 20, 1000);
+    });
+}
+
+#[test]
+fn vmm_carries_frames_if_vhost_net_cannot_be_opened() {
+    pods("net-no-vhost", |pods| {
+        let failures = || node::log_tail(usize::MAX).matches("failed to open /dev/vhost-net").count();
+        let (pod, _container) = server(pods, 1);
+        let before = failures();
+        let missing = MissingDevice::new("/dev/vhost-net");
+        echo_over_connections(address(&pod), 40, 50_000);
+        let logged = node::eventually(TIMEOUT, || (failures() > before).then_some(()));
+        assert!(logged.is_some(), "{}", node::log_tail(20));
+        drop(missing);
+        // The VMM does not ask again.
+        echo_over_connections(address(&pod), 40, 50_000);
+        assert_eq!((vhost_workers(&pod).len(), failures() - before), (0, 1), "{}", node::log_tail(20));
     });
 }
 

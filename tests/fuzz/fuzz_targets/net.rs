@@ -20,10 +20,7 @@ fuzz_target!(|input: (Vec<Vec<u8>>, Vec<Step>, bool)| {
             (File::from(OwnedFd::from(tap)), wire)
         })
         .unzip();
-    let directory =
-        husk_vmm::jail::Belongings::without_jail().expect("open /proc/self/fd and /dev/null").fd_directory.into();
-    let device =
-        Net::new(Backend { taps, vhost: None }, [2, 0, 0, 1, 2, 3], 1500, directory).expect("create the device");
+    let device = Net::new(Backend { taps, vhost: None }, [2, 0, 0, 1, 2, 3], 1500).expect("create the device");
     let mut bench = Bench::new(device);
     let activate = |bench: &mut Bench<Net>| bench.activate_with_socket(0);
     activate(&mut bench);

@@ -46,6 +46,11 @@ impl Vmm {
         }
     }
 
+    /// Returns the notices that have arrived with answers so far.
+    pub fn take_notices(&mut self) -> VecDeque<Notice> {
+        std::mem::take(&mut self.notices)
+    }
+
     /// Waits for the next notice.
     ///
     /// # Errors

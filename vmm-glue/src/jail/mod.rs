@@ -5,11 +5,15 @@
 //! need.
 
 mod capabilities;
+mod landlock;
 mod limits;
 mod root;
 pub mod seccomp;
 mod thread;
 
+#[cfg(test)]
+pub(crate) use self::landlock::restrict;
+pub use self::landlock::{Landlock, LandlockError};
 pub use self::limits::LimitError;
 pub use self::root::RootError;
 pub use self::thread::{ConfineError, Kind, confine};
@@ -69,17 +73,30 @@ pub enum JailError {
     /// The handler for violations of seccomp filters could not be installed.
     #[error(transparent)]
     Seccomp(#[from] ViolationError),
+    /// Landlock could not restrict the process.
+    #[error(transparent)]
+    Landlock(#[from] LandlockError),
+}
+
+/// Result of entering the jail.
+#[derive(Debug)]
+pub struct Entered {
+    /// What the process keeps.
+    pub belongings: Belongings,
+    /// What the jail does not restrict, because the host's kernel cannot restrict it, as text.
+    pub unrestricted: Option<String>,
 }
 
 /// Confines the process. Sets resource limits and no_new_privs, creates namespaces, makes the share the root directory,
-/// and limits the capability bounding set to the file server's capabilities.
+/// limits the capability bounding set to the file server's capabilities, and sets landlock rules. With
+/// `require_landlock`, it is an error if the host's kernel cannot restrict access to files with landlock.
 ///
 /// Without a share, the root is an empty, read-only directory. The PID and network namespaces are set when the process
 /// is spawned ([`crate::client::spawn`]).
 ///
 /// # Errors
 /// [`JailError`]. After an error the process may be confined only in part, and must end.
-pub fn enter(share: Option<&Path>, seccomp: SeccompMode) -> Result<Belongings, JailError> {
+pub fn enter(share: Option<&Path>, require_landlock: bool, seccomp: SeccompMode) -> Result<Entered, JailError> {
     let max_fds = limits::set()?;
     let namespaces =
         CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWCGROUP;
@@ -87,6 +104,8 @@ pub fn enter(share: Option<&Path>, seccomp: SeccompMode) -> Result<Belongings, J
     let (fd_directory, dev_null) = root::enter(share)?;
     capabilities::bound().map_err(JailError::Bounding)?;
     prctl::set_no_new_privs().map_err(|errno| JailError::NoNewPrivileges(errno.into()))?;
+    // The rules come last, because they forbid to mount.
+    let unrestricted = landlock::restrict(share.map(|_| Path::new("/")), require_landlock)?;
     seccomp::prepare(seccomp)?;
-    Ok(Belongings { fd_directory, dev_null, max_fds })
+    Ok(Entered { belongings: Belongings { fd_directory, dev_null, max_fds }, unrestricted })
 }

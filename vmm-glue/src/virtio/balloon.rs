@@ -38,6 +38,9 @@ pub struct Balloon {
     target: u32,
     /// Number of pages that the guest reports to have given back.
     actual: u32,
+    /// Whether the target changed while the device was inactive. A driver reads the target again as soon as it has set
+    /// DRIVER_OK, and the device becomes active a little later.
+    changed_while_inactive: bool,
 }
 
 struct Active {
@@ -72,7 +75,7 @@ impl ReleasePolicy {
 impl Balloon {
     /// Creates a device with target 0.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { wake: WakeEvent::new()?, active: None, target: 0, actual: 0 })
+        Ok(Self { wake: WakeEvent::new()?, active: None, target: 0, actual: 0, changed_while_inactive: false })
     }
 
     /// Sets the target, which is the total number of MiB that the guest should give back. The guest gives back as much
@@ -80,9 +83,10 @@ impl Balloon {
     pub fn set_target(&mut self, mib: u64) -> io::Result<()> {
         self.target = u32::try_from(mib.saturating_mul(PAGES_PER_MIB)).unwrap_or(u32::MAX);
         match &self.active {
-            Some(active) => active.interrupt.config(),
-            None => Ok(()),
+            Some(active) => active.interrupt.config()?,
+            None => self.changed_while_inactive = true,
         }
+        Ok(())
     }
 
     /// Returns the number of MiB that the guest reports to have given back.
@@ -232,6 +236,10 @@ impl VirtioDevice for Balloon {
         // A driver that has not acknowledged reporting does not set up the third queue.
         let count = if activation.features & F_REPORTING != 0 { REPORTING + 1 } else { REPORTING };
         let OpenedActivation { memory, interrupt, queues, .. } = activation::open_first_queues(activation, count)?;
+        if self.changed_while_inactive {
+            interrupt.config().map_err(|error| ActivateError::Host("the interrupt for the target", error))?;
+            self.changed_while_inactive = false;
+        }
         let release = ReleasePolicy::for_memory(&memory);
         self.active = Some(Active { memory, interrupt, queues, release });
         self.wake.wake();
@@ -316,6 +324,18 @@ mod tests {
         assert_eq!(config[..4], 768_u32.to_le_bytes());
         bench.lock().write_config(4, &512_u32.to_le_bytes());
         assert_eq!(bench.lock().actual_mib(), 2);
+    }
+
+    #[test]
+    fn driver_is_interrupted_for_target_that_changed_before_activation() {
+        let mut bench = Bench::new(Balloon::new().unwrap());
+        bench.lock().set_target(3).unwrap();
+        for _ in 0..2 {
+            bench.activate(0);
+            assert_eq!(bench.irq.config.load(Ordering::SeqCst), 1);
+            bench.lock().reset();
+            bench.run();
+        }
     }
 
     proptest! {

@@ -1,8 +1,9 @@
 //! The interface between a virtio device and its transport. A device does not know its transport.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use event_manager::MutEventSubscriber;
+use husk_base::sync;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -58,10 +59,21 @@ pub enum ActivateError {
     Host(&'static str, #[source] std::io::Error),
 }
 
+/// Called when a device has become idle after a reset, by the thread that served the device's last request.
+pub type OnIdle = Box<dyn FnOnce() + Send>;
+
+/// A device, shared by the device loop and the transport.
+pub type SharedDevice = Arc<Mutex<dyn VirtioDevice>>;
+
+/// Locks a device.
+pub fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
+    sync::lock(device)
+}
+
 /// A virtio device.
 ///
-/// A mutex protects the device. vCPU threads lock the mutex for configuration accesses and for activation. The VMM's
-/// single device loop locks the mutex to serve events.
+/// A mutex protects the device. vCPU threads lock the mutex for configuration accesses only. The VMM's single device
+/// loop calls all other methods. Therefore a vCPU thread needs none of the system calls that a device makes.
 ///
 /// `init` of [`MutEventSubscriber`] runs once, when the device is plugged in. `init` must register at least an eventfd
 /// of the device, to which `activate` writes. Queue events are registered when that eventfd is served, because only the
@@ -82,11 +94,18 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     /// # Errors
     /// [`ActivateError`]. After an error, the device is still inactive.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
-    /// Stops serving and drops all queues. The device is then in the same state as after power-on. Called when the
+    /// Stops serving and drops all queues. The device is then in the same state as after power-on, except that the
+    /// device's own threads may still be serving requests that they took before (see [`VirtioDevice::when_idle`]).
+    /// Does not wait for these threads, because the device loop must go on serving the other devices. Called when the
     /// driver resets the device.
     fn reset(&mut self);
+    /// Calls `idle` once no thread serves a request of an earlier activation any more. The caller must have called
+    /// [`VirtioDevice::reset`], and must not call [`VirtioDevice::activate`] before `idle` was called.
+    fn when_idle(&mut self, idle: OnIdle) {
+        idle();
+    }
     /// Stops the device's own threads. Returns when all these threads are idle. They stay idle until
-    /// [`VirtioDevice::resume`]. Called after the vCPUs have been paused. The device loop is paused separately.
+    /// [`VirtioDevice::resume`]. Called when the vCPUs have been paused, just before the device loop pauses.
     fn pause(&mut self) {}
     /// Resumes the device's own threads.
     fn resume(&mut self) {}

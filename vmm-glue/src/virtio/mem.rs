@@ -43,6 +43,9 @@ pub struct Mem {
     /// Size in bytes of the usable region, in which the guest may plug blocks.
     usable: u64,
     on_size_reached: Option<OnSizeReached>,
+    /// Whether the requested size changed while the device was inactive. A driver reads the size again as soon as it
+    /// has set DRIVER_OK, and the device becomes active a little later.
+    changed_while_inactive: bool,
     active: Option<Active>,
 }
 
@@ -64,7 +67,8 @@ impl Mem {
             Err(error) => return Err((range, error)),
         };
         let blocks = Blocks::new(range.len() / BLOCK);
-        Ok(Self { wake, range, blocks, requested: 0, usable: 0, on_size_reached: None, active: None })
+        let (on_size_reached, changed_while_inactive) = (None, false);
+        Ok(Self { wake, range, blocks, requested: 0, usable: 0, on_size_reached, changed_while_inactive, active: None })
     }
 
     /// Returns the range, so that it can be registered with KVM before [`Mem::request`].
@@ -89,9 +93,10 @@ impl Mem {
         }
         self.report_if_reached();
         match &self.active {
-            Some(active) => active.interrupt.config(),
-            None => Ok(()),
+            Some(active) => active.interrupt.config()?,
+            None => self.changed_while_inactive = true,
         }
+        Ok(())
     }
 
     /// Returns the number of plugged bytes.
@@ -251,6 +256,10 @@ impl VirtioDevice for Mem {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let OpenedActivation { memory, interrupt, queues: [queue], .. } = activation::open_queues(activation)?;
+        if self.changed_while_inactive {
+            interrupt.config().map_err(|error| ActivateError::Host("the interrupt for the requested size", error))?;
+            self.changed_while_inactive = false;
+        }
         self.active = Some(Active { memory, interrupt, queue });
         self.wake.wake();
         Ok(())

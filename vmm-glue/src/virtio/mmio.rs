@@ -6,7 +6,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use husk_base::error::chain;
 use husk_base::sync;
@@ -26,11 +26,9 @@ use virtio_bindings::virtio_mmio::{
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, ActiveQueue, Interrupt, SharedDevice, lock};
+use super::loop_handle::LoopHandle;
 use crate::guest_memory::GuestMemory;
-
-/// A device, shared by the device loop and the transport.
-pub type SharedDevice = Arc<Mutex<dyn VirtioDevice>>;
 
 /// Offset of the register that a driver writes to notify a queue. KVM turns the write into an eventfd signal.
 pub const NOTIFY_OFFSET: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
@@ -60,7 +58,10 @@ pub struct Transport {
     memory: GuestMemory,
     interrupt: Arc<MmioInterrupt>,
     notify: Vec<EventFd>,
+    device_loop: LoopHandle,
     registers: Mutex<Registers>,
+    /// Signals that a reset is complete.
+    reset_complete: Condvar,
 }
 
 /// Register values that the driver has written.
@@ -72,6 +73,10 @@ struct Registers {
     driver_features_sel: u32,
     queue_sel: u32,
     queues: Vec<Queue>,
+    /// Whether the device loop has to complete a reset.
+    resetting: bool,
+    /// Number of resets that the device loop has completed.
+    resets: u64,
 }
 
 /// The device's single interrupt line, with two possible causes.
@@ -132,8 +137,13 @@ impl MmioInterrupt {
 }
 
 impl Transport {
-    /// Attaches `device` to a new transport. `irq` interrupts the guest.
-    pub fn new(device: SharedDevice, memory: GuestMemory, irq: EventFd) -> Result<Self, TransportError> {
+    /// Attaches `device` to a new transport. `irq` interrupts the guest. `device_loop` activates and resets the device.
+    pub fn new(
+        device: SharedDevice,
+        memory: GuestMemory,
+        irq: EventFd,
+        device_loop: LoopHandle,
+    ) -> Result<Self, TransportError> {
         let (device_type, device_features, queues) = {
             let device = lock(&device);
             let queues = device.queue_sizes().iter().map(|&size| Queue::new(size)).collect::<Result<Vec<_>, _>>();
@@ -156,6 +166,7 @@ impl Transport {
                 irq,
             }),
             notify,
+            device_loop,
             registers: Mutex::new(Registers {
                 status: 0,
                 device_features,
@@ -164,7 +175,10 @@ impl Transport {
                 driver_features_sel: 0,
                 queue_sel: 0,
                 queues,
+                resetting: false,
+                resets: 0,
             }),
+            reset_complete: Condvar::new(),
         })
     }
 
@@ -199,8 +213,8 @@ impl Transport {
         }
     }
 
-    /// Serves a write by the driver.
-    pub fn write(&self, offset: u64, data: &[u8]) {
+    /// Serves a write by the driver. A write that resets the device returns when the reset is complete.
+    pub fn write(self: &Arc<Self>, offset: u64, data: &[u8]) {
         if let Some(config) = offset.checked_sub(u64::from(VIRTIO_MMIO_CONFIG)) {
             let status = self.registers().status | self.interrupt.status();
             if status & VIRTIO_CONFIG_S_DRIVER != 0 && status & (VIRTIO_CONFIG_S_FAILED | NEEDS_RESET) == 0 {
@@ -227,7 +241,7 @@ impl Transport {
         }
     }
 
-    fn write_register(&self, register: u32, value: u32) {
+    fn write_register(self: &Arc<Self>, register: u32, value: u32) {
         match register {
             VIRTIO_MMIO_INTERRUPT_ACK => {
                 self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
@@ -239,30 +253,57 @@ impl Transport {
         }
     }
 
-    fn write_status(&self, value: u32) {
+    fn write_status(self: &Arc<Self>, value: u32) {
         let mut registers = self.registers();
         if value == 0 {
-            let active = registers.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
-            registers.reset();
-            if active {
-                lock(&self.device).reset();
-            }
-            self.interrupt.reset();
-            return;
+            self.reset(registers);
+        } else if registers.advance(value) {
+            self.run(Self::activate);
         }
-        if registers.advance(value) {
-            let result = self.activate(&mut registers);
-            if let Err(error) = result {
-                log::warn!("failed to activate virtio device of type {}: {}", self.device_type, chain(&error));
-                if let Err(error) = self.interrupt.needs_reset() {
-                    log::warn!("failed to interrupt the driver of virtio device of type {}: {error}", self.device_type);
-                }
+    }
+
+    /// Resets the device. Returns when the reset is complete.
+    fn reset(self: &Arc<Self>, mut registers: MutexGuard<'_, Registers>) {
+        if registers.status & VIRTIO_CONFIG_S_DRIVER_OK == 0 {
+            registers.reset();
+            return self.interrupt.reset();
+        }
+        // Only the first of several vCPUs starts the reset, and all of them wait for it.
+        registers.resetting = registers.resetting || self.run(Self::start_reset);
+        let before = registers.resets;
+        while registers.resetting && registers.resets == before {
+            registers = sync::wait(&self.reset_complete, registers);
+        }
+    }
+
+    /// Runs `job` on the device loop, after all earlier jobs. The caller holds the lock of the registers, so that the
+    /// jobs run in the order of the writes. Returns false if the device loop has ended.
+    ///
+    /// At most two jobs wait: the status allows one activation and then one reset, and nothing more before the reset is
+    /// complete.
+    fn run(self: &Arc<Self>, job: fn(&Arc<Self>)) -> bool {
+        let transport = Arc::clone(self);
+        let result = self.device_loop.run(move || job(&transport));
+        if let Err(error) = &result {
+            log::error!("virtio device of type {}: failed to call the device loop: {error}", self.device_type);
+        }
+        result.is_ok()
+    }
+
+    /// Activates the device. Runs on the device loop.
+    fn activate(self: &Arc<Self>) {
+        let activated = self.activation().and_then(|activation| lock(&self.device).activate(activation));
+        if let Err(error) = activated {
+            log::warn!("failed to activate virtio device of type {}: {}", self.device_type, chain(&error));
+            if let Err(error) = self.interrupt.needs_reset() {
+                log::warn!("failed to interrupt the driver of virtio device of type {}: {error}", self.device_type);
             }
         }
     }
 
-    /// Passes the queues to the device, which serves them from then on.
-    fn activate(&self, registers: &mut Registers) -> Result<(), ActivateError> {
+    /// Returns what the device gets at DRIVER_OK. Since DRIVER_OK, the driver can change neither features nor queues.
+    fn activation(&self) -> Result<Activation, ActivateError> {
+        let registers = self.registers();
         let mut queues = Vec::with_capacity(registers.queues.len());
         for (index, (queue, notify)) in registers.queues.iter().zip(&self.notify).enumerate() {
             // A ready queue must lie completely in guest memory. The device decides whether it accepts queues that are
@@ -275,12 +316,30 @@ impl Transport {
             let notify = notify.try_clone().map_err(|error| ActivateError::Host("a queue's notification", error))?;
             queues.push(ActiveQueue { queue: active, notify });
         }
-        lock(&self.device).activate(Activation {
+        Ok(Activation {
             memory: self.memory.clone(),
             features: registers.driver_features,
             queues,
             interrupt: self.interrupt.clone(),
         })
+    }
+
+    /// Resets the device. Runs on the device loop.
+    fn start_reset(self: &Arc<Self>) {
+        let transport = Arc::clone(self);
+        let mut device = lock(&self.device);
+        device.reset();
+        device.when_idle(Box::new(move || transport.complete_reset()));
+    }
+
+    /// Lets the driver see that the reset is complete. Runs on the device loop or on a thread of the device.
+    fn complete_reset(&self) {
+        let mut registers = self.registers();
+        registers.reset();
+        self.interrupt.reset();
+        registers.resetting = false;
+        registers.resets = registers.resets.wrapping_add(1);
+        self.reset_complete.notify_all();
     }
 
     fn registers(&self) -> MutexGuard<'_, Registers> {
@@ -338,8 +397,8 @@ impl Registers {
     /// Advances the status by one step (section 3.1.1). Returns whether the device must be activated.
     fn advance(&mut self, value: u32) -> bool {
         let current = self.status;
-        if value & current != current || self.status & VIRTIO_CONFIG_S_FAILED != 0 {
-            return false; // a driver may only add bits, and may add no bit after FAILED
+        if value & current != current || self.status & VIRTIO_CONFIG_S_FAILED != 0 || self.resetting {
+            return false; // a driver may only add bits, and nothing follows FAILED or a reset that is not complete
         }
         match value & !current & !NEEDS_RESET {
             0 => {}
@@ -414,11 +473,6 @@ fn half(value: u64, select: u32) -> u32 {
         1 => (value >> 32) as u32,
         _ => 0,
     }
-}
-
-/// Locks a device.
-pub fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
-    sync::lock(device)
 }
 
 /// Serves a read from an empty slot. The slot reads as a transport without a device, which has device ID 0 (section

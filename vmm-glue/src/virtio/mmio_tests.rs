@@ -1,10 +1,18 @@
 //! Tests of the transport with a well-behaved driver, and with the writes that a hostile driver might make.
 
+use std::sync::LazyLock;
+use std::sync::mpsc::channel;
+use std::thread;
+
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use proptest::prelude::*;
 use vm_memory::GuestAddress;
 
 use super::*;
+use crate::control::wire;
+use crate::event_loop::{EventLoop, PreparedLoop};
+use crate::reporter::Reporter;
+use crate::virtio::device::{OnIdle, VirtioDevice};
 
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << 5;
 const ACK_DRIVER: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER;
@@ -19,6 +27,9 @@ struct Probe {
     resets: usize,
     refuse: bool,
     config: [u8; 8],
+    /// Whether the device has a thread that is serving a request. If so, `on_idle` is called at the end of the request.
+    busy: bool,
+    on_idle: Option<OnIdle>,
 }
 
 impl MutEventSubscriber for Probe {
@@ -65,13 +76,38 @@ impl VirtioDevice for Probe {
         self.active = false;
         self.resets += 1;
     }
+    fn when_idle(&mut self, idle: OnIdle) {
+        assert!(self.on_idle.is_none(), "a second reset has begun before the first one was complete");
+        if self.busy { self.on_idle = Some(idle) } else { idle() }
+    }
 }
 
-fn transport() -> (Transport, Arc<Mutex<Probe>>) {
+/// Starts a device loop. Its thread runs until the tests end.
+fn start_loop() -> (EventLoop, LoopHandle) {
+    let device_loop = PreparedLoop::new().unwrap();
+    let handle = device_loop.handle();
+    let reporter = Reporter::new(wire::pair().unwrap().0);
+    (device_loop.start(Vec::new(), Arc::new(reporter)).unwrap(), handle)
+}
+
+fn transport_on(device_loop: &LoopHandle) -> (Arc<Transport>, Arc<Mutex<Probe>>) {
     let probe = Arc::new(Mutex::new(Probe::default()));
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
     let irq = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    (Transport::new(probe.clone(), memory, irq).unwrap(), probe)
+    (Arc::new(Transport::new(probe.clone(), memory, irq, device_loop.clone()).unwrap()), probe)
+}
+
+/// Returns a transport on a device loop that all tests share and that is never paused.
+fn transport() -> (Arc<Transport>, Arc<Mutex<Probe>>) {
+    static SHARED: LazyLock<LoopHandle> = LazyLock::new(|| start_loop().1);
+    transport_on(&SHARED)
+}
+
+/// Waits until the device loop has run everything that was requested before.
+fn settle(transport: &Transport) {
+    let (done, wait) = channel();
+    transport.device_loop.run(move || done.send(()).unwrap()).unwrap();
+    wait.recv().unwrap();
 }
 
 fn get(transport: &Transport, register: u32) -> u32 {
@@ -80,12 +116,12 @@ fn get(transport: &Transport, register: u32) -> u32 {
     u32::from_le_bytes(data)
 }
 
-fn set(transport: &Transport, register: u32, value: u32) {
+fn set(transport: &Arc<Transport>, register: u32, value: u32) {
     transport.write(register.into(), &value.to_le_bytes());
 }
 
 /// Does everything that a driver does up to FEATURES_OK, and accepts all offered features.
-fn negotiate(transport: &Transport) {
+fn negotiate(transport: &Arc<Transport>) {
     set(transport, VIRTIO_MMIO_STATUS, 0);
     set(transport, VIRTIO_MMIO_STATUS, VIRTIO_CONFIG_S_ACKNOWLEDGE);
     set(transport, VIRTIO_MMIO_STATUS, ACK_DRIVER);
@@ -99,13 +135,19 @@ fn negotiate(transport: &Transport) {
     assert_eq!(get(transport, VIRTIO_MMIO_STATUS), FEATURES_OK);
 }
 
-fn set_up_queue(transport: &Transport, index: u32, size: u32, base: u32) {
+fn set_up_queue(transport: &Arc<Transport>, index: u32, size: u32, base: u32) {
     set(transport, VIRTIO_MMIO_QUEUE_SEL, index);
     set(transport, VIRTIO_MMIO_QUEUE_NUM, size);
     set(transport, VIRTIO_MMIO_QUEUE_DESC_LOW, base);
     set(transport, VIRTIO_MMIO_QUEUE_AVAIL_LOW, base + 0x1000);
     set(transport, VIRTIO_MMIO_QUEUE_USED_LOW, base + 0x2000);
     set(transport, VIRTIO_MMIO_QUEUE_READY, 1);
+}
+
+/// Sets DRIVER_OK, and waits for the activation.
+fn activate(transport: &Arc<Transport>) {
+    set(transport, VIRTIO_MMIO_STATUS, DRIVER_OK);
+    settle(transport);
 }
 
 #[test]
@@ -117,7 +159,7 @@ fn driver_can_activate_and_reset_device() {
         negotiate(&transport);
         set_up_queue(&transport, 0, 128, 0x1_0000);
         set_up_queue(&transport, 1, 16, 0x2_0000);
-        set(&transport, VIRTIO_MMIO_STATUS, DRIVER_OK);
+        activate(&transport);
         assert_eq!(get(&transport, VIRTIO_MMIO_STATUS), DRIVER_OK);
         let expected = (FEATURES, vec![(128, 0x1_0000), (16, 0x2_0000)]);
         assert_eq!(probe.lock().unwrap().activations.last(), Some(&expected));
@@ -133,12 +175,12 @@ fn queues_are_frozen_at_driver_ok() {
     let (transport, probe) = transport();
     negotiate(&transport);
     set_up_queue(&transport, 0, 128, 0x1_0000);
-    set(&transport, VIRTIO_MMIO_STATUS, DRIVER_OK);
+    activate(&transport);
     for register in [VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_READY] {
         set(&transport, register, 0);
     }
     assert_eq!(get(&transport, VIRTIO_MMIO_QUEUE_READY), 1);
-    set(&transport, VIRTIO_MMIO_STATUS, DRIVER_OK);
+    activate(&transport);
     assert_eq!(probe.lock().unwrap().activations.len(), 1);
 }
 
@@ -163,7 +205,7 @@ fn queue_outside_guest_memory_sets_needs_reset() {
     let (transport, probe) = transport();
     negotiate(&transport);
     set_up_queue(&transport, 0, 256, 0xffff_0000);
-    set(&transport, VIRTIO_MMIO_STATUS, DRIVER_OK);
+    activate(&transport);
     assert_eq!(get(&transport, VIRTIO_MMIO_STATUS), DRIVER_OK | NEEDS_RESET);
     assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_CONFIG);
     assert!(probe.lock().unwrap().activations.is_empty());
@@ -175,7 +217,7 @@ fn failed_activation_sets_needs_reset() {
     let (transport, probe) = transport();
     probe.lock().unwrap().refuse = true;
     negotiate(&transport);
-    set(&transport, VIRTIO_MMIO_STATUS, DRIVER_OK);
+    activate(&transport);
     assert_eq!(get(&transport, VIRTIO_MMIO_STATUS), DRIVER_OK | NEEDS_RESET);
     assert_eq!(transport.irq_fd().read().unwrap(), 1);
 }
@@ -240,7 +282,10 @@ fn access() -> impl Strategy<Value = (bool, u64, Vec<u8>)> {
 
 proptest! {
     #[test]
-    fn any_writes_keep_state_consistent(start in 0..3u8, accesses in prop::collection::vec(access(), 0..200)) {
+    fn any_writes_keep_state_consistent(
+        start in 0..3u8,
+        accesses in prop::collection::vec((access(), any::<bool>()), 0..200),
+    ) {
         let (transport, probe) = transport();
         if start > 0 {
             negotiate(&transport);
@@ -255,18 +300,23 @@ proptest! {
             registers.queues.iter().map(Queue::state).collect::<Vec<_>>()
         };
         let mut queues = snapshot(&transport);
-        for (write, offset, mut data) in accesses {
+        for ((write, offset, mut data), settled) in accesses {
             if write {
                 transport.write(offset, &data);
             } else {
                 transport.read(offset, &mut data);
             }
+            if settled {
+                settle(&transport);
+            }
             let now = get(&transport, VIRTIO_MMIO_STATUS);
-            // Status bits are only added, except at a reset. The device is active if and only if DRIVER_OK is set and
-            // NEEDS_RESET is not set.
+            // Status bits are only added, except at a reset. When no activation is pending, the device is active if and
+            // only if DRIVER_OK is set and NEEDS_RESET is not set. Without DRIVER_OK, the device is never active.
             prop_assert!(now == 0 || now & status == status);
             let ok = now & VIRTIO_CONFIG_S_DRIVER_OK != 0 && now & NEEDS_RESET == 0;
-            prop_assert_eq!(probe.lock().unwrap().active, ok);
+            let active = probe.lock().unwrap().active;
+            let valid = if settled { active == ok } else { !active || now & VIRTIO_CONFIG_S_DRIVER_OK != 0 };
+            prop_assert!(valid, "active: {}, status: {:#x}", active, now);
             let state = snapshot(&transport);
             if status & VIRTIO_CONFIG_S_DRIVER_OK != 0 && now != 0 {
                 prop_assert_eq!(&state, &queues);
@@ -296,3 +346,6 @@ fn shared_interrupt_always_reports_used_buffers() {
     set(&transport, VIRTIO_MMIO_STATUS, 0);
     assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), 0, "a reset must clear the cause");
 }
+
+#[path = "mmio_pending_tests.rs"]
+mod pending;

@@ -5,6 +5,7 @@ pub mod balloon;
 pub mod blk;
 pub mod device;
 pub mod fs;
+pub mod loop_handle;
 pub mod mem;
 pub mod mmio;
 pub mod net;

@@ -8,7 +8,9 @@ use husk_base::sync;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::mmio::{self, SharedDevice, Transport, TransportError};
+use super::device::{self, SharedDevice};
+use super::loop_handle::LoopHandle;
+use super::mmio::{self, Transport, TransportError};
 use super::slot_eventfds::{self, Registry};
 use crate::arch::layout;
 use crate::guest_memory::GuestMemory;
@@ -34,12 +36,13 @@ pub enum PlugError {
 }
 
 /// One slot. vCPUs hold the read lock during an access.
-type Slot = RwLock<Option<Transport>>;
+type Slot = RwLock<Option<Arc<Transport>>>;
 
 /// All slots of a VM.
 pub struct Slots {
     kvm: Arc<dyn Registry + Send + Sync>,
     memory: GuestMemory,
+    device_loop: LoopHandle,
     slots: Vec<Slot>,
     /// Number of the first slot that is reserved for memory devices.
     first_memory_slot: usize,
@@ -68,11 +71,13 @@ impl Slots {
     pub fn new(
         kvm: Arc<dyn Registry + Send + Sync>,
         memory: GuestMemory,
+        device_loop: LoopHandle,
         device_slots: usize,
         memory_slots: usize,
     ) -> Self {
         let (device_slots, all) = divide(device_slots, memory_slots);
-        Self { kvm, memory, slots: (0..all).map(|_| Slot::default()).collect(), first_memory_slot: device_slots }
+        let slots = (0..all).map(|_| Slot::default()).collect();
+        Self { kvm, memory, device_loop, slots, first_memory_slot: device_slots }
     }
 
     /// Plugs a device into the first free slot for its purpose and returns the slot's number. Callers must not run
@@ -85,10 +90,10 @@ impl Slots {
         let mut all = (0u32..).zip(&self.slots).skip(range.start).take(range.len());
         let (number, slot) = all.find(|(_, slot)| read(slot).is_none()).ok_or(PlugError::Full)?;
         let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(PlugError::EventFd)?;
-        let transport = Transport::new(device, self.memory.clone(), irq)?;
+        let transport = Transport::new(device, self.memory.clone(), irq, self.device_loop.clone())?;
         slot_eventfds::register(&*self.kvm, number, transport.irq_fd(), transport.notify_fds())
             .map_err(PlugError::Kvm)?;
-        *write(slot) = Some(transport);
+        *write(slot) = Some(Arc::new(transport));
         Ok(number)
     }
 
@@ -101,7 +106,8 @@ impl Slots {
     pub fn unplug(&self, number: u32) -> Result<Unplugged, PlugError> {
         let not_removable = || PlugError::NotRemovable(number);
         let slot = self.slots.get(number as usize).ok_or_else(not_removable)?;
-        let can_unplug = |transport: &mut Transport| matches!(transport.device_type(), VIRTIO_ID_NET | VIRTIO_ID_BLOCK);
+        let can_unplug =
+            |transport: &mut Arc<Transport>| matches!(transport.device_type(), VIRTIO_ID_NET | VIRTIO_ID_BLOCK);
         let transport = write(slot).take_if(can_unplug).ok_or_else(not_removable)?;
         let unregistered = slot_eventfds::unregister(&*self.kvm, number, transport.irq_fd(), transport.notify_fds());
         Ok(Unplugged { device: transport.device().clone(), unregistered: unregistered.map_err(PlugError::Kvm) })
@@ -109,9 +115,9 @@ impl Slots {
 
     /// Returns the slot of the interface with this MAC address, or `None` if no interface has this address.
     pub fn find_net(&self, mac: [u8; 6]) -> Option<u32> {
-        let matches_mac = |transport: &Transport| {
+        let matches_mac = |transport: &Arc<Transport>| {
             let mut device_mac = [0; 6];
-            mmio::lock(transport.device()).read_config(0, &mut device_mac);
+            device::lock(transport.device()).read_config(0, &mut device_mac);
             transport.device_type() == VIRTIO_ID_NET && device_mac == mac
         };
         (0u32..)
@@ -157,11 +163,11 @@ impl Slots {
     }
 }
 
-fn read(slot: &Slot) -> RwLockReadGuard<'_, Option<Transport>> {
+fn read(slot: &Slot) -> RwLockReadGuard<'_, Option<Arc<Transport>>> {
     sync::read(slot)
 }
 
-fn write(slot: &Slot) -> RwLockWriteGuard<'_, Option<Transport>> {
+fn write(slot: &Slot) -> RwLockWriteGuard<'_, Option<Arc<Transport>>> {
     sync::write(slot)
 }
 

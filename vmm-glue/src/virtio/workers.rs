@@ -19,7 +19,7 @@ use husk_base::sync::{lock, wait};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::device::Interrupt;
+use super::device::{Interrupt, OnIdle};
 use super::queue::{Chain, QueueFault, Virtqueue};
 use crate::guest_memory::GuestMemory;
 use crate::jail::{Kind, confine};
@@ -53,8 +53,11 @@ struct Pool<H> {
 struct PoolState {
     /// The activation that the workers serve.
     session: Option<Arc<Session>>,
-    /// Number of workers that are in a session.
+    /// Number of workers that are in a session. If `session` is `None`, these workers are about to leave an earlier
+    /// session.
     inside: usize,
+    /// Called when the last worker leaves the earlier session.
+    when_idle: Vec<OnIdle>,
     paused: bool,
     /// Whether the threads must end.
     ended: bool,
@@ -102,7 +105,7 @@ impl<H: Handler> Workers<H> {
         Ok(this)
     }
 
-    /// Makes the workers serve a queue. The device must not be active.
+    /// Makes the workers serve a queue. The device must not be active, and must be idle.
     ///
     /// # Errors
     /// If an eventfd cannot be created.
@@ -123,24 +126,33 @@ impl<H: Handler> Workers<H> {
         Ok(())
     }
 
-    /// Ends the activation, if there is one. Returns when its last request is complete.
+    /// Ends the activation, if there is one. Does not wait for requests that are being served.
     pub fn deactivate(&self) {
-        let mut pool = lock(&self.pool.state);
-        if let Some(session) = pool.session.take() {
+        if let Some(session) = lock(&self.pool.state).session.take() {
             session.end(H::NAME);
         }
-        while pool.inside > 0 {
-            pool = wait(&self.pool.changed, pool);
+    }
+
+    /// Calls `idle` when no request of an earlier activation is being served any more. To be called after
+    /// [`Workers::deactivate`].
+    pub fn when_idle(&self, idle: OnIdle) {
+        let mut pool = lock(&self.pool.state);
+        if pool.inside > 0 {
+            return pool.when_idle.push(idle);
         }
+        drop(pool);
+        idle();
     }
 
     /// Pauses serving. Returns when no request is being served. No request is served until [`Workers::resume`].
     pub fn pause(&self) {
-        let session = {
-            let mut pool = lock(&self.pool.state);
-            pool.paused = true;
-            pool.session.clone()
-        };
+        let mut pool = lock(&self.pool.state);
+        pool.paused = true;
+        while pool.session.is_none() && pool.inside > 0 {
+            pool = wait(&self.pool.changed, pool);
+        }
+        let session = pool.session.clone();
+        drop(pool);
         let Some(session) = session else { return };
         let mut state = session.lock();
         state.paused = true;
@@ -192,9 +204,18 @@ impl<H: Handler> Pool<H> {
         while let Some(session) = self.enter(served.as_ref()) {
             session.run(&*self.handler);
             served = Some(session);
-            lock(&self.state).inside -= 1;
-            self.changed.notify_all();
+            self.leave();
         }
+    }
+
+    /// Counts this worker as outside of a session.
+    fn leave(&self) {
+        let mut pool = lock(&self.state);
+        pool.inside -= 1;
+        let idle = if pool.inside == 0 { std::mem::take(&mut pool.when_idle) } else { Vec::new() };
+        drop(pool);
+        self.changed.notify_all();
+        idle.into_iter().for_each(|idle| idle());
     }
 
     /// Waits for a session other than `served`. Returns `None` if the thread must end.
@@ -314,3 +335,7 @@ impl Session {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "workers_tests.rs"]
+mod tests;

@@ -7,7 +7,7 @@ use event_manager::SubscriberId;
 
 use super::VmError;
 use crate::event_loop::EventLoop;
-use crate::virtio::mmio::{self, SharedDevice};
+use crate::virtio::device::SharedDevice;
 use crate::virtio::slots::{Purpose, Slots, Unplugged};
 
 /// The slots and the device loop.
@@ -26,20 +26,13 @@ impl Devices {
 
     /// Resumes the devices' own threads and then the device loop.
     pub(super) fn resume(&mut self) {
-        for device in self.slots.devices() {
-            mmio::lock(&device).resume();
-        }
         self.event_loop.resume();
     }
 
-    /// Stops the device loop and then the devices' own threads. Returns when the loop and all these threads have
-    /// stopped.
+    /// Stops the devices' own threads and the device loop. Returns when all of them have stopped. The vCPUs must have
+    /// stopped before, because a vCPU that resets a device waits for the device loop.
     pub(super) fn pause(&mut self) -> Result<(), VmError> {
-        self.event_loop.pause()?;
-        for device in self.slots.devices() {
-            mmio::lock(&device).pause();
-        }
-        Ok(())
+        Ok(self.event_loop.pause(self.slots.devices().collect())?)
     }
 
     /// Hot-plugs a device into a free slot for `purpose` and returns the slot's number.
@@ -69,11 +62,12 @@ impl Devices {
         self.reject_paused()?;
         // Empty the slot first, so that no vCPU can activate the device again after the reset.
         let Unplugged { device, unregistered } = self.slots.unplug(slot)?;
-        mmio::lock(&device).reset();
         let removed = match self.hotplugged.remove(&slot) {
             Some(id) => self.event_loop.remove(id),
             None => self.event_loop.remove_boot_device(slot),
         };
+        // Dropping the device ends its threads, and waits for the requests that they are serving.
+        drop(device);
         unregistered?;
         Ok(removed?)
     }
@@ -95,15 +89,25 @@ mod tests {
 
     use event_manager::{EventOps, Events, MutEventSubscriber};
     use kvm_ioctls::IoEventAddress;
+    use virtio_bindings::virtio_config::{
+        VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK,
+        VIRTIO_F_VERSION_1,
+    };
     use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+    use virtio_bindings::virtio_mmio::{
+        VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_STATUS,
+    };
     use vm_memory::GuestAddress;
     use vmm_sys_util::eventfd::EventFd;
 
     use super::*;
+    use crate::arch::layout;
     use crate::control::wire;
+    use crate::event_loop::PreparedLoop;
     use crate::guest_memory::GuestMemory;
     use crate::reporter::Reporter;
     use crate::virtio::device::{ActivateError, Activation, VirtioDevice};
+    use crate::virtio::loop_handle::LoopHandle;
     use crate::virtio::slot_eventfds::Registry;
     use crate::virtio::slots::PlugError;
 
@@ -132,7 +136,11 @@ mod tests {
         }
     }
 
-    struct Disk;
+    #[derive(Default)]
+    struct Disk {
+        activations: usize,
+        active: bool,
+    }
 
     impl MutEventSubscriber for Disk {
         fn process(&mut self, _: Events, _: &mut EventOps<'_>) {}
@@ -147,27 +155,42 @@ mod tests {
             &[16]
         }
         fn features(&self) -> u64 {
-            0
+            1 << VIRTIO_F_VERSION_1
         }
         fn read_config(&self, _: u64, _: &mut [u8]) {}
         fn write_config(&mut self, _: u64, _: &[u8]) {}
         fn activate(&mut self, _: Activation) -> Result<(), ActivateError> {
+            self.activations += 1;
+            self.active = true;
             Ok(())
         }
-        fn reset(&mut self) {}
+        fn reset(&mut self) {
+            self.active = false;
+        }
     }
 
     fn devices(kvm: FakeKvm) -> Devices {
+        devices_and_loop(kvm).0
+    }
+
+    fn devices_and_loop(kvm: FakeKvm) -> (Devices, LoopHandle) {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let reporter = Reporter::new(wire::pair().unwrap().0);
-        let slots = Slots::new(Arc::new(kvm), memory, 1, 0);
-        Devices::new(Arc::new(slots), EventLoop::start(Vec::new(), Arc::new(reporter)).unwrap())
+        let device_loop = PreparedLoop::new().unwrap();
+        let handle = device_loop.handle();
+        let slots = Slots::new(Arc::new(kvm), memory, handle.clone(), 1, 0);
+        (Devices::new(Arc::new(slots), device_loop.start(Vec::new(), Arc::new(reporter)).unwrap()), handle)
+    }
+
+    /// Writes a register of a slot, as a vCPU does.
+    fn write(slots: &Slots, slot: u32, register: u32, value: u32) {
+        slots.write(layout::slot_address(slot) + u64::from(register), &value.to_le_bytes());
     }
 
     #[test]
     fn detach_drops_the_device_if_kvm_keeps_its_eventfds() {
         let mut devices = devices(FakeKvm { register: Ok(()), unregister: Err(libc::EIO) });
-        let disk = Arc::new(Mutex::new(Disk));
+        let disk = Arc::new(Mutex::new(Disk::default()));
         let slot = devices.attach(disk.clone(), Purpose::Any).unwrap();
         assert!(matches!(devices.detach(slot), Err(VmError::Plug(PlugError::Kvm(_)))));
         assert_eq!(Arc::strong_count(&disk), 1);
@@ -176,9 +199,42 @@ mod tests {
     }
 
     #[test]
+    fn detach_resets_device_whose_activation_is_pending() {
+        let (mut devices, device_loop) = devices_and_loop(FakeKvm { register: Ok(()), unregister: Ok(()) });
+        let disk = Arc::new(Mutex::new(Disk::default()));
+        let slot = devices.attach(disk.clone(), Purpose::Any).unwrap();
+        let (go_on, wait) = std::sync::mpsc::channel::<()>();
+        device_loop.run(move || wait.recv().unwrap_or_default()).unwrap();
+        let mut status = 0;
+        for bit in [VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER] {
+            status |= bit;
+            write(&devices.slots, slot, VIRTIO_MMIO_STATUS, status);
+        }
+        write(&devices.slots, slot, VIRTIO_MMIO_DRIVER_FEATURES_SEL, 1);
+        write(&devices.slots, slot, VIRTIO_MMIO_DRIVER_FEATURES, 1 << (VIRTIO_F_VERSION_1 - 32));
+        for bit in [VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_DRIVER_OK] {
+            status |= bit;
+            write(&devices.slots, slot, VIRTIO_MMIO_STATUS, status);
+        }
+        assert_eq!(disk.lock().unwrap().activations, 0);
+        let slots = devices.slots.clone();
+        let waker = std::thread::spawn(move || {
+            // The device loop goes on when the slot is empty.
+            while slots.devices().count() > 0 {
+                std::thread::yield_now();
+            }
+            drop(go_on);
+        });
+        devices.detach(slot).unwrap();
+        waker.join().unwrap();
+        let disk = disk.lock().unwrap();
+        assert_eq!((disk.activations, disk.active), (1, false));
+    }
+
+    #[test]
     fn failed_attach_drops_the_device() {
         let mut devices = devices(FakeKvm { register: Err(libc::EIO), unregister: Ok(()) });
-        let disk = Arc::new(Mutex::new(Disk));
+        let disk = Arc::new(Mutex::new(Disk::default()));
         assert!(matches!(devices.attach(disk.clone(), Purpose::Any), Err(VmError::Plug(PlugError::Kvm(_)))));
         assert_eq!(Arc::strong_count(&disk), 1);
     }

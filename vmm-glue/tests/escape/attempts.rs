@@ -9,6 +9,8 @@ use crate::payload::Inside;
 
 /// Why sockets do no harm without the filters.
 const EMPTY_NETWORK: &str = "the test's network namespace is empty";
+/// Why a thread of the file server could do this without the filters.
+const FILE_SERVER: &str = "CAP_SYS_ADMIN, which the file server needs for trusted.* attributes";
 const OWN_KEYS: &str = "the keys are those of the process";
 
 /// An attempt.
@@ -86,14 +88,18 @@ pub const ATTEMPTS: &[Attempt] = &[
     never("mount a tmpfs", call!(mount, text(c"x"), text(c"/"), text(c"tmpfs"), 0, 0)),
     never("mount procfs", call!(mount, text(c"x"), text(c"/"), text(c"proc"), 0, 0)),
     never("unmount the root", call!(umount2, text(c"/"), libc::MNT_DETACH)),
-    never("open a new mount", call!(fsopen, text(c"proc"), 0)),
-    never("clone the root's mount", call!(open_tree, AT_FDCWD, text(c"/"), 1)),
-    never("change a mount's flags", |_| {
-        let attributes = [0u64, 1 | 2 | 4 | 8, 0, 0];
-        // SAFETY: the attributes outlive the call.
-        let result = unsafe { syscall!(Sysno::mount_setattr, AT_FDCWD, text(c"/"), 0, attributes.as_ptr(), 32) };
-        result.map(|_| "cleared nodev of the share".to_owned()).map_err(name)
-    }),
+    filtered("open a new mount", call!(fsopen, text(c"proc"), 0), FILE_SERVER),
+    filtered("clone the root's mount", call!(open_tree, AT_FDCWD, text(c"/"), 1), FILE_SERVER),
+    filtered(
+        "change a mount's flags",
+        |_| {
+            let attributes = [0u64, 1 | 2 | 4 | 8, 0, 0];
+            // SAFETY: the attributes outlive the call.
+            let result = unsafe { syscall!(Sysno::mount_setattr, AT_FDCWD, text(c"/"), 0, attributes.as_ptr(), 32) };
+            result.map(|_| "cleared nodev of the share".to_owned()).map_err(name)
+        },
+        FILE_SERVER,
+    ),
     never("make a device node and open it", device_node),
     never("open a file by its handle", |_| {
         let mut handle = [128u32; 40];
@@ -140,13 +146,17 @@ pub const ATTEMPTS: &[Attempt] = &[
     filtered("netlink socket", call!(socket, libc::AF_NETLINK, libc::SOCK_RAW, 0), EMPTY_NETWORK),
     never("crypto socket", call!(socket, 38, libc::SOCK_SEQPACKET, 0)),
     never("connect to an abstract socket of the host", connect_abstract),
-    never("bpf", |_| {
-        // An array of one element: type, key size, value size and length.
-        let attributes = [2u32, 4, 4, 1];
-        // SAFETY: the attributes outlive the call.
-        let result = unsafe { syscall!(Sysno::bpf, 0, attributes.as_ptr(), 16) };
-        result.map(|_| "has a BPF map".to_owned()).map_err(name)
-    }),
+    filtered(
+        "bpf",
+        |_| {
+            // An array of one element: type, key size, value size and length.
+            let attributes = [2u32, 4, 4, 1];
+            // SAFETY: the attributes outlive the call.
+            let result = unsafe { syscall!(Sysno::bpf, 0, attributes.as_ptr(), 16) };
+            result.map(|_| "has a BPF map".to_owned()).map_err(name)
+        },
+        FILE_SERVER,
+    ),
     never("perf_event_open", |_| {
         let attributes = [0u64, 120, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         // SAFETY: the attributes outlive the call.

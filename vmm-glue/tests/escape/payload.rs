@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use husk_base::sys::process::exit_immediately;
 use husk_vmm::client::CONTROL_FD;
 use husk_vmm::control::wire;
-use husk_vmm::jail::{self, Belongings, Kind};
+use husk_vmm::jail::{self, Belongings, Entered, Kind};
 use husk_vmm::process;
 
 use crate::attempts::ATTEMPTS;
@@ -24,7 +24,7 @@ pub fn run() -> ! {
     let control = unsafe { OwnedFd::from_raw_fd(CONTROL_FD) };
     process::prepare().expect("prepare the process");
     let (order, _) = wire::recv::<Order>(&control).expect("receive the order");
-    let belongings = jail::enter(Some(&order.share), order.seccomp).expect("enter the jail");
+    let Entered { belongings, .. } = jail::enter(Some(&order.share), false, order.seccomp).expect("enter the jail");
     let (attempt, kind) = (&ATTEMPTS[order.attempt], KINDS[order.kind]);
     let inside = Inside { belongings, parent: order.parent };
     let make = move || {

@@ -2,7 +2,8 @@
 
 use libc::{
     AF_UNIX, CLONE_CHILD_CLEARTID, CLONE_FILES, CLONE_FS, CLONE_PARENT_SETTID, CLONE_SETTLS, CLONE_SIGHAND,
-    CLONE_SYSVSEM, CLONE_THREAD, CLONE_VM, FIONBIO, PR_SET_NAME, PR_SET_NO_NEW_PRIVS, PROT_EXEC,
+    CLONE_SYSVSEM, CLONE_THREAD, CLONE_VM, FIONBIO, PR_CAP_AMBIENT, PR_CAPBSET_READ, PR_GET_NAME, PR_SET_NAME,
+    PR_SET_NO_NEW_PRIVS, PROT_EXEC,
 };
 use syscalls::Sysno;
 
@@ -35,6 +36,25 @@ const KVM_SET_MSRS: u32 = 0x4008_ae89;
 const KVM_SET_FPU: u32 = 0x41a0_ae8d;
 const KVM_GET_LAPIC: u32 = 0x8400_ae8e;
 const KVM_SET_LAPIC: u32 = 0x4400_ae8f;
+
+// linux/vhost.h
+const VHOST_GET_FEATURES: u32 = 0x8008_af00;
+const VHOST_SET_FEATURES: u32 = 0x4008_af00;
+const VHOST_SET_OWNER: u32 = 0xaf01;
+const VHOST_RESET_OWNER: u32 = 0xaf02;
+const VHOST_SET_MEM_TABLE: u32 = 0x4008_af03;
+const VHOST_SET_VRING_NUM: u32 = 0x4008_af10;
+const VHOST_SET_VRING_ADDR: u32 = 0x4028_af11;
+const VHOST_SET_VRING_BASE: u32 = 0x4008_af12;
+const VHOST_GET_VRING_BASE: u32 = 0xc008_af12;
+const VHOST_SET_VRING_KICK: u32 = 0x4008_af20;
+const VHOST_SET_VRING_CALL: u32 = 0x4008_af21;
+const VHOST_SET_VRING_ERR: u32 = 0x4008_af22;
+const VHOST_NET_SET_BACKEND: u32 = 0x4008_af30;
+
+// linux/if_tun.h
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
+const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
 
 /// Calls of every thread.
 const EVERY_THREAD: &[Rule] = &[
@@ -126,6 +146,12 @@ const FILE_SERVER: &[Rule] = &[
     allow(Sysno::setgroups, "drops supplementary groups before a file is created"),
     allow(Sysno::capget, "drops and restores CAP_FSETID around a write"),
     allow(Sysno::capset, "drops and restores CAP_FSETID around a write"),
+    allow(Sysno::gettid, "libcap-ng, before it reads capabilities"),
+    allow_if(
+        Sysno::prctl,
+        &[is(0, PR_CAPBSET_READ as u32), is(0, PR_CAP_AMBIENT as u32)],
+        "libcap-ng asks which sets of capabilities the kernel has",
+    ),
     allow(Sysno::fcntl, "OPEN and CREATE change flags, and files are duplicated"),
     allow(Sysno::dup, "duplicates files"),
     allow(Sysno::getrandom, "seeds the keys of hash tables"),
@@ -143,6 +169,29 @@ const DEVICE_LOOP: &[Rule] = &[
     allow(Sysno::recvfrom, "streams of vsock connections"),
     allow(Sysno::sendto, "streams of vsock connections"),
     allow(Sysno::recvmsg, "streams of vsock connections"),
+    allow_if(Sysno::socketpair, &[is(0, AF_UNIX as u32)], "the stream of a vsock connection, which the shim gets"),
+    allow_if(
+        Sysno::ioctl,
+        &[
+            is(1, VHOST_GET_FEATURES),
+            is(1, VHOST_SET_FEATURES),
+            is(1, VHOST_SET_OWNER),
+            is(1, VHOST_RESET_OWNER),
+            is(1, VHOST_SET_MEM_TABLE),
+            is(1, VHOST_SET_VRING_NUM),
+            is(1, VHOST_SET_VRING_ADDR),
+            is(1, VHOST_SET_VRING_BASE),
+            is(1, VHOST_GET_VRING_BASE),
+            is(1, VHOST_SET_VRING_KICK),
+            is(1, VHOST_SET_VRING_CALL),
+            is(1, VHOST_SET_VRING_ERR),
+            is(1, VHOST_NET_SET_BACKEND),
+            is(1, TUNSETOFFLOAD),
+            is(1, TUNSETVNETHDRSZ),
+            is(1, FIONBIO as u32),
+        ],
+        "hands queues over to vhost-net, sets the tap's offloads, makes the streams of vsock connections non-blocking",
+    ),
     allow(Sysno::shutdown, "half-closes streams of vsock connections"),
     allow(Sysno::fcntl, "duplicates eventfds"),
     allow(Sysno::timerfd_create, "timers"),
@@ -159,7 +208,6 @@ const CONTROL: &[Rule] = &[
     allow(Sysno::lseek, "determines the size of a hot-plugged disk"),
     allow(Sysno::fstat, "checks the fds of hot-plugged devices"),
     allow(Sysno::statx, "checks the fds of hot-plugged devices"),
-    allow_if(Sysno::socketpair, &[is(0, AF_UNIX as u32)], "the stream socket that answers a request to connect"),
     allow_if(Sysno::clone, &[is(0, THREAD_FLAGS)], "starts threads of hot-plugged devices and vCPUs, but no process"),
     allow(Sysno::clone3, "fails with ENOSYS, so that glibc calls clone"),
     allow(Sysno::set_robust_list, "starts a thread"),
@@ -168,7 +216,7 @@ const CONTROL: &[Rule] = &[
     allow(Sysno::sched_getaffinity, "starts a thread"),
     allow_if(
         Sysno::prctl,
-        &[is(0, PR_SET_NAME as u32), is(0, PR_SET_NO_NEW_PRIVS as u32)],
+        &[is(0, PR_SET_NAME as u32), is(0, PR_GET_NAME as u32), is(0, PR_SET_NO_NEW_PRIVS as u32)],
         "starts and confines a thread",
     ),
     allow(Sysno::capget, "confines a thread"),
@@ -187,11 +235,13 @@ const CONTROL: &[Rule] = &[
             is(1, KVM_SET_FPU),
             is(1, KVM_GET_LAPIC),
             is(1, KVM_SET_LAPIC),
-            is(1, FIONBIO as u32),
+            is(1, TUNSETVNETHDRSZ),
         ],
         "hot-plugs devices, memory and vCPUs",
     ),
 ];
+
+const PID: &[Rule] = &[allow(Sysno::gettid, "the container's PID on the host is the id of this thread")];
 
 /// Returns the tables of a kind of thread. A call may be in several tables.
 fn tables(kind: Kind) -> &'static [&'static [Rule]] {
@@ -202,7 +252,8 @@ fn tables(kind: Kind) -> &'static [&'static [Rule]] {
         Kind::DeviceLoop => &[EVERY_THREAD, DEVICE_LOOP],
         Kind::FileServer => &[EVERY_THREAD, THREAD_END, WORKER, FILE_SERVER],
         Kind::Disk => &[EVERY_THREAD, THREAD_END, WORKER, DISK],
-        Kind::Prefault | Kind::Pid => &[EVERY_THREAD, THREAD_END],
+        Kind::Prefault => &[EVERY_THREAD, THREAD_END],
+        Kind::Pid => &[EVERY_THREAD, THREAD_END, PID],
     }
 }
 
@@ -224,7 +275,7 @@ mod tests {
         (Kind::FileServer, 70),
         (Kind::Disk, 35),
         (Kind::Prefault, 15),
-        (Kind::Pid, 15),
+        (Kind::Pid, 16),
     ];
 
     #[test]

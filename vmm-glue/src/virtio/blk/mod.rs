@@ -21,7 +21,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::request::{Disk, MAX_RANGES, MAX_ZEROES};
 use super::activation::{self, OpenedActivation};
-use super::device::{ActivateError, Activation, VirtioDevice};
+use super::device::{ActivateError, Activation, OnIdle, VirtioDevice};
 use super::workers::Workers;
 
 /// Maximum size of the single request queue.
@@ -142,6 +142,10 @@ impl VirtioDevice for Blk {
 
     fn reset(&mut self) {
         self.workers.deactivate();
+    }
+
+    fn when_idle(&mut self, idle: OnIdle) {
+        self.workers.when_idle(idle);
     }
 
     fn pause(&mut self) {

@@ -9,6 +9,8 @@ mod descriptor_table;
 mod fd_limit;
 mod fuse_server;
 #[cfg(test)]
+mod landlock_tests;
+#[cfg(test)]
 mod names_tests;
 #[cfg(test)]
 mod race_tests;
@@ -37,7 +39,7 @@ use self::checked_fs::CheckedFs;
 use self::fd_limit::FdLimit;
 use self::fuse_server::{FuseServer, HIGH_PRIORITY_QUEUE};
 use super::activation::{self, OpenedActivation};
-use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, Interrupt, OnIdle, VirtioDevice};
 use super::queue::{Chain, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
 use super::workers::{Handler, Workers};
 use crate::config::ShareConfig;
@@ -270,6 +272,10 @@ impl VirtioDevice for Fs {
         if let Some(active) = self.active.take() {
             self.wake.retire(active.high_priority);
         }
+    }
+
+    fn when_idle(&mut self, idle: OnIdle) {
+        self.workers.when_idle(idle);
     }
 
     fn pause(&mut self) {

@@ -8,7 +8,7 @@ use super::test_tree::{Tree, differences};
 
 /// FUSE_CREATE_SUPP_GROUP: bit 34 of the INIT flags, which Linux 6.3 and later offer. If this flag is negotiated,
 /// virtiofsd parses the bytes after a name as extensions.
-const CREATE_SUPP_GROUP: u32 = 1 << 2;
+pub const CREATE_SUPP_GROUP: u32 = 1 << 2;
 const FILE_MODE: u32 = libc::S_IFREG | 0o644;
 
 /// A request: its label in messages, its opcode and its body.

@@ -29,7 +29,7 @@ fn create(flags: i32, name: &str) -> Vec<u8> {
 }
 
 /// Returns one request for each operation that takes a handle. COPY_FILE_RANGE copies to the node `other`.
-fn with_handle(handle: u64, other: u64) -> Vec<Request> {
+pub fn with_handle(handle: u64, other: u64) -> Vec<Request> {
     let read = || [longs([handle, 0]), words([128, 0, 0, 0, 0, 0])].concat();
     [
         ("READ", READ, read()),
@@ -51,7 +51,7 @@ fn with_handle(handle: u64, other: u64) -> Vec<Request> {
 }
 
 /// Returns requests for the operations that take neither a name nor a handle.
-fn without_handle() -> Vec<Request> {
+pub fn without_handle() -> Vec<Request> {
     let xattr = b"user.a\0";
     [
         ("GETATTR", GETATTR, longs([0, 0])),

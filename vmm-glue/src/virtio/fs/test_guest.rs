@@ -54,7 +54,12 @@ impl Guest {
 
     /// Creates a guest whose share is the directory `root`.
     pub fn with_share(root: &Path, workers: u8) -> Self {
-        let mut bench = Bench::new(Fs::new(&share(root, workers), belongings(), || {}).unwrap());
+        Self::with_belongings(root, workers, belongings())
+    }
+
+    /// Serves the directory `root`. This thread may open no other files.
+    pub fn with_belongings(root: &Path, workers: u8, belongings: Belongings) -> Self {
+        let mut bench = Bench::new(Fs::new(&share(root, workers), belongings, || {}).unwrap());
         bench.activate(0);
         Self { bench, unique: 0, root: None }
     }

@@ -111,6 +111,19 @@ fn new_request_completes_the_previous_one() {
 }
 
 #[test]
+fn driver_is_interrupted_for_size_that_was_requested_before_activation() {
+    let mut bench = bench();
+    bench.lock().reset();
+    request(&bench, 1);
+    for _ in 0..2 {
+        bench.activate(0);
+        assert_eq!(bench.irq.config.load(Ordering::SeqCst), 1);
+        bench.lock().reset();
+        bench.run();
+    }
+}
+
+#[test]
 fn invalid_requests_are_rejected() {
     let mut bench = bench();
     request(&bench, 4);

@@ -9,6 +9,7 @@
 mod active;
 mod control;
 mod load;
+mod offload;
 mod pump;
 mod tap;
 #[cfg(test)]
@@ -17,13 +18,10 @@ mod vhost;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use husk_base::error::chain;
-use nix::fcntl::{OFlag, openat};
-use nix::sys::stat::Mode;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
@@ -38,12 +36,14 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::active::{Active, DataPath};
 use self::load::Load;
+use self::offload::Offload;
 use self::pump::{FrameRules, QueuePair};
 use self::vhost::VhostError;
 use super::activation;
 use super::device::{ActivateError, Activation, VirtioDevice};
 use super::queue::{QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
 
+pub use self::offload::{OfferError, RequestVhost};
 pub use self::tap::flags as tap_flags;
 
 /// Maximum number of queue pairs. Each pair needs buffers in guest and host and, with vhost-net, a thread in the host's
@@ -69,15 +69,14 @@ const VLAN_ETHERNET_HEADER_LEN: usize = 18;
 const MAX_PACKET: usize = VNET_HEADER_LEN + VLAN_ETHERNET_HEADER_LEN + 65_536;
 
 /// The host's side of an interface.
-#[derive(Debug)]
 pub struct Backend {
     /// Open fds of `/dev/net/tun`, one for each queue pair. There are 1 to [`MAX_QUEUE_PAIRS`] fds. They are attached
     /// with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR. If there are several fds, they are attached to the same interface with
     /// IFF_MULTI_QUEUE.
     pub taps: Vec<File>,
-    /// `/dev/vhost-net`, opened with O_PATH. The device is reopened when there are many frames. vhost-net does not
-    /// check frames from the guest. Therefore, the host must do MAC anti-spoofing.
-    pub vhost: Option<File>,
+    /// Requests vhost-net when there are many frames, if vhost-net may move them. vhost-net does not check frames from
+    /// the guest. Therefore, the host must do MAC anti-spoofing.
+    pub vhost: Option<RequestVhost>,
 }
 
 /// The network device.
@@ -89,10 +88,7 @@ pub struct Net {
     mtu: u16,
     /// Whether the tap's queues can be attached and detached.
     switchable: bool,
-    /// `/dev/vhost-net`, opened with O_PATH. `None` if vhost-net may not move the frames, or has failed to start.
-    vhost: Option<File>,
-    /// `/proc/self/fd`, through which vhost-net is reopened.
-    fd_directory: Arc<File>,
+    offload: Offload,
     active: Option<Active>,
 }
 
@@ -109,12 +105,12 @@ struct TapQueue {
 }
 
 impl Net {
-    /// Creates an interface with as many queue pairs as there are taps. `fd_directory` is `/proc/self/fd`.
+    /// Creates an interface with as many queue pairs as there are taps.
     ///
     /// # Errors
     /// The error of making a tap non-blocking or of creating an eventfd. [`io::ErrorKind::InvalidInput`] if the number
     /// of taps is invalid.
-    pub fn new(backend: Backend, mac: [u8; 6], mtu: u16, fd_directory: Arc<File>) -> io::Result<Self> {
+    pub fn new(backend: Backend, mac: [u8; 6], mtu: u16) -> io::Result<Self> {
         let pairs = backend.taps.len();
         if !(1..=MAX_QUEUE_PAIRS).contains(&pairs) {
             return Err(io::Error::new(
@@ -135,8 +131,7 @@ impl Net {
             mac,
             mtu,
             switchable,
-            vhost: backend.vhost,
-            fd_directory,
+            offload: backend.vhost.map_or(Offload::Never, Offload::Possible),
             active: None,
         })
     }
@@ -184,25 +179,46 @@ impl Net {
         Ok(())
     }
 
-    /// Starts vhost-net if there are many frames. If vhost-net fails to start, the device loop continues to move the
-    /// frames.
+    /// Returns whether this is the interface with MAC address `mac`, and waits for vhost-net.
+    pub fn waits_for_vhost(&self, mac: [u8; 6]) -> bool {
+        self.mac == mac && matches!(self.offload, Offload::Requested)
+    }
+
+    /// Takes the open files of `/dev/vhost-net` that the interface has requested, one for each queue pair.
+    ///
+    /// # Errors
+    /// [`OfferError`]. After an error, the device loop continues to move the frames.
+    pub fn offer_vhost(&mut self, files: Vec<File>) -> Result<(), OfferError> {
+        self.offload.offer(files, self.tap_queues.len())?;
+        self.wake.wake();
+        Ok(())
+    }
+
+    /// Requests vhost-net if there are many frames, and starts it once its files have arrived. If vhost-net fails to
+    /// start, the device loop continues to move the frames.
     fn switch_to_vhost(&mut self, ops: &mut EventOps) {
-        let (Some(active), Some(vhost)) = (self.active.as_mut(), self.vhost.as_ref()) else { return };
+        let Some(active) = self.active.as_mut() else { return };
         if active.data_path != DataPath::DeviceLoop || !active.load.is_high() {
             return;
         }
+        self.offload.request();
+        let files = match std::mem::replace(&mut self.offload, Offload::Never) {
+            Offload::Received(files) => files,
+            Offload::Ready => Vec::new(),
+            other => return self.offload = other,
+        };
         // Between two turns of the device loop, all popped chains have been returned. Therefore, the kernel can start
         // at the current indices.
         for pair in &mut active.queue_pairs {
             WakeEvent::unregister(ops, &mut pair.rx);
             WakeEvent::unregister(ops, &mut pair.tx);
         }
-        let opened = (0..)
-            .zip(&mut self.tap_queues)
-            .try_for_each(|(index, tap_queue)| tap_queue.open(vhost, &self.fd_directory, index, ops));
-        match opened.map_err(VhostError::Open).and_then(|()| active.start_vhost(&self.tap_queues)) {
+        let mut queues = (0..).zip(files).zip(&mut self.tap_queues);
+        let set = queues.try_for_each(|((index, file), tap_queue)| tap_queue.set_vhost(file, index, ops));
+        match set.map_err(VhostError::Fault).and_then(|()| active.start_vhost(&self.tap_queues)) {
             Ok(()) => {
                 active.data_path = DataPath::Vhost;
+                self.offload = Offload::Ready;
                 log::debug!("virtio-net: vhost-net moves the frames from now on");
             }
             Err(error) => {
@@ -210,7 +226,7 @@ impl Net {
                     "virtio-net: the VMM continues to move the frames, because it failed to start vhost-net: {}",
                     chain(&error)
                 );
-                self.vhost = None;
+                self.tap_queues.iter_mut().for_each(|tap_queue| tap_queue.close_vhost(ops));
                 active.register(ops);
                 self.wake.wake();
             }
@@ -327,16 +343,20 @@ impl TapQueue {
         }
     }
 
-    /// Opens vhost-net, if it is not open.
-    fn open(&mut self, vhost: &File, fd_directory: &File, index: u32, ops: &mut EventOps) -> io::Result<()> {
-        if self.vhost.is_none() {
-            let name = vhost.as_raw_fd().to_string();
-            let file = openat(fd_directory, name.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?.into();
-            let fault = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-            ops.add(Events::with_data(&fault, FAULT_TOKEN | index, EventSet::IN)).map_err(io::Error::other)?;
-            self.vhost = Some((file, fault));
-        }
+    /// Takes the open vhost-net of this queue pair, and watches for its faults.
+    fn set_vhost(&mut self, file: File, index: u32, ops: &mut EventOps) -> io::Result<()> {
+        let fault = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        ops.add(Events::with_data(&fault, FAULT_TOKEN | index, EventSet::IN)).map_err(io::Error::other)?;
+        self.vhost = Some((file, fault));
         Ok(())
+    }
+
+    fn close_vhost(&mut self, ops: &mut EventOps) {
+        if let Some((_, fault)) = self.vhost.take()
+            && let Err(error) = ops.remove(Events::empty(&fault))
+        {
+            log::warn!("virtio-net: failed to unregister vhost-net from the device loop: {error}");
+        }
     }
 }
 

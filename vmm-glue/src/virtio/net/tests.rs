@@ -4,6 +4,7 @@
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, channel};
 
 use proptest::prelude::*;
 
@@ -28,7 +29,7 @@ fn interfaces(pairs: usize, without: u64) -> (Vec<UnixDatagram>, Bench<Net>) {
         File::from(OwnedFd::from(tap))
     });
     let backend = Backend { taps: taps.collect(), vhost: None };
-    let mut bench = Bench::new(Net::new(backend, MAC, 1500, fd_directory()).unwrap());
+    let mut bench = Bench::new(Net::new(backend, MAC, 1500).unwrap());
     bench.activate_with_socket(without);
     (sockets, bench)
 }
@@ -39,10 +40,6 @@ fn frame(source: [u8; 6], payload: usize) -> Vec<u8> {
     bytes.extend(source);
     bytes.extend((0..payload + 2).map(|at| at as u8));
     bytes
-}
-
-fn fd_directory() -> Arc<File> {
-    Arc::new(crate::jail::Belongings::without_jail().unwrap().fd_directory)
 }
 
 #[test]
@@ -248,36 +245,67 @@ fn interface_with_one_pair_does_not_offer_multiqueue() {
     assert_eq!(bench.queues.len(), 2);
     assert_eq!(bench.lock().features() & (1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ), 0);
     let none = || Backend { taps: Vec::new(), vhost: None };
-    assert!(Net::new(none(), MAC, 1500, fd_directory()).is_err());
+    assert!(Net::new(none(), MAC, 1500).is_err());
     let file = || tempfile::tempfile().unwrap();
-    assert!(
-        Net::new(Backend { taps: (0..9).map(|_| file()).collect(), vhost: None }, MAC, 1500, fd_directory()).is_err()
-    );
+    assert!(Net::new(Backend { taps: (0..9).map(|_| file()).collect(), vhost: None }, MAC, 1500).is_err());
+}
+
+/// Creates an interface that may request vhost-net, with its socket and the receiver of the requests.
+fn interface_with_vhost() -> (UnixDatagram, Bench<Net>, Receiver<()>) {
+    let (tap, socket) = UnixDatagram::pair().unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let (request, requests) = channel();
+    let vhost: RequestVhost = Box::new(move || request.send(()).unwrap());
+    let backend = Backend { taps: vec![File::from(OwnedFd::from(tap))], vhost: Some(vhost) };
+    (socket, Bench::new(Net::new(backend, MAC, 1500).unwrap()), requests)
+}
+
+/// Moves so many frames in both directions that the load is high, and checks that the device loop moves them.
+fn exchange_many_frames(socket: &UnixDatagram, bench: &mut Bench<Net>) {
+    for round in 0..500 {
+        bench.queues[0].add(&[], &[2000]);
+        bench.queues[1].add(&[&frame(MAC, round)], &[]);
+        socket.send(&frame([9; 6], round)).unwrap();
+        bench.run();
+        assert!(bench.queues[0].poll().is_some() && bench.queues[1].poll().is_some(), "round {round}");
+        assert_eq!(socket.recv(&mut [0; 2000]).unwrap(), VNET_HEADER_LEN + 14 + round);
+    }
+}
+
+#[test]
+fn interface_requests_vhost_once_and_continues_without_answer() {
+    let (socket, mut bench, requests) = interface_with_vhost();
+    assert!(!bench.lock().waits_for_vhost(MAC));
+    for _ in 0..2 {
+        bench.activate_with_socket(0);
+        exchange_many_frames(&socket, &mut bench);
+        bench.lock().reset();
+        bench.run();
+    }
+    assert_eq!(requests.try_iter().count(), 1);
+    assert!(bench.lock().waits_for_vhost(MAC) && !bench.lock().waits_for_vhost([9; 6]));
 }
 
 #[test]
 fn device_loop_continues_if_vhost_fails() {
-    let (tap, socket) = UnixDatagram::pair().unwrap();
-    socket.set_nonblocking(true).unwrap();
+    let (socket, mut bench, requests) = interface_with_vhost();
     // This file is not vhost-net. Therefore, vhost-net fails to start.
-    let vhost = Some(File::open("/dev/null").unwrap());
-    let backend = Backend { taps: vec![File::from(OwnedFd::from(tap))], vhost };
-    let mut bench = Bench::new(Net::new(backend, MAC, 1500, fd_directory()).unwrap());
-    for _ in 0..2 {
+    let files = |count| (0..count).map(|_| File::open("/dev/null").unwrap()).collect::<Vec<_>>();
+    assert!(matches!(bench.lock().offer_vhost(files(1)), Err(OfferError::NotRequested)));
+    for round in 0..2 {
         bench.activate_with_socket(0);
-        for round in 0..500 {
-            bench.queues[0].add(&[], &[2000]);
-            bench.queues[1].add(&[&frame(MAC, round)], &[]);
-            socket.send(&frame([9; 6], round)).unwrap();
-            bench.run();
-            let moved = bench.queues[0].poll().is_some() && bench.queues[1].poll().is_some();
-            assert!(moved, "the device loop did not move the frames of round {round}");
-            assert_eq!(socket.recv(&mut [0; 2000]).unwrap(), VNET_HEADER_LEN + 14 + round);
+        exchange_many_frames(&socket, &mut bench);
+        if round == 0 {
+            assert!(matches!(bench.lock().offer_vhost(files(2)), Err(OfferError::Count { files: 2, pairs: 1 })));
+            bench.lock().offer_vhost(files(1)).unwrap();
+            exchange_many_frames(&socket, &mut bench);
         }
         bench.lock().reset();
         bench.run();
     }
+    assert!(matches!(bench.lock().offer_vhost(files(1)), Err(OfferError::NotRequested)));
     assert_eq!(bench.irq.shared_irqs.load(Ordering::SeqCst), 1, "the device must start vhost-net only once");
+    assert_eq!(requests.try_iter().count(), 1);
 }
 
 proptest! {

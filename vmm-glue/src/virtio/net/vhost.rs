@@ -42,9 +42,9 @@ pub enum VhostError {
     /// vhost-net has reported a broken queue.
     #[error("vhost-net reported a broken queue in queue pair {0}")]
     Broken(usize),
-    /// `/dev/vhost-net` could not be opened. Its kernel module may be missing.
-    #[error("failed to open /dev/vhost-net")]
-    Open(#[source] std::io::Error),
+    /// The eventfd for faults could not be created or watched.
+    #[error("failed to set up the eventfd for faults of vhost-net")]
+    Fault(#[source] std::io::Error),
     /// The eventfd that interrupts the guest could not be shared.
     #[error("failed to get the interrupt eventfd for vhost-net")]
     Interrupt(#[source] std::io::Error),

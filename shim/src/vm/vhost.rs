@@ -1,0 +1,88 @@
+//! Opens vhost-net for the VMM, which cannot reach the device from its jail.
+//!
+//! The VMM is not trusted. Therefore an interface gets vhost-net at most once for each of its queue pairs, whatever the
+//! VMM requests.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::sync::Mutex;
+
+use husk_vmm::config::NetConfig;
+
+use crate::lock;
+
+/// vhost-net's device.
+pub const DEVICE: &str = "/dev/vhost-net";
+
+/// The interfaces that may still get vhost-net: the number of queue pairs for each MAC address.
+#[derive(Debug, Default)]
+pub struct VhostPermits(Mutex<HashMap<[u8; 6], usize>>);
+
+impl VhostPermits {
+    /// Allows one vhost-net for each queue pair of an interface, if its configuration says so.
+    pub fn allow(&self, net: &NetConfig) {
+        let mut permits = lock(&self.0);
+        if net.vhost {
+            permits.insert(net.mac, net.taps.len());
+        } else {
+            permits.remove(&net.mac);
+        }
+    }
+
+    /// Takes back what an interface has not used.
+    pub fn revoke(&self, mac: [u8; 6]) {
+        lock(&self.0).remove(&mac);
+    }
+
+    /// Uses up an interface's permit. Returns the number of queue pairs, or `None` if the interface has no permit.
+    pub fn take(&self, mac: [u8; 6]) -> Option<usize> {
+        lock(&self.0).remove(&mac)
+    }
+}
+
+/// Opens vhost-net once for each of `pairs` queue pairs.
+///
+/// # Errors
+/// The error of open(2), for example if the kernel module is missing.
+pub async fn open(pairs: usize) -> io::Result<Vec<File>> {
+    // The first open may load the kernel module. Therefore it must not block the runtime.
+    let open = move || (0..pairs).map(|_| File::options().read(true).write(true).open(DEVICE)).collect();
+    tokio::task::spawn_blocking(open).await.unwrap_or_else(|error| Err(io::Error::other(error)))
+}
+
+#[cfg(test)]
+mod tests {
+    use husk_vmm::config::FdIndex;
+
+    use super::*;
+
+    const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
+    fn net(vhost: bool) -> NetConfig {
+        NetConfig { taps: vec![FdIndex(0), FdIndex(1)], vhost, mac: MAC, mtu: 1500 }
+    }
+
+    #[test]
+    fn interface_gets_vhost_once_until_it_is_attached_again() {
+        let permits = VhostPermits::default();
+        assert_eq!(permits.take(MAC), None);
+        for _ in 0..2 {
+            permits.allow(&net(true));
+            assert_eq!(permits.take([9; 6]), None);
+            assert_eq!(permits.take(MAC), Some(2));
+            assert_eq!(permits.take(MAC), None);
+        }
+    }
+
+    #[test]
+    fn removed_interface_and_interface_without_vhost_have_no_permit() {
+        let permits = VhostPermits::default();
+        permits.allow(&net(true));
+        permits.revoke(MAC);
+        assert_eq!(permits.take(MAC), None);
+        permits.allow(&net(true));
+        permits.allow(&net(false));
+        assert_eq!(permits.take(MAC), None);
+    }
+}

@@ -1,0 +1,151 @@
+//! Landlock rules of the VMM process (landlock(7)): a second wall around the share, which also covers what the root
+//! directory does not cover.
+//!
+//! The rules allow what a file server needs beneath the share, and nothing elsewhere. Later mounts beneath the share are
+//! covered, because the kernel looks for rules on the way from a file up to the root directory, across mount points. A
+//! file that is opened again through `/proc/self/fd` is checked by its own place, not by that of the link. Therefore
+//! `/proc/self/fd` needs no rule. Nothing in the process may mount any more.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use husk_base::sys;
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError,
+    RulesetStatus, Scope,
+};
+
+/// The newest version whose restrictions are used. On older kernels, the crate leaves out what the kernel lacks.
+const NEWEST: ABI = ABI::V10;
+/// The oldest version that does not break the share. With version 1, no file can move to another directory.
+const OLDEST: u32 = 2;
+/// What the jail restricts with landlock, and the first version that can restrict it. Newer versions are used too, but
+/// are not missed.
+const RESTRICTIONS: [(u32, &str); 5] = [
+    (OLDEST, "access to files"),
+    (3, "truncation of files"),
+    (4, "TCP"),
+    (5, "ioctls of devices"),
+    (6, "abstract UNIX sockets and signals"),
+];
+
+/// What this kernel's landlock can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Landlock {
+    /// The kernel was built without landlock.
+    NotBuilt,
+    /// Landlock is not among the enabled security modules.
+    NotEnabled,
+    /// The ABI version.
+    Abi(u32),
+}
+
+/// Error of restricting the process.
+#[derive(Debug, thiserror::Error)]
+pub enum LandlockError {
+    /// The configuration requires landlock, but the kernel cannot restrict access to files.
+    #[error(
+        "failed to confine the VMM, because require_landlock is true and {0}: {remedy}, or set require_landlock = false",
+        remedy = .0.remedy()
+    )]
+    Required(Landlock),
+    /// The share could not be opened.
+    #[error("failed to open the share for the landlock rules of the VMM")]
+    Share(#[source] io::Error),
+    /// The kernel refused the rules.
+    #[error("failed to set the landlock rules of the VMM")]
+    Rules(#[from] RulesetError),
+    /// The kernel accepted the rules, but does not enforce them.
+    #[error("failed to set the landlock rules of the VMM: the kernel does not enforce them")]
+    NotEnforced,
+}
+
+impl Landlock {
+    /// Returns what this kernel has.
+    pub fn of_kernel() -> Self {
+        match sys::landlock::abi() {
+            Ok(version) => Self::Abi(version),
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Self::NotEnabled,
+            Err(_) => Self::NotBuilt,
+        }
+    }
+
+    /// Returns whether the jail can use this landlock.
+    pub fn is_usable(self) -> bool {
+        matches!(self, Self::Abi(OLDEST..))
+    }
+
+    /// Returns what the jail should restrict with landlock, but cannot, as text. Returns `None` if nothing is missing.
+    pub fn missing(self) -> Option<String> {
+        let version = match self {
+            Self::Abi(version @ OLDEST..) => version,
+            _ => 0,
+        };
+        let missing: Vec<_> =
+            RESTRICTIONS.iter().filter(|(first, _)| *first > version).map(|(_, restriction)| *restriction).collect();
+        (!missing.is_empty()).then(|| format!("{self}, so landlock does not restrict {}", missing.join(", ")))
+    }
+
+    /// Returns how to get a landlock without gaps.
+    pub fn remedy(self) -> &'static str {
+        match self {
+            Self::NotBuilt => "use Linux 6.12 or later with CONFIG_SECURITY_LANDLOCK",
+            Self::NotEnabled => "add landlock to the security modules of the node's kernel parameter lsm=",
+            Self::Abi(_) => "use Linux 6.12 or later",
+        }
+    }
+}
+
+impl fmt::Display for Landlock {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotBuilt => write!(out, "this kernel was built without landlock"),
+            Self::NotEnabled => write!(out, "landlock is not enabled on this kernel"),
+            Self::Abi(version) => write!(out, "this kernel has landlock ABI {version}"),
+        }
+    }
+}
+
+/// Restricts this thread, and all threads that it starts later, to the directory `share`. Without a share, no file can
+/// be opened any more. Returns what the kernel cannot restrict, as text.
+///
+/// # Errors
+/// [`LandlockError`]. With `required`, it is an error if the kernel cannot restrict access to files.
+pub fn restrict(share: Option<&Path>, required: bool) -> Result<Option<String>, LandlockError> {
+    let landlock = Landlock::of_kernel();
+    if !landlock.is_usable() {
+        return if required { Err(LandlockError::Required(landlock)) } else { Ok(landlock.missing()) };
+    }
+    let rules = Ruleset::default()
+        .handle_access(AccessFs::from_all(NEWEST))?
+        .handle_access(AccessNet::from_all(NEWEST))?
+        .scope(Scope::from_all(NEWEST))?
+        .create()?
+        // A guest can cause denials, for example in a volume that the host has unmounted. They must not fill the
+        // node's audit log.
+        .log_same_exec(false)?;
+    let rules = match share {
+        Some(share) => {
+            let directory = File::options().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(share);
+            rules.add_rule(PathBeneath::new(directory.map_err(LandlockError::Share)?, file_server()))?
+        }
+        None => rules,
+    };
+    if rules.restrict_self()?.ruleset == RulesetStatus::NotEnforced {
+        return Err(LandlockError::NotEnforced);
+    }
+    Ok(landlock.missing())
+}
+
+/// Returns what the file server may do beneath the share: everything except to execute a file, to control a device and
+/// to connect to a socket.
+fn file_server() -> BitFlags<AccessFs> {
+    AccessFs::from_all(NEWEST) & !(AccessFs::Execute | AccessFs::IoctlDev | AccessFs::ResolveUnix)
+}
+
+#[cfg(test)]
+#[path = "landlock_tests.rs"]
+mod tests;
