@@ -106,11 +106,11 @@ fn run(options: &Options, stages: &Stages) -> Result<End> {
             return Ok(End { code: 0, notes: vec![passed()] });
         };
         // Cargo often keeps only one processor busy, and a download keeps no processor busy. Therefore the node's
-        // parts, which have to be downloaded, are made while cargo runs.
+        // files, which have to be downloaded, are made while cargo runs.
         std::thread::scope(|scope| {
-            let parts = scope.spawn(|| stages.measure("parts of the node (during lints and unit tests)", parts));
+            let parts = scope.spawn(|| stages.measure("files of the node (during lints and unit tests)", parts));
             unit(stages)?;
-            parts.join().unwrap_or_else(|_| bail!("the thread that builds the node's parts panicked"))
+            parts.join().unwrap_or_else(|_| bail!("the thread that builds the node's files panicked"))
         })?;
     }
     let filter = options.e2e.as_deref().unwrap_or_default();
@@ -142,7 +142,7 @@ fn unit(stages: &Stages) -> Result<()> {
     stages.measure("unit tests", || cmd::shown(&mut tests))
 }
 
-/// Makes what cargo does not build: the guest kernel and the parts of the test node.
+/// Makes what cargo does not build: the guest kernel and the files of the test node.
 fn parts() -> Result<()> {
     kernel::kernel()?;
     node::prepare()?;
