@@ -72,15 +72,14 @@ pub struct HostOnly {
 }
 
 impl HostOnly {
-    /// Returns the rule for a sandbox with these directories.
+    /// Returns the value for a sandbox with these directories.
     ///
     /// The types of `TYPES`, a tmpfs at `/dev`, and the file systems of the sandbox's directories are host-only. `/dev`
     /// is a tmpfs with device nodes if the node is itself a container. If the sandbox's directories were not host-only,
     /// a volume of `/` would give a container write access to the share.
     ///
     /// # Errors
-    /// The error of stat(2). Ignoring this error would make the rule incomplete, and a host-only file system could get
-    /// into the share.
+    /// The error of stat(2). If this error were ignored, a host-only file system could get into the share.
     pub fn new<'a>(directories: impl IntoIterator<Item = &'a Path>) -> io::Result<Self> {
         let dev = Path::new("/dev");
         let mut devices = Vec::new();
