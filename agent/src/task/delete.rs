@@ -79,7 +79,7 @@ impl Tasks {
     }
 
     /// Removes a container's mirrored volumes and subpaths, and unmounts shared volumes that no other container uses.
-    /// `volumes` are the shared volumes of the container's specification.
+    /// `volumes` are the volumes of the container's specification that are in the share.
     async fn remove_volumes(&self, id: &str, mut volumes: Vec<PathBuf>) {
         let (sandbox, container) = (Arc::clone(&self.sandbox), id.to_owned());
         let removed = tokio::task::spawn_blocking(move || {
