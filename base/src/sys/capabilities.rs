@@ -74,7 +74,8 @@ pub fn set(sets: Capabilities) -> io::Result<()> {
 /// Returns the number of capabilities that the kernel knows, which is one more than the highest capability number.
 ///
 /// # Errors
-/// The errors of prctl(2), except EINVAL. EINVAL only means that the kernel knows no capability with this number.
+/// The errors of prctl(2), except EINVAL. EINVAL only means that the number that was tried is above the highest
+/// capability.
 pub fn count() -> io::Result<u32> {
     for number in 0..64 {
         // SAFETY: PR_CAPBSET_READ takes a number and no pointer.
