@@ -25,7 +25,7 @@ pub enum Kind {
     Pid,
 }
 
-/// Error of confining a thread.
+/// Error from confining a thread.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {step} of a thread of kind {kind:?}")]
 pub struct ConfineError {
