@@ -38,9 +38,15 @@ enum NetworkSyncError {
     /// The thread that reads the pod's network could not be started, or panicked.
     #[error("failed to run the thread that reads the pod's network")]
     Thread(#[source] io::Error),
-    /// The VMM cannot attach or detach an interface.
-    #[error("failed to attach or detach a network interface of the VM")]
-    Plug(#[source] VmmError),
+    /// The VMM cannot attach an interface.
+    #[error("failed to attach a network interface to the VM")]
+    Attach(#[source] VmmError),
+    /// The VMM cannot search its devices.
+    #[error("failed to find a network interface of the VM by its MAC address")]
+    Find(#[source] VmmError),
+    /// The VMM cannot detach an interface.
+    #[error("failed to detach a network interface from the VM")]
+    Detach(#[source] VmmError),
     /// The agent could not apply the configuration.
     #[error("failed to configure the guest's network")]
     Guest(#[source] ttrpc::Error),
@@ -195,8 +201,9 @@ impl Guest {
         while let Some(tap) = change.taps.first() {
             let mut fds = Vec::new();
             let config = net_config(tap, &mut fds);
-            let (Answer::Attached { slot }, _) = self.call(Call::AttachNet(config), &fds).await? else {
-                return Err(NetworkSyncError::Plug(VmmError::Unexpected));
+            let attached = self.vmm.call(Call::AttachNet(config), &fds).await.map_err(NetworkSyncError::Attach)?;
+            let (Answer::Attached { slot }, _) = attached else {
+                return Err(NetworkSyncError::Attach(VmmError::Unexpected));
             };
             change.taps.remove(0);
             self.unbound_slots.push(slot);
@@ -213,22 +220,19 @@ impl Guest {
     /// Hot-unplugs the devices whose interfaces have disappeared, which frees the devices' slots.
     async fn detach_removed(&mut self) -> Result<(), NetworkSyncError> {
         while let Some(&mac) = self.removed.last() {
-            if let (Answer::Attached { slot }, _) = self.call(Call::FindNet(mac), &[]).await? {
+            let found = self.vmm.call(Call::FindNet(mac), &[]).await.map_err(NetworkSyncError::Find)?;
+            if let (Answer::Attached { slot }, _) = found {
                 let request = UnbindDeviceRequest { slot, ..Default::default() };
                 self.agent
                     .sandbox
                     .unbind_device(within(timeouts::SLOW), &request)
                     .await
                     .map_err(NetworkSyncError::Guest)?;
-                self.call(Call::Detach { slot }, &[]).await?;
+                self.vmm.call(Call::Detach { slot }, &[]).await.map_err(NetworkSyncError::Detach)?;
             }
             self.removed.pop();
         }
         Ok(())
-    }
-
-    async fn call(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Option<OwnedFd>), NetworkSyncError> {
-        self.vmm.call(call, fds).await.map_err(NetworkSyncError::Plug)
     }
 
     /// Tells the guest to bind the devices of attached interfaces to their driver.
@@ -302,7 +306,7 @@ mod tests {
                 0 => Ok(()),
                 _ => {
                     self.left -= 1;
-                    Err(NetworkSyncError::Plug(VmmError::Unexpected))
+                    Err(NetworkSyncError::Attach(VmmError::Unexpected))
                 }
             }
         }
@@ -343,7 +347,7 @@ mod tests {
         assert!(tried.try_recv().is_err(), "an attempt was made, although nothing has changed");
         input.write_all(b"x").unwrap();
         let began = Instant::now();
-        assert!(network_sync.settle().await.unwrap_err().contains("attach or detach"));
+        assert!(network_sync.settle().await.unwrap_err().contains("attach a network interface"));
         assert!(network_sync.settle().await.is_err());
         assert_eq!(network_sync.settle().await, Ok(()));
         assert!(began.elapsed() < FIRST_BACKOFF);

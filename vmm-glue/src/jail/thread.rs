@@ -21,11 +21,11 @@ pub enum Kind {
     Disk,
     /// The thread that faults in guest memory.
     Prefault,
-    /// A thread whose pid stands for a container.
+    /// A thread whose id is a container's PID on the host.
     Pid,
 }
 
-/// Error of confining a thread.
+/// Error from confining a thread.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {step} of a thread of kind {kind:?}")]
 pub struct ConfineError {
