@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::time::{Instant, timeout_at};
 
 use crate::cgroup::Cgroup;
 use crate::events::EventHub;
@@ -38,6 +39,23 @@ impl FileWatch {
         !events
             .filter_map(|event| event.get(4..8)?.try_into().ok().map(u32::from_ne_bytes))
             .any(|mask| mask & libc::IN_IGNORED != 0)
+    }
+
+    /// Waits until `condition` is true. Checks the condition now and after every change of the file.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::TimedOut`] if the condition is false until `deadline`. Another error if the watch fails.
+    pub async fn wait_until(&self, deadline: Instant, condition: impl Fn() -> bool) -> io::Result<()> {
+        while !condition() {
+            match timeout_at(deadline, self.changed()).await {
+                Ok(true) => {}
+                // The condition may have become true before the kernel removed the watch.
+                Ok(false) if condition() => return Ok(()),
+                Ok(false) => return Err(io::Error::other("the watch on the file has ended")),
+                Err(_) => return Err(io::ErrorKind::TimedOut.into()),
+            }
+        }
+        Ok(())
     }
 }
 
@@ -75,5 +93,29 @@ impl OomWatch {
             }
             Err(error) => tracing::warn!("failed to watch the memory events of container {}: {error}", self.id),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn wait_until_ends_if_the_condition_is_true_or_the_watch_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cgroup.events");
+        std::fs::write(&path, "populated 1\n").unwrap();
+        let watch = FileWatch::new(&path).unwrap();
+        let is_empty = || std::fs::read_to_string(&path).unwrap() == "populated 0\n";
+        let error = watch.wait_until(Instant::now(), is_empty).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        std::fs::write(&path, "populated 0\n").unwrap();
+        watch.wait_until(deadline, is_empty).await.unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let error = watch.wait_until(deadline, || false).await.unwrap_err();
+        assert_ne!(error.kind(), io::ErrorKind::TimedOut);
     }
 }

@@ -41,7 +41,7 @@ pub struct Config {
     pub initrd: PathBuf,
     /// Parameters appended to the guest kernel's command line.
     pub kernel_params: String,
-    /// Minimum number of vCPUs of a pod that has no CPU limit.
+    /// Number of vCPUs of a pod that has no CPU limit. If the pod requests more CPUs, it gets the requested number.
     pub default_vcpus: u8,
     /// Maximum number of vCPUs of a pod, even if its CPU limit is higher.
     pub max_vcpus: u8,

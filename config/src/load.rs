@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn load_returns_defaults_if_missing_and_fails_if_unreadable() {
+    fn missing_file_gives_defaults_and_unreadable_file_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(Config::load(&dir.path().join("none")).unwrap(), Config::default());
         // Reading a directory fails even for root.

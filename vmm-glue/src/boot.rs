@@ -53,7 +53,7 @@ use crate::vmgenid::VmGenId;
 const CMDLINE: &str =
     "console=ttyS0 quiet panic=-1 reboot=k rcupdate.rcu_expedited=1 swiotlb=noforce noreplace-smp tsc=reliable";
 
-/// Error of building a VM.
+/// Error from building a VM.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The fd does not refer to KVM, or the host's kernel is too old.

@@ -135,7 +135,7 @@ pub enum Answer {
         /// MiB in addition to the memory at boot.
         plugged_mib: u64,
     },
-    /// The id of a VMM thread that stands for a container.
+    /// The id of the VMM thread whose id is the container's PID on the host.
     Pid {
         /// The thread's id in the VMM's own PID namespace.
         pid: u32,

@@ -45,7 +45,7 @@ impl Probe {
     }
 }
 
-/// Error of measuring KVM.
+/// Error from measuring KVM.
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
     /// `/dev/kvm` cannot be opened.

@@ -14,7 +14,7 @@ use crate::arch::layout;
 use crate::guest_memory::GuestMemory;
 use crate::jail::{Kind, confine};
 
-/// Error of setting up guest memory.
+/// Error from setting up guest memory.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The size does not fit into the address space.

@@ -28,7 +28,7 @@ use factory::{CreateVcpuError, VcpuFactory};
 /// Stack size of a vCPU thread in bytes. The thread's calls are not nested deeply.
 const STACK: usize = 128 << 10;
 
-/// Error of starting vCPUs.
+/// Error from starting vCPUs.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
     /// The signal handler that interrupts vCPUs could not be installed.

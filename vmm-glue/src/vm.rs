@@ -74,9 +74,12 @@ pub enum VmError {
     /// The memory could not be registered with KVM.
     #[error("failed to hot-plug memory")]
     Memory(#[from] MemoryError),
-    /// The memory device could not be set up or notified.
-    #[error("failed to set up or notify the memory device")]
-    Mem(#[source] io::Error),
+    /// The memory device could not be created.
+    #[error("failed to create the memory device")]
+    CreateMem(#[source] io::Error),
+    /// The guest could not be notified of the new requested size of the memory device.
+    #[error("failed to notify the guest of the memory device's new requested size")]
+    NotifyMem(#[source] io::Error),
 }
 
 /// A VM.
@@ -243,8 +246,11 @@ impl Vm {
         if let HotplugMemory::Attached(slot, _) = self.hotplug_memory(pages) {
             return Ok(*slot);
         }
-        let device =
-            self.hotplug_memory_mut(pages).device().map_err(VmError::Mem)?.ok_or(VmError::NoMemoryDevice(pages))?;
+        let device = self
+            .hotplug_memory_mut(pages)
+            .device()
+            .map_err(VmError::CreateMem)?
+            .ok_or(VmError::NoMemoryDevice(pages))?;
         let slot = self.devices.attach(device.clone(), Purpose::Memory)?;
         *self.hotplug_memory_mut(pages) = HotplugMemory::Attached(slot, device);
         Ok(slot)
@@ -263,7 +269,7 @@ impl Vm {
         let mut device = lock(device);
         let extent = device.extent(bytes);
         device.range().register(&self.kvm, extent)?;
-        device.request(bytes, reached).map_err(VmError::Mem)
+        device.request(bytes, reached).map_err(VmError::NotifyMem)
     }
 
     /// Returns the number of plugged MiB.

@@ -29,7 +29,7 @@ enum Task {
     Dist(Quick),
     /// Build the OCI images that the demo and the tests use.
     Images,
-    /// List the entries of the user's cache: the kernel, the images and the parts of the test node.
+    /// List the entries of the user's cache: the kernel, the images and the files of the test node.
     Cache {
         /// First remove the entries that have not been used for 30 days. Of each kind, keep only the three entries that
         /// were used last.

@@ -55,7 +55,7 @@ pub fn demo(options: &Options) -> Result<u8> {
 /// Returns the reason why the demo cannot run on this machine, or `None` if it can.
 fn unsuitable() -> Option<String> {
     if !cmd::is_root() {
-        return Some("cargo xtask does not run as root".into());
+        return Some("this process is not root".into());
     }
     if cmd::output(Command::new("containerd").arg("--version")).is_err() {
         return Some("containerd is not installed on this machine".into());

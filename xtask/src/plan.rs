@@ -25,9 +25,9 @@ pub enum Retries {
     /// Every suite that did not pass counts as failed, even a suite that a crashed node did not reach. This applies to
     /// nodes on real KVM.
     Never,
-    /// Suites that a crashed node did not reach run in the next boot. This applies to emulated nodes with `--no-retry`.
+    /// The next boot runs the suites that a crashed node did not reach. This applies to emulated nodes with `--no-retry`.
     Resume,
-    /// Suites that a crashed node did not reach run in the next boot. In addition, a suite that failed runs once more,
+    /// The next boot runs the suites that a crashed node did not reach. In addition, a suite that failed runs once more,
     /// in a boot of its own. This is the default for emulated nodes, because the emulator sometimes makes a correct
     /// guest fail.
     Retry,
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn without_retries_only_suites_that_a_crashed_node_did_not_reach_run_in_another_boot() {
+    fn without_retries_another_boot_runs_only_the_suites_that_a_crashed_node_did_not_reach() {
         let mut plan = plan(Retries::Resume);
         end(&mut plan, &[("a", Outcome::Failed), ("b", Outcome::Begun), ("c", Outcome::Waiting)]);
         end(&mut plan, &[("c", Outcome::Passed), ("d", Outcome::Passed), ("e", Outcome::Passed)]);
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn suites_that_a_crashed_node_did_not_reach_run_in_the_next_boot() {
+    fn next_boot_runs_the_suites_that_a_crashed_node_did_not_reach() {
         let mut plan = plan(Retries::Retry);
         end(&mut plan, &[("a", Outcome::Passed), ("b", Outcome::Begun), ("c", Outcome::Waiting)]);
         end(&mut plan, &[("c", Outcome::Waiting), ("d", Outcome::Waiting), ("e", Outcome::Waiting)]);

@@ -20,12 +20,12 @@ const BUILDERS: &str = "cri_builders";
 const FSX: &str = "cri_fsx";
 /// The containerd lines of a run without `--containerd`.
 const LINES: [Line; 4] = [Line::One, Line::Two, Line::Legacy, Line::Systemd];
-/// Maximum number of suites per boot if only one node runs at a time. With this number, two boots are enough for all
+/// Maximum number of suites per boot if only one node runs at a time. With this maximum, two boots are enough for all
 /// suites of containerd 1.7. Each boot costs ten seconds, and more if the node has to import the images. Boots with
 /// fewer suites would also have advantages. State that a suite leaves in the node's kernel affects only suites of the
 /// same boot. Results, which are written after each boot, would be available sooner.
 const SUITES_A_BOOT: usize = 20;
-/// Maximum number of suites per boot if nodes run side by side. With this number, the nodes end at about the same time.
+/// Maximum number of suites per boot if nodes run side by side. With this maximum, the nodes end at about the same time.
 const SUITES_A_BOOT_BESIDE: usize = 12;
 /// Time limits of a boot: one for all its suites together, and one for the time without output. The limit on the time
 /// without output bounds a single test. The longest boot takes fifteen minutes, and the longest test takes two minutes.
@@ -110,11 +110,11 @@ fn run(options: &Options, stages: &Stages) -> Result<End> {
             return Ok(End { code: 0, notes: vec![passed()] });
         };
         // Cargo often keeps only one processor busy, and a download keeps no processor busy. Therefore the node's
-        // parts, which have to be downloaded, are made while cargo runs.
+        // files, which have to be downloaded, are made while cargo runs.
         std::thread::scope(|scope| {
-            let parts = scope.spawn(|| stages.measure("parts of the node (during lints and unit tests)", parts));
+            let parts = scope.spawn(|| stages.measure("files of the node (during lints and unit tests)", parts));
             unit(stages)?;
-            parts.join().unwrap_or_else(|_| bail!("the thread that builds the node's parts panicked"))
+            parts.join().unwrap_or_else(|_| bail!("the thread that builds the node's files panicked"))
         })?;
     }
     let filter = options.e2e.as_deref().unwrap_or_default();
@@ -146,7 +146,7 @@ fn unit(stages: &Stages) -> Result<()> {
     stages.measure("unit tests", || cmd::shown(&mut tests))
 }
 
-/// Makes what cargo does not build: the guest kernel and the parts of the test node.
+/// Makes what cargo does not build: the guest kernel and the files of the test node.
 fn parts() -> Result<()> {
     kernel::kernel()?;
     node::prepare()?;

@@ -81,9 +81,11 @@ fn create_working_directory(spec: &Spec, id_mappings: Option<&IdMappings>) {
         walked.push(name);
         let open = || openat2(anchor.as_fd(), walked.as_path(), how);
         let next = match open() {
-            Err(nix::Error::ENOENT)
-                if mkdirat(parent.as_fd(), Path::new(name), Mode::from_bits_truncate(0o755)).is_ok() =>
-            {
+            Err(nix::Error::ENOENT) => {
+                if let Err(error) = mkdirat(parent.as_fd(), Path::new(name), Mode::from_bits_truncate(0o755)) {
+                    tracing::debug!("failed to create {} for the working directory: {error}", walked.display());
+                    return;
+                }
                 if let Some(id_mappings) = id_mappings {
                     let (uid, gid) = (Uid::from_raw(id_mappings.uid(0)), Gid::from_raw(id_mappings.gid(0)));
                     let _ =
@@ -96,7 +98,7 @@ fn create_working_directory(spec: &Spec, id_mappings: Option<&IdMappings>) {
         match next {
             Ok(fd) => parent = fd,
             Err(error) => {
-                tracing::debug!("failed to open or create {} for the working directory: {error}", walked.display());
+                tracing::debug!("failed to open {} for the working directory: {error}", walked.display());
                 return;
             }
         }

@@ -44,8 +44,11 @@ pub fn main(role: &OsStr, mut args: impl Iterator<Item = OsString>) -> ExitCode 
     let error_log_path = response_file.with_extension("log");
     std::panic::set_hook(Box::new(|info| error_log::record(&format!("panic: {info}"))));
     let result = error_log::open(&error_log_path)
-        .and_then(|()| Request::read(&request))
-        .map_err(|error| format!("failed to open the helper's error log or read its request: {error}"))
+        .map_err(|error| format!("failed to open the helper's error log {}: {error}", error_log_path.display()))
+        .and_then(|()| {
+            Request::read(&request)
+                .map_err(|error| format!("failed to read the helper's request {}: {error}", request.display()))
+        })
         .and_then(|request| match request {
             Request::Create(request) => create::run(&request),
             Request::Exec(request) => exec::run(request),

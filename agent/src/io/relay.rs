@@ -75,8 +75,8 @@ pub async fn copy(from: &Endpoint, to: &Endpoint, close: &Notify) -> io::Result<
     }
 }
 
-/// Relays a process's output to its stream. If the host closes the stream, the output is read and discarded. Otherwise
-/// the process would block on a full pipe.
+/// Relays a process's output to its stream. If the host closes the stream, the output is read and discarded, because
+/// the process would otherwise block on a full pipe.
 pub async fn output(from: Endpoint, to: Endpoint) {
     if let Err(error) = copy(&from, &to, &Notify::new()).await {
         tracing::debug!("failed to relay output: {error}");

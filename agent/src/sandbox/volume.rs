@@ -30,11 +30,12 @@ const KINDS: [&str; 2] = ["tmpfs", "hugetlbfs"];
 /// Reason why a volume or its subpath was not mounted.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
-    /// A name is not a single path component, or a file system type is not supported.
-    #[error(
-        "invalid name or file system type {0:?}: a name must be one path component, and a type must be tmpfs or hugetlbfs"
-    )]
-    Invalid(String),
+    /// A name is not a single path component.
+    #[error("invalid name {0:?}: it must be one path component")]
+    Name(String),
+    /// The file system type is not supported.
+    #[error("unsupported file system type {0:?}: it must be tmpfs or hugetlbfs")]
+    Type(String),
     /// A mount point was not created.
     #[error("failed to create directory {0}")]
     Directory(PathBuf, #[source] io::Error),
@@ -44,9 +45,12 @@ pub enum VolumeError {
     /// A mount failed.
     #[error("failed to mount at {0}")]
     Mount(PathBuf, #[source] nix::Error),
-    /// A component of the subpath was not opened or created.
-    #[error("failed to open or create {0:?} in the volume")]
-    Subpath(String, #[source] nix::Error),
+    /// A component of the subpath was not opened.
+    #[error("failed to open {0:?} in the volume")]
+    OpenSubpath(String, #[source] nix::Error),
+    /// A directory of the subpath was not created.
+    #[error("failed to create directory {0:?} in the volume")]
+    CreateSubpath(String, #[source] nix::Error),
 }
 
 /// Names of the mounted memory volumes.
@@ -71,7 +75,7 @@ impl Volumes {
             if !mounted.contains(&request.name) {
                 let kind = request.fs_type.as_str();
                 if !KINDS.contains(&kind) {
-                    return Err(VolumeError::Invalid(kind.to_owned()));
+                    return Err(VolumeError::Type(kind.to_owned()));
                 }
                 make_dir(&root)?;
                 let options = Some(request.options.as_str());
@@ -143,26 +147,27 @@ pub fn remove_subpaths(container: &str) -> HashSet<PathBuf> {
 /// Opens a path below `root` and creates missing components as directories. If the last component already exists, it
 /// may be a file.
 fn open_subpath(root: &Path, directories: &[VolumeDirectory]) -> Result<OwnedFd, VolumeError> {
-    let subpath_error = |name: &str| {
+    let open_error = |name: &str| {
         let name = name.to_owned();
-        move |error| VolumeError::Subpath(name, error)
+        move |error| VolumeError::OpenSubpath(name, error)
     };
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     // O_DIRECTORY triggers the automount of a shared volume. O_PATH alone does not (fs/namei.c, `follow_automount`).
     let mut current =
-        openat(nix::fcntl::AT_FDCWD, root, flags | OFlag::O_DIRECTORY, Mode::empty()).map_err(subpath_error("."))?;
+        openat(nix::fcntl::AT_FDCWD, root, flags | OFlag::O_DIRECTORY, Mode::empty()).map_err(open_error("."))?;
     for directory in directories {
         let name = path_component(&directory.name)?;
         let next = match openat(&current, name, flags, Mode::empty()) {
             Err(Errno::ENOENT) => {
-                create_directory(current.as_fd(), name, directory).map_err(subpath_error(&directory.name))?;
+                create_directory(current.as_fd(), name, directory)
+                    .map_err(|error| VolumeError::CreateSubpath(directory.name.clone(), error))?;
                 openat(&current, name, flags, Mode::empty())
             }
             found => found,
         };
-        current = next.map_err(subpath_error(&directory.name))?;
-        if kind(&current).map_err(subpath_error(&directory.name))? == SFlag::S_IFLNK {
-            return Err(VolumeError::Subpath(directory.name.clone(), Errno::ELOOP));
+        current = next.map_err(open_error(&directory.name))?;
+        if kind(&current).map_err(open_error(&directory.name))? == SFlag::S_IFLNK {
+            return Err(VolumeError::OpenSubpath(directory.name.clone(), Errno::ELOOP));
         }
     }
     Ok(current)
@@ -210,7 +215,7 @@ fn path_component(name: &str) -> Result<&Path, VolumeError> {
     let mut parts = path.components();
     match (parts.next(), parts.next()) {
         (Some(Component::Normal(part)), None) if part == name => Ok(path),
-        _ => Err(VolumeError::Invalid(name.to_owned())),
+        _ => Err(VolumeError::Name(name.to_owned())),
     }
 }
 
@@ -269,8 +274,8 @@ mod tests {
             fs_type: "ext4".into(),
             ..Default::default()
         };
-        assert!(matches!(Volumes::default().mount(&request), Err(VolumeError::Invalid(_))));
+        assert!(matches!(Volumes::default().mount(&request), Err(VolumeError::Type(_))));
         let request = MountVolumeRequest { name: "../a".into(), fs_type: "tmpfs".into(), ..Default::default() };
-        assert!(matches!(Volumes::default().mount(&request), Err(VolumeError::Invalid(_))));
+        assert!(matches!(Volumes::default().mount(&request), Err(VolumeError::Name(_))));
     }
 }

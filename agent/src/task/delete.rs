@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_base::sync::lock;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use super::process::Phase;
 use super::{Container, STATE_DIR, Tasks};
@@ -79,7 +79,7 @@ impl Tasks {
     }
 
     /// Removes a container's mirrored volumes and subpaths, and unmounts shared volumes that no other container uses.
-    /// `volumes` are the shared volumes of the container's specification.
+    /// `volumes` are the volumes of the container's specification that are in the share.
     async fn remove_volumes(&self, id: &str, mut volumes: Vec<PathBuf>) {
         let (sandbox, container) = (Arc::clone(&self.sandbox), id.to_owned());
         let removed = tokio::task::spawn_blocking(move || {
@@ -101,10 +101,8 @@ async fn remove_cgroup(container: &Container) -> std::io::Result<()> {
         let watch = FileWatch::new(&cgroup.path().join("cgroup.events"))?;
         cgroup.kill()?;
         let deadline = Instant::now() + KILL_TIMEOUT;
-        while cgroup.is_populated() {
-            if timeout_at(deadline, watch.changed()).await.is_err() {
-                break;
-            }
+        if let Err(error) = watch.wait_until(deadline, || !cgroup.is_populated()).await {
+            tracing::warn!("failed to wait for the end of the processes of container {}: {error}", container.id);
         }
     }
     cgroup.remove()

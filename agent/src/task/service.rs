@@ -18,7 +18,7 @@ use libcontainer::oci_spec::runtime::LinuxResources;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use ttrpc::asynchronous::TtrpcContext;
 
 use super::process::Phase;
@@ -222,15 +222,13 @@ impl TaskService {
         let watch = FileWatch::new(&events).map_err(failed("watch the freezer state"))?;
         container.cgroup.freeze(frozen).map_err(failed("set the freezer state"))?;
         let deadline = Instant::now() + TIMEOUT;
-        while container.cgroup.is_frozen() != frozen {
-            if timeout_at(deadline, watch.changed()).await.is_err() {
-                let _ = container.cgroup.freeze(!frozen);
-                let action = if frozen { "freeze" } else { "thaw" };
-                return Err(ServiceError::Unknown(format!(
-                    "unable to {action} the container: timed out waiting for the freezer state to change"
-                ))
-                .into());
-            }
+        if let Err(error) = watch.wait_until(deadline, || container.cgroup.is_frozen() == frozen).await {
+            let _ = container.cgroup.freeze(!frozen);
+            let action = if frozen { "freeze" } else { "thaw" };
+            return Err(ServiceError::Unknown(format!(
+                "unable to {action} the container: failed to wait for the change of the freezer state: {error}"
+            ))
+            .into());
         }
         container.paused.store(frozen, Ordering::Relaxed);
         Ok(Empty::new())

@@ -168,8 +168,8 @@ pub fn adapt_process(process: &mut Process) {
         capabilities.set_ambient(empty());
     }
     process.set_capabilities(Some(capabilities));
-    // If the value is `false`, libcontainer drops capabilities before it loads the seccomp filter. Loading then fails,
-    // because it requires CAP_SYS_ADMIN. If the value is absent, libcontainer loads the filter first.
+    // If `noNewPrivileges` is `false`, libcontainer drops capabilities before it loads the seccomp filter. Loading then
+    // fails, because it requires CAP_SYS_ADMIN. If `noNewPrivileges` is absent, libcontainer loads the filter first.
     if process.no_new_privileges() == Some(false) {
         process.set_no_new_privileges(None);
     }

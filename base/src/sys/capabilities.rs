@@ -74,7 +74,8 @@ pub fn set(sets: Capabilities) -> io::Result<()> {
 /// Returns the number of capabilities that the kernel knows, which is one more than the highest capability number.
 ///
 /// # Errors
-/// The errors of prctl(2), except EINVAL. EINVAL only means that the kernel knows no capability with this number.
+/// The errors of prctl(2), except EINVAL. EINVAL only means that the number that was tried is above the highest
+/// capability.
 pub fn count() -> io::Result<u32> {
     for number in 0..64 {
         // SAFETY: PR_CAPBSET_READ takes a number and no pointer.
@@ -103,11 +104,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn get_agrees_with_proc_and_set_drops_capabilities() {
-        let before = get().unwrap();
+    fn get_agrees_with_proc() {
+        let capabilities = get().unwrap();
         let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
         let permitted = status.lines().find_map(|line| line.strip_prefix("CapPrm:")).unwrap();
-        assert_eq!(u64::from_str_radix(permitted.trim(), 16).unwrap(), before.permitted);
+        assert_eq!(u64::from_str_radix(permitted.trim(), 16).unwrap(), capabilities.permitted);
+    }
+
+    #[test]
+    fn set_drops_capabilities_of_only_this_thread() {
+        let before = get().unwrap();
         let none = Capabilities { effective: 0, permitted: before.permitted & 1, inheritable: 0 };
         let limited = std::thread::spawn(move || {
             set(none).unwrap();

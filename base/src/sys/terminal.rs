@@ -18,8 +18,8 @@ pub fn unlock(master: impl AsFd) -> io::Result<()> {
     }
 }
 
-/// Opens the slave of a pseudoterminal (Linux 4.13). Uses no path, so that other files in `/dev/pts` cannot redirect
-/// the call. `flags` are those of open(2).
+/// Opens the slave of a pseudoterminal (Linux 4.13). Uses no path. Therefore files that an image has put into
+/// `/dev/pts` cannot make the call open something else. `flags` are the flags of open(2).
 ///
 /// # Errors
 /// The errors of the ioctl TIOCGPTPEER.

@@ -22,7 +22,7 @@ pub fn configuration(path: &Path) -> (Config, Vec<Finding>) {
 
 /// Checks the guest kernel and the initrd.
 pub fn images(config: &Config) -> [Finding; 2] {
-    [image("guest kernel", "kernel", &config.kernel, kernel), image("guest image", "initrd", &config.initrd, initrd)]
+    [image("guest kernel", "kernel", &config.kernel, kernel), image("initrd", "initrd", &config.initrd, initrd)]
 }
 
 fn image(name: &'static str, key: &str, path: &Path, kind: fn(&[u8]) -> Result<&'static str, &'static str>) -> Finding {

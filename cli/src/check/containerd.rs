@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn find_skips_other_files_and_output_reports_failures() {
+    fn find_skips_files_that_are_not_executable_and_output_reports_failures() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join(SHIM), "").unwrap();
         assert_eq!(find(dir.path().to_str().unwrap(), SHIM), None, "found a file that is not executable");

@@ -38,9 +38,15 @@ enum NetworkSyncError {
     /// The thread that reads the pod's network could not be started, or panicked.
     #[error("failed to run the thread that reads the pod's network")]
     Thread(#[source] io::Error),
-    /// The VMM cannot attach or detach an interface.
-    #[error("failed to attach or detach a network interface of the VM")]
-    Plug(#[source] VmmError),
+    /// The VMM cannot attach an interface.
+    #[error("failed to attach a network interface to the VM")]
+    Attach(#[source] VmmError),
+    /// The VMM cannot search its devices.
+    #[error("failed to find a network interface of the VM by its MAC address")]
+    Find(#[source] VmmError),
+    /// The VMM cannot detach an interface.
+    #[error("failed to detach a network interface from the VM")]
+    Detach(#[source] VmmError),
     /// The agent could not apply the configuration.
     #[error("failed to configure the guest's network")]
     Guest(#[source] ttrpc::Error),
@@ -196,8 +202,9 @@ impl Guest {
             let mut fds = Vec::new();
             let config = net_config(tap, &mut fds);
             self.vmm.allow_vhost(&config);
-            let (Answer::Attached { slot }, _) = self.call(Call::AttachNet(config), &fds).await? else {
-                return Err(NetworkSyncError::Plug(VmmError::Unexpected));
+            let attached = self.vmm.call(Call::AttachNet(config), &fds).await.map_err(NetworkSyncError::Attach)?;
+            let (Answer::Attached { slot }, _) = attached else {
+                return Err(NetworkSyncError::Attach(VmmError::Unexpected));
             };
             change.taps.remove(0);
             self.unbound_slots.push(slot);
@@ -214,23 +221,20 @@ impl Guest {
     /// Hot-unplugs the devices whose interfaces have disappeared, which frees the devices' slots.
     async fn detach_removed(&mut self) -> Result<(), NetworkSyncError> {
         while let Some(&mac) = self.removed.last() {
-            if let (Answer::Attached { slot }, _) = self.call(Call::FindNet(mac), &[]).await? {
+            let found = self.vmm.call(Call::FindNet(mac), &[]).await.map_err(NetworkSyncError::Find)?;
+            if let (Answer::Attached { slot }, _) = found {
                 let request = UnbindDeviceRequest { slot, ..Default::default() };
                 self.agent
                     .sandbox
                     .unbind_device(within(timeouts::SLOW), &request)
                     .await
                     .map_err(NetworkSyncError::Guest)?;
-                self.call(Call::Detach { slot }, &[]).await?;
+                self.vmm.call(Call::Detach { slot }, &[]).await.map_err(NetworkSyncError::Detach)?;
             }
             self.vmm.revoke_vhost(mac);
             self.removed.pop();
         }
         Ok(())
-    }
-
-    async fn call(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Option<OwnedFd>), NetworkSyncError> {
-        self.vmm.call(call, fds).await.map_err(NetworkSyncError::Plug)
     }
 
     /// Tells the guest to bind the devices of attached interfaces to their driver.
@@ -304,7 +308,7 @@ mod tests {
                 0 => Ok(()),
                 _ => {
                     self.left -= 1;
-                    Err(NetworkSyncError::Plug(VmmError::Unexpected))
+                    Err(NetworkSyncError::Attach(VmmError::Unexpected))
                 }
             }
         }
@@ -345,7 +349,7 @@ mod tests {
         assert!(tried.try_recv().is_err(), "an attempt was made, although nothing has changed");
         input.write_all(b"x").unwrap();
         let began = Instant::now();
-        assert!(network_sync.settle().await.unwrap_err().contains("attach or detach"));
+        assert!(network_sync.settle().await.unwrap_err().contains("attach a network interface"));
         assert!(network_sync.settle().await.is_err());
         assert_eq!(network_sync.settle().await, Ok(()));
         assert!(began.elapsed() < FIRST_BACKOFF);

@@ -70,7 +70,7 @@ pub enum BundleError {
     /// The container would share a namespace with the host.
     #[error("{what}: the container's specification has no {kind} namespace; {remedy}")]
     HostNamespace {
-        /// What is impossible, such as "host PID is not possible in a VM".
+        /// What is impossible, such as "a container in a VM cannot use the host's PID namespace".
         what: &'static str,
         /// Type of the namespace.
         kind: &'static str,
@@ -142,7 +142,8 @@ impl Bundle {
         Self::parse(dir, &bytes)
     }
 
-    /// Returns the bundle of a specification that is not in a file. Otherwise, does the same as [`Bundle::read`].
+    /// Returns the bundle of a specification that is not in a file. Apart from the source of the specification, this
+    /// function does the same as [`Bundle::read`].
     ///
     /// # Errors
     /// [`BundleError::Parse`] if `raw` is not an OCI runtime specification.
@@ -231,8 +232,8 @@ impl Bundle {
         if linux.namespaces.iter().any(|ns| ns.kind == "time" && ns.joined().is_some()) {
             return invalid("a time namespace cannot be joined: it is on the host, but the container runs in a VM");
         }
-        // containerd's CRI also writes the mappings if the container joins a user namespace. The guest creates a user
-        // namespace with the same mappings.
+        // Check the mappings even if the user namespace has a path. containerd's CRI writes mappings in this case, too.
+        // The guest creates a user namespace with the same mappings.
         self.id_mappings().map(drop)
     }
 
@@ -269,7 +270,7 @@ impl HostNamespace {
 
 const NETWORK: HostNamespace = HostNamespace {
     kind: "network",
-    what: "host network is not possible in a VM",
+    what: "a container in a VM cannot use the host's network namespace",
     remedy: "use a pod network (without hostNetwork or --net-host), or another runtime for this pod",
 };
 
@@ -278,12 +279,12 @@ const HOST_NAMESPACES: [HostNamespace; 4] = [
     NETWORK,
     HostNamespace {
         kind: "pid",
-        what: "host PID is not possible in a VM",
+        what: "a container in a VM cannot use the host's PID namespace",
         remedy: "drop hostPID (--pid=host), or use another runtime for this pod",
     },
     HostNamespace {
         kind: "ipc",
-        what: "host IPC is not possible in a VM",
+        what: "a container in a VM cannot use the host's IPC namespace",
         remedy: "drop hostIPC (--ipc=host), or use another runtime for this pod",
     },
     HostNamespace { kind: "mount", what: "the host's mounts are not visible in a VM", remedy: "add a mount namespace" },
@@ -347,7 +348,7 @@ pub(crate) mod tests {
 
     #[test]
     fn network_distinguishes_host_new_and_existing_namespaces() {
-        assert!(spec("{}").network().unwrap_err().to_string().contains("host network"));
+        assert!(spec("{}").network().unwrap_err().to_string().contains("host's network namespace"));
         let new = spec(r#"{"linux":{"namespaces":[{"type":"network"}],"cgroupsPath":"/a/b"}}"#);
         assert_eq!(new.network().unwrap(), Network::New);
         let cni = spec(r#"{"annotations":null,"linux":{"namespaces":[{"type":"network","path":"/var/run/netns/x"}]}}"#);
@@ -394,7 +395,7 @@ pub(crate) mod tests {
 
     #[test]
     fn host_namespaces_are_rejected_with_a_remedy() {
-        assert!(without("network").starts_with("host network is not possible in a VM: "));
+        assert!(without("network").starts_with("a container in a VM cannot use the host's network namespace: "));
         assert!(without("network").contains("hostNetwork"));
         assert!(without("pid").contains("hostPID"));
         assert!(without("ipc").contains("hostIPC"));

@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn node_namespaces_are_rejected() {
-        for (kind, word) in [("network", "host network"), ("pid", "host PID"), ("ipc", "host IPC")] {
+        for (kind, word) in [("network", "host's network"), ("pid", "host's PID"), ("ipc", "host's IPC")] {
             let value = spec(|config| {
                 let options = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
                 let options = options.namespace_options.mut_or_insert_default();

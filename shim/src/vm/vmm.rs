@@ -50,8 +50,8 @@ pub enum VmmError {
     /// The VMM has ended.
     #[error("the VMM process has ended")]
     Gone,
-    /// The thread whose PID the VMM reported cannot be found.
-    #[error("failed to find the VMM's thread that stands for the container")]
+    /// The thread whose id the VMM reported cannot be found.
+    #[error("failed to find the host's id of the VMM thread whose id serves as the container's PID")]
     Thread(#[source] std::io::Error),
     /// vhost-net cannot be opened.
     #[error("failed to open {}: run `modprobe vhost_net`, or set vhost_net = false", vhost::DEVICE)]

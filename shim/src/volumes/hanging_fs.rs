@@ -1,4 +1,4 @@
-//! A file system for tests that hangs, like a network file system whose server is gone.
+//! A test file system that hangs, like a network file system whose server is gone.
 
 use std::{
     fs::{self, File},
@@ -18,8 +18,8 @@ const BATCH_FORGET: u32 = 42;
 /// Name of the last lookup that is answered.
 const LAST: &str = "last";
 
-/// A FUSE file system that answers no request. It has a directory `dir`, on which a tmpfs is mounted. After this value
-/// is dropped, all requests fail.
+/// A FUSE file system that answers no requests after [`Self::mount`] has returned. It has a directory `dir`, on which a
+/// tmpfs is mounted. After this value is dropped, all requests fail.
 pub struct HangingFileSystem {
     connection: File,
 }

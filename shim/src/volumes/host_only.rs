@@ -72,7 +72,7 @@ pub struct HostOnly {
 }
 
 impl HostOnly {
-    /// Returns the rule for a sandbox with these directories.
+    /// Returns the value for a sandbox with these directories.
     ///
     /// The types of `TYPES`, a tmpfs at `/dev`, and the file systems of the sandbox's directories are host-only. `/dev`
     /// is a tmpfs with device nodes if the node is itself a container. If the sandbox's directories were not host-only,

@@ -53,7 +53,7 @@ pub struct PlanContext<'a> {
     pub bundle: &'a Path,
     /// Path of the share on the host.
     pub share: &'a Path,
-    /// The rule for host-only file systems.
+    /// Tells host-only file systems from other file systems.
     pub host_only: &'a HostOnly,
     /// Container id.
     pub container: &'a str,
@@ -148,8 +148,8 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
             Ok(Plan::GuestPath(guest.to_string_lossy().into_owned()))
         }
         None => reject(format!(
-            "{} is on a host-only file system ({kind}) and cannot be shared with a VM; mount /proc, /sys or /dev to \
-             get the guest's instance, and add single devices to the container's devices",
+            "{} is on a host-only file system ({kind}) and cannot be shared with a VM; to get the guest's instance, \
+             mount /proc, /sys or /dev; to use a single device, add it to the container's devices",
             path.display()
         )),
     };
@@ -300,7 +300,7 @@ mod tests {
         let of = |path: &Path, options: &[&str]| plan_for(&mount(path.to_str().unwrap(), "/x", options));
         assert!(matches!(of(&volume, &["rbind", "ro"]), Ok(Plan::Mirror { source, .. }) if source.path() == volume));
         assert!(matches!(of(&volume, &["rbind", "rw"]), Ok(Plan::Bind { directory: true, .. })));
-        // A symlink at the path of a volume and a volume of another pod are not mirrored.
+        // A symlink at a volume's path is not mirrored. A volume of another pod is not mirrored either.
         let link = volume.with_file_name("link");
         std::os::unix::fs::symlink("/etc", &link).unwrap();
         assert!(matches!(of(&link, &["rbind", "ro"]), Ok(Plan::Bind { directory: true, .. })));

@@ -62,12 +62,12 @@ pub enum RootfsError {
     Unsupported(String),
 }
 
-/// The staging directory and the rule with which bind mounts copy their source.
+/// What a bind mount needs to copy its source.
 #[derive(Clone, Copy)]
 pub struct CopyContext<'a> {
     /// The staging directory.
     pub stage: &'a StagingDir,
-    /// The rule for host-only file systems, which are not copied.
+    /// Tells host-only file systems, which are not copied, from other file systems.
     pub host_only: &'a HostOnly,
 }
 

@@ -45,7 +45,7 @@ impl StagingDir {
         &self.dir
     }
 
-    /// Returns the rule for host-only file systems of this sandbox.
+    /// Returns the sandbox's [`HostOnly`], which tells host-only file systems from other file systems.
     ///
     /// # Errors
     /// The errors of [`HostOnly::new`].

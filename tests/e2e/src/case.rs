@@ -65,7 +65,7 @@ pub fn case_of(name: &str, runtime: &str, body: impl FnOnce(&Case)) {
         resume_unwind(panic);
     }
     if let Err(left) = before.compare_until_equal(SETTLE) {
-        panic!("leftovers of {name}:\n{left}\n--- end of containerd's log\n{}", node::log_tail(40));
+        panic!("leftovers of {name}:\n{left}\n--- last 40 lines of containerd's log\n{}", node::log_tail(40));
     }
     assert!(forced.is_empty(), "{name}: containers had to be removed by force: {forced:?}");
 }

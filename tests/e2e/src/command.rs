@@ -108,13 +108,13 @@ impl Output {
             .unwrap_or_else(|| panic!("no {key} in the output\n{}", self.describe()))
     }
 
-    /// Describes this run, with the end of containerd's log, for a failure message.
+    /// Describes this run, with the last lines of containerd's log, for a failure message.
     pub fn describe(&self) -> String {
         let mut text = String::new();
         let _ = writeln!(text, "$ {}\nexit code {} after {:.1?}", self.command, self.code, self.took);
         let _ = writeln!(text, "--- stdout ({} bytes)\n{}", self.stdout.len(), shorten(&self.out()));
         let _ = writeln!(text, "--- stderr ({} bytes)\n{}", self.stderr.len(), shorten(&self.err()));
-        let _ = writeln!(text, "--- end of containerd's log\n{}", log_tail(40));
+        let _ = writeln!(text, "--- last 40 lines of containerd's log\n{}", log_tail(40));
         text
     }
 }

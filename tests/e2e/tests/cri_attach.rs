@@ -34,7 +34,7 @@ const ECHO_TTY: &str = "exec 3<&0; while read line; do echo heard $line; done <&
                         while :; do wait; done";
 
 #[test]
-fn attach_resizes_the_containers_terminal() {
+fn attach_resizes_the_terminal_of_the_container() {
     pods("cri-attach-size", |pods| {
         let pod = pods.pod();
         let mut config = pod.sh(ECHO_TTY);

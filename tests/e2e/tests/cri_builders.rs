@@ -32,7 +32,7 @@ fn step(container: &PodContainer, script: &str) -> String {
     assert_eq!(
         done.code,
         0,
-        "{script}\nfailed and printed {}{}\nend of the container's log:\n{}",
+        "{script}\nfailed and printed {}{}\nlast 30 lines of the container's log:\n{}",
         done.out,
         done.err,
         last_lines(&container.log())

@@ -38,7 +38,7 @@ fn limit(pod: &Pod, controller: &str, file: &str) -> i64 {
 }
 
 #[test]
-fn vmm_is_in_the_pods_cgroup_of_every_controller() {
+fn vmm_is_in_the_cgroup_of_the_pod_for_every_controller() {
     assert!(!Path::new("/sys/fs/cgroup/cgroup.controllers").exists(), "this host has cgroup v2");
     pods("cri-cgroup1", |pods| {
         let mut config = pods.config();

@@ -159,7 +159,7 @@ time.sleep(100000)
 "#;
 
 #[test]
-fn raw_block_device_is_durable_after_fsync_and_shared_between_containers() {
+fn containers_share_raw_block_device_and_fsync_makes_data_durable() {
     need_image(PYTHON);
     pods("cri-disk-raw", |pods| {
         let disk = Disk::new(&pods.dir().join("disk"), 16);
@@ -219,7 +219,7 @@ fn unsynced_writes_are_on_the_disk_after_the_pod_is_removed() {
 const MARK: &str = "the node's own";
 
 #[test]
-fn privileged_container_cannot_open_the_nodes_devices() {
+fn privileged_container_cannot_open_devices_of_the_node() {
     pods("cri-none-of-the-nodes", |pods| {
         // This disk of the node has marked content. No pod gets the disk.
         let disk = Disk::new(&pods.dir().join("disk"), 8);

@@ -149,7 +149,7 @@ impl Drop for Pool {
 }
 
 #[test]
-fn pod_takes_huge_pages_from_the_nodes_pool_and_returns_them() {
+fn pod_takes_huge_pages_from_the_pool_of_the_node_and_returns_them() {
     need_image(PYTHON);
     let pool = Pool::reserve(16);
     pods("cri-huge", |pods| {

@@ -54,7 +54,7 @@ fn prlimit(pid: i32, limit: &libc::rlimit) -> libc::rlimit {
 
 #[test]
 #[ignore = "long: 30 to 90 s in an emulated node; shorter tests cover parts of it"]
-fn pod_uses_more_files_than_the_vmms_fd_limit() {
+fn pod_uses_more_files_than_the_fd_limit_of_the_vmm() {
     // The directory is on the node's disk, as volumes usually are.
     let dir = PathBuf::from("/var/lib/husk-many-files");
     for number in 0..DIRECTORIES {

@@ -43,12 +43,12 @@ fn pod_and_container_statistics_are_those_of_the_guest() {
 }
 
 #[test]
-fn annotations_are_limited_by_the_nodes_configuration() {
+fn configuration_of_the_node_limits_annotations() {
     pods("sb-annotations", annotations::check_allow_list);
 }
 
 #[test]
-fn pod_runs_without_a_sandbox_container_or_task_and_husk_ps_lists_it() {
+fn husk_ps_lists_pod_that_runs_without_sandbox_container_or_task() {
     pods("sb-life", |pods| {
         let pod = pods.pod();
         assert!(pod.is_ready());

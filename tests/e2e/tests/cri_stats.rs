@@ -9,7 +9,7 @@ fn cpu_memory_and_process_statistics_are_those_of_the_guest() {
 }
 
 #[test]
-fn network_statistics_count_the_pods_traffic() {
+fn network_statistics_count_the_traffic_of_the_pod() {
     pods("cri-stats-net", |pods| stats::check_network(&pods.pod()));
 }
 
@@ -19,7 +19,7 @@ fn block_device_statistics_are_reported() {
 }
 
 #[test]
-fn updated_limits_reach_the_containers_cgroup() {
+fn updated_limits_reach_the_cgroup_of_the_container() {
     pods("cri-limits", |pods| {
         let pod = pods.pod();
         let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");

@@ -33,7 +33,7 @@ fn has_open(pid: i32, disk: &Disk) -> bool {
 }
 
 #[test]
-fn start_rejects_disk_without_free_slot_and_memory_still_grows() {
+fn start_rejects_disk_if_no_slot_is_free_but_memory_still_grows() {
     pods("husk-disk-slots", |pods| {
         let new = |number| Disk::new(&pods.dir().join(format!("disk{number}")), 1 + number as u64);
         let disks: Vec<Disk> = (0..MAX_DISKS).map(new).collect();

@@ -180,7 +180,7 @@ fn vhost_net_serves_one_queue_pair_per_vcpu() {
 }
 
 #[test]
-fn vhost_worker_starts_with_much_traffic_and_drops_frames_with_spoofed_mac() {
+fn much_traffic_starts_vhost_worker_which_drops_frames_with_spoofed_mac() {
     pods("net-idle", |pods| {
         let (pod, container) = server(pods, 1);
         assert_eq!(container.sh("ls /sys/class/net/eth0/queues | tr '\\n' ' '"), "rx-0 tx-0");

@@ -231,7 +231,7 @@ fn limits_set_vm_size_and_husk_ps_lists_vm() {
 #[test]
 fn run_pod_rejects_host_namespaces() {
     pods("cri-host", |pods| {
-        for (namespace, word) in [("network", "host network"), ("pid", "host pid"), ("ipc", "host ipc")] {
+        for (namespace, word) in [("network", "host's network"), ("pid", "host's pid"), ("ipc", "host's ipc")] {
             let mut config = pods.config();
             config["linux"]["security_context"]["namespace_options"] = json!({ namespace: "NODE" });
             let error = expect_error("RunPodSandbox", &json!({ "config": config, "runtime_handler": cri::handler() }));

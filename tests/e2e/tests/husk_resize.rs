@@ -145,8 +145,8 @@ fn vm_grows_for_later_container_unless_annotations_fix_its_size() {
         two.remove();
         // The VM does not become smaller than its boot size, because further containers of the pod may be created.
         wait_for_size(&one, 1, 120..193);
-        // The annotations of this pod, which containerd's drop-in passes on, set the size of its VM. The default is one
-        // vCPU.
+        // This pod's annotations set the size of its VM. containerd passes them to the shim, because the drop-in lists
+        // them in `pod_annotations`. The default is one vCPU.
         let fixed_pod = {
             let mut config = pods.config();
             config["annotations"] = json!({ "io.husk.vcpus": "2", "io.husk.memory_mib": "300" });

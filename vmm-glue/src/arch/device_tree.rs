@@ -44,7 +44,8 @@ pub fn build(vcpus: u8, slots: u32) -> Result<Vec<u8>, Error> {
     fdt.property_array_u64("reg", &[layout::LAPIC.into(), 0x1000])?;
     // The node does not have `intel,virtual-wire-mode`. Therefore, the kernel leaves the legacy interrupt controller
     // connected to LINT0. The serial port's interrupts use that controller, because the tree does not describe the
-    // serial port. The kernel knows the serial port by itself.
+    // serial port. The kernel finds the serial port without the device tree, because the port's legacy
+    // address, 0x3f8, is built into the kernel.
     fdt.end_node(lapic)?;
 
     let ioapic = fdt.begin_node(&format!("ioapic@{:x}", layout::IOAPIC))?;

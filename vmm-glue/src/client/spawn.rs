@@ -53,7 +53,7 @@ pub struct Spawned {
     pub control: OwnedFd,
 }
 
-/// Error of starting the VMM process.
+/// Error from starting the VMM process.
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
     /// The path contains a NUL byte.

@@ -12,9 +12,12 @@ pub enum CallError {
     /// The VMM refused the request or failed to serve it.
     #[error("{0}")]
     Refused(String),
+    /// The request could not be sent.
+    #[error("failed to send a request on the control socket")]
+    Send(#[source] io::Error),
     /// The control socket failed, or was closed because the VMM has ended.
-    #[error("failed to send a request or receive an answer on the control socket")]
-    Socket(#[from] io::Error),
+    #[error("failed to receive from the control socket")]
+    Receive(#[source] io::Error),
 }
 
 /// A client of one VMM process.
@@ -34,9 +37,9 @@ impl Vmm {
     /// Sends a request and waits for its answer.
     pub fn call(&mut self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Vec<OwnedFd>), CallError> {
         self.seq += 1;
-        wire::send(&self.control, &Request { seq: self.seq, call }, fds)?;
+        wire::send(&self.control, &Request { seq: self.seq, call }, fds).map_err(CallError::Send)?;
         loop {
-            match wire::recv::<Reply>(&self.control)? {
+            match wire::recv::<Reply>(&self.control).map_err(CallError::Receive)? {
                 (Reply::Answer { seq, result }, fds) if seq == self.seq => {
                     return result.map(|answer| (answer, fds)).map_err(CallError::Refused);
                 }
@@ -54,13 +57,13 @@ impl Vmm {
     /// Waits for the next notice.
     ///
     /// # Errors
-    /// [`CallError::Socket`], also when the VMM has ended.
+    /// [`CallError::Receive`], also when the VMM has ended.
     pub fn notice(&mut self) -> Result<Notice, CallError> {
         loop {
             if let Some(notice) = self.notices.pop_front() {
                 return Ok(notice);
             }
-            if let (Reply::Notice(notice), _) = wire::recv::<Reply>(&self.control)? {
+            if let (Reply::Notice(notice), _) = wire::recv::<Reply>(&self.control).map_err(CallError::Receive)? {
                 self.notices.push_back(notice);
             }
         }

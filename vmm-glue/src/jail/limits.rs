@@ -18,7 +18,7 @@ const LIMITS: [(Resource, u64, &str); 3] = [
     (Resource::RLIMIT_MSGQUEUE, 0, "the VMM uses no POSIX message queue"),
 ];
 
-/// Error of setting a limit.
+/// Error from setting a limit.
 #[derive(Debug, thiserror::Error)]
 pub enum LimitError {
     /// The maximum number of open fds could not be raised.

@@ -52,7 +52,7 @@ impl Belongings {
     }
 }
 
-/// Error of confining the process.
+/// Error from confining the process.
 #[derive(Debug, thiserror::Error)]
 pub enum JailError {
     /// A resource limit could not be set.

@@ -15,7 +15,7 @@ use nix::unistd::{chdir, pivot_root};
 /// the VMM no longer sees this mount point.
 const PROC: &str = "/proc";
 
-/// Error of changing the root directory.
+/// Error from changing the root directory.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {step} {} for the jail of the VMM", path.display())]
 pub struct RootError {

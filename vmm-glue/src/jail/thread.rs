@@ -22,7 +22,7 @@ pub enum Kind {
     Disk,
     /// The thread that faults in guest memory.
     Prefault,
-    /// A thread whose pid stands for a container.
+    /// A thread whose id is a container's PID on the host.
     Pid,
 }
 

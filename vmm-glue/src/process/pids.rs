@@ -1,4 +1,4 @@
-//! Host PIDs that stand for the pod's containers. Each PID is the id of an idle thread of the VMM.
+//! The PIDs that the pod's containers have on the host. Each PID is the id of an idle thread of the VMM.
 //!
 //! A container's processes are in the guest. However, a client that asks the runtime for a task's pid may read the
 //! container's namespaces and cgroup from `/proc/PID/ns` and `/proc/PID/cgroup`. A thread of the VMM has the pod's

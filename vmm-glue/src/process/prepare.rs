@@ -7,7 +7,7 @@ use husk_base::sys::heap;
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 
-/// Error of preparing the process.
+/// Error from preparing the process.
 #[derive(Debug, thiserror::Error)]
 pub enum PrepareError {
     /// `prctl(PR_SET_PDEATHSIG)` failed.

@@ -8,7 +8,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use crate::arch::cpuid::{self, CpuidConfig};
 use crate::arch::regs;
 
-/// Error of creating a vCPU.
+/// Error from creating a vCPU.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateVcpuError {
     /// A KVM ioctl failed.

@@ -11,7 +11,9 @@ use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
 
 use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
-use super::queue::{Chain, Iov, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, log_guest_fault, read_config_bytes};
+use super::queue::{
+    Chain, Iov, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, log_guest_fault, log_host_failure, read_config_bytes,
+};
 use crate::guest_memory::GuestMemory;
 use crate::memory::hotplug;
 
@@ -169,7 +171,8 @@ fn release(start: *mut u8, len: usize, policy: &ReleasePolicy) {
     // reference points to guest memory, and no code relies on its content.
     let result = unsafe { libc::madvise(start.wrapping_add(skipped).cast(), len, policy.advice) };
     if result < 0 {
-        log_guest_fault(0, &format_args!("failed to release {len} bytes: {}", io::Error::last_os_error()));
+        let error = io::Error::last_os_error();
+        log_host_failure(&format_args!("failed to release {len} bytes of guest memory for virtio-balloon: {error}"));
     }
 }
 

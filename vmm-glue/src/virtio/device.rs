@@ -48,7 +48,7 @@ pub trait Interrupt: Send + Sync {
     }
 }
 
-/// Error of activating a device. After this error, the transport sets DEVICE_NEEDS_RESET.
+/// Error from activating a device. After this error, the transport sets DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
 pub enum ActivateError {
     /// A queue is missing, not ready or invalid.

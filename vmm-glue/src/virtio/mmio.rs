@@ -40,7 +40,7 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = 0x4b53_5548;
 const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 
-/// Error of attaching a device to a transport.
+/// Error from attaching a device to a transport.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
     /// The device has a queue of an invalid size.

@@ -414,9 +414,23 @@ pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
     }
 }
 
-/// Logs a guest's fault. The rate limit is a few messages per second for the whole process, because a guest can cause
-/// faults very often.
+/// Logs a guest's fault, unless the rate limit of [`may_log`] is reached.
 pub fn log_guest_fault(queue: u16, fault: &dyn std::fmt::Display) {
+    if may_log() {
+        log::warn!("guest fault on queue {queue}: {fault}");
+    }
+}
+
+/// Logs that the host failed to serve a guest's request, unless the rate limit of [`may_log`] is reached.
+pub fn log_host_failure(failure: &dyn std::fmt::Display) {
+    if may_log() {
+        log::warn!("{failure}");
+    }
+}
+
+/// Returns whether another message about a guest's request may be logged. The rate limit is a few messages per second
+/// for the whole process, because a guest can cause faults and failures very often.
+fn may_log() -> bool {
     static WINDOW: AtomicU64 = AtomicU64::new(0);
     static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
     const PER_SECOND: u64 = 5;
@@ -428,7 +442,5 @@ pub fn log_guest_fault(queue: u16, fault: &dyn std::fmt::Display) {
             Some(if window & !0xffff_ffff == second { window.saturating_add(1) } else { second | 1 })
         })
         .unwrap_or(0);
-    if before & !0xffff_ffff != second || before & 0xffff_ffff < PER_SECOND {
-        log::warn!("guest fault on queue {queue}: {fault}");
-    }
+    before & !0xffff_ffff != second || before & 0xffff_ffff < PER_SECOND
 }

@@ -15,7 +15,7 @@ use super::slot_eventfds::{self, Registry};
 use crate::arch::layout;
 use crate::guest_memory::GuestMemory;
 
-/// Error of plugging a device into a slot, or unplugging it from its slot.
+/// Error from plugging a device into a slot, or unplugging it from its slot.
 #[derive(Debug, thiserror::Error)]
 pub enum PlugError {
     /// No slot is free.
@@ -27,9 +27,12 @@ pub enum PlugError {
     /// The eventfd for the device's interrupt could not be created.
     #[error("failed to create the eventfd for the device's interrupt")]
     EventFd(#[source] io::Error),
-    /// KVM refused to register or unregister an irqfd or an ioeventfd.
-    #[error("failed to register or unregister the device's eventfds with KVM")]
-    Kvm(#[source] kvm_ioctls::Error),
+    /// KVM refused to register an irqfd or an ioeventfd.
+    #[error("failed to register the device's eventfds with KVM")]
+    Register(#[source] kvm_ioctls::Error),
+    /// KVM refused to unregister an irqfd or an ioeventfd.
+    #[error("failed to unregister the device's eventfds from KVM")]
+    Unregister(#[source] kvm_ioctls::Error),
     /// The slot has no device that can be hot-unplugged.
     #[error("failed to hot-unplug the device in slot {0}: the slot has no disk or interface")]
     NotRemovable(u32),
@@ -92,7 +95,7 @@ impl Slots {
         let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(PlugError::EventFd)?;
         let transport = Transport::new(device, self.memory.clone(), irq, self.device_loop.clone())?;
         slot_eventfds::register(&*self.kvm, number, transport.irq_fd(), transport.notify_fds())
-            .map_err(PlugError::Kvm)?;
+            .map_err(PlugError::Register)?;
         *write(slot) = Some(Arc::new(transport));
         Ok(number)
     }
@@ -110,7 +113,7 @@ impl Slots {
             |transport: &mut Arc<Transport>| matches!(transport.device_type(), VIRTIO_ID_NET | VIRTIO_ID_BLOCK);
         let transport = write(slot).take_if(can_unplug).ok_or_else(not_removable)?;
         let unregistered = slot_eventfds::unregister(&*self.kvm, number, transport.irq_fd(), transport.notify_fds());
-        Ok(Unplugged { device: transport.device().clone(), unregistered: unregistered.map_err(PlugError::Kvm) })
+        Ok(Unplugged { device: transport.device().clone(), unregistered: unregistered.map_err(PlugError::Unregister) })
     }
 
     /// Returns the slot of the interface with this MAC address, or `None` if no interface has this address.

@@ -192,7 +192,7 @@ mod tests {
         let mut devices = devices(FakeKvm { register: Ok(()), unregister: Err(libc::EIO) });
         let disk = Arc::new(Mutex::new(Disk::default()));
         let slot = devices.attach(disk.clone(), Purpose::Any).unwrap();
-        assert!(matches!(devices.detach(slot), Err(VmError::Plug(PlugError::Kvm(_)))));
+        assert!(matches!(devices.detach(slot), Err(VmError::Plug(PlugError::Unregister(_)))));
         assert_eq!(Arc::strong_count(&disk), 1);
         assert!(matches!(devices.detach(slot), Err(VmError::Plug(PlugError::NotRemovable(_)))));
         assert_eq!(devices.attach(disk, Purpose::Any).unwrap(), slot);
@@ -235,7 +235,7 @@ mod tests {
     fn failed_attach_drops_the_device() {
         let mut devices = devices(FakeKvm { register: Err(libc::EIO), unregister: Ok(()) });
         let disk = Arc::new(Mutex::new(Disk::default()));
-        assert!(matches!(devices.attach(disk.clone(), Purpose::Any), Err(VmError::Plug(PlugError::Kvm(_)))));
+        assert!(matches!(devices.attach(disk.clone(), Purpose::Any), Err(VmError::Plug(PlugError::Register(_)))));
         assert_eq!(Arc::strong_count(&disk), 1);
     }
 }

@@ -307,8 +307,8 @@ fn duplicates(rules: &Rules, graphs: &[Graph]) -> Result<Vec<String>> {
     }
     for (text, _) in skips.iter().filter(|(text, _)| !used.contains(text)) {
         violations.push(format!(
-            "deny.toml: skip lists {text}, but no workspace has it beside another version of the crate; remove the \
-             entry"
+            "deny.toml: skip lists {text}, but no workspace uses {text} together with another version of the crate; \
+             remove the entry"
         ));
     }
     Ok(violations)

@@ -26,19 +26,22 @@ pub struct Found {
 pub fn read<'a>(packages: impl Iterator<Item = &'a Package>) -> Result<Found> {
     let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
     let home = home.or_else(|| std::env::home_dir().map(|home| home.join(".cargo")));
-    let indexes = home.map(|home| indexes(&home.join("registry/index"))).unwrap_or_default();
+    read_with(&home.map(|home| indexes(&home.join("registry/index"))).unwrap_or_default(), packages)
+}
+
+/// Like [`read`], with these copies of the index.
+fn read_with<'a>(indexes: &[PathBuf], packages: impl Iterator<Item = &'a Package>) -> Result<Found> {
     let (packages, own): (Vec<_>, Vec<_>) = packages.partition(|package| package.source.is_some());
     let direct: BTreeSet<_> = own.iter().flat_map(|own| &own.dependencies).map(|dependency| &dependency.name).collect();
     let packages: BTreeMap<_, _> =
         packages.into_iter().map(|package| ((&package.name, &package.version), package)).collect();
     let mut found = Found { violations: Vec::new(), crates: packages.len(), in_index: 0 };
     for Package { name, version, manifest_path, .. } in packages.into_values() {
-        match indexes.iter().find_map(|index| yanked(index, name, version)) {
-            Some(true) => {
+        if let Some(yanked) = indexes.iter().find_map(|index| yanked(index, name, version)) {
+            found.in_index += 1;
+            if yanked {
                 found.violations.push(format!("{name} {version} is yanked; `cargo update {name}` replaces it"));
             }
-            Some(false) => found.in_index += 1,
-            None => {}
         }
         // As with `unmaintained = "workspace"` in deny.toml, only direct dependencies are checked. Only the authors of
         // the crates in between can replace an indirect dependency.
@@ -111,6 +114,25 @@ mod tests {
             assert_eq!(yanked(dir.path(), name, "1.0.2"), None);
         }
         assert_eq!(yanked(dir.path(), "tokio", "1.0.0"), None);
+    }
+
+    #[test]
+    fn yanked_version_counts_as_in_the_index() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("3/n")).unwrap();
+        fs::write(dir.path().join("3/n/nix"), b"\x03\x02\0\0\0etag\x001.0.0\0{\"vers\":\"1.0.0\",\"yanked\":true}\0")
+            .unwrap();
+        let package = Package {
+            name: "nix".into(),
+            version: "1.0.0".into(),
+            license: None,
+            source: Some("registry+x".into()),
+            manifest_path: "Cargo.toml".into(),
+            dependencies: Vec::new(),
+        };
+        let found = read_with(&[dir.path().to_owned()], [&package].into_iter()).unwrap();
+        assert_eq!(found.violations, ["nix 1.0.0 is yanked; `cargo update nix` replaces it"]);
+        assert_eq!((found.crates, found.in_index), (1, 1));
     }
 
     #[test]

@@ -77,7 +77,7 @@ fn allowed_licence_that_no_crate_needs_is_a_violation() {
 }
 
 #[test]
-fn crate_without_a_licence_needs_a_clarification_with_the_files_hash() {
+fn crate_without_a_licence_needs_a_clarification_with_the_hash_of_its_licence_file() {
     let dir = tempfile::tempdir().unwrap();
     let unlicensed = || Package { manifest_path: dir.path().join("Cargo.toml"), ..package("b", "1.0.0", None) };
     let found = check("", "", vec![mit("1.0.0"), unlicensed()]);
@@ -102,8 +102,8 @@ fn second_version_needs_a_skip_with_a_reason() {
     assert!(check("skip = []", &skip("a@1", "because"), twice()).is_empty());
     let found = check("skip = []", &skip("a@1", " "), twice());
     assert_eq!(found, ["deny.toml: the entry of a@1 in skip has no reason; add one"]);
-    let unused =
-        "deny.toml: skip lists a@1, but no workspace has it beside another version of the crate; remove the entry";
+    let unused = "deny.toml: skip lists a@1, but no workspace uses a@1 together with another version of the crate; remove the \
+         entry";
     assert_eq!(check("skip = []", &skip("a@1", "because"), vec![mit("1.0.0")]), [unused]);
     assert_eq!(check("skip = []", &skip("a@1", "because"), vec![mit("2.0.0")]), [unused]);
     let found = check("skip = []", &skip("a@1", "because"), vec![mit("1.0.0"), mit("2.0.0"), mit("3.0.0")]);

@@ -36,7 +36,7 @@ pub fn kernel() -> Result<PathBuf> {
 
 /// Compiles the kernel and strips it.
 fn build(tarball: &Path, version: &str, fragment: &Path, made: &Path) -> Result<()> {
-    let source = unpack(tarball, version)?;
+    let source = unpack(&paths::state().join("kernel"), tarball, version)?;
     configure(&source, fragment)?;
     ui::say("kernel", format!("compiling on {} processors; this is the longest step", cmd::processors()));
     cmd::logged("kernel", "kernel-make", make(&source).arg(format!("-j{}", cmd::processors())).arg("vmlinux"))?;
@@ -50,20 +50,20 @@ pub fn mebibytes(path: &Path) -> Result<f64> {
     Ok(fs::metadata(path).with_context(|| format!("failed to stat {}", path.display()))?.len() as f64 / 1048576.0)
 }
 
-/// Unpacks the source, unless this version is already unpacked. Returns the source's directory.
-fn unpack(tarball: &Path, version: &str) -> Result<PathBuf> {
-    let dir = paths::state().join("kernel");
-    let (source, stamp) = (dir.join(KERNEL_SOURCE), dir.join("unpacked"));
-    if source.join("Makefile").exists() && fs::read_to_string(&stamp).is_ok_and(|v| v == version) {
+/// Unpacks the source in `dir`, unless this version is already unpacked. Returns the source's directory.
+fn unpack(dir: &Path, tarball: &Path, version: &str) -> Result<PathBuf> {
+    let (source, stamp) = (dir.join(KERNEL_SOURCE), Stamp::at(dir.join("unpacked")));
+    if stamp.fresh(version, &[&source.join("Makefile")]) {
         return Ok(source);
     }
-    files::make_dir(&dir)?;
+    stamp.remove()?;
+    files::make_dir(dir)?;
     if source.exists() {
         fs::remove_dir_all(&source).with_context(|| format!("failed to remove {}", source.display()))?;
     }
     ui::say("kernel", format!("unpacking {} ({version})", tarball.display()));
-    cmd::logged("kernel", "kernel-unpack", Command::new("tar").arg("-xf").arg(tarball).arg("-C").arg(&dir))?;
-    fs::write(&stamp, version).with_context(|| format!("failed to write {}", stamp.display()))?;
+    cmd::logged("kernel", "kernel-unpack", Command::new("tar").arg("-xf").arg(tarball).arg("-C").arg(dir))?;
+    stamp.write(version)?;
     Ok(source)
 }
 
@@ -143,6 +143,16 @@ fn missed(fragment: &str, config: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn failed_unpack_removes_the_stamp() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("unpacked"), "6.12").unwrap();
+        // A file in place of the directory makes the removal of the old source fail.
+        fs::write(dir.path().join(KERNEL_SOURCE), "").unwrap();
+        unpack(dir.path(), Path::new("/no/such/tarball"), "6.12").unwrap_err();
+        assert!(!dir.path().join("unpacked").exists(), "an incomplete source would count as unpacked");
+    }
 
     #[test]
     fn missing_settings_are_named() {

@@ -62,7 +62,7 @@ pub enum Progress<'a> {
 
 /// A node to boot.
 pub struct Boot<'a> {
-    /// The seat on which the node runs.
+    /// Which of the nodes that can run at the same time to use.
     pub seat: Seat,
     /// Disk, kernel and initramfs.
     pub node: &'a Node,
@@ -213,7 +213,7 @@ pub fn shell(boot: &Boot) -> Result<()> {
 }
 
 /// Copies the script's output to a file and to the terminal, and sends it as events. If several nodes run, the terminal
-/// gets only complete lines, each with the seat's number.
+/// gets only complete lines, each with the node's number.
 fn show(seat: Seat, mut output: impl Read, events: &Sender<Event>) {
     let mut file = seat.log("node-output").ok().and_then(|path| std::fs::File::create(path).ok());
     let label = seat.label();

@@ -75,7 +75,7 @@ pub fn files(line: Line) -> Result<Vec<Add>> {
     Ok(add)
 }
 
-/// Unpacks the programs, unless they are already unpacked. The caller holds the lock of the node's parts.
+/// Unpacks the programs, unless they are already unpacked. The caller holds the lock of the files that all nodes share.
 fn programs_of_two(dir: &Path) -> Result<()> {
     let key = Key::new("containerd-2", RECIPE).text(SUITE).text(pins::RELEASE).finish();
     let stamp = Stamp::new("containerd-2");

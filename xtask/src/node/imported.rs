@@ -26,8 +26,8 @@ done
 rm -r /husk/images
 ";
 
-/// Returns the path of the disk. Makes the disk first if its inputs changed. The caller holds the locks of the seat and
-/// of the node's parts.
+/// Returns the path of the disk. Makes the disk first if its inputs changed. The caller holds the lock of the node
+/// `seat` and the lock of the files that all nodes share.
 pub fn disk(seat: Seat, node: &Node, images: &[Add]) -> Result<PathBuf> {
     let disk = paths::node().join("images.img");
     let mut key = Key::new("node-images", RECIPE);

@@ -31,7 +31,8 @@ pub fn files(line: Line) -> Vec<Add> {
     }
 }
 
-/// Returns the node with the kernel of the previous release. The caller holds the lock of the node's parts.
+/// Returns the node with the kernel of the previous release. The caller holds the lock of the files that all nodes
+/// share.
 pub fn node(node: Node) -> Result<Node> {
     let (kernel, files) = (dir().join("vmlinuz"), dir().join("usr"));
     let key = Key::new("legacy", RECIPE).text(SUITE).text(pins::RELEASE).finish();

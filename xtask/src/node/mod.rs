@@ -38,31 +38,31 @@ pub struct Run {
     pub containerd: Line,
     /// Time limits after which the node is stopped.
     pub limits: Limits,
-    /// The seat on which the node runs.
+    /// Which of the nodes that can run at the same time to use.
     pub seat: Seat,
 }
 
-/// A place for one of the nodes that run side by side. Each seat has its own files and logs.
+/// Identifies one of the nodes that can run at the same time. Each of these nodes has its own files and logs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Seat {
     number: usize,
-    /// Whether other nodes run at the same time. If so, each line on the terminal starts with the seat's number.
+    /// Whether other nodes run at the same time. If so, each line on the terminal starts with the node's number.
     beside: bool,
 }
 
 impl Seat {
-    /// Returns one of several seats. The first seat has the number 0.
+    /// Identifies one of several nodes that run at the same time. The first node has the number 0.
     pub fn beside(number: usize) -> Seat {
         Seat { number, beside: true }
     }
 
-    /// Returns `plain`, `between` and the seat's number, counted from 1, as one name. For the first seat, returns only
+    /// Returns `plain`, `between` and the node's number, counted from 1, as one name. For the first node, returns only
     /// `plain`.
     fn name(self, plain: &str, between: &str) -> String {
         if self.number == 0 { plain.to_owned() } else { format!("{plain}{between}{}", self.number + 1) }
     }
 
-    /// Returns the seat's directory.
+    /// Returns the node's directory.
     pub fn dir(self) -> PathBuf {
         paths::state().join(self.name("node", "/"))
     }
@@ -72,7 +72,7 @@ impl Seat {
         self.dir().join("out")
     }
 
-    /// Returns the path of the seat's log called `name`.
+    /// Returns the path of the node's log called `name`.
     fn log(self, name: &str) -> Result<PathBuf> {
         cmd::log_path(&self.name(name, "-"))
     }
@@ -149,7 +149,8 @@ impl std::str::FromStr for Add {
     }
 }
 
-/// The name of the lock for the parts that all nodes share.
+/// The name of the lock for the files that all nodes share: the disk, the kernel, the initramfs and containerd's
+/// programs.
 const PARTS: &str = "node/parts";
 
 /// The directory of the OCI images in the node.
@@ -196,7 +197,7 @@ pub fn prepare_images() -> Result<()> {
 }
 
 /// Returns the disk with the imported OCI images. If that disk cannot be made, returns the disk without images. The
-/// caller holds the seat's lock.
+/// caller holds the lock of the node `seat`.
 fn disk_with_images(seat: Seat, node: &rootfs::Node) -> PathBuf {
     let disk = || {
         let images = images()?;

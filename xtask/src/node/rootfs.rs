@@ -28,7 +28,7 @@ const DISK: &str = "12G";
 /// modules.dep does not list such dependencies.
 const DRIVERS: [&str; 4] = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"];
 
-/// The parts of the node that QEMU boots.
+/// The files from which QEMU boots the node.
 pub struct Node {
     /// The disk with the root file system. If `keep` of `Boot` is set, QEMU writes to the disk itself, and otherwise to
     /// a snapshot.
@@ -41,7 +41,8 @@ pub struct Node {
     pub key: String,
 }
 
-/// Builds the node's parts if their inputs changed. The caller holds the lock of the node's parts.
+/// Builds the node's disk, kernel and initramfs if their inputs changed. The caller holds the lock of the files that
+/// all nodes share.
 pub fn node() -> Result<Node> {
     let dir = paths::node();
     let (disk, kernel, boot) = (dir.join("base.img"), dir.join("vmlinuz"), boot());
@@ -69,7 +70,8 @@ fn tree_key(packages: &str) -> String {
     Key::new("node-tree", TREE_RECIPE).text(RELEASE).text(packages).finish()
 }
 
-/// Returns the directory tree from which the node's parts are made. Makes the tree first if its inputs changed.
+/// Returns the directory tree from which the node's disk, kernel and initramfs are made. Makes the tree first if its
+/// inputs changed.
 pub fn tree() -> Result<PathBuf> {
     let (tree, packages) = (paths::node().join("tree"), packages()?);
     let (stamp, key) = (Stamp::new("node-tree"), tree_key(&packages));

@@ -50,8 +50,8 @@ fn bundle(dir: &Path, change: impl FnOnce(&mut Value)) -> Bundle {
     Bundle::read(dir).unwrap()
 }
 
-/// Returns the source of mount `index` of a prepared specification. The result is a host path in the guest's view of
-/// the share.
+/// Returns the source of mount `index` of a prepared specification. The result is a path on the host, below the
+/// directory that the VMM serves to the guest (`Share::guest`).
 fn guest_source(share: &Share, prepared: &Prepared, index: usize) -> PathBuf {
     let spec: Value = serde_json::from_slice(&prepared.spec).unwrap();
     let path = spec["mounts"][index]["source"].as_str().unwrap().to_owned();

@@ -43,7 +43,10 @@ pub fn try_call(method: &str, request: &Value) -> Result<Value, Status> {
 #[track_caller]
 pub fn call(method: &str, request: &Value) -> Value {
     try_call(method, request).unwrap_or_else(|status| {
-        panic!("{method} {request}\nfailed: {status}\n--- end of containerd's log\n{}", crate::node::log_tail(40))
+        panic!(
+            "{method} {request}\nfailed: {status}\n--- last 40 lines of containerd's log\n{}",
+            crate::node::log_tail(40)
+        )
     })
 }
 

@@ -49,7 +49,7 @@ pub fn pods_with_handler(name: &str, handler: &str, body: impl FnOnce(&Pods)) {
     let before = Snapshot::take();
     let result = catch_unwind(AssertUnwindSafe(|| body(&pods)));
     if result.is_err() {
-        eprintln!("--- end of containerd's log\n{}", node::log_tail(60));
+        eprintln!("--- last 60 lines of containerd's log\n{}", node::log_tail(60));
     }
     let removed = pods.remove_all();
     let _ = fs::remove_dir_all(&pods.dir);
@@ -59,9 +59,11 @@ pub fn pods_with_handler(name: &str, handler: &str, body: impl FnOnce(&Pods)) {
         }
         resume_unwind(panic);
     }
-    removed.unwrap_or_else(|error| panic!("{name}: {error}\n--- end of containerd's log\n{}", node::log_tail(40)));
+    removed.unwrap_or_else(|error| {
+        panic!("{name}: {error}\n--- last 40 lines of containerd's log\n{}", node::log_tail(40))
+    });
     if let Err(left) = before.compare_until_equal(SETTLE) {
-        panic!("leftovers of {name}:\n{left}\n--- end of containerd's log\n{}", node::log_tail(60));
+        panic!("leftovers of {name}:\n{left}\n--- last 60 lines of containerd's log\n{}", node::log_tail(60));
     }
 }
 

@@ -1,6 +1,7 @@
-//! CRI port forwarding as kubectl does it: one SPDY/3.1 connection carries many connections, each with half-close.
+//! CRI port forwarding as kubectl does it. One SPDY/3.1 connection carries many forwarded connections. Each forwarded
+//! connection supports half-close.
 //!
-//! Each connection consists of a data stream and an error stream (k8s.io/apimachinery, `pkg/util/httpstream/spdy`;
+//! Each forwarded connection consists of a data stream and an error stream (k8s.io/apimachinery, `pkg/util/httpstream/spdy`;
 //! k8s.io/kubelet, `pkg/cri/streaming/portforward`). The frames follow the SPDY draft 3.1. Flow control is not
 //! implemented.
 
@@ -37,7 +38,7 @@ struct Writer {
     socket: TcpStream,
     /// Next stream id. A client's stream ids are odd.
     next: u32,
-    /// Whether the zlib header of the header compression has been sent.
+    /// Whether the zlib stream header (RFC 1950) has been sent. All SYN_STREAM headers share one zlib stream.
     zlib_started: bool,
 }
 

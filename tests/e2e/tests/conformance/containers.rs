@@ -60,7 +60,7 @@ fn container() {
                 assert!(try_call("StartContainer", &json!({ "container_id": container.id })).is_err());
                 container.remove();
             });
-            group.check("a missing command is an error of StartContainer", || {
+            group.check("StartContainer fails if the program does not exist", || {
                 let mut config = pod.sh("");
                 config["command"] = json!(["/no/such/program"]);
                 let container = pod.create(&config);

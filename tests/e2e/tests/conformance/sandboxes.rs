@@ -118,7 +118,7 @@ fn namespaces() {
                 b.remove();
                 a.remove();
             });
-            for (kind, word) in [("network", "host network"), ("pid", "host pid"), ("ipc", "host ipc")] {
+            for (kind, word) in [("network", "host's network"), ("pid", "host's pid"), ("ipc", "host's ipc")] {
                 if kind == "network" && cri::handler() == "husk-sandbox" {
                     // containerd 2.1.9 crashes here: NewBundle without a specification (docs/install.md).
                     continue;

@@ -34,7 +34,7 @@ pub const SECTOR: u64 = 512;
 /// Length of the serial number in bytes.
 pub const SERIAL_LEN: usize = 20;
 
-/// Error of creating a disk.
+/// Error from creating a disk.
 #[derive(Debug, thiserror::Error)]
 pub enum BlkError {
     /// The serial number has more than [`SERIAL_LEN`] bytes.

@@ -15,7 +15,7 @@ use virtio_bindings::bindings::virtio_blk::{
 use super::{SECTOR, SERIAL_LEN};
 use crate::guest_memory::GuestMemory;
 use crate::jail::Kind;
-use crate::virtio::queue::{Chain, Iov, log_guest_fault};
+use crate::virtio::queue::{Chain, Iov, log_guest_fault, log_host_failure};
 use crate::virtio::workers::Handler;
 
 /// Length of a request's header in bytes.
@@ -77,8 +77,7 @@ impl Handler for Disk {
                 (0, VIRTIO_BLK_S_IOERR)
             }
             Err(Failure::Host(error)) => {
-                // Log the error with a rate limit, because a guest can cause many such errors.
-                log_guest_fault(0, &format_args!("failed to serve a disk request: {error}"));
+                log_host_failure(&format_args!("failed to serve a disk request: {error}"));
                 (0, VIRTIO_BLK_S_IOERR)
             }
         };

@@ -61,7 +61,7 @@ const SPARE_FRACTION: u64 = 8;
 /// after at most this time.
 const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Error of creating a virtio-fs device.
+/// Error from creating a virtio-fs device.
 #[derive(Debug, thiserror::Error)]
 pub enum FsError {
     /// The tag is empty or too long.
