@@ -57,7 +57,7 @@ mv one/file two/moved && ln two/moved one/linked && ln -s two one/symlink && mkf
 rm -r one && echo used"#;
 
 #[test]
-fn files_of_later_mount_are_served_and_files_of_unmounted_volume_are_not() {
+fn landlock_allows_files_of_later_mount_but_not_of_unmounted_volume() {
     case("landlock", |case| {
         let dir = case.dir().join("volume");
         let (gone, later) = (dir.join("gone"), dir.join("later"));
