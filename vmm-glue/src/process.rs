@@ -21,6 +21,7 @@ mod pids;
 mod prepare;
 
 use pids::Pids;
+
 pub use prepare::{PrepareError, prepare};
 
 /// Runs the VMM on its control socket and never returns. The process must not have other threads yet.

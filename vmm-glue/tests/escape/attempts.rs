@@ -8,7 +8,7 @@ use syscalls::{Errno, Sysno, syscall};
 use crate::payload::Inside;
 
 /// Why sockets do no harm without the filters.
-const EMPTY_NETWORK: &str = "the test's network namespace is empty";
+const EMPTY_NETWORK: &str = "it reaches only the pod's network";
 /// Why a thread of the file server could do this without the filters.
 const FILE_SERVER: &str = "CAP_SYS_ADMIN, which the file server needs for trusted.* attributes";
 const OWN_KEYS: &str = "the keys are those of the process";

@@ -1,5 +1,7 @@
 //! Isolation: containers cannot reach the agent over vsock, and cannot reach the node's host-only file systems through
-//! a volume.
+//! a volume. The jail of the VMM.
+
+mod jail;
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
@@ -7,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use husk_e2e::cri::pod::{need_image, pods};
-use husk_e2e::{Case, PYTHON, case, node, vm};
+use husk_e2e::{Case, PYTHON, case, node};
 use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
 use serde_json::json;
 
@@ -354,101 +356,5 @@ fn mirrored_volume_does_not_follow_symlink_that_replaces_parent() {
         );
         assert_eq!(container.sh(&script), "key");
         container.remove();
-    });
-}
-
-/// CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SYS_ADMIN, MKNOD and SETFCAP (capabilities(7)).
-const FILE_SERVER_CAPS: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 27 | 1 << 31;
-
-/// Checks the worker threads of virtio-fs (`virtio-fs0`, `virtio-fs1` …). Only these threads serve requests for the
-/// host's files. The device loop (`devices`) serves only FORGET, and keeps the capabilities of the process.
-#[test]
-fn virtio_fs_workers_have_few_capabilities() {
-    case("capabilities", |case| {
-        let container = case.sleeper();
-        let [vmm] = vm::vmm_pids_of(&container.id)[..] else { panic!("expected one VMM of {}", container.id) };
-        let (mut workers, mut others) = (Vec::new(), Vec::new());
-        for thread in fs::read_dir(format!("/proc/{vmm}/task")).unwrap() {
-            let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
-            let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim();
-            let name = field("Name:").to_owned();
-            if !name.starts_with("virtio-fs") {
-                others.push(name);
-                continue;
-            }
-            workers.push(name);
-            for (set, most) in
-                [("CapEff:", FILE_SERVER_CAPS), ("CapPrm:", FILE_SERVER_CAPS), ("CapInh:", 0), ("CapAmb:", 0)]
-            {
-                let has = u64::from_str_radix(field(set), 16).unwrap();
-                assert_eq!(has & !most, 0, "{set} has more than the allowed capabilities in\n{status}");
-            }
-        }
-        assert!(workers.iter().any(|name| name == "virtio-fs0"), "no thread virtio-fs0: {workers:?}, {others:?}");
-        assert!(others.iter().any(|name| name == "devices"), "no thread devices: {workers:?}, {others:?}");
-        container.kill();
-    });
-}
-
-#[test]
-fn vmm_sees_only_the_share_and_its_threads_have_few_capabilities() {
-    case("jail", |case| {
-        let container = case.sleeper();
-        let vmm = container.pid();
-        // The VMM's root is the share, which contains nothing of the node.
-        let root = fs::read_dir(format!("/proc/{vmm}/root")).unwrap();
-        let names: Vec<String> = root.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-        assert!(!names.iter().any(|name| ["bin", "etc", "proc", "sys", "dev"].contains(&name.as_str())), "{names:?}");
-        let mounts = fs::read_to_string(format!("/proc/{vmm}/mountinfo")).unwrap();
-        assert!(!mounts.contains(" - proc ") && !mounts.contains(" - sysfs "), "{mounts}");
-        for namespace in ["mnt", "pid", "ipc", "uts", "net", "cgroup"] {
-            let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/{namespace}")).unwrap();
-            assert_ne!(of(&vmm.to_string()), of("self"), "the VMM is in the node's {namespace} namespace");
-        }
-        let limits = fs::read_to_string(format!("/proc/{vmm}/limits")).unwrap();
-        assert!(limits.lines().any(|line| line.starts_with("Max core file size") && line.contains(" 1 ")), "{limits}");
-        let mut file_servers = 0;
-        for thread in fs::read_dir(format!("/proc/{vmm}/task")).unwrap() {
-            let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
-            let field = |name: &str| {
-                status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap().trim().to_owned()
-            };
-            assert_eq!(field("NoNewPrivs"), "1", "{status}");
-            // These are the bits of `FILE_SERVER_CAPS`.
-            let allowed = "00000000882000db";
-            assert_eq!(field("CapBnd"), allowed, "{status}");
-            let file_server = field("Name").starts_with("virtio-fs");
-            file_servers += usize::from(file_server);
-            let expected = if file_server { allowed } else { "0000000000000000" };
-            assert_eq!((field("CapEff"), field("CapPrm")), (expected.to_owned(), expected.to_owned()), "{status}");
-        }
-        assert!(file_servers > 0);
-        // The pod's memory belongs to the VMM. Therefore the VMM has the container's OOM score, which is 0 by default.
-        assert_eq!(fs::read_to_string(format!("/proc/{vmm}/oom_score_adj")).unwrap().trim(), "0");
-        container.kill();
-    });
-}
-
-#[test]
-fn vmm_has_the_lowest_oom_score_of_its_containers() {
-    pods("jail-oom", |pods| {
-        let pod = pods.run(pods.config());
-        let score = || {
-            let vmm = vm::vmm_pids();
-            assert_eq!(vmm.len(), 1);
-            fs::read_to_string(format!("/proc/{}/oom_score_adj", vmm[0])).unwrap().trim().to_owned()
-        };
-        let start = |score: i32| {
-            let mut config = pod.sh("sleep 1000");
-            config["linux"]["resources"]["oom_score_adj"] = json!(score);
-            pod.start(&config)
-        };
-        let _best_effort = start(1000);
-        assert_eq!(score(), "1000");
-        let burstable = start(500);
-        assert_eq!(score(), "500");
-        burstable.stop(0);
-        burstable.remove();
-        assert_eq!(score(), "1000");
     });
 }

@@ -1,0 +1,117 @@
+//! The jail of the VMM, as the node sees it.
+
+use std::fs;
+use std::time::Duration;
+
+use husk_e2e::cri::pod::pods;
+use husk_e2e::{case, node, vm};
+use nix::sys::ptrace;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use serde_json::json;
+
+#[test]
+fn vmm_sees_only_the_share_and_its_threads_have_few_capabilities() {
+    case("jail", |case| {
+        let container = case.sleeper();
+        let vmm = container.pid();
+        // The VMM's root is the share, which contains nothing of the node.
+        let root = fs::read_dir(format!("/proc/{vmm}/root")).unwrap();
+        let names: Vec<String> = root.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        assert!(!names.iter().any(|name| ["bin", "etc", "proc", "sys", "dev"].contains(&name.as_str())), "{names:?}");
+        let mounts = fs::read_to_string(format!("/proc/{vmm}/mountinfo")).unwrap();
+        assert!(!mounts.contains(" - proc ") && !mounts.contains(" - sysfs "), "{mounts}");
+        for namespace in ["mnt", "pid", "ipc", "uts", "net", "cgroup"] {
+            let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/{namespace}")).unwrap();
+            assert_ne!(of(&vmm.to_string()), of("self"), "the VMM is in the node's {namespace} namespace");
+        }
+        let limits = fs::read_to_string(format!("/proc/{vmm}/limits")).unwrap();
+        assert!(limits.lines().any(|line| line.starts_with("Max core file size") && line.contains(" 1 ")), "{limits}");
+        let mut file_servers = 0;
+        for thread in fs::read_dir(format!("/proc/{vmm}/task")).unwrap() {
+            let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+            let field = |name: &str| {
+                status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap().trim().to_owned()
+            };
+            assert_eq!(field("NoNewPrivs"), "1", "{status}");
+            // 2 means that the thread has a seccomp filter (proc(5)).
+            assert_eq!(field("Seccomp"), "2", "{status}");
+            // CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SYS_ADMIN, MKNOD and SETFCAP (capabilities(7)).
+            let allowed = "00000000882000db";
+            assert_eq!(field("CapBnd"), allowed, "{status}");
+            let file_server = field("Name").starts_with("virtio-fs");
+            file_servers += usize::from(file_server);
+            let expected = if file_server { allowed } else { "0000000000000000" };
+            assert_eq!((field("CapEff"), field("CapPrm")), (expected.to_owned(), expected.to_owned()), "{status}");
+        }
+        assert!(file_servers > 0);
+        // The pod's memory belongs to the VMM. Therefore the VMM has the container's OOM score, which is 0 by default.
+        assert_eq!(fs::read_to_string(format!("/proc/{vmm}/oom_score_adj")).unwrap().trim(), "0");
+        container.kill();
+    });
+}
+
+#[test]
+fn vmm_has_the_lowest_oom_score_of_its_containers() {
+    pods("jail-oom", |pods| {
+        let pod = pods.run(pods.config());
+        let score = || {
+            let vmm = vm::vmm_pids();
+            assert_eq!(vmm.len(), 1);
+            fs::read_to_string(format!("/proc/{}/oom_score_adj", vmm[0])).unwrap().trim().to_owned()
+        };
+        let start = |score: i32| {
+            let mut config = pod.sh("sleep 1000");
+            config["linux"]["resources"]["oom_score_adj"] = json!(score);
+            pod.start(&config)
+        };
+        let _best_effort = start(1000);
+        assert_eq!(score(), "1000");
+        let burstable = start(500);
+        assert_eq!(score(), "500");
+        burstable.stop(0);
+        burstable.remove();
+        assert_eq!(score(), "1000");
+    });
+}
+
+/// Makes a thread make another system call in place of its next one, as an attacker in the thread could.
+fn replace_next_call(thread: i32, call: i64) {
+    let thread = Pid::from_raw(thread);
+    let wait = || waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
+    ptrace::seize(thread, ptrace::Options::PTRACE_O_TRACESYSGOOD).unwrap();
+    ptrace::interrupt(thread).unwrap();
+    wait();
+    // The first stop at a system call is before the call, because the interrupted call has ended.
+    loop {
+        ptrace::syscall(thread, None).unwrap();
+        if matches!(wait(), WaitStatus::PtraceSyscall(_)) {
+            break;
+        }
+    }
+    let mut registers = ptrace::getregs(thread).unwrap();
+    registers.orig_rax = call.cast_unsigned();
+    ptrace::setregs(thread, registers).unwrap();
+    ptrace::detach(thread, None).unwrap();
+}
+
+#[test]
+fn violation_of_a_filter_ends_the_vm_and_names_thread_and_call() {
+    case("violation", |case| {
+        for name in ["devices", "virtio-fs0", "vcpu0"] {
+            let container = case.sleeper();
+            let vmm = vm::vmm_pids_of(&container.id)[0];
+            let thread = fs::read_dir(format!("/proc/{vmm}/task")).unwrap().find_map(|thread| {
+                let path = thread.unwrap().path();
+                let comm = fs::read_to_string(path.join("comm")).unwrap();
+                (comm.trim() == name).then(|| path.file_name().unwrap().to_str().unwrap().parse().unwrap())
+            });
+            replace_next_call(thread.unwrap_or_else(|| panic!("the VMM has no thread {name}")), libc::SYS_socket);
+            container.running.wait();
+            let expected = format!("thread {name} made system call 41 (socket)");
+            let logged =
+                node::eventually(Duration::from_secs(20), || node::log_tail(200).contains(&expected).then_some(()));
+            assert!(logged.is_some(), "the log lacks {expected:?}: {}", node::log_tail(40));
+        }
+    });
+}
