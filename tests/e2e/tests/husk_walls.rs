@@ -361,7 +361,7 @@ fn mirrored_volume_does_not_follow_symlink_that_replaces_parent() {
 const FILE_SERVER_CAPS: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 27 | 1 << 31;
 
 /// Checks the worker threads of virtio-fs (`virtio-fs0`, `virtio-fs1` …). Only these threads serve requests for the
-/// host's files. The device loop (`devices`) serves only FORGET, and keeps the capabilities of the process.
+/// host's files. The device loop (`devices`) serves only FORGET, and has no capabilities.
 #[test]
 fn virtio_fs_workers_have_few_capabilities() {
     case("capabilities", |case| {
