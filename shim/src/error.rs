@@ -63,6 +63,9 @@ pub enum ServiceError {
     /// The VM has ended.
     #[error("the sandbox's VM has ended: failed precondition")]
     Gone,
+    /// The VM has not ended, but its agent is not ready. For example, the guest still boots.
+    #[error("the agent in the sandbox's VM is not ready: failed precondition")]
+    NotReady,
     /// Any other failure.
     #[error(transparent)]
     Failed(Box<dyn std::error::Error + Send + Sync>),

@@ -119,13 +119,7 @@ impl Sink for Logger {
     }
 
     fn write(&self, metadata: &'static tracing::Metadata<'static>, message: &str, fields: &str) {
-        let level = match severity(*metadata.level()) {
-            1 => "error",
-            2 => "warning",
-            3 => "info",
-            4 => "debug",
-            _ => "trace",
-        };
+        let level = level_name(severity(*metadata.level()));
         let decision = lock(&self.limiter).decide(metadata.callsite(), Instant::now());
         self.write_limited(&decision, metadata.target(), level, message, fields);
     }
@@ -146,24 +140,38 @@ fn severity(level: tracing::Level) -> u8 {
     }
 }
 
+fn record_severity(level: log::Level) -> u8 {
+    match level {
+        log::Level::Error => 1,
+        log::Level::Warn => 2,
+        log::Level::Info => 3,
+        log::Level::Debug => 4,
+        log::Level::Trace => 5,
+    }
+}
+
+/// Returns the name that containerd's Go shims write for a severity.
+fn level_name(severity: u8) -> &'static str {
+    match severity {
+        1 => "error",
+        2 => "warning",
+        3 => "info",
+        4 => "debug",
+        _ => "trace",
+    }
+}
+
 impl log::Log for Logger {
     fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        let level = match metadata.level() {
-            log::Level::Error => 1,
-            log::Level::Warn => 2,
-            log::Level::Info => 3,
-            log::Level::Debug => 4,
-            log::Level::Trace => 5,
-        };
-        level <= LEVEL.load(Ordering::Relaxed)
+        record_severity(metadata.level()) <= LEVEL.load(Ordering::Relaxed)
     }
 
     fn log(&self, record: &log::Record<'_>) {
         if log::Log::enabled(self, record.metadata()) {
-            let level = record.level().as_str().to_ascii_lowercase();
+            let level = level_name(record_severity(record.level()));
             let call_site = (record.file_static(), record.line());
             let decision = lock(&self.record_limiter).decide(call_site, Instant::now());
-            self.write_limited(&decision, record.target(), &level, &record.args().to_string(), "");
+            self.write_limited(&decision, record.target(), level, &record.args().to_string(), "");
         }
     }
 
@@ -187,8 +195,16 @@ fn truncate(line: &mut String, length: usize) {
         let kept = length.saturating_sub(MARK.len());
         let end = (0..=kept).rev().find(|end| line.is_char_boundary(*end)).unwrap_or(0);
         line.truncate(end);
-        let is_quoted = line.matches('"').count() - line.matches("\\\"").count();
-        line.push_str(if is_quoted % 2 == 1 { MARK } else { "…" });
+        let (mut is_quoted, mut is_escaped) = (false, false);
+        for c in line.chars() {
+            is_quoted ^= c == '"' && !is_escaped;
+            is_escaped = c == '\\' && !is_escaped;
+        }
+        if is_escaped {
+            // The cut is within an escape sequence. The backslash would escape the mark.
+            line.pop();
+        }
+        line.push_str(if is_quoted { MARK } else { "…" });
     }
 }
 
@@ -238,6 +254,36 @@ mod tests {
             assert_eq!(line, expected);
             assert!(line.len() <= 11);
         }
+    }
+
+    #[test]
+    fn truncate_understands_escaped_backslashes_and_quotes() {
+        for (text, length, expected) in [
+            (r#"m="\\" k="b c d e f""#, 16, r#"m="\\" k="b …""#),
+            (r#"msg="a b\"c d""#, 13, r#"msg="a b…""#),
+            (r#"msg="a\"b c d e""#, 13, r#"msg="a\"b…""#),
+        ] {
+            let mut line = text.to_owned();
+            truncate(&mut line, length);
+            assert_eq!(line, expected);
+        }
+    }
+
+    #[test]
+    fn warnings_of_the_log_crate_have_the_level_warning() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let logger = Logger {
+            fifo: Some(file.reopen().unwrap()),
+            sandbox: "s".into(),
+            namespace: "n".into(),
+            dropped: AtomicU64::new(0),
+            limiter: Mutex::default(),
+            record_limiter: Mutex::default(),
+        };
+        let record = log::Record::builder().level(log::Level::Warn).args(format_args!("text")).build();
+        log::Log::log(&logger, &record);
+        let line = std::fs::read_to_string(file.path()).unwrap();
+        assert!(line.contains(" level=warning msg=text "), "{line}");
     }
 
     #[test]

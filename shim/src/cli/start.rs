@@ -49,7 +49,8 @@ pub enum StartError {
 /// Starts the sandbox's shim, or finds the shim that is already running. Writes the shim's address to stdout.
 ///
 /// # Errors
-/// [`StartError`]. The socket is removed if this container must not start a shim, or if the fork fails.
+/// [`StartError`]. A socket that this call has bound is removed if this container must not start a shim, if the address
+/// file cannot be written, or if the fork fails.
 pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     let dir = std::env::current_dir().map_err(StartError::WorkingDirectory)?;
     let mut input = Vec::new();
@@ -76,7 +77,7 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
         address.remove();
         return Err(StartError::NoSandbox(group));
     }
-    write_address(&dir, &address)?;
+    publish(&dir, &address, listener.is_some())?;
     let reply_format = params.reply_format;
     let Some(listener) = listener else { return write_reply(&address, reply_format) };
     let destination = Destination::new(params.ttrpc_address, params.address, params.publish_binary);
@@ -111,6 +112,15 @@ fn write_reply(address: &Address, reply_format: bootstrap::ReplyFormat) -> Resul
     out.write_all(&bootstrap::reply(&address.uri(), reply_format)).and_then(|()| out.flush()).map_err(StartError::Reply)
 }
 
+/// Writes the bundle's `address` file. If that fails, removes the socket if this process has bound it.
+fn publish(bundle: &Path, address: &Address, bound: bool) -> Result<(), StartError> {
+    let written = write_address(bundle, address);
+    if written.is_err() && bound {
+        address.remove();
+    }
+    written
+}
+
 /// Writes the bundle's `address` file atomically. containerd reads the file after a restart to find its shims.
 fn write_address(bundle: &Path, address: &Address) -> Result<(), StartError> {
     let (path, temporary) = (bundle.join("address"), bundle.join(".address"));
@@ -127,5 +137,21 @@ fn adjust_oom_score() {
     let score = std::fs::read_to_string(format!("/proc/{parent}/oom_score_adj"));
     if let Some(score) = score.ok().and_then(|text| text.trim().parse::<i32>().ok()) {
         let _ = std::fs::write("/proc/self/oom_score_adj", (score + 1).min(1000).to_string());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failed_publish_removes_a_socket_that_this_process_has_bound() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = Address::new(dir.path().to_str(), "c", "n", "g");
+        let Listen::Bound(_listener) = address.listen().unwrap() else { panic!("the new socket is already in use") };
+        let no_bundle = dir.path().join("none");
+        let failed = |bound| matches!(publish(&no_bundle, &address, bound), Err(StartError::AddressFile { .. }));
+        assert!(failed(false) && address.path().exists(), "the socket of another shim was removed");
+        assert!(failed(true) && !address.path().exists(), "the socket was not removed");
     }
 }

@@ -213,13 +213,16 @@ impl Shim {
 
     /// Removes the container's mounts from the host. Best effort.
     pub(crate) async fn tear_down_bundle(&self, id: &str) {
-        let (id, share) = (id.to_owned(), self.sandbox.share());
-        let done =
-            tokio::task::spawn_blocking(move || volumes::teardown(&share, &id).map_err(|e| crate::chain(&e))).await;
-        match done {
+        let (container, share) = (id.to_owned(), self.sandbox.share());
+        let done = tokio::task::spawn_blocking(move || {
+            volumes::teardown(&share, &container).map_err(|error| crate::chain(&error))
+        });
+        match done.await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(error, "failed to remove the container's mounts"),
-            Err(error) => tracing::warn!(%error, "failed to run the task that removes the container's mounts"),
+            Ok(Err(error)) => tracing::warn!(container = id, error, "failed to remove the container's mounts"),
+            Err(error) => {
+                tracing::warn!(container = id, %error, "failed to run the task that removes the container's mounts");
+            }
         }
     }
 

@@ -192,12 +192,15 @@ impl Shim {
         self.events.publish(TASK_EXIT_EVENT_TOPIC, &event);
     }
 
-    /// Returns the agent, or [`ServiceError::Gone`] if the VM has ended.
+    /// Returns the agent.
+    ///
+    /// # Errors
+    /// [`ServiceError::Gone`] if the VM has ended, and [`ServiceError::NotReady`] if the agent is not ready.
     pub(crate) fn agent(&self) -> Result<Agent, ServiceError> {
         if self.sandbox.is_dead() {
             return Err(ServiceError::Gone);
         }
-        self.sandbox.agent().ok_or(ServiceError::Gone)
+        self.sandbox.agent().ok_or(ServiceError::NotReady)
     }
 
     /// Converts an error from a call to the agent into an error for containerd. If the VM has ended, the new error

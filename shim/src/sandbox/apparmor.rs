@@ -98,7 +98,10 @@ fn policy(profiles: &Path, profile: &str) -> Result<Vec<u8>, AppArmorError> {
     let missing = || AppArmorError::Missing(profile.to_owned());
     // A directory's name contains the alphanumeric characters of the profile's name, and ends with a number. The file
     // `name` contains the profile's full name.
-    let entries = fs::read_dir(profiles).map_err(|_| missing())?;
+    let entries = fs::read_dir(profiles).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => missing(),
+        _ => AppArmorError::Read { profile: profile.to_owned(), path: profiles.to_owned(), source },
+    })?;
     let name_matches = |dir: &Path| fs::read_to_string(dir.join("name")).is_ok_and(|name| name.trim_end() == parent);
     let found = entries.flatten().map(|entry| entry.path()).find(|dir| may_match(dir, parent) && name_matches(dir));
     let path = found.ok_or_else(missing)?.join("raw_data");
@@ -138,5 +141,8 @@ mod tests {
         assert!(matches!(found("ab"), Err(AppArmorError::Read { .. })));
         assert!(matches!(found("b"), Err(AppArmorError::Missing(_))));
         assert!(matches!(policy(&dir.path().join("x"), "ab"), Err(AppArmorError::Missing(_))));
+        // This path is a file, so that reading the directory fails although it exists.
+        let error = policy(&dir.path().join("a.b.0/name"), "ab").unwrap_err();
+        assert!(matches!(error, AppArmorError::Read { .. }), "{error}");
     }
 }

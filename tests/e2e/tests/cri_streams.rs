@@ -170,8 +170,7 @@ fn container_has_the_requested_mounts_limits_and_security_context() {
         assert_eq!(fields, ["CapBnd:", "0000000000000400", "NoNewPrivs:", "1", "Seccomp:", "2"]);
         assert_eq!(container.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "104857600\n50000 100000");
         // A container that exceeds its memory limit is killed, and CRI reports the reason.
-        let mut config = pod.sh("head -c 200000000 /dev/zero | tail | wc -c; exit 0");
-        config["command"] = json!(["tail", "/dev/zero"]);
+        let mut config = pod.sh("exec tail /dev/zero");
         config["linux"]["resources"] = json!({ "memory_limit_in_bytes": 30 << 20 });
         let over_limit = pod.start(&config);
         assert_eq!(over_limit.wait(), (137, "OOMKilled".into()));

@@ -129,7 +129,7 @@ fn guest_kernel_panic_is_in_the_error() {
 fn create_rejects_too_low_memory_limit() {
     case("memory", |case| {
         let run = case.sh("true").flags(&["--memory-limit", "4194304"]);
-        run.output().expect_error(&["memory"]);
+        run.output().expect_error(&["the memory limit of 4194304 bytes is too low", "8 MiB", "min_memory_mib"]);
     });
 }
 

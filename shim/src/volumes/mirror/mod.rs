@@ -105,6 +105,15 @@ pub enum MirrorError {
         #[source]
         source: io::Error,
     },
+    /// New directories of the volume cannot be watched.
+    #[error("failed to watch the directories of the volume {path} (see fs.inotify.max_user_watches)")]
+    Watch {
+        /// Path of the volume.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
     /// The agent rejected the copy.
     #[error("failed to copy the volume {path} to the guest")]
     Send {
@@ -121,7 +130,21 @@ impl MirrorError {
     ///
     /// After other errors, more attempts would copy a large volume several times while the caller waits.
     fn is_transient(&self) -> bool {
-        matches!(self, Self::Read { source, .. } if source.kind() != io::ErrorKind::InvalidData)
+        match self {
+            Self::Read { source, .. } => source.kind() != io::ErrorKind::InvalidData,
+            // inotify_add_watch(2) fails with ENOSPC if the limit of watches is reached.
+            Self::Watch { source, .. } => source.raw_os_error() != Some(libc::ENOSPC),
+            Self::Send { .. } => false,
+        }
+    }
+
+    /// Returns whether this failure of an update is logged as a warning. `failures` is the number of failed attempts
+    /// since the last success, including this attempt.
+    ///
+    /// A failure that persists is logged only once. The first transient failure is not logged as a warning, because the
+    /// next attempt probably succeeds.
+    fn is_warning(&self, failures: u32) -> bool {
+        failures == if self.is_transient() { 2 } else { 1 }
     }
 }
 
@@ -166,42 +189,41 @@ pub async fn start(agent: &Agent, container: &str, mirrors: Vec<Mirror>) -> Resu
 
 /// Copies a volume whenever it changes, until the volume is removed. The task ends with its container.
 async fn keep_updated(agent: Agent, container: String, mirror: Mirror, mut watch: Watch) {
-    let mut retry = false;
+    let volume = mirror.source.path.display().to_string();
+    let mut failures: u32 = 0;
     loop {
         tokio::select! {
             changed = watch.changed() => if let Err(error) = changed {
                 tracing::warn!(
-                    container, volume = %mirror.source.path.display(), %error,
+                    container, volume, %error,
                     "failed to read the events of a volume: the guest does not get its changes"
                 );
                 return;
             },
-            () = tokio::time::sleep(RETRY_DELAY), if retry => {}
+            () = tokio::time::sleep(RETRY_DELAY), if failures > 0 => {}
         }
-        if let Err(error) = watch.add_new_directories(&mirror.source).await {
-            tracing::debug!(container, volume = %mirror.source.path.display(), %error, "stopped watching a volume");
-            return;
-        }
+        let watched = watch.add_new_directories(&mirror.source).await;
+        let watched = watched.map_err(|source| MirrorError::Watch { path: mirror.source.path.clone(), source });
+        // The changes are copied even if new directories cannot be watched.
         let copied = copy(&agent, &container, &mirror).await;
-        retry = copied.is_err();
-        match copied {
+        match watched.and(copied) {
             Ok(()) => {
-                tracing::debug!(container, volume = %mirror.source.path.display(), "copied the changes of a volume");
+                failures = 0;
+                tracing::debug!(container, volume, "copied the changes of a volume");
             }
-            // The volume probably changed while it was read. It is copied again after the retry delay.
-            Err(error @ MirrorError::Read { .. }) => {
-                tracing::debug!(
-                    container,
-                    error = crate::chain(&error),
-                    "failed to read the changes of a volume; retrying"
-                );
+            Err(_) if !mirror.source.exists() => {
+                tracing::debug!(container, volume, "stopped watching a volume, because it was removed");
+                return;
             }
             Err(error) => {
-                tracing::warn!(
-                    container,
-                    error = crate::chain(&error),
-                    "failed to copy the changes of a volume; retrying"
-                );
+                failures = failures.saturating_add(1);
+                let is_warning = error.is_warning(failures);
+                let error = crate::chain(&error);
+                if is_warning {
+                    tracing::warn!(container, error, "failed to update the guest's copy of a volume; retrying");
+                } else {
+                    tracing::debug!(container, error, "failed to update the guest's copy of a volume; retrying");
+                }
             }
         }
     }
@@ -268,6 +290,32 @@ mod tests {
             nix::mount::umount(&dir.join("v")).unwrap();
             assert!(volume.exists() && volume.open(Path::new("key"), OFlag::O_RDONLY).is_ok());
         });
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn keep_updated_retries_until_the_volume_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = |path: &Path| Volume::new(mount_api::open_path(path, false).unwrap(), path.to_owned()).unwrap();
+        let watch = Watch::new(&volume(dir.path())).await.unwrap();
+        // A file is not a directory. Therefore, it can be neither watched nor copied.
+        let path = dir.path().join("file");
+        std::fs::write(&path, "").unwrap();
+        let mirror = Mirror { source: volume(&path), id_mappings: None, mount: 0 };
+        let agent = Agent::new(std::os::unix::net::UnixStream::pair().unwrap().0).unwrap();
+        let mut updates = tokio::spawn(keep_updated(agent, "c".into(), mirror, watch));
+        let ended = tokio::time::timeout(RETRY_DELAY * 3, &mut updates).await;
+        assert!(ended.is_err(), "the updates ended although the volume exists");
+        std::fs::remove_file(&path).unwrap();
+        tokio::time::timeout(RETRY_DELAY * 3, updates).await.unwrap().unwrap();
+    }
+
+    #[test]
+    fn persistent_failures_are_warnings_once() {
+        let watch = |source: io::Error| MirrorError::Watch { path: "/v".into(), source };
+        let warnings = |error: MirrorError| (1..5).filter(|n| error.is_warning(*n)).collect::<Vec<_>>();
+        assert_eq!(warnings(watch(io::ErrorKind::NotFound.into())), [2]);
+        assert_eq!(warnings(watch(io::Error::from_raw_os_error(libc::ENOSPC))), [1]);
+        assert_eq!(warnings(MirrorError::Send { path: "/v".into(), source: ttrpc::Error::LocalClosed }), [1]);
     }
 
     #[test]
