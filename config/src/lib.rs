@@ -12,6 +12,7 @@ pub use load::ConfigError;
 
 use std::path::PathBuf;
 
+use husk_policy::Policy;
 use serde::{Deserialize, Serialize};
 
 /// Default path of the configuration file.
@@ -25,10 +26,12 @@ pub mod annotation {
     pub const MEMORY_MIB: &str = "io.husk.memory_mib";
     /// Parameters appended to the guest kernel's command line.
     pub const KERNEL_PARAMS: &str = "io.husk.kernel_params";
+    /// Agent policy of the pod, in JSON.
+    pub const POLICY: &str = "io.husk.policy";
     /// Common prefix of Husk's annotations.
     pub const PREFIX: &str = "io.husk.";
     /// All annotations.
-    pub const ALL: [&str; 3] = [VCPUS, MEMORY_MIB, KERNEL_PARAMS];
+    pub const ALL: [&str; 4] = [VCPUS, MEMORY_MIB, KERNEL_PARAMS, POLICY];
 }
 
 /// The operator's settings. `config.toml` documents each key. Absent keys have their defaults.
@@ -68,6 +71,8 @@ pub struct Config {
     pub timeline_log: PathBuf,
     /// The annotations from [`annotation`] that pods may use.
     pub allowed_annotations: Vec<String>,
+    /// Agent policy of all pods. A pod's annotation can only forbid more.
+    pub policy: Policy,
 }
 
 impl Default for Config {
@@ -88,7 +93,8 @@ impl Default for Config {
             start_timeout_secs: 60,
             log_level: LogLevel::Info,
             timeline_log: PathBuf::new(),
-            allowed_annotations: vec![annotation::VCPUS.into(), annotation::MEMORY_MIB.into()],
+            allowed_annotations: [annotation::VCPUS, annotation::MEMORY_MIB, annotation::POLICY].map(Into::into).into(),
+            policy: Policy::default(),
         }
     }
 }
