@@ -45,6 +45,7 @@ impl Tasks {
         if !request.checkpoint.is_empty() {
             return Err(ServiceError::Unimplemented("restoring from a checkpoint is not supported"));
         }
+        self.sandbox.policy.check_container(&spec, &request, &options.rootfs)?;
         let cgroup = Cgroup::for_container(&request.id);
         // The cgroup is created first, because its files show which limits the guest kernel supports.
         let container = {
@@ -70,6 +71,7 @@ impl Tasks {
                 id: request.id.clone(),
                 bundle: request.bundle.clone(),
                 init: Process::new("", tokens, None),
+                process: spec.process().clone().unwrap_or_default(),
                 seccomp: linux.and_then(|linux| linux.seccomp().clone()),
                 oom_score_adj: spec.process().as_ref().and_then(|process| process.oom_score_adj()),
                 shares_pid_namespace: shares_pid_namespace(&spec),

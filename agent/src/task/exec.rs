@@ -40,6 +40,7 @@ impl Tasks {
         let mut process: ProcessSpec =
             serde_json::from_slice(&request.spec.value).map_err(malformed("failed to parse the process"))?;
         spec::adapt_process(&mut process);
+        self.sandbox.policy.check_exec(&container.id, &container.process, &process)?;
         process.set_terminal(Some(request.terminal));
         if process.oom_score_adj().is_none() {
             process.set_oom_score_adj(container.oom_score_adj);

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use husk_base::entropy;
 use husk_config::Config;
 use husk_proto::agent::{IdMapping, Mount, SetupRequest};
-use husk_proto::{GUEST_SHM, SHARE_TAG, ports};
+use husk_proto::{AUDIT_PREFIX, GUEST_SHM, SHARE_TAG, ports};
 use husk_vmm::config::{FdIndex, ShareConfig, VmConfig};
 use husk_vmm::control::{BootStep, Call, ExitReason, Notice};
 use tokio::net::unix::pipe;
@@ -22,6 +22,7 @@ use crate::oci;
 use crate::oci::IdMappings;
 use crate::resources::BootSize;
 use crate::resources::hugepages;
+use crate::sandbox::policy::PodPolicies;
 use crate::sandbox::timeline::Timeline;
 use crate::vm::agent::Agent;
 use crate::vm::console;
@@ -49,6 +50,8 @@ pub struct Pod {
     pub id_mappings: Option<IdMappings>,
     /// Network interfaces, with their addresses, routes, neighbours and rules.
     pub network: Network,
+    /// Agent policies.
+    pub policies: PodPolicies,
 }
 
 /// Everything that a boot needs. Prepared while the VMM process starts.
@@ -272,6 +275,8 @@ async fn connect(plan: &BootPlan, vmm: &Vmm, timeline: &Timeline, limit: Duratio
         pids_max: pod.pids_max.unwrap_or(0),
         uid_mappings: uids.iter().map(message).collect(),
         gid_mappings: gids.iter().map(message).collect(),
+        node_policy: pod.policies.node.clone(),
+        pod_policy: pod.policies.pod.clone(),
         ..Default::default()
     };
     let kernel = agent.setup(&request, limit).await.map_err(BootError::Setup)?;
@@ -361,11 +366,19 @@ fn log_agent_lines(vmm: Vmm) {
                 .map_err(|e| e.to_string())
         });
         match stream {
-            Ok(stream) => console::read_lines(stream, |line| tracing::debug!(from = "agent", "{line}")).await,
+            Ok(stream) => console::read_lines(stream, |line| log_agent_line(&line)).await,
             Err(error) => tracing::debug!(error, "failed to read the agent's log"),
         }
     };
     tokio::spawn(task);
+}
+
+fn log_agent_line(line: &str) {
+    // A line begins with a time and a level.
+    match line.splitn(3, ' ').nth(2).filter(|message| message.starts_with(AUDIT_PREFIX)) {
+        Some(message) => tracing::warn!(from = "agent", "{message}"),
+        None => tracing::debug!(from = "agent", "{line}"),
+    }
 }
 
 /// Returns the read end and the write end of a new pipe.

@@ -4,6 +4,7 @@ mod apparmor;
 pub mod boot;
 pub mod disks;
 pub mod launch;
+mod policy;
 mod propagation;
 pub mod state_dir;
 pub mod timeline;
