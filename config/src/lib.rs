@@ -3,6 +3,7 @@
 #![deny(clippy::indexing_slicing)]
 
 pub mod check;
+pub mod digest;
 mod load;
 pub mod sandbox;
 pub mod timeline;
@@ -42,6 +43,10 @@ pub struct Config {
     pub kernel: PathBuf,
     /// Initrd of the guest, which contains the agent.
     pub initrd: PathBuf,
+    /// SHA-256 digest of the guest kernel, as 64 hexadecimal digits. If the text is empty, the file is not checked.
+    pub kernel_sha256: String,
+    /// SHA-256 digest of the initrd. If the text is empty, the file is not checked.
+    pub initrd_sha256: String,
     /// Parameters appended to the guest kernel's command line.
     pub kernel_params: String,
     /// Minimum number of vCPUs of a pod that has no CPU limit.
@@ -80,6 +85,8 @@ impl Default for Config {
         Self {
             kernel: "/usr/local/share/husk/vmlinux".into(),
             initrd: "/usr/local/share/husk/initrd.cpio".into(),
+            kernel_sha256: String::new(),
+            initrd_sha256: String::new(),
             kernel_params: String::new(),
             default_vcpus: 1,
             max_vcpus: 16,

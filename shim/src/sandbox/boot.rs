@@ -22,6 +22,7 @@ use crate::oci;
 use crate::oci::IdMappings;
 use crate::resources::BootSize;
 use crate::resources::hugepages;
+use crate::sandbox::guest_image::GuestImages;
 use crate::sandbox::policy::PodPolicies;
 use crate::sandbox::timeline::Timeline;
 use crate::vm::agent::Agent;
@@ -66,26 +67,16 @@ pub struct BootPlan {
     pub share: PathBuf,
     /// `/dev/kvm`.
     pub kvm: File,
-    /// The guest kernel.
-    pub kernel: File,
-    /// The guest's initial RAM file system.
-    pub initrd: File,
+    /// Guest kernel and initrd.
+    pub images: GuestImages,
 }
 
 /// Error of a boot.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// A file of the installation or `/dev/kvm` cannot be opened.
-    #[error("failed to open the {what} {path}")]
-    Open {
-        /// What the file is, such as `guest kernel`.
-        what: &'static str,
-        /// Path.
-        path: PathBuf,
-        /// Cause.
-        #[source]
-        source: std::io::Error,
-    },
+    /// `/dev/kvm` cannot be opened.
+    #[error("failed to open the KVM device /dev/kvm")]
+    Kvm(#[source] std::io::Error),
     /// The pipe for the console could not be created.
     #[error("failed to create a pipe for the guest's console")]
     Console(#[source] std::io::Error),
@@ -123,27 +114,19 @@ pub enum BootError {
 }
 
 impl BootPlan {
-    /// Opens the files that a boot needs.
+    /// Opens `/dev/kvm` and returns the plan.
     ///
     /// # Errors
-    /// [`BootError::Open`] with the file that cannot be opened.
-    pub fn open(pod: Pod, config: Config, boot_size: BootSize, share: PathBuf) -> Result<Self, BootError> {
-        let open = |what, path: &std::path::Path, write| {
-            File::options().read(true).write(write).open(path).map_err(|source| BootError::Open {
-                what,
-                path: path.to_owned(),
-                source,
-            })
-        };
-        Ok(Self {
-            pod,
-            kvm: open("KVM device", "/dev/kvm".as_ref(), true)?,
-            kernel: open("guest kernel", &config.kernel, false)?,
-            initrd: open("guest's initial RAM file system", &config.initrd, false)?,
-            config,
-            boot_size,
-            share,
-        })
+    /// [`BootError::Kvm`].
+    pub fn new(
+        pod: Pod,
+        config: Config,
+        images: GuestImages,
+        boot_size: BootSize,
+        share: PathBuf,
+    ) -> Result<Self, BootError> {
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").map_err(BootError::Kvm)?;
+        Ok(Self { pod, config, boot_size, share, kvm, images })
     }
 }
 
@@ -203,7 +186,7 @@ pub async fn boot(
 /// Tells the VMM to create the VM and to start it.
 async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
     let huge_mib = hugepages::pool_mib();
-    let mut fds = vec![plan.kvm.as_fd(), plan.kernel.as_fd(), plan.initrd.as_fd(), console.as_fd()];
+    let mut fds = vec![plan.kvm.as_fd(), plan.images.kernel.as_fd(), plan.images.initrd.as_fd(), console.as_fd()];
     let net = plan.pod.network.taps.iter().map(|tap| net_config(tap, &mut fds)).collect();
     let config = VmConfig {
         id: plan.pod.id.clone(),

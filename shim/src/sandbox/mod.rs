@@ -3,6 +3,7 @@
 mod apparmor;
 pub mod boot;
 pub mod disks;
+mod guest_image;
 pub mod launch;
 mod policy;
 mod propagation;
