@@ -25,6 +25,9 @@ pub enum ServiceError {
     /// A part of the request is invalid. The cause says why.
     #[error("{0}")]
     Malformed(&'static str, #[source] Cause),
+    /// The pod's agent policy does not allow the request.
+    #[error(transparent)]
+    Refused(#[from] husk_policy::Refusal),
     /// This runtime does not support the request.
     #[error("{0}")]
     Unimplemented(&'static str),
@@ -44,6 +47,7 @@ impl ServiceError {
             Self::AlreadyExists(_) => Code::ALREADY_EXISTS,
             Self::FailedPrecondition(_) => Code::FAILED_PRECONDITION,
             Self::InvalidArgument(_) | Self::Malformed(..) => Code::INVALID_ARGUMENT,
+            Self::Refused(_) => Code::PERMISSION_DENIED,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::Failed(..) | Self::Unknown(_) => Code::UNKNOWN,
         }

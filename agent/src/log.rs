@@ -12,6 +12,7 @@ use std::sync::{Mutex, OnceLock};
 
 use husk_base::log::Sink;
 use husk_base::sync::lock;
+use husk_proto::AUDIT_PREFIX;
 use tokio::io::Interest;
 use tokio::sync::Notify;
 use tracing::{Level, Metadata};
@@ -86,6 +87,12 @@ async fn send_lines(stream: OwnedFd) -> std::io::Result<()> {
             remaining = remaining.get(written..).unwrap_or_default();
         }
     }
+}
+
+/// Records that something was refused. The line does not go to the kernel log, because a client can cause many such
+/// lines.
+pub fn audit(message: &str) {
+    record(Level::INFO, &format!("{AUDIT_PREFIX}{message}"));
 }
 
 fn record(level: Level, message: &str) {

@@ -14,6 +14,7 @@ mod id_mappings;
 mod io;
 mod log;
 mod oom;
+mod policy;
 mod reaper;
 mod sandbox;
 mod shared_volumes;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::{Config, annotation};
+use crate::{Config, annotation, digest};
 
 /// A key with an invalid value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +29,8 @@ impl Config {
     pub fn check(&self) -> Result<(), InvalidValue> {
         check_absolute_path("kernel", &self.kernel)?;
         check_absolute_path("initrd", &self.initrd)?;
+        check_digest("kernel_sha256", &self.kernel_sha256)?;
+        check_digest("initrd_sha256", &self.initrd_sha256)?;
         check_kernel_params(&self.kernel_params).map_err(|message| InvalidValue { key: "kernel_params", message })?;
         check_range("max_vcpus", self.max_vcpus, 1, MAX_VCPUS)?;
         check_range("default_vcpus", self.default_vcpus, 1, self.max_vcpus)?;
@@ -70,6 +72,14 @@ fn check_absolute_path(key: &'static str, path: &Path) -> Result<(), InvalidValu
     Err(InvalidValue { key, message: format!("{:?} is not an absolute path", path.display().to_string()) })
 }
 
+fn check_digest(key: &'static str, text: &str) -> Result<(), InvalidValue> {
+    if text.is_empty() || digest::is_sha256(text) {
+        return Ok(());
+    }
+    let message = format!("{text:?} is not a SHA-256 digest: must be 64 lower-case hexadecimal digits, or empty");
+    Err(InvalidValue { key, message })
+}
+
 fn check_range<T: PartialOrd + std::fmt::Display>(
     key: &'static str,
     value: T,
@@ -108,6 +118,11 @@ mod tests {
         assert!(problem(|c| c.virtio_fs_workers = 0).starts_with("virtio_fs_workers: "));
         assert!(problem(|c| c.start_timeout_secs = 0).starts_with("start_timeout_secs: "));
         assert!(problem(|c| c.timeline_log = "x".into()).starts_with("timeline_log: "));
+        assert_eq!(
+            problem(|c| c.kernel_sha256 = "00".into()),
+            "kernel_sha256: \"00\" is not a SHA-256 digest: must be 64 lower-case hexadecimal digits, or empty"
+        );
+        assert!(problem(|c| c.initrd_sha256 = "0F".repeat(32)).starts_with("initrd_sha256: "));
         assert!(problem(|c| c.kernel_params = "a\nb".into()).starts_with("kernel_params: '\\n'"));
         assert!(problem(|c| c.kernel_params = "a".repeat(1025)).starts_with("kernel_params: 1025 bytes"));
         assert!(

@@ -3,6 +3,7 @@
 #![deny(clippy::indexing_slicing)]
 
 pub mod check;
+pub mod digest;
 mod load;
 pub mod sandbox;
 pub mod timeline;
@@ -12,6 +13,7 @@ pub use load::ConfigError;
 
 use std::path::PathBuf;
 
+use husk_policy::Policy;
 use serde::{Deserialize, Serialize};
 
 /// Default path of the configuration file.
@@ -25,10 +27,12 @@ pub mod annotation {
     pub const MEMORY_MIB: &str = "io.husk.memory_mib";
     /// Parameters appended to the guest kernel's command line.
     pub const KERNEL_PARAMS: &str = "io.husk.kernel_params";
+    /// Agent policy of the pod, in JSON.
+    pub const POLICY: &str = "io.husk.policy";
     /// Common prefix of Husk's annotations.
     pub const PREFIX: &str = "io.husk.";
     /// All annotations.
-    pub const ALL: [&str; 3] = [VCPUS, MEMORY_MIB, KERNEL_PARAMS];
+    pub const ALL: [&str; 4] = [VCPUS, MEMORY_MIB, KERNEL_PARAMS, POLICY];
 }
 
 /// The operator's settings. `config.toml` documents each key. Absent keys have their defaults.
@@ -39,6 +43,10 @@ pub struct Config {
     pub kernel: PathBuf,
     /// Initrd of the guest, which contains the agent.
     pub initrd: PathBuf,
+    /// SHA-256 digest of the guest kernel, as 64 hexadecimal digits. If the text is empty, the file is not checked.
+    pub kernel_sha256: String,
+    /// SHA-256 digest of the initrd. If the text is empty, the file is not checked.
+    pub initrd_sha256: String,
     /// Parameters appended to the guest kernel's command line.
     pub kernel_params: String,
     /// Number of vCPUs of a pod that has no CPU limit. If the pod requests more CPUs, it gets the requested number.
@@ -72,6 +80,8 @@ pub struct Config {
     pub timeline_log: PathBuf,
     /// The annotations from [`annotation`] that pods may use.
     pub allowed_annotations: Vec<String>,
+    /// Agent policy of all pods. A pod's annotation can only forbid more.
+    pub policy: Policy,
 }
 
 impl Default for Config {
@@ -79,6 +89,8 @@ impl Default for Config {
         Self {
             kernel: "/usr/local/share/husk/vmlinux".into(),
             initrd: "/usr/local/share/husk/initrd.cpio".into(),
+            kernel_sha256: String::new(),
+            initrd_sha256: String::new(),
             kernel_params: String::new(),
             default_vcpus: 1,
             max_vcpus: 16,
@@ -94,7 +106,8 @@ impl Default for Config {
             start_timeout_secs: 60,
             log_level: LogLevel::Info,
             timeline_log: PathBuf::new(),
-            allowed_annotations: vec![annotation::VCPUS.into(), annotation::MEMORY_MIB.into()],
+            allowed_annotations: [annotation::VCPUS, annotation::MEMORY_MIB, annotation::POLICY].map(Into::into).into(),
+            policy: Policy::default(),
         }
     }
 }

@@ -114,6 +114,17 @@ mod tests {
     }
 
     #[test]
+    fn policy_is_part_of_the_configuration() {
+        let config = parse("policy.exec = []\npolicy.mounts = [\"/data\"]\n").unwrap();
+        assert_eq!(config.policy.exec.list().map(<[_]>::len), Some(0));
+        assert_eq!(parse("[policy]\nexec = []\nmounts = [\"/data\"]\n").unwrap(), config);
+        let error = parse("policy.exec = []\npolicy.mounts = [\"data\"]\n").unwrap_err();
+        assert!(error.starts_with("/etc/husk/config.toml:2: invalid path \"data\""), "{error}");
+        let error = parse("policy.exce = []\n").unwrap_err();
+        assert!(error.contains("unknown field `exce`") && !error.contains('\n'), "{error}");
+    }
+
+    #[test]
     fn type_and_syntax_errors_name_the_line() {
         for (text, line) in [("\nmax_vcpus = \"four\"\n", 2), ("max_vcpus = 300\n", 1), ("a\n", 1), ("\n\nx = [\n", 3)]
         {

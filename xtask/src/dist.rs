@@ -5,8 +5,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use sha2::{Digest, Sha256};
 
 use crate::build::{self, Profile};
+use crate::images::hex;
 use crate::{files, image, kernel, lock, paths, ui};
 
 /// The files that Husk installs on a node, with their permissions. The paths are relative to `/`.
@@ -45,6 +47,10 @@ pub fn dist(profile: Profile) -> Result<PathBuf> {
             ui::say("dist", format!("{to} ({:.1} MiB)", kernel::mebibytes(from)?));
         }
     }
+    for (key, file) in [("kernel_sha256", &kernel), ("initrd_sha256", &initrd)] {
+        let content = fs::read(file).with_context(|| format!("failed to read {}", file.display()))?;
+        ui::say("dist", format!("{key} = \"{}\"", hex(&Sha256::digest(content))));
+    }
     ui::say("dist", format!("{} is ready", root.display()));
     Ok(root)
 }
@@ -76,6 +82,8 @@ mod tests {
             .filter_map(|line| line.strip_prefix("# rm "))
             .flat_map(str::split_whitespace)
             .filter_map(|word| word.strip_prefix('/'))
+            // Files below /run are not installed.
+            .filter(|path| !path.starts_with("run/"))
             .collect();
         for (path, _) in INSTALLED {
             assert!(

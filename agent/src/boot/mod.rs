@@ -81,7 +81,7 @@ async fn serve() -> Result<std::convert::Infallible, BootError> {
     server.start().await.map_err(BootError::Serve)?;
     tokio::spawn(streams.serve(stream_port));
     tokio::spawn(log::serve(log_port));
-    tokio::spawn(port_forwarding::serve(forward_port));
+    tokio::spawn(port_forwarding::serve(forward_port, sandbox.clone()));
     boot_mark::write(BootMark::AgentReady);
 
     // The namespaces are created while the shim connects, to save time in Setup. If creating them fails, Setup retries

@@ -67,6 +67,15 @@ pub fn allows_all_devices(rules: &[LinuxDeviceCgroup]) -> bool {
     allows_all(&rules.iter().filter_map(from_spec).collect::<Vec<_>>())
 }
 
+/// Whether these rules allow reading or writing all devices, or all devices of a type.
+pub fn allows_device_type(rules: &[LinuxDeviceCgroup]) -> bool {
+    let rules: Vec<Rule> = rules.iter().filter_map(from_spec).collect();
+    let any = |r: &Rule| r.allow && r.major.is_none() && r.access & (READ | WRITE) != 0;
+    let denies_all = |r: &Rule| !r.allow && r.kind.is_none() && r.major.is_none() && r.access == MKNOD | READ | WRITE;
+    // Rules before a rule that denies everything have no effect.
+    rules.iter().rev().take_while(|r| !denies_all(r)).any(any)
+}
+
 fn allows_all(rules: &[Rule]) -> bool {
     let all = |r: &Rule| r.allow && r.kind.is_none() && r.major.is_none() && r.access == MKNOD | READ | WRITE;
     rules.iter().rev().take_while(|r| r.allow).any(all)

@@ -68,7 +68,8 @@ impl Streams {
         }
     }
 
-    fn insert(&self, token: u64, stream: OwnedFd) {
+    /// Adds a stream. Rejects the stream if too many streams already wait for a request.
+    pub fn insert(&self, token: u64, stream: OwnedFd) {
         let mut table = lock(&self.table);
         match table.awaited.remove(&token) {
             Some(waiter) => {

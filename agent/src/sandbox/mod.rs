@@ -19,6 +19,7 @@ use std::sync::Mutex;
 use husk_base::sync::lock;
 
 use crate::id_mappings::IdMappings;
+use crate::policy::Guard;
 use mirror::Mirrors;
 use namespaces::NamespaceError;
 
@@ -46,6 +47,8 @@ pub struct Sandbox {
     state: Mutex<State>,
     /// Mirrored volumes.
     pub mirrors: Mirrors,
+    /// The pod's agent policy.
+    pub policy: Guard,
 }
 
 impl Sandbox {

@@ -15,16 +15,19 @@ use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::namespaces;
+use super::{Sandbox, namespaces};
+use crate::policy::Guard;
 use crate::vsock::Listener;
 
 /// Maximum number of concurrent connections.
 const MAX_CONNECTIONS: usize = 1024;
 /// Timeout for each of two steps: reading the header, and connecting.
 const TIMEOUT: Duration = Duration::from_secs(30);
+/// Reply to a connection that the pod's policy does not allow.
+const REFUSED: u8 = libc::EACCES as u8;
 
 /// Accepts connections until the listener fails.
-pub async fn serve(listener: Listener) {
+pub async fn serve(listener: Listener, sandbox: Arc<Sandbox>) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(slot) = slots.clone().acquire_owned().await else { return };
@@ -32,8 +35,9 @@ pub async fn serve(listener: Listener) {
             Ok(stream) => stream,
             Err(error) => return tracing::error!("failed to accept a connection for port forwarding: {error}"),
         };
+        let sandbox = Arc::clone(&sandbox);
         tokio::spawn(async move {
-            if let Err(error) = forward_connection(stream).await {
+            if let Err(error) = forward_connection(stream, &sandbox.policy).await {
                 tracing::debug!("failed to forward a connection: {error}");
             }
             drop(slot);
@@ -41,13 +45,17 @@ pub async fn serve(listener: Listener) {
     }
 }
 
-async fn forward_connection(stream: OwnedFd) -> io::Result<()> {
+async fn forward_connection(stream: OwnedFd, policy: &Guard) -> io::Result<()> {
     // A `UnixStream` also works for this vsock socket. All stream sockets have the same calls for read, write and
     // shutdown, and no code asks for the socket's address.
     let mut host = UnixStream::from_std(stream.into())?;
     let mut header = [0; HEADER_LEN];
     timeout(TIMEOUT, host.read_exact(&mut header)).await.map_err(|_| io::ErrorKind::TimedOut)??;
     let address = port_forwarding::decode(header).map_err(io::Error::other)?;
+    if let Err(refusal) = policy.check_port_forward(address) {
+        host.write_all(&[REFUSED]).await?;
+        return Err(io::Error::other(refusal));
+    }
     match timeout(TIMEOUT, connect(address)).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
         Ok(mut server) => {
             host.write_all(&[0]).await?;
@@ -91,6 +99,24 @@ mod tests {
         let (mut dialled, accepted) = std::os::unix::net::UnixStream::pair().unwrap();
         accepted.set_nonblocking(true).unwrap();
         io::Write::write_all(&mut dialled, &[0; HEADER_LEN]).unwrap();
-        assert!(forward_connection(accepted.into()).await.is_err());
+        assert!(forward_connection(accepted.into(), &Guard::default()).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn forward_refuses_a_connection_that_the_policy_forbids() {
+        let policy = Guard::default();
+        policy.accept(b"", br#"{"port_forward": false}"#).unwrap();
+        let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let (mut dialled, accepted) = std::os::unix::net::UnixStream::pair().unwrap();
+        accepted.set_nonblocking(true).unwrap();
+        let header = port_forwarding::encode(server.local_addr().unwrap());
+        io::Write::write_all(&mut dialled, &header).unwrap();
+        let error = forward_connection(accepted.into(), &policy).await.unwrap_err();
+        assert!(error.to_string().contains("refused by the rule \"port_forward\" of the pod's policy"), "{error}");
+        let mut reply = Vec::new();
+        io::Read::read_to_end(&mut dialled, &mut reply).unwrap();
+        assert_eq!(reply, [REFUSED]);
+        server.set_nonblocking(true).unwrap();
+        assert_eq!(server.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
     }
 }

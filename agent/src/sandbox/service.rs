@@ -39,6 +39,8 @@ impl SandboxService {
 #[async_trait]
 impl agent_ttrpc::Sandbox for SandboxService {
     async fn setup(&self, _: &TtrpcContext, request: SetupRequest) -> ttrpc::Result<SetupResponse> {
+        // The policy comes first, so that it is in force even if a later step fails.
+        self.sandbox.policy.accept(&request.node_policy, &request.pod_policy)?;
         if request.clock_ns > 0
             && let Err(error) = setup::set_clock(request.clock_ns)
         {

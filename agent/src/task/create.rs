@@ -29,6 +29,14 @@ impl Tasks {
     /// # Errors
     /// Uses the error texts of runc's shim. After an error, no part of the container remains.
     pub async fn create(&self, request: CreateTaskRequest) -> Result<i32, ServiceError> {
+        let tokens = StreamTokens {
+            terminal: request.terminal,
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+        };
+        // The streams are taken first. Otherwise, the streams of a request that fails would stay in the table.
+        let streams = self.take_streams(&tokens).await?;
         check_id(&request.id)?;
         let options = CreateOptions::parse_from_bytes(&request.options.value)
             .map_err(malformed("failed to parse the create options"))?;
@@ -37,13 +45,8 @@ impl Tasks {
         if !request.checkpoint.is_empty() {
             return Err(ServiceError::Unimplemented("restoring from a checkpoint is not supported"));
         }
+        self.sandbox.policy.check_container(&spec, &request, &options.rootfs)?;
         let cgroup = Cgroup::for_container(&request.id);
-        let tokens = StreamTokens {
-            terminal: request.terminal,
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-        };
         // The cgroup is created first, because its files show which limits the guest kernel supports.
         let container = {
             let oom = Arc::new(OomWatch::new(&request.id, cgroup.clone(), self.hub.clone()));
@@ -68,6 +71,7 @@ impl Tasks {
                 id: request.id.clone(),
                 bundle: request.bundle.clone(),
                 init: Process::new("", tokens, None),
+                process: spec.process().clone().unwrap_or_default(),
                 seccomp: linux.and_then(|linux| linux.seccomp().clone()),
                 oom_score_adj: spec.process().as_ref().and_then(|process| process.oom_score_adj()),
                 shares_pid_namespace: shares_pid_namespace(&spec),
@@ -81,7 +85,7 @@ impl Tasks {
             })
         };
         self.insert(&container)?;
-        match self.create_inserted(&container, &spec).await {
+        match self.create_inserted(&container, &spec, streams).await {
             Ok(pid) => Ok(pid),
             Err(error) => {
                 container.init.advance(Phase::Stopped(0, ProcessExit { status: 255, at_ns: now_ns() }));
@@ -102,7 +106,12 @@ impl Tasks {
         }
     }
 
-    async fn create_inserted(&self, container: &Arc<Container>, spec: &Spec) -> Result<i32, ServiceError> {
+    async fn create_inserted(
+        &self,
+        container: &Arc<Container>,
+        spec: &Spec,
+        streams: StdioStreams,
+    ) -> Result<i32, ServiceError> {
         let _guard = self.reaper.keep_unclaimed_exits();
         std::fs::create_dir_all(&container.dir).map_err(failed("create the task directory"))?;
         std::fs::create_dir_all(STATE_DIR).map_err(failed("create the state directory"))?;
@@ -111,7 +120,6 @@ impl Tasks {
         let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
         let uid = uid_in_guest(self.sandbox.id_mappings().as_ref(), uid);
         let tokens = &container.init.tokens;
-        let streams = self.take_streams(tokens).await?;
         let (console, relays, io, streams) = if tokens.terminal {
             let console = Console::listen().map_err(failed("create the console socket"))?;
             (Some(console), None, stdio::null_stdio().map_err(failed("open /dev/null"))?, Some(streams))

@@ -112,6 +112,7 @@ async fn remove_cgroup(container: &Container) -> std::io::Result<()> {
 mod tests {
     use std::sync::Mutex;
 
+    use super::super::ProcessSpec;
     use super::super::process::{Process, StreamTokens};
     use super::*;
     use crate::cgroup::Cgroup;
@@ -126,6 +127,7 @@ mod tests {
             oom: Arc::new(OomWatch::new(id, cgroup.clone(), EventHub::default())),
             cgroup,
             init: Process::new("", StreamTokens::default(), None),
+            process: ProcessSpec::default(),
             dir: std::env::temp_dir().join(id),
             seccomp: None,
             oom_score_adj: None,

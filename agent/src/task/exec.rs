@@ -19,6 +19,14 @@ use crate::io::stdio::{self, Relays, StdioStreams};
 impl Tasks {
     /// Registers an exec. [`Tasks::start_exec`] starts it.
     pub async fn exec(&self, request: ExecProcessRequest) -> Result<(), ServiceError> {
+        let tokens = StreamTokens {
+            terminal: request.terminal,
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+        };
+        // The streams are taken first. Otherwise, the streams of a request that fails would stay in the table.
+        let streams = self.take_streams(&tokens).await?;
         let container = self.get(&request.id)?;
         if request.exec_id.is_empty() || request.exec_id.len() > 100 {
             return Err(ServiceError::InvalidArgument(format!(
@@ -32,17 +40,11 @@ impl Tasks {
         let mut process: ProcessSpec =
             serde_json::from_slice(&request.spec.value).map_err(malformed("failed to parse the process"))?;
         spec::adapt_process(&mut process);
+        self.sandbox.policy.check_exec(&container.id, &container.process, &process)?;
         process.set_terminal(Some(request.terminal));
         if process.oom_score_adj().is_none() {
             process.set_oom_score_adj(container.oom_score_adj);
         }
-        let tokens = StreamTokens {
-            terminal: request.terminal,
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-        };
-        let streams = self.take_streams(&tokens).await?;
         let process = Process::new(&request.exec_id, tokens, Some((process, streams)));
         let mut execs = lock(&container.execs);
         if execs.contains_key(&request.exec_id) {
@@ -132,4 +134,45 @@ impl Tasks {
 
 fn exec_failed(reason: &str) -> ServiceError {
     ServiceError::Unknown(format!("OCI runtime exec failed: exec failed: {reason}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read};
+    use std::os::unix::net::UnixStream;
+
+    use husk_proto::containerd::api::CreateTaskRequest;
+
+    use super::*;
+    use crate::io::streams::Streams;
+
+    /// Adds a stream with this token to the table. Returns the host's end.
+    fn connect(streams: &Streams, token: u64) -> UnixStream {
+        let (host, guest) = UnixStream::pair().unwrap();
+        host.set_nonblocking(true).unwrap();
+        streams.insert(token, guest.into());
+        host
+    }
+
+    #[tokio::test]
+    async fn request_that_fails_closes_its_streams() {
+        let streams = Streams::default();
+        let tasks = Tasks::new(Default::default(), streams.clone(), Default::default(), Default::default());
+        let mut hosts: Vec<UnixStream> = (1..=4).map(|token| connect(&streams, token)).collect();
+        assert_eq!(hosts[0].read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+        let exec = ExecProcessRequest {
+            id: "none".into(),
+            exec_id: "e".into(),
+            stdin: "1".into(),
+            stdout: "2".into(),
+            ..Default::default()
+        };
+        assert!(matches!(tasks.exec(exec).await, Err(ServiceError::NotFound(_))));
+        let create =
+            CreateTaskRequest { id: "..".into(), stdout: "3".into(), stderr: "4".into(), ..Default::default() };
+        assert!(matches!(tasks.create(create).await, Err(ServiceError::InvalidArgument(_))));
+        for host in &mut hosts {
+            assert_eq!(host.read(&mut [0]).unwrap(), 0);
+        }
+    }
 }

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex};
 
 use husk_base::sync::lock;
 use husk_proto::agent::Exit;
-use libcontainer::oci_spec::runtime::{LinuxSeccomp, Spec};
+use libcontainer::oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec, Spec};
 use tokio::task::AbortHandle;
 
 use crate::cgroup::Cgroup;
@@ -47,6 +47,8 @@ pub struct Container {
     /// First process of the container.
     pub init: Arc<Process>,
     dir: PathBuf,
+    /// Process of the specification, with which the policy compares an exec.
+    process: ProcessSpec,
     seccomp: Option<LinuxSeccomp>,
     oom_score_adj: Option<i32>,
     shares_pid_namespace: bool,

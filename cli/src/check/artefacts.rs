@@ -3,7 +3,7 @@
 use std::{fs::File, io, io::Read, path::Path};
 
 use husk_base::error::chain;
-use husk_config::Config;
+use husk_config::{Config, digest};
 
 use super::Finding;
 
@@ -22,18 +22,42 @@ pub fn configuration(path: &Path) -> (Config, Vec<Finding>) {
 
 /// Checks the guest kernel and the initrd.
 pub fn images(config: &Config) -> [Finding; 2] {
-    [image("guest kernel", "kernel", &config.kernel, kernel), image("initrd", "initrd", &config.initrd, initrd)]
+    [
+        image("guest kernel", "kernel", (&config.kernel, &config.kernel_sha256), kernel),
+        image("guest image", "initrd", (&config.initrd, &config.initrd_sha256), initrd),
+    ]
 }
 
-fn image(name: &'static str, key: &str, path: &Path, kind: fn(&[u8]) -> Result<&'static str, &'static str>) -> Finding {
+fn image(
+    name: &'static str,
+    key: &str,
+    (path, digest): (&Path, &str),
+    kind: fn(&[u8]) -> Result<&'static str, &'static str>,
+) -> Finding {
     let remedy = format!("copy Husk's dist/root to /, or set {key} in the configuration");
-    match head(path) {
-        Err(error) => Finding::fail(name, format!("failed to read {}: {error}", path.display()), remedy),
-        Ok((head, len)) => match kind(&head) {
-            Ok(kind) => Finding::ok(name, format!("{}, {kind}, {} KiB", path.display(), len.div_ceil(1024))),
-            Err(reason) => Finding::fail(name, format!("{}: {reason}", path.display()), remedy),
-        },
-    }
+    let unreadable = |error| Finding::fail(name, format!("failed to read {}: {error}", path.display()), remedy.clone());
+    let (head, len) = match head(path) {
+        Ok(found) => found,
+        Err(error) => return unreadable(error),
+    };
+    let kind = match kind(&head) {
+        Ok(kind) => kind,
+        Err(reason) => return Finding::fail(name, format!("{}: {reason}", path.display()), remedy),
+    };
+    let checked = if digest.is_empty() {
+        "digest not checked"
+    } else {
+        match File::open(path).and_then(|file| digest::sha256(file, |_| Ok(()))) {
+            Err(error) => return unreadable(error),
+            Ok(found) if found == digest => "digest correct",
+            Ok(found) => {
+                let detail = format!("{}: expected SHA-256 {digest}, found {found}", path.display());
+                let remedy = format!("install the right file, or correct {key}_sha256 in the configuration");
+                return Finding::fail(name, detail, remedy);
+            }
+        }
+    };
+    Finding::ok(name, format!("{}, {kind}, {} KiB, {checked}", path.display(), len.div_ceil(1024)))
 }
 
 /// Returns the first 64 bytes of a file, and the file's length.
@@ -85,6 +109,23 @@ mod tests {
         elf[18] = 40;
         assert!(kernel(&elf).is_err() && kernel(b"MZ").is_err() && kernel(b"\x7fELF").is_err());
         assert!(initrd(b"070701000").is_ok() && initrd(b"").is_err());
+    }
+
+    #[test]
+    fn digests_of_the_configuration_are_checked() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config { initrd: dir.path().join("i"), ..Config::default() };
+        fs::write(&config.initrd, "070701").unwrap();
+        let check = |config: &Config| images(config)[1].clone();
+        assert!(check(&config).detail.ends_with("1 KiB, digest not checked"));
+        config.initrd_sha256 = digest::sha256(&b"070701"[..], |_| Ok(())).unwrap();
+        assert!(check(&config).detail.ends_with("1 KiB, digest correct"));
+        fs::write(&config.initrd, "0707012").unwrap();
+        let finding = check(&config);
+        let found = digest::sha256(&b"0707012"[..], |_| Ok(())).unwrap();
+        assert_eq!(finding.status, Status::Fail);
+        assert!(finding.detail.ends_with(&format!("expected SHA-256 {}, found {found}", config.initrd_sha256)));
+        assert!(finding.remedy.contains("initrd_sha256"));
     }
 
     #[test]

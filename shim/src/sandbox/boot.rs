@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use husk_base::entropy;
 use husk_config::{Config, Seccomp};
 use husk_proto::agent::{IdMapping, Mount, SetupRequest};
-use husk_proto::{GUEST_SHM, SHARE_TAG, ports};
+use husk_proto::{AUDIT_PREFIX, GUEST_SHM, SHARE_TAG, ports};
 use husk_vmm::config::{FdIndex, SeccompMode, ShareConfig, VmConfig};
 use husk_vmm::control::{Answer, BootStep, Call, ExitReason, Notice};
 use tokio::net::unix::pipe;
@@ -22,6 +22,8 @@ use crate::oci;
 use crate::oci::IdMappings;
 use crate::resources::BootSize;
 use crate::resources::hugepages;
+use crate::sandbox::guest_image::GuestImages;
+use crate::sandbox::policy::PodPolicies;
 use crate::sandbox::timeline::Timeline;
 use crate::vm::agent::Agent;
 use crate::vm::console;
@@ -49,6 +51,8 @@ pub struct Pod {
     pub id_mappings: Option<IdMappings>,
     /// Network interfaces, with their addresses, routes, neighbours and rules.
     pub network: Network,
+    /// Agent policies.
+    pub policies: PodPolicies,
 }
 
 /// Everything that a boot needs. The shim prepares the plan while the VMM process starts.
@@ -63,26 +67,16 @@ pub struct BootPlan {
     pub share: PathBuf,
     /// `/dev/kvm`.
     pub kvm: File,
-    /// The guest kernel.
-    pub kernel: File,
-    /// The guest's initial RAM file system.
-    pub initrd: File,
+    /// Guest kernel and initrd.
+    pub images: GuestImages,
 }
 
 /// Error of a boot.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// A file of the installation or `/dev/kvm` cannot be opened.
-    #[error("failed to open the {what} {path}")]
-    Open {
-        /// What the file is, such as `guest kernel`.
-        what: &'static str,
-        /// Path.
-        path: PathBuf,
-        /// Cause.
-        #[source]
-        source: std::io::Error,
-    },
+    /// `/dev/kvm` cannot be opened.
+    #[error("failed to open the KVM device /dev/kvm")]
+    Kvm(#[source] std::io::Error),
     /// The pipe for the console could not be created.
     #[error("failed to create a pipe for the guest's console")]
     Console(#[source] std::io::Error),
@@ -120,27 +114,19 @@ pub enum BootError {
 }
 
 impl BootPlan {
-    /// Opens the files that a boot needs.
+    /// Opens `/dev/kvm` and returns the plan.
     ///
     /// # Errors
-    /// [`BootError::Open`] with the file that cannot be opened.
-    pub fn open(pod: Pod, config: Config, boot_size: BootSize, share: PathBuf) -> Result<Self, BootError> {
-        let open = |what, path: &std::path::Path, write| {
-            File::options().read(true).write(write).open(path).map_err(|source| BootError::Open {
-                what,
-                path: path.to_owned(),
-                source,
-            })
-        };
-        Ok(Self {
-            pod,
-            kvm: open("KVM device", "/dev/kvm".as_ref(), true)?,
-            kernel: open("guest kernel", &config.kernel, false)?,
-            initrd: open("guest's initial RAM file system", &config.initrd, false)?,
-            config,
-            boot_size,
-            share,
-        })
+    /// [`BootError::Kvm`].
+    pub fn new(
+        pod: Pod,
+        config: Config,
+        images: GuestImages,
+        boot_size: BootSize,
+        share: PathBuf,
+    ) -> Result<Self, BootError> {
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").map_err(BootError::Kvm)?;
+        Ok(Self { pod, config, boot_size, share, kvm, images })
     }
 }
 
@@ -200,7 +186,7 @@ pub async fn boot(
 /// Tells the VMM to create the VM and to start it.
 async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
     let huge_mib = hugepages::pool_mib();
-    let mut fds = vec![plan.kvm.as_fd(), plan.kernel.as_fd(), plan.initrd.as_fd(), console.as_fd()];
+    let mut fds = vec![plan.kvm.as_fd(), plan.images.kernel.as_fd(), plan.images.initrd.as_fd(), console.as_fd()];
     let net: Vec<_> = plan.pod.network.taps.iter().map(|tap| net_config(tap, &mut fds)).collect();
     net.iter().for_each(|net| vmm.allow_vhost(net));
     let config = VmConfig {
@@ -282,6 +268,8 @@ async fn connect(plan: &BootPlan, vmm: &Vmm, timeline: &Timeline, limit: Duratio
         pids_max: pod.pids_max.unwrap_or(0),
         uid_mappings: uids.iter().map(message).collect(),
         gid_mappings: gids.iter().map(message).collect(),
+        node_policy: pod.policies.node.clone(),
+        pod_policy: pod.policies.pod.clone(),
         ..Default::default()
     };
     let kernel = agent.setup(&request, limit).await.map_err(BootError::Setup)?;
@@ -371,11 +359,19 @@ fn log_agent_lines(vmm: Vmm) {
                 .map_err(|e| e.to_string())
         });
         match stream {
-            Ok(stream) => console::read_lines(stream, |line| tracing::debug!(from = "agent", "{line}")).await,
+            Ok(stream) => console::read_lines(stream, |line| log_agent_line(&line)).await,
             Err(error) => tracing::debug!(error, "failed to read the agent's log"),
         }
     };
     tokio::spawn(task);
+}
+
+fn log_agent_line(line: &str) {
+    // A line begins with a time and a level.
+    match line.splitn(3, ' ').nth(2).filter(|message| message.starts_with(AUDIT_PREFIX)) {
+        Some(message) => tracing::warn!(from = "agent", "{message}"),
+        None => tracing::debug!(from = "agent", "{line}"),
+    }
 }
 
 /// Returns the read end and the write end of a new pipe.

@@ -18,6 +18,8 @@ use crate::resources::cgroup::Cgroup;
 use crate::resources::limits;
 use crate::resources::oom_score;
 use crate::sandbox::boot::{BootPlan, Pod};
+use crate::sandbox::guest_image::GuestImages;
+use crate::sandbox::policy::PodPolicies;
 use crate::sandbox::state_dir::{ProcessId, StateDir};
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{LaunchInput, Sandbox};
@@ -66,17 +68,17 @@ impl DeferredLaunch {
         // Use a blocking thread, because waiting for systemd must not block the async runtime.
         let entered = tokio::task::spawn_blocking({
             let (context, path) = (context.clone(), bundle.spec.linux.cgroups_path.clone());
-            move || enter_cgroup(&context, &path)
+            move || (Installation::open(&context), enter_cgroup(&context, &path))
         });
-        let cgroup =
-            entered.await.unwrap_or_else(|error| Err(format!("failed to enter the sandbox's cgroup: {error}")));
+        let (installation, cgroup) =
+            entered.await.map_err(|error| format!("failed to enter the sandbox's cgroup: {error}"))?;
         let mut partial = PartialLaunch::default();
         let spawned = cgroup.and_then(|cgroup| partial.spawn(&context, &bundle.spec, cgroup));
         let (done, wait) = oneshot::channel();
         // Use a separate thread, because a launch enters the pod's network namespace. A thread that cannot leave this
         // namespace must end.
         let thread = std::thread::Builder::new().name("launch".into()).spawn(move || {
-            let plan = spawned.and_then(|network| partial.plan(&context, &bundle, &share, network));
+            let plan = spawned.and_then(|network| partial.plan(&context, &bundle, &share, network, installation));
             let _ = done.send(partial.finish(plan));
         });
         let input = match thread {
@@ -85,6 +87,26 @@ impl DeferredLaunch {
         };
         sandbox.launch(input, reports);
         Ok(())
+    }
+}
+
+/// The node's configuration, and the files that it names.
+struct Installation {
+    config: Config,
+    images: GuestImages,
+}
+
+impl Installation {
+    /// Reads the configuration, and opens guest kernel and initrd. Must be called before [`enter_cgroup`], because
+    /// [`GuestImages::open`] makes copies that outlive the sandbox.
+    fn open(context: &LaunchContext) -> Result<Self, String> {
+        let path = std::env::var_os("HUSK_CONFIG").map_or_else(|| PathBuf::from(husk_config::DEFAULT_PATH), Into::into);
+        let config = Config::load(&path).map_err(|e| chain(&e))?;
+        if !context.debug {
+            log::set_level(config.log_level);
+        }
+        let images = GuestImages::open(&config).map_err(|e| chain(&e))?;
+        Ok(Self { config, images })
     }
 }
 
@@ -100,9 +122,10 @@ struct PartialLaunch {
 pub fn prepare(context: &LaunchContext, bundle: &Bundle, share: &Path) -> LaunchInput {
     let mut partial = PartialLaunch::default();
     let spec = &bundle.spec;
+    let installation = Installation::open(context);
     let entered = enter_cgroup(context, &spec.linux.cgroups_path);
     let spawned = entered.and_then(|cgroup| partial.spawn(context, spec, cgroup));
-    let plan = spawned.and_then(|network| partial.plan(context, bundle, share, network));
+    let plan = spawned.and_then(|network| partial.plan(context, bundle, share, network, installation));
     partial.finish(plan)
 }
 
@@ -128,25 +151,23 @@ impl PartialLaunch {
         Ok(network)
     }
 
-    /// Reads the configuration, sizes the VM, connects the network and opens the files that the VM needs.
+    /// Sizes the VM and connects the network.
     fn plan(
         &mut self,
         context: &LaunchContext,
         bundle: &Bundle,
         share: &Path,
         network: Network,
+        installation: Result<Installation, String>,
     ) -> Result<BootPlan, String> {
-        let path = std::env::var_os("HUSK_CONFIG").map_or_else(|| PathBuf::from(husk_config::DEFAULT_PATH), Into::into);
-        let config = Config::load(&path).map_err(|e| chain(&e))?;
-        if !context.debug {
-            log::set_level(config.log_level);
-        }
+        let Installation { config, images } = installation?;
         self.timeline_log.clone_from(&config.timeline_log);
         bundle.check().map_err(|e| chain(&e))?;
         let spec = &bundle.spec;
         let memory_limit_mib = self.cgroup.as_ref().map_or(u64::MAX, |cgroup| limits::max_guest_mib(cgroup.location()));
         let id_mappings = bundle.id_mappings().map_err(|e| chain(&e))?;
         let boot_size = resources::boot_size(spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
+        let policies = PodPolicies::new(&spec.annotations, &config).map_err(|e| chain(&e))?;
         record_sandbox(context, spec, &boot_size, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
         let tap_options = network::TapOptions {
             queue_pairs: usize::from(boot_size.vcpus).min(MAX_QUEUE_PAIRS),
@@ -168,8 +189,8 @@ impl PartialLaunch {
             Network::Path(path) => network::connect(path, tap_options).map_err(|e| chain(&e))?,
         };
         context.timeline.mark("network connected");
-        let pod = pod(context, spec, id_mappings, network);
-        BootPlan::open(pod, config, boot_size, share.to_owned()).map_err(|e| chain(&e))
+        let pod = pod(context, spec, id_mappings, network, policies);
+        BootPlan::new(pod, config, images, boot_size, share.to_owned()).map_err(|e| chain(&e))
     }
 }
 
@@ -193,13 +214,19 @@ fn record_sandbox(context: &LaunchContext, spec: &Spec, boot_size: &BootSize, vm
 
 /// Returns the part of the guest's configuration that depends on the pod.
 ///
-/// The sysctls of a sandbox container belong to the pod, because that container is never created in the guest. The
-/// sysctls of a container without a pod are applied when the container is created.
-fn pod(context: &LaunchContext, spec: &Spec, id_mappings: Option<IdMappings>, network: network::Network) -> Pod {
+/// The sysctls of a sandbox container belong to the pod, because that container is never created. The sysctls of a
+/// container without a pod are applied when the container is created.
+fn pod(
+    context: &LaunchContext,
+    spec: &Spec,
+    id_mappings: Option<IdMappings>,
+    network: network::Network,
+    policies: PodPolicies,
+) -> Pod {
     let is_sandbox = spec.annotations.is_sandbox();
     let sysctls = if is_sandbox { spec.linux.sysctl.clone() } else { Default::default() };
     let (id, hostname) = (context.sandbox.clone(), hostname(&spec.hostname));
-    Pod { id, hostname, shared_memory: is_sandbox, sysctls, pids_max: None, id_mappings, network }
+    Pod { id, hostname, shared_memory: is_sandbox, sysctls, pids_max: None, id_mappings, network, policies }
 }
 
 /// Returns `name`, the host name in the specification. If `name` is empty, returns the node's host name, which the

@@ -3,7 +3,9 @@
 mod apparmor;
 pub mod boot;
 pub mod disks;
+mod guest_image;
 pub mod launch;
+mod policy;
 mod propagation;
 pub mod state_dir;
 pub mod timeline;

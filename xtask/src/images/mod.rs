@@ -100,7 +100,7 @@ fn hash_of(pieces: &[&[u8]]) -> String {
 }
 
 /// Returns the lower-case hexadecimal form of a digest.
-fn hex(bytes: &[u8]) -> String {
+pub fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
     bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");
