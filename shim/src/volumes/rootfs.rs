@@ -174,7 +174,7 @@ fn bind(
     }
     let attr = if options.flags.contains(MsFlags::MS_RDONLY) { mount_api::MOUNT_ATTR_RDONLY } else { 0 };
     mount_api::set_attributes(tree.as_fd(), attr, 0, false)?;
-    mount_api::attach(tree.as_fd(), mount_api::open_path(target, false)?.as_fd())?;
+    mount_api::attach_to_share(tree.as_fd(), mount_api::open_path(target, false)?.as_fd())?;
     let notes = (!left_out.is_empty())
         .then(|| format!("host-only file systems are left out of the rootfs: {}", left_out.join(", ")));
     Ok(notes.into_iter().collect())
@@ -247,10 +247,13 @@ fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappi
         mount_api::clone_tree(mount_api::open_path(Path::new("overlay"), false)?.as_fd(), false)
     })?;
     let overlay = mounter.join().unwrap_or_else(|_| Err(io::Error::other("the thread that mounts layers panicked")))?;
-    mount_api::attach(overlay.as_fd(), mount_api::open_path(target, false)?.as_fd())
+    mount_api::attach_to_share(overlay.as_fd(), mount_api::open_path(target, false)?.as_fd())
 }
 
+/// Mounts a file system with the flags of the share's mounts. The call that mounts also sets the flags, because the VMM
+/// sees a mount in the share at once.
 fn mount_with_data(source: &Path, target: &Path, kind: &str, flags: MsFlags, data: &str) -> io::Result<()> {
+    let flags = flags | mount_api::SHARED_FLAGS;
     Ok(mount(Some(source), target, Some(kind), flags, Some(data).filter(|data| !data.is_empty()))?)
 }
 

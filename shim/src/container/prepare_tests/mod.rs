@@ -1,6 +1,7 @@
 //! Tests [`prepare`] with real mounts. Each test has its own mount namespace. The tests need root. Therefore, run
 //! `cargo xtask test` as root.
 
+mod attributes;
 mod host_only;
 mod later_mounts;
 mod rootfs;
