@@ -10,8 +10,8 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, TMPFS_MAGIC, statfs};
 
 use super::Finding;
 
-/// First kernel with mount_setattr(2), which makes volumes read-only.
-const MIN_KERNEL: (u32, u32) = (5, 12);
+/// First kernel whose mount_setattr(2) has MOUNT_ATTR_NOSYMFOLLOW, which the shim sets on all mounts of a share.
+const MIN_KERNEL: (u32, u32) = (5, 14);
 
 /// Runs all checks of the host.
 pub fn all(config: &Config) -> Vec<Finding> {
@@ -161,8 +161,8 @@ mod tests {
     #[test]
     fn kernel_versions_are_compared_numerically() {
         assert_eq!(kernel("6.1.0-18-amd64").status, Status::Ok);
-        assert_eq!(kernel("5.12").status, Status::Ok);
-        assert_eq!(kernel("5.4.0-1").status, Status::Fail);
+        assert_eq!(kernel("5.14").status, Status::Ok);
+        assert_eq!(kernel("5.13.9-1").status, Status::Fail);
         assert_eq!(kernel("").status, Status::Fail);
         assert_eq!(overlay("nodev\tproc\nnodev\toverlay\n").status, Status::Ok);
         assert_eq!(overlay("nodev\tproc\n").status, Status::Warn);

@@ -13,8 +13,8 @@ use std::{
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use crate::volumes::shared_mounts;
 use crate::volumes::staging_dir::StagingDir;
+use crate::volumes::{mount_api, shared_mounts};
 
 /// A sandbox's share.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,7 +70,7 @@ impl Share {
         // A small size is sufficient, because these file systems contain only mount points: directories and empty
         // files.
         for (path, options) in [(host, "mode=0711,size=4m"), (&stage, "mode=0700,size=4m")] {
-            mount(Some("husk"), path, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some(options))
+            mount(Some("husk"), path, Some("tmpfs"), mount_api::SHARED_FLAGS, Some(options))
                 .map_err(fail("mount a tmpfs at", path))?;
         }
         // Private propagation allows mounts to be moved out of the staging directory. It also prevents the propagation
@@ -87,8 +87,7 @@ impl Share {
         std::fs::create_dir(&volumes).map_err(|source| ShareError { step: "create", path: volumes, source })?;
         mount(Some(host), guest, none, MsFlags::MS_BIND, none).map_err(fail("bind the share to", guest))?;
         mount(none, guest, none, MsFlags::MS_SLAVE, none).map_err(fail("set slave propagation of", guest))?;
-        let read_only =
-            MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | mount_api::SHARED_FLAGS;
         mount(none, guest, none, read_only, none).map_err(fail("set the read-only flag of", guest))
     }
 

@@ -85,8 +85,8 @@ pub fn acquire(
     let made = if directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
     made.map_err(at("create the mount point"))?;
     let opened = mount_api::open_path(&target, false).map_err(at("open the mount point"));
-    let attached =
-        opened.and_then(|target| mount_api::attach(tree.as_fd(), target.as_fd()).map_err(at("attach the mount")));
+    let attached = opened
+        .and_then(|target| mount_api::attach_to_share(tree.as_fd(), target.as_fd()).map_err(at("attach the mount")));
     if attached.is_err() {
         // No container may get the empty mount point. When container `id` is deleted, `release` removes the mount
         // point.

@@ -59,7 +59,7 @@ pub fn attach_copy(source: &OwnedFd, to: &Path, path: &Path) -> io::Result<()> {
     let Some(to) = mounted(to)? else { return Ok(()) };
     let tree = mount_api::clone_tree(source.as_fd(), false)?;
     mount_api::set_attributes(tree.as_fd(), 0, libc::MS_PRIVATE, false)?;
-    mount_api::attach(tree.as_fd(), open_below(&to.file, path)?.as_fd())
+    mount_api::attach_to_share(tree.as_fd(), open_below(&to.file, path)?.as_fd())
 }
 
 /// Unmounts a mount below `base`, with its submounts.
