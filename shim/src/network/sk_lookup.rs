@@ -1,13 +1,12 @@
-//! Port forwarding on the host: steers TCP connections inside the pod's network namespace to two listeners of the shim.
+//! Port forwarding on the host: steers TCP connections in the pod's network namespace to the shim's listeners.
 //!
-//! The namespace does not have servers, because the pod's servers are in the guest. Frames that arrive at an interface
-//! are redirected and never reach the namespace's network stack. Only host processes open connections inside the
-//! namespace. For example, containerd's port forwarding connects to localhost in the namespace.
+//! Only host processes open connections in the namespace. For example, containerd's port forwarding connects to
+//! localhost there. The namespace has no servers, because the pod's servers run in the guest. Frames that arrive at an
+//! interface never reach the namespace's network stack, because tc filters redirect the frames to the tap.
 //!
-//! A BPF program in the kernel's socket lookup (BPF_PROG_TYPE_SK_LOOKUP, Linux 5.9) selects the listener of the
-//! connection's address family, for every destination address and port. The local address of an accepted connection is
-//! the destination that the client dialled. The steering does not need netfilter. The listeners and the program
-//! disappear when their fds are closed.
+//! A BPF program (BPF_PROG_TYPE_SK_LOOKUP, Linux 5.9) selects the listener by the connection's address family. The
+//! program ignores the connection's destination address and port. The local address of an accepted connection is the
+//! address to which the client connected. Closing the fds removes the listeners and the program.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
@@ -39,7 +38,7 @@ const CTX_PROTOCOL: i16 = 12;
 /// Creates listeners in the current network namespace, and steers TCP connections to these listeners.
 ///
 /// # Errors
-/// The kernel's error, for example if the kernel is older than 5.9 or its configuration forbids BPF programs.
+/// The kernel's error, for example if the kernel is older than 5.9 or was built without BPF.
 pub fn attach_to_current_namespace() -> io::Result<PortForwarding> {
     let listen = |address: SocketAddr| {
         let listener = TcpListener::bind(address)?;
@@ -60,7 +59,8 @@ pub fn attach_to_current_namespace() -> io::Result<PortForwarding> {
     Ok(PortForwarding { listeners, link })
 }
 
-/// Returns the BPF program. A jump offset is the number of instructions to skip.
+/// Returns the BPF program. `map` is the fd of the map that contains the listeners. A jump offset is the number of
+/// instructions to skip.
 fn program(map: i32) -> Vec<Instruction> {
     // Opcodes from linux/bpf_common.h and linux/bpf.h.
     const MOV: u8 = 0xbf; // dst = src
@@ -93,7 +93,7 @@ fn program(map: i32) -> Vec<Instruction> {
         Instruction::new(MOV, 2, 7, 0, 0),
         Instruction::new(MOV_VALUE, 3, 0, 0, 0),
         Instruction::new(CALL, 0, 0, 0, FUNC_SK_ASSIGN),
-        // Releases the reference to the listener in r7.
+        // Release the reference to the listener, which is in r7.
         Instruction::new(MOV, 1, 7, 0, 0),
         Instruction::new(CALL, 0, 0, 0, FUNC_SK_RELEASE),
         Instruction::new(MOV_VALUE, 0, 0, 0, SK_PASS),
@@ -110,7 +110,7 @@ mod tests {
         let program = program(3);
         let at = |index: usize| program[index].code;
         let target = |index: usize| index + 1 + usize::try_from(program[index].offset).unwrap();
-        // The last two instructions return SK_PASS, which continues the lookup.
+        // The last two instructions return SK_PASS.
         let end = program.len() - 2;
         assert_eq!(at(end), 0xb7);
         assert_eq!((at(2), at(12)), (0x55, 0x15));

@@ -21,8 +21,8 @@ use crate::network::{NetworkChange, NetworkError, NetworkWatcher, Tap};
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::{Vmm, VmmError};
 
-/// Delay between the first notification and the update. Changes that arrive within this delay are applied together. For
-/// example, an interface, its address and its routes arrive one after another.
+/// Delay between a netlink notification and the update. The update applies all changes that happen within this delay.
+/// For example, CNI adds an interface, addresses and routes one after another.
 const COALESCE_DELAY: Duration = Duration::from_millis(50);
 /// First backoff after a failed update. The backoff doubles with every retry.
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
@@ -41,7 +41,7 @@ enum NetworkSyncError {
     /// The VMM cannot attach an interface.
     #[error("failed to attach a network interface to the VM")]
     Attach(#[source] VmmError),
-    /// The VMM cannot search its devices.
+    /// The VMM cannot find an interface by its MAC address.
     #[error("failed to find a network interface of the VM by its MAC address")]
     Find(#[source] VmmError),
     /// The VMM cannot detach an interface.
@@ -52,15 +52,15 @@ enum NetworkSyncError {
     Guest(#[source] ttrpc::Error),
 }
 
-/// Request to apply all current changes. The answer arrives when the changes are applied. If they cannot be applied,
-/// the answer is a text with the error and its causes.
+/// Request to apply all pending changes. The answer arrives after the attempt. If the attempt failed, the answer is a
+/// text that contains the error and its causes.
 type SettleRequest = oneshot::Sender<Result<(), String>>;
 
 /// Handle of the task that applies changes.
 pub struct NetworkSync(mpsc::UnboundedSender<SettleRequest>);
 
 impl NetworkSync {
-    /// Starts the task, which runs until the VM ends.
+    /// Starts the task. The task ends when the VM ends, or when the handle is dropped.
     pub fn start(watcher: NetworkWatcher, notices: OwnedFd, vmm: Vmm, agent: Agent) -> Self {
         let (request, mut requests) = mpsc::unbounded_channel();
         let end = vmm.clone();
@@ -90,15 +90,15 @@ impl NetworkSync {
     /// Waits until the guest has the current configuration.
     ///
     /// # Errors
-    /// The reason why the guest does not get the changes.
+    /// The text of the error that prevented the update.
     pub async fn settle(&self) -> Result<(), String> {
         let (request, answer) = oneshot::channel();
-        // If the task has ended, the VM has ended. The caller notices the VM's end by itself.
+        // The task ends only when the VM ends. The caller detects the end of the VM itself.
         if self.0.send(request).is_ok() { answer.await.unwrap_or(Ok(())) } else { Ok(()) }
     }
 }
 
-/// Applies changes to the guest. Tests implement this trait with a test double.
+/// Applies changes to the guest. Tests implement this trait without a VM.
 trait Apply {
     /// Reads the pod's network on the host and applies the changes.
     fn apply(&mut self) -> impl Future<Output = Result<(), NetworkSyncError>> + Send;
@@ -122,7 +122,7 @@ impl Retry {
     }
 }
 
-/// Applies changes until all handles are dropped.
+/// Applies changes until the handle is dropped.
 async fn watch(
     notices: OwnedFd,
     requests: &mut mpsc::UnboundedReceiver<SettleRequest>,
@@ -133,14 +133,14 @@ async fn watch(
     loop {
         let retry_at = retry.as_ref().map(|retry| retry.retry_at);
         let request = tokio::select! {
-            // Every attempt creates taps, which cause netlink notifications. These notifications must not shorten the
-            // backoff.
+            // Ignore notifications during the backoff. An attempt that creates taps causes notifications, which must
+            // not shorten the backoff.
             ready = notices.readable(), if retry_at.is_none() => {
                 ready?.clear_ready();
                 tokio::select! {
                     () = tokio::time::sleep(COALESCE_DELAY) => None,
-                    // A request ends the delay, because callers send a request when the pod's network is completely
-                    // configured.
+                    // A request ends the delay, because callers send a request only after the pod's network is
+                    // completely configured.
                     request = requests.recv() => request,
                 }
             }
@@ -157,20 +157,20 @@ async fn watch(
             };
         }
         if let Some(request) = request {
-            // The caller may no longer wait for the answer.
+            // Ignore an error: the caller may have stopped waiting.
             let _ = request.send(retry.as_ref().map_or(Ok(()), |retry| Err(retry.error.clone())));
         }
     }
 }
 
-/// The guest of the pod.
+/// The pod's guest, and the work that a failed update leaves for the retry.
 struct Guest {
     watcher: Arc<Mutex<NetworkWatcher>>,
     vmm: Vmm,
     agent: Agent,
-    /// Slots of attached interfaces whose devices the guest has not bound to their driver yet.
+    /// Slots of hot-plugged devices that the guest must bind to the driver.
     unbound_slots: Vec<u32>,
-    /// MAC addresses of devices to hot-unplug, because their interfaces have disappeared.
+    /// MAC addresses of removed interfaces, whose devices must be hot-unplugged.
     removed: Vec<[u8; 6]>,
 }
 
@@ -188,15 +188,15 @@ impl Apply for Guest {
 }
 
 impl Guest {
-    /// Applies a change. Removes each attached tap from `change`, so that a retry does not attach the tap again.
+    /// Applies a change. Removes each attached tap from `change.taps`. After an error, `change.taps` contains the taps
+    /// that were not attached.
     async fn apply_change(&mut self, change: &mut NetworkChange) -> Result<(), NetworkSyncError> {
         self.bind_devices().await?;
         if !change.taps.is_empty() || !self.removed.is_empty() {
             let rest = change.without_new();
             self.agent.sandbox.update_network(within(timeouts::SLOW), &rest).await.map_err(NetworkSyncError::Guest)?;
         }
-        // Detach old interfaces before attaching new interfaces, because a new interface may have the MAC address of an
-        // old interface.
+        // Detach removed interfaces first, because a new interface may have a removed interface's MAC address.
         self.detach_removed().await?;
         while let Some(tap) = change.taps.first() {
             let mut fds = Vec::new();
@@ -218,7 +218,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Hot-unplugs the devices whose interfaces have disappeared, which frees the devices' slots.
+    /// Hot-unplugs the devices of the interfaces in `removed`.
     async fn detach_removed(&mut self) -> Result<(), NetworkSyncError> {
         while let Some(&mac) = self.removed.last() {
             let found = self.vmm.call(Call::FindNet(mac), &[]).await.map_err(NetworkSyncError::Find)?;
@@ -237,7 +237,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Tells the guest to bind the devices of attached interfaces to their driver.
+    /// Tells the agent to bind the devices in `unbound_slots` to the driver.
     async fn bind_devices(&mut self) -> Result<(), NetworkSyncError> {
         while let Some(&slot) = self.unbound_slots.last() {
             let request = BindDeviceRequest { slot, ..Default::default() };
@@ -255,7 +255,7 @@ fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
         let mut bytes = [0u8; 8192];
         match recv(notices.as_raw_fd(), &mut bytes, MsgFlags::empty()) {
             Ok(_) => some = true,
-            // The kernel has dropped notifications. Therefore, at least one notification was pending.
+            // The socket's buffer overflowed, and the kernel dropped notifications.
             Err(Errno::ENOBUFS) => some = true,
             Err(Errno::EAGAIN) => return Ok(some),
             Err(error) => return Err(error.into()),
@@ -263,19 +263,19 @@ fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
     }
 }
 
-/// Reads the pod's network. Uses a new thread, because the thread joins the pod's network namespace and stays there.
+/// Reads the pod's network in a new thread, because the thread moves to the pod's network namespace permanently.
 async fn read_change(watcher: &Arc<Mutex<NetworkWatcher>>) -> Result<Option<NetworkChange>, NetworkSyncError> {
     let (done, changes) = oneshot::channel();
     let watcher = Arc::clone(watcher);
     let thread = std::thread::Builder::new().name("pod-network".into()).spawn(move || {
-        // The receiver is gone if the sandbox has ended.
+        // Ignore an error: if the sandbox has ended, nothing waits for the result.
         let _ = done.send(lock(&watcher).read_change());
     });
     thread.map_err(NetworkSyncError::Thread)?;
     Ok(changes.await.map_err(|error| NetworkSyncError::Thread(io::Error::other(error)))??)
 }
 
-/// Returns the VMM's configuration of a tap, and adds the tap's fds to `fds`.
+/// Returns the configuration of a tap's device for the VMM, and adds the tap's fds to `fds`.
 pub fn net_config<'a>(tap: &'a Tap, fds: &mut Vec<BorrowedFd<'a>>) -> NetConfig {
     let add = |fd: &'a OwnedFd| {
         fds.push(fd.as_fd());
@@ -292,7 +292,7 @@ mod tests {
 
     use super::*;
 
-    /// A guest whose next `left` updates fail. It reports the time of every update.
+    /// A guest that fails `left` more updates. Sends the time of each update to `tries`.
     struct FailingGuest {
         tries: mpsc::UnboundedSender<Instant>,
         left: u32,
@@ -302,7 +302,7 @@ mod tests {
     impl Apply for FailingGuest {
         async fn apply(&mut self) -> Result<(), NetworkSyncError> {
             self.tries.send(Instant::now()).unwrap();
-            // Every attempt causes a notification, as the creation of a tap does.
+            // Every attempt causes a notification, like the creation of a tap.
             self.notices.write_all(b"x").unwrap();
             match self.left {
                 0 => Ok(()),
@@ -333,17 +333,16 @@ mod tests {
         let mut last = tried.recv().await.unwrap();
         for secs in [1, 2, 4, 8, 16, 30, 30] {
             let at = tried.recv().await.unwrap();
-            // Compares whole seconds, because the runtime's clock has a resolution of only one millisecond.
+            // Compare whole seconds, because the runtime's clock has a resolution of only one millisecond.
             assert_eq!((at - last).as_secs(), secs);
             last = at;
         }
-        // The last attempt has succeeded. The notification from that attempt causes one more attempt, without a
-        // backoff.
+        // The eighth attempt succeeded. The notification from this attempt causes a ninth attempt, without a backoff.
         assert!((tried.recv().await.unwrap() - last) < FIRST_BACKOFF);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn settle_returns_the_error_and_retries_at_once() {
+    async fn settle_retries_without_backoff_and_returns_the_error() {
         let (network_sync, mut input, mut tried) = watched(2);
         assert_eq!(network_sync.settle().await, Ok(()));
         assert!(tried.try_recv().is_err(), "an attempt was made, although nothing has changed");

@@ -1,4 +1,4 @@
-//! Creates the tap of an interface, and the traffic control filters that redirect frames between interface and tap.
+//! Creates an interface's tap, and the tc filters that redirect frames between the interface and the tap.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -30,11 +30,11 @@ const TCA_GACT_PARMS: u16 = 2;
 /// linux/tc_act/tc_mirred.h
 const TCA_MIRRED_PARMS: u16 = 2;
 const TCA_EGRESS_REDIR: u32 = 1;
-/// linux/if_link.h: the mode of an interface that does not generate a link-local IPv6 address.
+/// linux/if_link.h: in mode NONE, an interface does not generate a link-local IPv6 address.
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 
-/// Priorities of filters. The kernel tries the filter with the lowest priority number first.
+/// Priorities of tc filters. The kernel tries the filter with the lowest priority number first.
 const FIRST_PRIORITY: u16 = 1;
 const SECOND_PRIORITY: u16 = 2;
 
@@ -45,12 +45,12 @@ pub fn create(netlink: &Netlink, link: &Link, options: TapOptions) -> Result<Tap
     let fds = (0..options.queue_pairs.max(1)).map(open).collect::<io::Result<Vec<_>>>();
     let fds = fds.map_err(kernel_error(format!("create the tap of {}", link.name)))?;
     let index = index(&name).map_err(kernel_error(format!("find the index of the tap of {}", link.name)))?;
-    // The host does not use the tap itself. Therefore, the tap does not need a link-local address, and must not send
-    // IPv6 messages of its own.
+    // Disable the tap's link-local address. With such an address, the host's kernel would send IPv6 messages through
+    // the tap.
     let addr_gen_mode = nest(&[(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE])]);
     let addr_gen_mode = nest(&[(libc::AF_INET6 as u16, &addr_gen_mode)]);
     let header = link_header(index, 0, 0);
-    // Ignore an error. A kernel without IPv6 rejects this request, but does not generate a link-local address either.
+    // Ignore an error. A kernel without IPv6 rejects this request, but generates no link-local address.
     let _ = netlink.change(Message::new(libc::RTM_NEWLINK, 0, &header).attribute(libc::IFLA_AF_SPEC, &addr_gen_mode));
     let up = libc::IFF_UP as u32;
     let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, up, up));
@@ -73,18 +73,18 @@ pub fn create(netlink: &Netlink, link: &Link, options: TapOptions) -> Result<Tap
         from_guest().map_err(kernel_error(format!("redirect frames to {}", link.name)))
     };
     let vhost = connect().inspect_err(|_| {
-        // The tap disappears with its fds, but the redirection to the tap does not. Ignore an error from the removal,
-        // because the caller gets the error that made the removal necessary.
+        // Closing the fds removes the tap, but not the interface's tc filter. Ignore an error from the removal, because
+        // the caller gets the error from `connect`.
         let _ = remove(netlink, link.index, index);
     })?;
     Ok(Tap { fds, vhost, link: link.index, index, mac: link.mac, mtu: link.mtu })
 }
 
-/// Removes a tap, even if another process has an open fd of the tap. If the redirection from the interface to the tap
-/// still exists, removes this redirection, too.
+/// Removes a tap, and the tc filter that redirects frames from the interface `link` to the tap. Other processes may
+/// have the tap open.
 pub fn remove(netlink: &Netlink, link: i32, tap: i32) -> io::Result<()> {
     let ignore_missing = |result: io::Result<()>| match result {
-        // The tap or the filter has already disappeared with its interface.
+        // The tap or the tc filter has already been removed.
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENOENT | libc::EINVAL)) => Ok(()),
         result => result,
     };
@@ -105,7 +105,7 @@ fn has_vhost() -> bool {
     exists
 }
 
-/// Opens a tap with the flags that the VMM needs. The tap disappears when its last fd is closed.
+/// Creates a tap, or opens another queue of the tap. The kernel removes the tap when its last fd is closed.
 fn open(name: &str, multi_queue: bool) -> io::Result<OwnedFd> {
     let tun = File::options().read(true).write(true).open("/dev/net/tun")?;
     let multi_queue_flag = if multi_queue { libc::IFF_MULTI_QUEUE } else { 0 };
@@ -118,31 +118,31 @@ fn index(name: &str) -> io::Result<i32> {
     i32::try_from(nix::net::if_::if_nametoindex(name)?).map_err(io::Error::other)
 }
 
-/// `tc qdisc add dev FROM ingress`
+/// Equivalent to `tc qdisc add dev FROM ingress`.
 fn ingress(netlink: &Netlink, from: i32) -> io::Result<()> {
     let create = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
     let message = Message::new(libc::RTM_NEWQDISC, create, &tcmsg(from, INGRESS, TC_H_INGRESS, 0));
     match netlink.change(message.text(libc::TCA_KIND, "ingress")) {
-        // EEXIST is not a failure, because an ingress qdisc that another program has created accepts these filters,
-        // too.
+        // EEXIST is not a failure. The tc filters can be added to an ingress qdisc that another program created.
         Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
         _ => Ok(()),
     }
 }
 
-/// `tc filter add dev FROM ingress prio 1 matchall action mirred egress redirect dev TO`
+/// Equivalent to `tc filter add dev FROM ingress prio 1 matchall action mirred egress redirect dev TO`.
 fn redirect(netlink: &Netlink, from: i32, to: i32) -> io::Result<()> {
     filter(netlink, from, FIRST_PRIORITY, "matchall", &nest(&[(TCA_MATCHALL_ACT, &mirred(to))]))
 }
 
-/// Sets up MAC anti-spoofing. Redirects frames with the source MAC `mac` from `from` to `to`, and drops all other
-/// frames.
+/// Sets up MAC anti-spoofing. Redirects frames that arrive at `from` to `to` if their source MAC is `mac`. Drops all
+/// other frames.
 ///
-/// Returns false on failure, for example if the kernel lacks `cls_flower` or `act_gact`. After a failure, the caller
-/// adds the filter of [`redirect`]. That filter takes precedence over a drop filter that was already added.
+/// Returns false on failure, for example if the kernel lacks `cls_flower` or `act_gact`. After a failure, the drop
+/// filter may remain. The caller then calls [`redirect`], whose filter takes precedence over the drop filter.
 ///
-/// `tc filter add dev FROM ingress prio 2 matchall action drop`,
-/// `tc filter add dev FROM ingress prio 1 flower src_mac MAC action mirred egress redirect dev TO`
+/// Equivalent to these commands:
+/// - `tc filter add dev FROM ingress prio 2 matchall action drop`
+/// - `tc filter add dev FROM ingress prio 1 flower src_mac MAC action mirred egress redirect dev TO`
 fn redirect_from_mac(netlink: &Netlink, from: i32, to: i32, mac: [u8; 6]) -> bool {
     // struct tc_gact: index, capab, action, refcnt, bindcnt
     let gact = [0, 0, TC_ACT_SHOT, 0, 0].map(u32::to_ne_bytes).concat();
@@ -160,7 +160,7 @@ fn redirect_from_mac(netlink: &Netlink, from: i32, to: i32, mac: [u8; 6]) -> boo
         .is_ok()
 }
 
-/// `action mirred egress redirect dev TO`
+/// Encodes `action mirred egress redirect dev TO`.
 fn mirred(to: i32) -> Vec<u8> {
     // struct tc_mirred: index, capab, action, refcnt, bindcnt, eaction, ifindex
     let mirred = [0, 0, TC_ACT_STOLEN, 0, 0, TCA_EGRESS_REDIR, to.unsigned_abs()].map(u32::to_ne_bytes).concat();
@@ -170,7 +170,7 @@ fn mirred(to: i32) -> Vec<u8> {
 /// Encodes a list that contains one action.
 fn action(kind: &CStr, options: &[u8]) -> Vec<u8> {
     let action = nest(&[(TCA_ACT_KIND, kind.to_bytes_with_nul()), (TCA_ACT_OPTIONS, options)]);
-    // In a list of actions, the type of each attribute is the position of the action. The first position is 1.
+    // In a list of actions, each attribute's type is the action's position. The first position is 1.
     nest(&[(1, &action)])
 }
 
@@ -180,8 +180,8 @@ fn filter(netlink: &Netlink, from: i32, priority: u16, kind: &str, options: &[u8
     netlink.change(message.text(libc::TCA_KIND, kind).attribute(libc::TCA_OPTIONS, options))
 }
 
-/// Encodes `tcm_info`, which has the filter's priority in the upper 16 bits and the protocol in network byte order in
-/// the lower 16 bits.
+/// Encodes `tcm_info`. The upper 16 bits are the filter's priority. The lower 16 bits are the protocol in network byte
+/// order.
 fn tcm_info(priority: u16) -> u32 {
     u32::from(priority) << 16 | u32::from((libc::ETH_P_ALL as u16).to_be())
 }

@@ -1,4 +1,4 @@
-//! Finds changes of the pod's network after the pod's start: interfaces, addresses, routes, rules and neighbours.
+//! Detects changes of the pod's interfaces, addresses, routes, rules and neighbours while the pod runs.
 
 use std::fs::File;
 use std::io;
@@ -11,7 +11,7 @@ use nix::sched::{CloneFlags, setns};
 use super::read::{self, Link, Unsupported};
 use super::{NetworkError, Tap, TapOptions, kernel_error, tap};
 
-/// The rtnetlink(7) multicast groups for everything that the guest gets.
+/// The rtnetlink(7) multicast groups for the network configuration that the shim copies to the guest.
 const MULTICAST_GROUPS: i32 = libc::RTMGRP_LINK
     | libc::RTMGRP_IPV4_IFADDR
     | libc::RTMGRP_IPV6_IFADDR
@@ -24,12 +24,12 @@ const MULTICAST_GROUPS: i32 = libc::RTMGRP_LINK
 /// constant for this group.
 const RTMGRP_IPV6_RULE: i32 = 1 << (19 - 1);
 
-/// Compares the network of a namespace with its earlier state.
+/// Reads a namespace's network configuration repeatedly, and reports changes.
 #[derive(Debug)]
 pub struct NetworkWatcher {
     namespace: File,
     tap_links: Vec<TapLink>,
-    /// Interfaces whose taps and redirections must still be removed.
+    /// Interfaces whose taps and tc filters must be removed.
     stale: Vec<TapLink>,
     /// MAC addresses of removed interfaces that no [`NetworkChange`] has reported yet.
     removed: Vec<[u8; 6]>,
@@ -55,22 +55,22 @@ impl TapLink {
     }
 }
 
-/// The difference between the current and the earlier state of a namespace.
+/// A change of a namespace's network configuration.
 #[derive(Debug)]
 pub struct NetworkChange {
     /// The taps of new interfaces.
     pub taps: Vec<Tap>,
     /// The MAC addresses of removed interfaces.
     pub removed: Vec<[u8; 6]>,
-    /// The complete current state.
+    /// The complete current configuration.
     pub current: UpdateNetworkRequest,
 }
 
 impl NetworkChange {
-    /// Returns the current state without the new interfaces, and without their routes and neighbours.
+    /// Returns `current` without the new interfaces, and without the new interfaces' routes and neighbours.
     ///
-    /// The guest gets this state before the devices of new interfaces are hot-plugged. This state makes the guest
-    /// remove the configuration of an earlier interface with the same name or MAC address.
+    /// The guest gets this configuration before the new interfaces' devices are hot-plugged. The guest then removes the
+    /// configuration of removed interfaces, which may have a new interface's name or MAC address.
     pub fn without_new(&self) -> UpdateNetworkRequest {
         let mut rest = self.current.clone();
         let is_new = |mac: &str| self.taps.iter().any(|tap| read::format_mac(&tap.mac) == mac);
@@ -85,8 +85,8 @@ impl NetworkChange {
 }
 
 impl NetworkWatcher {
-    /// Returns a watcher of the current namespace. The arguments are the taps of the namespace's interfaces, the state
-    /// that was read from the namespace, and the options for new taps.
+    /// Returns a watcher of the current namespace. `taps` are the taps of the namespace's interfaces. `last` and
+    /// `unsupported` are the result of [`read::network`]. `options` apply to new taps.
     pub(super) fn new(
         taps: &[Tap],
         (last, unsupported): (UpdateNetworkRequest, Unsupported),
@@ -105,10 +105,10 @@ impl NetworkWatcher {
 
     /// Reads the namespace and creates taps for new interfaces. Returns `None` if nothing has changed.
     ///
-    /// Blocks, and moves the calling thread to the namespace permanently. Call this in a thread that ends afterwards.
+    /// Blocks, and moves the calling thread to the namespace permanently. Therefore, use a separate thread.
     ///
     /// # Errors
-    /// [`NetworkError`]. The next call reports the same changes again.
+    /// [`NetworkError`]. The failed call loses no changes: the next call reports them.
     pub fn read_change(&mut self) -> Result<Option<NetworkChange>, NetworkError> {
         setns(self.namespace.as_fd(), CloneFlags::CLONE_NEWNET)
             .map_err(|error| kernel_error("enter the network namespace")(error.into()))?;
@@ -129,8 +129,8 @@ impl NetworkWatcher {
             match tap::create(&netlink, link, self.options.per_interface(1)) {
                 Ok(tap) => taps.push(tap),
                 Err(error) => {
-                    // The next attempt must first remove the taps of this call, because their redirections would make
-                    // the attempt fail.
+                    // The next call must first remove the taps that this call created. Their tc filters would still be
+                    // on the interfaces, and creating the same filters again would fail.
                     self.stale.extend(taps.iter().map(TapLink::from_tap));
                     return Err(error);
                 }
@@ -142,9 +142,10 @@ impl NetworkWatcher {
         Ok(changed.then(|| NetworkChange { taps, removed: std::mem::take(&mut self.removed), current }))
     }
 
-    /// Removes the taps of interfaces that were removed or whose MAC address has changed.
+    /// Removes an interface's tap if the interface was removed or its MAC address has changed.
     ///
-    /// An interface with a new MAC address counts as a new interface: it gets a new tap and a new device in the guest.
+    /// After a change of the MAC address, the interface counts as a new interface, which gets a new tap and a new
+    /// device.
     fn remove_taps(&mut self, netlink: &Netlink, all: &[husk_netlink::Link]) -> Result<(), NetworkError> {
         let (kept, removed) = std::mem::take(&mut self.tap_links).into_iter().partition(|tap_link: &TapLink| {
             all.iter().any(|link| link.index == tap_link.link && link.mac == tap_link.mac)
@@ -160,10 +161,10 @@ impl NetworkWatcher {
         Ok(())
     }
 
-    /// Records that the last change did not reach the guest. `taps` are the taps of new interfaces that the VMM has not
-    /// attached.
+    /// Records that the guest did not get the change which `read_change` returned. `taps` contains the new interfaces'
+    /// taps that were not attached to the VM.
     ///
-    /// The next [`NetworkWatcher::read_change`] reports the whole change again.
+    /// The next [`NetworkWatcher::read_change`] reports a change, and creates new taps in place of `taps`.
     pub fn mark_undelivered(&mut self, taps: &[Tap]) {
         self.last = UpdateNetworkRequest::default();
         let (kept, stale): (Vec<_>, Vec<_>) = std::mem::take(&mut self.tap_links)
@@ -174,7 +175,7 @@ impl NetworkWatcher {
     }
 }
 
-/// Logs the parts of the pod's network that the guest does not get.
+/// Logs the entries of the pod's network that Husk does not support.
 pub(super) fn log_unsupported<'a>(unsupported: impl IntoIterator<Item = &'a String>) {
     unsupported
         .into_iter()

@@ -1,5 +1,4 @@
-//! Annotations of the CRI implementations that call the shim: containerd's CRI plugin and CRI-O. Husk's own annotations
-//! are in [`husk_config::annotation`].
+//! Annotations that containerd's CRI plugin and CRI-O set. Husk's own annotations are in [`husk_config::annotation`].
 
 use std::collections::BTreeMap;
 
@@ -10,7 +9,7 @@ pub struct Annotations(pub BTreeMap<String, String>);
 
 /// Id of the container's sandbox.
 pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
-/// `sandbox` for a pod's sandbox container, `container` for the pod's other containers.
+/// `sandbox` for the pod's sandbox container, `container` for every other container in the pod.
 pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 /// Namespace of the pod.
 pub const POD_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
@@ -18,7 +17,7 @@ pub const POD_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
 pub const POD_NAME: &str = "io.kubernetes.cri.sandbox-name";
 /// UID of the pod.
 pub const POD_UID: &str = "io.kubernetes.cri.sandbox-uid";
-/// CFS period in microseconds, to which [`CPU_QUOTA`] refers.
+/// CFS period in microseconds, for [`CPU_QUOTA`].
 pub const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 /// CFS quota in microseconds, the sum of the containers' CPU limits.
 pub const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
@@ -27,8 +26,9 @@ pub const CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
 /// Memory in bytes, the sum of the containers' limits.
 pub const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
-/// Pairs of a key above and the key that CRI-O uses for the same value. CRI-O uses its own keys (CRI-O,
-/// pkg/annotations/internal.go) and the kubelet's pod labels. CRI-O does not pass the pod's CPU and memory values.
+/// containerd's keys, each with the key that CRI-O uses for the same value. CRI-O defines the first two keys
+/// (pkg/annotations/internal.go). The other keys are labels that the kubelet sets. CRI-O has no keys for the pod's CPU
+/// and memory.
 const CRIO: [(&str, &str); 5] = [
     (SANDBOX_ID, "io.kubernetes.cri-o.SandboxID"),
     (CONTAINER_TYPE, "io.kubernetes.cri-o.ContainerType"),
@@ -38,8 +38,8 @@ const CRIO: [(&str, &str); 5] = [
 ];
 
 impl Annotations {
-    /// Returns the value of `key`, which is one of the keys above. If this key is absent, returns the value of CRI-O's
-    /// corresponding key.
+    /// Returns the value of `key`, which is a constant of this module. If `key` is absent, returns the value of CRI-O's
+    /// key.
     pub fn cri(&self, key: &str) -> Option<&str> {
         let of_crio =
             || CRIO.iter().find(|(of_containerd, _)| *of_containerd == key).and_then(|(_, key)| self.get(key));
@@ -51,7 +51,7 @@ impl Annotations {
         self.0.get(key).map(String::as_str)
     }
 
-    /// Returns whether the specification does not have annotations.
+    /// Returns whether the specification has no annotations.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -61,7 +61,7 @@ impl Annotations {
         self.cri(CONTAINER_TYPE).is_some()
     }
 
-    /// Returns whether the container is a pod's sandbox container, which represents the pod and does not run a program.
+    /// Returns whether the container is a pod's sandbox container, which represents the pod and runs no program.
     pub fn is_sandbox(&self) -> bool {
         self.cri(CONTAINER_TYPE) == Some("sandbox")
     }
@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_of_containerd_and_cri_o_have_the_same_meaning() {
+    fn annotations_of_both_cri_implementations_are_read() {
         let of = |pairs: &[(&str, &str)]| {
             Annotations(pairs.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect())
         };

@@ -1,4 +1,4 @@
-//! Reads a bundle's `config.json` and rejects a specification that needs something that a VM cannot provide.
+//! Reads a bundle's `config.json`, and rejects specifications that cannot run in a VM.
 
 use std::{
     io::{self, Read},
@@ -13,8 +13,7 @@ use crate::oci::annotations::SANDBOX_ID;
 use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::{Network, Spec};
 
-/// Maximum size of `config.json` in bytes. A message of containerd, and therefore a specification, has at most 16 MiB.
-/// A specification usually has a few KiB.
+/// Maximum size of `config.json` in bytes. containerd's messages, which contain specifications, have at most 16 MiB.
 const MAX_LEN: u64 = 16 << 20;
 
 /// A bundle with its specification.
@@ -55,13 +54,13 @@ pub enum BundleError {
         #[source]
         source: serde_json::Error,
     },
-    /// The annotation with the sandbox's id has a value that is not valid as an id.
+    /// The annotation's value is not a valid sandbox id.
     #[error("invalid sandbox id {0:?} in annotation {SANDBOX_ID}")]
     SandboxId(String),
     /// A value in the specification is missing or invalid.
     #[error("invalid bundle: {0}")]
     Invalid(String),
-    /// The specification has a label of the host's SELinux policy.
+    /// The specification has an SELinux label, but the guest's kernel does not support SELinux.
     #[error(
         "SELinux label {0:?} cannot be applied: the guest's kernel does not support SELinux; run the pod privileged, \
          or set enable_selinux = false in containerd's configuration"
@@ -80,7 +79,7 @@ pub enum BundleError {
     /// The path of the network namespace leads to the host's network namespace.
     #[error("{what}: {0} is the host's network namespace; {remedy}", what = NETWORK.what, remedy = NETWORK.remedy)]
     HostNetwork(String),
-    /// The specification names a namespace by its path, but the path does not exist.
+    /// The path of a namespace does not exist, or is not accessible.
     #[error("invalid bundle: failed to find the {kind} namespace {path}")]
     Namespace {
         /// Type of the namespace.
@@ -101,10 +100,10 @@ impl BundleError {
 }
 
 impl Spec {
-    /// Returns the id of the container's sandbox. This is the container's own id if the container has no pod.
+    /// Returns the id of the container's sandbox. If the container has no pod, returns `id`.
     ///
     /// # Errors
-    /// [`BundleError::SandboxId`] if the annotation is not a plain file name.
+    /// [`BundleError::SandboxId`] if the annotation's value is not a plain file name.
     pub fn group<'a>(&'a self, id: &'a str) -> Result<&'a str, BundleError> {
         match self.annotations.cri(SANDBOX_ID) {
             None => Ok(id),
@@ -116,7 +115,7 @@ impl Spec {
     /// Returns the network namespace of the sandbox.
     ///
     /// # Errors
-    /// [`BundleError::HostNamespace`] if the specification does not have a network namespace.
+    /// [`BundleError::HostNamespace`] if the specification has no network namespace.
     pub fn network(&self) -> Result<Network, BundleError> {
         let namespace = self.linux.namespaces.iter().find(|namespace| namespace.kind == "network");
         Ok(match namespace.ok_or_else(BundleError::host_network)?.joined() {
@@ -130,7 +129,7 @@ impl Bundle {
     /// Reads `config.json` in `dir`. Does not call [`Bundle::check`].
     ///
     /// # Errors
-    /// [`BundleError`] if the file cannot be read or is not an OCI runtime specification.
+    /// [`BundleError`] if the file cannot be read, is too large, or is not an OCI runtime specification.
     pub fn read(dir: &Path) -> Result<Self, BundleError> {
         let path = dir.join("config.json");
         let read = |source| BundleError::Read { path: path.clone(), source };
@@ -142,14 +141,13 @@ impl Bundle {
         Self::parse(dir, &bytes)
     }
 
-    /// Returns the bundle of a specification that is not in a file. Apart from the source of the specification, this
-    /// function does the same as [`Bundle::read`].
+    /// Returns the bundle for the specification `raw`, which is not in a file. Does not call [`Bundle::check`].
     ///
     /// # Errors
     /// [`BundleError::Parse`] if `raw` is not an OCI runtime specification.
     pub fn from_value(dir: &Path, raw: Value) -> Result<Self, BundleError> {
         let parse = |source| BundleError::Parse { path: dir.join("config.json"), source };
-        // Without this check, serde would accept an array of the struct's fields, too.
+        // Without this check, serde would accept an array in place of the object.
         if !raw.is_object() {
             return Err(parse(de::Error::custom("the specification is not a JSON object")));
         }
@@ -157,13 +155,12 @@ impl Bundle {
         Ok(Self { dir: dir.into(), raw, spec })
     }
 
-    /// Parses the specification.
     fn parse(dir: &Path, bytes: &[u8]) -> Result<Self, BundleError> {
         let parse = |source| BundleError::Parse { path: dir.join("config.json"), source };
         let raw: Value = serde_json::from_slice(bytes).map_err(parse)?;
         Self::from_value(dir, raw).map_err(|error| match serde_json::from_slice::<Spec>(bytes) {
-            // Parse the text again to get an error with a line and a column. The error from converting the JSON value
-            // has neither.
+            // Parse the text again to get an error with a line and a column. An error from `Spec::deserialize` has
+            // neither.
             Err(source) => parse(source),
             Ok(_) => error,
         })
@@ -191,7 +188,7 @@ impl Bundle {
     }
 
     /// Rejects SELinux labels on a node with SELinux, because the guest cannot apply these labels. On a node without
-    /// SELinux, labels have no effect under runc either.
+    /// SELinux, runc ignores labels, too.
     fn check_selinux(&self, enabled: bool) -> Result<(), BundleError> {
         let labels = [&self.spec.process.selinux_label, &self.spec.linux.mount_label];
         match labels.into_iter().flatten().find(|label| !label.is_empty()) {
@@ -232,12 +229,12 @@ impl Bundle {
         if linux.namespaces.iter().any(|ns| ns.kind == "time" && ns.joined().is_some()) {
             return invalid("a time namespace cannot be joined: it is on the host, but the container runs in a VM");
         }
-        // Check the mappings even if the user namespace has a path. containerd's CRI writes mappings in this case, too.
-        // The guest creates a user namespace with the same mappings.
+        // Check the mappings even if the user namespace has a path. The guest does not use the path, but creates a user
+        // namespace from the mappings.
         self.id_mappings().map(drop)
     }
 
-    /// Rejects a path to the network namespace of this process, which is the host's network namespace.
+    /// Rejects the network namespace of this process, because the shim runs in the host's network namespace.
     fn check_network(&self) -> Result<(), BundleError> {
         let Network::Path(path) = self.spec.network()? else { return Ok(()) };
         let stat = |path: &Path| {
@@ -254,7 +251,7 @@ impl Bundle {
     }
 }
 
-/// A namespace type that a container must not share with the host, and the texts of the error.
+/// A type of namespace that a specification must have, and the error's texts.
 struct HostNamespace {
     kind: &'static str,
     what: &'static str,
@@ -274,7 +271,7 @@ const NETWORK: HostNamespace = HostNamespace {
     remedy: "use a pod network (without hostNetwork or --net-host), or another runtime for this pod",
 };
 
-/// The namespaces that a container would share with the host if the specification did not name them.
+/// If one of these namespaces is missing, the specification asks for the host's namespace.
 const HOST_NAMESPACES: [HostNamespace; 4] = [
     NETWORK,
     HostNamespace {
@@ -297,7 +294,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// Returns a shortened form of the specification that `ctr run` makes.
+    /// Returns a shortened specification from `ctr run`.
     pub fn sample() -> Value {
         json!({
             "ociVersion": "1.1.0",
@@ -356,7 +353,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn specification_of_ctr_is_accepted() {
+    fn ctr_specification_is_accepted() {
         let bundle = bundle(|_| ()).unwrap();
         assert_eq!((bundle.spec.network().unwrap(), bundle.spec.hostname.as_str()), (Network::New, ""));
         assert_eq!(bundle.spec.process.args, ["true"]);
@@ -400,7 +397,7 @@ pub(crate) mod tests {
         assert!(without("pid").contains("hostPID"));
         assert!(without("ipc").contains("hostIPC"));
         assert!(without("mount").contains("mount namespace"));
-        // If the specification lacks one of these namespaces, the container uses the guest's namespace of that type.
+        // A specification without these namespaces is valid.
         for kind in ["uts", "cgroup"] {
             bundle(|v| v["linux"]["namespaces"].as_array_mut().unwrap().retain(|ns| ns["type"] != kind)).unwrap();
         }
@@ -433,14 +430,14 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn host_network_namespace_by_path_is_rejected() {
+    fn path_to_the_host_network_namespace_is_rejected() {
         let path = |path: &str| bundle(|v| v["linux"]["namespaces"][4]["path"] = path.into()).unwrap().check_network();
         assert!(matches!(path("/proc/self/ns/net"), Err(BundleError::HostNetwork(_))));
         assert!(matches!(path("/nonexistent/net"), Err(BundleError::Namespace { .. })));
     }
 
     #[test]
-    fn invalid_bundles_are_rejected_with_the_cause() {
+    fn error_for_an_invalid_bundle_names_the_cause() {
         let dir = tempfile::tempdir().unwrap();
         assert!(matches!(Bundle::read(dir.path()), Err(BundleError::Read { .. })));
         std::fs::write(dir.path().join("config.json"), "{\n\"ociVersion\": 1}").unwrap();

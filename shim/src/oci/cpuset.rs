@@ -1,4 +1,4 @@
-//! Sets of the host's CPUs in cgroup notation, such as `0-3,7`.
+//! Sets of host CPUs, in cgroup notation such as `0-3,7`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,7 +7,7 @@ use std::str::FromStr;
 const MAX_CPUS: usize = 8192;
 const WORDS: usize = MAX_CPUS / 64;
 
-/// A set of CPUs. It contains at least one CPU.
+/// A set of at least one CPU.
 #[derive(Clone, PartialEq, Eq)]
 pub struct CpuSet(Box<[u64; WORDS]>);
 
@@ -22,14 +22,14 @@ impl CpuSet {
         self.0.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
-    /// Returns the CPUs that are in at least one of the two sets.
+    /// Returns the CPUs of both sets.
     pub fn union(mut self, other: &Self) -> Self {
         self.0.iter_mut().zip(other.0.iter()).for_each(|(word, more)| *word |= more);
         self
     }
 
-    /// Returns the set in the format that systemd expects: one bit for each CPU, without trailing zero bytes. CPU 0 has
-    /// the lowest bit of the first byte.
+    /// Returns the set in systemd's format: one bit for each CPU, without trailing zero bytes. The lowest bit of the
+    /// first byte stands for CPU 0.
     pub fn mask(&self) -> Vec<u8> {
         let mut bytes: Vec<u8> = self.0.iter().flat_map(|word| word.to_le_bytes()).collect();
         bytes.truncate(bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1));

@@ -29,7 +29,7 @@ const STANDARD: [Standard; 10] = [
 /// Device numbers of `/dev/kvm`.
 const KVM: (u64, u64) = (10, 232);
 
-/// Returns the guest's path of a device with these numbers. If `character` is false, the device is a block
+/// Returns the path that the device with these numbers has in the guest. If `character` is false, the device is a block
 /// device.
 ///
 /// # Errors
@@ -53,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn guest_path_knows_standard_devices_only() {
+    fn guest_path_accepts_only_standard_devices() {
         assert_eq!(guest_path(true, 1, 3), Ok("/dev/null"));
         assert_eq!(guest_path(true, 10, 229), Ok("/dev/fuse"));
         assert!(guest_path(true, 10, 232).unwrap_err().contains("no KVM"));

@@ -1,4 +1,4 @@
-//! Finds the host's block devices in a specification, and replaces their device numbers with the guest's.
+//! Finds the host's block devices in a specification, and inserts the device numbers that the guest uses.
 
 use serde_json::Value;
 
@@ -9,7 +9,7 @@ pub struct Disk {
     pub major: u32,
     /// Minor number on the host.
     pub minor: u32,
-    /// Whether the rules of the container's device cgroup forbid writing.
+    /// Whether the specification's device cgroup rules forbid writing.
     pub read_only: bool,
 }
 
@@ -36,7 +36,7 @@ pub fn find(spec: &Value) -> Vec<Disk> {
     disks
 }
 
-/// Returns whether the device cgroup's rules allow writing. The last rule that matches the device decides.
+/// Returns whether the device cgroup rules allow writing to the device. The last matching rule decides.
 fn writable(spec: &Value, major: u32, minor: u32) -> bool {
     let matches = |rule: &&Value| {
         let kind = rule.get("type").and_then(Value::as_str).unwrap_or("a");
@@ -50,7 +50,7 @@ fn writable(spec: &Value, major: u32, minor: u32) -> bool {
     last.is_some_and(|rule| rule.get("allow").and_then(Value::as_bool).unwrap_or_default())
 }
 
-/// Replaces the host's device numbers with the guest's.
+/// Replaces the host's device numbers in `spec` with the guest's device numbers. `disks` contains both.
 ///
 /// # Errors
 /// The parser's error if `spec` is not JSON.
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn replace_disk_numbers_changes_disks_only() {
+    fn replace_disk_numbers_changes_only_block_devices() {
         let disk = Disk { major: 7, minor: 1, read_only: false };
         let replaced = replace_disk_numbers(
             spec("rwm").to_string().as_bytes(),

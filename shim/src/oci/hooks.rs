@@ -1,14 +1,12 @@
-//! OCI hooks of a specification. The shim runs the host's hooks. Only the guest's hooks stay in the specification.
+//! OCI hooks of a specification. The guest runs `startContainer` hooks, and the shim runs most other hooks on the host.
 
 use serde_json::{Map, Value};
 
 use crate::oci::json::{TranslateError, present, unsupported};
 
-/// Keeps only the hooks that the guest runs. These are the `startContainer` hooks, because their programs are in the
-/// container's image.
+/// Keeps only `startContainer` hooks, whose programs are in the container's rootfs. Rejects `createContainer` hooks.
 pub fn keep_guest_hooks(hooks: &mut Map<String, Value>) -> Result<(), TranslateError> {
     if present(hooks, "createContainer") {
-        // The hook's program is on the host, but it must run in the container's namespaces, which are in the guest.
         let message =
             "the hook's program is on the host, but must run in the guest; use createRuntime or startContainer";
         return Err(unsupported("hooks.createContainer", message));
@@ -24,7 +22,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keep_guest_hooks_keeps_start_container_hooks_only() {
+    fn keep_guest_hooks_keeps_only_start_container_hooks() {
         let hook = |name: &str| json!([{ "path": name }]);
         let keep = |mut value: Value| keep_guest_hooks(value.as_object_mut().unwrap()).map(|()| value);
         let all = json!({

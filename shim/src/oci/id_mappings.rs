@@ -13,7 +13,7 @@ const OVERFLOW_ID: u32 = 65534;
 /// Maximum number of mappings that the kernel accepts (user_namespaces(7)).
 const MAX_LINES: usize = 340;
 
-/// A range of ids in a user namespace, and the range of ids to which it maps outside the namespace.
+/// Maps a range of ids in a user namespace to a range of ids outside the namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 pub struct IdMapping {
     /// First id inside the namespace.
@@ -35,7 +35,7 @@ impl IdMapping {
     }
 }
 
-/// Error in id mappings.
+/// Why id mappings are invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IdMappingError {
     /// The mappings of users or groups are missing.
@@ -64,7 +64,7 @@ pub enum IdMappingError {
     /// The number of mappings exceeds the kernel's limit.
     #[error("invalid {0}: more than {MAX_LINES} mappings")]
     Many(&'static str),
-    /// Root of the namespace is not mapped. Therefore, no process could set up the container.
+    /// Id 0 is not mapped. Without root, no process could set up the container.
     #[error("invalid {0}: root of the user namespace (id 0) is not mapped")]
     NoRoot(&'static str),
 }
@@ -115,7 +115,7 @@ impl IdMappings {
         Ok(Some(Self { uids: uids.to_vec(), gids: gids.to_vec() }))
     }
 
-    /// Returns the mappings in a rootfs's mount options `uidmap=` and `gidmap=`, or `None` if neither is set.
+    /// Returns the mappings in the mount options `uidmap=` and `gidmap=` of a rootfs, or `None` without these options.
     ///
     /// containerd writes each mapping as `container:host:size`, and separates mappings by commas (core/mount).
     ///
@@ -143,17 +143,17 @@ impl IdMappings {
         self.gids.iter().find_map(|mapping| mapping.map_id(id))
     }
 
-    /// Returns the owner that a mount with these mappings shows for a file that belongs to `uid` and `gid`.
+    /// Returns the owner that an id-mapped mount with these mappings shows for a file with the owner `uid` and `gid`.
     pub fn owner(&self, uid: u32, gid: u32) -> (u32, u32) {
         (self.uid(uid).unwrap_or(OVERFLOW_ID), self.gid(gid).unwrap_or(OVERFLOW_ID))
     }
 
-    /// Returns the mappings of users and of groups.
+    /// Returns the user id mappings and the group id mappings.
     pub fn mappings(&self) -> (&[IdMapping], &[IdMapping]) {
         (&self.uids, &self.gids)
     }
 
-    /// Returns a text that differs for different mappings and can be part of a file name.
+    /// Returns a text that identifies the mappings, for use in a file name.
     pub fn tag(&self) -> String {
         let all = |mappings: &[IdMapping]| {
             let one = |m: &IdMapping| format!("{:x}-{:x}-{:x}", m.container, m.host, m.size);
@@ -162,8 +162,8 @@ impl IdMappings {
         format!("u{}-g{}", all(&self.uids), all(&self.gids))
     }
 
-    /// Returns a user namespace with these mappings, for an id-mapped mount. Blocks until a child process has started
-    /// and ended.
+    /// Creates a user namespace with these mappings, for an id-mapped mount. Blocks while a child process starts and
+    /// ends.
     ///
     /// # Errors
     /// The kernel's error.
@@ -197,7 +197,7 @@ fn check(kind: &'static str, mappings: &[IdMapping]) -> Result<(), IdMappingErro
     }
     for (index, mapping) in mappings.iter().enumerate() {
         let IdMapping { container, host, size } = *mapping;
-        // The id 2^32-1 cannot be mapped, because it means "no id" (chown(2)).
+        // The id 2^32-1 cannot be mapped, because this id means "no id" (chown(2)).
         if size == 0 || container.checked_add(size).is_none() || host.checked_add(size).is_none() {
             return Err(IdMappingError::Range { kind, container, host, size });
         }
@@ -217,14 +217,13 @@ struct Holder(libc::pid_t);
 
 impl Holder {
     fn new() -> io::Result<Self> {
-        // The child has no exit signal. Therefore, other code of the shim that waits for any child does not reap this
-        // child.
+        // The child has no exit signal. Therefore, a waitpid(2) call for any child does not reap this child.
         // SAFETY: without a stack and without CLONE_VM, this clone(2) call is equivalent to fork(2). The child has one
-        // thread. It calls only prctl(2) and pause(2), which do not take a lock that another thread may have held.
+        // thread. The child calls only prctl(2) and pause(2), which take no lock that another thread may have held.
         let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_NEWUSER, 0, 0, 0, 0) };
         match libc::pid_t::try_from(pid) {
             Ok(0) => loop {
-                // SAFETY: the child has one thread, as said above. The arguments of prctl(2) are plain integers.
+                // SAFETY: the child has one thread. The arguments of prctl(2) are plain integers.
                 unsafe {
                     libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
                     libc::pause();

@@ -1,4 +1,4 @@
-//! Reads fields of a specification's JSON. Defines the error type for the translation of a specification.
+//! Reads fields from a specification's JSON. Defines [`TranslateError`].
 
 use serde_json::{Map, Value};
 
@@ -8,7 +8,7 @@ pub enum TranslateError {
     /// The JSON cannot be parsed.
     #[error("failed to parse the {what}")]
     Parse {
-        /// What was parsed, such as `resources to update`.
+        /// What was parsed, such as `resources of the update request`.
         what: &'static str,
         /// Position and cause.
         #[source]
@@ -43,7 +43,7 @@ pub fn present(map: &Map<String, Value>, key: &str) -> bool {
     })
 }
 
-/// Returns a field that must be an object, or `None` if it is absent.
+/// Returns a field that must be an object, or `None` if the field is absent.
 pub fn object<'a>(
     map: &'a mut Map<String, Value>,
     key: &'static str,

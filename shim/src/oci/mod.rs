@@ -1,7 +1,7 @@
-//! A container's OCI bundle: its specification is parsed once, checked, and translated for the guest.
+//! Parses and checks a container's OCI specification, and translates the specification for the guest.
 //!
-//! The functions of these modules block on file system calls. Call them in `spawn_blocking`, or before the async
-//! runtime is started.
+//! Functions in these modules block on file system calls. Therefore, call the functions in `spawn_blocking`, or before
+//! the async runtime starts.
 
 pub mod annotations;
 pub mod bundle;

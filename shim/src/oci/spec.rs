@@ -1,7 +1,8 @@
-//! The parts of the OCI runtime specification that the shim reads. Everything else is passed to the guest as JSON.
+//! The parts of the OCI runtime specification that the shim reads. The shim passes all other fields to the guest as
+//! JSON.
 //!
-//! Every field has a default. The checks in [`crate::oci::bundle`] reject missing fields later, with a clearer error
-//! than the parser's.
+//! Most fields have a default. [`crate::oci::bundle`] later rejects a missing field, with a clearer error than the
+//! parser.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -13,7 +14,7 @@ use crate::oci::annotations::Annotations;
 use crate::oci::cpuset::CpuSet;
 use crate::oci::id_mappings::IdMapping;
 
-/// Deserializes `null` like an absent field, because some engines write an empty list as `null`.
+/// Deserializes `null` like an absent field, because some clients write an empty list as `null`.
 fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(from: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or_default())
 }
@@ -28,7 +29,7 @@ pub struct Spec {
     pub process: Process,
     /// The root file system.
     pub root: Root,
-    /// Host name of the container's UTS namespace. Empty if the specification does not set it.
+    /// Host name of the container's UTS namespace. Empty if absent.
     #[serde(deserialize_with = "or_default")]
     pub hostname: String,
     /// Annotations.
@@ -70,7 +71,7 @@ pub struct Root {
     pub path: String,
 }
 
-/// OCI hooks by their point in a container's lifecycle.
+/// OCI hooks that the shim runs.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Hooks {
@@ -88,7 +89,7 @@ pub struct Hooks {
     pub poststop: Vec<Hook>,
 }
 
-/// A hook: a program that the shim runs on the host.
+/// A program that the shim runs on the host.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct Hook {
@@ -111,7 +112,7 @@ pub struct Linux {
     /// Namespaces that are created or joined.
     #[serde(deserialize_with = "or_default")]
     pub namespaces: Vec<Namespace>,
-    /// Path of the container's cgroup. Empty if the specification does not set it.
+    /// Path of the container's cgroup. Empty if absent.
     #[serde(deserialize_with = "or_default")]
     pub cgroups_path: String,
     /// Resource limits.
@@ -155,7 +156,7 @@ impl Namespace {
 pub enum Network {
     /// A new namespace, which the VMM process creates.
     New,
-    /// An existing namespace, made by CNI.
+    /// An existing namespace, which CNI has configured.
     Path(PathBuf),
 }
 
@@ -166,12 +167,12 @@ pub struct Resources {
     pub cpu: Option<Cpu>,
     /// Memory limit.
     pub memory: Option<Memory>,
-    /// Limits of huge pages.
+    /// Huge page limits, one for each page size.
     #[serde(default, rename = "hugepageLimits", deserialize_with = "or_default")]
     pub hugepage_limits: Vec<HugepageLimit>,
 }
 
-/// A limit of huge pages of one size.
+/// A limit for huge pages of one size.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct HugepageLimit {
@@ -189,7 +190,7 @@ pub struct Cpu {
     pub quota: Option<i64>,
     /// Period in microseconds.
     pub period: Option<u64>,
-    /// Relative weight: 1024 for each CPU requested in Kubernetes.
+    /// Relative weight. Kubernetes sets 1024 for each requested CPU.
     pub shares: Option<u64>,
     /// CPUs of the host on which the container may run.
     #[serde(default, deserialize_with = "cpu_list")]
@@ -232,12 +233,12 @@ pub struct Mount {
 }
 
 impl Mount {
-    /// Returns the options. The list is empty if the specification does not set them.
+    /// Returns the options, or an empty list if the field is absent.
     pub fn options(&self) -> &[String] {
         self.options.as_deref().unwrap_or_default()
     }
 
-    /// Returns whether this is a bind mount, by its type or its options.
+    /// Returns whether the type or an option requests a bind mount.
     pub fn is_bind(&self) -> bool {
         self.kind.as_deref() == Some("bind")
             || self.options().iter().any(|option| option == "bind" || option == "rbind")

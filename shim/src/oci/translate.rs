@@ -1,6 +1,6 @@
-//! Translates a specification for the guest: references to the host are removed, replaced or rejected.
+//! Translates a specification for the guest: removes, replaces or rejects references to the host.
 //!
-//! The JSON is edited in place. Therefore, fields that this code does not know reach the guest unchanged.
+//! Fields that this code does not know reach the guest unchanged, because this code edits the JSON in place.
 
 use std::collections::HashMap;
 
@@ -9,8 +9,8 @@ use serde_json::{Map, Value};
 use crate::oci::json::{TranslateError, array, object, present, unsupported};
 use crate::oci::{devices, hooks, host_devices, update};
 
-/// Translates everything except mount sources, which [`crate::volumes::plan`] translates. Adds a text for the log to
-/// `notes` for each omitted field.
+/// Translates a specification, except for mount sources, which [`crate::volumes::plan`] translates. `pids` maps PIDs to
+/// the ids of the pod's containers. For each omitted field, adds a text for the log to `notes`.
 pub fn spec(
     raw: &mut Value,
     id: &str,
@@ -38,11 +38,11 @@ pub fn guest_rootfs(id: &str) -> String {
     format!("{}/{id}/rootfs", husk_proto::GUEST_SHARE)
 }
 
-/// Translates the process of an exec request (OCI `Process` as JSON). Returns the process and the name of its AppArmor
-/// profile.
+/// Translates the process of an exec request (OCI `Process` as JSON). Returns the translated process and the name of
+/// the AppArmor profile.
 ///
 /// # Errors
-/// [`TranslateError`] if `raw` is not a process, or refers to the host.
+/// [`TranslateError`] if `raw` is not a JSON object.
 pub fn exec_process(raw: &[u8]) -> Result<(Vec<u8>, String), TranslateError> {
     let parse = |source| TranslateError::Parse { what: "process to execute", source };
     let mut value: Value = serde_json::from_slice(raw).map_err(parse)?;
@@ -53,8 +53,8 @@ pub fn exec_process(raw: &[u8]) -> Result<(Vec<u8>, String), TranslateError> {
 }
 
 fn process(process: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
-    // The AppArmor profile stays, because the shim loads it into the guest. SELinux labels are removed. The checks of
-    // the bundle accept labels only on a node without SELinux, where labels have no effect.
+    // Keep the AppArmor profile, because the shim loads the profile into the guest. Remove the SELinux label, because
+    // the guest's kernel does not support SELinux.
     process.remove("selinuxLabel");
     if process.remove("execCPUAffinity").is_some() {
         notes.push("omitted execCPUAffinity, because the host's CPU numbers have no meaning in the guest".into());
@@ -87,8 +87,8 @@ fn linux(
             "a listener on the host cannot serve processes in the guest",
         ));
     }
-    // Slave propagation is allowed. In the guest, it has the same effect as private propagation, because the root mount
-    // has no peer on the host.
+    // Accept slave propagation. In the guest, slave propagation has the same effect as private propagation, because the
+    // root mount has no peer on the host.
     if let Some(mode @ ("shared" | "rshared")) = linux.get("rootfsPropagation").and_then(Value::as_str) {
         let message = format!("{mode} mounts of the guest cannot propagate to the host; use rslave or rprivate");
         return Err(unsupported("linux.rootfsPropagation", message));
@@ -100,7 +100,7 @@ fn linux(
         let kind = device.get("type").and_then(Value::as_str).unwrap_or_default();
         let path = device.get("path").and_then(Value::as_str).unwrap_or_default();
         if kind == "p" || kind == "b" {
-            continue; // a FIFO in the container, or a disk that is hot-plugged
+            continue; // The guest creates a FIFO. A disk is hot-plugged.
         }
         devices::guest_path(kind == "c" || kind == "u", number("major"), number("minor"))
             .map_err(|message| unsupported(format!("linux.devices: {path}"), message))?;
@@ -111,8 +111,8 @@ fn linux(
     Ok(())
 }
 
-/// Replaces the path of each host namespace with the path of the sandbox's namespace of the same type (see
-/// `husk_proto::GUEST_NAMESPACES`), or of another container's PID namespace.
+/// Replaces the paths of host namespaces with paths in the guest. The new path leads to the sandbox's namespace
+/// (`husk_proto::GUEST_NAMESPACES`) or to a container's PID namespace (`husk_proto::GUEST_PID_NAMESPACES`).
 fn namespaces(
     linux: &mut Map<String, Value>,
     pids: &HashMap<u32, String>,
@@ -124,12 +124,11 @@ fn namespaces(
         let path = namespace.remove("path").and_then(|path| path.as_str().map(str::to_owned)).unwrap_or_default();
         let joins = !path.is_empty();
         let kind = namespace.get("type").and_then(Value::as_str).unwrap_or_default();
-        // If the pod asks for the PID namespace of another container (CRI's `NamespaceMode` TARGET), containerd writes
-        // the path with the PID of that container's task (1.7, pkg/cri/sbserver).
+        // With CRI's `NamespaceMode` TARGET, a container joins the PID namespace of a target container. containerd then
+        // writes the PID of the target's task into the path (1.7, pkg/cri/sbserver).
         let target = pid_of(&path).and_then(|pid| pids.get(&pid));
         match (kind, target) {
-            // This is the pod's user namespace. The guest creates it from the mappings, even if the host already has
-            // the namespace.
+            // The guest creates the pod's user namespace from the id mappings, even if the specification has a path.
             ("user", _) => {
                 namespace.insert("path".into(), format!("{}/user", husk_proto::GUEST_NAMESPACES).into());
             }
@@ -149,11 +148,11 @@ fn namespaces(
     Ok(())
 }
 
-/// Adds a cgroup namespace if the specification does not have one. The container then sees its own cgroup at
+/// Adds a cgroup namespace if the specification has no cgroup namespace. The container then sees its own cgroup at
 /// `/sys/fs/cgroup`.
 ///
-/// On a host with cgroup v1, clients do not request a cgroup namespace, because a container sees its own cgroup without
-/// one. But the guest has cgroup v2, where the container needs the namespace.
+/// On a host with cgroup v1, clients do not request a cgroup namespace, because runc's containers do not need the
+/// namespace. The guest has cgroup v2, where the container needs the namespace.
 pub fn add_cgroup_namespace(raw: &mut Value) {
     if let Some(Value::Array(namespaces)) = raw.pointer_mut("/linux/namespaces")
         && !namespaces.iter().any(|namespace| namespace.get("type").is_some_and(|kind| kind == "cgroup"))
@@ -162,7 +161,7 @@ pub fn add_cgroup_namespace(raw: &mut Value) {
     }
 }
 
-/// Returns the PID in the path of a PID namespace, `/proc/PID/ns/pid`.
+/// Returns the PID in a path of the form `/proc/PID/ns/pid`.
 fn pid_of(path: &str) -> Option<u32> {
     path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?.parse().ok()
 }
@@ -221,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn pid_namespace_is_found_by_the_pid_of_its_container() {
+    fn pid_namespace_path_is_translated_by_its_pid() {
         let pid = |path: &str| {
             let (value, _) = translated(|v| v["linux"]["namespaces"][0]["path"] = path.into()).unwrap();
             value["linux"]["namespaces"][0]["path"].clone()

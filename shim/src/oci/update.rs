@@ -1,5 +1,5 @@
-//! Translates the resource limits of a specification or an update request. Passes on limits that the guest's cgroups
-//! can apply. Omits or rejects limits on the host's resources.
+//! Translates the resource limits of a specification or an update request. Keeps limits that the guest can apply. Omits
+//! or rejects all other limits.
 
 use serde_json::{Map, Value};
 
@@ -8,22 +8,22 @@ use crate::oci::json::{TranslateError, object, present, unsupported};
 /// Translates the resources of an update request (OCI `LinuxResources` as JSON) for the guest.
 ///
 /// # Errors
-/// [`TranslateError`] if `raw` is not `LinuxResources`, or limits a resource of the host.
+/// [`TranslateError`] if `raw` is not `LinuxResources`, or has a limit that the guest cannot apply.
 pub fn resources_update(raw: &[u8]) -> Result<Vec<u8>, TranslateError> {
-    let parse = |source| TranslateError::Parse { what: "resources to update", source };
+    let parse = |source| TranslateError::Parse { what: "resources of the update request", source };
     let mut value: Value = serde_json::from_slice(raw).map_err(parse)?;
     resources(value.as_object_mut().ok_or(TranslateError::Type("resources"))?, &mut Vec::new())?;
     serde_json::to_vec(&value).map_err(parse)
 }
 
-/// Size of the supported huge pages, 2 MiB, in the notation of the specification.
+/// The OCI specification's notation for huge pages of 2 MiB, the only supported size.
 pub const HUGE_PAGE: &str = "2MB";
-/// Error text for block I/O limits. The text omits another reason: the guest's cgroups do not account for I/O through
-/// virtio-fs, which is most of a container's I/O.
+/// Error text for block I/O limits. A further reason: the guest's cgroups do not account for I/O through virtio-fs,
+/// which is most I/O.
 const NO_BLOCK_IO: &str = "block I/O limits are not supported: they use the host's device numbers, and the guest's \
                            cgroups do not have I/O weights";
 
-/// Names of the limits that refer to a block device by its numbers.
+/// Names of the block I/O limits that contain device numbers.
 const THROTTLES: [&str; 5] = [
     "weightDevice",
     "throttleReadBpsDevice",
@@ -34,12 +34,12 @@ const THROTTLES: [&str; 5] = [
 
 pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
     if let Some(cpu) = object(resources, "cpu")? {
-        // The list of CPUs stays, because the agent maps it to vCPUs. The list of NUMA nodes is removed, because the
-        // guest does not have NUMA nodes.
+        // Keep the list of CPUs, because the agent maps the host's CPUs to vCPUs. Remove the list of NUMA nodes,
+        // because the guest has no NUMA nodes.
         if cpu.remove("mems").is_some_and(|value| value.as_str().is_some_and(|text| !text.is_empty())) {
             notes.push("omitted resources.cpu.mems, because the host's NUMA nodes have no meaning in the guest".into());
         }
-        // Only cgroup v1 supports realtime scheduling, but the guest has cgroup v2.
+        // Realtime limits need cgroup v1, but the guest has cgroup v2.
         cpu.remove("realtimeRuntime");
         cpu.remove("realtimePeriod");
     }
@@ -61,8 +61,8 @@ pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<Stri
         resources.remove("blockIO");
     }
     if let Some(limits) = resources.get("hugepageLimits").and_then(Value::as_array) {
-        // A limit of 0 is accepted for every page size, because Kubernetes sends this limit for each page size of the
-        // host.
+        // Accept a limit of 0 for every page size. Kubernetes sends this limit for each page size that the host
+        // supports.
         let nonzero = |limit: &&Value| limit.get("limit").and_then(Value::as_u64) != Some(0);
         let size = |limit: &Value| limit.get("pageSize").and_then(Value::as_str).unwrap_or_default().to_owned();
         if let Some(size) = limits.iter().filter(nonzero).map(size).find(|size| size != HUGE_PAGE) {
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn resources_update_keeps_limits_of_the_guest() {
+    fn resources_update_keeps_limits_that_the_guest_can_apply() {
         let from = json!({
             "cpu": {"shares": 10, "quota": 5, "period": 10, "cpus": "2-3", "mems": "0"},
             "memory": {"limit": 1, "swap": 2}, "pids": {"limit": 3}, "blockIO": {"weight": 0},
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn resources_update_rejects_limits_of_the_host() {
+    fn resources_update_rejects_unsupported_limits_and_wrong_types() {
         let throttle = json!({"blockIO": {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}});
         assert!(update(&throttle).unwrap_err().starts_with("resources.blockIO.throttleReadBpsDevice"));
         assert!(update(&json!({"blockIO": {"weight": 4}})).unwrap_err().starts_with("resources.blockIO.weight"));

@@ -12,12 +12,12 @@ use crate::oci::Bundle;
 pub const FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
 /// Mount point of shared memory in a container.
 const SHM: &str = "/dev/shm";
-/// Source of the pod's shared memory in a specification. The path does not exist, but has the form of containerd's
-/// paths for shared memory. In the specification for the guest, the shim replaces a source of this form with the path
-/// of the guest's shared memory.
+/// Mount source that stands for the pod's shared memory. The path does not exist. The path has the form that containerd
+/// uses for shared memory. Later, `volumes::plan` replaces a source of this form with the path of the guest's shared
+/// memory.
 const SHM_SOURCE: &str = "/run/husk/sandboxes/pod/shm";
 
-/// A failure to write the pod's files.
+/// Why the pod's files cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum FilesError {
     /// A file of the node cannot be read.
@@ -76,10 +76,11 @@ fn resolv_conf(dns: &DNSConfig) -> String {
     text
 }
 
-/// Adds the mounts that containerd expects the sandbox to provide: the files in `dir`, and the pod's shared memory.
+/// Adds mounts of the files in `dir`, and a mount of the pod's shared memory. containerd expects these mounts from the
+/// sandbox.
 ///
-/// Does not add a mount if the container already has a mount at that path. There is one exception: the pod's shared
-/// memory replaces a tmpfs at `/dev/shm`, because the containers would not share this tmpfs.
+/// Keeps the container's own mounts at the same paths, except for a tmpfs at `/dev/shm`. The pod's shared memory
+/// replaces this tmpfs, because containers cannot share a tmpfs.
 pub fn add_mounts(bundle: &mut Bundle, dir: &Path) {
     let read_only = bundle.raw.pointer("/root/readonly").and_then(Value::as_bool).unwrap_or_default();
     let access = if read_only { "ro" } else { "rw" };
@@ -95,7 +96,7 @@ pub fn add_mounts(bundle: &mut Bundle, dir: &Path) {
     let shm = json!({ "destination": SHM, "type": "bind", "source": SHM_SOURCE, "options": ["rbind", "rw"] });
     let raw = bundle.raw.get_mut("mounts").and_then(Value::as_array_mut);
     match bundle.spec.mounts.iter_mut().zip(raw.into_iter().flatten()).find(|(mount, _)| mount.destination == SHM) {
-        // Keep a volume that is mounted at /dev/shm.
+        // A volume at /dev/shm stays.
         Some((mount, _)) if mount.is_bind() => {}
         Some((mount, raw)) => {
             if let Ok(shared) = serde_json::from_value(shm.clone()) {

@@ -1,7 +1,7 @@
-//! Pods with `sandboxer = "shim"`, for which containerd does not prepare a sandbox container.
+//! Makes the sandbox's specification and the pod's files for `sandboxer = "shim"`.
 //!
-//! This module makes the sandbox's specification and the pod's files from the pod's configuration. For a pod with a
-//! sandbox container, containerd's podsandbox controller makes them.
+//! With this setting, containerd passes only the pod's configuration. With `sandboxer = "podsandbox"`, containerd makes
+//! the specification and the files, and the pod has a sandbox container.
 
 mod files;
 mod specification;

@@ -1,5 +1,5 @@
-//! Makes a sandbox's specification from the pod's configuration, as containerd's podsandbox controller makes the
-//! specification of a sandbox container (containerd 2.1, internal/cri/server/podsandbox/sandbox_run_linux.go).
+//! Makes a sandbox's specification from the pod's configuration. The model is the specification that containerd makes
+//! for a sandbox container (containerd 2.1, internal/cri/server/podsandbox/sandbox_run_linux.go).
 
 use husk_config::annotation;
 use husk_proto::cri::{IDMapping, NamespaceMode, PodSandboxConfig};
@@ -13,7 +13,7 @@ const MESSAGE: &str = "runtime.v1.PodSandboxConfig";
 const SYSCTLS: [(&str, &str); 2] =
     [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
 
-/// Error of decoding the pod's configuration from a sandbox's options.
+/// Why the pod's configuration cannot be decoded from a sandbox's options.
 #[derive(Debug, thiserror::Error)]
 pub enum PodError {
     /// The options have a type other than `MESSAGE`.
@@ -37,8 +37,8 @@ pub fn config(options: Option<&Any>) -> Result<PodSandboxConfig, PodError> {
 
 /// Makes the sandbox's specification.
 ///
-/// Omits each namespace that the pod shares with the node. `Bundle::check` later rejects a specification in which this
-/// namespace is missing.
+/// If the pod shares a namespace with the node, the specification lacks this namespace. `Bundle::check` later rejects
+/// the specification.
 pub fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value {
     let options = &config.linux.security_context.namespace_options;
     let mut namespaces = vec![json!({ "type": "mount" }), json!({ "type": "uts" })];
@@ -61,14 +61,15 @@ pub fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value 
     }
     let mut sysctls: Map<String, Value> = SYSCTLS.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
     if has_user_namespace {
-        // The user namespace has no gid for the upper end of this sysctl's range. containerd omits this sysctl, too.
+        // The upper end of this sysctl's range is a gid that the user namespace does not map. containerd omits this
+        // sysctl, too.
         sysctls.remove("net.ipv4.ping_group_range");
     }
     sysctls.extend(config.linux.sysctls.iter().map(|(key, value)| (key.clone(), value.clone().into())));
     json!({
         "ociVersion": "1.2.0",
         "hostname": config.hostname,
-        // A specification must have a process. This process is never run.
+        // A specification must have a process. Nothing runs this process.
         "process": { "args": ["sandbox"], "cwd": "/" },
         "root": { "path": "rootfs", "readonly": true },
         "annotations": annotations(id, config),
@@ -106,8 +107,8 @@ fn annotations(id: &str, config: &PodSandboxConfig) -> Map<String, Value> {
     all
 }
 
-/// Returns the `cgroupsPath` of the sandbox. If the parent is a systemd slice, the result names a scope in this slice.
-/// If the parent is another cgroup, the result is a path below the parent. If there is no parent, the result is empty.
+/// Returns the `cgroupsPath` of the sandbox. If `parent` is a systemd slice, the result names a scope in this slice.
+/// Otherwise, the result is a path below `parent`. If `parent` is empty, the result is empty.
 fn cgroups_path(parent: &str, id: &str) -> String {
     let name = parent.rsplit('/').next().unwrap_or_default();
     match parent {
@@ -136,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_configuration_gets_the_defaults_of_containerd() {
+    fn empty_configuration_gets_containerd_defaults() {
         let value = spec(|_| ());
         let bundle = checked(&value).unwrap();
         let spec = bundle.spec;
@@ -147,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn specification_carries_annotations_cgroup_parent_and_sysctls() {
+    fn specification_contains_annotations_cgroup_path_and_sysctls() {
         let value = spec(|config| {
             config.annotations.insert("io.husk.vcpus".into(), "2".into());
             config.annotations.insert("other".into(), "x".into());

@@ -7,7 +7,7 @@ use crate::oci::spec::{Cpu, Memory, Spec};
 use crate::resources::growth::{Growth, Size, cpus_of_shares, page_metadata_mib};
 
 const MIB: u64 = 1 << 20;
-/// Default CFS period in microseconds. It is used if a quota is set without a period.
+/// CFS period in microseconds, for a quota without a period.
 const DEFAULT_PERIOD: u64 = 100_000;
 /// Minimum memory in MiB that the VMM accepts for a VM.
 const MIN_VM_MIB: u64 = 64;
@@ -25,10 +25,10 @@ pub struct BootSize {
     pub growth: Growth,
 }
 
-/// Error of computing the boot size.
+/// Why the boot size cannot be computed.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum BootSizeError {
-    /// The pod's memory limit is too low to start a container.
+    /// The pod's memory limit is below the configured minimum.
     #[error(
         "the memory limit of {limit} bytes is too low: at least {min_mib} MiB are needed (min_memory_mib in the \
          configuration)"
@@ -125,8 +125,8 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<BootSize, BootSizeE
     Ok(BootSize { vcpus, memory_mib, kernel_params, growth: Growth::new(boot, max, config) })
 }
 
-/// Returns the limits that determine the VM's size. The limits come from the annotations of a Kubernetes sandbox, or
-/// from the resources of a container outside a pod.
+/// Returns the limits that determine the VM's size. For a Kubernetes sandbox, the annotations contain the limits. For a
+/// container without a pod, the resources contain the limits.
 fn limits(spec: &Spec) -> Result<(Cpu, Memory), BootSizeError> {
     if spec.annotations.is_sandbox() {
         let cpu = Cpu {
@@ -141,7 +141,7 @@ fn limits(spec: &Spec) -> Result<(Cpu, Memory), BootSizeError> {
     Ok((resources.cpu.unwrap_or_default(), resources.memory.unwrap_or_default()))
 }
 
-/// Returns a CPU limit in whole CPUs, rounded up, or `None` if no limit is set.
+/// Returns the CPU limit in whole CPUs, rounded up, or `None` if no limit is set.
 fn vcpus(cpu: &Cpu) -> Option<u64> {
     let quota = cpu.quota.and_then(|quota| u64::try_from(quota).ok()).filter(|&quota| quota > 0)?;
     let period = cpu.period.filter(|&period| period > 0).unwrap_or(DEFAULT_PERIOD);

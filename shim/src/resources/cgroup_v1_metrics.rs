@@ -1,16 +1,17 @@
-//! Reads a sandbox's metrics on a host with cgroup v1, and reports them as metrics of cgroup v2.
+//! Reads a sandbox's metrics from cgroup v1, and converts the metrics to cgroup v2.
 //!
-//! The conversion is needed because the type URL of the metrics names cgroup v2 on every host.
+//! The conversion is needed because the shim sends cgroup v2 metrics to containerd on every host.
 
 use husk_proto::containerd::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, PidsStat};
 use protobuf::MessageField;
 
 use crate::resources::cgroup::CgroupLocation;
 
-/// A limit of this value or above means that no limit is set. Without a limit, cgroup v1 shows a very large number.
+/// Without a limit, cgroup v1 shows a very large number. Numbers from this value on count as no limit.
 const NO_LIMIT: u64 = 1 << 62;
 
-/// Reads the cgroup's metrics from a handful of small files. Values of an absent controller are zero.
+/// Reads the cgroup's metrics. The values of an absent controller are zero. Without the memory controller, the memory
+/// limit is `u64::MAX`.
 pub fn read(location: &CgroupLocation) -> Metrics {
     let text = |controller: &str, file: &str| {
         let Some(dir) = location.controller_dir(controller) else { return String::new() };

@@ -12,17 +12,16 @@ use crate::oci::update::HUGE_PAGE;
 /// CPU shares that Kubernetes sets for each requested CPU (pkg/kubelet/cm/helpers_linux.go, `MilliCPUToShares`).
 const SHARES_PER_CPU: u64 = 1024;
 const MIB: u64 = 1 << 20;
-/// Default CFS period in microseconds. It is used if a quota is set without a period.
+/// CFS period in microseconds, for a quota without a period.
 const DEFAULT_PERIOD: u64 = 100_000;
 /// Host memory in MiB that the VMM and the shim may use in addition to guest memory.
 ///
-/// This covers the memory of the VMM and the shim (5 MiB), buffers and sockets of the kernel, and some page cache of
-/// shared files.
+/// This covers the VMM and the shim (5 MiB), the kernel's buffers and sockets, and some page cache for shared files.
 const HOST_MIB: u64 = 32;
 /// Minimum host memory in MiB that the VMM and the shim need. The rest of [`HOST_MIB`] is page cache.
 const MIN_HOST_MIB: u64 = 12;
-/// Ratio of guest memory to the size of the page tables that map it. If all guest memory is used, the host's page
-/// tables have 1/512 of the memory's size, and the guest's page tables have another 1/512.
+/// Guest memory divided by the size of the page tables on the host. For guest memory in use, the VMM's page tables take
+/// 1/512 of the memory's size. KVM's page tables take the same size.
 const MEMORY_TO_PAGE_TABLES: u64 = 256;
 /// CPU time in millicores that the VMM's device threads and the guest's kernel may use in addition to the containers'
 /// quota.
@@ -33,14 +32,13 @@ const HOST_CPU_MILLIS: u64 = 250;
 pub struct Limits {
     /// CPU quota in millicores.
     pub cpu_millis: Option<u64>,
-    /// CPU request as cgroup shares. The request is used if no quota is set.
+    /// CPU request as cgroup shares. Used only if the container has neither a quota nor a cpuset.
     pub shares: u64,
-    /// The host's CPUs on which the container may run.
+    /// Host CPUs on which the container may run.
     pub cpus: Option<CpuSet>,
     /// Memory limit in bytes.
     pub memory: Option<u64>,
-    /// Limit of huge pages in bytes. Zero if no limit is set, because a container gets huge pages only if it requests
-    /// them.
+    /// Limit for huge pages in bytes. Zero if no limit is set, because such a container requests no huge pages.
     pub huge_page_bytes: u64,
 }
 
@@ -53,14 +51,14 @@ pub struct Size {
     pub memory_mib: u64,
 }
 
-/// Limits of the pod's processes on the host.
+/// Limits for the pod's processes on the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HostLimits {
-    /// Whether memory is limited. The limit itself depends on the guest's memory.
+    /// Whether memory is limited. [`host_bytes`] computes the limit.
     pub has_memory_limit: bool,
     /// CPU quota in millicores.
     pub cpu_millis: Option<u64>,
-    /// The host's CPUs on which the processes may run.
+    /// Host CPUs on which the processes may run.
     pub cpus: Option<CpuSet>,
 }
 
@@ -100,7 +98,7 @@ impl Limits {
 
     fn apply(&mut self, resources: &Resources) {
         let Resources { cpu, memory, hugepage_limits } = resources;
-        // A quota of 0 counts as unset. A period without a quota also counts as unset. A quota of -1 means unlimited.
+        // A quota of 0 and a period without a quota count as unset. A quota of -1 means unlimited.
         if let Some(quota) = cpu.as_ref().and_then(|cpu| cpu.quota).filter(|&quota| quota != 0) {
             self.cpu_millis = millis(quota, cpu.as_ref().and_then(|cpu: &Cpu| cpu.period));
         }
@@ -120,8 +118,8 @@ impl Limits {
 }
 
 impl Limits {
-    /// Returns the maximum CPU time of the container in millicores. This is the lower of two limits: the container's
-    /// quota, and the full time of the CPUs in its cpuset. Returns `None` if the container has neither limit.
+    /// Returns the CPU time that the container may use, in millicores. This is the lower value of the quota and the
+    /// cpuset's CPUs. Returns `None` if the container has neither a quota nor a cpuset.
     fn usable_millis(&self) -> Option<u64> {
         let set = self.cpus.as_ref().map(|cpus| cpus.count().saturating_mul(1000));
         self.cpu_millis.into_iter().chain(set).min()
@@ -134,25 +132,25 @@ fn millis(quota: i64, period: Option<u64>) -> Option<u64> {
 }
 
 impl Growth {
-    /// Returns the rules of a VM that boots with `boot` and may grow to `max`.
+    /// Returns the rules for a VM that boots with size `boot` and may grow to size `max`.
     pub fn new(boot: Size, max: Size, config: &Config) -> Self {
         let max = Size { vcpus: max.vcpus.max(boot.vcpus), memory_mib: max.memory_mib.max(boot.memory_mib) };
         let default = Size { vcpus: config.default_vcpus, memory_mib: config.default_memory_mib };
         Self { boot, max, default, overhead_mib: config.memory_overhead_mib }
     }
 
-    /// Returns the size for these containers. If `start` is true, returns at least the boot size, because the boot size
-    /// covers containers that have not been created yet.
+    /// Returns the VM's size for these containers. If `start` is true, returns at least the boot size, which covers
+    /// containers that are created later.
     ///
-    /// The result is the sum of the containers' limits. The default size is added only once, because all containers
-    /// without a limit share it, as they would share a host. Moreover, the default size includes the kernel's
-    /// page metadata, which a pod of ten containers does not need ten times.
+    /// Adds up the containers' limits. Adds the default size only once, because all containers without a limit share
+    /// the default size.
     pub fn size<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone, start: bool) -> Size {
         let vcpus = self.vcpus(containers.clone());
         let memory = containers.clone().map(|limits| limits.memory);
         let bytes = memory.clone().flatten().fold(0u64, u64::saturating_add);
         let (unlimited, none) = (memory.clone().any(|limit| limit.is_none()), memory.count() == 0);
-        // The default size is the memory of a whole VM. Therefore, it already includes the overhead.
+        // The default size is the memory of a whole VM. Therefore, the default size includes the overhead and the page
+        // metadata.
         let free = if unlimited { self.default.memory_mib } else { self.overhead_mib };
         let free = free.saturating_add(page_metadata_mib(self.huge_mib(containers.clone())));
         let memory_mib = match none {
@@ -177,8 +175,8 @@ impl Growth {
         let millis = containers.clone().filter_map(Limits::usable_millis).fold(0u64, u64::saturating_add);
         let mut unlimited = containers.filter(|limits| limits.usable_millis().is_none()).map(|limits| limits.shares);
         let free = match unlimited.next() {
-            // The containers without a limit share the sum of the vCPUs that they request, but at least the default
-            // number of vCPUs.
+            // Containers without a limit share the vCPUs that they request together, but at least the default number of
+            // vCPUs.
             Some(first) => {
                 let shares = unlimited.fold(first, u64::saturating_add);
                 cpus_of_shares(shares).max(u64::from(self.default.vcpus))
@@ -193,8 +191,8 @@ impl Growth {
         containers.map(|limits| limits.huge_page_bytes).fold(0, u64::saturating_add).div_ceil(MIB)
     }
 
-    /// Returns the host's limits for these containers. A resource is limited only if every container has a limit for
-    /// it.
+    /// Returns the host's limits for these containers. Limits a resource only if every container has a limit for the
+    /// resource.
     pub fn host_limits<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone) -> HostLimits {
         let some = containers.clone().next().is_some();
         let all = containers
@@ -212,28 +210,29 @@ impl Growth {
 }
 
 impl Size {
-    /// Returns a size with the higher number of vCPUs and the larger memory of the two sizes.
+    /// Returns the larger number of vCPUs and the larger memory.
     pub fn max(self, other: Self) -> Self {
         Self { vcpus: self.vcpus.max(other.vcpus), memory_mib: self.memory_mib.max(other.memory_mib) }
     }
 }
 
-/// Returns the memory, in MiB, that the guest's kernel needs for the metadata (`struct page` array) of `mib` MiB.
+/// Returns the size, in MiB, of the page metadata (`struct page` array) for `mib` MiB of guest memory.
 ///
-/// The kernel needs 64 bytes for each page, and allocates the metadata for blocks of 128 MiB.
+/// The guest's kernel needs 64 bytes for each page, and allocates the metadata for blocks of 128 MiB.
 pub fn page_metadata_mib(mib: u64) -> u64 {
     mib.div_ceil(128).saturating_mul(2)
 }
 
 /// Returns the host's memory limit in bytes for a pod whose guest has `guest_mib` of memory.
 ///
-/// The limit is high enough that the host never kills the VMM because of memory that the guest uses.
+/// The limit covers all memory that the guest can use. Therefore, the guest's memory use never makes the host kill the
+/// VMM.
 pub fn host_bytes(guest_mib: u64) -> u64 {
     guest_mib.saturating_add(guest_mib / MEMORY_TO_PAGE_TABLES).saturating_add(HOST_MIB).saturating_mul(MIB)
 }
 
-/// Returns the guest memory in MiB that fits into a host limit of `bytes`, together with the memory that the VMM and
-/// the shim need.
+/// Returns the maximum guest memory, in MiB, for a host limit of `bytes`. The limit must also cover page tables, the
+/// VMM and the shim.
 pub fn guest_mib(bytes: u64) -> u64 {
     (bytes / MIB).saturating_sub(MIN_HOST_MIB).saturating_mul(MEMORY_TO_PAGE_TABLES) / (MEMORY_TO_PAGE_TABLES + 1)
 }
@@ -337,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn update_changes_only_the_limits_it_names() {
+    fn update_changes_only_limits_in_the_request() {
         let update = |before: Limits, raw: Value| before.with_update(raw.to_string().as_bytes()).unwrap();
         let before = limits(1000, 100);
         let update = |limits: &Limits, raw: Value| update(limits.clone(), raw);

@@ -1,4 +1,4 @@
-//! Uses rtnetlink(7) to read the network that CNI has set up in a namespace.
+//! Reads a namespace's network configuration through rtnetlink(7).
 
 mod route;
 mod rule;
@@ -17,14 +17,14 @@ use super::{NetworkError, kernel_error};
 enum Entry<T> {
     /// The guest gets the entry.
     Supported(T),
-    /// The guest does not need the entry, because the guest's kernel creates the same entry itself or the entry has no
-    /// meaning in a guest.
+    /// The guest does not need the entry. Either the guest's kernel creates the same entry, or the entry has no meaning
+    /// in a guest.
     Implicit,
-    /// The guest would need the entry, but Husk does not support it. Contains a description for the log.
+    /// The guest needs the entry, but Husk does not support such entries. The text describes the entry for the log.
     Unsupported(String),
 }
 
-/// The parts of the pod's network that the guest does not get, each described by a text for the log.
+/// Descriptions of the entries that Husk does not support, for the log.
 pub type Unsupported = BTreeSet<String>;
 
 /// An Ethernet interface that is up.
@@ -42,7 +42,7 @@ pub struct Link {
 
 /// Lists the interfaces that the guest gets.
 ///
-/// Omits loopback interfaces, the fallback devices of tunnels (such as `tunl0`), and interfaces that are down.
+/// Omits interfaces that are down, and interfaces that are not Ethernet (such as `lo` and `tunl0`).
 pub fn links(netlink: &Netlink) -> io::Result<Vec<Link>> {
     Ok(husk_netlink::links(netlink)?.into_iter().filter_map(to_guest_link).collect())
 }
@@ -57,8 +57,8 @@ pub fn to_guest_link(link: husk_netlink::Link) -> Option<Link> {
     Some(Link { index: link.index, name: link.name, mac: link.mac.try_into().ok()?, mtu })
 }
 
-/// Reads the guest's network configuration for these interfaces. The second result describes each part of the pod's
-/// network that the guest does not get.
+/// Reads the network configuration for the guest. `links` are the interfaces that the guest gets. The second result
+/// describes the entries that Husk does not support.
 pub fn network(netlink: &Netlink, links: &[Link]) -> Result<(UpdateNetworkRequest, Unsupported), NetworkError> {
     let names: HashMap<u32, &str> = links.iter().map(|link| (link.index.unsigned_abs(), link.name.as_str())).collect();
     let mut unsupported = Unsupported::new();
@@ -83,7 +83,7 @@ fn dump_both_families<T>(
 ) -> io::Result<Vec<T>> {
     let mut entries = Vec::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
-        // Both struct rtmsg and struct fib_rule_hdr have 12 bytes, and begin with the family.
+        // struct rtmsg and struct fib_rule_hdr have 12 bytes, and begin with the family.
         let mut fixed = [0; 12];
         fixed[0] = family as u8;
         netlink.dump(Message::new(request, libc::NLM_F_DUMP, &fixed), |kind, body| {
@@ -98,7 +98,8 @@ fn dump_both_families<T>(
     Ok(entries)
 }
 
-/// Reads the interfaces' addresses, except for link-local IPv6 addresses, which the guest's kernel generates itself.
+/// Returns `links` with their addresses. Omits link-local IPv6 addresses, because the guest's kernel generates these
+/// addresses.
 fn interfaces(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Interface>> {
     let mut addresses: HashMap<i32, Vec<String>> = HashMap::new();
     // struct ifaddrmsg
@@ -125,8 +126,7 @@ fn parse_address(body: &[u8]) -> Option<(i32, String)> {
     let mut found = None;
     for (kind, value) in attributes(body.get(8..)?) {
         match kind {
-            // IFA_LOCAL, if present, is the local address. Every IPv4 address has IFA_LOCAL. An IPv6 address has
-            // IFA_LOCAL on a point-to-point interface, where IFA_ADDRESS is the peer's address.
+            // If IFA_LOCAL is present, IFA_LOCAL is the interface's address, and IFA_ADDRESS can be the peer's address.
             libc::IFA_LOCAL => found = ip(family, value),
             libc::IFA_ADDRESS if found.is_none() => found = ip(family, value),
             _ => {}
@@ -136,7 +136,7 @@ fn parse_address(body: &[u8]) -> Option<(i32, String)> {
     Some((index, format!("{address}/{prefix}")))
 }
 
-/// Reads the permanent neighbours. Only configured neighbours are permanent.
+/// Reads the permanent neighbours. Only configured neighbours are permanent, and the kernel discovers all others.
 fn neighbours(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Neighbour>> {
     let mut neighbours = Vec::new();
     // struct ndmsg
@@ -175,13 +175,12 @@ fn ip(family: u8, value: &[u8]) -> Option<IpAddr> {
     }
 }
 
-/// Returns whether the address is in fe80::/10. The guest's kernel generates its link-local address itself, from the
-/// same MAC address.
+/// Returns whether the address is in fe80::/10.
 fn is_link_local(address: IpAddr) -> bool {
     matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
-/// Formats a MAC address.
+/// Returns the MAC address as text, such as `02:00:00:00:00:0a`.
 pub fn format_mac(mac: &[u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
@@ -198,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn only_ethernet_interfaces_that_are_up_are_used() {
+    fn to_guest_link_accepts_only_ethernet_interfaces_that_are_up() {
         let link = |hardware, flags: i32| {
             let (name, mac) = ("eth0".to_owned(), vec![2, 0, 0, 0, 0, 10]);
             to_guest_link(husk_netlink::Link { index: 2, hardware, flags: flags as u32, name, mac, mtu: 1450 })
@@ -209,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn parse_address_prefers_the_local_address_and_skips_link_local() {
+    fn parse_address_prefers_ifa_local_and_rejects_link_local_addresses() {
         let address = |family: i32, prefix: u8, list: &[(u16, &[u8])]| {
             let body = [&[family as u8, prefix, 0, 0][..], &2i32.to_ne_bytes(), &nest(list)].concat();
             parse_address(&body).map(|(_, address)| address)
@@ -223,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn only_permanent_neighbours_are_read() {
+    fn parse_neighbour_accepts_only_permanent_neighbours() {
         let body = |state: u16| {
             let list = [(libc::NDA_DST, &[10, 0, 0, 9][..]), (libc::NDA_LLADDR, &[2, 0, 0, 0, 0, 9])];
             [&[libc::AF_INET as u8, 0, 0, 0][..], &2i32.to_ne_bytes(), &state.to_ne_bytes(), &[0; 2], &nest(&list)]

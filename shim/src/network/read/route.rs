@@ -1,5 +1,4 @@
-//! Parses routes of all routing tables. A route has one next hop, several next hops, or no next hop (blackhole,
-//! unreachable, prohibit, throw).
+//! Parses routes from all routing tables.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -11,15 +10,15 @@ use husk_proto::agent::{NextHop, Route};
 
 use super::{Entry, ip, is_link_local};
 
-/// The attribute with the id of a nexthop object (linux/rtnetlink.h).
+/// The attribute that contains the id of a nexthop object (linux/rtnetlink.h).
 const RTA_NH_ID: u16 = 30;
-/// The metric of the entry that represents "no route" (net/ipv6/route.c, `ip6_null_entry`).
+/// The metric of IPv6's "no route" entry (net/ipv6/route.c, `ip6_null_entry`).
 const NO_ROUTE: u32 = u32::MAX;
 const LOCAL_TABLE: u32 = libc::RT_TABLE_LOCAL as u32;
 const MAIN_TABLE: u32 = libc::RT_TABLE_MAIN as u32;
 
-/// Parses the body of a route message. `names` maps the indexes of the guest's interfaces to their names. Returns
-/// `None` if the message is malformed.
+/// Parses the body of a route message. `names` contains each interface that the guest gets: the index in the pod's
+/// namespace, and the name. Returns `None` if the message is malformed.
 pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
     // struct rtmsg
     let [family, prefix, source_prefix, tos, table, protocol, scope, kind, flags @ ..] = *body.first_chunk::<12>()?;
@@ -32,7 +31,7 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
         libc::RTN_UNREACHABLE => Kind::UNREACHABLE,
         libc::RTN_PROHIBIT => Kind::PROHIBIT,
         libc::RTN_THROW => Kind::THROW,
-        // The kernel derives all other routes from addresses.
+        // The kernel itself creates routes of all other types, when interfaces and addresses are configured.
         _ => return Some(Entry::Implicit),
     };
     let mut route = Route {
@@ -71,7 +70,7 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
     }
     let is_kernel_table = route.table == LOCAL_TABLE || route.table == MAIN_TABLE;
     let is_generated = |address| is_link_local(address) || address.is_multicast();
-    // RTM_F_CLONED marks a route exception, which the kernel stored for one destination.
+    // RTM_F_CLONED marks an exception that the kernel stored for one destination, such as a path MTU.
     let is_implicit = flags & libc::RTM_F_CLONED != 0
         || kind == Kind::UNICAST && route.table == LOCAL_TABLE
         || is_kernel_table && destination.is_some_and(is_generated)
@@ -87,8 +86,8 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
     }
     let has_next_hop = matches!(kind, Kind::UNICAST | Kind::LOCAL);
     if !has_next_hop || hops.is_some() {
-        // For a route without a next hop, IPv6 reports the loopback interface. A request to add the route does not need
-        // this interface.
+        // The kernel reports `lo` for an IPv6 route without a next hop. A request to add such a route needs no
+        // interface.
         (route.interface, route.gateway, route.onlink) = Default::default();
     }
     if let Some(bytes) = hops {
@@ -100,16 +99,16 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
     } else if !has_next_hop || !route.interface.is_empty() || !route.next_hops.is_empty() {
         Entry::Supported(route)
     } else if has_nexthop_object {
-        // The kernel has not added the object's next hops to the route (sysctl net.ipv4.nexthop_compat_mode).
+        // The kernel reported the object's id without the object's next hops (sysctl net.ipv4.nexthop_compat_mode).
         Entry::Unsupported("routes with nexthop objects".to_owned())
     } else {
-        // The route leads through interfaces that the guest does not get.
+        // The route uses only interfaces that the guest does not get.
         Entry::Implicit
     })
 }
 
-/// Appends the next hops whose interfaces exist in the guest. Returns whether a next hop uses encapsulation, or `None`
-/// if the attribute is malformed.
+/// Parses `bytes`, the value of RTA_MULTIPATH. Appends each next hop to `hops`, unless the guest does not get the next
+/// hop's interface. Returns whether a next hop uses encapsulation. Returns `None` if `bytes` is malformed.
 fn next_hops(hops: &mut Vec<NextHop>, family: u8, bytes: &[u8], name: impl Fn(u32) -> Option<String>) -> Option<bool> {
     let (mut rest, mut encapsulates) = (bytes, false);
     // struct rtnexthop
@@ -133,16 +132,17 @@ fn next_hops(hops: &mut Vec<NextHop>, family: u8, bytes: &[u8], name: impl Fn(u3
     Some(encapsulates)
 }
 
-/// Parses `struct rtvia`, which contains a gateway whose address family may differ from the route's.
+/// Parses `struct rtvia`: the address family and the address of a gateway. This family can differ from the route's
+/// family.
 fn via(value: &[u8]) -> Option<IpAddr> {
     let (family, address) = value.split_at_checked(2)?;
     ip(u8::try_from(u16::from_ne_bytes(family.try_into().ok()?)).ok()?, address)
 }
 
-/// Returns the name of the interface with this index, or `None` if the guest does not have the interface.
+/// Returns the name of the interface with this index, or `None` if the guest does not get the interface.
 ///
-/// Returns `lo` only for routes that were configured, because the guest's kernel itself creates the other routes
-/// through `lo`.
+/// If `by_kernel` is true, the host's kernel created the route. The result for `lo` is then `None`, because the guest's
+/// kernel creates the same route.
 fn interface_name(index: u32, names: &HashMap<u32, &str>, by_kernel: bool) -> Option<String> {
     // The loopback interface always has index 1 (LOOPBACK_IFINDEX in include/net/flow.h).
     if index == 1 && !by_kernel {
@@ -203,12 +203,12 @@ mod tests {
     }
 
     #[test]
-    fn routes_of_other_tables_are_parsed() {
+    fn configured_routes_in_all_tables_are_parsed() {
         let (oif, table) = (2u32.to_ne_bytes(), 1000u32.to_ne_bytes());
         let route =
             supported(parse_route(V4, 252, 3, libc::RTN_UNICAST, &[(libc::RTA_TABLE, &table), (libc::RTA_OIF, &oif)]));
         assert_eq!((route.table, route.destination.as_str(), route.interface.as_str()), (1000, "", "eth0"));
-        // The kernel creates this route only in the main table. In another table, the route must have been configured.
+        // The kernel itself creates link-local routes in the main table, but not in table 100.
         let link_local: [u8; 16] = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         let list = [(libc::RTA_DST, &link_local[..]), (libc::RTA_OIF, &oif)];
         let found = |table| parse_route(libc::AF_INET6, table, 2, libc::RTN_UNICAST, &list);
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn multipath_keeps_next_hops_of_known_interfaces() {
+    fn multipath_keeps_only_next_hops_with_known_interfaces() {
         let hops = [
             hop(2, 2, 0, &[(libc::RTA_GATEWAY, &[10, 0, 0, 1])]),
             hop(9, 1, 0, &[(libc::RTA_GATEWAY, &[10, 0, 0, 2])]),
@@ -225,7 +225,7 @@ mod tests {
         ];
         let route =
             |hops: &[u8]| parse_route(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, &[(libc::RTA_MULTIPATH, hops)]);
-        // The family in RTA_VIA is 10 (AF_INET6), but the address is too short for this family.
+        // The family in RTA_VIA is 10 (AF_INET6), but the address is too short for IPv6.
         assert_eq!(route(&hops.concat()), None);
         let found = supported(route(&hops[..2].concat()));
         let [only] = &found.next_hops[..] else { panic!("{found}") };
@@ -265,7 +265,7 @@ mod tests {
         let main = |list: &[(u16, &[u8])]| parse_route(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, list);
         let (oif, id) = (2u32.to_ne_bytes(), 7u32.to_ne_bytes());
         assert!(matches!(main(&[(RTA_NH_ID, &id)]), Some(Entry::Unsupported(what)) if what.contains("nexthop")));
-        // The kernel has added the object's next hops to the route.
+        // The kernel reported the object's next hop.
         assert_eq!(supported(main(&[(RTA_NH_ID, &id), (libc::RTA_OIF, &oif)])).interface, "eth0");
         let encapsulated = main(&[(libc::RTA_OIF, &oif), (libc::RTA_ENCAP, &[0; 4])]);
         assert!(matches!(encapsulated, Some(Entry::Unsupported(what)) if what.contains("encapsulation")));

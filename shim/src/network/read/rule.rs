@@ -11,7 +11,8 @@ use husk_proto::agent::{PortRange, Rule};
 
 use super::{Entry, ip};
 
-/// Priority and table of the kernel's default rules in each namespace (net/ipv4/fib_rules.c, net/ipv6/fib6_rules.c).
+/// Priority and table of each rule that the kernel creates in a new namespace (net/ipv4/fib_rules.c,
+/// net/ipv6/fib6_rules.c).
 const DEFAULT_RULES: [(u32, u8); 3] =
     [(0, libc::RT_TABLE_LOCAL), (0x7ffe, libc::RT_TABLE_MAIN), (0x7fff, libc::RT_TABLE_DEFAULT)];
 
@@ -47,7 +48,7 @@ pub fn parse(body: &[u8]) -> Option<Entry<Rule>> {
             FRA_FWMARK => rule.mark = number(value)?,
             FRA_FWMASK => rule.mask = number(value)?,
             FRA_TABLE => rule.table = number(value)?,
-            // -1 means that the prefix length is not set.
+            // The kernel sends -1 if no prefix length is set.
             FRA_SUPPRESS_PREFIXLEN => {
                 rule.suppress_prefix_length = Some(number(value)?).filter(|&length| length != u32::MAX);
             }
@@ -56,8 +57,7 @@ pub fn parse(body: &[u8]) -> Option<Entry<Rule>> {
             FRA_SPORT_RANGE => rule.source_ports = Some(ports(value)?).into(),
             FRA_DPORT_RANGE => rule.destination_ports = Some(ports(value)?).into(),
             FRA_PAD => {}
-            // The guest does not get the rule at all, because the rule would have a different meaning without the
-            // unsupported attribute.
+            // Omit the whole rule, because the rule has a different meaning without this attribute.
             FRA_L3MDEV => return unsupported("with l3mdev (VRF)"),
             FRA_UID_RANGE => return unsupported("with a UID range"),
             FRA_FLOW => return unsupported("with realms"),
@@ -98,7 +98,7 @@ mod tests {
 
     use super::*;
 
-    /// Parses a rule with these attributes, and with the attributes that the kernel adds to every rule.
+    /// Parses a rule message that contains `list` and the attributes that the kernel adds to every rule.
     fn parse_rule(
         family: i32,
         lengths: [u8; 2],
@@ -128,7 +128,7 @@ mod tests {
     const V4: i32 = libc::AF_INET;
 
     #[test]
-    fn default_rules_of_the_kernel_are_skipped() {
+    fn kernel_default_rules_are_skipped() {
         let plain =
             |priority: u32, table| parse_rule(V4, [0, 0], table, 1, 0, &[(FRA_PRIORITY, &priority.to_ne_bytes())]);
         // The kernel's first rule has priority 0 and no priority attribute.

@@ -1,4 +1,5 @@
-//! The sandbox's cgroup on the host. As containerd expects, this cgroup accounts for everything that runs for the pod.
+//! The sandbox's cgroup on the host. The cgroup contains the shim and its child processes, because containerd expects
+//! the cgroup to account for the whole pod.
 
 mod path;
 mod remove;
@@ -13,8 +14,7 @@ pub use crate::resources::cgroup::remove::remove;
 /// Mount point of cgroup v2, or parent directory of the cgroup v1 mounts.
 const MOUNT: &str = "/sys/fs/cgroup";
 
-/// Maximum number of attempts to create a cgroup. An attempt fails if another sandbox removes the parent cgroup at the
-/// same time.
+/// Maximum number of attempts to create a cgroup.
 const ATTEMPTS: u32 = 10;
 
 /// Location of a sandbox's cgroup.
@@ -22,7 +22,7 @@ const ATTEMPTS: u32 = 10;
 pub enum CgroupLocation {
     /// Directory in the cgroup v2 hierarchy.
     V2(PathBuf),
-    /// Directories in the cgroup v1 hierarchies, each with the controllers of its hierarchy.
+    /// One directory for each cgroup v1 hierarchy, with the names of the hierarchy's controllers.
     V1(Vec<(Vec<String>, PathBuf)>),
 }
 
@@ -30,15 +30,15 @@ pub enum CgroupLocation {
 #[derive(Debug)]
 pub struct Cgroup {
     location: CgroupLocation,
-    /// Cgroups to which this process returns before the sandbox's cgroup is removed. There is one cgroup for each
-    /// directory of the sandbox's cgroup, in the same order.
+    /// Cgroups that this process was in before, in the order of [`CgroupLocation::dirs`]. This process returns to these
+    /// cgroups before the sandbox's cgroup is removed.
     origins: Vec<PathBuf>,
     namespace: String,
-    /// systemd scope of the cgroup, if systemd created it.
+    /// The cgroup's systemd scope, if systemd created the cgroup.
     unit: Option<Unit>,
 }
 
-/// Error of creating or entering the cgroup.
+/// Why the cgroup cannot be created or entered.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     /// The specification names a path outside the hierarchy.
@@ -80,7 +80,7 @@ impl Cgroup {
     /// has created the scope.
     ///
     /// # Errors
-    /// [`CgroupError`]. Everything that was created before the error is removed.
+    /// [`CgroupError`]. Removes everything that this function created before the error.
     pub fn enter(cgroups_path: &str, namespace: &str) -> Result<Self, CgroupError> {
         let path::CgroupsPath { relative, scope } = path::parse(cgroups_path)?;
         let proc_cgroup = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
@@ -100,7 +100,7 @@ impl Cgroup {
         let cgroup = Self { location, origins, namespace: namespace.to_owned(), unit: scope.map(|scope| scope.unit) };
         let made = cgroup.make();
         if made.is_err() {
-            // With cgroup v1, this process may have moved into the sandbox's cgroup in some of the hierarchies.
+            // With cgroup v1, this process may have entered the sandbox's cgroup in some hierarchies.
             cgroup.leave();
             cgroup.unit.iter().for_each(stop_scope);
             cgroup.location.dirs().for_each(|path| drop(std::fs::remove_dir(path)));
@@ -108,7 +108,7 @@ impl Cgroup {
         made.map(|()| cgroup)
     }
 
-    /// Returns the systemd scope of the cgroup, if systemd created it.
+    /// Returns the cgroup's systemd scope, if systemd created the cgroup.
     pub fn unit(&self) -> Option<&Unit> {
         self.unit.as_ref()
     }
@@ -117,8 +117,8 @@ impl Cgroup {
         for path in self.location.dirs() {
             create(path).map_err(|source| CgroupError::Create { path: path.to_owned(), source })?;
         }
-        // Set up the controllers before this process moves into the cgroup. Memory that a process allocates while its
-        // cgroup has no memory controller is never charged to that cgroup.
+        // Set up the controllers before this process enters the cgroup. The memory controller does not charge memory
+        // that was allocated earlier.
         match &self.location {
             CgroupLocation::V2(path) => delegate(Path::new(MOUNT), path),
             CgroupLocation::V1(_) => {
@@ -150,12 +150,11 @@ impl Cgroup {
         }
     }
 
-    /// Moves this process back to its original cgroups and removes the sandbox's cgroup. Then removes the parent
-    /// cgroup, too, if the parent is containerd's cgroup for the namespace and is empty.
+    /// Moves this process back to its original cgroups. Then removes the sandbox's cgroup as [`remove()`] does.
     pub async fn leave_and_remove(&self) {
         self.leave();
         let (location, namespace, unit) = (self.location.clone(), self.namespace.clone(), self.unit.clone());
-        // Use another thread, because the removal blocks until the last process has left the cgroup.
+        // Use a blocking task, because the removal waits until the last process has left the cgroup.
         let removed = tokio::task::spawn_blocking(move || {
             let dirs: Vec<&Path> = location.dirs().collect();
             remove(&dirs, unit.as_ref(), &namespace);
@@ -168,7 +167,8 @@ impl Cgroup {
 }
 
 impl CgroupLocation {
-    /// Returns the directory with a controller's files, or `None` if no cgroup v1 hierarchy has the controller.
+    /// Returns the directory that contains the controller's files. Returns `None` if no cgroup v1 hierarchy has the
+    /// controller.
     pub fn controller_dir(&self, controller: &str) -> Option<&Path> {
         match self {
             Self::V2(path) => Some(path),
@@ -194,8 +194,7 @@ fn stop_scope(unit: &Unit) {
     }
 }
 
-/// Creates a directory with its parents. Retries, because another sandbox may be removing an empty parent at the same
-/// time.
+/// Creates a directory and its parents. Retries, because another sandbox may remove an empty parent at the same time.
 fn create(path: &Path) -> std::io::Result<()> {
     for _ in 1..ATTEMPTS {
         match std::fs::create_dir_all(path) {
@@ -206,8 +205,8 @@ fn create(path: &Path) -> std::io::Result<()> {
     std::fs::create_dir_all(path)
 }
 
-/// Enables all controllers for `path` in all its ancestors, as runc does. Without the controllers, the cgroup would not
-/// account for resources.
+/// Enables all controllers in all ancestors of `path`, as runc does. Without controllers, the cgroup at `path` would
+/// not account for resources.
 ///
 /// Best effort, because a controller cannot be enabled in a cgroup that itself has processes.
 fn delegate(mount: &Path, path: &Path) {

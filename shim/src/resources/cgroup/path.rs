@@ -10,14 +10,14 @@ use crate::systemd::{Scope, Unit};
 pub struct CgroupsPath {
     /// Path relative to the root of the hierarchy.
     pub relative: PathBuf,
-    /// systemd scope to create, if the path has systemd's form.
+    /// systemd scope to create, if the `cgroupsPath` has systemd's form.
     pub scope: Option<Scope>,
 }
 
 /// Parses a `cgroupsPath`.
 ///
 /// # Errors
-/// [`CgroupError::Path`] if the path leads out of the hierarchy, or has systemd's form but does not name a scope.
+/// [`CgroupError::Path`] if `cgroups_path` is empty, leads out of the hierarchy, or has an invalid slice or name.
 pub fn parse(cgroups_path: &str) -> Result<CgroupsPath, CgroupError> {
     let error = || CgroupError::Path(cgroups_path.to_owned());
     let parts: Vec<&str> = cgroups_path.split(':').collect();
@@ -25,8 +25,8 @@ pub fn parse(cgroups_path: &str) -> Result<CgroupsPath, CgroupError> {
         [path] => ((*path).to_owned(), None),
         [slice, prefix, name] => {
             let slice = if slice.is_empty() { "system.slice" } else { slice };
-            // The unit has the same name as under runc (libcontainer/cgroups/systemd/common.go, getUnitName). A name
-            // that ends in `.slice` is rejected, because a slice cannot contain processes directly.
+            // The unit has the same name as under runc (libcontainer/cgroups/systemd/common.go, getUnitName). Reject a
+            // name that ends in `.slice`, because a slice cannot contain processes directly.
             let unit = format!("{prefix}-{name}.scope");
             if name.is_empty() || name.ends_with(".slice") || unit.contains('/') {
                 return Err(error());
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn parse_returns_a_scope_only_for_the_slice_form() {
+    fn parse_returns_a_scope_only_for_slice_prefix_name() {
         let scope = |text: &str| parse(text).unwrap().scope;
         assert_eq!(scope("/kubepods.slice/x.scope"), None);
         assert_eq!(scope(":p:n"), Some(Scope { slice: "system.slice".into(), unit: Unit::new("p-n.scope") }));

@@ -11,19 +11,17 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::resources::cgroup::{MOUNT, v1};
 use crate::systemd::Unit;
 
-/// Removes a sandbox's cgroup and all cgroups below it. Then removes containerd's cgroup for the namespace, if that
-/// cgroup is empty.
+/// Removes a sandbox's cgroup with all child cgroups. If the parent has the name `namespace` and is empty, removes the
+/// parent, too.
 ///
-/// With cgroup v2, `dirs` has one directory. With cgroup v1, `dirs` has one directory for each hierarchy.
+/// With cgroup v2, `dirs` has one directory. With cgroup v1, `dirs` has a directory for each hierarchy.
 ///
-/// First waits at most a second for killed processes to end. Then stops the systemd scope, if there is one, and removes
-/// the cgroup. If the cgroup were removed before the scope is stopped, systemd might not notice that the cgroup became
-/// empty, and would then keep the unit.
+/// First waits at most a second until the cgroup is empty. Then stops the systemd scope `unit`, and removes the cgroup.
+/// If the cgroup disappeared before the stop, systemd might keep the unit.
 pub fn remove(dirs: &[&Path], unit: Option<&Unit>, namespace: &str) {
     let dirs: Vec<&Path> = dirs.iter().copied().filter(|path| is_within(path)).collect();
     let deadline = Instant::now() + EXIT_TIMEOUT;
-    // Wait even if all processes were reaped, because a killed process can stay in its cgroup for a short time after it
-    // was reaped. The wait includes the cgroups below each directory.
+    // Wait even if all processes were reaped. A reaped process can stay in its cgroup for a short time.
     let empty: Vec<_> = dirs.iter().map(|path| wait_until_empty(path, deadline)).collect();
     unit.into_iter().for_each(crate::resources::cgroup::stop_scope);
     for (path, empty) in dirs.into_iter().zip(empty) {
@@ -42,7 +40,7 @@ fn is_within(path: &Path) -> bool {
     path.starts_with(MOUNT) && path != Path::new(MOUNT) && path.components().all(|c| c != Component::ParentDir)
 }
 
-/// Timeout for the last processes of a cgroup to end. These processes have already been killed.
+/// Timeout for killed processes to leave a cgroup.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Removes a cgroup and the cgroups below it.
@@ -64,11 +62,10 @@ fn remove_directories(path: &Path) -> io::Result<()> {
 
 /// Waits until the cgroup and the cgroups below it have no processes.
 ///
-/// The kernel reports a change of `cgroup.events` as POLLPRI to a process that has opened and read the file
-/// (cgroup-v2.rst, "Basic Operations").
+/// The kernel reports a change of `cgroup.events` as POLLPRI (cgroup-v2.rst, "Basic Operations").
 fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
     let mut events = match File::open(path.join("cgroup.events")) {
-        // Either the host uses cgroup v1, which does not have this file, or the cgroup has been removed.
+        // The host uses cgroup v1, which does not have this file, or the cgroup does not exist.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return v1::wait_until_empty(path, deadline),
         other => other?,
     };
@@ -76,7 +73,7 @@ fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
         let mut text = String::new();
         let read = events.seek(SeekFrom::Start(0)).and_then(|_| events.read_to_string(&mut text));
         match read {
-            // The cgroup was removed concurrently.
+            // The cgroup was removed after the open.
             Err(error) if error.raw_os_error() == Some(nix::libc::ENODEV) => return Ok(()),
             other => other?,
         };

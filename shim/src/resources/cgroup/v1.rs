@@ -7,18 +7,18 @@ use std::time::{Duration, Instant};
 
 use crate::resources::cgroup::CgroupLocation;
 
-/// Polling interval while a cgroup's last processes end. Polling is needed because cgroup v1 does not report that a
-/// cgroup has become empty.
+/// Interval at which [`wait_until_empty`] reads the cgroup's files. Polling is needed because cgroup v1 has no
+/// `cgroup.events`.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// Files that are empty in a new cpuset cgroup.
 const CPUSET: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
 
-/// Returns the directory of the sandbox's cgroup in each hierarchy, and the directory of this process's current cgroup
-/// in the same hierarchy.
+/// For each hierarchy, returns the directory of the sandbox's cgroup, and the directory of this process's current
+/// cgroup.
 ///
-/// `mounts` is the text of `/proc/self/mountinfo`. `proc_cgroup` is the text of `/proc/self/cgroup`. `scope`
-/// tells whether the cgroup is a systemd scope. If so, the result includes the cgroup v2 hierarchy, because systemd
-/// tracks the processes of its units in this hierarchy, too.
+/// `mounts` is the text of `/proc/self/mountinfo`. `proc_cgroup` is the text of `/proc/self/cgroup`. `scope` is true if
+/// the sandbox's cgroup is a systemd scope. The result then includes the cgroup v2 hierarchy, in which systemd tracks
+/// processes.
 pub fn locate(mounts: &str, proc_cgroup: &str, relative: &Path, scope: bool) -> (CgroupLocation, Vec<PathBuf>) {
     let (mut all, mut origins) = (Vec::new(), Vec::new());
     let unified = mounts.lines().find_map(|line| hierarchy(line, "cgroup2")).filter(|_| scope);
@@ -29,7 +29,7 @@ pub fn locate(mounts: &str, proc_cgroup: &str, relative: &Path, scope: bool) -> 
     for (point, options) in mounts.lines().filter_map(|line| hierarchy(line, "cgroup")) {
         let has = |name: &str| options.split(',').any(|option| option == name);
         // A line has the form hierarchy-ID:controllers:path (cgroups(7)). If a hierarchy has no controllers, the second
-        // field contains its name.
+        // field contains the hierarchy's name.
         let line = proc_cgroup.lines().find_map(|line| {
             let (names, path) = line.split_once(':')?.1.split_once(':')?;
             (!names.is_empty() && names.split(',').all(has)).then_some((names, path))
@@ -46,7 +46,8 @@ pub fn locate(mounts: &str, proc_cgroup: &str, relative: &Path, scope: bool) -> 
     (CgroupLocation::V1(all), origins)
 }
 
-/// Returns the mount point and the super options if this line of mountinfo describes a hierarchy of type `kind`.
+/// Returns the mount point and the super options of a mountinfo line. Returns `None` if the file system type is not
+/// `kind`.
 fn hierarchy<'a>(line: &'a str, kind: &str) -> Option<(PathBuf, &'a str)> {
     let (mount, system) = line.split_once(" - ")?;
     let mut system = system.split(' ');
@@ -119,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn location_of_a_scope_includes_the_cgroup_v2_hierarchy() {
+    fn locate_includes_the_cgroup_v2_hierarchy_for_a_scope() {
         let (location, origins) = locate(MOUNTS, OWN, Path::new("a.slice/b.scope"), true);
         let first = (location.dirs().next(), origins.first().map(PathBuf::as_path));
         let top = Path::new("/sys/fs/cgroup/unified");
