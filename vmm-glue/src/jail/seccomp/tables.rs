@@ -55,6 +55,7 @@ const VHOST_NET_SET_BACKEND: u32 = 0x4008_af30;
 // linux/if_tun.h
 const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
+const TUNSETQUEUE: u32 = 0x4004_54d9;
 
 /// Calls of every thread.
 const EVERY_THREAD: &[Rule] = &[
@@ -188,6 +189,7 @@ const DEVICE_LOOP: &[Rule] = &[
             is(1, VHOST_NET_SET_BACKEND),
             is(1, TUNSETOFFLOAD),
             is(1, TUNSETVNETHDRSZ),
+            is(1, TUNSETQUEUE),
             is(1, FIONBIO as u32),
         ],
         "hands queues over to vhost-net, sets the tap's offloads, makes the streams of vsock connections non-blocking",
