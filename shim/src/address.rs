@@ -1,5 +1,4 @@
-//! The address of a sandbox's shim. Each combination of containerd instance, namespace and sandbox has its own Unix
-//! socket.
+//! The shim's Unix socket. Each combination of containerd instance, namespace and sandbox has its own socket path.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -58,7 +57,7 @@ pub enum ListenError {
 pub enum Listen {
     /// This process now listens on the socket.
     Bound(UnixListener),
-    /// A live shim already listens on the socket.
+    /// A live shim listens on the socket.
     InUse,
 }
 
@@ -73,8 +72,7 @@ impl Address {
         Self { path: Path::new(dir.unwrap_or(SOCKET_DIR)).join(name) }
     }
 
-    /// Parses the URI that the shim writes to its `address` files. Returns `None` if the text is not the URI of a Unix
-    /// socket with an absolute path.
+    /// Parses the URI in an `address` file. Returns `None` if `uri` is not `unix://` with an absolute path.
     pub fn from_uri(uri: &str) -> Option<Self> {
         let path = uri.trim().strip_prefix("unix://")?;
         path.starts_with('/').then(|| Self { path: path.into() })
@@ -107,10 +105,10 @@ impl Address {
             .mode(0o711)
             .create(dir)
             .map_err(|source| ListenError::Directory { path: dir.into(), source })?;
-        // The lock prevents two races with another `start` process. First, the other process's socket looks dead after
-        // bind(2) and before listen(2). Second, both processes may find the same dead socket. Without the lock, this
-        // process could then remove the socket with which the other process has replaced the dead socket. The lock is
-        // on the directory itself, because nothing would ever remove a separate lock file.
+        // The lock prevents races between `start` processes, because each process removes a socket that looks dead. A
+        // new socket looks dead between bind(2) and listen(2). If two processes find the same dead socket, the slower
+        // process could remove the faster process's new socket. The lock is on the directory, because a separate lock
+        // file would never be removed.
         let _lock = lock(dir).map_err(|source| ListenError::Lock { path: dir.into(), source })?;
         let error = |source| ListenError::Bind { path: self.path.clone(), source };
         for _ in 0..3 {
@@ -139,8 +137,7 @@ impl Address {
     }
 }
 
-/// Locks a directory. Other `start` processes wait for the lock. Their wait is short, because no process blocks while
-/// it holds the lock.
+/// Locks a directory exclusively. The wait is short, because no process blocks while it holds the lock.
 fn lock(dir: &Path) -> std::io::Result<Flock<File>> {
     let mut file = File::open(dir)?;
     loop {

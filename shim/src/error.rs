@@ -1,5 +1,5 @@
-//! Errors of the shim's ttrpc services. If containerd's runc shim has the same error, its text and code are used,
-//! because clients match on these texts and codes.
+//! Errors of the shim's ttrpc services. An error that runc's shim has, too, has the same text and code, because clients
+//! match on both.
 
 use ttrpc::{Code, Error};
 
@@ -45,7 +45,7 @@ pub enum ServiceError {
     /// A value in the request is invalid.
     #[error("{0}: invalid argument")]
     Invalid(String),
-    /// The runtime does not support the request.
+    /// Husk does not support the request.
     #[error("{0}: not implemented")]
     Unsupported(&'static str),
     /// The request needs a running program, which the sandbox container does not have.
@@ -54,7 +54,7 @@ pub enum ServiceError {
     /// The request names a sandbox that this shim does not serve.
     #[error("sandbox {0}: not found")]
     NoSandbox(String),
-    /// The request needs the sandbox, but no request has created it yet.
+    /// No request has created the sandbox.
     #[error("the sandbox has not been created yet: failed precondition")]
     NotCreated,
     /// The sandbox has no cgroup on the host.
@@ -90,7 +90,7 @@ impl ServiceError {
     }
 }
 
-/// Joins the error and its causes into one text. Only this conversion joins them, so that no cause appears twice.
+/// Joins the error and its causes into one text.
 impl From<ServiceError> for Error {
     fn from(error: ServiceError) -> Self {
         ttrpc::error::get_rpc_status(error.code(), crate::chain(&error))

@@ -11,7 +11,7 @@ use crate::oci::annotations::Annotations;
 
 /// Timeout of a hook if the specification does not set a timeout.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
-/// Maximum number of bytes of a failed hook's stdout in the error message. The same limit applies to stderr.
+/// Maximum number of bytes that the shim keeps from a hook's stdout, and from its stderr.
 const MAX_OUTPUT: u64 = 4096;
 
 /// The container's state, which the OCI runtime specification passes to hooks on stdin.
@@ -24,8 +24,8 @@ pub struct State<'a> {
     pub id: &'a str,
     /// `creating`, `created`, `running` or `stopped`.
     pub status: &'a str,
-    /// The PID that the shim reports to containerd for the container. On the host, the process with this PID is in the
-    /// sandbox's namespaces. The PID is 0 for a container that has stopped.
+    /// The PID that the shim reports to containerd for the container. The process with this PID is in the pod's network
+    /// namespace. The PID is 0 for a container that has stopped.
     #[serde(skip_serializing_if = "is_zero")]
     pub pid: u32,
     /// The bundle directory.
@@ -47,7 +47,7 @@ pub enum HookError {
     Run {
         /// The kind of hook, such as `createRuntime`.
         kind: &'static str,
-        /// Its index in the list. The first hook has index 0.
+        /// The hook's index in the list, from 0.
         index: usize,
         /// The program.
         path: String,
@@ -60,15 +60,15 @@ pub enum HookError {
     Status {
         /// The kind of hook, such as `createRuntime`.
         kind: &'static str,
-        /// Its index in the list. The first hook has index 0.
+        /// The hook's index in the list, from 0.
         index: usize,
         /// The program.
         path: String,
-        /// Its exit status.
+        /// The exit status.
         status: std::process::ExitStatus,
-        /// The beginning of its stdout.
+        /// The beginning of the hook's stdout.
         stdout: String,
-        /// The beginning of its stderr.
+        /// The beginning of the hook's stderr.
         stderr: String,
     },
     /// The hook exceeded its timeout.
@@ -76,11 +76,11 @@ pub enum HookError {
     Timeout {
         /// The kind of hook, such as `createRuntime`.
         kind: &'static str,
-        /// Its index in the list. The first hook has index 0.
+        /// The hook's index in the list, from 0.
         index: usize,
         /// The program.
         path: String,
-        /// Its timeout.
+        /// The timeout.
         timeout: Duration,
     },
     /// The state cannot be encoded as JSON.

@@ -1,9 +1,9 @@
-//! Checks containerd's ids and namespaces, because the shim uses them as path components.
+//! Checks the ids and namespaces that the shim uses as path components.
 
 /// Returns whether `name` is valid as an id or a namespace.
 ///
-/// This function only ensures that the name is a single path component that cannot lead out of its directory.
-/// containerd's own rule is stricter: it allows at most 76 characters, for example.
+/// A valid name is a single path component, and is not `.` or `..`. containerd's own rule is stricter: for example, an
+/// id has at most 76 characters.
 pub fn is_name(name: &str) -> bool {
     name.len() <= 255
         && name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())

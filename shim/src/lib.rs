@@ -1,4 +1,4 @@
-//! Husk's containerd shim: one process per sandbox. It boots the sandbox's VM and serves containerd's Task API.
+//! Husk's containerd shim: one process per sandbox. The shim boots the sandbox's VM and serves containerd's Task API.
 
 #![deny(clippy::indexing_slicing)]
 
@@ -37,14 +37,14 @@ pub fn main() -> ExitCode {
     let started_ns = sandbox::timeline::now();
     let mut args = std::env::args_os();
     if args.next().is_some_and(|name| name == husk_vmm::client::ARGV0) {
-        // SAFETY: only `husk_vmm::client::spawn` starts the program under this name. It has placed the control socket
-        // at this fd number, and nothing else in this process uses the fd.
+        // SAFETY: only `husk_vmm::client::spawn` starts the program under this name, and places the control socket at
+        // this fd number. Nothing else in this process uses the fd.
         husk_vmm::process::main(unsafe { OwnedFd::from_raw_fd(husk_vmm::client::CONTROL_FD) });
     }
     match run(args, started_ns) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // containerd copies the output of a failed shim into its own error.
+            // containerd's error message contains the output of a failed shim.
             eprintln!("husk: {error}");
             ExitCode::FAILURE
         }

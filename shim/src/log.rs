@@ -1,5 +1,5 @@
-//! The shim's log. It consists of logfmt lines, like the logs of containerd's Go shims. The shim writes the lines to a
-//! fifo, from which containerd copies them to its own log.
+//! The shim's log. As containerd's Go shims do, the shim writes logfmt lines to a fifo. containerd copies the lines to
+//! its own log.
 
 mod limit;
 
@@ -32,7 +32,7 @@ struct Logger {
     namespace: String,
     dropped: AtomicU64,
     limiter: Mutex<Limiter<Identifier>>,
-    /// Limits the rate of records from the `log` crate. The source of a record is its file and line.
+    /// Limits the rate of records from the `log` crate. A record's source is its file and line.
     record_limiter: Mutex<Limiter<(Option<&'static str>, Option<u32>)>>,
 }
 
@@ -41,7 +41,7 @@ pub fn init(bundle: &Path, namespace: &str, sandbox: &str, debug: bool) {
     if debug {
         set_level(LogLevel::Debug);
     }
-    // Open the fifo in non-blocking mode, because a write must not wait for containerd, which may be slow or dead.
+    // Open the fifo in non-blocking mode, because a write must not wait for a slow or dead containerd.
     let options = libc::O_NONBLOCK | libc::O_CLOEXEC;
     let fifo = File::options().write(true).custom_flags(options).open(bundle.join("log")).ok();
     let logger = Logger {
@@ -94,8 +94,7 @@ impl Logger {
         }
     }
 
-    /// Handles a line according to `decision`: writes the line, drops it, or writes instead that the source has reached
-    /// its limit.
+    /// Writes or drops a line, as `decision` says. For [`Decision::First`], writes a warning instead of the line.
     fn write_limited(&self, decision: &Decision, source: &str, level: &str, message: &str, fields: &str) {
         match decision {
             Decision::Log(0) => self.write_line(level, message, fields),
@@ -178,7 +177,7 @@ impl log::Log for Logger {
     fn flush(&self) {}
 }
 
-/// Appends a value. Quotes and escapes the value if it would otherwise be ambiguous.
+/// Appends a value. Quotes and escapes a value that is empty or contains special characters.
 fn quote(out: &mut String, value: &str) {
     let bare = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_' | '/' | '@' | '^' | '+');
     if !value.is_empty() && value.chars().all(bare) {

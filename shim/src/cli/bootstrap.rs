@@ -1,5 +1,4 @@
-//! The bootstrap protocol between containerd and the shim's `start` action: the format of stdin and of the reply on
-//! stdout.
+//! The bootstrap protocol of the `start` action: containerd writes to the shim's stdin and reads the reply from stdout.
 //!
 //! | containerd | stdin | reply |
 //! | --- | --- | --- |
@@ -7,12 +6,12 @@
 //! | 2.0 to 2.2 | as in 1.7 | JSON with version 3 if the sandbox controller made the bundle, otherwise as in 1.7 |
 //! | 2.3 and later | `BootstrapParams` | `BootstrapResult`, version 3 |
 //!
-//! containerd 1.7 rejects JSON with a version above 2. Every containerd since 1.6 accepts a plain address, and then
-//! uses version 2 of the task API. Therefore, the plain address is the default.
+//! containerd 1.7 rejects JSON with a version above 2. Every containerd since 1.6 accepts a plain address, which means
+//! version 2 of the task API. Therefore, the plain address is the default.
 //!
-//! `MAX_SHIM_VERSION` does not distinguish the containerd versions. Every containerd version sets it to 2 (containerd
-//! 2.1, pkg/shim/util.go), although 2.0 and later accept version 3, too. Instead, the shim checks the path of a
-//! sandbox's bundle. The path contains the name of the sandbox controller, and containerd 2.0 changed this name.
+//! The variable `MAX_SHIM_VERSION` does not show whether containerd accepts version 3. containerd 2.0 and later accept
+//! version 3, but set the variable to 2 (containerd 2.1, pkg/shim/util.go). Therefore, the shim checks the bundle's
+//! path. The path contains the name of the sandbox controller, and containerd 2.0 changed this name.
 
 use std::path::Path;
 
@@ -81,9 +80,8 @@ impl Env {
 impl Params {
     /// Merges the parameters from stdin, flags and environment.
     ///
-    /// The bytes of runtime options (an `Any`) are a valid `BootstrapParams` message, too. Its instance id is then the
-    /// options' type URL. Therefore, stdin counts as bootstrap parameters only if the decoded id and namespace equal
-    /// the id and namespace of the command line.
+    /// Runtime options (an `Any`) decode as a `BootstrapParams` message, too. Their type URL becomes the instance id.
+    /// Therefore, `input` counts as `BootstrapParams` only if the instance id and namespace match `args`.
     pub fn new(input: &[u8], args: &Args, env: &Env) -> Self {
         if !input.is_empty()
             && let Ok(params) = BootstrapParams::parse_from_bytes(input)
@@ -120,8 +118,7 @@ impl Params {
     }
 }
 
-/// Returns whether the sandbox controller made the bundle. A bundle from the sandbox controller does not
-/// contain a `config.json`.
+/// Returns whether containerd's sandbox controller made the bundle. Such a bundle has no `config.json`.
 pub fn is_sandbox_controller_bundle(bundle: &Path) -> bool {
     bundle.components().any(|part| part.as_os_str() == SANDBOX_CONTROLLER)
 }

@@ -16,18 +16,17 @@ use crate::events::timestamp;
 use crate::oci::Bundle;
 use crate::sandbox::state_dir::StateDir;
 
-/// Exit status that `delete` reports. It is the status of a process killed by SIGKILL, because `delete` cannot know the
-/// task's real exit status.
+/// Exit status that `delete` reports: the status after SIGKILL. `delete` cannot know the task's real exit status.
 const EXIT_STATUS_KILLED: u32 = 128 + 9;
-/// Timeout of each request that checks whether the sandbox's shim is still needed.
+/// Timeout of each request to the sandbox's shim.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Cleans up after the container's sandbox if the sandbox's shim is dead or no longer needed. Then writes a
-/// DeleteResponse to stdout.
+/// Cleans up the container's sandbox, unless the sandbox's shim is alive and needed. Then writes a DeleteResponse to
+/// stdout.
 pub fn delete(args: &Args) -> std::io::Result<()> {
     let bundle = if args.bundle.as_os_str().is_empty() { std::env::current_dir()? } else { args.bundle.clone() };
-    // config.json may have been removed with the bundle, or may never have existed. In both cases, the container's id
-    // is used as the sandbox's id.
+    // If the bundle has no config.json, the container's id is used as the sandbox's id. containerd may have removed the
+    // bundle, or the sandbox controller made the bundle.
     let spec = Bundle::read(&bundle).ok().map(|bundle| bundle.spec);
     let group = spec.as_ref().and_then(|spec| spec.group(&args.id).ok().map(str::to_owned));
     let group = group.unwrap_or_else(|| args.id.clone());
@@ -39,9 +38,9 @@ pub fn delete(args: &Args) -> std::io::Result<()> {
             let address = if args.address.is_empty() { Env::read().grpc_address } else { args.address.clone() };
             Address::new(None, &address, &args.namespace, &group)
         });
-    // A live shim serves all containers of the pod. Therefore, this action cleans up after a live shim only if it
-    // deletes the sandbox container. containerd runs this action even after a normal deletion of the sandbox container.
-    // If the pod still has other containers, these containers need the shim.
+    // A live shim serves all containers of the pod. Therefore, if the shim is alive, this action cleans up only when it
+    // runs for the sandbox container. containerd runs this action even after it has deleted the sandbox container
+    // normally. In this case, the shim is needed if the pod has other containers.
     let is_needed = || {
         if group == args.id { spec.is_some() && has_other_containers(&address, &args.id) } else { address.is_live() }
     };
@@ -60,10 +59,9 @@ pub fn delete(args: &Args) -> std::io::Result<()> {
     out.flush()
 }
 
-/// Returns whether the shim no longer has container `id`, but still has other containers.
+/// Returns whether the shim has containers, but does not have container `id`.
 ///
-/// To find this out, sends a Shutdown request. A shim that has containers ignores this request. A shim without
-/// containers ends.
+/// Sends a Shutdown request, which a shim with containers ignores. A shim without containers ends.
 fn has_other_containers(address: &Address, id: &str) -> bool {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return false };
     let probe = async {
@@ -77,8 +75,8 @@ fn has_other_containers(address: &Address, id: &str) -> bool {
         }
         let shutdown = ShutdownRequest { id: id.to_owned(), ..Default::default() };
         task.shutdown(context(), &shutdown).await.ok()?;
-        // If the shim ends, it stops accepting connections before it answers the request. Therefore, `is_live` below
-        // returns false for a shim that ends.
+        // A shim that ends stops accepting connections before it answers. Therefore, `is_live` below returns false for
+        // this shim.
         Some(())
     };
     runtime.block_on(probe).is_some() && address.is_live()

@@ -12,11 +12,11 @@ pub fn version() {
     println!("  Version:  {}", env!("CARGO_PKG_VERSION"));
 }
 
-/// Returns the OCI runtime features (features.md of the OCI runtime specification) that callers evaluate.
+/// Returns the shim's features in the OCI format (features.md of the OCI runtime specification).
 ///
-/// containerd derives two features of the runtime handler from the OCI features, and reports these two to the kubelet
-/// (containerd 2.x, internal/cri/server/service.go). containerd reports user namespaces if it finds the namespace
-/// `user` and id-mapped mounts. containerd reports recursive read-only mounts if it finds the mount option `rro`.
+/// containerd 2.x tells the kubelet which features the handler has (internal/cri/server/service.go). The handler has
+/// user namespaces if the result contains the namespace `user` and id-mapped mounts. The handler has recursive
+/// read-only mounts if the result contains the mount option `rro`.
 fn features() -> Any {
     let features = serde_json::json!({
         "ociVersionMin": "1.0.0",
@@ -39,7 +39,7 @@ fn features() -> Any {
     }
 }
 
-/// Prints the RuntimeInfo message. Reads the runtime options from stdin and ignores them, because Husk has no options.
+/// Writes the RuntimeInfo message to stdout. Ignores the runtime options on stdin, because Husk has no options.
 pub fn info() -> std::io::Result<()> {
     let mut options = Vec::new();
     std::io::stdin().lock().take(super::bootstrap::MAX_INPUT).read_to_end(&mut options)?;

@@ -20,7 +20,7 @@ pub struct Args {
     pub publish_binary: String,
     /// The bundle directory. Empty if the bundle is the working directory.
     pub bundle: PathBuf,
-    /// Socket to serve on. The flag is accepted for compatibility, but ignored. The shim chooses its own socket.
+    /// Socket to serve on. Ignored, because the shim chooses its own socket.
     pub socket: String,
     /// Whether to log at debug level.
     pub debug: bool,
@@ -46,18 +46,18 @@ pub enum ArgsError {
     InvalidBool {
         /// The flag.
         flag: String,
-        /// Its value.
+        /// The value.
         value: String,
     },
     /// An argument that is not UTF-8.
     #[error("a command-line argument is not valid UTF-8")]
     NotUtf8,
-    /// An id or namespace that would escape its directory or its cgroup.
+    /// An id or namespace that is not valid as a path component.
     #[error("invalid {what} {value:?}: must be 1 to 255 characters of [A-Za-z0-9_.-] and begin with a letter or digit")]
     InvalidName {
         /// `id` or `namespace`.
         what: &'static str,
-        /// Its value.
+        /// The value.
         value: String,
     },
 }
@@ -69,7 +69,7 @@ impl Args {
     /// The first argument that is not a flag is the action. The arguments after the action are ignored.
     ///
     /// # Errors
-    /// [`ArgsError`] for command lines that Go's `flag` package would reject, too.
+    /// [`ArgsError`] for an unknown flag, a flag without its value, or an invalid boolean.
     pub fn parse<I: IntoIterator<Item = String>>(args: I) -> Result<Self, ArgsError> {
         let mut out = Self::default();
         let mut args = args.into_iter();

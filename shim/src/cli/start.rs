@@ -46,7 +46,7 @@ pub enum StartError {
     NoSandbox(String),
 }
 
-/// Starts the sandbox's shim, or finds the shim that is already running. Writes the shim's address to stdout.
+/// Starts the sandbox's shim if none is running. Writes the shim's address to stdout.
 ///
 /// # Errors
 /// [`StartError`]. A socket that this call has bound is removed if this container must not start a shim, if the address
@@ -56,8 +56,8 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     let mut input = Vec::new();
     std::io::stdin().lock().take(MAX_INPUT).read_to_end(&mut input).map_err(StartError::Input)?;
     let params = Params::new(&input, args, &Env::read()).with_bundle(&dir);
-    // With `sandboxer = "shim"`, the bundle has no config.json. The CreateSandbox request contains the pod's
-    // configuration instead.
+    // With `sandboxer = "shim"`, the bundle has no config.json. Instead, the CreateSandbox request contains the pod's
+    // configuration.
     let bundle = match Bundle::read(&dir) {
         Err(BundleError::Read { source, .. })
             if source.kind() == std::io::ErrorKind::NotFound && bootstrap::is_sandbox_controller_bundle(&dir) =>
@@ -97,7 +97,7 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
                 listener,
                 started_ns,
             };
-            // The child process must end here, because the rest of the program is meant only for the parent.
+            // The child process must end here, because only the parent may return to the caller.
             std::process::exit(daemon::run(args));
         }
         Err(error) => {
@@ -131,7 +131,7 @@ fn write_address(bundle: &Path, address: &Address) -> Result<(), StartError> {
 
 /// Sets the shim's `oom_score_adj` to containerd's plus one, as containerd's own shims do.
 ///
-/// Therefore, if the node runs out of memory, the kernel's OOM killer kills the shim before it kills containerd.
+/// Therefore, the kernel's OOM killer prefers the shim to containerd.
 fn adjust_oom_score() {
     let parent = nix::unistd::getppid();
     let score = std::fs::read_to_string(format!("/proc/{parent}/oom_score_adj"));

@@ -11,11 +11,11 @@ use crate::error::ServiceError;
 use crate::lock;
 use crate::oci::Spec;
 
-/// An exec, with the process specification that the guest gets when the exec is started.
+/// An exec of a container.
 pub struct Exec {
     /// State of the process.
     pub process: Arc<Process>,
-    /// Process specification for the guest. `type_url` says how it is encoded.
+    /// Process specification, which the guest gets when the exec is started.
     pub spec: Vec<u8>,
     /// AppArmor profile. Empty if the request does not set it.
     pub profile: String,
@@ -91,7 +91,8 @@ impl Container {
         lock(&self.execs).remove(id);
     }
 
-    /// Returns all processes. The execs come first, because they exit before the init process does.
+    /// Returns the execs' processes, then the init process. When the VM has ended, the shim publishes the exits in this
+    /// order.
     pub fn processes(&self) -> Vec<Arc<Process>> {
         let mut all: Vec<_> = lock(&self.execs).values().map(|exec| Arc::clone(&exec.process)).collect();
         all.push(Arc::clone(&self.init));
@@ -113,13 +114,13 @@ impl Container {
         self.spec.annotations.is_sandbox()
     }
 
-    /// Returns true only to the first caller, which must then publish the OOM event.
+    /// Returns true for the first call only. The caller must then publish the OOM event.
     pub fn claim_oom_report(&self) -> bool {
         !self.oom_reported.swap(true, Ordering::Relaxed)
     }
 }
 
-/// The containers of a sandbox. An id whose container is still being created has the value `None`.
+/// The containers of a sandbox, by id. A reserved id has the value `None`.
 #[derive(Default)]
 pub struct Containers {
     slots: Mutex<HashMap<String, Option<Arc<Container>>>>,
@@ -154,23 +155,23 @@ impl Containers {
     /// Returns the container with this id.
     ///
     /// # Errors
-    /// [`ServiceError::NoContainer`] if no container has this id, or the container is still being created.
+    /// [`ServiceError::NoContainer`] if no container has this id. A reserved id has no container.
     pub fn get(&self, id: &str) -> Result<Arc<Container>, ServiceError> {
         lock(&self.slots).get(id).cloned().flatten().ok_or(ServiceError::NoContainer)
     }
 
-    /// Returns true if there are no containers, not even a container that is still being created.
+    /// Returns true if there are neither containers nor reserved ids.
     pub fn is_empty(&self) -> bool {
         lock(&self.slots).is_empty()
     }
 
-    /// Returns true if `id` is the only container id.
+    /// Returns true if `id` is the only id, reserved or not.
     pub fn is_only(&self, id: &str) -> bool {
         let slots = lock(&self.slots);
         slots.len() == 1 && slots.contains_key(id)
     }
 
-    /// Returns all containers that have been created.
+    /// Returns all containers.
     pub fn all(&self) -> Vec<Arc<Container>> {
         lock(&self.slots).values().flatten().cloned().collect()
     }

@@ -1,4 +1,4 @@
-//! Handles Create: prepares the bundle while the guest still boots, then tells the agent to create the container.
+//! Handles Create: prepares the bundle while the guest boots, then tells the agent to create the container.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -72,8 +72,8 @@ impl Shim {
                 let started = self.sandbox.start_propagation();
                 started.map_err(|error| ServiceError::failed(format!("failed to watch the host's mounts: {error}")))?;
             }
-            // The hooks may run CNI plugins, which need the network namespace of the VMM process. The VMM process
-            // already exists at this point.
+            // The hooks may run CNI plugins, which find the network namespace through the VMM process. A launched
+            // sandbox has a VMM process.
             self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
             self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
             Ok::<_, ServiceError>(prepared)
@@ -118,17 +118,16 @@ impl Shim {
         init.set_relay(relay);
         let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, mirroring));
         self.publish_created(&container, request);
-        // The resize must follow the creation. Otherwise, the container's CPU limit would slow down the container's
-        // creation.
+        // Resize only after the creation, because the resize can lower the CPU limit on the host. A lower limit would
+        // slow the creation.
         self.queue_resize();
         Ok(())
     }
 
-    /// Tells the agent to clean up after a failed creation. The guest may contain copies of the container's volumes, or
-    /// the container itself.
+    /// Tells the agent to delete the container, and the copies of its volumes, after a failed creation.
     ///
-    /// The agent may still be creating the container. In this case, the agent deletes the container after the creation
-    /// has ended, even if the Delete request has timed out by then.
+    /// If the agent is creating the container, the agent deletes the container afterwards, even if the Delete request
+    /// has timed out.
     async fn delete_in_guest(&self, id: &str) {
         let Ok(agent) = self.agent() else { return };
         let request = DeleteRequest { id: id.to_owned(), ..Default::default() };
@@ -145,8 +144,7 @@ impl Shim {
         }
     }
 
-    /// Hot-plugs the block devices that the specification names. Returns the specification with the guest's device
-    /// numbers.
+    /// Hot-plugs `disks`. Returns `spec` with the guest's device numbers instead of the host's.
     async fn plug_disks(&self, agent: &Agent, spec: Vec<u8>, disks: &[Disk]) -> Result<Vec<u8>, ServiceError> {
         if disks.is_empty() {
             return Ok(spec);

@@ -13,14 +13,12 @@ use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::vm::agent::{timeouts, within};
 
-/// Timeout for copying the rest of a container's output after the container's exit. If nothing is copied for this long,
-/// the output counts as complete.
+/// After a container's exit, the shim copies the remaining output. If nothing is copied for this long, the output
+/// counts as complete.
 ///
-/// All processes of the container have ended by then. Therefore, only a client that does not read the output can delay
-/// the copying.
+/// Only a client that does not read can delay the copying, because all processes of the container have ended.
 const INIT_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout for copying the rest of an exec's output after the exec's exit. This timeout is shorter than
-/// [`INIT_OUTPUT_IDLE_TIMEOUT`], because a process that the exec has left behind may hold the exec's stdout open
+/// Like [`INIT_OUTPUT_IDLE_TIMEOUT`], for an exec. Shorter, because a child of the exec can hold the exec's stdout open
 /// forever. runc's shim waits 2 s, too.
 const EXEC_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -31,9 +29,9 @@ impl Shim {
             return Err(ServiceError::Invalid(format!("signal {}", request.signal)).into());
         }
         let process = container.process(&request.exec_id)?;
-        // Do not signal a finished exec, so that processes that it has left behind can continue. containerd sends a
-        // kill request after the exit of every exec, and sends the same request if an exec exceeds its timeout (1.7 and
-        // 2.1, WithProcessKill in process.go). The shim cannot distinguish these two requests.
+        // Do not signal a finished exec, because its children may continue to run. containerd sends a Kill request
+        // after every exec's exit (1.7 and 2.1, WithProcessKill in process.go). containerd sends the same request if an
+        // exec exceeds its timeout. The shim cannot distinguish the two requests.
         match process.state() {
             State::Stopped | State::Deleted => return Err(ServiceError::Finished.into()),
             State::Created if !process.exec.is_empty() => return Err(ServiceError::NotStarted.into()),
@@ -68,8 +66,8 @@ impl Shim {
         {
             relay.drain(INIT_OUTPUT_IDLE_TIMEOUT).await;
         }
-        // Deleting the sandbox container ends the VM. Deleting the last container ends the VM, too, unless the sandbox
-        // controller created the sandbox. In both cases, the guest does not need a cleanup.
+        // The VM ends with the sandbox container. The VM ends with the last container, too, unless the sandbox
+        // controller created the sandbox. A guest that ends needs no cleanup.
         if container.is_sandbox_container()
             || (self.containers.is_only(&container.id) && !self.sandbox_state.is_created())
         {

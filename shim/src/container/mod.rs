@@ -32,28 +32,28 @@ use crate::sandbox::launch::DeferredLaunch;
 use crate::stdio::{Paths, Relay, Stdio, Streams};
 use crate::vm::agent::{Agent, Report};
 
-/// Exit status of every process that had not exited when the VM ended. It is the status of a process killed by SIGKILL.
+/// Exit status of a process that had not exited when the VM ended: the status after SIGKILL.
 pub(crate) const EXIT_STATUS_KILLED: u32 = 128 + 9;
 
 /// The shim's state: one sandbox and its containers.
 pub struct Shim {
     pub(crate) namespace: String,
     pub(crate) sandbox: Arc<Sandbox>,
-    /// State that the requests of containerd's sandbox controller change.
+    /// State for the requests from containerd's sandbox controller.
     pub(crate) sandbox_state: sandbox_state::SandboxState,
     pub(crate) containers: Containers,
     pub(crate) limits: resize::ResourceLimits,
     pub(crate) pids: pids::Pids,
     pub(crate) oom_scores: Scores,
     pub(crate) events: Events,
-    /// Whether the VM has ended and all of the agent's reports have been handled. All processes then count as exited.
+    /// Whether the VM has ended and all reports from the agent have been handled. All processes then count as exited.
     pub(crate) vm_ended: AtomicBool,
     pub(crate) finishing: AtomicBool,
     pub(crate) finished: watch::Sender<bool>,
 }
 
-/// Runs `work` to completion, even if the caller's future is dropped. ttrpc drops the future of a request's handler
-/// when the request's timeout expires.
+/// Runs `work` to completion, even if the caller's future is dropped. ttrpc drops a handler's future when the request's
+/// timeout expires.
 pub(crate) async fn run_to_completion<T: Send + 'static>(
     work: impl Future<Output = ttrpc::Result<T>> + Send + 'static,
 ) -> ttrpc::Result<T> {
@@ -61,10 +61,10 @@ pub(crate) async fn run_to_completion<T: Send + 'static>(
 }
 
 impl Shim {
-    /// Returns the shim's state for a sandbox, and starts to process `reports`, the agent's events.
+    /// Returns the shim's state, and spawns a task that handles `reports` from the agent.
     ///
-    /// `pending` is `Some` if the VM must be launched by a later CreateSandbox request. It contains the input of this
-    /// launch.
+    /// `pending` is the input for a launch that waits for a CreateSandbox request. `None` if the VM needs no such
+    /// request.
     pub fn new(
         namespace: &str,
         sandbox: Arc<Sandbox>,
@@ -103,8 +103,7 @@ impl Shim {
     /// complete.
     pub async fn finish(self: &Arc<Self>) {
         if !self.finishing.swap(true, Ordering::Relaxed) {
-            // Use a separate task, because ttrpc drops the future of the first caller's request when the request's
-            // timeout expires.
+            // Use a separate task, because ttrpc may drop the caller's future (see `run_to_completion`).
             let shim = Arc::clone(self);
             tokio::spawn(async move {
                 shim.sandbox.tear_down().await;
@@ -218,8 +217,8 @@ impl Shim {
         crate::vm::agent::error(what, error)
     }
 
-    /// Opens the streams that a process's stdio needs, and starts to copy data. Returns the relay that copies the data,
-    /// and the stream tokens for the request to the agent.
+    /// Opens the streams for a process's stdio, and starts a relay between streams and stdio. Returns the relay, and
+    /// the stream tokens for the request to the agent.
     pub(crate) async fn connect_stdio(&self, stdio: Stdio) -> Result<(Relay, StreamTokens), ServiceError> {
         let needed = stdio.needed_streams();
         let open = async |wanted: bool| match wanted {
@@ -256,8 +255,7 @@ impl Shim {
     }
 }
 
-/// The stream tokens that name a process's streams in a request to the agent. A token is empty if its stream is
-/// not needed.
+/// The tokens of a process's streams. The token is empty for a stream that is not needed.
 #[derive(Debug, Default)]
 pub(crate) struct StreamTokens {
     stdin: String,

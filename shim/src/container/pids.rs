@@ -1,7 +1,8 @@
 //! PIDs that the shim reports to containerd for containers.
 //!
-//! A container outside a pod has the VMM's PID. Each container of a pod has its own PID, so that another container's
-//! specification can name the container's PID namespace as `/proc/PID/ns/pid`.
+//! A container outside a pod has the VMM's PID, and so has the sandbox container. Each other container of a pod has its
+//! own PID. Through `/proc/PID/ns/pid`, the specification of a second container can name the first container's PID
+//! namespace.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -27,7 +28,8 @@ impl Shim {
         lock(&self.pids.0).iter().map(|(id, pid)| (*pid, id.clone())).collect()
     }
 
-    /// Acquires a PID for a container of a pod. The caller must later call [`Shim::release_pid`]. Best effort.
+    /// Acquires a PID for a container of a pod, except for the sandbox container. Best effort. The caller must later
+    /// call [`Shim::release_pid`].
     pub(crate) async fn acquire_pid(&self, container: &str, spec: &Spec) {
         if !spec.group(container).is_ok_and(|group| group != container) {
             return;

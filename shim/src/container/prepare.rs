@@ -32,7 +32,7 @@ pub struct Request<'a> {
     pub pids: &'a HashMap<u32, String>,
 }
 
-/// A prepared container, which the guest can create.
+/// Result of [`prepare`].
 #[derive(Debug)]
 pub struct Prepared {
     /// `config.json` for the guest.
@@ -41,15 +41,14 @@ pub struct Prepared {
     pub rootfs: String,
     /// Notes for the log about settings that the guest does not support.
     pub notes: Vec<String>,
-    /// Whether a volume must receive the mounts that the host makes after the container's creation
-    /// ([`crate::volumes::propagate`]).
+    /// Whether the host's later mounts must propagate to a volume ([`crate::volumes::propagate`]).
     pub needs_propagation: bool,
     /// AppArmor profile, which the guest must load before it creates the container.
     pub profile: String,
     /// Volumes that must be set up in the guest before the container is created.
     pub volumes: GuestVolumes,
-    /// Block devices of the host, which must be attached to the VM before the guest creates the container. The
-    /// specification has the host's device numbers until [`crate::oci::replace_disk_numbers`] replaces them.
+    /// Block devices on the host, which must be attached to the VM before the guest creates the container. `spec`
+    /// contains the host's device numbers, which [`crate::oci::replace_disk_numbers`] replaces.
     pub disks: Vec<Disk>,
 }
 
@@ -68,7 +67,7 @@ pub enum PrepareError {
     /// A volume cannot be made available to the guest.
     #[error(transparent)]
     Volume(#[from] VolumeError),
-    /// Host-only file systems cannot be distinguished from other file systems.
+    /// The host-only file systems cannot be found.
     #[error("failed to find the host-only file systems, which must not get into the share {}", share.display())]
     HostOnly {
         /// Path of the sandbox's share.
@@ -91,14 +90,14 @@ pub enum PrepareError {
 /// Creates the container's mounts in the share, and its specification for the guest.
 ///
 /// # Errors
-/// [`PrepareError`]. All mounts that were made for the container are removed in this case.
+/// [`PrepareError`]. The mounts that this call made are removed.
 pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, PrepareError> {
     let Request { id, share, .. } = *request;
-    // This check ensures that the container's directory is inside the share. containerd's own check of ids is stricter.
+    // The id becomes a directory name in the share.
     if id.is_empty() || id.starts_with('.') || id.contains('/') || id.contains('\0') {
         return Err(PrepareError::Id(id.into()));
     }
-    // Translate the specification before any mount is made, so that an invalid specification does not need a cleanup.
+    // Translate the specification before the first mount, because an invalid specification then needs no cleanup.
     let mut raw = bundle.raw.clone();
     let (mut notes, mut volumes) = (Vec::new(), GuestVolumes::default());
     translate::spec(&mut raw, id, request.pids, &mut notes)?;
@@ -106,7 +105,8 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         translate::add_cgroup_namespace(&mut raw);
     }
     let create = |path: PathBuf| fs::create_dir(&path).map_err(|source| PrepareError::Create { path, source });
-    // If this call fails, return before the cleanup below. The cleanup would remove an existing container with this id.
+    // If the directory exists, return before the cleanup below, which would remove the container that has this
+    // directory.
     create(share.join(id))?;
     let mounted = (|| {
         create(share.join(id).join("rootfs"))?;
@@ -114,7 +114,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         mount(bundle, request, &mut raw, &mut notes, &mut volumes)
     })();
     if let Err(error) = mounted {
-        // Ignore an error from the cleanup, because the caller gets the error that made the cleanup necessary.
+        // Best effort, because the caller gets the first error.
         let _ = teardown(share, id);
         return Err(error);
     }

@@ -1,5 +1,5 @@
-//! State machine of one process: a container's init process or an exec. The lock of the state is never held during a
-//! call to the agent.
+//! State machine of one process: a container's init process or an exec. The lock is never held during a call to the
+//! agent.
 
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
@@ -70,9 +70,9 @@ pub struct Process {
 pub enum ExitReport {
     /// Publish the exit event.
     Publish,
-    /// Do not publish the exit event yet. [`Process::confirm_start`] returns the exit when the event may be published.
+    /// Do not publish the exit event. [`Process::confirm_start`] returns the exit after the start event.
     Deferred,
-    /// Ignore the exit, because an earlier report already contained an exit of this process.
+    /// Ignore the exit, because an exit of this process has been recorded.
     Duplicate,
 }
 
@@ -88,7 +88,7 @@ impl Process {
         }
     }
 
-    /// Returns the id for events: the exec's id, or the container's id for the init process.
+    /// Returns the id for events: the exec's id or, for the init process, the container's id.
     pub fn event_id(&self) -> &str {
         if self.exec.is_empty() { &self.container } else { &self.exec }
     }
@@ -108,8 +108,7 @@ impl Process {
         let mut exit = self.exit.subscribe();
         match exit.wait_for(Option::is_some).await.map(|exit| *exit) {
             Ok(Some(exit)) => exit,
-            // This arm is unreachable, because the wait fails only if the sender is dropped, and `self` owns the
-            // sender.
+            // Unreachable: the wait fails only without a sender, and `self` owns the sender.
             _ => Exit { status: 255, at: SystemTime::now() },
         }
     }
@@ -119,7 +118,7 @@ impl Process {
         lock(&self.inner).relay = Some(Arc::new(relay));
     }
 
-    /// Returns the relay, or `None` if it was not set or has been dropped.
+    /// Returns the relay, or `None` if the process has no relay.
     pub fn relay(&self) -> Option<Arc<Relay>> {
         lock(&self.inner).relay.clone()
     }
@@ -143,8 +142,8 @@ impl Process {
         Ok(())
     }
 
-    /// Records that the start event was published. If the process exited before this event, returns the exit. The
-    /// caller must then publish the exit event.
+    /// Records that the start event was published. Returns the deferred exit, if there is one. The caller must publish
+    /// this exit.
     pub fn confirm_start(&self) -> Option<Exit> {
         let mut inner = lock(&self.inner);
         match inner.deferred_exit.take() {
@@ -165,7 +164,7 @@ impl Process {
 
     /// Records that the agent could not start the process.
     ///
-    /// As in runc's shim, the process then counts as stopped. `exit` is the exit that clients see.
+    /// As in runc's shim, the process then counts as stopped. Clients see `exit`.
     pub fn start_failed(&self, exit: Exit) {
         let mut inner = lock(&self.inner);
         inner.deferred_exit = None;

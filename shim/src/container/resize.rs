@@ -19,15 +19,13 @@ pub(crate) struct ResourceLimits {
 }
 
 impl Shim {
-    /// Grows the pod for a container that is about to be created. Does nothing for a container outside a pod, because
-    /// the VM of that container boots with its full size.
+    /// Grows the pod for a new container. Does nothing outside a pod, because the VM then boots with its full size.
     pub(crate) async fn reserve_resources(&self, id: &str, limits: Limits) -> Result<(), ServiceError> {
         let (before, huge) = (self.pod_size(), limits.huge_page_bytes > 0 || self.sandbox.huge_mib() > 0);
         lock(&self.limits.pod).insert(id.to_owned(), limits);
         let after = self.pod_size();
         self.log_vcpu_shortage();
-        // The pod boots with the size for its first containers, which are created one by one. Until all of them exist,
-        // their limits add up to less than the boot size. Therefore, a creation may grow the pod, but not shrink it.
+        // A creation must not shrink the pod, because the boot size covers containers that do not exist yet.
         match before.zip(after) {
             Some((before, after)) if before.max(after) != before || huge => self.resize(before).await,
             _ => Ok(()),
@@ -38,14 +36,13 @@ impl Shim {
     pub(crate) fn release_resources(&self, id: &str) {
         self.release_oom_score(id);
         let removed = lock(&self.limits.pod).remove(id).is_some();
-        // A resize after the last container's deletion is unnecessary, because the VM ends with that container.
+        // Without containers, do not resize, because the VM usually ends with the last container.
         if removed && !self.containers.is_empty() && !self.sandbox.is_dead() {
             self.queue_resize();
         }
     }
 
-    /// Queues a resize, which adapts the pod and its limits on the host to what its containers need. Does not wait for
-    /// the resize.
+    /// Queues a resize to the size and the host limits that the pod's containers need. Does not wait for the resize.
     pub(crate) fn queue_resize(&self) {
         if let Some((resizer, target)) = self.sandbox.resizer().zip(self.target(None)) {
             resizer.queue(target);
@@ -73,13 +70,13 @@ impl Shim {
         Ok(change)
     }
 
-    /// Keeps the new limits if the update succeeded (`done`), otherwise restores the old limits. Then releases
-    /// resources that are no longer needed.
+    /// If `done` is true, keeps the new limits. Otherwise, restores the old limits. Then shrinks the pod to what its
+    /// containers need.
     pub(crate) async fn finish_update(&self, id: &str, change: &LimitsUpdate, done: bool) {
         if change.before == change.after {
             return;
         }
-        // If the container was deleted during the update, its limits no longer exist.
+        // A container that was deleted during the update has no limits.
         if let Some(limits) = lock(&self.limits.pod).get_mut(id) {
             *limits = if done { &change.after } else { &change.before }.clone();
         }
@@ -88,8 +85,7 @@ impl Shim {
         }
     }
 
-    /// Logs a message if the pod has fewer vCPUs than its containers may use. These containers may be slower than under
-    /// runc.
+    /// Logs a message if the pod has fewer vCPUs than its containers may use.
     fn log_vcpu_shortage(&self) {
         let Some(resizer) = self.sandbox.resizer() else { return };
         let (wanted, most) = (resizer.growth.vcpus(lock(&self.limits.pod).values()), resizer.growth.max.vcpus);

@@ -1,7 +1,6 @@
-//! The sandbox container of a Kubernetes pod. In Husk, this container is only a record that represents the VM.
+//! The sandbox container of a Kubernetes pod. Its program, pause, only waits for signals.
 //!
-//! Its image contains only the pause program, which waits for signals. Husk never runs this program, but reports to
-//! containerd what the program would do.
+//! Husk does not run pause. If a signal would end pause, the shim ends the VM and reports pause's exit status.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -16,7 +15,7 @@ use crate::error::ServiceError;
 use crate::oci::Spec;
 
 impl Shim {
-    /// Creates the sandbox container's record as soon as the agent is ready.
+    /// Waits until the agent is ready, and then adds the sandbox container without a process in the guest.
     pub(crate) async fn create_sandbox_container(&self, request: &CreateTaskRequest, spec: Spec) -> ttrpc::Result<()> {
         self.sandbox.ready().await.map_err(|error| ServiceError::failed(error.to_string()))?;
         self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;

@@ -1,6 +1,4 @@
-//! The sandbox as containerd's sandbox controller sees it.
-//!
-//! The controller's requests create, start, stop and shut down the sandbox, independently of its containers.
+//! The state of a sandbox that containerd's sandbox controller creates, starts, stops and shuts down.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -21,12 +19,11 @@ use crate::sandbox::launch::hostname;
 /// Timeout for the request that creates the sandbox. containerd sends this request right after the answer to `start`.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// State of the sandbox. The requests of the sandbox controller change this state.
+/// State of the sandbox for the sandbox controller.
 pub struct SandboxState {
-    /// Input of a launch that waits for a CreateSandbox request. `None` if the sandbox has already been launched or
-    /// stopped.
+    /// Input of a launch that waits for a CreateSandbox request. `None` if the sandbox has been launched or stopped.
     pending: Mutex<Option<DeferredLaunch>>,
-    /// Set if a CreateSandbox request created the sandbox. The sandbox then exists until another request stops it.
+    /// Set if a CreateSandbox request created the sandbox. Such a sandbox can exist without containers.
     created: OnceLock<Created>,
     /// Whether a request to stop the sandbox has arrived.
     stopping: Mutex<bool>,
@@ -74,13 +71,13 @@ impl SandboxState {
         self.created.get().map_or(Value::Null, |created| created.spec.clone())
     }
 
-    /// Returns the directory of files that the pod's containers see, such as `/etc/hosts`. Returns `None` if this shim
-    /// did not write the files.
+    /// Returns the directory of the pod's files, such as `/etc/hosts`. Returns `None` if this shim did not write these
+    /// files.
     pub fn files(&self) -> Option<PathBuf> {
         self.created.get()?.files.clone()
     }
 
-    /// Records the end of the VM.
+    /// Records that the VM has ended.
     pub fn record_end(&self) {
         let status = if *lock(&self.stopping) { 0 } else { EXIT_STATUS_KILLED };
         self.exit.send_if_modified(|exit| {
@@ -93,8 +90,7 @@ impl SandboxState {
     /// Waits for the end of the sandbox and returns its exit.
     pub async fn wait(&self) -> Exit {
         let ended = self.exit.subscribe().wait_for(Option::is_some).await.map(|exit| *exit);
-        // The fallback is unreachable, because the wait fails only if the sender is dropped, and `self` owns the
-        // sender.
+        // The fallback is unreachable: the wait fails only without a sender, and `self` owns the sender.
         ended.ok().flatten().unwrap_or_else(|| Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() })
     }
 }
@@ -102,7 +98,7 @@ impl SandboxState {
 impl Shim {
     /// Creates the sandbox from the pod's configuration and launches its VM.
     ///
-    /// If the bundle has a specification, the VM is already booting, and this function only records the creation.
+    /// If the bundle has a specification, the daemon has launched the VM, and this function only records the creation.
     pub(crate) async fn create_sandbox(&self, config: &PodSandboxConfig, netns: &str) -> Result<(), ServiceError> {
         let pending = lock(&self.sandbox_state.pending).take();
         let (created, launch) = match pending {
@@ -128,7 +124,7 @@ impl Shim {
         }
         if let Some(pending) = launch {
             pending.launch(spec, &self.sandbox).await.map_err(ServiceError::failed)?;
-            // A request to stop the sandbox may have arrived during the launch, before the VM existed.
+            // A stop request that arrived before the VM existed could not end the VM.
             if *lock(&self.sandbox_state.stopping) {
                 self.sandbox.kill();
             }
@@ -136,11 +132,11 @@ impl Shim {
         Ok(())
     }
 
-    /// Stops the sandbox with everything that runs in it, and waits until the sandbox has ended.
+    /// Ends the VM, and waits until the sandbox's exit has been recorded.
     pub(crate) async fn stop_sandbox(&self) {
         *lock(&self.sandbox_state.stopping) = true;
-        // Drop `pending` to close the channel for the agent's reports. The closed channel ends a sandbox that was never
-        // launched.
+        // If the sandbox was never launched, this drop closes the channel for reports. `Shim::handle_reports` then
+        // records the exit.
         drop(lock(&self.sandbox_state.pending).take());
         self.sandbox.end().await;
         self.sandbox_state.wait().await;

@@ -26,7 +26,7 @@ impl Shim {
         let process = &container.init;
         let agent = self.agent()?;
         // The pod's network may have been configured after the sandbox was created. Therefore, the first container
-        // waits until the guest has this configuration. Later containers do not have to wait.
+        // waits until the guest has the network configuration.
         if container.is_sandbox_container() || self.containers.is_only(&container.id) {
             self.sandbox.settle_network().await.map_err(ServiceError::failed)?;
         }
@@ -51,8 +51,8 @@ impl Shim {
         Ok(())
     }
 
-    /// Adds an exec. The agent gets the exec only when the exec is started. Therefore, the Start request returns the
-    /// agent's errors, as in runc's shim.
+    /// Adds an exec. As in runc's shim, the agent gets the exec only with the Start request, which then returns the
+    /// agent's errors.
     pub(crate) fn add_exec(&self, container: &Container, request: &ExecProcessRequest) -> Result<(), ServiceError> {
         if !crate::ids::is_name(&request.exec_id) {
             return Err(ServiceError::Invalid(format!("exec id {:?}", request.exec_id)));
@@ -134,7 +134,7 @@ impl Shim {
         Ok(())
     }
 
-    /// Publishes an exit that was reported before the start event. Marks all processes as killed if the VM has ended.
+    /// Publishes an exit that was reported before the start event. If the VM has ended, marks all processes as killed.
     fn publish_early_exit(&self, container: &Container, process: &Process) {
         if let Some(exit) = process.confirm_start() {
             self.publish_exit(process, exit);

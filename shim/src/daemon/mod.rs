@@ -30,11 +30,11 @@ const EVENT_FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
 const SERVER_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Maximum number of threads for blocking calls. An idle thread ends after a short time.
 ///
-/// Each call that hangs in a file system occupies a thread. If no thread is left, requests to create or delete the
-/// pod's other containers wait.
+/// Each call that hangs in a file system occupies a thread. If all threads are occupied, Create and Delete requests
+/// wait.
 const MAX_BLOCKING_THREADS: usize = 64;
 
-/// The state that `start` passes to the daemon that it forks.
+/// Arguments of [`run`].
 pub struct DaemonArgs {
     /// containerd's namespace.
     pub namespace: String,
@@ -42,7 +42,7 @@ pub struct DaemonArgs {
     pub sandbox: String,
     /// The sandbox's bundle directory.
     pub dir: PathBuf,
-    /// The sandbox's bundle. `None` if the CreateSandbox request contains the specification.
+    /// The sandbox's bundle. `None` if the bundle has no `config.json`.
     pub bundle: Option<Bundle>,
     /// The containerd that receives the events.
     pub destination: Destination,
@@ -58,7 +58,7 @@ pub struct DaemonArgs {
 
 /// Runs the daemon and returns its exit code.
 pub fn run(args: DaemonArgs) -> i32 {
-    // The daemon is idle for most of its life. Its heap must stay small, so that an idle daemon takes little memory.
+    // Each sandbox has a daemon, which is idle most of the time. Therefore, its heap must stay small.
     heap::keep_small();
     let vmm_log = detach();
     log::init(&args.dir, &args.namespace, &args.sandbox, args.debug);
@@ -73,7 +73,7 @@ pub fn run(args: DaemonArgs) -> i32 {
         (Some(_), Err(error)) => Launch::Immediate(Box::new(launch::failed(error))),
         (Some(bundle), Ok(share)) => Launch::Immediate(Box::new(launch::prepare(&context, bundle, &share))),
     };
-    // Leave the bundle directory, because containerd removes it before the shim ends.
+    // Leave the bundle directory, because containerd removes the directory before the shim ends.
     let _ = std::env::set_current_dir("/");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -83,7 +83,7 @@ pub fn run(args: DaemonArgs) -> i32 {
     match runtime {
         Ok(runtime) => {
             let code = runtime.block_on(serve(args, context, launch, vmm_log));
-            // A blocking task that hangs in a file system must not keep this process from ending.
+            // Do not wait for blocking tasks, because a task may hang in a file system.
             runtime.shutdown_background();
             code
         }
@@ -96,10 +96,10 @@ pub fn run(args: DaemonArgs) -> i32 {
     }
 }
 
-/// Leaves containerd's session. Closes the pipes to containerd, because containerd waits for their end of file.
+/// Leaves containerd's session. Closes the pipes to containerd, because containerd waits for EOF on these pipes.
 ///
-/// Replaces stderr, which the VMM inherits, with a pipe. Returns the pipe's read end. The shim copies the lines from
-/// this pipe to its log. Returns `None` if `/dev/null` cannot be opened or the pipe cannot be created.
+/// Replaces stderr, which the VMM inherits, with a pipe. Returns the pipe's read end, from which the shim copies lines
+/// to its log. Returns `None` if `/dev/null` cannot be opened or the pipe cannot be created.
 fn detach() -> Option<OwnedFd> {
     let _ = nix::unistd::setsid();
     let null = std::fs::File::options().read(true).write(true).open("/dev/null").ok()?;
@@ -113,10 +113,11 @@ fn detach() -> Option<OwnedFd> {
     pipe.map(|(out, _)| out)
 }
 
-/// Creates the mount namespace and the state directory. Runs before the async runtime is started.
+/// Creates the mount namespace and the state directory. Must run before the process has other threads, because
+/// unshare(2) moves only the calling thread.
 ///
-/// Returns the context of the launch, and the directory that the VMM serves to the guest. If this directory cannot be
-/// prepared, returns the error instead. A later request reports this error.
+/// Returns the launch context, and the directory that the VMM serves to the guest. After a failure, the second value is
+/// the error, which a later request reports.
 fn prepare(args: &DaemonArgs, dir: StateDir, timeline: Arc<Timeline>) -> (LaunchContext, Result<PathBuf, String>) {
     let made =
         create_mount_namespace().map_err(|e| format!("failed to create the mount namespace: {e}")).and_then(|()| {
@@ -143,8 +144,7 @@ fn create_mount_namespace() -> nix::Result<()> {
 enum Launch {
     /// The VM boots immediately, because the specification is known.
     Immediate(Box<LaunchInput>),
-    /// The VM boots when a CreateSandbox request arrives. Contains the directory that the VMM serves to the guest, or
-    /// the reason why preparing this directory failed.
+    /// The VM boots when a CreateSandbox request arrives. The field is the second value from [`prepare`].
     Deferred(Result<PathBuf, String>),
 }
 
@@ -173,7 +173,7 @@ async fn serve(args: DaemonArgs, context: LaunchContext, launch: Launch, vmm_log
             shim.finish().await;
             address.remove();
             shim.events().flush(EVENT_FLUSH_TIMEOUT).await;
-            // The response to the last request may not have been sent yet.
+            // Give the server time to send the last responses.
             let _ = tokio::time::timeout(SERVER_SHUTDOWN_TIMEOUT, server.shutdown()).await;
             0
         }

@@ -14,8 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use publish::{Destination, PublishError};
 
-/// Maximum number of queued events. Without a limit, the queue could use up the node's memory while containerd does not
-/// run.
+/// Maximum number of queued events. The maximum bounds the shim's memory while containerd is down.
 const MAX_QUEUED: usize = 4096;
 
 /// Delivers one event.
@@ -43,8 +42,7 @@ pub struct Events {
 pub struct RetryPolicy {
     /// Time after which the event is dropped.
     pub timeout: Duration,
-    /// Delay before the first retry. Each further delay is twice as long as the previous delay, up to two
-    /// seconds.
+    /// Delay before the first retry. The delay doubles with each retry, up to two seconds.
     pub initial_backoff: Duration,
 }
 
@@ -63,7 +61,7 @@ impl Events {
         Self { namespace: namespace.into(), queue, waiting }
     }
 
-    /// Queues an event. Drops it if the queue is full.
+    /// Queues an event. If the queue is full, drops the event.
     pub fn publish<M: MessageFull>(&self, topic: &str, event: &M) {
         let value = match event.write_to_bytes() {
             Ok(value) => value,
@@ -85,7 +83,7 @@ impl Events {
         let _ = self.queue.send(Item::Event(Box::new(envelope)));
     }
 
-    /// Waits at most `timeout` until every event that is queued now has been delivered or dropped.
+    /// Waits until all queued events have been delivered or dropped, but at most `timeout`.
     pub async fn flush(&self, timeout: Duration) {
         let (done, wait) = oneshot::channel();
         if self.queue.send(Item::Flush(done)).is_ok() && tokio::time::timeout(timeout, wait).await.is_err() {
@@ -97,16 +95,13 @@ impl Events {
     }
 }
 
-/// Delivers the queued events in order. While the delivery of one event is retried, the events behind it wait.
+/// Delivers the queued events in order. While the delivery of an event is retried, later events wait.
 ///
-/// containerd may receive an event twice (at-least-once delivery), because a retry can repeat an event that containerd
-/// has already read. This happens only if containerd hangs or is killed before it responds. The timeout then passes or
-/// the connection breaks, and the shim retries.
+/// containerd may receive an event twice. If containerd reads an event, but hangs or dies before it responds, the shim
+/// sends the event a second time.
 ///
-/// The protocol cannot prevent duplicates, because ttrpc's `Forward` has no event id, and containerd forwards every
-/// event that it receives. Without retries, exit events could be lost, but the kubelet and containerd's CRI wait for
-/// exit events. A duplicate does no harm, because the kubelet and the CRI ignore a second exit event of the same
-/// container.
+/// The shim retries, because the kubelet and containerd's CRI wait for exit events, and ignore a second exit event of a
+/// container. containerd cannot drop duplicates, because the `Forward` request has no event id.
 async fn deliver(
     mut items: mpsc::UnboundedReceiver<Item>,
     waiting: Arc<AtomicUsize>,
@@ -190,7 +185,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn event_that_cannot_be_encoded_takes_no_place_in_the_queue() {
+    async fn invalid_event_takes_no_place_in_the_queue() {
         let delivered = Arc::new(Mutex::new(Vec::new()));
         let events =
             Events::start("default", Flaky { fails: 0, delivered: Arc::clone(&delivered) }, RetryPolicy::default());

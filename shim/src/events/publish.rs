@@ -47,7 +47,7 @@ pub enum PublishError {
     BinaryStatus {
         /// The binary.
         path: String,
-        /// Its exit status.
+        /// The exit status.
         status: std::process::ExitStatus,
     },
     /// The binary exceeded its timeout.
@@ -87,7 +87,7 @@ impl Destination {
         let request = ForwardRequest { envelope: Some(event.clone()).into(), ..Default::default() };
         let result = client.forward(ttrpc::context::with_duration(TIMEOUT), &request).await;
         if result.is_err() {
-            // The next attempt needs a new connection, because containerd may have been restarted.
+            // A retry needs a new connection, because containerd may have been restarted.
             self.client = None;
         }
         result.map(drop).map_err(PublishError::Forward)

@@ -13,15 +13,15 @@ const INTERVAL: Duration = Duration::from_millis(200);
 /// What to do with a line.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// Log the line. The value is the number of lines of the same source that were left out before this line.
+    /// Log the line. The value is the number of lines from the source that were left out before this line.
     Log(u64),
-    /// Do not log the line. Log instead that lines of this source are left out from now on.
+    /// Do not log the line, but log that further lines from the source are left out.
     First,
     /// Do not log the line.
     Drop,
 }
 
-/// A token bucket for each source. A source is a call site that logs. Therefore, the number of buckets is bounded.
+/// A token bucket for each source. The number of buckets is bounded, because a source is a call site in the code.
 pub struct Limiter<S>(HashMap<S, Bucket>);
 
 struct Bucket {
@@ -80,7 +80,7 @@ mod tests {
         for _ in 1..1000 {
             assert_eq!(limiter.decide("vmm", begin), Decision::Drop);
         }
-        // Another source has a bucket of its own.
+        // Each source has its own bucket.
         assert_eq!(limiter.decide("agent", begin), Decision::Log(0));
         assert_eq!(limiter.decide("vmm", begin + INTERVAL), Decision::Log(1000));
         assert_eq!(limiter.decide("vmm", begin + INTERVAL), Decision::First);

@@ -1,13 +1,12 @@
 //! The pod's network: connects the guest to the network namespace that CNI set up on the host.
 //!
-//! Each interface of the namespace gets a tap. Traffic control redirects every frame from the interface to the tap, and
-//! from the tap to the interface. The interface keeps its name and addresses, because statistics and CNI's checks
-//! expect this name and these addresses. The guest gets an interface with the same name, MAC address, addresses,
-//! routes, rules and neighbours. A tap exists as long as one of its fds is open. Therefore, the tap disappears when the
-//! VMM ends.
+//! Each interface of the namespace gets a tap. tc filters redirect every frame from the interface to the tap, and from
+//! the tap to the interface. The interface keeps its name and addresses, because statistics and CNI's checks expect
+//! both. The guest gets an interface with the same name, MAC address, addresses, routes, rules and neighbours. A tap
+//! exists as long as one of its fds is open. Therefore, the tap disappears when the VMM ends.
 //!
-//! While [`connect`] runs, the calling thread is in the pod's network namespace. Therefore, the daemon calls this
-//! function before the process has other threads, or in a thread that only launches the sandbox.
+//! While [`connect`] runs, the calling thread is in the pod's network namespace. Therefore, the daemon calls `connect`
+//! before it starts other threads, or in a thread that only launches the sandbox.
 
 pub mod port_forwarding;
 mod read;
@@ -31,20 +30,21 @@ use read::Link;
 pub use sk_lookup::PortForwarding;
 pub use watcher::{NetworkChange, NetworkWatcher};
 
-/// Maximum number of fds in the message that creates a VM, apart from the fds of its interfaces.
+/// Maximum number of fds that are not for interfaces, in the message that creates a VM.
 const VM_FDS: usize = 4;
 
-/// The pod's network as the guest gets it.
+/// The pod's network, connected to taps for the VM.
 #[derive(Debug, Default)]
 pub struct Network {
     /// The taps, one for each interface.
     pub taps: Vec<Tap>,
     /// Interfaces with their addresses, and the configured routes, rules and neighbours.
     pub config: UpdateNetworkRequest,
-    /// The watcher for later changes, and the socket that becomes readable when the network has changed. `None` if the
-    /// network cannot be watched.
+    /// The watcher, and the socket that becomes readable when the network changes. `None` if the network cannot be
+    /// watched.
     pub watcher: Option<(NetworkWatcher, OwnedFd)>,
-    /// Accepts connections that host processes open inside the namespace. `None` if port forwarding is not available.
+    /// Accepts connections that host processes open in the pod's network namespace. `None` if port forwarding is not
+    /// available.
     pub port_forwarding: Option<PortForwarding>,
 }
 
@@ -58,10 +58,8 @@ pub struct TapOptions {
 }
 
 impl TapOptions {
-    /// Limits the number of queue pairs of each tap, for a VM with `interfaces` interfaces.
-    ///
-    /// The fds of all interfaces go to the VMM in one message, together with the VM's other fds. If these fds would
-    /// exceed the message's limit, each interface has fewer queue pairs.
+    /// Reduces the number of queue pairs if the fds of `interfaces` taps would not fit into the message that creates a
+    /// VM.
     fn per_interface(self, interfaces: usize) -> Self {
         let fds = (wire::MAX_FDS - VM_FDS) / interfaces.max(1);
         Self { queue_pairs: self.queue_pairs.min(fds).max(1), ..self }
@@ -126,21 +124,19 @@ fn kernel_error(step: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkErr
 /// Reads the network of the namespace at `path` and creates a tap for each of its interfaces.
 ///
 /// # Errors
-/// [`NetworkError`]. Taps created before the failure are removed. The thread is back in its original namespace, unless
-/// the error is a [`NetworkError::Enter`] with the path of the original namespace.
+/// [`NetworkError`]. Taps created before the failure are removed. The thread stays in the pod's namespace only after a
+/// [`NetworkError::Enter`] with the path `/proc/self/ns/net`.
 pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError> {
     in_namespace(path, || {
         let netlink = Netlink::open().map_err(kernel_error("open a netlink socket"))?;
         let list = || read::links(&netlink).map_err(kernel_error("list interfaces"));
-        // Subscribes before the first listing. Otherwise, changes between the listing and the subscription would be
-        // missed.
+        // Subscribe before the listing, because a change between the listing and the subscription would be missed.
         let before = watcher::subscribe();
         let links = list()?;
         let each = options.per_interface(links.len());
         let taps = links.iter().map(|link| tap::create(&netlink, link, each)).collect::<Result<Vec<_>, _>>()?;
-        // The creation of the taps has queued messages in the first subscription. These messages would wake the watcher
-        // without need, and a second subscription does not have them. The second subscription is sufficient if no
-        // interface has changed since the first listing.
+        // `before` contains messages about the new taps, which would wake the watcher without need. `after` does not.
+        // Use `after` if no interface has changed since the first listing, because `after` then misses no change.
         let after = watcher::subscribe();
         let notices = if without_taps(list()?, &taps) == links { after } else { before };
         let (config, unsupported) = read::network(&netlink, &links)?;
@@ -150,8 +146,7 @@ pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError
         let network = Network {
             taps,
             config,
-            // Best effort, because the pod works without a watcher. Without a watcher, later changes of the pod's
-            // network do not reach the guest.
+            // Best effort. Without a watcher, the pod works, but later changes of its network do not reach the guest.
             watcher: watcher
                 .inspect_err(|error| tracing::warn!(%error, "failed to watch the pod's network for changes"))
                 .ok(),
@@ -167,8 +162,7 @@ fn without_taps(mut links: Vec<Link>, taps: &[Tap]) -> Vec<Link> {
     links
 }
 
-/// Starts port forwarding. TCP connections that host processes open in the current network namespace are redirected to
-/// the shim. Returns `None` after a failure, which is only logged.
+/// Starts port forwarding for the current network namespace. Logs a failure, and returns `None`.
 fn start_port_forwarding() -> Option<PortForwarding> {
     sk_lookup::attach_to_current_namespace()
         .inspect_err(
@@ -177,8 +171,8 @@ fn start_port_forwarding() -> Option<PortForwarding> {
         .ok()
 }
 
-/// Watches the new network namespace at `path`, which has only a loopback interface so far. If `forward_ports` is true,
-/// starts port forwarding, too.
+/// Watches the new network namespace at `path`, which has only a loopback interface. If `forward_ports` is true, starts
+/// port forwarding, too.
 pub fn watch_new(path: &Path, forward_ports: bool, options: TapOptions) -> Result<Network, NetworkError> {
     in_namespace(path, || {
         let notices = watcher::subscribe();

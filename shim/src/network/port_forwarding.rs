@@ -1,7 +1,7 @@
 //! Port forwarding: host processes open connections in the pod's network namespace, and the shim forwards these
 //! connections to the guest.
 //!
-//! See `crate::network::sk_lookup` for how the connections reach the shim's listeners.
+//! `crate::network::sk_lookup` directs the connections to the shim's listeners.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,8 +16,7 @@ use tokio::sync::Semaphore;
 use crate::network::PortForwarding;
 use crate::vm::vmm::{Vmm, VmmError};
 
-/// Maximum number of connections that are forwarded at the same time. All other connections wait in the listener's
-/// backlog.
+/// Maximum number of concurrent connections. Further connections wait in the listener's backlog.
 const MAX_CONNECTIONS: usize = 512;
 /// Timeout for connecting to a listener in the guest.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -31,7 +30,7 @@ enum ForwardError {
     /// The stream to the guest could not be opened.
     #[error("failed to connect to the guest")]
     Guest(#[source] VmmError),
-    /// The guest could not connect, usually because nothing listens at the address.
+    /// The guest could not connect, usually because nothing listens on the address.
     #[error("failed to connect to {address} in the pod")]
     Refused {
         /// Address that the client dialled.

@@ -7,8 +7,7 @@ pub const PAGE_MIB: u64 = 2;
 
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
-/// Returns the size of the pool in MiB. A pod cannot get more huge pages than the pool has. The size is zero on a node
-/// without huge pages.
+/// Returns the size of the pool in MiB, or 0 if the node has no huge pages.
 pub fn pool_mib() -> u64 {
     pages("nr_hugepages") * PAGE_MIB
 }

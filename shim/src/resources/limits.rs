@@ -1,4 +1,4 @@
-//! Sets the limits of the sandbox's cgroup on the host. The limits depend on the size of the VM.
+//! Sets the limits of the sandbox's cgroup on the host. Reads the limits that the kubelet sets in the parent cgroups.
 
 use std::path::Path;
 
@@ -9,52 +9,50 @@ use crate::systemd::{Property, Unit, Value};
 
 /// Period of the CPU limit in microseconds.
 const PERIOD: u64 = 100_000;
-/// Distance in bytes between the limit at which the sandbox is throttled and the limit at which it is killed.
+/// Distance in bytes between `memory.high`, above which the kernel throttles the sandbox, and the limit at which the
+/// kernel kills the VMM.
 ///
-/// In addition to the guest's memory, the limit at which the sandbox is killed includes the minimum memory for the VMM
-/// and the shim. The distance is a third of this minimum.
+/// The second limit includes at least 12 MiB for the VMM and the shim. The distance is a third of these 12 MiB.
 const THROTTLE_MARGIN: u64 = 4 << 20;
-/// A limit of this value or above means that no limit is set. Without a limit, cgroup v1 shows the largest multiple of
-/// the page size below 2^63, or a value that is one page lower.
+/// Limits of at least this value count as no limit. If no limit is set, cgroup v1 shows a value slightly below 2^63.
 const NO_LIMIT: u64 = 1 << 62;
 
-/// Returns the maximum guest memory, in MiB, that fits into the parent cgroup's memory limit. The kubelet sets this
-/// limit for the pod.
+/// Returns the maximum guest memory, in MiB, that fits into the parent cgroup's memory limit. Returns `u64::MAX` if no
+/// limit is set.
 ///
-/// If a guest used more memory than this, the kernel would kill the VMM. The limit can change while the pod runs.
+/// The kubelet sets the parent cgroup's limit for the pod, and can change the limit while the pod runs. If the guest
+/// used more memory, the kernel would kill the VMM.
 pub fn max_guest_mib(location: &CgroupLocation) -> u64 {
     parent_limit(location, "memory", ["memory.max", "memory.limit_in_bytes"]).map_or(u64::MAX, guest_mib)
 }
 
-/// Returns the limit, in MiB, that the parent cgroup sets for the pod's huge pages of 2 MiB. Returns zero if no limit
-/// is set.
+/// Returns the parent cgroup's limit for 2 MiB huge pages, in MiB, or 0 if no limit is set.
 ///
-/// The containers' own limits are not used. The kubelet sets a limit for every pod, but containerd by default does not
-/// set a limit for containers (`disable_hugetlb_controller`).
+/// The kubelet sets the parent cgroup's limit for every pod. By default, containerd does not set limits for containers
+/// (`disable_hugetlb_controller`).
 pub fn huge_mib(location: &CgroupLocation) -> u64 {
     parent_limit(location, "hugetlb", ["hugetlb.2MB.max", "hugetlb.2MB.limit_in_bytes"]).unwrap_or(0) >> 20
 }
 
-/// Reads a limit of the parent cgroup. The array has the name of the limit's file in cgroup v2, then the name in cgroup
-/// v1. Returns `None` if no limit is set.
+/// Reads a limit of the parent cgroup from `v2_file` (cgroup v2) or `v1_file` (cgroup v1). Returns `None` if no limit
+/// is set.
 fn parent_limit(location: &CgroupLocation, controller: &str, [v2_file, v1_file]: [&str; 2]) -> Option<u64> {
     let file = if matches!(location, CgroupLocation::V2(_)) { v2_file } else { v1_file };
     let text = std::fs::read_to_string(location.controller_dir(controller)?.parent()?.join(file)).ok()?;
     text.trim().parse::<u64>().ok().filter(|&limit| limit < NO_LIMIT)
 }
 
-/// Returns the lowest task limit of the parent cgroups, or `None` if no limit is set. The parent cgroups are the pod's
-/// cgroup and its ancestors. The kubelet sets the limit of the pod's cgroup (`podPidsLimit`).
+/// Returns the lowest `pids.max` of the pod's cgroup and its ancestors, or `None` if no limit is set. The kubelet sets
+/// `pids.max` of the pod's cgroup (`podPidsLimit`).
 ///
-/// On the host, the pod's cgroup contains only the few threads of the VMM and the shim, and not the pod's processes.
-/// Therefore, the guest enforces the limit.
+/// The guest must enforce this limit, because the host's kernel does not see the processes in the guest.
 pub fn pids_max(location: &CgroupLocation) -> Option<u64> {
     let limit = |path: &Path| std::fs::read_to_string(path.join("pids.max")).ok()?.trim().parse().ok();
     location.controller_dir("pids")?.ancestors().skip(1).filter_map(limit).min()
 }
 
-/// Returns the number of bytes above which the kernel reclaims memory of the sandbox. Returns `None` if no limit is
-/// set.
+/// Returns the memory usage, in bytes, above which the kernel reclaims the sandbox's memory. Returns `None` if no limit
+/// is set.
 pub fn reclaim_threshold(location: &CgroupLocation) -> Option<u64> {
     let is_v1 = matches!(location, CgroupLocation::V1(_));
     let file = if is_v1 { "memory.limit_in_bytes" } else { "memory.high" };
@@ -64,14 +62,15 @@ pub fn reclaim_threshold(location: &CgroupLocation) -> Option<u64> {
     Some(parent.map_or(limit, |parent| limit.min(parent)))
 }
 
-/// Sets the limits for a guest that now has `guest_mib` MiB of memory. May block while the kernel reclaims memory for a
-/// lower limit.
+/// Sets `limits` in the sandbox's cgroup. The memory limit allows a guest with `guest_mib` MiB of memory. Blocks while
+/// the kernel reclaims memory for a lower limit.
 ///
-/// The memory limit depends on the memory that the guest has now, not on the memory that the pod may use. Therefore, if
-/// the guest's memory runs out, the guest's kernel kills a process in the guest before the host's kernel kills the VMM.
+/// The memory limit depends on the guest's current memory, not on the pod's maximum. Therefore, the guest runs out of
+/// memory before the sandbox reaches the memory limit. The guest's kernel then kills a process in the guest, and the
+/// host's kernel does not kill the VMM.
 ///
-/// If the cgroup is a systemd scope, this function first writes the limits itself. Then it sends the same limits to
-/// systemd, which writes them again. Therefore, only this process, and not systemd, waits until memory is reclaimed.
+/// If the cgroup is a systemd scope, this function first writes the limits, and then sends the same limits to systemd.
+/// Only the first write waits for the reclaim. Therefore, systemd does not block.
 pub fn set(location: &CgroupLocation, unit: Option<&Unit>, limits: &HostLimits, guest_mib: u64) {
     let cpu_millis = limits.cpu_millis.map(|millis| round_cpu_millis(unit, millis));
     let cpus = limits.cpus.clone().or_else(|| all_cpus(location));
@@ -80,27 +79,27 @@ pub fn set(location: &CgroupLocation, unit: Option<&Unit>, limits: &HostLimits, 
     if let Some(unit) = unit
         && let Err(error) = unit.set(&properties(location, limits, guest_mib))
     {
-        tracing::warn!(error = %crate::chain(&error), "failed to send the limits to systemd; systemd may revert them");
+        tracing::warn!(error = %crate::chain(&error), "failed to send the sandbox's limits to systemd");
     }
 }
 
-/// Rounds a CPU limit up as systemd does, because systemd stores a quota in hundredths of a CPU.
+/// If systemd manages the cgroup, rounds a CPU limit up to hundredths of a CPU, as systemd does.
 fn round_cpu_millis(unit: Option<&Unit>, millis: u64) -> u64 {
     if unit.is_some() { millis.div_ceil(10).saturating_mul(10) } else { millis }
 }
 
-/// Returns the CPUs to which the list of CPUs of the sandbox's cgroup must be reset. These are all CPUs of the parent
-/// cgroup. Returns `None` if the sandbox's cgroup has no list of CPUs.
+/// Returns the parent cgroup's CPUs, to which the sandbox's list of CPUs must be reset. Returns `None` if the sandbox's
+/// cgroup has no list of CPUs.
 ///
-/// The kernel does not accept an empty list for a cgroup that has processes (kernel/cgroup/cpuset.c, validate_change:
-/// ENOSPC).
+/// The list cannot be reset to an empty list. The kernel rejects an empty list with ENOSPC if the cgroup has processes
+/// (kernel/cgroup/cpuset.c, validate_change).
 fn all_cpus(location: &CgroupLocation) -> Option<CpuSet> {
     let CgroupLocation::V2(path) = location else { return None };
     let read = |path: &Path, file: &str| std::fs::read_to_string(path.join(file)).ok()?.parse().ok();
     read(path, "cpuset.cpus").and_then(|_: CpuSet| read(path.parent()?, "cpuset.cpus.effective"))
 }
 
-/// Returns the limits as properties of a scope (org.freedesktop.systemd1(5), systemd.resource-control(5)).
+/// Converts the limits to properties of a systemd scope (org.freedesktop.systemd1(5), systemd.resource-control(5)).
 fn properties(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) -> Vec<Property> {
     let number = |value: Option<u64>| Value::U64(value.unwrap_or(u64::MAX));
     let memory = limits.has_memory_limit.then(|| host_bytes(guest_mib));
@@ -110,10 +109,10 @@ fn properties(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) ->
         CgroupLocation::V2(_) => {
             all.push(("MemoryMax", number(memory)));
             all.push(("MemoryHigh", number(memory.map(|max| memory_high(location, max)))));
-            // systemd has this property since version 244. The property is set only if the limits name CPUs.
+            // systemd supports `AllowedCPUs` since version 244.
             all.extend(limits.cpus.as_ref().map(|cpus| ("AllowedCPUs", Value::Bytes(cpus.mask()))));
         }
-        // systemd does not have properties for all controllers of cgroup v1.
+        // systemd does not support cpusets in cgroup v1.
         CgroupLocation::V1(_) => all.push(("MemoryLimit", number(memory))),
     }
     all
@@ -136,7 +135,7 @@ fn write(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) {
             let high = limits.has_memory_limit.then(|| memory_high(location, host_bytes(guest_mib)).to_string());
             write(Some(path), "memory.high", high.as_deref().unwrap_or("max"));
             write(Some(path), "cpu.max", &format!("{} {PERIOD}", quota.as_deref().unwrap_or("max")));
-            // Without a list, the cgroup has the CPUs of its parent.
+            // A cgroup without a list can use all CPUs of its parent.
             if let Some(cpus) = cpus {
                 write(cpuset, "cpuset.cpus", &cpus);
             }
@@ -153,8 +152,8 @@ fn write(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) {
     }
 }
 
-/// Returns the memory limit at which the kernel throttles the sandbox. This limit is lower than the limits at which the
-/// kernel kills processes of the sandbox or of the pod. The distance gives the guest time to free memory.
+/// Returns the value of `memory.high`, above which the kernel throttles the sandbox. The value is below `max` and below
+/// the parent cgroup's limit. Therefore, the guest has time to free memory before the kernel kills the VMM.
 fn memory_high(location: &CgroupLocation, max: u64) -> u64 {
     let parent = parent_limit(location, "memory", ["memory.max", "memory.limit_in_bytes"]);
     parent.map_or(max, |parent| max.min(parent)).saturating_sub(THROTTLE_MARGIN)

@@ -1,5 +1,5 @@
-//! The size of a pod: the size of its VM at boot, changes of this size when containers are added or removed, and the
-//! pod's limits on the host.
+//! Sizes the pod's VM at boot, and resizes the VM when containers are added or removed. Sets the pod's limits on the
+//! host.
 
 pub mod boot_size;
 pub mod cgroup;

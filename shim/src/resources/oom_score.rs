@@ -1,9 +1,8 @@
-//! Computes and sets the VMM's `oom_score_adj`. If the node runs out of memory, this score decides which pod the host's
-//! OOM killer kills first.
+//! Computes and sets the VMM's `oom_score_adj`. If the node runs out of memory, the OOM killer uses this value to
+//! select a process.
 //!
-//! Under runc, a container's processes have the score from the container's specification. Under Husk, the memory of all
-//! containers belongs to the VMM, and killing the VMM ends all containers. Therefore, the VMM has the lowest score of
-//! its containers.
+//! Under runc, a container's processes get the score from the container's specification. Under Husk, killing the VMM
+//! ends all containers of the pod. Therefore, the VMM gets the lowest score of these containers.
 
 use std::collections::HashMap;
 use std::io;
@@ -11,8 +10,8 @@ use std::sync::Mutex;
 
 use crate::lock;
 
-/// Score of a container whose specification does not set a score, and of a VMM without containers. The VMM must not
-/// inherit containerd's low score, because the OOM killer would then kill the VMM last.
+/// Score of a container without a score in its specification, and of a VMM without containers. Without this default,
+/// the VMM would keep the low score that it inherits from containerd.
 pub const DEFAULT: i32 = 0;
 
 /// Scores of the containers by container id.
@@ -20,7 +19,7 @@ pub const DEFAULT: i32 = 0;
 pub struct Scores(Mutex<HashMap<String, i32>>);
 
 impl Scores {
-    /// Adds the score of a container. Returns the lowest score of all containers.
+    /// Sets the score of container `id`. Returns the lowest score of all containers.
     pub fn insert(&self, id: &str, score: i32) -> i32 {
         let mut scores = lock(&self.0);
         scores.insert(id.to_owned(), score);
@@ -43,7 +42,7 @@ fn lowest(scores: &HashMap<String, i32>) -> Option<i32> {
 /// Sets the `oom_score_adj` of a process to `score`, which must be in the range -1000 to 1000.
 ///
 /// # Errors
-/// If the process has ended. EINVAL if the score is out of range.
+/// If the process has ended, or `score` is out of range (EINVAL).
 pub fn set(pid: u32, score: i32) -> io::Result<()> {
     std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string())
 }
@@ -65,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn set_changes_a_process_and_rejects_a_score_out_of_range() {
+    fn set_changes_the_score_and_rejects_invalid_scores() {
         let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
         set(child.id(), 321).unwrap();
         assert_eq!(std::fs::read_to_string(format!("/proc/{}/oom_score_adj", child.id())).unwrap().trim(), "321");

@@ -1,13 +1,14 @@
-//! Makes the guest drop its file caches when the pod's memory on the host or the VMM's fds are nearly used up.
+//! Tells the guest to drop its file caches if the pod's memory on the host is nearly exhausted, or if the VMM has
+//! nearly reached its fd limit.
 //!
-//! For every inode in the guest kernel's cache, the VMM has an open file. The open file pins the host's inode in
-//! memory, which the host charges to the pod's cgroup. The host's kernel cannot reclaim this memory, and the guest's
-//! kernel does not know of it. Therefore, without this module, the host's kernel would kill the VMM of a guest that
-//! walks through many files.
+//! For every inode in the guest's cache, the VMM holds an open file. The open file pins an inode in the host's memory,
+//! which is charged to the pod's cgroup. The host's kernel cannot reclaim pinned inodes, and the guest's kernel does
+//! not know about these inodes. Without this module, a guest that reads many files would exhaust the pod's memory, and
+//! the host's kernel would kill the VMM.
 //!
-//! cgroup v2 throttles processes at `memory.high` and reports the throttling (`memory.events`,
-//! Documentation/admin-guide/cgroup-v2.rst). cgroup v1 reports that the kernel begins to reclaim memory
-//! (`memory.pressure_level`, Documentation/admin-guide/cgroup-v1/memory.rst).
+//! In cgroup v2, the kernel modifies `memory.events` when the kernel throttles processes at `memory.high`
+//! (Documentation/admin-guide/cgroup-v2.rst). In cgroup v1, `memory.pressure_level` reports that the kernel reclaims
+//! memory (Documentation/admin-guide/cgroup-v1/memory.rst).
 
 use std::fs::{self, File};
 use std::io;
@@ -31,25 +32,24 @@ use crate::resources::limits;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::Vmm;
 
-/// Minimum time between two reactions to a report of the kernel or the VMM. This limit is needed because the kernel
-/// reports every reclaim, and several reclaims often follow each other closely.
+/// Pause after a report from the kernel or the VMM. Without the pause, a burst of reports would cause many checks.
 const MIN_INTERVAL: Duration = Duration::from_secs(1);
-/// If the guest must drop its caches twice within this time, the second drop includes the page cache.
+/// If the guest must drop caches twice within this time, the second drop includes the page cache.
 ///
-/// The first drop includes only unused inodes. It may not free enough memory, because an inode with cached pages stays
-/// in the guest's memory.
+/// The first drop includes only unused inodes. This drop may free too little memory, because an inode with cached pages
+/// stays in the guest's memory.
 const PAGE_CACHE_WINDOW: Duration = Duration::from_secs(15);
 /// Memory counts as nearly exhausted if the unreclaimable memory is at most this many bytes below the limit.
 const MARGIN: u64 = 2 << 20;
 
-/// Starts to watch the pod's memory and the VMM's open files. The watch ends with the VM.
+/// Starts to watch the pod's memory and the VMM's open files. The watch stops when the VM ends.
 pub fn start(location: Option<CgroupLocation>, agent: Agent, vmm: Vmm) {
     let guest = Guest { agent, last: Mutex::new(None) };
     tokio::spawn(async move {
         let memory = async {
             let Some(location) = &location else { return };
             match async { Watch::new(location)?.run(location, &guest).await }.await {
-                // The host does not account for memory, or the cgroup does not have a memory controller.
+                // The sandbox's cgroup has no memory controller.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => tracing::warn!(%error, "failed to watch the pod's memory on the host"),
                 Ok(()) => {}
@@ -58,7 +58,7 @@ pub fn start(location: Option<CgroupLocation>, agent: Agent, vmm: Vmm) {
         let files = async {
             loop {
                 vmm.wait_for_fd_shortage().await;
-                guest.drop_caches("the VMM's open files are near their limit").await;
+                guest.drop_caches("the VMM has nearly reached its fd limit").await;
                 tokio::time::sleep(MIN_INTERVAL).await;
             }
         };
@@ -69,15 +69,15 @@ pub fn start(location: Option<CgroupLocation>, agent: Agent, vmm: Vmm) {
     });
 }
 
-/// The guest, and the time at which it last dropped caches.
+/// The guest's agent, and the time when the guest last dropped caches.
 struct Guest {
     agent: Agent,
     last: Mutex<Option<Instant>>,
 }
 
 impl Guest {
-    /// Tells the guest to drop its unused inodes. If the guest last dropped caches less than [`PAGE_CACHE_WINDOW`] ago,
-    /// tells the guest to drop its page cache, too.
+    /// Tells the guest to drop unused inodes. If the last drop was less than [`PAGE_CACHE_WINDOW`] ago, the guest drops
+    /// the page cache, too.
     async fn drop_caches(&self, reason: &str) {
         let page_cache = lock(&self.last).is_some_and(|last| last.elapsed() < PAGE_CACHE_WINDOW);
         tracing::info!(pages = page_cache, reason, "dropping the guest's file caches");
@@ -89,10 +89,10 @@ impl Guest {
     }
 }
 
-/// Receives notifications from the kernel when it reclaims memory of the cgroup.
+/// Receives a notification when the kernel reclaims the cgroup's memory.
 struct Watch {
     notices: AsyncFd<OwnedFd>,
-    /// Open `memory.pressure_level` files of cgroup v1. The kernel sends notifications as long as these files are open.
+    /// The `memory.pressure_level` files of cgroup v1 for which notifications are registered.
     _levels: Vec<File>,
 }
 
@@ -108,11 +108,11 @@ impl Watch {
             CgroupLocation::V1(_) => {
                 let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
                 let mut levels = Vec::new();
-                // Watch both the sandbox's cgroup and its parent, which is the pod's cgroup. The kernel reports a
-                // reclaim to the cgroup whose limit causes the reclaim.
+                // Watch two cgroups: the sandbox's cgroup and its parent, the pod's cgroup. The kernel reports a
+                // reclaim in the cgroup whose limit caused the reclaim.
                 for dir in dir.ancestors().take(2) {
                     let level = match File::open(dir.join("memory.pressure_level")) {
-                        // A sandbox outside a pod may have no parent cgroup with this file.
+                        // If the sandbox has no pod, the parent cgroup may not have this file.
                         Err(error) if error.kind() == io::ErrorKind::NotFound && !levels.is_empty() => break,
                         level => level?,
                     };
@@ -132,7 +132,7 @@ impl Watch {
             self.next().await?;
             let location = location.clone();
             if tokio::task::spawn_blocking(move || is_nearly_exhausted(&location)).await.unwrap_or(false) {
-                guest.drop_caches("the pod's memory on the host is nearly used up").await;
+                guest.drop_caches("the pod's memory on the host is nearly exhausted").await;
             }
             tokio::time::sleep(MIN_INTERVAL).await;
         }
@@ -155,7 +155,7 @@ impl Watch {
     }
 }
 
-/// Returns whether the memory that the host's kernel cannot reclaim has nearly reached the limit.
+/// Returns whether the memory that the kernel cannot reclaim is within [`MARGIN`] of the limit.
 fn is_nearly_exhausted(location: &CgroupLocation) -> bool {
     match (limits::reclaim_threshold(location), unreclaimable(location)) {
         (Some(limit), Some(unreclaimable)) => unreclaimable.saturating_add(MARGIN) >= limit,
@@ -163,7 +163,7 @@ fn is_nearly_exhausted(location: &CgroupLocation) -> bool {
     }
 }
 
-/// Returns the cgroup's memory without its page cache, in bytes. Returns `None` if the memory cannot be read.
+/// Returns the cgroup's memory usage without the page cache, in bytes. Returns `None` if a file cannot be read.
 fn unreclaimable(location: &CgroupLocation) -> Option<u64> {
     let dir = location.controller_dir("memory")?;
     let (usage, prefix) = match location {

@@ -1,8 +1,10 @@
-//! Resizes a running VM. One task calls the VMM and the agent in turn.
+//! Resizes a running VM. One task handles all requests in sequence.
 //!
-//! The task answers a request to grow when all resources have grown. The resources grow in this order: the host's
-//! limits, memory, huge pages, vCPUs. The task answers a request to shrink at once. Later, when the guest has given
-//! memory back, the task lowers the host's memory limit.
+//! For a larger target, the task first raises the host's limits. Then memory, huge pages and vCPUs grow, in this order.
+//! The task answers the request when all resources have grown.
+//!
+//! For a smaller target, the task answers before the guest returns memory. When the guest has returned memory, the task
+//! lowers the host's memory limit.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -23,11 +25,11 @@ use crate::vm::vmm::{Vmm, VmmError};
 /// Timeout for the guest to accept hot-plugged memory.
 const MEMORY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Error of growing a VM.
+/// A failure to resize a VM.
 #[derive(Debug, thiserror::Error)]
 pub enum ResizeError {
     /// The VMM rejected a request.
-    #[error("failed to grow the VM")]
+    #[error("failed to resize the VM")]
     Vmm(#[source] VmmError),
     /// The agent rejected a request.
     #[error("failed to set up the {0} in the guest")]
@@ -74,8 +76,7 @@ pub enum ResizeError {
 pub struct Target {
     /// Size of the VM.
     pub size: Size,
-    /// Total size of the huge pages in MiB. Huge pages are never taken back from the guest, because a volume may use
-    /// them. Moreover, the node counts these huge pages as the pod's.
+    /// Total size of the huge pages in MiB. This size never decreases, because a volume may use the huge pages.
     pub huge_mib: u64,
     /// Limits on the host.
     pub host: HostLimits,
@@ -94,7 +95,7 @@ pub struct Resizer {
 }
 
 impl Resizer {
-    /// Starts the task, which ends when this handle is dropped.
+    /// Starts the task. The task ends when the returned handle is dropped.
     pub fn start(
         growth: Growth,
         vmm: Vmm,
@@ -120,17 +121,16 @@ impl Resizer {
         Self { growth, jobs }
     }
 
-    /// Requests to resize the pod to `target`, and does not wait for the result. If the resize fails, the task logs the
-    /// error.
+    /// Queues a resize to `target`, and does not wait for the result. If the resize fails, the task logs the error.
     pub fn queue(&self, target: Target) {
         // Sending does not fail, because the task lives as long as this handle.
         let _ = self.jobs.send(Job { target, done: oneshot::channel().0 });
     }
 
-    /// Resizes the pod to `target`. Returns when all resources that have to grow have grown.
+    /// Resizes the pod to `target`. Waits until the growing resources have grown.
     ///
     /// # Errors
-    /// [`ResizeError`]. Resources that grew before the error keep their new size until the next target.
+    /// [`ResizeError`]. Resources that grew before the error keep the new size until another resize.
     pub async fn resize(&self, target: Target) -> Result<(), ResizeError> {
         let (done, wait) = oneshot::channel();
         self.jobs.send(Job { target, done }).map_err(|_| ResizeError::Gone)?;
@@ -153,17 +153,17 @@ struct ResizeTask {
     cgroup: Option<(CgroupLocation, Option<Unit>)>,
     record: RecordSize,
     start: Size,
-    /// Target that was requested last.
+    /// Latest target.
     current: Target,
-    /// Whether the pod has reached `current`. If not, the next request repeats the failed steps.
+    /// Whether the pod has reached `current`. If not, the next request retries the failed steps.
     complete: bool,
     slots: Slots,
-    /// Maximum hot-plugged memory in MiB that the guest may have at this time.
+    /// Upper bound on the guest's current hot-plugged memory, in MiB.
     plugged_mib: u64,
     shrinking: Option<Shrinking>,
 }
 
-/// Slots of the memory devices that are attached and known to the guest.
+/// Slots of the memory devices that the guest has found.
 #[derive(Default)]
 struct Slots {
     ordinary: Option<u32>,
@@ -189,7 +189,7 @@ impl ResizeTask {
                 plugged = shrinking => {
                     self.shrinking = None;
                     if let Some(plugged_mib) = plugged {
-                        tracing::debug!(plugged_mib, "the guest gave memory back");
+                        tracing::debug!(plugged_mib, "the guest returned memory");
                         self.plugged_mib = plugged_mib;
                         self.set_host_limits().await;
                         self.record_size().await;
@@ -199,7 +199,7 @@ impl ResizeTask {
         }
     }
 
-    /// Grows the resources that must grow, and requests that the other resources shrink.
+    /// Resizes the pod to `target`. Does not wait until the guest has returned memory.
     async fn apply(&mut self, mut target: Target) -> Result<(), ResizeError> {
         if let Some((location, _)) = &self.cgroup {
             target.size.memory_mib = target.size.memory_mib.min(limits::max_guest_mib(location));
@@ -215,8 +215,8 @@ impl ResizeTask {
         self.plugged_mib = self.plugged_mib.max(wanted_mib);
         self.set_host_limits().await;
         if wanted_mib > previous_mib || (retry && wanted_mib > 0 && wanted_mib == previous_mib) {
-            // The new request ends an earlier request that waits in the VMM. Ignore the answer to the earlier request,
-            // because that answer does not contain the guest's remaining memory.
+            // The new request makes the VMM end a pending request to shrink. Ignore the answer to the pending request,
+            // because the answer does not contain the guest's remaining memory.
             self.shrinking = None;
             self.grow_memory(PageKind::Ordinary, wanted_mib).await?;
         } else if wanted_mib < previous_mib {
@@ -229,8 +229,8 @@ impl ResizeTask {
             }));
         }
         if target.huge_mib > huge_before || (retry && target.huge_mib > 0) {
-            // If the guest does not get the huge pages, the container is not created. Later targets must then not
-            // include the container's huge pages.
+            // If the guest does not get the huge pages, the container is not created. Therefore, count the container's
+            // huge pages only after they have been allocated.
             self.current.huge_mib = huge_before;
             self.grow_huge_pages(target.huge_mib, huge_before).await?;
             self.current.huge_mib = target.huge_mib;
@@ -284,7 +284,7 @@ impl ResizeTask {
     async fn grow_huge_pages(&mut self, wanted_mib: u64, previous_mib: u64) -> Result<(), ResizeError> {
         let more = wanted_mib.saturating_sub(previous_mib);
         match hugepages::free_mib() {
-            // Check the node's pool first, because a guest that does not get all of the offered memory retries forever.
+            // Check the node's pool first. If a guest cannot plug all of the offered memory, the guest retries forever.
             free_mib if free_mib < more => return Err(ResizeError::NodeHugePages { wanted_mib: more, free_mib }),
             _ => self.grow_memory(PageKind::Huge, wanted_mib).await?,
         }
@@ -303,8 +303,8 @@ impl ResizeTask {
         if online == u32::from(wanted) { Ok(()) } else { Err(ResizeError::Processors { online, wanted }) }
     }
 
-    /// Sets the host's limits for the memory that the guest may have now. When a limit is lowered, waits until memory
-    /// is reclaimed.
+    /// Sets the sandbox's limits on the host. The memory limit allows the memory that the guest may have now. Waits
+    /// while the kernel reclaims memory for a lower limit.
     async fn set_host_limits(&mut self) {
         let Some((location, unit)) = self.cgroup.clone() else { return };
         let (limits, guest_mib) = (self.current.host.clone(), self.start.memory_mib.saturating_add(self.plugged_mib));

@@ -1,8 +1,8 @@
-//! Loads the AppArmor profiles of the node into the guest's kernel before a container is created.
+//! Loads the node's AppArmor profiles into the guest's kernel before a container is created.
 //!
-//! A kernel with CONFIG_SECURITY_APPARMOR_EXPORT_BINARY exports each policy that was loaded into it
-//! (security/apparmor/apparmorfs.c, `raw_data`). Therefore, the guest can enforce the same policy as the node, no
-//! matter where the profile comes from.
+//! If the node's kernel has CONFIG_SECURITY_APPARMOR_EXPORT_BINARY, the kernel exports every loaded policy
+//! (security/apparmor/apparmorfs.c, `raw_data`). Therefore, the guest can enforce the same policies without the
+//! profiles' source files.
 
 use std::collections::HashMap;
 use std::fs;
@@ -21,14 +21,14 @@ use crate::vm::agent::{Agent, timeouts, within};
 const PROFILES: &str = "/sys/kernel/security/apparmor/policy/profiles";
 /// Profile name of a container that is not confined.
 const UNCONFINED: &str = "unconfined";
-/// Maximum size of a policy in bytes. A policy must fit into one message to the agent, and the size of a message is
-/// limited. A typical policy has about 10 KiB.
+/// Maximum size of a policy in bytes. A policy must fit into one ttrpc message to the agent. A typical policy has about
+/// 10 KiB.
 const MAX_POLICY: u64 = 3 << 20;
 
-/// Profiles that the guest has loaded, with a digest of each policy.
+/// Digests of the policies that the guest has loaded, by profile name.
 pub type LoadedProfiles = Mutex<HashMap<String, u64>>;
 
-/// Error of loading an AppArmor profile into the guest.
+/// A failure to load an AppArmor profile into the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum AppArmorError {
     /// The node has no profile with this name.
@@ -91,9 +91,9 @@ impl Sandbox {
     }
 }
 
-/// Reads the policy blob from which the kernel loaded `profile`. Blocks.
+/// Returns the policy blob that contains `profile`. Blocks.
 fn policy(profiles: &Path, profile: &str) -> Result<Vec<u8>, AppArmorError> {
-    // Search for the parent, because a child profile or hat is loaded together with its parent.
+    // Search for the parent profile, because the parent's policy contains its child profiles and hats.
     let parent = profile.split_once("//").map_or(profile, |(parent, _)| parent);
     let missing = || AppArmorError::Missing(profile.to_owned());
     // A directory's name contains the alphanumeric characters of the profile's name, and ends with a number. The file
@@ -110,10 +110,11 @@ fn policy(profiles: &Path, profile: &str) -> Result<Vec<u8>, AppArmorError> {
     if policy.len() as u64 > MAX_POLICY { Err(AppArmorError::Large(profile.to_owned())) } else { Ok(policy) }
 }
 
-/// Returns whether a directory can belong to a profile. Compares only the characters that the kernel keeps in the
-/// directory's name.
+/// Returns whether `dir` may be the directory of `profile`. The kernel builds the directory's name from the profile's
+/// name and a number. The kernel changes some characters of the name. Therefore, only alphanumeric characters are
+/// compared.
 ///
-/// This check avoids reading a file for each of the node's hundreds of profiles.
+/// Without this check, the shim would read `name` in hundreds of directories.
 fn may_match(dir: &Path, profile: &str) -> bool {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     let plain = |text: &str| text.chars().filter(char::is_ascii_alphanumeric).collect::<String>();

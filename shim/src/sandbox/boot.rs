@@ -30,9 +30,9 @@ use crate::vm::console;
 use crate::vm::console::LogTail;
 use crate::vm::vmm::{Vmm, VmmError};
 
-/// Number of spare slots at boot. Hot-plugged disks and interfaces use these slots.
+/// Number of spare slots at boot, for hot-plugged disks and interfaces.
 const SPARE_SLOTS: u8 = 5;
-/// Mount option with the size of the pod's shared memory, as containerd's CRI sets it.
+/// Mount option for the size of the pod's `/dev/shm`, as in containerd's CRI.
 const SHM_SIZE: &str = "size=65536k";
 
 /// The part of the guest's configuration that depends on the pod.
@@ -55,15 +55,15 @@ pub struct Pod {
     pub policies: PodPolicies,
 }
 
-/// Everything that a boot needs. The shim prepares the plan while the VMM process starts.
+/// Everything that a boot needs.
 pub struct BootPlan {
     /// The part of the guest's configuration that depends on the pod.
     pub pod: Pod,
     /// The operator's configuration.
     pub config: Config,
-    /// The vCPUs and memory at boot, and their maximums.
+    /// The VM's size at boot and its maximum size.
     pub boot_size: BootSize,
-    /// Directory that the VMM serves to the guest: the guest's view of the share.
+    /// Directory on the host that the VMM serves to the guest as the share.
     pub share: PathBuf,
     /// `/dev/kvm`.
     pub kvm: File,
@@ -71,7 +71,7 @@ pub struct BootPlan {
     pub images: GuestImages,
 }
 
-/// Error of a boot.
+/// A failure to boot the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// `/dev/kvm` cannot be opened.
@@ -140,7 +140,7 @@ struct Progress {
 /// Boots the guest and connects to its agent.
 ///
 /// # Errors
-/// [`BootError`]. It contains the last lines of the console if the guest ended or the boot timed out.
+/// [`BootError`]. If the guest ended or the boot timed out, the error contains the console's last lines.
 pub async fn boot(
     plan: BootPlan,
     vmm: &Vmm,
@@ -167,8 +167,8 @@ pub async fn boot(
             Ok(agent)
         }
         Ok(Err(error)) => {
-            // If the guest has ended, its end is the cause of any other error. Wait for the VMM's end, because the
-            // console's output is incomplete until then.
+            // If the guest has ended, report its end. Any other error is a consequence. Wait for the VMM's end, because
+            // the console's output is complete only then.
             let ended = matches!(error, BootError::Ended { .. })
                 || matches!(error, BootError::Vmm { source: VmmError::Gone, .. });
             if ended || progress.borrow().ended.is_some() {
@@ -240,7 +240,7 @@ async fn connect(plan: &BootPlan, vmm: &Vmm, timeline: &Timeline, limit: Duratio
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let pod = &plan.pod;
     let (uids, gids) = pod.id_mappings.as_ref().map(IdMappings::mappings).unwrap_or_default();
-    // As under runc, the pod's root user owns the mount of the shared memory.
+    // As under runc, the pod's root user owns `/dev/shm`.
     let owner = pod.id_mappings.as_ref().and_then(|id_mappings| Some((id_mappings.uid(0)?, id_mappings.gid(0)?)));
     let owner = owner.map(|(uid, gid)| [format!("uid={uid}"), format!("gid={gid}")]).into_iter().flatten();
     let shared_memory = Mount {
@@ -290,7 +290,7 @@ fn console_suffix(tail: &LogTail) -> String {
     }
 }
 
-/// Records the VMM's notices in the timeline as they arrive, and publishes the progress of the boot.
+/// Adds the boot steps from the VMM's notices to the timeline. Returns the progress of the boot.
 fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Timeline>) -> watch::Receiver<Progress> {
     let (update, progress) = watch::channel(Progress::default());
     let task = async move {
@@ -310,14 +310,14 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
                         ExitReason::Stopped => "the VM was stopped".to_owned(),
                         ExitReason::Failed(why) => format!("the VM failed: {}", console::clean(&why)),
                     };
-                    // Log a warning, because the shim did not end this VM. The shim ends a VM by killing the VMM with
-                    // SIGKILL, and a killed VMM cannot send this notice.
+                    // This end is unexpected. When the shim ends a VM, it kills the VMM with SIGKILL, and the VMM sends
+                    // no notice.
                     tracing::warn!(reason, "the guest ended");
                     update.send_modify(|p| p.ended = Some(reason));
                 }
             }
         }
-        // The VMM process has ended, with or without a notice.
+        // The notices end when the VMM process ends. The VMM may have ended without an `Exited` notice.
         update
             .send_if_modified(|p| p.ended.is_none().then(|| p.ended = Some("the VMM has ended".to_owned())).is_some());
     };

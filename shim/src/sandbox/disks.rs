@@ -1,6 +1,6 @@
-//! Block devices of the host for the pod's containers.
+//! Attaches block devices of the host to the VM.
 //!
-//! Each device is hot-plugged once. It stays attached until the pod ends, even if no container uses it any more.
+//! Each device is hot-plugged once, and stays attached until the pod ends.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -24,17 +24,17 @@ use crate::vm::vmm::VmmError;
 /// Disks that are attached or being attached.
 pub type AttachedDisks = Mutex<HashMap<Disk, Arc<AttachedDisk>>>;
 
-/// State of attaching one disk.
+/// A disk that is attached or being attached.
 #[derive(Debug, Default)]
 pub struct AttachedDisk {
-    /// Slot of the disk. The disk is attached only once, even if finding it in the guest must be retried.
+    /// Slot of the disk. If the guest did not find the disk, a retry uses the same slot.
     slot: OnceCell<u32>,
     numbers: OnceCell<DeviceNumbers>,
 }
 
 impl AttachedDisk {
-    /// Returns the device numbers of the disk in the guest. `attach` hot-plugs the disk, then `find` asks the guest for
-    /// the numbers.
+    /// Returns the disk's device numbers in the guest. `attach` hot-plugs the disk and returns the disk's slot. `find`
+    /// asks the guest for the device numbers of this slot.
     async fn get_or_attach<E, F: Future<Output = Result<DeviceNumbers, E>>>(
         &self,
         attach: impl Future<Output = Result<u32, E>>,
@@ -48,7 +48,7 @@ impl AttachedDisk {
     }
 }
 
-/// Error of giving a block device to a container.
+/// A failure to attach a block device for a container.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// The device cannot be opened on the host.
@@ -82,8 +82,7 @@ pub enum DiskError {
 }
 
 impl Sandbox {
-    /// Returns the device numbers that a block device of the host has in the guest. Hot-plugs the device if it is not
-    /// attached.
+    /// Returns the device numbers that `disk` has in the guest. Hot-plugs `disk` if it is not attached.
     ///
     /// # Errors
     /// [`DiskError`]. The next call retries the step that failed.
@@ -92,10 +91,10 @@ impl Sandbox {
         attached.get_or_attach(self.attach(disk), |slot| find_in_guest(agent, slot)).await
     }
 
-    /// Tells the guest to write its dirty pages to its disks, if it has disks. Waits for at most ten seconds.
+    /// If the VM has disks, tells the guest to write its dirty pages to the disks. Waits at most ten seconds.
     ///
-    /// Without this call, data in the guest's page cache would be lost. Under runc, this data is in the node's page
-    /// cache, and survives the pod.
+    /// Without the flush, killing the VM would lose data in the guest's page cache. Under runc, the node's page cache
+    /// keeps this data after the pod has ended.
     pub async fn flush_disks(&self) {
         let some = lock(&self.disks).values().any(|plug| plug.slot.initialized());
         let agent = self.agent().filter(|_| some && !self.is_dead());

@@ -26,7 +26,7 @@ use crate::sandbox::{LaunchInput, Sandbox};
 use crate::vm::agent::Report;
 use crate::vm::vmm;
 
-/// Properties of a sandbox that are known before its specification.
+/// Inputs of a launch that do not come from the sandbox's specification.
 #[derive(Clone)]
 pub struct LaunchContext {
     /// containerd's namespace.
@@ -41,11 +41,12 @@ pub struct LaunchContext {
     pub timeline: Arc<Timeline>,
 }
 
-/// A sandbox that is launched later, when its specification arrives.
+/// A launch that waits for the sandbox's specification.
 pub struct DeferredLaunch {
     /// Properties of the sandbox.
     pub context: LaunchContext,
-    /// The guest's view of the share, or the error of preparing the share.
+    /// Directory on the host that the VMM serves to the guest as the share, or an error if the share could not be
+    /// prepared.
     pub share: Result<PathBuf, String>,
     /// The bundle directory.
     pub dir: PathBuf,
@@ -58,8 +59,8 @@ impl DeferredLaunch {
     /// spawned it.
     ///
     /// # Errors
-    /// If the share or the specification cannot be used. The text contains the error and its causes. The sandbox itself
-    /// reports later failures.
+    /// If `share` is an error, the specification is invalid, or a thread cannot be started. The text contains the error
+    /// and its causes. [`Sandbox::ready`] reports later failures.
     pub async fn launch(self, spec: serde_json::Value, sandbox: &Sandbox) -> Result<(), String> {
         let Self { context, share, dir, reports } = self;
         let share = share?;
@@ -75,8 +76,8 @@ impl DeferredLaunch {
         let mut partial = PartialLaunch::default();
         let spawned = cgroup.and_then(|cgroup| partial.spawn(&context, &bundle.spec, cgroup));
         let (done, wait) = oneshot::channel();
-        // Use a separate thread, because a launch enters the pod's network namespace. A thread that cannot leave this
-        // namespace must end.
+        // Use a separate thread, because a launch enters the pod's network namespace. If the thread cannot leave this
+        // namespace, the thread must end.
         let thread = std::thread::Builder::new().name("launch".into()).spawn(move || {
             let plan = spawned.and_then(|network| partial.plan(&context, &bundle, &share, network, installation));
             let _ = done.send(partial.finish(plan));
@@ -174,9 +175,9 @@ impl PartialLaunch {
             vhost: config.vhost_net,
         };
         let network = match &network {
-            // CNI sets up a new namespace later: in hooks, or between Create and Start. `ctr run --cni` runs CNI
-            // between Create and Start. For pods with a user namespace, containerd 1.7 runs CNI at that time, too,
-            // because the user namespace must own the network namespace (pkg/cri/server/sandbox_run.go).
+            // CNI sets up a new namespace later, in hooks or between Create and Start. `ctr run --cni` runs CNI between
+            // Create and Start. containerd 1.7 does the same for a pod with a user namespace, because the user
+            // namespace must own the network namespace (pkg/cri/server/sandbox_run.go).
             Network::New => match &self.vmm {
                 Some(vmm) => network::watch_new(
                     &PathBuf::from(format!("/proc/{}/ns/net", vmm.pid)),
@@ -229,8 +230,8 @@ fn pod(
     Pod { id, hostname, shared_memory: is_sandbox, sysctls, pids_max: None, id_mappings, network, policies }
 }
 
-/// Returns `name`, the host name in the specification. If `name` is empty, returns the node's host name, which the
-/// sandbox would have under runc, too.
+/// Returns `name`, the host name from the specification. If `name` is empty, returns the node's host name, as under
+/// runc.
 pub fn hostname(name: &str) -> String {
     if !name.is_empty() {
         return name.to_owned();
@@ -238,7 +239,7 @@ pub fn hostname(name: &str) -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).unwrap_or_default()
 }
 
-/// Records a process in the sandbox's state directory.
+/// Records process `pid` in the file `name` of the state directory.
 ///
 /// # Errors
 /// If the process has ended, or the file cannot be written. The text contains the error and its causes.
@@ -248,12 +249,12 @@ pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String
     dir.write_process(name, process).map_err(|e| chain(&e))
 }
 
-/// Moves this process into the cgroup that the specification names.
+/// Moves this process into the cgroup `path` from the specification. If `path` is empty, as with containerd's
+/// `disable_cgroup`, the process stays in its current cgroup.
 ///
-/// If this move fails, the sandbox does not start. Outside the cgroup, the sandbox would run without limits, and its
-/// resource usage would be charged to containerd's cgroup. If runc cannot enter the cgroup, it fails, too, even in
-/// rootless mode (libcontainer/cgroups/fs2/fs2.go, Apply). If the specification does not name a cgroup, as with
-/// containerd's `disable_cgroup`, the process stays in its cgroup.
+/// If the move fails, the sandbox does not start. Outside the cgroup, the sandbox would have no limits, and its usage
+/// would be charged to containerd's cgroup. runc fails, too, even in rootless mode (libcontainer/cgroups/fs2/fs2.go,
+/// Apply).
 fn enter_cgroup(context: &LaunchContext, path: &str) -> Result<Option<Cgroup>, String> {
     if path.is_empty() {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! One sandbox: its VM, its agent, its directory and cgroup on the host, and their teardown.
+//! A sandbox: its VM, agent, state directory and cgroup.
 
 mod apparmor;
 pub mod boot;
@@ -40,7 +40,7 @@ pub struct LaunchInput {
     pub cgroup: Option<Cgroup>,
     /// The VMM process, if it could be started.
     pub vmm: Option<Spawned>,
-    /// The plan of the boot, or the error of preparing the plan.
+    /// The plan of the boot, or an error if the plan could not be prepared.
     pub plan: Result<BootPlan, String>,
     /// File to which the timeline is appended when the sandbox ends.
     pub timeline_log: PathBuf,
@@ -62,8 +62,7 @@ pub struct Sandbox {
     network_sync: Arc<OnceLock<NetworkSync>>,
 }
 
-/// The resources that a launch has acquired. A launch acquires all of them before the guest boots, and keeps them if
-/// the boot fails.
+/// The resources that a launch acquires before the guest boots. If the boot fails, the sandbox keeps these resources.
 struct Launched {
     cgroup: Option<Cgroup>,
     vmm: Option<Vmm>,
@@ -71,7 +70,7 @@ struct Launched {
     timeline_log: PathBuf,
 }
 
-/// Error of opening a stream to the guest.
+/// A failure to open a stream to the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
     /// The vsock connection failed.
@@ -86,8 +85,7 @@ pub enum StreamError {
 }
 
 impl Sandbox {
-    /// Returns a sandbox that has not been launched: only its directory exists. `vmm_log` is the read end of a pipe to
-    /// which the VMM's stderr goes.
+    /// Returns a sandbox that has not been launched. `vmm_log` is the read end of the pipe for the VMM's stderr.
     pub fn new(id: &str, dir: StateDir, timeline: Arc<Timeline>, vmm_log: Option<OwnedFd>) -> Arc<Self> {
         let log_tail = LogTail::default();
         if let Some(log) = vmm_log {
@@ -165,7 +163,7 @@ impl Sandbox {
                 vmm.wait().await;
                 state.enter(State::Gone);
             }
-            // Closing `reports` signals the end of the VM.
+            // Closing `reports` tells the receiver that the VM has ended.
             drop(reports);
         });
     }
@@ -186,15 +184,15 @@ impl Sandbox {
         self.state.is_launched()
     }
 
-    /// Returns the sandbox's directory on the host.
+    /// Returns the sandbox's state directory.
     pub fn dir(&self) -> &StateDir {
         &self.dir
     }
 
-    /// Returns the total size, in MiB, of the huge pages that the node and the pod's cgroup allow for the whole pod.
+    /// Returns the size, in MiB, of the huge pages that the pod may use. This is the node's pool or the pod's limit,
+    /// whichever is lower.
     pub fn huge_mib(&self) -> u64 {
-        // Do not read the cgroup on a node without huge pages. Most nodes have none, and this function runs for every
-        // container.
+        // Most nodes have no huge pages. On these nodes, do not read the cgroup for every container.
         match (hugepages::pool_mib(), self.cgroup()) {
             (pool_mib @ 1.., Some(cgroup)) => limits::huge_mib(cgroup.location()).min(pool_mib),
             _ => 0,
@@ -210,13 +208,13 @@ impl Sandbox {
         self.launched.get()?.vmm.as_ref()
     }
 
-    /// Returns the VMM's PID on the host, or 0 if the VMM was not started. The VMM is in the sandbox's network
-    /// namespace. Therefore, clients can open this namespace through the PID.
+    /// Returns the VMM's PID on the host, or 0 if the VMM was not started. The VMM runs in the sandbox's network
+    /// namespace, which clients can open as /proc/PID/ns/net.
     pub fn pid(&self) -> u32 {
         self.vmm().map_or(0, Vmm::pid)
     }
 
-    /// Acquires a PID on the host for one container. The caller must release it with [`Sandbox::release_pid`].
+    /// Acquires a PID on the host for one container. The caller must release the PID with [`Sandbox::release_pid`].
     ///
     /// # Errors
     /// [`VmmError`] if the VMM cannot provide a PID.
@@ -236,7 +234,7 @@ impl Sandbox {
         self.vmm().is_none_or(|vmm| vmm.ended().is_some())
     }
 
-    /// Returns the share: the directory in which containers' directories are created for the guest.
+    /// Returns the path of the share on the host.
     pub fn share(&self) -> PathBuf {
         self.dir.path().join("share")
     }
@@ -244,8 +242,7 @@ impl Sandbox {
     /// Waits until the agent accepts containers.
     ///
     /// # Errors
-    /// If the boot has failed, or the VM has ended. The text contains the error and its causes. The text is an
-    /// `Arc`, so that several callers can share it.
+    /// If the boot has failed, or the VM has ended. The text contains the error and its causes.
     pub async fn ready(&self) -> Result<Agent, Arc<str>> {
         self.state.wait_running().await
     }
@@ -255,7 +252,7 @@ impl Sandbox {
         self.state.agent()
     }
 
-    /// Waits until the guest has the network configuration that the host has now.
+    /// Waits until the guest has the host's current network configuration.
     ///
     /// # Errors
     /// If the guest's network cannot be updated. The text contains the error and its causes.
@@ -266,12 +263,12 @@ impl Sandbox {
         }
     }
 
-    /// Returns the handle for changing the VM's size, or `None` if the VM was not launched.
+    /// Returns the handle that resizes the VM, or `None` if the VM was not started.
     pub fn resizer(&self) -> Option<&Resizer> {
         self.launched.get()?.resizer.as_ref()
     }
 
-    /// Opens a stream for container stdio. Returns the stream, and the stream token that names it in a request.
+    /// Opens a stream for a container's stdio. Returns the stream token and the stream.
     ///
     /// # Errors
     /// [`StreamError`] if the stream cannot be opened.
@@ -287,25 +284,25 @@ impl Sandbox {
         Ok((token, stream))
     }
 
-    /// Starts to propagate new mounts of the host into volumes.
+    /// Starts to propagate the host's new mounts into volumes.
     ///
     /// # Errors
-    /// The errors of `Propagation::start`.
+    /// If the mount list cannot be opened or polled.
     pub fn start_propagation(&self) -> std::io::Result<()> {
         self.propagation.start(&self.share())
     }
 
-    /// Waits until volumes show the mounts that the host has now.
+    /// Waits until the host's current mounts are in the volumes. Waits at most two seconds.
     pub async fn wait_for_propagation(&self) {
         self.propagation.settle().await;
     }
 
-    /// Returns the console's lines that explain the end of the guest.
+    /// Returns the lines of the guest's console that explain why the guest ended.
     pub fn console_tail(&self) -> String {
         self.log_tail.console_tail()
     }
 
-    /// Flushes the guest's disks and kills the VM. Does not wait for the VM's end, but [`Sandbox::tear_down`] does.
+    /// Flushes the guest's disks and kills the VM. Does not wait until the VM has ended.
     pub async fn end(&self) {
         self.flush_disks().await;
         self.kill();
@@ -318,7 +315,7 @@ impl Sandbox {
         }
     }
 
-    /// Ends the VM and removes the sandbox's remains from the host: its mounts, cgroup and directory.
+    /// Ends the VM. Removes the sandbox's mounts, cgroup and directory from the host.
     pub async fn tear_down(&self) {
         self.end().await;
         if let Some(vmm) = self.vmm() {

@@ -18,17 +18,16 @@ use crate::async_fd::register;
 use crate::sandbox::volume_updates::Updates;
 use crate::volumes::propagate;
 
-/// Maximum time for which the start of a process waits until the volumes show the host's current mounts.
+/// Timeout of [`Propagation::settle`], which delays the start of a process.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Time between a change of the mount list and the update that it causes. The delay saves updates, because changes come
-/// in bursts, and each update reads the whole list.
+/// Delay between a change of the mount list and the update of the volumes. Changes come in bursts, and each update
+/// reads the whole list. With the delay, one update handles a whole burst.
 const DEBOUNCE: Duration = Duration::from_millis(50);
-/// Minimum time between two log lines about failed updates. The limit is needed because a guest can make many updates
-/// fail, by renaming directories.
+/// Minimum time between two log lines about failed updates. Without this limit, a guest could flood the log, because it
+/// can make updates fail by renaming directories.
 const LOG_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Keeps the mounts in a sandbox's volumes up to date. Does nothing until a container has a volume with `rslave`
-/// propagation.
+/// Updates the mounts in a sandbox's volumes. Does nothing before [`Propagation::start`].
 #[derive(Default)]
 pub struct Propagation {
     running: OnceLock<Running>,
@@ -43,7 +42,7 @@ struct Running {
 }
 
 impl Propagation {
-    /// Starts the updates, unless they are already running. Must be called in an async runtime.
+    /// Starts the updates. A second call does nothing. Must be called in an async runtime.
     ///
     /// # Errors
     /// If the mount list cannot be opened or polled.
@@ -51,7 +50,7 @@ impl Propagation {
         if self.running.get().is_some() {
             return Ok(());
         }
-        // poll(2) of this file reports every change of the mount namespace (proc_pid_mounts(5)).
+        // poll(2) on this file reports every change of the mount namespace (proc_pid_mounts(5)).
         let list = File::open("/proc/self/mountinfo")?;
         let list = register(list, Interest::PRIORITY)?;
         let (requested, requests) = watch::channel(0);
@@ -63,7 +62,7 @@ impl Propagation {
         Ok(())
     }
 
-    /// Waits at most `SETTLE_TIMEOUT` until the guest sees the mounts that the host made before the call.
+    /// Waits until the guest sees the mounts that the host made before the call. Waits at most `SETTLE_TIMEOUT`.
     pub async fn settle(&self) {
         let Some(running) = self.running.get() else { return };
         let mut number = 0;
@@ -90,14 +89,14 @@ impl Propagation {
 }
 
 /// Updates the volumes after each change of the mount list, and at each request. An update that hangs in a file system
-/// blocks one thread, and holds no lock.
+/// blocks only one thread.
 async fn run(list: AsyncFd<File>, share: PathBuf, mut requests: watch::Receiver<u64>, served: watch::Sender<u64>) {
     let mut failures = Failures::default();
     let mut updates = Updates::new({
         let share = share.clone();
         move |volume| propagate::update(&share, volume).map_err(|error| crate::chain(&error))
     });
-    // Time at which the update after a change of the mount list starts. `None` if no change is pending.
+    // Time at which the update for a pending change starts. `None` if no change is pending.
     let mut due = Some(Instant::now());
     loop {
         let start = tokio::select! {
@@ -110,7 +109,7 @@ async fn run(list: AsyncFd<File>, share: PathBuf, mut requests: watch::Receiver<
                 Err(error) => return tracing::error!(%error, "failed to watch the host's mounts"),
             },
             () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => true,
-            // A request ends the delay early.
+            // A request does not wait for the delay.
             open = requests.changed() => match open {
                 Ok(()) => true,
                 Err(_) => return,
@@ -201,8 +200,8 @@ mod tests {
                 let arrived = other_in_share.join("later/file").exists();
                 drop(hanging);
                 assert!(arrived && waited < SETTLE_TIMEOUT, "arrived: {arrived}, waited: {waited:?}");
-                // The later mount in the volume that hung is not lost. Repeat the request until this mount arrives,
-                // because a request does not wait for an update that hangs.
+                // The new mount in `stuck` must arrive, too. `settle` does not wait for an update that hangs.
+                // Therefore, call `settle` until the mount arrives.
                 let arrives = async {
                     while !stuck_in_share.join("later/file").exists() {
                         propagation.settle().await;

@@ -1,6 +1,6 @@
 //! A sandbox's directory on the host, `/run/husk/<namespace>/<sandbox>`.
 //!
-//! Its files record what `delete` needs to clean up after a shim that ended unexpectedly.
+//! Its files contain what `delete` needs for the cleanup after the shim has ended unexpectedly.
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
@@ -26,8 +26,7 @@ pub struct StateDir {
     path: PathBuf,
 }
 
-/// A process, identified by PID and start time. The start time distinguishes the process from another process that
-/// reuses the PID.
+/// A process, identified by PID and start time. If the PID is reused, the new process has another start time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProcessId {
     /// PID.
@@ -36,7 +35,7 @@ pub struct ProcessId {
     pub start: u64,
 }
 
-/// Error of creating or writing the directory.
+/// A failure to create the directory or to write a file in it.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// A directory cannot be created.
@@ -81,10 +80,9 @@ impl StateDir {
     /// Creates the directory and mounts the share in it. The mount is visible only in this mount namespace.
     ///
     /// # Errors
-    /// [`StateError`] with the path that could not be created.
+    /// [`StateError`] if the directory cannot be created, or the share cannot be mounted.
     pub fn create(&self) -> Result<Share, StateError> {
-        // Retry once, because the shim of another sandbox may be removing the directory of the containerd
-        // namespace, which is the parent directory.
+        // Retry once, because the shim of another sandbox may remove the parent directory at the same time.
         let make = || std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&self.path);
         make().or_else(|_| make()).map_err(|source| StateError::Create { path: self.path.clone(), source })?;
         Share::mount(&self.path).map_err(StateError::Share)
@@ -98,7 +96,7 @@ impl StateDir {
         self.write(name, &format!("{} {}\n", process.pid, process.start))
     }
 
-    /// Writes a small file.
+    /// Writes `text` to the file `name`.
     ///
     /// # Errors
     /// [`StateError::Write`].
@@ -107,7 +105,7 @@ impl StateDir {
         std::fs::write(&path, text).map_err(|source| StateError::Write { path, source })
     }
 
-    /// Records the sandbox for `husk ps`. A concurrent reader sees either the old record or the new one.
+    /// Records the sandbox for `husk ps`. The record is replaced atomically.
     ///
     /// # Errors
     /// [`StateError::Write`].
@@ -146,7 +144,7 @@ impl StateDir {
         std::fs::read_to_string(self.path.join(name)).ok()
     }
 
-    /// Removes the sandbox's remains from the host: its processes, mounts, cgroup and directory.
+    /// Kills the sandbox's processes. Removes the sandbox's mounts, cgroup and directory from the host.
     pub fn clean_up(&self) {
         for name in ["vmm.pid", "shim.pid"] {
             if let Some(process) = self.read_process(name)
@@ -163,12 +161,11 @@ impl StateDir {
         self.remove();
     }
 
-    /// Unmounts the share and removes the directory. Also removes the namespace's directory, if that directory is then
-    /// empty.
+    /// Unmounts the share and removes the directory. If the parent directory is then empty, removes the parent
+    /// directory, too.
     pub fn remove(&self) {
         Share { host: self.path.join("share"), guest: self.path.join("guest") }.unmount();
-        // Remove only known files, and never recursively, because a file system may still be mounted below the
-        // directory.
+        // Remove only known files, and never recursively, because a file system may be mounted below the directory.
         for name in ["vmm.pid", "shim.pid", "cgroup", "unit", "address", "timeline.json", RECORD, RECORD_NEW]
             .iter()
             .chain(&crate::pod::FILES)
@@ -193,11 +190,12 @@ impl ProcessId {
         Some(Self { pid: i32::try_from(pid).ok()?, start: start_time(&stat)? })
     }
 
-    /// Kills the process if the PID still belongs to it, and waits at most 5 s for its end.
+    /// Kills the process, and waits at most 5 s until the process has ended. Does nothing if the PID belongs to another
+    /// process.
     pub fn kill_and_wait(self) {
         let Ok(fd) = pidfd::open(self.pid) else { return };
-        // A pidfd always refers to the same process. If the start time still matches now, the PID had not been reused
-        // when the pidfd was opened. Therefore, the pidfd refers to the recorded process.
+        // Compare the start times after opening the pidfd. If the start times match, the PID was not reused before the
+        // pidfd was opened, and the pidfd refers to the recorded process.
         if Self::read(self.pid.cast_unsigned()) != Some(self) {
             return;
         }

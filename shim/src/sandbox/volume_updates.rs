@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::task::{Id, JoinSet};
 use tokio::time::Instant;
 
-/// Duration after which an update counts as hanging. Requests do not wait longer for an update. Normally, an update
+/// Duration after which an update counts as hanging. Requests do not wait for an update that hangs. Normally, an update
 /// takes milliseconds.
 const HANG_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -18,8 +18,8 @@ type Update = Arc<dyn Fn(&OsStr) -> Result<(), String> + Send + Sync>;
 
 /// The updates of a pod's volumes.
 ///
-/// Each volume has at most one update in progress. If a request arrives during a volume's update, the volume is updated
-/// again when this update ends.
+/// Each volume has at most one update in progress. If a request arrives during this update, another update of the
+/// volume follows.
 pub struct Updates {
     update: Update,
     tasks: JoinSet<Result<(), String>>,
@@ -41,7 +41,7 @@ struct InProgress {
 }
 
 impl Updates {
-    /// Returns updates that call `update`.
+    /// Returns an instance that calls `update` for each volume.
     pub fn new(update: impl Fn(&OsStr) -> Result<(), String> + Send + Sync + 'static) -> Self {
         Self { update: Arc::new(update), tasks: JoinSet::new(), in_progress: HashMap::new(), requested: 0 }
     }
@@ -79,7 +79,7 @@ impl Updates {
         self.in_progress.insert(task.id(), InProgress { volume, started, request, served, again: false, hangs: false });
     }
 
-    /// Waits for the end of an update and returns its result. If a request for the volume arrived during that update,
+    /// Waits until an update ends, and returns its result. If a request for the volume arrived during the update,
     /// starts another update of the volume. Returns `None` if no update is in progress.
     pub async fn ended(&mut self) -> Option<Result<(), String>> {
         let (id, result) = match self.tasks.join_next_with_id().await? {
@@ -94,7 +94,7 @@ impl Updates {
         Some(result)
     }
 
-    /// Returns the number of the latest request that was served in all volumes, except volumes whose update hangs.
+    /// Returns the number of the latest request that all volumes have served. Ignores volumes whose update hangs.
     pub fn served(&self) -> u64 {
         self.in_progress.values().map(|update| update.served).min().unwrap_or(self.requested)
     }
@@ -107,8 +107,8 @@ mod tests {
 
     use super::*;
 
-    /// Returns updates in which every update of the volume `hung` waits for a message. Also returns the sender of these
-    /// messages, and the volumes whose updates have started.
+    /// Returns `Updates` whose updates of the volume `hung` wait for a message. Also returns the sender of the
+    /// messages, and the list of started updates.
     fn updates() -> (Updates, mpsc::Sender<()>, Arc<Mutex<Vec<OsString>>>) {
         let (sender, receiver) = mpsc::channel();
         let (receiver, started) = (Mutex::new(receiver), Arc::new(Mutex::new(Vec::new())));
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn request_during_the_update_of_a_volume_starts_another_update() {
+    async fn request_during_an_update_starts_another_update() {
         let (mut updates, hung, started) = updates();
         for request in 1..=3 {
             updates.start(volumes(), request);
@@ -160,7 +160,7 @@ mod tests {
         updates.start(volumes(), 2);
         updates.ended().await.unwrap().unwrap();
         assert_eq!(updates.served(), 2);
-        // After the update that hung has ended, requests wait for the volume's next update.
+        // After the hanging update has ended, requests wait for this volume, too.
         hung.send(()).unwrap();
         updates.ended().await.unwrap().unwrap();
         updates.start(volumes(), 3);
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn panic_of_an_update_is_returned_as_an_error() {
+    async fn update_that_panics_returns_an_error() {
         let mut updates = Updates::new(|_| panic!("test"));
         updates.start(vec!["a".into()], 1);
         assert!(updates.ended().await.unwrap().is_err());

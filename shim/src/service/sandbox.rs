@@ -24,7 +24,7 @@ use crate::pod;
 use crate::resources::cgroup::CgroupLocation;
 use crate::resources::cgroup_v1_metrics;
 
-/// The CRI's names of sandbox states. containerd passes these names on unchanged.
+/// CRI names of the sandbox states, which containerd passes on unchanged.
 const READY: &str = "SANDBOX_READY";
 const NOT_READY: &str = "SANDBOX_NOTREADY";
 
@@ -82,8 +82,7 @@ impl Sandbox for Handler {
         self.check(&request.sandbox_id)?;
         let mut response = PlatformResponse::new();
         let platform = response.platform.mut_or_insert_default();
-        // These are Go's names (GOOS, GOARCH). The guest has the same architecture as the host, and Husk supports only
-        // x86_64.
+        // The values are Go's GOOS and GOARCH. Husk supports only x86_64.
         platform.os = "linux".to_owned();
         platform.architecture = "amd64".to_owned();
         Ok(response)
@@ -160,10 +159,10 @@ impl Sandbox for Handler {
         Ok(ShutdownSandboxResponse::new())
     }
 
-    /// Returns the resource usage of the pod's cgroup on the host.
+    /// Returns the resource usage of the sandbox's cgroup on the host.
     ///
-    /// The CPU time and memory are what the VMM and the shim use. `pids` counts the threads of the VMM and the shim,
-    /// not the processes in the guest.
+    /// This cgroup contains the VMM and the shim. Therefore, `pids` counts the threads of the VMM and the shim, not the
+    /// guest's processes.
     async fn sandbox_metrics(
         &self,
         _: &TtrpcContext,

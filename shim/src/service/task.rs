@@ -49,7 +49,7 @@ impl Handler {
         self.shim.containers.get(id)
     }
 
-    /// Returns a container, unless it is a sandbox container, which has no processes in the guest.
+    /// Returns a container. Fails for a sandbox container, because a sandbox container has no processes in the guest.
     fn guest_container(&self, id: &str) -> Result<Arc<Container>, ServiceError> {
         self.container(id).and_then(|container| {
             if container.is_sandbox_container() { Err(ServiceError::Sandbox) } else { Ok(container) }
@@ -127,9 +127,8 @@ impl Task for Handler {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let container = self.container(&request.id)?;
-        // A container that has exited keeps its PID until it is deleted. Without a PID, a restarted containerd would
-        // assume that the container is a leftover. containerd would then delete the container and lose its exit status
-        // (1.7 and 2.1, shim_load.go, loadShims).
+        // Return the PID of a container even after the container has exited. If the response had no PID, a restarted
+        // containerd would delete the container and lose the exit status (1.7 and 2.1, shim_load.go, loadShims).
         if container.is_sandbox_container() || container.init.exit().is_some() {
             let one = ProcessInfo { pid: self.shim.pid(&container.id), ..Default::default() };
             return Ok(PidsResponse { processes: vec![one], ..Default::default() });
@@ -191,8 +190,7 @@ impl Task for Handler {
         let process = container.process(&request.exec_id)?;
         match process.state() {
             State::Stopped | State::Deleted => return Err(ServiceError::Resize.into()),
-            // Ignore the request, because the agent does not know the exec yet. At this point, runc's shim does not
-            // have a terminal to resize either.
+            // The agent does not know the exec yet. At this point, runc's shim ignores the request, too.
             State::Created | State::Starting if !process.exec.is_empty() => return Ok(Empty::new()),
             _ => {}
         }
@@ -270,7 +268,7 @@ impl Task for Handler {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // If the sandbox controller created the sandbox, only ShutdownSandbox ends the sandbox.
+        // If containerd created the sandbox through the Sandbox API, only ShutdownSandbox ends the shim.
         if self.shim.containers.is_empty() && !self.shim.sandbox_state.is_created() {
             self.shim.finish().await;
         }

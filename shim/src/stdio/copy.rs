@@ -1,9 +1,10 @@
 //! Copies data between a stream to the guest and the fifo, pipe or file that containerd or a logger uses.
 //!
-//! Large amounts are moved between a socket and a pipe with splice(2), without a copy through this process. Small
-//! amounts are read and written, because each spliced fragment occupies one of the pipe's few buffers, even if the
-//! fragment is short. With splice(2) alone, a container whose output nobody reads would block after a few lines instead
-//! of after 64 KiB.
+//! Large amounts of data are moved with splice(2), without a copy through this process.
+//!
+//! Small amounts of output are read and written. A spliced fragment occupies a whole pipe buffer, and a pipe has only
+//! 16 buffers by default. With splice(2) alone, a container whose output nobody reads would block after a few lines.
+//! With write(2), the container blocks after 64 KiB.
 
 use std::{
     fs::File,
@@ -44,17 +45,18 @@ pub enum Sink {
 enum Spliced {
     /// Number of bytes that were moved.
     Bytes(usize),
-    /// The source is at its end.
+    /// The source is at EOF.
     End,
     /// The pipe is not ready.
     PipeNotReady,
-    /// The splice would have blocked, but both sides are ready by now.
+    /// The splice returned EAGAIN, but now both sides are ready.
     Retry,
 }
 
-/// Copies the guest's output until the output ends.
+/// Copies output from `stream` to `sink` until EOF.
 ///
-/// After a write error, the output is still read, but discarded, so that the container does not block on a dead logger.
+/// After a write error, reads and discards the remaining output. If the output were not read, a dead logger would block
+/// the container.
 pub async fn output(stream: &UnixStream, sink: Sink, copied: &AtomicU64) {
     let result = match sink {
         Sink::Pipe(pipe) => to_pipe(stream, &pipe, copied).await,
@@ -74,7 +76,7 @@ async fn to_pipe(stream: &UnixStream, pipe: &AsyncFd<OwnedFd>, copied: &AtomicU6
                 Ok(0) => return Ok(()),
                 Ok(count) => write_all(pipe, buffer.get(..count).unwrap_or_default(), copied).await?,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // The guest has ended. Therefore, its output has ended.
+                // The guest has ended, which counts as EOF.
                 Err(_) => return Ok(()),
             }
             continue;
@@ -97,7 +99,7 @@ async fn to_pipe(stream: &UnixStream, pipe: &AsyncFd<OwnedFd>, copied: &AtomicU6
     }
 }
 
-/// Copies a stdin fifo to the guest until the fifo ends, then shuts down the write side of the stream.
+/// Copies stdin from `fifo` to `stream` until EOF. Then shuts down the write side of `stream`.
 pub async fn input(fifo: &AsyncFd<OwnedFd>, stream: &UnixStream) {
     if from_pipe(fifo, stream).await.is_ok() {
         let _ = nix::sys::socket::shutdown(stream.as_raw_fd(), nix::sys::socket::Shutdown::Write);
@@ -123,11 +125,10 @@ async fn from_pipe(fifo: &AsyncFd<OwnedFd>, stream: &UnixStream) -> io::Result<(
     }
 }
 
-/// Splices once.
-///
-/// EAGAIN does not tell which side would block, and waiting for the wrong side could take forever. Therefore, both
-/// sides are polled. Returns `WouldBlock` if the socket is not ready, and [`Spliced::PipeNotReady`] if the pipe is not
+/// Splices once. Returns `WouldBlock` if the socket is not ready, and [`Spliced::PipeNotReady`] if the pipe is not
 /// ready.
+///
+/// EAGAIN does not tell which side would block. Therefore, this function polls both sides after EAGAIN.
 fn try_splice(
     from: BorrowedFd<'_>,
     to: BorrowedFd<'_>,
@@ -147,7 +148,7 @@ fn try_splice(
     }
     let mut fds = [PollFd::new(socket, socket_event), PollFd::new(pipe, pipe_event)];
     poll(&mut fds, PollTimeout::ZERO)?;
-    // A side with any event counts as ready, even if the event is a hang-up. The next attempt then returns the error.
+    // A hang-up or an error counts as ready, because the next splice then returns the error.
     let [socket, pipe] = fds.map(|fd| fd.revents().is_some_and(|events| !events.is_empty()));
     match (socket, pipe) {
         (false, _) => Err(io::ErrorKind::WouldBlock.into()),
@@ -165,7 +166,7 @@ async fn write_all(pipe: &AsyncFd<OwnedFd>, mut bytes: &[u8], copied: &AtomicU64
     Ok(())
 }
 
-/// Copies to a file. Writes run in the runtime's blocking pool, because a write to a file blocks instead of returning
+/// Copies to a file. Writes run in the runtime's blocking pool, because a write to a file blocks and never returns
 /// EAGAIN.
 async fn to_file(stream: &UnixStream, file: Arc<File>, copied: &AtomicU64) -> io::Result<()> {
     let mut buffer = vec![0; SPLICE_MAX];

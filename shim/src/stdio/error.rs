@@ -1,4 +1,4 @@
-//! Errors of opening the streams of a process.
+//! Errors from opening a process's streams.
 
 use std::{io, path::PathBuf};
 

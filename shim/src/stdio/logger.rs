@@ -1,8 +1,8 @@
 //! `binary://` loggers: programs that read a container's output.
 //!
-//! In containerd's protocol, the logger gets CONTAINER_ID and CONTAINER_NAMESPACE in its environment. Fd 3 is the
-//! container's stdout, and fd 4 is its stderr. Fd 5 is the write end of a pipe. When the logger is ready, it closes fd
-//! 5 or writes to it.
+//! containerd defines the protocol. The logger has CONTAINER_ID and CONTAINER_NAMESPACE in its environment. Fd 3 is the
+//! container's stdout, and fd 4 is the container's stderr. Fd 5 is the write end of a pipe. When the logger is ready,
+//! the logger writes to fd 5 or closes fd 5.
 
 use std::{
     io,
@@ -32,21 +32,20 @@ use crate::async_fd::register;
 
 /// Timeout for a logger to become ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout for a logger to process the rest of its input and exit after the input has ended. After this timeout, the
-/// logger gets SIGTERM.
+/// Timeout for a logger to exit after its handle is dropped. After this timeout, the logger gets SIGTERM.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout for a logger to end after SIGTERM. After this timeout, the logger gets SIGKILL.
 const SIGTERM_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Handle to a running logger. After the handle is dropped, the logger must end within `EXIT_TIMEOUT`, or it is
-/// terminated.
+/// Handle to a running logger. If the logger does not exit within `EXIT_TIMEOUT` after the handle is dropped, the
+/// logger gets SIGTERM.
 #[derive(Debug)]
 pub struct LoggerHandle {
     _released: oneshot::Sender<()>,
 }
 
-/// Starts a logger and waits until it is ready. Returns the write ends of its pipes for stdout and stderr, and its
-/// handle.
+/// Starts a logger and waits until the logger is ready. Returns the write ends of the pipes for stdout and stderr, and
+/// the logger's handle.
 pub async fn start(
     path: &Path,
     args: &[String],
@@ -74,7 +73,7 @@ pub async fn start(
         loop {
             let mut guard = ready.readable().await?;
             let read = |fd: BorrowedFd<'_>| Ok(nix::unistd::read(fd, &mut [0])?);
-            // In containerd's protocol, a byte or the end of the pipe means that the logger is ready.
+            // In containerd's protocol, a byte or EOF on the pipe means that the logger is ready.
             if let Ok(result) = guard.try_io(|fd| read(fd.as_fd())) {
                 return result;
             }

@@ -1,4 +1,4 @@
-//! A process's stdin, stdout and stderr: containerd's ends (fifos, files, loggers), and their relay to the guest.
+//! Relays a process's stdin, stdout and stderr between containerd's ends (fifos, files, loggers) and the guest.
 //!
 //! ```text
 //! let stdio = Stdio::open(&paths, &logger).await?; // before the request goes to the guest
@@ -25,7 +25,8 @@ use tokio::net::UnixStream;
 use logger::LoggerHandle;
 use target::{Input, Output};
 
-/// The streams as a Create or Exec request names them: the path of a fifo, a `file://` or `binary://` URI, or empty.
+/// The targets of a process's streams in a Create or Exec request. Each target is a path, a URI (`fifo://`, `file://`
+/// or `binary://`), or empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Paths {
     /// Stdin.
@@ -56,7 +57,7 @@ pub struct NeededStreams {
     pub stdout: bool,
     /// A stream for stderr.
     pub stderr: bool,
-    /// One bidirectional stream, in place of the other three.
+    /// One bidirectional stream for a terminal, instead of separate streams.
     pub terminal: bool,
 }
 
@@ -87,7 +88,7 @@ pub struct Stdio {
 }
 
 impl Stdio {
-    /// Opens containerd's ends. Starts the logger if the paths name one.
+    /// Opens containerd's ends. Starts the logger if `paths` name a logger.
     pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Self, StdioError> {
         target::open(paths, context).await
     }

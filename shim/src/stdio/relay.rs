@@ -83,10 +83,10 @@ impl Relay {
         Ok(())
     }
 
-    /// Waits until all output is copied, or no byte was copied for the duration of `quiet`.
+    /// Waits until all output is copied. Returns early if no byte was copied for the duration `quiet`.
     ///
-    /// Without the second condition, this function could wait forever. For example, a process may keep the guest's end
-    /// open, or the fifo may not have a reader.
+    /// Without the early return, this function could wait forever, for example if a process keeps the guest's end open
+    /// or the fifo has no reader.
     pub async fn drain(&self, quiet: Duration) {
         let mut open = self.open.clone();
         loop {
@@ -103,7 +103,7 @@ impl Relay {
 
     /// Closes the shim's write end of the stdin fifo.
     ///
-    /// Stdin then ends after all clients have closed their ends and the shim has copied everything that they wrote.
+    /// Stdin then ends when all clients have closed the fifo and the shim has copied the remaining data.
     pub fn close_stdin(&self) {
         let write_end = self.write_end.lock().unwrap_or_else(PoisonError::into_inner).take();
         drop(write_end);

@@ -1,8 +1,10 @@
 //! Opens containerd's ends of the streams.
 //!
-//! As in runc's shim, the shim keeps both ends of an output fifo open. Therefore, when a client disconnects and
-//! reconnects, the container neither gets SIGPIPE nor loses output. Until `CloseIO`, the shim keeps the write end of
-//! the stdin fifo open, too.
+//! As in runc's shim, the shim keeps both ends of an output fifo open. Therefore, a client can disconnect and
+//! reconnect. The container does not get SIGPIPE, and no output is lost.
+//!
+//! Until CloseIO, the shim keeps a write end of the stdin fifo open. Therefore, stdin does not end when a client
+//! disconnects.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -26,7 +28,7 @@ use super::{
 pub struct Input {
     /// The fifo's read end, non-blocking.
     pub fifo: OwnedFd,
-    /// The fifo's write end. While it is open, stdin does not end when a client disconnects.
+    /// The fifo's write end, which is open until CloseIO.
     pub write_end: OwnedFd,
 }
 
@@ -39,7 +41,7 @@ pub enum Output {
     File(Arc<File>),
 }
 
-/// Opens all streams of a request. Starts the logger if the request names one.
+/// Opens all streams of a request. Starts the logger if the request names a logger.
 pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Stdio, StdioError> {
     let stdin = match paths.stdin.as_str() {
         "" => None,

@@ -24,7 +24,7 @@ fn fifo(dir: &Path, name: &str) -> String {
     path.to_str().unwrap().into()
 }
 
-/// Returns bytes in a pattern whose period is neither the size of a page nor the size of a buffer.
+/// Returns bytes whose pattern does not repeat at page or buffer boundaries.
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|n| (n % 251) as u8 ^ (n / 65_521) as u8).collect()
 }
@@ -49,7 +49,7 @@ async fn pipes(paths: &Paths) -> (Relay, [Option<UnixStream>; 3]) {
 }
 
 #[tokio::test]
-async fn output_of_64_mib_and_of_many_short_lines_is_complete() {
+async fn large_output_and_many_short_lines_are_complete() {
     let dir = tempfile::tempdir().unwrap();
     let paths = Paths { stdout: fifo(dir.path(), "out"), stderr: fifo(dir.path(), "err"), ..Paths::default() };
     let (relay, [_, out, err]) = pipes(&paths).await;
@@ -70,7 +70,7 @@ async fn output_of_64_mib_and_of_many_short_lines_is_complete() {
 }
 
 #[tokio::test]
-async fn stdin_of_64_mib_is_complete_and_ends_with_close_io() {
+async fn large_stdin_is_complete_and_ends_with_close_io() {
     let dir = tempfile::tempdir().unwrap();
     let paths = Paths { stdin: fifo(dir.path(), "in"), ..Paths::default() };
     let (relay, [guest, _, _]) = pipes(&paths).await;
@@ -78,7 +78,7 @@ async fn stdin_of_64_mib_is_complete_and_ends_with_close_io() {
     let (half, rest) = bytes.split_at(32 * MIB + 7);
     let (first, second, path) = (half.to_vec(), rest.to_vec(), paths.stdin.clone());
     let writer = std::thread::spawn(move || {
-        // One client disconnects before another client connects. Stdin must not end in between.
+        // The first client disconnects before the second client connects. Stdin must stay open.
         for part in [first, second] {
             OpenOptions::new().write(true).open(&path).unwrap().write_all(&part).unwrap();
         }
@@ -178,7 +178,7 @@ fn logger(dir: &Path, script: &str) -> String {
 }
 
 #[tokio::test]
-async fn logger_gets_both_streams_and_ends_when_they_end() {
+async fn logger_gets_both_streams_and_ends_at_eof() {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");
     let program = logger(

@@ -1,7 +1,6 @@
 //! A D-Bus connection to systemd over a Unix socket, for a few calls in sequence.
 //!
-//! Calls block until the connection's deadline at the latest. Therefore, do not use a connection in a thread of an
-//! async runtime.
+//! Calls block, at most until the connection's deadline. Therefore, do not make calls in an async task.
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -16,7 +15,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use super::message::{self, Body, Call, FIXED_HEADER, Malformed, Reader, Received};
 
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
-/// Maximum length of the reply to the authentication, in bytes.
+/// Maximum length of systemd's reply to AUTH, in bytes.
 const MAX_AUTH_REPLY: usize = 256;
 
 /// A failed call.
@@ -59,12 +58,12 @@ pub enum CallError {
 }
 
 impl CallError {
-    /// Returns whether this is the D-Bus error with this name.
+    /// Returns whether systemd returned the D-Bus error `error`.
     pub fn has_name(&self, error: &str) -> bool {
         matches!(self, Self::Failed { name, .. } if name == error)
     }
 
-    /// Returns whether systemd closed the connection, as it does when it re-executes itself.
+    /// Returns whether systemd closed the connection. systemd closes its connections when it re-executes itself.
     pub fn is_disconnected(&self) -> bool {
         use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
         matches!(self, Self::Io(error) if matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof))
@@ -81,7 +80,8 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects as this process's user. `timeout` limits the time for connecting and for all calls together.
+    /// Connects and authenticates as this process's user. `timeout` limits the total time for connecting and for all
+    /// calls.
     pub fn open(path: &Path, timeout: Duration) -> Result<Self, CallError> {
         let deadline = Instant::now() + timeout;
         let stream = connect(path, deadline)
@@ -91,10 +91,10 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Authenticates with the socket's credentials ("Authentication Protocol", EXTERNAL).
+    /// Authenticates with the socket's credentials (D-Bus Specification, "Authentication Protocol", EXTERNAL).
     ///
-    /// Sends everything in one write, as libsystemd does. If `BEGIN` were sent separately, systemd could read it
-    /// together with the first message. systemd would then not process this message until more data arrives
+    /// Sends AUTH and BEGIN in one write, as libsystemd does. Otherwise, systemd could read BEGIN together with the
+    /// first message. systemd would then ignore the first message until more data arrives
     /// (libsystemd/sd-bus/bus-socket.c).
     fn authenticate(&mut self) -> Result<(), CallError> {
         let user = nix::unistd::geteuid().to_string();
@@ -205,10 +205,10 @@ impl Connection {
     }
 }
 
-/// Connects to systemd's socket, and waits while systemd re-executes itself.
+/// Connects to systemd's socket. If the connection is refused, waits until systemd listens or `deadline` passes.
 ///
-/// While systemd re-executes itself, connections are refused. When systemd listens again, it updates the time stamps of
-/// the new socket. This wakes clients that wait with inotify (src/core/dbus.c, bus_init_private).
+/// Connections are refused while systemd re-executes itself. When systemd listens on the new socket, systemd updates
+/// the socket's time stamps. The update wakes clients that wait with inotify (src/core/dbus.c, bus_init_private).
 fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     let refused = |result: &io::Result<_>| {
         result.as_ref().is_err_and(|error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused)
@@ -239,8 +239,7 @@ fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     }
 }
 
-/// Returns `Ok` if the operation can be retried after this error. Converts EAGAIN to `TimedOut`, because EAGAIN reports
-/// a socket timeout.
+/// Returns `Ok` if the operation must be retried. Converts EAGAIN, which reports a socket timeout, to `TimedOut`.
 fn check_retry(error: io::Error) -> io::Result<()> {
     match error.kind() {
         io::ErrorKind::Interrupted => Ok(()),
@@ -269,7 +268,7 @@ mod tests {
         std::thread::sleep(Duration::from_millis(20));
         std::fs::remove_file(&path).unwrap();
         let listener = UnixListener::bind(&path).unwrap();
-        // Change the attributes of the socket, as systemd does by updating its time stamps.
+        // Cause an IN_ATTRIB event, as systemd does when it updates the socket's time stamps.
         nix::unistd::chown(&path, Some(nix::unistd::geteuid()), None).unwrap();
         waiting.join().unwrap().unwrap();
         drop(listener);

@@ -1,6 +1,5 @@
 //! Encodes and decodes the D-Bus messages that the shim exchanges with systemd (D-Bus Specification 0.43, "Type System"
-//! and "Message Protocol"). Supports only little-endian messages, because systemd runs on the same host and Husk
-//! supports only x86_64.
+//! and "Message Protocol"). Supports only little-endian messages, because Husk supports only x86_64.
 
 /// Maximum size of a received message, in bytes. A signal may carry all properties of a unit.
 pub const MAX_MESSAGE: usize = 16 << 20;
@@ -227,7 +226,7 @@ pub struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// Returns a reader that starts at the beginning of a body or of a whole message.
+    /// Returns a reader at the start of `bytes`. `bytes` is a body or a whole message.
     pub fn new(bytes: &'a [u8]) -> Self {
         Self { bytes, at: 0 }
     }
@@ -320,7 +319,7 @@ pub fn decode(message: &[u8]) -> Result<Received, Malformed> {
         Some(&ERROR) => Received::Error {
             to: to.ok_or(Malformed)?,
             name: error_name.ok_or(Malformed)?.to_owned(),
-            // By convention, the first argument is the error message if this argument is a string.
+            // By convention, if the first argument is a string, this string is the error message.
             text: Reader::new(body).text().unwrap_or_default().to_owned(),
         },
         Some(&SIGNAL) => Received::Signal { member: member.ok_or(Malformed)?.to_owned(), body: body.to_vec() },
@@ -371,8 +370,9 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn call_has_the_encoding_of_busctl() {
-        // The message of `busctl call … ResetFailedUnit s a.scope`, encoded by hand according to the specification.
+    fn encode_matches_the_specification() {
+        // `expected` was written by hand according to the specification. The message is like `busctl call …
+        // ResetFailedUnit s a.scope`.
         let call = Call {
             path: "/o",
             interface: "i.M",

@@ -1,6 +1,8 @@
-//! Starts, changes and stops systemd scopes. A `cgroupsPath` of the form `slice:prefix:name` requests a scope, for
-//! example if the kubelet's cgroup driver is "systemd". The shim sends the same requests as runc
-//! (libcontainer/cgroups/systemd), through the private socket that systemctl uses.
+//! Starts, changes and stops systemd scopes. A `cgroupsPath` of the form `slice:prefix:name` requests a scope. For
+//! example, a pod's `cgroupsPath` has this form if the kubelet's cgroup driver is "systemd".
+//!
+//! The shim sends the same requests as runc (libcontainer/cgroups/systemd). Like systemctl, the shim sends them through
+//! systemd's private socket.
 
 mod connection;
 mod message;
@@ -14,14 +16,12 @@ use message::Body;
 pub use connection::CallError;
 pub use message::{Property, Value};
 
-/// systemd's private socket, which only root can use. This socket does not need a message bus, and the limits of a bus
-/// do not apply.
+/// systemd's private socket. Only root can use this socket. Unlike the system bus, it needs no D-Bus daemon.
 const SOCKET: &str = "/run/systemd/private";
 /// Timeout for starting a scope, as in runc.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// Timeout for setting properties.
 const SET_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout for stopping a scope. It is shorter than the three seconds for which containerd waits for a shim to end.
+/// Timeout for stopping a scope, shorter than the three seconds for which containerd waits for a shim to exit.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
@@ -34,13 +34,13 @@ pub struct Unit(String);
 /// A scope to create.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scope {
-    /// Its slice, which systemd creates if it does not exist.
+    /// The scope's slice. systemd creates the slice if it does not exist.
     pub slice: String,
-    /// Its name, with the suffix `.scope`.
+    /// The scope's name, with the suffix `.scope`.
     pub unit: Unit,
 }
 
-/// A request that systemd did not fulfil.
+/// Error of a request to systemd.
 #[derive(Debug, thiserror::Error)]
 pub enum UnitError {
     /// The scope cannot be started.
@@ -54,7 +54,7 @@ pub enum UnitError {
         #[source]
         source: CallError,
     },
-    /// Properties cannot be set, and keep their old values.
+    /// The properties cannot be set.
     #[error("failed to set properties of systemd unit {unit}")]
     Set {
         /// The scope.
@@ -63,7 +63,7 @@ pub enum UnitError {
         #[source]
         source: CallError,
     },
-    /// The scope cannot be stopped, and may still exist.
+    /// The scope cannot be stopped.
     #[error("failed to stop systemd unit {unit}")]
     Stop {
         /// The scope.
@@ -75,10 +75,10 @@ pub enum UnitError {
 }
 
 impl Scope {
-    /// Starts the scope and moves the process `pid` into the scope. Blocks until the process has been moved.
+    /// Starts the scope and moves process `pid` into it. Blocks until systemd has moved the process.
     ///
     /// # Errors
-    /// [`UnitError::Start`], for example if a scope of that name exists and has not failed.
+    /// [`UnitError::Start`], for example if an active unit has the same name.
     pub fn start(&self, pid: u32) -> Result<(), UnitError> {
         self.start_at(Path::new(SOCKET), pid)
     }
@@ -91,9 +91,10 @@ impl Scope {
             connection.run_job(unit, "StartTransientUnit", "ssa(sv)a(sa(sv))", body)
         };
         let start_or_recover = |connection: &mut Connection| match start(connection) {
-            // The previous attempt has created the scope, but systemd re-executed itself before sending the reply.
+            // This is the retry of `with_connection`. The first attempt created the scope, but systemd re-executed
+            // itself before it sent the reply.
             Err(error) if error.has_name(UNIT_EXISTS) && is_member(pid, unit) => Ok(()),
-            // The existing unit may be the failed scope of an earlier sandbox. systemd keeps a failed unit until it is
+            // The unit may be the failed scope of a deleted sandbox. systemd keeps a failed unit until the unit is
             // reset.
             Err(error) if error.has_name(UNIT_EXISTS) => {
                 reset_failed(connection, unit)?;
@@ -123,15 +124,14 @@ impl Scope {
             ("IOAccounting", Value::Bool(true)),
             ("TasksAccounting", Value::Bool(true)),
             ("DefaultDependencies", Value::Bool(false)),
-            // If the OOM killer kills the VMM, the scope must not stay as a failed unit. The shim reports the failure
-            // to its caller.
+            // If the OOM killer kills the VMM, the scope fails. With this mode, systemd removes the failed scope.
             ("CollectMode", Value::Text("inactive-or-failed".into())),
         ]
     }
 }
 
 impl Unit {
-    /// Returns the unit of this name.
+    /// Returns the unit with the name `name`.
     pub fn new(name: impl Into<String>) -> Self {
         Self(name.into())
     }
@@ -141,10 +141,10 @@ impl Unit {
         &self.0
     }
 
-    /// Sets runtime properties, which are valid until the next boot of the node. Blocks.
+    /// Sets properties of the unit until the node reboots. Blocks.
     ///
-    /// systemd writes the properties to the cgroup at once. It writes them again whenever it rewrites the attributes of
-    /// the same controller, for example after `systemctl set-property`.
+    /// systemd writes the properties to the cgroup at once. After a later change to the same controller, for example
+    /// with `systemctl set-property`, systemd rewrites the properties.
     pub fn set(&self, properties: &[Property]) -> Result<(), UnitError> {
         let Self(unit) = self;
         let set = |connection: &mut Connection| {
@@ -155,7 +155,7 @@ impl Unit {
             .map_err(|source| UnitError::Set { unit: unit.clone(), source })
     }
 
-    /// Stops the unit. Succeeds if the unit does not exist. systemd ends the unit's remaining processes. Blocks.
+    /// Stops the unit and terminates its processes. Succeeds if the unit does not exist. Blocks.
     pub fn stop(&self) -> Result<(), UnitError> {
         self.stop_at(Path::new(SOCKET))
     }
@@ -173,13 +173,14 @@ impl Unit {
     }
 }
 
-/// Returns whether a process is in the unit's cgroup.
+/// Returns whether process `pid` is in the cgroup of `unit`.
 fn is_member(pid: u32, unit: &str) -> bool {
     let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
     text.lines().any(|line| line.rsplit('/').next() == Some(unit))
 }
 
-/// Resets the failed state of a unit. Succeeds if the unit has not failed or does not exist.
+/// Resets the failed state of `unit`. Succeeds if systemd rejects the request, for example because the unit does not
+/// exist.
 fn reset_failed(connection: &mut Connection, unit: &str) -> Result<(), CallError> {
     match connection.call("ResetFailedUnit", "s", Body::default().text(unit)) {
         Err(CallError::Failed { .. }) => Ok(()),
@@ -187,10 +188,9 @@ fn reset_failed(connection: &mut Connection, unit: &str) -> Result<(), CallError
     }
 }
 
-/// Opens a connection, runs `act` on it, and closes the connection. Therefore, a running sandbox does not keep a
-/// connection to systemd.
+/// Opens a connection to systemd, runs `act` on the connection, and closes the connection.
 ///
-/// Retries once if systemd has closed the connection. systemd closes connections when it re-executes itself, for
+/// If systemd closes the connection, retries once. systemd closes its connections when it re-executes itself, for
 /// example after `systemctl daemon-reexec` or an upgrade.
 fn with_connection<T>(
     socket: &Path,
@@ -213,9 +213,8 @@ mod tests {
     use super::message::tests::{failed, removed, returned};
     use super::*;
 
-    /// Plays systemd's role. Answers the calls of each connection in turn, then closes the connection. If a
-    /// connection's list of answers is empty, closes the connection after the authentication. Returns the bytes of all
-    /// calls.
+    /// Starts a fake systemd with a socket in `dir`. Each element of `connections` contains the answers that the fake
+    /// sends on one connection before it closes the connection. The thread returns the calls that the fake received.
     fn peer(dir: &Path, connections: Vec<Vec<Vec<Vec<u8>>>>) -> JoinHandle<Vec<Vec<u8>>> {
         let listener = UnixListener::bind(dir.join("socket")).unwrap();
         std::thread::spawn(move || {
@@ -236,7 +235,7 @@ mod tests {
                     call.resize(message::FIXED_HEADER + rest, 0);
                     stream.read_exact(&mut call[message::FIXED_HEADER..]).unwrap();
                     calls.push(call);
-                    // Write small pieces, because a socket may deliver a message in pieces.
+                    // A socket may deliver a message in pieces.
                     for bytes in answer.concat().chunks(7) {
                         stream.get_mut().write_all(bytes).unwrap();
                     }
@@ -257,7 +256,7 @@ mod tests {
     #[test]
     fn start_and_stop_wait_until_their_jobs_end() {
         let dir = tempfile::tempdir().unwrap();
-        // JobRemoved may arrive before the reply to the call, and may be about other jobs.
+        // systemd may send JobRemoved before it replies to the call. JobRemoved may concern a different job.
         let early = vec![removed("/job/3", "p-n.scope", "done"), returned(1, "/job/3")];
         let late = vec![returned(1, "/job/4"), removed("/job/3", "x", "failed"), removed("/job/4", "p", "done")];
         let calls = peer(dir.path(), vec![vec![early], vec![late]]);
@@ -295,7 +294,8 @@ mod tests {
         assert_eq!(error, expected);
         let error = crate::chain(&scope().start_at(&socket, 7).unwrap_err());
         assert!(error.contains("already loaded (org.freedesktop.systemd1.UnitExists)"), "{error}");
-        // systemd has re-executed itself, and no longer has the unit.
+        // The fake closes one connection without an answer, as systemd does when it re-executes itself. On the retry's
+        // connection, it reports that the unit does not exist.
         scope().unit.stop_at(&socket).unwrap();
         assert_eq!(peer.join().unwrap().len(), 6);
         let error = crate::chain(&scope().start_at(&dir.path().join("none"), 7).unwrap_err());

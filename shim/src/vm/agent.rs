@@ -1,7 +1,6 @@
-//! Client of the agent in the guest.
+//! Client of the agent.
 //!
-//! The agent is not trusted. Therefore, every call except the subscription to events has a timeout, and every answer is
-//! checked.
+//! The agent is not trusted. Therefore, each call except [`Agent::events`] has a timeout.
 
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime};
@@ -12,26 +11,26 @@ use husk_proto::containerd::shim_async::{Client, TaskClient};
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
-/// Maximum length in bytes of an error text from the agent.
+/// Maximum length of an error text from the agent, in bytes.
 const MAX_ERROR: usize = 4096;
 
-/// Clients of the agent's services, over one connection.
+/// Clients of the agent's ttrpc services. All clients share one connection.
 #[derive(Clone)]
 pub struct Agent {
     /// containerd's Task service. All paths in its messages are paths in the guest.
     pub task: TaskClient,
-    /// Husk's own Sandbox service.
+    /// Husk's Sandbox service.
     pub sandbox: SandboxClient,
 }
 
-/// A checked event of the agent.
+/// A validated event from the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Report {
     /// A process exited.
     Exit {
         /// Id of the container.
         container: String,
-        /// Id of the exec. Empty for the init process.
+        /// Id of the exec, or empty for the container's init process.
         exec: String,
         /// Exit status, 0 to 255.
         status: u32,
@@ -47,7 +46,7 @@ pub enum Report {
     },
 }
 
-/// Timeouts of calls. The timeouts are long, because the agent can be slow on a loaded node.
+/// Timeouts of calls to the agent. They are long, because the agent can be slow on a loaded node.
 pub mod timeouts {
     use std::time::Duration;
 
@@ -57,13 +56,13 @@ pub mod timeouts {
     pub const SLOW: Duration = Duration::from_secs(60);
 }
 
-/// Returns a request context with a timeout.
+/// Returns a ttrpc context with the timeout `limit`.
 pub fn within(limit: Duration) -> Context {
     ttrpc::context::with_duration(limit)
 }
 
 impl Agent {
-    /// Returns clients that use a connected stream.
+    /// Creates clients that send their calls over `stream`.
     ///
     /// # Errors
     /// If the stream cannot be registered with the async runtime.
@@ -72,7 +71,7 @@ impl Agent {
         Ok(Self { task: TaskClient::new(client.clone()), sandbox: SandboxClient::new(client) })
     }
 
-    /// Sets up the guest. Returns the guest kernel's release.
+    /// Sends `request`, with which the agent sets up the guest. Returns the guest kernel's release.
     ///
     /// # Errors
     /// If the agent reports an error, or does not answer within `limit`.
@@ -81,7 +80,7 @@ impl Agent {
         Ok(bounded(&response.kernel_release, 256))
     }
 
-    /// Subscribes to the events that occur from now on.
+    /// Subscribes to the agent's future events.
     ///
     /// # Errors
     /// If the connection is closed.
@@ -90,10 +89,10 @@ impl Agent {
     }
 }
 
-/// Checks an event. Returns `None` if the kind of the event is unknown.
+/// Validates an event. Returns `None` if the kind of the event is unknown.
 ///
-/// Uses the guest's exit time only if this time is within the last 60 seconds by the host's clock. Otherwise, uses the
-/// current time.
+/// The guest's clock is not trusted. If the exit time in the event is not within the last 60 seconds, the report
+/// contains the host's current time.
 pub fn check(event: Event) -> Option<Report> {
     match event.kind? {
         event::Kind::Exit(exit) => {
@@ -115,8 +114,8 @@ pub fn check(event: Event) -> Option<Report> {
     }
 }
 
-/// Converts an error of the agent to an error for containerd. Limits the length of the text, and replaces control
-/// characters.
+/// Converts `error`, with which the agent's call `what` failed, to an error for containerd. Limits the text's length,
+/// and replaces control characters.
 pub fn error(what: &str, error: ttrpc::Error) -> ttrpc::Error {
     match error {
         ttrpc::Error::RpcStatus(status) => {
@@ -135,7 +134,7 @@ pub fn error(what: &str, error: ttrpc::Error) -> ttrpc::Error {
     }
 }
 
-/// Shortens the text to at most `limit` bytes, then replaces control characters.
+/// Shortens `text` to at most `limit` bytes, then replaces control characters.
 fn bounded(text: &str, limit: usize) -> String {
     let end = (0..=limit.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
     crate::vm::console::clean(text.get(..end).unwrap_or_default())

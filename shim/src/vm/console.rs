@@ -1,6 +1,7 @@
-//! Reads the lines of the guest's console and of the agent's log.
+//! Reads the lines of the guest's console, of the VMM's log and of the agent's log.
 //!
-//! The shim copies these lines to its own log, and keeps the last lines for error messages.
+//! The shim writes these lines to its own log. For error messages, it keeps the most recent lines of the console and of
+//! the VMM.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -9,19 +10,19 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::lock;
 
-/// Maximum number of lines that are kept.
+/// Maximum number of lines in a [`LogTail`].
 const MAX_LINES: usize = 40;
-/// Maximum length of a line in bytes. The guest is not trusted to end its lines.
+/// Maximum length of a line, in bytes. Without this limit, a guest could fill the shim's memory with one line.
 const MAX_LINE: usize = 1024;
 
-/// The last lines of a stream.
+/// The most recent lines of the console and of the VMM's log.
 #[derive(Debug, Clone, Default)]
 pub struct LogTail {
     lines: Arc<Mutex<VecDeque<String>>>,
 }
 
 impl LogTail {
-    /// Adds a line. If the maximum number of lines is reached, drops the oldest line.
+    /// Adds a line. If there are `MAX_LINES` lines, drops the oldest line.
     pub fn push(&self, line: String) {
         let mut lines = lock(&self.lines);
         if lines.len() == MAX_LINES {
@@ -30,9 +31,9 @@ impl LogTail {
         lines.push_back(line);
     }
 
-    /// Returns the lines that explain why the guest ended.
+    /// Returns the lines that may explain why the guest ended.
     ///
-    /// If a line reports a panic, returns at most 12 lines, beginning with that line. Otherwise, returns the last 8
+    /// If the guest panicked, returns up to 12 lines that start with the panic message. Otherwise, returns the last 8
     /// lines.
     pub fn console_tail(&self) -> String {
         let lines = lock(&self.lines);
@@ -43,7 +44,7 @@ impl LogTail {
     }
 }
 
-/// Reads lines until the stream ends.
+/// Passes each line of `stream` to `line`, until EOF or an error. Splits lines that are longer than `MAX_LINE`.
 pub async fn read_lines(mut stream: impl AsyncRead + Unpin, mut line: impl FnMut(String)) {
     let mut buffer = [0; 2048];
     let mut text = Vec::new();
@@ -71,7 +72,7 @@ fn emit(text: &mut Vec<u8>, line: &mut impl FnMut(String)) {
     }
 }
 
-/// Replaces control characters, because a guest must not control the terminal on which the log is read.
+/// Replaces control characters. Otherwise, the guest could send escape sequences to a terminal that shows the log.
 pub fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\t' && c != '\n' { '\u{fffd}' } else { c }).collect()
 }

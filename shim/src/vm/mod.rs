@@ -1,4 +1,4 @@
-//! The VM of a sandbox: its state, and the clients of the VMM process and of the agent in the guest.
+//! The state of a sandbox's VM, the client of the VMM, and the client of the agent.
 
 pub mod agent;
 pub mod console;

@@ -9,13 +9,13 @@ use super::agent::Agent;
 /// State of a sandbox's VM.
 #[derive(Clone)]
 pub enum State {
-    /// The VM has not been launched, because the specification has not arrived.
+    /// The VM has not been launched, because containerd has not sent the specification.
     Pending,
     /// The guest is booting.
     Booting,
     /// The agent accepts containers.
     Running(Agent),
-    /// The launch or the boot failed, and the VM has been killed. The text contains the error and its causes.
+    /// The launch or the boot failed, and the shim has killed the VM. The text contains the error and its causes.
     Failed(Arc<str>),
     /// The VM has ended.
     Gone,
@@ -31,8 +31,8 @@ enum Phase {
     Gone,
 }
 
-/// The allowed transitions. A sandbox that is never launched goes from pending to gone. A failed sandbox stays failed
-/// after its VM has ended, because a later Create request must report the cause of the failure.
+/// The allowed transitions. `Failed` has no transition to `Gone`, because a later Create request must report why the VM
+/// failed.
 const TRANSITIONS: [(Phase, Phase); 6] = [
     (Phase::Pending, Phase::Booting),
     (Phase::Pending, Phase::Gone),
@@ -53,7 +53,7 @@ impl State {
         }
     }
 
-    /// Returns the agent of a running VM.
+    /// Returns the agent, if the VM is running.
     pub fn agent(&self) -> Option<&Agent> {
         match self {
             Self::Running(agent) => Some(agent),
@@ -62,7 +62,7 @@ impl State {
     }
 }
 
-/// The current state. Any number of tasks can wait until the state changes.
+/// The current state. Tasks can wait until it changes.
 #[derive(Clone)]
 pub struct StateCell(Arc<watch::Sender<State>>);
 
@@ -73,8 +73,7 @@ impl Default for StateCell {
 }
 
 impl StateCell {
-    /// Enters `next` and returns true if the transition is allowed. Otherwise, leaves the state unchanged and returns
-    /// false.
+    /// Changes the state to `next`, if this transition is allowed. Returns whether the state changed.
     pub fn enter(&self, next: State) -> bool {
         self.0.send_if_modified(|state| {
             let (from, to) = (state.phase(), next.phase());
@@ -87,21 +86,20 @@ impl StateCell {
         })
     }
 
-    /// Returns whether the launch has begun.
+    /// Returns whether the state is not [`State::Pending`].
     pub fn is_launched(&self) -> bool {
         self.0.borrow().phase() != Phase::Pending
     }
 
-    /// Returns the agent, if the VM runs.
+    /// Returns the agent, if the VM is running.
     pub fn agent(&self) -> Option<Agent> {
         self.0.borrow().agent().cloned()
     }
 
-    /// Waits until the VM runs.
+    /// Waits until the boot ends. Returns the agent of the running VM.
     ///
     /// # Errors
-    /// If the boot has failed, or the VM has ended. The text contains the error and its causes. The text is an
-    /// `Arc`, so that several callers can share it.
+    /// If the launch or the boot failed, or the VM has ended. The text contains the error and its causes.
     pub async fn wait_running(&self) -> Result<Agent, Arc<str>> {
         let mut state = self.0.subscribe();
         let decided = state.wait_for(|state| !matches!(state.phase(), Phase::Pending | Phase::Booting)).await;
@@ -122,7 +120,7 @@ mod tests {
         Agent::new(stream).unwrap()
     }
 
-    /// Returns one state of each kind.
+    /// Returns one state of each variant.
     async fn all() -> Vec<State> {
         vec![State::Pending, State::Booting, State::Running(agent().await), State::Failed("x".into()), State::Gone]
     }
@@ -138,7 +136,7 @@ mod tests {
                 assert_eq!(cell.0.borrow().phase(), if expected { after } else { before });
             }
         }
-        // No transition leaves a final state.
+        // The final states have no transitions.
         assert!(!TRANSITIONS.iter().any(|(from, _)| matches!(from, Phase::Gone | Phase::Failed)));
     }
 
@@ -159,7 +157,7 @@ mod tests {
             assert!(!cell.enter(State::Booting));
             cell.enter(end);
             assert_eq!(waiting.await.unwrap().map(drop), expected.map_err(Arc::from));
-            // After the VMM's end, the state still contains the cause of the failure.
+            // `Gone` does not replace `Failed`.
             cell.enter(State::Gone);
             assert_eq!(
                 cell.wait_running().await.map(drop),

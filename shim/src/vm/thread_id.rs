@@ -1,16 +1,15 @@
-//! Finds the id that a VMM thread has on the host. The input is the thread's id in the VMM's PID namespace.
+//! Translates thread ids from the VMM's PID namespace to the host's PID namespace.
 
 use std::io;
 use std::path::Path;
 
-/// Returns the id that a thread of process `vmm` has on the host. `inner` is the id of the thread in the VMM's PID
-/// namespace.
+/// Translates `inner`, a thread's id in the VMM's PID namespace, to the thread's id on the host. `vmm` is the VMM's PID
+/// on the host.
 ///
-/// The VMM is not trusted. Therefore, only the VMM's own threads are searched, so that the VMM cannot name another
-/// process.
+/// Searches only the VMM's own threads. The VMM is not trusted, and must not name a thread of another process.
 ///
 /// # Errors
-/// `NotFound` if the VMM does not have this thread, and the errors of reading `/proc`.
+/// `NotFound` if the VMM has no such thread. Otherwise, the error of reading `/proc`.
 pub fn on_host(vmm: u32, inner: u32) -> io::Result<u32> {
     for entry in std::fs::read_dir(format!("/proc/{vmm}/task"))? {
         let entry = entry?;
@@ -18,7 +17,7 @@ pub fn on_host(vmm: u32, inner: u32) -> io::Result<u32> {
         match innermost_id(&entry.path()) {
             Ok(found) if found == Some(inner) => return Ok(id),
             Ok(_) => {}
-            // Ignore a thread that has ended during the search.
+            // The thread ended during the search.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENOENT)) => {}
             Err(error) => return Err(error),
         }
@@ -26,7 +25,8 @@ pub fn on_host(vmm: u32, inner: u32) -> io::Result<u32> {
     Err(io::Error::new(io::ErrorKind::NotFound, format!("the VMM has no thread with id {inner}")))
 }
 
-/// Reads the id of a thread in its own PID namespace: the last number of `NSpid` (proc_pid_status(5)).
+/// Reads a thread's id in the thread's own PID namespace. This id is the last number in the line `NSpid`
+/// (proc_pid_status(5)).
 fn innermost_id(task: &Path) -> io::Result<Option<u32>> {
     let status = std::fs::read_to_string(task.join("status"))?;
     let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"));

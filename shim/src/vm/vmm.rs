@@ -1,5 +1,4 @@
-//! Client of the VMM process. Starts the process, sends requests over the control socket, and waits for the end of the
-//! process.
+//! Client of the VMM: starts the process, sends requests over the control socket, and waits until the process exits.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -50,8 +49,8 @@ pub enum VmmError {
     /// The VMM has ended.
     #[error("the VMM process has ended")]
     Gone,
-    /// The thread whose id the VMM reported cannot be found.
-    #[error("failed to find the host's id of the VMM thread whose id serves as the container's PID")]
+    /// The host does not show the thread whose id the VMM reported.
+    #[error("failed to find the VMM thread for the container's PID on the host")]
     Thread(#[source] std::io::Error),
     /// vhost-net cannot be opened.
     #[error("failed to open {}: run `modprobe vhost_net`, or set vhost_net = false", vhost::DEVICE)]
@@ -66,7 +65,7 @@ type PendingCalls = HashMap<u64, oneshot::Sender<Result<(Answer, Option<OwnedFd>
 struct Inner {
     control: AsyncFd<OwnedFd>,
     next: AtomicU64,
-    /// Calls that wait for an answer. `None` after the VMM has ended.
+    /// Calls that wait for an answer, by sequence number. `None` after the VMM has closed the control socket.
     pending: Mutex<Option<PendingCalls>>,
     pid: u32,
     dead: watch::Receiver<Option<ExitStatus>>,
@@ -76,7 +75,7 @@ struct Inner {
     threads: Mutex<HashMap<u32, u32>>,
 }
 
-/// A handle of a running VMM process.
+/// A handle to a VMM process.
 #[derive(Clone)]
 pub struct Vmm {
     inner: Arc<Inner>,
@@ -84,7 +83,7 @@ pub struct Vmm {
 
 /// Starts the VMM process in the sandbox's network namespace.
 ///
-/// Must be called on the main thread, because the kernel kills the VMM when the thread that started the VMM ends.
+/// Must be called on the main thread. When the calling thread exits, the kernel kills the VMM (PR_SET_PDEATHSIG).
 ///
 /// # Errors
 /// [`VmmError`] if the namespace cannot be opened or the process cannot be started.
@@ -100,7 +99,7 @@ pub fn spawn(network: &Network) -> Result<Spawned, VmmError> {
     client::spawn(SpawnOptions { network, ..Default::default() }).map_err(VmmError::Spawn)
 }
 
-/// Waits for a child that has ended or is about to end.
+/// Waits until the child `pid` exits, and returns its exit status. Blocks.
 fn reap(pid: u32) -> ExitStatus {
     // The wait does not fail, because no other code waits for this child.
     let status = process::wait(pid.cast_signed(), 0).ok().flatten().map_or(0, |(_, status)| status);
@@ -108,10 +107,10 @@ fn reap(pid: u32) -> ExitStatus {
 }
 
 impl Vmm {
-    /// Registers a started process with the async runtime. Sends the VMM's notices to `notices`.
+    /// Registers the fds of a started VMM with the async runtime. Forwards the VMM's notices to `notices`.
     ///
     /// # Errors
-    /// [`VmmError::Watch`] if the fds of the process cannot be registered. After this error, the process has ended.
+    /// [`VmmError::Watch`] if the fds cannot be registered. The process has then exited.
     pub fn attach(spawned: Spawned, notices: mpsc::UnboundedSender<Notice>) -> Result<Self, VmmError> {
         let Spawned { pid, pidfd, control } = spawned;
         let watch = || -> std::io::Result<_> {
@@ -123,7 +122,7 @@ impl Vmm {
         let (control, pidfd) = match watch() {
             Ok(fds) => fds,
             Err(error) => {
-                // The failed registration has closed the control socket. Therefore, the process ends.
+                // The error has closed the control socket. Without this socket, the VMM exits.
                 reap(pid);
                 return Err(VmmError::Watch(error));
             }
@@ -143,7 +142,7 @@ impl Vmm {
         let vmm = Self { inner: Arc::clone(&inner) };
         tokio::spawn(async move {
             read(&inner, &notices).await;
-            // The socket is closed when the process ends. By now, everything that the process sent has been read.
+            // The VMM has closed the socket, so that no further answer can arrive.
             lock(&inner.pending).take();
             drop(notices);
             let _ = pidfd.readable().await;
@@ -157,10 +156,10 @@ impl Vmm {
         self.inner.pid
     }
 
-    /// Acquires a PID on the host for one container. The caller must release it with [`Vmm::release_pid`].
+    /// Acquires a PID on the host for one container. The caller must pass the PID to [`Vmm::release_pid`].
     ///
     /// # Errors
-    /// The errors of [`Vmm::call`].
+    /// The errors of [`Vmm::call`], and [`VmmError::Thread`].
     pub async fn acquire_pid(&self) -> Result<u32, VmmError> {
         let Answer::Pid { pid: inner } = self.call(Call::AcquirePid, &[]).await?.0 else {
             return Err(VmmError::Unexpected);
@@ -170,7 +169,7 @@ impl Vmm {
         let pid = match found.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
             Ok(pid) => pid,
             Err(error) => {
-                // Ignore an error of this call, because the error of finding the thread is returned.
+                // Best effort, because the caller gets the first error.
                 let _ = self.call(Call::ReleasePid { pid: inner }, &[]).await;
                 return Err(VmmError::Thread(error));
             }
@@ -179,7 +178,7 @@ impl Vmm {
         Ok(pid)
     }
 
-    /// Releases a PID. Ignores an error, because the VMM may have ended.
+    /// Releases a PID that [`Vmm::acquire_pid`] returned. Best effort, because the VMM may have exited.
     pub async fn release_pid(&self, pid: u32) {
         let Some(inner) = lock(&self.inner.threads).remove(&pid) else { return };
         if let Err(error) = self.call(Call::ReleasePid { pid: inner }, &[]).await {
@@ -222,7 +221,7 @@ impl Vmm {
     /// into `fds`.
     ///
     /// # Errors
-    /// [`VmmError`] if the VMM refuses, or ends before it answers.
+    /// [`VmmError`] if the VMM rejects the request, or exits before it answers.
     pub async fn call(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Option<OwnedFd>), VmmError> {
         let seq = self.inner.next.fetch_add(1, Ordering::Relaxed);
         let request = Request { seq, call };
@@ -242,7 +241,7 @@ impl Vmm {
     /// Connects to a vsock port of the guest.
     ///
     /// # Errors
-    /// [`VmmError`] if the guest refuses, or the VMM has ended.
+    /// [`VmmError`] if the guest refuses the connection, or the VMM has exited.
     pub async fn connect(&self, port: u32) -> Result<UnixStream, VmmError> {
         match self.call(Call::Connect { port }, &[]).await? {
             (Answer::Connected, Some(fd)) => Ok(UnixStream::from(fd)),
@@ -250,17 +249,17 @@ impl Vmm {
         }
     }
 
-    /// Kills the process. Does not wait for the end of the process, but [`Vmm::wait`] does.
+    /// Sends SIGKILL to the process. Does not wait until the process exits.
     pub fn kill(&self) {
         if self.inner.dead.borrow().is_none()
             && let Ok(pid) = i32::try_from(self.inner.pid)
         {
-            // While `dead` is not set, the process has not been reaped. Therefore, the PID still belongs to the VMM.
+            // `dead` is set when the process is reaped. Until then, the PID belongs to the VMM.
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
         }
     }
 
-    /// Waits for the end of the process.
+    /// Waits until the process exits. Returns its exit status.
     pub async fn wait(&self) -> ExitStatus {
         let mut dead = self.inner.dead.clone();
         match dead.wait_for(Option::is_some).await {
@@ -269,12 +268,13 @@ impl Vmm {
         }
     }
 
-    /// Waits until the VMM reports that its open files are near the fd limit. The guest should then drop its caches.
+    /// Waits until the VMM reports that its open files are near the fd limit. If the guest then drops its caches, the
+    /// VMM can close files.
     pub async fn wait_for_fd_shortage(&self) {
         self.inner.fd_shortage.notified().await;
     }
 
-    /// Returns the exit status, if the process has ended.
+    /// Returns the exit status, if the process has exited.
     pub fn ended(&self) -> Option<ExitStatus> {
         *self.inner.dead.borrow()
     }

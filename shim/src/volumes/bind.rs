@@ -1,9 +1,9 @@
-//! Binds host directories and files into the share. Each directory or file is bound only once for the whole pod, even
-//! if several containers use it.
+//! Binds host directories and files into the share. Containers of a pod that use the same source with the same options
+//! share one mount.
 //!
-//! The virtio-fs server identifies a file by its inode and the mount through which it is reached (virtiofsd,
-//! `passthrough::InodeIds`). Two mounts of one directory would give the guest two sets of inodes. A fifo, a socket or a
-//! lock would then not work between containers that use different mounts.
+//! The virtio-fs server identifies a file by its inode and mount id (virtiofsd, `passthrough::InodeIds`). With two
+//! mounts of one directory, the guest would see two inodes for each file. A fifo, a socket or a lock would then not
+//! work between containers.
 
 use std::{
     io,
@@ -27,20 +27,20 @@ pub struct Source<'a> {
     pub file: &'a OwnedFd,
     /// Whether the source is a directory.
     pub directory: bool,
-    /// Id mappings of an id-mapped mount.
+    /// Id mappings, if the mount is id-mapped.
     pub id_mappings: Option<&'a IdMappings>,
     /// Mount options that the host applies.
     pub flags: Flags,
-    /// Whether to use one mount for a file or directory, even if the host reaches it through several mounts.
+    /// Whether mounts of the same file or directory are shared even if the mount ids of their sources differ.
     pub ignores_mount_id: bool,
-    /// Whether to propagate the host's later mounts to the guest.
+    /// Whether the host's later mounts propagate to the guest.
     pub receives_mounts: bool,
 }
 
-/// Binds `source` into the share for container `id`, unless the share already has the source. Returns the path of the
-/// source in the guest.
+/// Binds `source` into the share for container `id`, unless the share contains a matching mount. Returns the path of
+/// the mount in the guest.
 ///
-/// If host-only file systems are omitted, adds a text about them to `notes`.
+/// If the mount omits host-only file systems, adds a note to `notes`.
 pub fn bind(
     mount: &Mount,
     source: &Source<'_>,
@@ -73,14 +73,14 @@ pub fn bind(
         notes.push(format!("host-only file systems are left out of {source}: {}", left_out.join(", ")));
     }
     if source.receives_mounts {
-        // The next update of this volume adds the mounts that are missing in the share.
+        // `propagate::update` later copies mounts from the receiving tree to the share.
         add_receiving(source, host_only, (share, id), &name).map_err(|(step, source)| host(step)(source))?;
     }
     Ok(format!("{}/{VOLUMES}/{name}", husk_proto::GUEST_SHARE))
 }
 
-/// Returns a copy of the source's mounts, with the options that the host applies. Also returns the paths of the mounts
-/// that are omitted.
+/// Returns a detached copy of the source's mount tree, to which the flags and id mappings have been applied. Also
+/// returns the paths of the omitted mounts.
 fn copy(source: &Source<'_>, host_only: &HostOnly, stage: &StagingDir) -> Result<(OwnedFd, Vec<String>), Step> {
     let (at, flags) = (|step| move |error| (step, error), &source.flags);
     // A file has no submounts.
@@ -92,20 +92,20 @@ fn copy(source: &Source<'_>, host_only: &HostOnly, stage: &StagingDir) -> Result
     }
     if let Some(id_mappings) = source.id_mappings {
         let user_namespace = id_mappings.namespace().map_err(at("create a user namespace with the id mappings"))?;
-        // As with runc, this call fails if the file system of a submount does not support id-mapped mounts.
+        // As under runc, this call fails if a submount's file system does not support id-mapped mounts.
         mount_api::set_id_mapping(tree.as_fd(), user_namespace.as_fd(), recursive)
             .map_err(at("set the id mappings"))?;
     }
     if flags.read_only {
-        // The guest makes the mount read-only, too. But a guest with a compromised kernel must not be able to write.
+        // The guest makes the mount read-only, too. But a compromised guest kernel must not be able to write.
         mount_api::set_attributes(tree.as_fd(), mount_api::MOUNT_ATTR_RDONLY, 0, flags.read_only_submounts)
             .map_err(at("make the mount read-only"))?;
     }
     Ok((tree, left_out))
 }
 
-/// Adds the receiving tree of mount `name`, unless the mount already has a receiving tree. This tree is a copy of the
-/// source's mounts, and receives the host's later mounts.
+/// Attaches a slave copy of the source's mount tree as the receiving tree of mount `name`. Does nothing if the mount
+/// has a receiving tree.
 fn add_receiving(
     source: &Source<'_>,
     host_only: &HostOnly,
@@ -120,7 +120,7 @@ fn add_receiving(
     Ok(())
 }
 
-/// Returns a detached copy of the source's mounts with the given propagation.
+/// Returns a detached copy of the source's mount, with submounts if `recursive`. The copy has the given propagation.
 fn clone_source(source: &Source<'_>, recursive: bool, propagation: u64) -> Result<OwnedFd, Step> {
     let at = |step| move |error| (step, error);
     let tree = mount_api::clone_tree(source.file.as_fd(), recursive).map_err(at("copy the source's mounts"))?;
@@ -128,11 +128,10 @@ fn clone_source(source: &Source<'_>, recursive: bool, propagation: u64) -> Resul
     Ok(tree)
 }
 
-/// Returns the key that identifies a mount. The key contains the source, the host's mount through which the source is
-/// reached, and the flags.
+/// Returns the key of the source's mount in the share. Sources with equal keys share a mount.
 fn mount_key(source: &Source<'_>) -> io::Result<String> {
     let stat = fstat(source.file)?;
-    // If the mount id is ignored, the key contains the flags of the host's mount, such as read-only, instead.
+    // With `ignores_mount_id`, the flags of the source's mount, such as read-only, replace the mount id.
     let mount = match source.ignores_mount_id {
         true => format!("m{:x}", fstatvfs(source.file)?.flags().bits()),
         false => format!("{:x}", mount_api::mount_id(source.file.as_fd())?),
@@ -143,19 +142,19 @@ fn mount_key(source: &Source<'_>) -> io::Result<String> {
     Ok(format!("{:x}-{:x}-{mount}-{flags:x}", stat.st_dev, stat.st_ino))
 }
 
-/// The options of a bind mount that the host applies.
+/// The options that the host applies to a bind mount.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Flags {
     recursive: bool,
-    /// The mount is read-only.
+    /// Whether the mount is read-only.
     pub read_only: bool,
     read_only_submounts: bool,
-    /// The mount is a slave of the host's mount and therefore receives later mounts (mount_namespaces(7)).
+    /// Whether the mount is a slave, which receives the host's later mounts (mount_namespaces(7)).
     pub slave: bool,
 }
 
 impl Flags {
-    /// Returns the flags of `mount`.
+    /// Returns the flags that the options of `mount` request.
     pub fn of(mount: &Mount) -> Self {
         let mut flags = Self { recursive: false, read_only: false, read_only_submounts: false, slave: false };
         for option in mount.options() {
@@ -164,7 +163,7 @@ impl Flags {
                 "ro" => flags.read_only = true,
                 "rw" => flags.read_only = false,
                 "rro" => (flags.read_only, flags.read_only_submounts) = (true, true),
-                // With either option, the guest receives the host's later mounts at every depth.
+                // `slave` has the same effect as `rslave`: the guest receives later mounts at every depth.
                 "slave" | "rslave" => flags.slave = true,
                 _ => {}
             }
@@ -172,8 +171,8 @@ impl Flags {
         flags
     }
 
-    /// Returns the flags of a mount that all containers of the pod share. For each container, the guest enforces
-    /// whether the container may write, and whether it receives later mounts.
+    /// Returns the flags of a mount that all containers of the pod share. For each container, the guest applies the
+    /// read-only option and the propagation.
     pub fn enforced_by_guest() -> Self {
         Self { recursive: true, read_only: false, read_only_submounts: false, slave: false }
     }

@@ -7,7 +7,7 @@ use crate::volumes::memory_volume;
 /// Error of making a volume available to the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
-    /// The mount needs something that a VM cannot provide.
+    /// A VM cannot support the mount.
     #[error("mount of {mount_source:?} at {destination:?}: {message}")]
     Unsupported {
         /// The mount's source.
@@ -17,7 +17,7 @@ pub enum VolumeError {
         /// The reason, and the remedy.
         message: String,
     },
-    /// A memory volume cannot be created in the guest.
+    /// A memory volume cannot be prepared for the guest.
     #[error("error mounting {mount_source:?} to rootfs at {destination:?}")]
     Memory {
         /// The mount's source.
@@ -35,7 +35,7 @@ pub enum VolumeError {
         mount_source: String,
         /// The mount point in the container.
         destination: String,
-        /// The operation, as a verb with its object.
+        /// The operation: a verb with its object.
         step: &'static str,
         /// The cause.
         #[source]

@@ -9,17 +9,17 @@ use std::{
 
 use nix::mount::{MsFlags, mount};
 
-/// Operations of FUSE (linux/fuse.h, `enum fuse_opcode`).
+/// FUSE opcodes (linux/fuse.h, `enum fuse_opcode`).
 const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
 const INIT: u32 = 26;
 const BATCH_FORGET: u32 = 42;
-/// Name of the last lookup that is answered.
+/// File name whose lookup is the final request that gets an answer.
 const LAST: &str = "last";
 
-/// A FUSE file system that answers no requests after [`Self::mount`] has returned. It has a directory `dir`, on which a
-/// tmpfs is mounted. After this value is dropped, all requests fail.
+/// A FUSE file system that answers no requests after [`Self::mount`] has returned. A tmpfs is mounted on its directory
+/// `dir`. When this value is dropped, all requests fail.
 pub struct HangingFileSystem {
     connection: File,
 }
@@ -31,7 +31,7 @@ impl HangingFileSystem {
         let mut connection = File::options().read(true).write(true).open("/dev/fuse").unwrap();
         let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", connection.as_raw_fd());
         mount(Some("hanging"), point, Some("fuse"), MsFlags::empty(), Some(data.as_str())).unwrap();
-        // Answer requests in a thread, because the kernel sends requests while the tmpfs is being mounted.
+        // The kernel sends requests while the tmpfs is mounted. Therefore, a thread answers requests.
         let server = std::thread::spawn(move || {
             while answer(&mut connection) {}
             connection
@@ -41,7 +41,7 @@ impl HangingFileSystem {
         Self { connection: server.join().unwrap() }
     }
 
-    /// Waits until a request hangs.
+    /// Waits until the kernel sends a request, which then hangs.
     pub fn wait_for_request(&mut self) {
         // Each read returns one request.
         let length = self.connection.read(&mut [0; 1 << 16]).unwrap();
@@ -49,14 +49,14 @@ impl HangingFileSystem {
     }
 }
 
-/// Answers a request. Returns false if this was the last request to answer.
+/// Reads and answers one request. Returns false after the lookup of `LAST`.
 fn answer(connection: &mut File) -> bool {
     let mut request = [0; 1 << 16];
     let length = connection.read(&mut request).unwrap();
     let number = |at: usize| u32::from_ne_bytes(request[at..at + 4].try_into().unwrap());
     let (operation, unique) = (number(4), &request[8..16]);
     let last = request[40..length].starts_with(LAST.as_bytes());
-    // S_IFDIR and the mode are at offset 60 of `struct fuse_attr`. All timeouts are 0, so that the kernel caches
+    // `mode` is at offset 60 of `struct fuse_attr`. All timeouts in the answers are 0, so that the kernel caches
     // nothing.
     let mut attributes = [0; 88];
     attributes[60..64].copy_from_slice(&0o40755_u32.to_ne_bytes());

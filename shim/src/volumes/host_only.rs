@@ -1,9 +1,9 @@
-//! Finds host-only file systems, which are interfaces to the host's kernel, devices or processes. These file systems
-//! are never put into the share.
+//! Recognizes host-only file systems, which are interfaces to the host's kernel, devices or processes. The shim never
+//! puts these file systems into the share.
 //!
-//! Under runc, a container opens files of the node's `/proc`, for example in a volume of `/`, with the container's
-//! permissions. Under Husk, the VMM would open these files with the VMM's permissions. The guest has its own instances
-//! of the file systems that it needs.
+//! Under runc, a container that mounts the host's `/proc` opens files with the container's permissions. Under Husk, the
+//! VMM would open the files with the VMM's permissions. The guest has its own instances of the file systems that
+//! containers need.
 
 use std::{
     ffi::OsStr,
@@ -23,9 +23,9 @@ use nix::sys::{
 use crate::volumes::mountinfo::Entry;
 use crate::volumes::{mount_api, mountinfo};
 
-/// Host-only file system types in Linux 6.12, with their `f_type` in statfs(2) (include/uapi/linux/magic.h and each
-/// file system's source). devtmpfs has `None`, because its `f_type` is the same as that of tmpfs. cpuset has `None`,
-/// because its `f_type` is the same as that of cgroup.
+/// Host-only file system types in Linux 6.12, each with its `f_type` (statfs(2)). The values are from
+/// include/uapi/linux/magic.h and from the file systems' sources. devtmpfs has `None`, because tmpfs has the same
+/// `f_type`. cpuset has `None`, because cgroup has the same `f_type`.
 const TYPES: [(&str, Option<i64>); 32] = [
     ("binder", Some(0x6c6f_6f70)),
     ("binfmt_misc", Some(0x4249_4e4d)),
@@ -61,25 +61,25 @@ const TYPES: [(&str, Option<i64>); 32] = [
     ("xenfs", Some(0xabba_1974)),
 ];
 
-/// Name that error messages use for the file systems of the sandbox's directories.
+/// Name of the sandbox's own file systems in error messages.
 const SANDBOX: &str = "the sandbox's share";
 
-/// Distinguishes host-only file systems from other file systems.
+/// Recognizes host-only file systems.
 #[derive(Debug, Clone)]
 pub struct HostOnly {
-    /// Device numbers of file systems that are host-only although their type is not in `TYPES`, with their names.
+    /// Device numbers and names of host-only file systems whose type is not in `TYPES`.
     devices: Vec<(u64, &'static str)>,
 }
 
 impl HostOnly {
-    /// Returns the value for a sandbox with these directories.
+    /// Returns a value that recognizes the types in `TYPES`, a tmpfs at `/dev`, and the file systems of `directories`.
     ///
-    /// The types of `TYPES`, a tmpfs at `/dev`, and the file systems of the sandbox's directories are host-only. `/dev`
-    /// is a tmpfs with device nodes if the node is itself a container. If the sandbox's directories were not host-only,
-    /// a volume of `/` would give a container write access to the share.
+    /// If the node is itself a container, `/dev` is a tmpfs with device nodes. `directories` are the sandbox's own
+    /// directories, such as the share. If these directories were not host-only, a container with a volume of `/` could
+    /// write to the share.
     ///
     /// # Errors
-    /// The error of stat(2). If this error were ignored, a host-only file system could get into the share.
+    /// The error of stat(2) or statfs(2).
     pub fn new<'a>(directories: impl IntoIterator<Item = &'a Path>) -> io::Result<Self> {
         let dev = Path::new("/dev");
         let mut devices = Vec::new();
@@ -92,7 +92,7 @@ impl HostOnly {
         Ok(Self { devices })
     }
 
-    /// Returns whether a file system type, as named in mount(2), is host-only.
+    /// Returns whether the file system type `kind` is host-only.
     pub fn is_type(kind: &str) -> bool {
         TYPES.iter().any(|(of_type, _)| *of_type == kind)
     }
@@ -101,12 +101,12 @@ impl HostOnly {
         self.devices.iter().find(|(number, _)| *number == device).map(|(_, name)| *name)
     }
 
-    /// Returns whether `mount` is a mount of a host-only file system.
+    /// Returns whether the file system of `mount` is host-only.
     pub fn contains(&self, mount: &Entry) -> bool {
         self.name_of(mount).is_some()
     }
 
-    /// Returns whether `mount` is a mount of one of the sandbox's directories.
+    /// Returns whether `mount` shows a file system of the sandbox's own directories.
     pub fn is_of_sandbox(&self, mount: &Entry) -> bool {
         self.by_device(mount.device) == Some(SANDBOX)
     }
@@ -116,14 +116,13 @@ impl HostOnly {
         of_type.or_else(|| self.by_device(mount.device))
     }
 
-    /// Returns the name of the host-only file system on which `file` is, or `None` if that file system is not
-    /// host-only.
+    /// Returns the name of the file system that contains `file`, if this file system is host-only.
     ///
-    /// The type in the mount list decides. The kernel's internal mounts, such as those of nsfs and pidfs, are not in
+    /// The mount list contains the file system's type. The kernel's internal mounts, such as nsfs and pidfs, are not in
     /// the mount list. For these mounts, the result of statfs(2) decides.
     ///
     /// # Errors
-    /// The error of fstatfs(2), fstat(2) or of reading the mount list.
+    /// The error of fstatfs(2) or fstat(2), or the error of reading the mount list.
     pub fn type_of(&self, file: &OwnedFd) -> io::Result<Option<&'static str>> {
         let (id, mounts) = (mount_api::mount_id(file.as_fd())?, mountinfo::read()?);
         if let Some(name) = mounts.iter().find(|mount| mount.id == id).and_then(|mount| self.name_of(mount)) {
@@ -136,8 +135,8 @@ impl HostOnly {
         }
     }
 
-    /// Returns the same result as [`HostOnly::type_of`], for a layer of an overlay. Reads the mount list only for a
-    /// layer on a tmpfs, because statfs(2) cannot tell devtmpfs from tmpfs.
+    /// Variant of [`HostOnly::type_of`] for an overlay's layer. Reads the mount list only if the layer is on a tmpfs,
+    /// because devtmpfs has the same `f_type`.
     ///
     /// # Errors
     /// The errors of [`HostOnly::type_of`].
@@ -150,14 +149,14 @@ impl HostOnly {
     }
 }
 
-/// `/dev` and its directories that are on host-only file systems and exist in every guest.
+/// `/dev` and the directories below `/dev` that exist in every guest.
 const GUEST_DEV_DIRS: [&str; 5] = ["/dev", "/dev/mqueue", "/dev/net", "/dev/pts", "/dev/shm"];
 
-/// Returns the guest path that replaces `path`, a host path on a host-only file system. If the guest has its own
-/// instance at `path`, returns the same path.
+/// Returns the guest path for `path`, a host path on a host-only file system. If every guest has its own file system at
+/// `path`, the guest path is `path`.
 ///
-/// Returns `None` if not every guest has an instance at `path`, for example for a directory of devices. Returns `None`
-/// for the directory of a process, too, because the PID belongs to another process in the guest.
+/// Returns `None` if a guest may lack this path, for example `/dev/dri`. Also returns `None` for the directory of a
+/// process, because the PID belongs to another process in the guest.
 pub fn guest_path(path: &Path) -> Option<PathBuf> {
     let in_guest = match path.strip_prefix("/proc") {
         Ok(rest) => !rest.components().next().is_some_and(|first| is_process_dir(first.as_os_str())),
@@ -166,7 +165,7 @@ pub fn guest_path(path: &Path) -> Option<PathBuf> {
     in_guest.then(|| path.to_owned())
 }
 
-/// Returns whether `/proc/NAME` is the directory of one process or thread.
+/// Returns whether `/proc/NAME` is the directory of a process or thread.
 fn is_process_dir(name: &OsStr) -> bool {
     name == "self" || name == "thread-self" || name.as_bytes().iter().all(u8::is_ascii_digit)
 }

@@ -1,5 +1,5 @@
-//! Recognizes the kubelet's directories for a pod's volumes on the node. Finds the volume, and the subdirectory of the
-//! volume, to which a mount's source belongs.
+//! Recognizes the kubelet's volume directories. For a mount's source, finds the volume and the subdirectory in the
+//! volume.
 
 use std::{
     fs, io,
@@ -19,7 +19,7 @@ use nix::{
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::{mount_api, mountinfo};
 
-/// An emptyDir on a disk, or a subdirectory of this emptyDir. The guest accesses the directory through virtio-fs.
+/// An emptyDir on a disk, or a subdirectory in an emptyDir. The guest accesses the directory through virtio-fs.
 #[derive(Debug)]
 pub struct DiskEmptyDir {
     /// The volume's directory.
@@ -28,12 +28,12 @@ pub struct DiskEmptyDir {
     pub subdirectory: Vec<VolumeDirectory>,
 }
 
-/// Returns the emptyDir of the pod with uid `pod` that contains `source`, a file or directory opened at `path`. Returns
-/// `None` if the source is not in an emptyDir of this pod, or if the emptyDir is a memory volume.
+/// Finds the emptyDir that contains `source`, a file or directory opened at `path`. Returns `None` if `source` is not
+/// in an emptyDir of the pod with uid `pod`, or if the emptyDir is a memory volume.
 ///
-/// An emptyDir belongs to a single pod. Therefore, the whole volume can be bound into the share. The guest then
-/// enforces whether a container may write to the volume, and which subdirectory the container gets. With separate
-/// mounts, each container would see different inodes (see [`crate::volumes::bind`]).
+/// An emptyDir belongs to a single pod. Therefore, the caller can bind the whole volume into the share. For each
+/// container, the guest selects the subdirectory and applies the read-only option. With separate mounts, each container
+/// would see different inodes (see [`crate::volumes::bind`]).
 ///
 /// # Errors
 /// The kernel's error.
@@ -58,12 +58,11 @@ pub fn disk_empty_dir(
     if device_and_inode(&volume)? == device_and_inode(source)? {
         return Ok(Some(DiskEmptyDir { root: volume, subdirectory: Vec::new() }));
     }
-    // A subPath is a separate mount. Therefore, compare the paths of the volume and of the source within their file
-    // system, to find the path of the subPath in the volume.
+    // The kubelet binds a subPath to a mount point outside the volume. Therefore, compare the paths of volume and
+    // source relative to the root of their file system.
     let (all, part) = (path_in_filesystem(&volume)?, path_in_filesystem(source)?);
     let Ok(subdirectory) = part.strip_prefix(&all) else { return Ok(None) };
-    // A mount inside the volume is not part of the volume. A directory that was removed or renamed after it was opened
-    // is not part of the volume either.
+    // If the source was renamed or removed, or a mount covers a part of the path, the path does not lead to the source.
     match stat_components(&volume, subdirectory, id_mappings) {
         Ok((subdirectory, end)) if end == device_and_inode(source)? => {
             Ok(Some(DiskEmptyDir { root: volume, subdirectory }))
@@ -74,13 +73,13 @@ pub fn disk_empty_dir(
     }
 }
 
-/// Returns whether `path` is a `subPath` of a volume. The kubelet creates a new mount of the subPath for each container
-/// that uses the subPath (Kubernetes, pkg/volume/util/subpath/subpath_linux.go, `doBindSubPath`).
+/// Returns whether `path` is the kubelet's mount point for a `subPath`. The kubelet creates a mount for each container
+/// that uses the `subPath` (Kubernetes, pkg/volume/util/subpath/subpath_linux.go, `doBindSubPath`).
 pub fn is_sub_path(path: &Path) -> bool {
     is_third_ancestor(path, "volume-subpaths")
 }
 
-/// Returns whether the third directory above `path` has this name.
+/// Returns whether the third directory above `path` has the name `name`.
 fn is_third_ancestor(path: &Path, name: &str) -> bool {
     path.ancestors().nth(3).and_then(Path::file_name).is_some_and(|found| found == name)
 }
@@ -90,8 +89,8 @@ fn device_and_inode(file: &OwnedFd) -> io::Result<(u64, u64)> {
     Ok((stat.st_dev, stat.st_ino))
 }
 
-/// Returns the name and the directory of the emptyDir to which `path` belongs. `path` is in the emptyDir
-/// (`<pod>/volumes/kubernetes.io~empty-dir/<name>`), or in a subPath of the emptyDir
+/// Finds the name and the directory of the emptyDir to which `path` belongs. `path` is in the volume
+/// (`<pod>/volumes/kubernetes.io~empty-dir/<name>`) or in a subPath's directory
 /// (`<pod>/volume-subpaths/<name>/<container>/<number>`).
 pub fn parse_empty_dir(path: &Path) -> Option<(String, PathBuf)> {
     let parts: Vec<&str> = path.components().filter_map(|part| part.as_os_str().to_str()).collect();
@@ -104,8 +103,8 @@ pub fn parse_empty_dir(path: &Path) -> Option<(String, PathBuf)> {
     Some((name.to_owned(), pod.join("volumes/kubernetes.io~empty-dir").join(name)))
 }
 
-/// Returns the path of a file relative to the root of its file system. Computes this path from the mount through which
-/// the file was opened (proc_pid_mountinfo(5)).
+/// Returns the path of `source` relative to the root of its file system. The mount list shows which directory of the
+/// file system is mounted (proc_pid_mountinfo(5)).
 ///
 /// # Errors
 /// The kernel's error, or [`io::ErrorKind::NotFound`] if the mount is not in the mount list.
@@ -117,8 +116,8 @@ pub fn path_in_filesystem(source: &OwnedFd) -> io::Result<PathBuf> {
     Ok(mount.root.strip_prefix("/").map_err(io::Error::other)?.join(subdirectory))
 }
 
-/// Returns the mode and owner of each component of a path below a volume. Also returns the device and inode of the last
-/// component.
+/// Returns the name, mode and owner of each component of `subdirectory`, a path below `volume`. Also returns the device
+/// and inode of the final component.
 ///
 /// Does not follow symlinks, because a guest may write to the volume at the same time.
 ///
@@ -141,8 +140,8 @@ pub fn stat_components(
     Ok((directories, device_and_inode(&here)?))
 }
 
-/// Returns the owner of a file as the guest sees the owner. If there are id mappings, the guest sees the file through
-/// an id-mapped mount.
+/// Translates the owner of a file on the host to the owner that the guest sees. The guest sees the file through an
+/// id-mapped mount if there are `id_mappings`.
 pub fn owner(uid: u32, gid: u32, id_mappings: Option<&IdMappings>) -> (u32, u32) {
     match id_mappings {
         Some(id_mappings) => id_mappings.owner(uid, gid),
@@ -183,7 +182,7 @@ mod tests {
         assert_eq!(of(&root.join("a/b")).unwrap(), "a/b");
         assert_eq!(of(&root.join("a/file")).unwrap(), "a/file");
         assert!(of(dir.path()).is_none() && at(&root, "another").is_none());
-        // The target of a symlink in the volume is not part of the volume.
+        // The target of a symlink is not in the volume.
         std::os::unix::fs::symlink("/etc", root.join("out")).unwrap();
         assert_eq!(of(&root.join("out")), None);
     }

@@ -1,4 +1,4 @@
-//! Attaches image files to loop devices. An image file may contain a rootfs.
+//! Attaches files to loop devices, because a rootfs may be an image file.
 
 use std::{
     fs::{File, OpenOptions},
@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// `<linux/loop.h>`.
+/// Constants from linux/loop.h.
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
 const LO_FLAGS_READ_ONLY: u32 = 1;
@@ -42,8 +42,9 @@ struct LoopConfig {
     reserved: [u64; 8],
 }
 
-/// Attaches `file` to a loop device. Returns the path of the device, and the open device. The kernel detaches the
-/// device when the returned file is closed and the device is not mounted.
+/// Attaches `file` to a free loop device. Returns the device's path and the open device.
+///
+/// The kernel detaches the file when the device is closed and not mounted (LO_FLAGS_AUTOCLEAR).
 pub fn attach(file: &Path, read_only: bool) -> io::Result<(PathBuf, File)> {
     let backing = OpenOptions::new().read(true).write(!read_only).open(file)?;
     let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;

@@ -1,9 +1,8 @@
 //! Memory volumes: emptyDirs of medium `Memory` and `HugePages` (Kubernetes, pkg/volume/emptydir).
 //!
-//! For each memory volume, the guest creates a file system that replaces the kubelet's file system on the host. The
-//! contents then count as the container's memory, as under runc. If virtio-fs shared the contents, they would count as
-//! the VMM's memory. virtio-fs cannot share huge pages at all. The guest's volume has the size and owner of the
-//! kubelet's volume, and lives as long as the pod.
+//! For each memory volume, the guest creates a file system with the size and owner of the kubelet's volume. This file
+//! system exists as long as the pod. As under runc, its contents count as the container's memory. If virtio-fs shared
+//! the kubelet's volume, the contents would count as the VMM's memory. virtio-fs cannot share huge pages at all.
 
 use std::{
     fs, io,
@@ -26,7 +25,7 @@ const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 /// Size of the guest's huge pages in bytes.
 const HUGE_PAGE: u64 = 2 << 20;
 
-/// Error of translating a memory volume.
+/// Error of [`request_for`].
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryVolumeError {
     /// The volume cannot be inspected.
@@ -40,9 +39,10 @@ pub enum MemoryVolumeError {
     Size(u64),
 }
 
-/// Returns the request that creates the memory volume for `source`, or `None` if the directory is not a memory volume.
+/// Returns the request with which the agent creates the memory volume that contains `source`. Returns `None` if
+/// `source` is not in a memory volume.
 ///
-/// `source` must have been opened at `path`. The request is for mount number `mount` of `container`.
+/// `source` must have been opened at `path`. `mount` is the mount's index in the specification of `container`.
 ///
 /// # Errors
 /// [`MemoryVolumeError`].
@@ -63,7 +63,7 @@ pub fn request_for(
     let Some((name, root)) = kubelet_paths::parse_empty_dir(path) else {
         return if huge { Err(MemoryVolumeError::Shared) } else { Ok(None) };
     };
-    // The directory is not part of the volume if their file systems are different.
+    // If the file systems differ, the directory is not part of the volume.
     let volume_stat = fs::symlink_metadata(&root).map_err(inspect("stat the volume"))?;
     let dir_stat =
         fs::metadata(format!("/proc/self/fd/{}", source.as_raw_fd())).map_err(inspect("stat the directory"))?;
@@ -91,8 +91,8 @@ pub fn request_for(
     }))
 }
 
-/// Returns the request that binds `subdirectory` of a volume for mount number `mount` of `container`. The guest has the
-/// volume at `root`.
+/// Returns the request with which the agent binds `subdirectory` of the volume at the guest path `root`. `mount` is the
+/// mount's index in the specification of `container`.
 pub fn subdirectory_request(
     root: &str,
     subdirectory: Vec<VolumeDirectory>,
@@ -106,7 +106,7 @@ pub fn subdirectory_request(
 fn statfs(file: &OwnedFd) -> io::Result<libc::statfs> {
     // SAFETY: statfs is plain data, for which all zeroes is a valid value.
     let mut fs_stat: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: `fs_stat` outlives the call, which fills it.
+    // SAFETY: fstatfs(2) writes only to `fs_stat`, which outlives the call.
     match unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut fs_stat) } {
         0 => Ok(fs_stat),
         _ => Err(io::Error::last_os_error()),

@@ -1,8 +1,8 @@
-//! Root file systems and volumes. They are mounted in the sandbox's share on the host, or mirrored to the guest, or
-//! created in the guest.
+//! Makes a container's rootfs and volumes available to the guest: in the share, as mirrored volumes, or as memory
+//! volumes.
 //!
-//! All functions except those of [`mirror`] block on file system and mount calls. Call them in `spawn_blocking`, or
-//! before the async runtime is started.
+//! All functions outside [`mirror`] block. Call these functions in `spawn_blocking`, or before the async runtime
+//! starts.
 
 pub mod bind;
 pub mod error;

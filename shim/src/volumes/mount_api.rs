@@ -1,4 +1,4 @@
-//! Operations on mounts that are identified by fds.
+//! Operations on mounts, which are identified by fds.
 
 use std::{
     io,
@@ -14,7 +14,7 @@ use nix::{
 
 pub use husk_base::sys::mount::{MOUNT_ATTR_RDONLY, attach, clone_tree, mount_id, set_attributes, set_id_mapping};
 
-/// Opens `path` with O_PATH. A symlink in the last component is followed if `follow` is true.
+/// Opens `path` with O_PATH. If `follow` is true, follows a symlink in the final component.
 ///
 /// # Errors
 /// The errors of open(2).

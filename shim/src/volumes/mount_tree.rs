@@ -24,12 +24,12 @@ pub struct Submount<'a> {
 }
 
 impl<'a> Tree<'a> {
-    /// Returns the tree whose root mount has this mount id, or is covered by the mount with this id. Returns `None` if
-    /// the list does not contain a mount with this id.
+    /// Returns the tree whose root is mount `id`. If mount `id` covers other mounts on the same mount point, the root
+    /// is the bottom mount. Returns `None` if `entries` does not contain mount `id`.
     pub fn of(entries: &'a [Entry], id: u64) -> Option<Self> {
         let by_id: HashMap<u64, &Entry> = entries.iter().map(|entry| (entry.id, entry)).collect();
         let mut base = *by_id.get(&id)?;
-        // If a mount covers the root of another mount, it is a child of the covered mount and has the same mount point.
+        // A mount that covers another mount's root is a child of the covered mount, and has the same mount point.
         while let Some(parent) = by_id.get(&base.parent).filter(|p| p.point == base.point && p.id != base.id) {
             base = parent;
         }
@@ -37,15 +37,16 @@ impl<'a> Tree<'a> {
         for entry in entries.iter().filter(|entry| entry.id != entry.parent) {
             children.entry(entry.parent).or_default().push(entry);
         }
-        // Sort by path components, so that a directory comes directly before everything below it.
+        // Sort by path components, so that a mount point comes directly before all mount points below it.
         children.values_mut().for_each(|mounts| mounts.sort_by(|a, b| a.point.cmp(&b.point)));
         Some(Self { base, children })
     }
 
-    /// Returns two lists: the submounts that a path lookup reaches, parents first, and the excluded submounts.
+    /// Returns the submounts that a path lookup reaches, parents first. Also returns the submounts that `excluded`
+    /// selects.
     ///
-    /// The first list omits the submounts that `excluded` selects, and all mounts below these submounts. A path lookup
-    /// does not reach a mount if a later mount covers its root or a directory above its mount point.
+    /// Both lists omit all mounts below an excluded submount. A path lookup does not reach a mount if another mount
+    /// covers its root or a directory above its mount point.
     pub fn reachable(&self, excluded: impl Fn(&Entry) -> bool) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
         let (mut found, mut left_out) = (Vec::new(), Vec::new());
         let top = self.top(self.base);
@@ -68,7 +69,7 @@ impl<'a> Tree<'a> {
         (reached, left_out)
     }
 
-    /// Returns the topmost of the mounts that are stacked on the root of `mount`.
+    /// Returns the topmost mount that covers the root of `mount`, or `mount` if nothing covers its root.
     fn top(&self, mount: &'a Entry) -> &'a Entry {
         let mut top = mount;
         while let Some(cover) = self.children(top).find(|cover| cover.point == top.point) {
@@ -77,11 +78,12 @@ impl<'a> Tree<'a> {
         top
     }
 
-    /// Adds the topmost mount at each of the mount points in `parent` that no other child mount hides.
+    /// Adds to `into` the children of `parent` that a path lookup reaches. If a mount covers a child's root, adds the
+    /// topmost mount instead.
     fn push_children(&self, parent: &'a Entry, into: &mut Vec<&'a Entry>) {
         let mut last: Option<&Path> = None;
         for child in self.children(parent) {
-            // Skip a mount if another mount, on one of its parent directories, hides it.
+            // Skip a child if another child is mounted on a directory above its mount point.
             if !last.is_some_and(|last| child.point.starts_with(last)) {
                 last = Some(&child.point);
                 into.push(self.top(child));
@@ -94,11 +96,11 @@ impl<'a> Tree<'a> {
     }
 }
 
-/// Returns the submounts to remove from `old` and the submounts to add to `old`, so that `old` becomes `new`.
+/// Returns two lists that turn `old` into `new`: the submounts to remove, and the submounts to add.
 ///
-/// Two submounts are equal if they show the same directory of the same file system at the same path. Removing a
-/// submount removes all submounts below it. Therefore, the first list contains only the topmost submounts to
-/// remove. If a submount below them is in `new`, the second list contains it, so that it is added again.
+/// Two submounts are equal if they show the same directory of the same file system at the same path. An unmount
+/// includes all submounts below. Therefore, the first list contains only the topmost submounts. The second list
+/// includes each submount of `new` that is below a removed submount.
 pub fn differences<'a>(old: Vec<Submount<'a>>, new: Vec<Submount<'a>>) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
     let same = |a: &Submount<'_>, b: &Submount<'_>| {
         (&a.path, a.entry.device, &a.entry.root) == (&b.path, b.entry.device, &b.entry.root)
@@ -164,7 +166,7 @@ mod tests {
         let mut entries = tree();
         entries.push(entry(6, 3, "/v/a/proc", "proc"));
         entries.push(entry(7, 6, "/v/a/proc/sys/fs", "tmpfs"));
-        // An excluded mount hides the mount that it covers. Therefore, `paths` must not contain either mount.
+        // Mount 8 is excluded and covers mount 5. Therefore, `paths` must contain neither mount.
         entries.push(entry(8, 5, "/v/a-b", "proc"));
         let (mut paths, mut left_out) = reached(&entries, 2);
         paths.sort();

@@ -1,4 +1,4 @@
-//! Reads the kernel's mount list of this thread's mount namespace (proc_pid_mountinfo(5)).
+//! Reads the mount list of the calling thread's mount namespace (proc_pid_mountinfo(5)).
 
 use std::{ffi::OsString, fs, io, os::unix::ffi::OsStringExt, path::PathBuf};
 
@@ -7,7 +7,7 @@ use nix::sys::stat::makedev;
 /// An entry of the mount list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// Mount id, as in statx(2). The kernel reuses the id after the mount is gone.
+    /// Mount id, as in statx(2). The kernel may reuse the id after the unmount.
     pub id: u64,
     /// Id of the parent mount.
     pub parent: u64,
@@ -21,7 +21,7 @@ pub struct Entry {
     pub kind: String,
 }
 
-/// Returns the mounts, in the kernel's order. Mounts on the same mount point are in the order of their creation.
+/// Returns the mounts, in the kernel's order.
 ///
 /// # Errors
 /// If /proc cannot be read.

@@ -1,5 +1,4 @@
-//! Plans a container's mounts. The host binds directories and files into the share, and the guest binds them from the
-//! share to the container.
+//! Decides how each mount of a container's specification is made available in the guest, and prepares the mount.
 
 use std::{
     fs,
@@ -26,19 +25,19 @@ use crate::volumes::{bind, host_only, kubelet_paths, memory_volume, mount_api};
 enum Plan {
     /// The guest makes the mount as specified.
     Keep,
-    /// The guest binds this guest path.
+    /// The guest binds this path, which is a path in the guest.
     GuestPath(String),
-    /// The host binds this directory or file into the share.
+    /// The shim binds this directory or file into the share.
     Bind { source: OwnedFd, directory: bool, id_mappings: Option<IdMappings>, ignores_mount_id: bool },
-    /// The host binds an emptyDir into the share. The guest gives the container the emptyDir or a subdirectory of it.
+    /// The shim binds an emptyDir into the share. The guest binds the emptyDir or its subdirectory to the container.
     EmptyDir { volume: DiskEmptyDir, id_mappings: Option<IdMappings> },
-    /// The volume is mirrored.
+    /// The shim mirrors the volume.
     Mirror { source: Volume, id_mappings: Option<IdMappings> },
     /// The guest creates a memory volume.
     Memory(Box<MountVolumeRequest>),
 }
 
-/// Volumes that must be set up in the guest before it creates the container.
+/// Volumes that the agent must set up before it creates the container.
 #[derive(Debug, Default)]
 pub struct GuestVolumes {
     /// Mirrored volumes.
@@ -47,13 +46,13 @@ pub struct GuestVolumes {
     pub memory: Vec<MountVolumeRequest>,
 }
 
-/// The container and sandbox for which mounts are planned.
+/// Properties of the container and its sandbox that the plan depends on.
 pub struct PlanContext<'a> {
     /// Bundle directory. Relative sources are relative to this directory.
     pub bundle: &'a Path,
     /// Path of the share on the host.
     pub share: &'a Path,
-    /// Tells host-only file systems from other file systems.
+    /// Recognizes host-only file systems.
     pub host_only: &'a HostOnly,
     /// Container id.
     pub container: &'a str,
@@ -63,8 +62,8 @@ pub struct PlanContext<'a> {
     pub pod: &'a str,
 }
 
-/// Makes mount number `index` available to the guest. Returns the source that the guest uses, or `None` if the guest
-/// uses the specified source.
+/// Prepares `mount`, which has the index `index` in the specification. Returns the source that the guest must use, or
+/// `None` for the specified source.
 pub fn prepare_mount(
     mount: &Mount,
     index: usize,
@@ -140,8 +139,8 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
         return reject(message);
     }
     let path = context.bundle.join(source);
-    // Use the guest's instance of a host-only file system, which shows the guest's kernel. The host's instance cannot
-    // be shared, because the VMM would open its files with the VMM's permissions.
+    // For a host-only file system, use the guest's instance. The VMM would open files of the host's instance with the
+    // VMM's permissions.
     let guest_instance = |path: &Path, kind: &str, notes: &mut Vec<String>| match host_only::guest_path(path) {
         Some(guest) => {
             notes.push(format!("the mount of {} shows the guest's instance instead of the host's", path.display()));
@@ -154,8 +153,8 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
         )),
     };
     let is_host_only_path = path.starts_with("/proc") || path.starts_with("/sys") || path == Path::new("/dev");
-    // Only the text of the path decides, because the path may not exist on the host. A path with `..` is excluded,
-    // because it may lead elsewhere.
+    // Check only the text of the path, because the path may not exist on the host. Skip a path with `..`, because it
+    // may lead elsewhere.
     if is_host_only_path && !path.components().any(|part| part == Component::ParentDir) {
         return guest_instance(&path, "proc", notes);
     }
@@ -225,7 +224,8 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
     }
 }
 
-/// Returns whether `path` is the shared memory that containerd's CRI creates for a pod: `…/sandboxes/<id>/shm`.
+/// Returns whether `path` is the shared memory directory that containerd's CRI creates for a pod:
+/// `…/sandboxes/<id>/shm`.
 fn is_sandbox_shm(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name == "shm")
         && path.parent().and_then(Path::parent).and_then(Path::file_name).is_some_and(|name| name == "sandboxes")

@@ -1,4 +1,4 @@
-//! Updates the share after the host has mounted or unmounted something in a volume with `rslave` propagation.
+//! Updates the share after the host mounts or unmounts something in a volume with `rslave` propagation.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -34,13 +34,14 @@ pub fn volumes(share: &Path) -> Result<Vec<OsString>, SyncError> {
     stage.receiving().map_err(|source| SyncError { step: "list the volumes in", path: stage.dir().to_owned(), source })
 }
 
-/// Applies the host's mounts and unmounts in volume `name` to the share. Calls for one volume must not overlap.
+/// Makes the submounts of volume `name` in the share match its receiving tree. At most one call may run for each
+/// volume.
 ///
-/// The volume may be removed at the same time. The only requests to file systems are lookups of mount points.
-/// Therefore, a file system that hangs blocks the update only if it contains a mount point.
+/// Another thread may remove the volume during the call. The call looks up only mount points. Therefore, a hanging file
+/// system blocks the call only if it contains a mount point.
 ///
 /// # Errors
-/// The first error. The other mounts are updated nevertheless.
+/// The first error. After an error, the call continues with the remaining mounts.
 pub fn update(share: &Path, name: &OsStr) -> Result<(), SyncError> {
     let stage = StagingDir::for_share(share);
     let error = |step, path: &Path| {
@@ -70,8 +71,8 @@ fn update_from(
     let (received, _) = received.reachable(|entry| host_only.contains(entry));
     let (shared, _) = shared.reachable(|_| false);
     let (removed, added) = differences(shared, received);
-    // Unmount only the topmost mounts. The kernel unmounts their submounts with them. The lookup of a submount's path
-    // might hang, because this path may be in a file system that hangs.
+    // Each unmount includes the submounts below. `removed` does not contain these submounts, because a lookup of their
+    // paths might hang.
     let unmounted = removed.iter().map(|submount| detach(&to.file, submount).map_err(error("unmount", &submount.path)));
     let unmounted = first_error(unmounted);
     let mounted = copy_new(&from.file, target, &added, host_only);
@@ -79,7 +80,7 @@ fn update_from(
     mounted.map_err(|(path, source)| error("mount", &path)(source))
 }
 
-/// Copies new mounts, parents first. Returns the first error with its path.
+/// Copies the mounts `added` from `from` to the mount at `to`. Returns the first error with the mount's path.
 fn copy_new(
     from: &OwnedFd,
     to: &Path,
@@ -90,15 +91,16 @@ fn copy_new(
         return Ok(());
     }
     let opened: Vec<_> = added.iter().map(|submount| (submount, open_below(from, &submount.path))).collect();
-    // The kernel reuses the ids of mounts that are gone. Therefore, an id in the older list may now belong to another
-    // mount. The open fds prevent the reuse of their mounts' ids, so that the ids in this new list are reliable.
+    // The kernel reuses mount ids after an unmount. Therefore, an id in the caller's list may belong to a different
+    // mount now. While the fds are open, the kernel does not reuse their mounts' ids. Therefore, the ids in this new
+    // list are reliable.
     let entries = mountinfo::read().map_err(|error| (PathBuf::new(), error))?;
     let results = opened.into_iter().map(|(submount, source)| {
         let copied = source.and_then(|source| {
             let id = mount_api::mount_id(source.as_fd())?;
             match entries.iter().find(|entry| entry.id == id) {
                 Some(entry) if !host_only.contains(entry) => attach_copy(&source, to, &submount.path),
-                // The mount was unmounted, or replaced by a host-only mount. The next update handles this change.
+                // The mount was unmounted, or replaced by a host-only mount.
                 _ => Ok(()),
             }
         });
@@ -133,7 +135,7 @@ mod tests {
             let entries = mountinfo::read().unwrap();
             let old = id(&at("from/a"));
             let added = [Submount { path: "a".into(), entry: entries.iter().find(|entry| entry.id == old).unwrap() }];
-            // Make the list outdated. The new mount gets the lowest free id, which is the id of the old mount.
+            // Make `entries` outdated. The new mount gets the lowest free id, which is `old`.
             nix::mount::umount(&at("from/a")).unwrap();
             mount(Some("proc"), &at("from/a"), Some("proc"), MsFlags::empty(), None::<&Path>).unwrap();
             let from = mount_api::open_path(&at("from"), false).unwrap();

@@ -1,4 +1,4 @@
-//! Mounts a container's rootfs from the mounts that containerd's snapshotter returns.
+//! Mounts a container's rootfs. The mounts come from containerd's snapshotter.
 
 use std::{
     io,
@@ -15,8 +15,7 @@ use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_api;
 use crate::volumes::staging_dir::StagingDir;
 
-/// Size of a page. A mount's options, with the terminating NUL, must fit into one page, because the kernel copies only
-/// one page.
+/// Size of a page. mount(2) copies at most one page of options, including the terminating NUL.
 const PAGE_SIZE: usize = 4096;
 
 /// The user as whom overlays access their layers (the kernel's `overflowuid`).
@@ -62,22 +61,21 @@ pub enum RootfsError {
         #[source]
         source: io::Error,
     },
-    /// The form of the mount is not supported.
+    /// The mount is not supported.
     #[error("failed to mount the rootfs: {0}")]
     Unsupported(String),
 }
 
-/// What a bind mount needs to copy its source.
+/// Context in which [`mount_all`] copies the sources of bind mounts.
 #[derive(Clone, Copy)]
 pub struct CopyContext<'a> {
     /// The staging directory.
     pub stage: &'a StagingDir,
-    /// Tells host-only file systems, which are not copied, from other file systems.
+    /// Recognizes host-only file systems, which are not copied.
     pub host_only: &'a HostOnly,
 }
 
-/// Mounts all of `mounts` at `target`, each on top of the previous mount. Returns notes for the log about omitted file
-/// systems.
+/// Stacks `mounts` at `target`, in order. Returns notes for the log about omitted file systems.
 pub fn mount_all(mounts: &[RootMount], target: &Path, context: CopyContext<'_>) -> Result<Vec<String>, RootfsError> {
     let left_out = mounts.iter().map(|mount| mount_one(mount, target, context));
     Ok(left_out.collect::<Result<Vec<_>, _>>()?.concat())
@@ -85,7 +83,7 @@ pub fn mount_all(mounts: &[RootMount], target: &Path, context: CopyContext<'_>) 
 
 fn mount_one(root: &RootMount, target: &Path, context: CopyContext<'_>) -> Result<Vec<String>, RootfsError> {
     if !root.target.is_empty() && root.target != "/" {
-        // Reject the mount, because a symlink in the image could redirect it to any directory of the host.
+        // A symlink in the image could redirect this mount to any directory of the host.
         let message = format!("a mount at {:?} inside the rootfs is not supported", root.target);
         return Err(RootfsError::Unsupported(message));
     }
@@ -115,7 +113,7 @@ fn mount_one(root: &RootMount, target: &Path, context: CopyContext<'_>) -> Resul
     })
 }
 
-/// Rejects a host-only file system as the rootfs or as a layer of the rootfs.
+/// Fails if the rootfs or a layer of the rootfs is a host-only file system.
 fn reject_host_only(kind: &str, options: &Options<'_>, host_only: &HostOnly) -> Result<(), RootfsError> {
     let reject = |what: &str, kind: &str| {
         Err(RootfsError::Unsupported(format!(
@@ -130,7 +128,7 @@ fn reject_host_only(kind: &str, options: &Options<'_>, host_only: &HostOnly) -> 
         matches!(name, "lowerdir" | "upperdir").then_some(paths)
     });
     for layer in layers.flat_map(|paths| paths.split(':')).filter(|path| path.starts_with('/')) {
-        // Ignore a layer that cannot be opened, because the mount fails later with a better error.
+        // Skip a layer that cannot be opened, because the mount fails later with a better error.
         let Ok(file) = mount_api::open_path(Path::new(layer), true) else { continue };
         match host_only.type_of_layer(&file) {
             Ok(Some(kind)) => return reject(layer, kind),
@@ -144,7 +142,7 @@ fn reject_host_only(kind: &str, options: &Options<'_>, host_only: &HostOnly) -> 
     Ok(())
 }
 
-/// Returns the beginning of a long option string, because the paths of many layers are not useful in an error.
+/// Shortens an option string for an error message.
 fn shorten(options: &str) -> String {
     const MAX: usize = 200;
     if options.len() <= MAX {
@@ -187,7 +185,7 @@ fn bind(
 
 fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> io::Result<()> {
     let mut source = PathBuf::from(&root.source);
-    let _device; // a loop device with autoclear exists as long as it is open or mounted
+    let _device; // keeps the loop device attached until it is mounted
     if options.loop_device {
         let (path, file) = crate::volumes::loop_device::attach(&source, options.flags.contains(MsFlags::MS_RDONLY))?;
         _device = file;
@@ -201,9 +199,8 @@ fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> 
         let message = format!("the options have {} bytes, but the kernel accepts only {}", data.len(), PAGE_SIZE - 1);
         return Err(io::Error::other(message));
     };
-    // Shorten the options with paths that are relative to the working directory. Use a new thread, because a thread
-    // must call unshare(CLONE_FS) before it changes its working directory. Otherwise, it would change the working
-    // directory of all threads.
+    // The shortened options contain paths relative to the working directory. Threads share their working directory
+    // until they call unshare(CLONE_FS). Therefore, a new thread makes this mount.
     let (target, kind, flags) = (target.to_path_buf(), root.kind.clone(), options.flags);
     let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
@@ -213,10 +210,10 @@ fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> 
     mounter.join().unwrap_or_else(|_| Err(io::Error::other("the thread that mounts the rootfs panicked")))
 }
 
-/// Mounts an overlay whose lower directories are id-mapped.
+/// Mounts an overlay at `target`, with an id-mapped mount of each lower directory.
 ///
-/// Each lower directory gets an id-mapped mount. The upper directory is used unchanged, because containerd created it
-/// with the mapped ids. Only the overlay uses the id-mapped mounts, which exist as long as the overlay.
+/// The upper directory is not id-mapped, because containerd created it with the mapped ids. The id-mapped mounts exist
+/// as long as the overlay.
 fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappings) -> io::Result<()> {
     let lower = options.data.iter().find_map(|option| option.strip_prefix("lowerdir="));
     let lower = lower.ok_or_else(|| io::Error::other("the overlay has no option lowerdir"))?;
@@ -235,8 +232,8 @@ fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappi
     let names: Vec<String> = (0..layers.len()).map(|layer| layer.to_string()).collect();
     data.push(format!("lowerdir={}", names.join(":")));
     let (stage, flags) = (target.to_path_buf(), options.flags);
-    // overlay accepts only layers in the caller's mount namespace. Therefore, a thread mounts the layers in a new
-    // namespace, and these mounts disappear with the thread.
+    // overlay accepts only layers in the caller's mount namespace. Therefore, a thread mounts the layers in a new mount
+    // namespace, which disappears with the thread.
     let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
         let none = None::<&Path>;
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS | nix::sched::CloneFlags::CLONE_NEWNS)?;
@@ -291,12 +288,11 @@ fn mount_now(source: &Path, target: &Path, kind: &str, flags: MsFlags, data: &st
     Ok(mount(Some(source), target, Some(kind), flags, Some(data).filter(|data| !data.is_empty()))?)
 }
 
-/// Returns the longest common parent of the lower directories, and the overlay's options with lower directories
-/// relative to this parent. Returns `None` if the options still exceed a page, or cannot be rewritten.
+/// Rewrites the lower directories in an overlay's options as paths relative to their longest common parent. Returns
+/// this parent and the new options. Returns `None` if the options cannot be rewritten, or still exceed a page.
 fn relative_layers(data: &[&str]) -> Option<(PathBuf, String)> {
     let lower = data.iter().find_map(|option| option.strip_prefix("lowerdir="))?;
-    // A backslash escapes a colon in a path. Paths with an escaped colon cannot be split at colons, but containerd does
-    // not create them.
+    // Do not split a list with an escaped colon (`\:`) or a data-only layer (`::`). containerd creates neither.
     if lower.contains('\\') || lower.contains("::") {
         return None;
     }
@@ -317,7 +313,7 @@ fn relative_layers(data: &[&str]) -> Option<(PathBuf, String)> {
     (data.len() < PAGE_SIZE).then(|| (common.to_path_buf(), data))
 }
 
-/// fstab options, separated into mount flags and the file system's options.
+/// Mount options, separated into flags and the file system's options.
 struct Options<'a> {
     /// Flags of mount(2).
     flags: MsFlags,

@@ -1,10 +1,11 @@
-//! The share: the directory that virtio-fs serves to the guest. The guest cannot change what the host creates in it.
+//! The share is the directory that virtio-fs serves to the guest.
 //!
-//! Two directories show the same tmpfs. The host creates directories and mounts in `share`. `guest` is a read-only
-//! slave mount of `share`, and the root of the guest's virtio-fs. Every mount in `share` propagates to `guest`.
-//! The guest can write to rootfs and volumes, because they are separate mounts. But the guest can neither fill the
-//! tmpfs nor create a symlink at a path where the host is about to mount something. Mounts are prepared in a third
-//! directory, the staging directory `stage`, which is invisible to the guest.
+//! Two directories show the same tmpfs: `share` and `guest`. The shim creates directories and mounts in `share`.
+//! `guest` is a read-only slave of `share`, and every mount in `share` propagates to `guest`. virtio-fs serves `guest`.
+//!
+//! The guest can write to a rootfs or a volume, because each is a separate mount. The tmpfs is read-only for the guest.
+//! Therefore, the guest can neither fill the tmpfs nor create a symlink at a future mount point. The shim prepares
+//! mounts in a third directory, the staging directory `stage`, which the guest cannot see.
 
 use std::{
     io,
@@ -19,8 +20,8 @@ use crate::volumes::{mount_api, shared_mounts};
 /// A sandbox's share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Share {
-    /// Directory in which the host creates directories and mounts. It is the argument `share` of
-    /// [`crate::volumes::teardown()`].
+    /// Directory in which the shim creates directories and mounts. [`crate::volumes::teardown()`] takes this path as
+    /// `share`.
     pub host: PathBuf,
     /// Directory that the VMM serves to the guest.
     pub guest: PathBuf,
@@ -67,14 +68,12 @@ impl Share {
         }
         let (host, guest) = (self.host.as_path(), self.guest.as_path());
         let none = None::<&Path>;
-        // A small size is sufficient, because these file systems contain only mount points: directories and empty
-        // files.
+        // 4 MiB are enough, because these file systems contain only directories and empty files.
         for (path, options) in [(host, "mode=0711,size=4m"), (&stage, "mode=0700,size=4m")] {
             mount(Some("husk"), path, Some("tmpfs"), mount_api::SHARED_FLAGS, Some(options))
                 .map_err(fail("mount a tmpfs at", path))?;
         }
-        // Private propagation allows mounts to be moved out of the staging directory. It also prevents the propagation
-        // of unmounts.
+        // With private propagation, mounts and unmounts in the staging directory have no effect elsewhere.
         mount(none, stage.as_path(), none, MsFlags::MS_PRIVATE, none)
             .map_err(fail("set private propagation of", &stage))?;
         mount(none, host, none, MsFlags::MS_SHARED, none).map_err(fail("set shared propagation of", host))?;
@@ -91,8 +90,7 @@ impl Share {
         mount(none, guest, none, read_only, none).map_err(fail("set the read-only flag of", guest))
     }
 
-    /// Unmounts the share and everything that is still mounted in it, and removes its directories. May be called
-    /// repeatedly.
+    /// Unmounts the share with all submounts, and removes the share's directories. May be called repeatedly.
     pub fn unmount(&self) {
         for path in [&self.guest, &self.host, &self.stage()] {
             // A lazy unmount (MNT_DETACH) includes all submounts. Ignore an error, because there may be nothing to

@@ -1,7 +1,6 @@
-//! The mounts in the share that the containers of a pod have in common. This module records which container uses which
-//! mount.
+//! Mounts in the share that several containers of a pod can use. This module records which container uses which mount.
 //!
-//! Each mount that a container uses is marked by an empty file with the mount's name in `<share>/<container>/mounts`.
+//! The record is a marker for each mount that a container uses: the empty file `<share>/<container>/mounts/<mount>`.
 
 use std::{
     collections::BTreeSet,
@@ -16,27 +15,26 @@ use crate::volumes::mount_api;
 use crate::volumes::staging_dir::StagingDir;
 use crate::volumes::unmount::{remove, unmount};
 
-/// Directory of the mounts in the share. It is never removed, and no name in it is reused, because the guest's kernel
-/// may cache an old entry of the directory for a while.
+/// Directory of the mounts in the share. The shim never removes this directory and never reuses a name in it, because
+/// the guest's kernel caches directory entries.
 pub use husk_proto::SHARED_VOLUMES as VOLUMES;
 
-/// State of the mounts. It cannot be derived from the names in the share.
+/// State of the mounts that the files in the share do not show.
 struct Mounts {
-    /// Number with which the name of the next mount begins.
+    /// Number for the next mount. A mount's name is `<number>.<key>`.
     next_number: u64,
-    /// Mount points that no further container gets. Either their unmount has begun and may have failed, or the mount
-    /// could not be attached.
+    /// Mount points that no further container may use. Either the unmount has begun, or the mount could not be
+    /// attached.
     retired: BTreeSet<PathBuf>,
 }
 
-/// State of the mounts of all containers. The lock keeps markers and mounts consistent, because containers are created
-/// and deleted on separate threads.
+/// State of all mounts. The lock keeps markers and mounts consistent, because several threads create and delete
+/// containers.
 ///
-/// The lock is never held during a request to a file system of the host. The request may hang, and would then delay the
-/// whole pod.
+/// Do not hold the lock during a request to a file system of the host. The request may hang, and would block the whole
+/// pod.
 static MOUNTS: Mutex<Mounts> = Mutex::new(Mounts { next_number: 0, retired: BTreeSet::new() });
 
-/// Locks markers and mounts.
 fn lock_mounts() -> MutexGuard<'static, Mounts> {
     MOUNTS.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -46,13 +44,13 @@ pub fn markers_dir(share: &Path, id: &str) -> PathBuf {
     share.join(id).join("mounts")
 }
 
-/// A failed step, as a verb with its object, and its error.
+/// A failed step (a verb with its object) and its error.
 pub type Step = (&'static str, io::Error);
 
-/// Marks the mount with this key as used by container `id`, and returns the name of the mount. If no mount has this
-/// key, adds a mount with the tree that `copy` returns.
+/// Creates a marker of container `id` for the mount with the key `key`. Returns the mount's name. If no mount has this
+/// key, attaches the tree that `copy` returns.
 ///
-/// `copy` runs without the lock. If another container adds the mount at the same time, the tree is discarded.
+/// `copy` runs without the lock. If another thread adds the mount during `copy`, discards the tree.
 pub fn acquire(
     (share, id): (&Path, &str),
     key: &str,
@@ -71,8 +69,8 @@ pub fn acquire(
     if let Some(name) = mark_present(&lock_mounts())? {
         return Ok(name);
     }
-    // `tree` is declared before the guard of the lock. Therefore, the tree is dropped after the lock is released. The
-    // drop may unmount the tree, and may hang.
+    // Declare `tree` before the lock's guard, so that the lock is released before the tree is dropped. The drop may
+    // unmount the tree, and may hang.
     let tree = copy()?;
     let mut mounts = lock_mounts();
     if let Some(name) = mark_present(&mounts)? {
@@ -88,19 +86,18 @@ pub fn acquire(
     let attached = opened
         .and_then(|target| mount_api::attach_to_share(tree.as_fd(), target.as_fd()).map_err(at("attach the mount")));
     if attached.is_err() {
-        // No container may get the empty mount point. When container `id` is deleted, `release` removes the mount
-        // point.
+        // No container may use the empty mount point. `release` removes it, because container `id` has its marker.
         mounts.retired.insert(target);
     }
     attached.map(|()| name)
 }
 
-/// Attaches `tree` as the receiving tree of mount `name`, which container `id` uses. Returns false if the mount already
-/// has a receiving tree, or is no longer used.
+/// Attaches `tree` as the receiving tree of mount `name`. Returns false if the mount has a receiving tree, or if
+/// container `id` no longer uses the mount.
 pub fn add_receiving((share, id): (&Path, &str), name: &str, directory: bool, tree: &OwnedFd) -> io::Result<bool> {
     let stage = StagingDir::for_share(share);
     let mounts = lock_mounts();
-    // Do not attach the tree if the container was deleted while the tree was made. Nothing would remove the tree.
+    // If the container was deleted while the caller made the tree, nothing would remove the tree.
     let is_used =
         markers_dir(share, id).join(name).try_exists()? && !mounts.retired.contains(&share.join(VOLUMES).join(name));
     if !is_used || stage.receiving()?.iter().any(|found| found == name) {
@@ -109,7 +106,8 @@ pub fn add_receiving((share, id): (&Path, &str), name: &str, directory: bool, tr
     stage.attach_receiving(tree, directory, name).map(|()| true)
 }
 
-/// Removes the mounts that only container `id` uses. May be repeated. `report` receives the result of each step.
+/// Removes the markers of container `id`, and the mounts that no other container uses. May be repeated. Passes the
+/// result of each step to `report`.
 pub fn release(share: &Path, id: &str, mut report: impl FnMut(&Path, io::Result<()>)) {
     let markers = markers_dir(share, id);
     let names = fs::read_dir(&markers)
@@ -122,7 +120,7 @@ pub fn release(share: &Path, id: &str, mut report: impl FnMut(&Path, io::Result<
 }
 
 /// Removes the marker of container `id` for mount `name`. If no other container uses the mount, first removes the
-/// mount. If this removal fails, the marker stays, so that the next call finds the mount.
+/// mount. If this removal fails, keeps the marker, so that a later call can retry.
 fn release_mount(share: &Path, id: &str, name: &OsStr, report: &mut impl FnMut(&Path, io::Result<()>)) {
     let (marker, target) = (markers_dir(share, id).join(name), share.join(VOLUMES).join(name));
     let mut mounts = lock_mounts();
@@ -132,8 +130,7 @@ fn release_mount(share: &Path, id: &str, name: &OsStr, report: &mut impl FnMut(&
         Err(error) => return report(&marker, Err(error)),
     }
     mounts.retired.insert(target.clone());
-    // Unlock first, because unmounting may release the last reference to a file system. The unmount then hangs if the
-    // file system's server hangs.
+    // Release the lock before the unmount. An unmount can hang if the file system's server hangs.
     drop(mounts);
     let stage = StagingDir::for_share(share);
     let unmounted = unmount(&target).and_then(|()| remove(&target));
@@ -159,8 +156,7 @@ fn is_used_by_another(share: &Path, id: &str, name: &OsStr) -> io::Result<bool> 
 }
 
 impl Mounts {
-    /// Returns the name of the mount that has this key and that a container can get. Returns `None` if there is no such
-    /// mount.
+    /// Returns the name of the mount that has the key `key` and is not retired, if any.
     fn find(&self, share: &Path, key: &str) -> io::Result<Option<String>> {
         for entry in fs::read_dir(share.join(VOLUMES))? {
             let entry = entry?;
@@ -206,7 +202,7 @@ mod tests {
             capabilities::set(capabilities::Capabilities { effective: sets.effective & !(1 << 21), ..sets }).unwrap();
             assert!(failures_of_release(&share, "c1") > 0);
             capabilities::set(sets).unwrap();
-            // The first mount may be incomplete. Therefore, the next container gets another mount.
+            // After the failed unmount, the first mount may be incomplete. Therefore, container `c2` gets a new mount.
             let second = bind_for(&share, "c2", &source, &options);
             assert!(second != first && second.join("file").exists());
             assert_eq!(failures_of_release(&share, "c1"), 0);

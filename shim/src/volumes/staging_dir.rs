@@ -1,12 +1,12 @@
-//! The staging directory, in which mount trees are prepared before they are attached to the share.
+//! The staging directory, where the shim prepares mount trees for the share. The guest cannot see this directory.
 //!
-//! The staging directory is invisible to the guest. To copy a tree, the shim first attaches the tree here, because
-//! mountinfo lists only the submounts of attached mounts. The shim then copies the submounts one by one. It omits
-//! host-only file systems, and submounts that no path lookup reaches.
+//! To copy a tree, the shim first attaches the tree here, because the mount list contains only attached mounts. The
+//! shim then copies the submounts one by one. The copy omits host-only file systems, and submounts that no path lookup
+//! reaches.
 //!
-//! A volume with `rslave` propagation has a second tree here, the receiving tree, which stays and receives the host's
-//! later mounts. [`crate::volumes::propagate`] copies these mounts to the share. Therefore, no host-only file system
-//! gets into the share, and the host can unmount a file system on which a guest has open files.
+//! A volume with `rslave` propagation has a receiving tree here. The host's later mounts propagate to this tree, and
+//! [`crate::volumes::propagate`] copies them to the share. With direct propagation, host-only file systems would get
+//! into the share. The host's umount(2) would fail with EBUSY while a guest has open files.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -21,12 +21,12 @@ use crate::volumes::mount_tree::Tree;
 use crate::volumes::submounts::{copy_staged, detach, first_error, mounted};
 use crate::volumes::{mount_api, mountinfo, unmount};
 
-/// Subdirectory of the receiving trees. Each tree has the name of its volume in the share.
+/// Subdirectory of the receiving trees. A receiving tree has the same name as its volume in the share.
 const RECEIVING: &str = "receiving";
-/// Subdirectory of the trees that are being copied.
+/// Subdirectory in which trees are copied.
 const COPYING: &str = "copying";
 
-/// Number that names the next copy in the subdirectory `COPYING`.
+/// Directory name of the next copy in `COPYING`.
 static NEXT_COPY: AtomicU64 = AtomicU64::new(0);
 
 /// The staging directory of a sandbox.
@@ -35,7 +35,7 @@ pub struct StagingDir {
 }
 
 impl StagingDir {
-    /// Returns the staging directory of the sandbox with this share. Both directories have the same parent directory.
+    /// Returns the staging directory, which has the same parent directory as `share`.
     pub fn for_share(share: &Path) -> Self {
         Self { dir: share.with_file_name("stage") }
     }
@@ -45,7 +45,7 @@ impl StagingDir {
         &self.dir
     }
 
-    /// Returns the sandbox's [`HostOnly`], which tells host-only file systems from other file systems.
+    /// Returns a [`HostOnly`] that includes the file systems of `share` and of the staging directory.
     ///
     /// # Errors
     /// The errors of [`HostOnly::new`].
@@ -53,7 +53,7 @@ impl StagingDir {
         HostOnly::new([share, &self.dir])
     }
 
-    /// Creates the subdirectories. The directory itself must be mounted before (see [`crate::volumes::Share`]).
+    /// Creates the subdirectories. The tmpfs of the staging directory must be mounted (see [`crate::volumes::Share`]).
     ///
     /// # Errors
     /// The error of mkdir(2).
@@ -61,11 +61,11 @@ impl StagingDir {
         [RECEIVING, COPYING].iter().try_for_each(|name| fs::create_dir(self.dir.join(name)))
     }
 
-    /// Returns a detached, private copy of the detached mount tree `tree`, without host-only file systems. Also returns
-    /// the mount points of the omitted mounts, relative to the tree, each with the reason for its omission.
+    /// Copies the detached mount tree `tree` without host-only file systems. Returns the copy, which is detached and
+    /// private. Also returns the path of each omitted mount, with the reason.
     ///
     /// # Errors
-    /// If a mount cannot be copied. The copied mounts are then removed from the staging directory.
+    /// If the tree's root cannot be copied, or the temporary mounts cannot be removed.
     pub fn copy(&self, tree: &OwnedFd, host_only: &HostOnly) -> io::Result<(OwnedFd, Vec<String>)> {
         let dir = self.dir.join(COPYING).join(NEXT_COPY.fetch_add(1, Ordering::Relaxed).to_string());
         let (from, to) = (dir.join("from"), dir.join("to"));
@@ -78,8 +78,8 @@ impl StagingDir {
         points_removed.and(dir_removed).map(|()| copied)
     }
 
-    /// Attaches `tree`, a slave of the host's mounts, as the receiving tree of volume `name`. The caller must remove it
-    /// with [`StagingDir::remove_receiving`].
+    /// Attaches `tree`, a slave of the host's mounts, as the receiving tree of volume `name`. The caller must later
+    /// call [`StagingDir::remove_receiving`].
     ///
     /// # Errors
     /// If the tree cannot be attached. The mount point is then removed.
@@ -92,18 +92,18 @@ impl StagingDir {
         }
         let attached = mount_api::open_path(&point, false).and_then(|to| mount_api::attach(tree.as_fd(), to.as_fd()));
         if attached.is_err() {
-            // Best effort, because the error of attaching the tree is returned.
+            // Best effort, because the caller gets the first error.
             let _ = unmount::remove(&point);
         }
         attached
     }
 
-    /// Detaches the copies of the share and of the staging directory from the receiving tree of volume `name`.
-    /// If these copies stayed, every later volume would propagate into each receiving tree. Best effort, because
-    /// updates exclude copies that cannot be detached.
+    /// Detaches copies of the share and of the staging directory from the receiving tree of volume `name`. Otherwise,
+    /// every later mount in the share would propagate to the receiving tree. Best effort, because updates exclude these
+    /// copies.
     ///
-    /// The host's own mounts stay, even host-only mounts. If the host mounts something on one of these mounts later,
-    /// the new mount propagates to the receiving tree only if the tree contains a copy of the older mount.
+    /// Host-only mounts of the host stay attached. If the host later mounts a file system on a host-only mount, the new
+    /// mount propagates only to a tree that contains the host-only mount.
     pub fn detach_sandbox_mounts(&self, name: &str, host_only: &HostOnly) {
         if let (Ok(entries), Ok(Some(base))) = (mountinfo::read(), mounted(&self.receiving_point(name.as_ref())))
             && let Some(tree) = Tree::of(&entries, base.id)
@@ -162,8 +162,8 @@ fn copy_in(
         if unreachable.iter().any(|path| submount.path.starts_with(path)) {
             continue;
         }
-        // If a submount cannot be copied, omit it instead of failing. The mount point may be in a file system whose
-        // server has died, or a guest may have moved the mount point below a path that is too long.
+        // Omit a submount that cannot be copied. For example, the mount point may be in a file system whose server has
+        // died.
         if let Err(error) = copy_staged(&from.file, to, submount) {
             unreachable.push(&submount.path);
             if error.kind() != io::ErrorKind::NotFound {

@@ -1,4 +1,4 @@
-//! Copies and unmounts single submounts, without following a symlink that a guest may have made.
+//! Copies and unmounts single submounts. Does not follow symlinks, because a guest may have created them.
 
 use std::{
     io,
@@ -23,7 +23,7 @@ pub struct Mounted {
     pub id: u64,
 }
 
-/// Opens the topmost mount at `point`. Returns `None` if nothing is mounted there, or `point` does not exist.
+/// Opens the topmost mount at `point`. Returns `None` if `point` is not a mount point, or does not exist.
 pub fn mounted(point: &Path) -> io::Result<Option<Mounted>> {
     let file = match mount_api::open_path(point, false) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -40,10 +40,11 @@ pub fn first_error<E>(steps: impl Iterator<Item = Result<(), E>>) -> Result<(), 
     errors.into_iter().next().map_or(Ok(()), Err)
 }
 
-/// Copies one mount of a tree in the staging directory. The tree is private. Therefore, its mounts have not changed
-/// since the mount list was read.
+/// Copies one mount of the tree at `from`, which is in the staging directory, to the same path below `to`. The tree is
+/// private. Therefore, no mount was propagated into the tree after the mount list was read.
 pub fn copy_staged(from: &OwnedFd, to: &Path, submount: &Submount<'_>) -> io::Result<()> {
     let source = open_below(from, &submount.path)?;
+    // If a guest renamed a directory of the path, the path may lead to a different mount.
     if mount_api::mount_id(source.as_fd())? != submount.entry.id {
         return Err(io::ErrorKind::NotFound.into());
     }
@@ -52,17 +53,17 @@ pub fn copy_staged(from: &OwnedFd, to: &Path, submount: &Submount<'_>) -> io::Re
 
 /// Attaches a private copy of the mount `source`, without its submounts, at `path` below the mount at `to`.
 ///
-/// Does nothing if the mount at `to` is gone.
+/// Does nothing if `to` is not a mount point.
 pub fn attach_copy(source: &OwnedFd, to: &Path, path: &Path) -> io::Result<()> {
-    // Open `to` for every submount, because an earlier submount may cover `to`. The fd refers to the mount itself.
-    // Therefore, nothing is attached to the bare mount point if the volume is removed at the same time.
+    // Open `to` for each submount, because a submount may cover `to`. The fd refers to the mount, not to the mount
+    // point. Therefore, nothing is attached to the mount point if another thread removes the volume.
     let Some(to) = mounted(to)? else { return Ok(()) };
     let tree = mount_api::clone_tree(source.as_fd(), false)?;
     mount_api::set_attributes(tree.as_fd(), 0, libc::MS_PRIVATE, false)?;
     mount_api::attach_to_share(tree.as_fd(), open_below(&to.file, path)?.as_fd())
 }
 
-/// Unmounts a mount below `base`, with its submounts.
+/// Unmounts `submount` of the mount at `base`, with all mounts below `submount`.
 pub fn detach(base: &OwnedFd, submount: &Submount<'_>) -> io::Result<()> {
     let file = match open_below(base, &submount.path) {
         // The mount disappeared together with its mount point.
@@ -74,13 +75,13 @@ pub fn detach(base: &OwnedFd, submount: &Submount<'_>) -> io::Result<()> {
     }
     // Unmount by the fd, because a guest may put a symlink into the path at any time.
     match umount2(format!("/proc/self/fd/{}", file.as_raw_fd()).as_str(), MntFlags::MNT_DETACH) {
-        // The mount was unmounted together with its volume.
+        // EINVAL means that the mount was unmounted together with its volume.
         Ok(()) | Err(Errno::EINVAL) => Ok(()),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Opens `path` below `base` without following symlinks, because a guest may write to the directories in between.
+/// Opens `path` below `base`. Does not follow symlinks, because a guest may write to the directories in `path`.
 pub fn open_below(base: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
     if path.as_os_str().is_empty() {
         return base.try_clone();
@@ -106,14 +107,14 @@ mod tests {
     }
 
     #[test]
-    fn symlinks_of_a_guest_are_not_followed() {
+    fn copy_and_detach_do_not_follow_symlinks() {
         isolated(|dir| {
             let at = |path: &str| dir.join(path);
             for path in ["from", "to", "outside", "from/a/b", "to/real", "outside/b"] {
                 tmpfs(&at(path));
             }
             fs::write(at("outside/b/file"), "").unwrap();
-            // In `to`, a symlink takes the place of the directory `a`, which is part of the mount's path `a/b`.
+            // In `to`, the directory `a` of the path `a/b` is a symlink.
             std::os::unix::fs::symlink(at("outside"), at("to/a")).unwrap();
             let entries = mountinfo::read().unwrap();
             let entry = |id: u64| -> &Entry { entries.iter().find(|entry| entry.id == id).unwrap() };

@@ -20,7 +20,7 @@ pub struct TeardownError {
 /// Unmounts and removes everything in `share` that belongs to container `id`. May be called repeatedly.
 ///
 /// # Errors
-/// The first error. Everything that can be removed is removed nevertheless.
+/// The first error. After an error, the call continues with the remaining steps.
 pub fn teardown(share: &Path, id: &str) -> Result<(), TeardownError> {
     let dir = share.join(id);
     let mut first = Ok(());

@@ -1,5 +1,4 @@
-//! Helpers for tests that mount file systems. Each test has its own mount namespace. The tests need root. Therefore,
-//! `cargo xtask test` runs as root.
+//! Helpers for tests that mount file systems. Each test has its own mount namespace, and needs root.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +13,7 @@ use crate::volumes::shared_mounts::markers_dir;
 use crate::volumes::staging_dir::StagingDir;
 use crate::volumes::{Share, mount_api};
 
-/// Runs `test` in a thread with a new directory and a new mount namespace. As in the shim's daemon, all mounts in the
+/// Runs `test` with a new directory, in a thread with a new mount namespace. As in the shim's daemon, all mounts in the
 /// namespace are slaves of the host's mounts.
 pub fn isolated(test: impl FnOnce(&Path) + Send + 'static) {
     let thread = std::thread::spawn(move || {
@@ -27,13 +26,13 @@ pub fn isolated(test: impl FnOnce(&Path) + Send + 'static) {
     thread.join().unwrap();
 }
 
-/// Mounts a tmpfs at `point`, which is created if it does not exist.
+/// Mounts a tmpfs at `point`. Creates `point` if it does not exist.
 pub fn tmpfs(point: &Path) {
     std::fs::create_dir_all(point).unwrap();
     mount(Some("t"), point, Some("tmpfs"), MsFlags::empty(), None::<&Path>).unwrap();
 }
 
-/// Mounts a tmpfs with shared propagation, which mounts on a host usually have. Returns its mount point.
+/// Mounts a tmpfs with shared propagation, as on most hosts, below `dir`. Returns its mount point.
 pub fn shared_mount(dir: &Path) -> PathBuf {
     let (root, none) = (dir.join("shared"), None::<&Path>);
     tmpfs(&root);
@@ -41,7 +40,7 @@ pub fn shared_mount(dir: &Path) -> PathBuf {
     root
 }
 
-/// Binds the directory `source` for container `id`. Returns the mount's path in the share.
+/// Binds the directory `source` into the share for container `id`. Returns the mount's path in the share.
 pub fn bind_for(share: &Share, id: &str, source: &Path, options: &[&str]) -> PathBuf {
     std::fs::create_dir_all(markers_dir(&share.host, id)).unwrap();
     let options = Some(options.iter().map(ToString::to_string).collect());

@@ -13,8 +13,7 @@ use crate::container::prepare::*;
 use crate::container::prepare_tests::*;
 use crate::volumes::*;
 
-/// Host-only file system types, each with the name of the directory on which a test mounts a file system of this type.
-/// These mounts have no effect on the host.
+/// Pairs of a host-only file system type, and the directory on which a test mounts a file system of this type.
 const HOST_ONLY: [(&str, &str); 6] = [
     ("proc", "proc"),
     ("sysfs", "sys"),
@@ -33,8 +32,8 @@ fn mount_host_only(dir: &Path) -> PathBuf {
         let options = (kind == "devpts").then_some("newinstance");
         mount(Some(kind), &root.join(name), Some(kind), MsFlags::empty(), options).unwrap();
     }
-    // The guest must not see these two tmpfs mounts either: `dev/shm` is inside a host-only mount, and the tmpfs on
-    // `sys` covers a host-only mount.
+    // Mount a tmpfs on `dev/shm`, inside a host-only mount, and a tmpfs on `sys`, which covers a host-only mount. The
+    // guest must see neither.
     mount(Some("t"), &root.join("dev/shm"), Some("tmpfs"), MsFlags::empty(), none)
         .or_else(|_| {
             fs::create_dir(root.join("dev/shm"))?;

@@ -66,7 +66,7 @@ fn sync_propagates_later_mounts_except_host_only_mounts() {
         sync_mounts(&share.host).unwrap();
         assert_eq!(fs::read_to_string(seen.join("late/below/file")).unwrap(), "late");
         assert_eq!(fs::read_dir(seen.join("proc")).unwrap().count(), 0);
-        // A second update changes nothing.
+        // Without a new mount, an update changes nothing.
         let before = mounts_below(&share.guest);
         sync_mounts(&share.host).unwrap();
         assert_eq!(mounts_below(&share.guest), before);
@@ -133,7 +133,7 @@ fn sync_propagates_mounts_that_cover_other_mounts() {
         assert!(seen.join("a/b/second").exists());
         tmpfs("a", "third");
         assert!(seen.join("a/third").exists() && !seen.join("a/b").exists());
-        // The next mount covers the root of the volume.
+        // This mount covers the volume's root.
         tmpfs("", "fourth");
         assert!(seen.join("fourth").exists() && !seen.join("a").exists());
         for (path, file) in [("", "a/third"), ("a", "a/b/second"), ("a/b", "a/b/first")] {
@@ -251,7 +251,7 @@ fn sync_tolerates_concurrent_volume_changes() {
             while !churn.is_finished() {
                 let point = root.join((round % 8).to_string());
                 tmpfs(&point);
-                // An update may fail if the mounts change while it runs. A later update succeeds.
+                // Ignore a failure, because the mounts may change during the update.
                 let _ = sync_mounts(host);
                 nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH).unwrap();
                 let _ = sync_mounts(host);

@@ -1,5 +1,4 @@
-//! Tests [`prepare`] with real mounts. Each test has its own mount namespace. The tests need root. Therefore, run
-//! `cargo xtask test` as root.
+//! Tests [`prepare`] with real mounts. Each test has its own mount namespace. The tests need root.
 
 mod attributes;
 mod host_only;
@@ -24,7 +23,7 @@ use crate::volumes::test_support::{isolated, shared_mount, tmpfs};
 use crate::volumes::*;
 
 fn mounts_below(dir: &Path) -> Vec<String> {
-    // Reads the thread's mount list, because the process's main thread is in another mount namespace.
+    // Read the thread's mount list, because the main thread is in a different mount namespace.
     let text = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     let dir = dir.to_str().unwrap();
     text.lines().filter_map(|line| line.split(' ').nth(4)).filter(|at| at.starts_with(dir)).map(Into::into).collect()
@@ -67,8 +66,7 @@ fn bundle(dir: &Path, change: impl FnOnce(&mut Value)) -> Bundle {
     Bundle::read(dir).unwrap()
 }
 
-/// Returns the source of mount `index` of a prepared specification. The result is a path on the host, below the
-/// directory that the VMM serves to the guest (`Share::guest`).
+/// Returns the source of mount `index` in `prepared.spec`, as a host path below `share.guest`.
 fn guest_source(share: &Share, prepared: &Prepared, index: usize) -> PathBuf {
     let spec: Value = serde_json::from_slice(&prepared.spec).unwrap();
     let path = spec["mounts"][index]["source"].as_str().unwrap().to_owned();
@@ -78,7 +76,7 @@ fn guest_source(share: &Share, prepared: &Prepared, index: usize) -> PathBuf {
 /// Returns the number of directories and files in the share.
 fn entries_in_share(share: &Share) -> usize {
     let count = |path: &Path| fs::read_dir(path).unwrap().count();
-    // The directory of volumes itself does not count, but its entries do.
+    // The directory of volumes does not count, but its entries do.
     count(&share.host) - 1 + count(&share.host.join(shared_mounts::VOLUMES))
 }
 
@@ -100,8 +98,7 @@ fn share(dir: &Path) -> Share {
     Share::mount(&sandbox).unwrap()
 }
 
-/// Prepares a container with a volume that has the source `root` and these mount options. Returns the volume's path
-/// below the directory that the VMM serves to the guest (`Share::guest`).
+/// Prepares container `c1` with a volume from `root`. Returns the volume's path below `share.guest`.
 fn prepare_volume(dir: &Path, share: &Share, root: &Path, options: &[&str]) -> PathBuf {
     prepare_volume_for("c1", dir, share, root, options)
 }

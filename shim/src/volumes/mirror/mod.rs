@@ -1,10 +1,9 @@
-//! Mirrored volumes (ConfigMaps, Secrets, projected and downward API volumes), which are copied to the guest and kept
-//! up to date.
+//! Mirrored volumes: ConfigMaps, Secrets, projected and downward API volumes, which the shim copies to the guest.
 //!
-//! On a shared file system, the guest would read changed files, but inotify(7) would not report the changes. Therefore,
-//! these volumes are not shared. The agent keeps a copy on one of the guest's file systems, and every change on the
-//! host is copied. Changes need not be copied to the host, because no pod writes to these volumes. Only the guest's
-//! memory limits the number and size of the files.
+//! In the share, inotify(7) would not report the host's changes to the guest. Therefore, these volumes are not in the
+//! share. The agent keeps a copy on a file system of the guest, and the shim copies every change on the host. No pod
+//! writes to these volumes. Therefore, the shim copies nothing to the host. Only the guest's memory limits the number
+//! and size of the files.
 
 mod walk;
 mod watch;
@@ -27,21 +26,21 @@ use crate::vm::agent::{Agent, timeouts, within};
 use crate::volumes::mirror::watch::Watch;
 use crate::volumes::mount_api;
 
-/// Directories of the plugins whose volumes the kubelet fills and keeps up to date, below a pod's `volumes`
-/// (Kubernetes, pkg/volume/{configmap,secret,projected,downwardapi}: `kubernetes.io/<plugin>`, escaped).
+/// Directories that contain mirrored volumes, below a pod's directory `volumes`. Their names are escaped plugin names
+/// (Kubernetes, pkg/volume/{configmap,secret,projected,downwardapi}).
 const PLUGIN_DIRS: [&str; 4] =
     ["kubernetes.io~configmap", "kubernetes.io~secret", "kubernetes.io~projected", "kubernetes.io~downward-api"];
 
-/// Maximum number of attempts to copy a volume that changes while it is read. The kubelet changes a volume about once a
+/// Maximum number of attempts to copy a volume that changes during the copy. The kubelet changes a volume about once a
 /// minute.
 const MAX_ATTEMPTS: u32 = 10;
-/// Delay before a failed copy is retried. For example, a guest without free memory rejects a copy.
+/// Delay before the retry of a failed copy. For example, a copy fails if the guest has no free memory.
 const RETRY_DELAY: Duration = Duration::from_secs(10);
 
 /// The directory of a volume on the host.
 ///
-/// The directory is opened only once, when the mount is checked. If it were opened again, a tenant who can write to a
-/// parent directory could have put another directory at the path.
+/// The shim opens the directory once, before it checks the mount. After the check, a tenant with write access to a
+/// parent directory could put another directory at the path.
 #[derive(Debug, Clone)]
 pub struct Volume {
     /// A detached mount of the directory. An fd on the host's mount would make the host's umount(2) fail with EBUSY.
@@ -76,7 +75,7 @@ impl Volume {
         Ok(openat2(&*self.root, path, how)?)
     }
 
-    /// Returns whether the directory is still linked in its file system.
+    /// Returns whether the directory has not been removed.
     fn exists(&self) -> bool {
         fstat(&self.root).is_ok_and(|stat| stat.st_nlink > 0)
     }
@@ -87,7 +86,7 @@ impl Volume {
 pub struct Mirror {
     /// The directory on the host.
     pub source: Volume,
-    /// Id mappings of an id-mapped mount.
+    /// Id mappings, if the mount is id-mapped.
     pub id_mappings: Option<IdMappings>,
     /// Index of the mount in the container's specification.
     pub mount: u32,
@@ -126,9 +125,9 @@ pub enum MirrorError {
 }
 
 impl MirrorError {
-    /// Returns whether the next attempt may succeed, because the volume may have changed while it was read.
+    /// Returns whether an immediate retry may succeed, because the volume may have changed during the copy.
     ///
-    /// After other errors, more attempts would copy a large volume several times while the caller waits.
+    /// After other errors, immediate retries would only delay the caller.
     fn is_transient(&self) -> bool {
         match self {
             Self::Read { source, .. } => source.kind() != io::ErrorKind::InvalidData,
@@ -148,7 +147,7 @@ impl MirrorError {
     }
 }
 
-/// Returns whether `path` is the path of a volume that the kubelet fills for the pod with uid `pod`:
+/// Returns whether `path` is the path of a mirrored volume of the pod with uid `pod`:
 /// `…/<uid>/volumes/<plugin>/<name>`. `path` must not contain symlinks.
 pub fn is_mirrored_volume(path: &Path, pod: &str) -> bool {
     let mut above = path.ancestors().skip(1).map(|directory| directory.file_name().and_then(OsStr::to_str));
@@ -159,21 +158,20 @@ pub fn is_mirrored_volume(path: &Path, pod: &str) -> bool {
         && plugin.is_some_and(|plugin| PLUGIN_DIRS.contains(&plugin))
 }
 
-/// Returns the path of the copy in the guest.
+/// Returns the guest path of the copy. `mount` is the mount's index in the specification of `container`.
 pub fn guest_path(container: &str, mount: usize) -> String {
     format!("{}/{container}/{mount}", husk_proto::GUEST_MIRRORS)
 }
 
-/// Copies the volumes of a container to the guest. The returned tasks keep the copies up to date until the tasks are
-/// dropped.
+/// Copies `mirrors` to the guest. Returns tasks that keep the copies up to date until the set is dropped.
 ///
 /// # Errors
-/// [`MirrorError`] if a volume cannot be copied. If a volume cannot be watched, it is copied once, and a
-/// warning is logged.
+/// [`MirrorError`] if a volume cannot be copied. If a volume cannot be watched, logs a warning and copies the volume
+/// only once.
 pub async fn start(agent: &Agent, container: &str, mirrors: Vec<Mirror>) -> Result<JoinSet<()>, MirrorError> {
     let mut tasks = JoinSet::new();
     for mirror in mirrors {
-        // Create the watch before the copy. A change between these steps is then copied twice instead of being missed.
+        // Create the watch before the copy, so that no change between these steps is missed.
         let watch = Watch::new(&mirror.source).await;
         copy(agent, container, &mirror).await?;
         match watch {
@@ -187,7 +185,7 @@ pub async fn start(agent: &Agent, container: &str, mirrors: Vec<Mirror>) -> Resu
     Ok(tasks)
 }
 
-/// Copies a volume whenever it changes, until the volume is removed. The task ends with its container.
+/// Copies a volume after each change, until the volume is removed or cannot be watched.
 async fn keep_updated(agent: Agent, container: String, mirror: Mirror, mut watch: Watch) {
     let volume = mirror.source.path.display().to_string();
     let mut failures: u32 = 0;
@@ -229,7 +227,7 @@ async fn keep_updated(agent: Agent, container: String, mirror: Mirror, mut watch
     }
 }
 
-/// Copies the current state of a volume. If the volume changes while it is read, the copy is retried.
+/// Copies the current state of a volume. Retries if the volume changes during the copy.
 async fn copy(agent: &Agent, container: &str, mirror: &Mirror) -> Result<(), MirrorError> {
     for _ in 1..MAX_ATTEMPTS {
         match copy_once(agent, container, mirror).await {
@@ -263,12 +261,12 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
     }
     let walked = walk.await.unwrap_or_else(|error| Err(io::Error::other(error)));
     walked.map_err(|source| MirrorError::Read { path: mirror.source.path.clone(), source })?;
-    // Only after this message does the agent remove entries that are missing in the copy. Before this message, the copy
-    // is incomplete and does not show which entries were removed from the volume.
+    // After this message, the agent removes the entries that the copy does not contain. Until this message, the copy is
+    // incomplete.
     send(Vec::new(), true).await
 }
 
-/// Replaces the owner of an entry by the owner that an id-mapped mount would show.
+/// Replaces the owner of `entry` by the owner that an id-mapped mount would show.
 fn map_owner(entry: &mut MirrorEntry, id_mappings: &IdMappings) {
     (entry.uid, entry.gid) = id_mappings.owner(entry.uid, entry.gid);
 }
@@ -319,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn only_read_errors_of_a_changed_volume_are_transient() {
+    fn is_transient_accepts_read_errors_except_invalid_data() {
         let read = |kind: io::ErrorKind| MirrorError::Read { path: "/v".into(), source: kind.into() };
         assert!(read(io::ErrorKind::Interrupted).is_transient());
         assert!(read(io::ErrorKind::NotFound).is_transient());

@@ -1,4 +1,4 @@
-//! Reads a volume for copying: its directories and files, then its symlinks, in batches that fit into a message.
+//! Reads a volume's entries in batches that fit into a ttrpc message. Directories and files come before symlinks.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -14,7 +14,7 @@ use nix::sys::stat::{FileStat, SFlag, fstat};
 
 use crate::volumes::mirror::Volume;
 
-/// Size of a batch in bytes, well below ttrpc's message limit of 4 MiB.
+/// Number of bytes after which a batch is sent, well below ttrpc's message limit of 4 MiB.
 const BATCH_BYTES: usize = 1 << 20;
 /// Estimated size of an entry without its content and path, in bytes.
 const ENTRY_OVERHEAD: usize = 128;
@@ -29,13 +29,13 @@ const MAX_DEPTH: usize = 64;
 /// - [`io::ErrorKind::InvalidData`] if the directories are nested too deeply.
 /// - [`io::ErrorKind::BrokenPipe`] if `send` has returned false.
 ///
-/// After an error of the first three kinds, no symlink has been sent.
+/// After the first three errors, `send` has received no symlink.
 pub fn walk(volume: &Volume, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::Result<()> {
     let mut walk = Walk { volume, send, batch: Vec::new(), batch_bytes: 0, links: Vec::new(), versions: Vec::new() };
     walk.directory(Path::new(""), 0)?;
-    // The kubelet publishes a new version by replacing the symlink to the version's directory, and removes the old
-    // directory only afterwards. Symlinks are read before directories. Therefore, the entries are consistent if no
-    // symlink has changed since it was read.
+    // To publish a new version, the kubelet replaces the symlink to the version's directory. Then it removes the old
+    // directory. The walk reads a directory's symlinks before its subdirectories. Therefore, the entries are consistent
+    // if no symlink has changed since the walk read the symlink.
     let unchanged = |link: &MirrorEntry| {
         let current = OpenEntry::at(volume, Path::new(OsStr::from_bytes(&link.path))).and_then(|found| found.target());
         current.is_ok_and(|target| target.as_os_str().as_bytes() == link.content)
@@ -44,14 +44,14 @@ pub fn walk(volume: &Volume, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::
     {
         return Err(io::ErrorKind::Interrupted.into());
     }
-    // Send symlinks last, because the guest must have a symlink's new target before the symlink changes.
+    // Send symlinks after all other entries, so that the guest has a symlink's new target before the symlink changes.
     for link in std::mem::take(&mut walk.links) {
         walk.add(link)?;
     }
     walk.flush()
 }
 
-/// An entry of the volume, opened with O_PATH, with its attributes.
+/// An entry of the volume, opened with O_PATH.
 struct OpenEntry {
     file: OwnedFd,
     stat: FileStat,
@@ -80,8 +80,8 @@ struct Walk<'a, F> {
     batch: Vec<MirrorEntry>,
     batch_bytes: usize,
     links: Vec<MirrorEntry>,
-    /// Paths, relative to the volume, of directories to which a symlink in the same directory points. For example, the
-    /// kubelet's symlink `..data` points to the directory of the current version.
+    /// Directories to which a symlink in the same parent directory points, as paths relative to the volume. For
+    /// example, the kubelet's symlink `..data` points to the directory of the current version.
     versions: Vec<PathBuf>,
 }
 
@@ -105,7 +105,7 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
             let is_version = target.components().count() == 1
                 && OpenEntry::at(self.volume, &beside).is_ok_and(|found| found.is(SFlag::S_IFDIR));
             if is_version {
-                // If the version is missing in the list of names, it was created after the directory was listed.
+                // If the list of names lacks the version, the kubelet created the version after the list was read.
                 if !names.contains(&beside) {
                     return Err(io::ErrorKind::Interrupted.into());
                 }
@@ -114,7 +114,7 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
             let content = target.into_os_string().into_vec();
             self.links.push(MirrorEntry { content, ..entry(Kind::SYMLINK, name, &found.stat) });
         }
-        // Skip files of other types. The kubelet does not create these files, and they could not be copied.
+        // Skip other file types, which the kubelet does not create.
         for (name, found) in &all {
             if found.is(SFlag::S_IFDIR) {
                 self.directory(name, depth + 1)?;
@@ -225,7 +225,7 @@ mod tests {
         };
         publish("..1");
         let mut links = 0;
-        // The file fills a batch. Therefore, the next version is published between two batches.
+        // The file fills a batch. Therefore, this function publishes version `..2` between two batches.
         let walked = walk(&volume(dir.path()), |batch| {
             links += batch.iter().filter(|entry| entry.kind == Kind::SYMLINK.into()).count();
             if !dir.path().join("..2").exists() {
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn walk_ends_if_send_fails_or_the_volume_is_removed() {
+    fn walk_fails_if_send_fails_and_accepts_a_removed_volume() {
         let dir = tempfile::tempdir().unwrap();
         assert!(walk(&volume(dir.path()), |_| false).is_err());
         let gone = dir.path().join("gone");
@@ -272,7 +272,7 @@ mod tests {
         fs::write(path.join("key"), "").unwrap();
         symlink(outside.join("volume"), path.join("link")).unwrap();
         let volume = volume(&path);
-        // Put another directory at the volume's path by replacing the parent directory with a symlink.
+        // Replace the parent directory with a symlink, so that the volume's path leads to `outside`.
         fs::rename(dir.path().join("pods"), dir.path().join("moved")).unwrap();
         symlink(&outside, dir.path().join("pods")).unwrap();
         assert!(path.join("secret").exists());

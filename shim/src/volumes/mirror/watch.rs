@@ -15,7 +15,7 @@ use tokio::io::unix::AsyncFd;
 use crate::async_fd::register;
 use crate::volumes::mirror::Volume;
 
-/// Events that count as a change. Reads do not count, because copying the volume would otherwise cause further copies.
+/// Events that count as a change. Reads do not count. Otherwise, each copy of the volume would cause another copy.
 const CHANGES: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE
     .union(AddWatchFlags::IN_ATTRIB)
     .union(AddWatchFlags::IN_CREATE)
@@ -37,7 +37,7 @@ impl Watch {
     /// Starts to watch `volume`.
     ///
     /// # Errors
-    /// If the volume cannot be read, or the host's limit of watches is reached.
+    /// If the volume cannot be read, or an inotify limit of the host is reached.
     pub async fn new(volume: &Volume) -> io::Result<Self> {
         let inotify = Arc::new(Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?);
         let events = File::from(inotify.as_fd().try_clone_to_owned()?);
@@ -47,7 +47,7 @@ impl Watch {
         Ok(watch)
     }
 
-    /// Adds watches for new directories. Directories that are already watched keep their watch.
+    /// Adds watches for directories of `volume` that have no watch.
     ///
     /// # Errors
     /// The errors of [`Watch::new`].
@@ -76,10 +76,10 @@ impl Watch {
     }
 }
 
-/// Adds watches for a directory of the volume and all directories below it. Blocks.
+/// Watches the directory `path` of the volume, and all directories below it. Blocks.
 fn watch_tree(inotify: &Inotify, volume: &Volume, path: &Path) -> io::Result<()> {
     let directory = volume.open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
-    // inotify_add_watch(2) accepts only a path. This path refers to the directory that was opened.
+    // inotify_add_watch(2) takes a path instead of an fd. This path leads to the open directory.
     let opened = format!("/proc/self/fd/{}", directory.as_raw_fd());
     inotify.add_watch(opened.as_str(), CHANGES)?;
     for entry in fs::read_dir(&opened)? {
