@@ -24,8 +24,8 @@ pub fn guest_path(request: &MountVolumeRequest) -> PathBuf {
 
 /// Returns the root of the shared volume to which `path` belongs. [`guest_path`] must have returned `path`.
 ///
-/// Returns `None` if the volume is not shared. If `path` is a bind mount of a directory in a shared volume, returns that
-/// volume's root. If `path` is the root itself, returns `path`.
+/// Returns `None` if the volume is not shared. If `path` is a bind mount of a directory in a shared volume, returns
+/// that volume's root. If `path` is the root itself, returns `path`.
 pub fn shared_volume_of(path: &Path) -> Option<PathBuf> {
     if path.starts_with(GUEST_SHARE) {
         return Some(path.to_owned());

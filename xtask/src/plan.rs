@@ -25,11 +25,12 @@ pub enum Retries {
     /// Every suite that did not pass counts as failed, even a suite that a crashed node did not reach. This applies to
     /// nodes on real KVM.
     Never,
-    /// The next boot runs the suites that a crashed node did not reach. This applies to emulated nodes with `--no-retry`.
+    /// The next boot runs the suites that a crashed node did not reach. This applies to emulated nodes with
+    /// `--no-retry`.
     Resume,
-    /// The next boot runs the suites that a crashed node did not reach. In addition, a suite that failed runs once more,
-    /// in a boot of its own. This is the default for emulated nodes, because the emulator sometimes makes a correct
-    /// guest fail.
+    /// The next boot runs the suites that a crashed node did not reach. In addition, a suite that failed runs once
+    /// more, in a boot of its own. This is the default for emulated nodes, because the emulator sometimes makes a
+    /// correct guest fail.
     Retry,
 }
 

@@ -25,7 +25,8 @@ const LINES: [Line; 4] = [Line::One, Line::Two, Line::Legacy, Line::Systemd];
 /// fewer suites would also have advantages. State that a suite leaves in the node's kernel affects only suites of the
 /// same boot. Results, which are written after each boot, would be available sooner.
 const SUITES_A_BOOT: usize = 20;
-/// Maximum number of suites per boot if nodes run side by side. With this maximum, the nodes end at about the same time.
+/// Maximum number of suites per boot if nodes run side by side. With this maximum, the nodes end at about the same
+/// time.
 const SUITES_A_BOOT_BESIDE: usize = 12;
 /// Time limits of a boot: one for all its suites together, and one for the time without output. The limit on the time
 /// without output bounds a single test. The longest boot takes fifteen minutes, and the longest test takes two minutes.

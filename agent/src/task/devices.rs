@@ -63,8 +63,8 @@ fn collect(dir: &Path, depth: usize, found: &mut Vec<LinuxDevice>) -> io::Result
     Ok(())
 }
 
-/// Returns whether the container has a user namespace. If so, libcontainer cannot create devices, and can only bind-mount
-/// the guest's present devices.
+/// Returns whether the container has a user namespace. If so, libcontainer cannot create devices, and can only
+/// bind-mount the guest's present devices.
 fn has_user_namespace(linux: &Linux) -> bool {
     linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::User)
 }

@@ -36,7 +36,8 @@ pub const SHARED_FLAGS: MsFlags = MsFlags::MS_NOSUID
     .union(MsFlags::MS_NOEXEC)
     .union(MsFlags::from_bits_retain(libc::MS_NOSYMFOLLOW));
 
-/// Sets [`SHARED_ATTRIBUTES`] on all mounts of the detached tree `tree`, and attaches the tree at `target` in the share.
+/// Sets [`SHARED_ATTRIBUTES`] on all mounts of the detached tree `tree`, and attaches the tree at `target` in the
+/// share.
 ///
 /// The attributes are set first, because the VMM sees a mount as soon as it is attached.
 ///

@@ -313,7 +313,8 @@ fn husk_rejects_shared_rootfs_propagation() {
 #[test]
 fn containers_see_only_their_own_processes_and_interfaces() {
     case("namespaces", |case| {
-        // The namespaces' inode numbers are not compared, because containers in different VMs may have the same numbers.
+        // The namespaces' inode numbers are not compared, because containers in different VMs may have the same
+        // numbers.
         let script = "echo started; exec sleep 1000";
         let mut one = case.sh(script).start(Input::Pipe);
         let mut two = case.sh(script).start(Input::Pipe);

@@ -1,9 +1,10 @@
 //! Landlock rules of the VMM process (landlock(7)): a second wall around the share, which also covers what the root
 //! directory does not cover.
 //!
-//! The rules allow what a file server needs beneath the share, and nothing elsewhere. Later mounts beneath the share are
-//! covered, because the kernel looks for rules on the way from a file up to the root directory, across mount points. A
-//! file that is opened again through `/proc/self/fd` is checked by its own place, not by that of the link. Therefore
+//! The rules allow what a file server needs beneath the share, and nothing elsewhere. Later mounts beneath the share
+//! are covered, because the kernel looks for rules on the way from a file up to the root directory, across mount
+//! points. A file that is opened again through `/proc/self/fd` is checked by its own place, not by that of the link.
+//! Therefore
 //! `/proc/self/fd` needs no rule. Nothing in the process may mount any more.
 
 use std::fmt;

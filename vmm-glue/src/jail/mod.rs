@@ -5,18 +5,20 @@
 //! need.
 
 mod capabilities;
+mod kind;
 mod landlock;
 mod limits;
 mod root;
 pub mod seccomp;
 mod thread;
 
+pub use self::kind::Kind;
 #[cfg(test)]
 pub(crate) use self::landlock::restrict;
 pub use self::landlock::{Landlock, LandlockError};
 pub use self::limits::LimitError;
 pub use self::root::RootError;
-pub use self::thread::{ConfineError, Kind, confine};
+pub use self::thread::{ConfineError, confine};
 
 use std::fs::File;
 use std::io;

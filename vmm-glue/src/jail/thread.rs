@@ -5,45 +5,8 @@ use std::io;
 use nix::sched::{CloneFlags, unshare};
 
 use super::capabilities;
+use super::kind::Kind;
 use super::seccomp::{self, FilterError};
-
-/// Kind of a thread of the VMM process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// The main thread, which serves the control socket.
-    Control,
-    /// A vCPU.
-    Vcpu,
-    /// The device loop.
-    DeviceLoop,
-    /// A worker of the file server.
-    FileServer,
-    /// The worker of a disk.
-    Disk,
-    /// The thread that faults in guest memory.
-    Prefault,
-    /// A thread whose id is a container's PID on the host.
-    Pid,
-}
-
-impl Kind {
-    /// All kinds.
-    pub const ALL: [Self; 7] =
-        [Self::Control, Self::Vcpu, Self::DeviceLoop, Self::FileServer, Self::Disk, Self::Prefault, Self::Pid];
-
-    /// Returns the beginning of the names of these threads (comm in proc(5)).
-    pub fn thread_name(self) -> &'static str {
-        match self {
-            Self::Control => "husk-vmm",
-            Self::Vcpu => "vcpu",
-            Self::DeviceLoop => "devices",
-            Self::FileServer => "virtio-fs",
-            Self::Disk => "virtio-blk",
-            Self::Prefault => "prefault",
-            Self::Pid => "husk-task",
-        }
-    }
-}
 
 /// Error of confining a thread.
 #[derive(Debug, thiserror::Error)]

@@ -1,9 +1,9 @@
 //! A program that takes the VMM's place in its jail and tries to get out.
 //!
-//! The program starts itself as the VMM process is started, once for each attempt and kind of thread. The process enters
-//! the jail, and a thread of this kind makes the attempt. Each attempt is made twice: with enforced seccomp filters, and
-//! with filters that only log, so that the other walls have to hold alone. The program prints a table of the results,
-//! and fails if an attempt succeeds.
+//! The program starts itself as the VMM process is started, once for each attempt and kind of thread. The process
+//! enters the jail, and a thread of this kind makes the attempt. Each attempt is made twice: with enforced seccomp
+//! filters, and with filters that only log, so that the other walls have to hold alone. The program prints a table of
+//! the results, and fails if an attempt succeeds.
 //!
 //! It needs root, as the shim does.
 

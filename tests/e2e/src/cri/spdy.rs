@@ -1,9 +1,9 @@
 //! CRI port forwarding as kubectl does it. One SPDY/3.1 connection carries many forwarded connections. Each forwarded
 //! connection supports half-close.
 //!
-//! Each forwarded connection consists of a data stream and an error stream (k8s.io/apimachinery, `pkg/util/httpstream/spdy`;
-//! k8s.io/kubelet, `pkg/cri/streaming/portforward`). The frames follow the SPDY draft 3.1. Flow control is not
-//! implemented.
+//! Each forwarded connection consists of a data stream and an error stream (k8s.io/apimachinery,
+//! `pkg/util/httpstream/spdy`; k8s.io/kubelet, `pkg/cri/streaming/portforward`). The frames follow the SPDY draft 3.1.
+//! Flow control is not implemented.
 
 use std::collections::HashMap;
 use std::io::{BufReader, Read, Write};

@@ -1,5 +1,5 @@
-//! seccomp filters of the VMM's threads (seccomp(2)). Each kind of thread has a filter that allows only the system calls
-//! in its table. The tables are data with a reason for each call.
+//! seccomp filters of the VMM's threads (seccomp(2)). Each kind of thread has a filter that allows only the system
+//! calls in its table. The tables are data with a reason for each call.
 
 mod rule;
 mod tables;
@@ -15,7 +15,7 @@ use std::sync::OnceLock;
 use seccompiler::{BackendError, BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch, apply_filter};
 use syscalls::Sysno;
 
-use super::Kind;
+use super::kind::Kind;
 use crate::config::SeccompMode;
 
 /// The mode of this process. It is set once, when the process enters the jail. The threads of a process that has not

@@ -8,7 +8,7 @@ use libc::{
 use syscalls::Sysno;
 
 use super::rule::{Rule, allow, allow_if, is, lacks};
-use crate::jail::Kind;
+use crate::jail::kind::Kind;
 
 /// PID of the VMM in its PID namespace (pid_namespaces(7)): it is the namespace's first process.
 const OWN_PID: u32 = 1;

@@ -1,7 +1,7 @@
 //! Reports a system call that a thread's filter does not allow, and ends the process.
 //!
-//! The kernel sends SIGSYS to the thread instead of making the call. The thread may hold a lock, for example the lock of
-//! the allocator. Therefore the handler neither allocates memory nor takes a lock.
+//! The kernel sends SIGSYS to the thread instead of making the call. The thread may hold a lock, for example the lock
+//! of the allocator. Therefore the handler neither allocates memory nor takes a lock.
 
 use std::cell::Cell;
 use std::fmt::{self, Write};
@@ -55,7 +55,8 @@ extern "C" fn on_violation(_signal: libc::c_int, _info: *mut libc::siginfo_t, co
         let registers = unsafe { &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
         usize::try_from(index).ok().and_then(|index| registers.get(index)).map_or(0, |&value| value.cast_unsigned())
     };
-    // The kernel restores the registers of the call: the number and the first arguments (kernel/seccomp.c, `seccomp_trap`).
+    // The kernel restores the registers of the call: the number and the first arguments (kernel/seccomp.c,
+    // `seccomp_trap`).
     let number = register(libc::REG_RAX);
     let arguments = [libc::REG_RDI, libc::REG_RSI, libc::REG_RDX].map(register);
     let report = Report { name: NAME.get(), number, arguments };

@@ -23,8 +23,8 @@ pub enum OfferError {
     },
 }
 
-/// How far an interface is on its way to vhost-net. An interface requests vhost-net at most once. Without an answer, the
-/// device loop moves the frames for good.
+/// How far an interface is on its way to vhost-net. An interface requests vhost-net at most once. Without an answer,
+/// the device loop moves the frames for good.
 pub enum Offload {
     /// The device loop must move the frames, or vhost-net has failed to start.
     Never,
