@@ -55,6 +55,7 @@ const VHOST_NET_SET_BACKEND: u32 = 0x4008_af30;
 // linux/if_tun.h
 const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
+const TUNGETIFF: u32 = 0x8004_54d2;
 const TUNSETQUEUE: u32 = 0x4004_54d9;
 
 /// Calls of every thread.
@@ -105,6 +106,7 @@ const DISK: &[Rule] = &[
 ];
 
 const FILE_SERVER: &[Rule] = &[
+    allow(Sysno::mremap, "the allocator resizes large blocks"),
     allow(Sysno::openat, "opens files by O_PATH fds and their entries in /proc/self/fd"),
     allow(Sysno::openat2, "opens files below the share, and follows no symlink"),
     allow(Sysno::statx, "GETATTR, LOOKUP, STATX"),
@@ -159,6 +161,7 @@ const FILE_SERVER: &[Rule] = &[
 ];
 
 const DEVICE_LOOP: &[Rule] = &[
+    allow(Sysno::mremap, "the allocator resizes large blocks"),
     allow(Sysno::epoll_ctl, "registers the events of devices and connections"),
     allow(Sysno::epoll_wait, "waits for events"),
     allow(Sysno::epoll_create1, "EventManager"),
@@ -202,13 +205,14 @@ const DEVICE_LOOP: &[Rule] = &[
 ];
 
 const CONTROL: &[Rule] = &[
+    allow(Sysno::mremap, "the allocator resizes large blocks"),
     allow(Sysno::recvmsg, "requests on the control socket"),
     allow(Sysno::close, "closes fds"),
     allow(Sysno::eventfd2, "eventfds of hot-plugged devices"),
     allow(Sysno::fcntl, "duplicates eventfds"),
     allow(Sysno::read, "clears eventfds"),
     allow(Sysno::lseek, "determines the size of a hot-plugged disk"),
-    allow(Sysno::fstat, "checks the fds of hot-plugged devices"),
+    allow(Sysno::newfstatat, "checks the fds of hot-plugged devices"),
     allow(Sysno::statx, "checks the fds of hot-plugged devices"),
     allow_if(Sysno::clone, &[is(0, THREAD_FLAGS)], "starts threads of hot-plugged devices and vCPUs, but no process"),
     allow(Sysno::clone3, "fails with ENOSYS, so that glibc calls clone"),
@@ -237,7 +241,10 @@ const CONTROL: &[Rule] = &[
             is(1, KVM_SET_FPU),
             is(1, KVM_GET_LAPIC),
             is(1, KVM_SET_LAPIC),
+            is(1, TUNGETIFF),
+            is(1, TUNSETOFFLOAD),
             is(1, TUNSETVNETHDRSZ),
+            is(1, TUNSETQUEUE),
         ],
         "hot-plugs devices, memory and vCPUs",
     ),
