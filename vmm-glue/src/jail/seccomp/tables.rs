@@ -164,14 +164,11 @@ const DEVICE_LOOP: &[Rule] = &[
     allow(Sysno::mremap, "the allocator resizes large blocks"),
     allow(Sysno::epoll_ctl, "registers the events of devices and connections"),
     allow(Sysno::epoll_wait, "waits for events"),
-    allow(Sysno::epoll_create1, "EventManager"),
     allow(Sysno::eventfd2, "a new activation of a device"),
     allow(Sysno::read, "eventfds, and streams of vsock connections"),
     allow(Sysno::readv, "frames from the tap"),
     allow(Sysno::writev, "frames to the tap"),
     allow(Sysno::close, "closes streams and eventfds"),
-    allow(Sysno::recvfrom, "streams of vsock connections"),
-    allow(Sysno::sendto, "streams of vsock connections"),
     allow(Sysno::recvmsg, "streams of vsock connections"),
     allow_if(Sysno::socketpair, &[is(0, AF_UNIX as u32)], "the stream of a vsock connection, which the shim gets"),
     allow_if(
@@ -199,8 +196,6 @@ const DEVICE_LOOP: &[Rule] = &[
     ),
     allow(Sysno::shutdown, "half-closes streams of vsock connections"),
     allow(Sysno::fcntl, "duplicates eventfds"),
-    allow(Sysno::timerfd_create, "timers"),
-    allow(Sysno::timerfd_settime, "timers"),
     allow(Sysno::getrandom, "virtio-rng"),
 ];
 
