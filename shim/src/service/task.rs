@@ -30,7 +30,7 @@ const MAX_PIDS: usize = 1 << 16;
 /// Maximum size of the guest's statistics in bytes.
 const MAX_METRICS: usize = 1 << 20;
 
-/// Returns the Task service under both names. Both versions have the same messages.
+/// Returns the Task service under the names of versions 2 and 3. Both versions have the same messages.
 pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
     let mut services = HashMap::new();
     for name in ["containerd.task.v2.Task", "containerd.task.v3.Task"] {
