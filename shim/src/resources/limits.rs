@@ -89,8 +89,8 @@ fn round_cpu_millis(unit: Option<&Unit>, millis: u64) -> u64 {
     if unit.is_some() { millis.div_ceil(10).saturating_mul(10) } else { millis }
 }
 
-/// Returns the parent cgroup's CPUs, to which the sandbox's list of CPUs must be reset. Returns `None` if the sandbox's
-/// cgroup has no list of CPUs.
+/// Returns the parent cgroup's CPUs, to which the sandbox's list of CPUs must be reset. Returns `None` in cgroup
+/// v1, or if the sandbox's cgroup has no list of CPUs.
 ///
 /// The list cannot be reset to an empty list. The kernel rejects an empty list with ENOSPC if the cgroup has processes
 /// (kernel/cgroup/cpuset.c, validate_change).

@@ -155,8 +155,8 @@ impl PartialLaunch {
         };
         let network = match &network {
             // CNI sets up a new namespace later, in hooks or between Create and Start. `ctr run --cni` runs CNI between
-            // Create and Start. containerd 1.7 also runs CNI between Create and Start if the pod has a user namespace. In
-            // this case, the user namespace must own the network namespace (pkg/cri/server/sandbox_run.go).
+            // Create and Start. containerd 1.7 also runs CNI between Create and Start if the pod has a user namespace.
+            // In this case, the user namespace must own the network namespace (pkg/cri/server/sandbox_run.go).
             Network::New => match &self.vmm {
                 Some(vmm) => network::watch_new(
                     &PathBuf::from(format!("/proc/{}/ns/net", vmm.pid)),

@@ -27,7 +27,7 @@ use crate::vm::agent::{timeouts, within};
 
 /// Maximum number of processes in a response to Pids.
 const MAX_PIDS: usize = 1 << 16;
-/// Maximum size of the guest's statistics in bytes.
+/// Maximum size, in bytes, of a container's statistics in the agent's response to Stats.
 const MAX_METRICS: usize = 1 << 20;
 
 /// Returns the Task service under the names of versions 2 and 3. Both versions have the same messages.

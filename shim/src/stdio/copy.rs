@@ -148,7 +148,7 @@ fn try_splice(
     }
     let mut fds = [PollFd::new(socket, socket_event), PollFd::new(pipe, pipe_event)];
     poll(&mut fds, PollTimeout::ZERO)?;
-    // A hang-up or an error counts as ready, because the next splice then returns the error.
+    // A hang-up or an error counts as ready, because the next splice then returns 0 or the error.
     let [socket, pipe] = fds.map(|fd| fd.revents().is_some_and(|events| !events.is_empty()));
     match (socket, pipe) {
         (false, _) => Err(io::ErrorKind::WouldBlock.into()),

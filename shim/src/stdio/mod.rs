@@ -88,7 +88,7 @@ pub struct Stdio {
 }
 
 impl Stdio {
-    /// Opens containerd's ends. Starts the logger if `paths` name a logger.
+    /// Opens containerd's ends. Starts the logger if a target in `paths` is a logger.
     pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Self, StdioError> {
         target::open(paths, context).await
     }
