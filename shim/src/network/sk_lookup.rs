@@ -6,7 +6,8 @@
 //!
 //! A BPF program (BPF_PROG_TYPE_SK_LOOKUP, Linux 5.9) selects the listener by the connection's address family. The
 //! program ignores the connection's destination address and port. The local address of an accepted connection is the
-//! address to which the client connected. Closing the fds removes the listeners and the program.
+//! address to which the client connected. Closing the fds in [`PortForwarding`] removes the listeners and the
+//! program.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};

@@ -41,8 +41,8 @@ enum NetworkSyncError {
     /// The VMM cannot attach an interface.
     #[error("failed to attach a network interface to the VM")]
     Attach(#[source] VmmError),
-    /// The VMM cannot find an interface by its MAC address.
-    #[error("failed to find a network interface of the VM by its MAC address")]
+    /// The VMM cannot look up an interface by its MAC address.
+    #[error("failed to look up a network interface of the VM by its MAC address")]
     Find(#[source] VmmError),
     /// The VMM cannot detach an interface.
     #[error("failed to detach a network interface from the VM")]
@@ -93,7 +93,8 @@ impl NetworkSync {
     /// The text of the error that prevented the update.
     pub async fn settle(&self) -> Result<(), String> {
         let (request, answer) = oneshot::channel();
-        // The task ends only when the VM ends. The caller detects the end of the VM itself.
+        // As long as this handle exists, the task ends only when the VM ends. Return no error then, because the caller
+        // separately detects that the VM has ended.
         if self.0.send(request).is_ok() { answer.await.unwrap_or(Ok(())) } else { Ok(()) }
     }
 }
@@ -292,7 +293,7 @@ mod tests {
 
     use super::*;
 
-    /// A guest that fails `left` more updates. Sends the time of each update to `tries`.
+    /// A guest whose next `left` updates fail. Sends the time of each update to `tries`.
     struct FailingGuest {
         tries: mpsc::UnboundedSender<Instant>,
         left: u32,

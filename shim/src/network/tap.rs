@@ -134,8 +134,8 @@ fn redirect(netlink: &Netlink, from: i32, to: i32) -> io::Result<()> {
     filter(netlink, from, FIRST_PRIORITY, "matchall", &nest(&[(TCA_MATCHALL_ACT, &mirred(to))]))
 }
 
-/// Sets up MAC anti-spoofing. Redirects frames that arrive at `from` to `to` if their source MAC is `mac`. Drops all
-/// other frames.
+/// Sets up MAC anti-spoofing for frames that arrive at the interface `from`. Redirects a frame to the interface `to` if
+/// the frame's source MAC is `mac`. Drops all other frames.
 ///
 /// Returns false on failure, for example if the kernel lacks `cls_flower` or `act_gact`. After a failure, the drop
 /// filter may remain. The caller then calls [`redirect`], whose filter takes precedence over the drop filter.
@@ -155,7 +155,7 @@ fn redirect_from_mac(netlink: &Netlink, from: i32, to: i32, mac: [u8; 6]) -> boo
     filter(netlink, from, SECOND_PRIORITY, "matchall", &nest(&[(TCA_MATCHALL_ACT, &drop)]))
         .and_then(|()| filter(netlink, from, FIRST_PRIORITY, "flower", &mac_filter))
         .inspect_err(
-            |error| tracing::info!(%error, "failed to set up MAC anti-spoofing on the host; the VMM forwards frames"),
+            |error| tracing::info!(%error, "failed to set up MAC anti-spoofing on the host; not using vhost-net"),
         )
         .is_ok()
 }

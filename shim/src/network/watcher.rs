@@ -70,7 +70,8 @@ impl NetworkChange {
     /// Returns `current` without the new interfaces, and without the new interfaces' routes and neighbours.
     ///
     /// The guest gets this configuration before the new interfaces' devices are hot-plugged. The guest then removes the
-    /// configuration of removed interfaces, which may have a new interface's name or MAC address.
+    /// configuration of removed interfaces. A removed interface may have the same name or MAC address as a new
+    /// interface.
     pub fn without_new(&self) -> UpdateNetworkRequest {
         let mut rest = self.current.clone();
         let is_new = |mac: &str| self.taps.iter().any(|tap| read::format_mac(&tap.mac) == mac);
@@ -129,8 +130,8 @@ impl NetworkWatcher {
             match tap::create(&netlink, link, self.options.per_interface(1)) {
                 Ok(tap) => taps.push(tap),
                 Err(error) => {
-                    // The next call must first remove the taps that this call created. Their tc filters would still be
-                    // on the interfaces, and creating the same filters again would fail.
+                    // The next call must first remove the taps that this call created. Otherwise, the taps' tc filters
+                    // would still be on the interfaces, and creating the same filters again would fail.
                     self.stale.extend(taps.iter().map(TapLink::from_tap));
                     return Err(error);
                 }

@@ -26,9 +26,9 @@ pub const CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
 /// Memory in bytes, the sum of the containers' limits.
 pub const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
-/// containerd's keys, each with the key that CRI-O uses for the same value. CRI-O defines the first two keys
-/// (pkg/annotations/internal.go). The other keys are labels that the kubelet sets. CRI-O has no keys for the pod's CPU
-/// and memory.
+/// containerd's keys, each with the key that CRI-O uses for the same value. CRI-O itself defines the first two of its
+/// keys (pkg/annotations/internal.go). CRI-O's other keys are labels that the kubelet sets. CRI-O has no keys for the
+/// pod's CPU and memory.
 const CRIO: [(&str, &str); 5] = [
     (SANDBOX_ID, "io.kubernetes.cri-o.SandboxID"),
     (CONTAINER_TYPE, "io.kubernetes.cri-o.ContainerType"),

@@ -80,7 +80,7 @@ pub enum BundleError {
     #[error("{what}: {0} is the host's network namespace; {remedy}", what = NETWORK.what, remedy = NETWORK.remedy)]
     HostNetwork(String),
     /// The path of a namespace does not exist, or is not accessible.
-    #[error("invalid bundle: failed to find the {kind} namespace {path}")]
+    #[error("invalid bundle: failed to access the {kind} namespace {path}")]
     Namespace {
         /// Type of the namespace.
         kind: &'static str,
@@ -187,8 +187,8 @@ impl Bundle {
             .map_err(|error| BundleError::Invalid(error.to_string()))
     }
 
-    /// Rejects SELinux labels on a node with SELinux, because the guest cannot apply these labels. On a node without
-    /// SELinux, runc ignores labels, too.
+    /// Rejects SELinux labels on a node with SELinux, because the guest cannot apply these labels. Ignores the labels
+    /// on a node without SELinux, as runc does.
     fn check_selinux(&self, enabled: bool) -> Result<(), BundleError> {
         let labels = [&self.spec.process.selinux_label, &self.spec.linux.mount_label];
         match labels.into_iter().flatten().find(|label| !label.is_empty()) {
@@ -251,7 +251,7 @@ impl Bundle {
     }
 }
 
-/// A type of namespace that a specification must have, and the error's texts.
+/// A type of namespace that a specification must have, and the texts of the error for a missing namespace.
 struct HostNamespace {
     kind: &'static str,
     what: &'static str,
@@ -382,7 +382,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn host_network_errors_have_the_same_text() {
+    fn host_network_errors_name_the_same_reason_and_remedy() {
         let text = without("network");
         assert_eq!(Spec::default().network().unwrap_err().to_string(), text);
         let by_path = BundleError::HostNetwork("/proc/1/ns/net".into()).to_string();

@@ -49,7 +49,7 @@ pub enum IdMappingError {
         "invalid {kind} mapping {container}:{host}:{size}: the size must not be 0, and the largest id is 4294967294"
     )]
     Range {
-        /// Field of the mapping.
+        /// Field of the specification that contains the mapping.
         kind: &'static str,
         /// First id inside the namespace.
         container: u32,

@@ -1,8 +1,8 @@
 //! The parts of the OCI runtime specification that the shim reads. The shim passes all other fields to the guest as
 //! JSON.
 //!
-//! Most fields have a default. [`crate::oci::bundle`] later rejects a missing field, with a clearer error than the
-//! parser.
+//! Most fields have a default, even required fields. [`crate::oci::bundle`] later rejects a specification without a
+//! required field, with a clearer error than the parser's.
 
 use std::collections::HashMap;
 use std::path::PathBuf;

@@ -10,7 +10,7 @@ use crate::oci::json::{TranslateError, array, object, present, unsupported};
 use crate::oci::{devices, hooks, host_devices, update};
 
 /// Translates a specification, except for mount sources, which [`crate::volumes::plan`] translates. `pids` maps PIDs to
-/// the ids of the pod's containers. For each omitted field, adds a text for the log to `notes`.
+/// the ids of the pod's containers. Adds texts for the log to `notes`, for example about omitted fields.
 pub fn spec(
     raw: &mut Value,
     id: &str,
@@ -44,7 +44,7 @@ pub fn guest_rootfs(id: &str) -> String {
 /// # Errors
 /// [`TranslateError`] if `raw` is not a JSON object.
 pub fn exec_process(raw: &[u8]) -> Result<(Vec<u8>, String), TranslateError> {
-    let parse = |source| TranslateError::Parse { what: "process to execute", source };
+    let parse = |source| TranslateError::Parse { what: "process of the exec request", source };
     let mut value: Value = serde_json::from_slice(raw).map_err(parse)?;
     let process = value.as_object_mut().ok_or(TranslateError::Type("the process"))?;
     self::process(process, &mut Vec::new())?;

@@ -18,8 +18,8 @@ pub fn resources_update(raw: &[u8]) -> Result<Vec<u8>, TranslateError> {
 
 /// The OCI specification's notation for huge pages of 2 MiB, the only supported size.
 pub const HUGE_PAGE: &str = "2MB";
-/// Error text for block I/O limits. A further reason: the guest's cgroups do not account for I/O through virtio-fs,
-/// which is most I/O.
+/// Error text for block I/O limits. The text omits one reason: the guest's cgroups do not account for I/O through
+/// virtio-fs, which is most I/O.
 const NO_BLOCK_IO: &str = "block I/O limits are not supported: they use the host's device numbers, and the guest's \
                            cgroups do not have I/O weights";
 

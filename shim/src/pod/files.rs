@@ -77,10 +77,10 @@ fn resolv_conf(dns: &DNSConfig) -> String {
 }
 
 /// Adds mounts of the files in `dir`, and a mount of the pod's shared memory. containerd expects these mounts from the
-/// sandbox.
+/// sandbox controller.
 ///
 /// Keeps the container's own mounts at the same paths, except for a tmpfs at `/dev/shm`. The pod's shared memory
-/// replaces this tmpfs, because containers cannot share a tmpfs.
+/// replaces this tmpfs, because the other containers could not use a tmpfs of this container.
 pub fn add_mounts(bundle: &mut Bundle, dir: &Path) {
     let read_only = bundle.raw.pointer("/root/readonly").and_then(Value::as_bool).unwrap_or_default();
     let access = if read_only { "ro" } else { "rw" };

@@ -61,8 +61,8 @@ pub fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value 
     }
     let mut sysctls: Map<String, Value> = SYSCTLS.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
     if has_user_namespace {
-        // The upper end of this sysctl's range is a gid that the user namespace does not map. containerd omits this
-        // sysctl, too.
+        // Omit this sysctl, as containerd does. The upper end of the sysctl's range is a gid that the user namespace
+        // does not map.
         sysctls.remove("net.ipv4.ping_group_range");
     }
     sysctls.extend(config.linux.sysctls.iter().map(|(key, value)| (key.clone(), value.clone().into())));

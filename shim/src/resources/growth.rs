@@ -118,8 +118,8 @@ impl Limits {
 }
 
 impl Limits {
-    /// Returns the CPU time that the container may use, in millicores. This is the lower value of the quota and the
-    /// cpuset's CPUs. Returns `None` if the container has neither a quota nor a cpuset.
+    /// Returns the CPU time that the container may use, in millicores. This is the lower of the quota and the cpuset's
+    /// CPU time. Returns `None` if the container has neither a quota nor a cpuset.
     fn usable_millis(&self) -> Option<u64> {
         let set = self.cpus.as_ref().map(|cpus| cpus.count().saturating_mul(1000));
         self.cpu_millis.into_iter().chain(set).min()
@@ -175,8 +175,8 @@ impl Growth {
         let millis = containers.clone().filter_map(Limits::usable_millis).fold(0u64, u64::saturating_add);
         let mut unlimited = containers.filter(|limits| limits.usable_millis().is_none()).map(|limits| limits.shares);
         let free = match unlimited.next() {
-            // Containers without a limit share the vCPUs that they request together, but at least the default number of
-            // vCPUs.
+            // Together, containers without a limit get the sum of their requested vCPUs, but at least the default
+            // number of vCPUs.
             Some(first) => {
                 let shares = unlimited.fold(first, u64::saturating_add);
                 cpus_of_shares(shares).max(u64::from(self.default.vcpus))

@@ -9,10 +9,10 @@ use crate::systemd::{Property, Unit, Value};
 
 /// Period of the CPU limit in microseconds.
 const PERIOD: u64 = 100_000;
-/// Distance in bytes between `memory.high`, above which the kernel throttles the sandbox, and the limit at which the
-/// kernel kills the VMM.
+/// Distance in bytes between `memory.high` and the limit at which the kernel kills the VMM.
 ///
-/// The second limit includes at least 12 MiB for the VMM and the shim. The distance is a third of these 12 MiB.
+/// Above `memory.high`, the kernel only throttles the sandbox. The memory limit includes at least 12 MiB for the VMM
+/// and the shim. The distance is a third of these 12 MiB.
 const THROTTLE_MARGIN: u64 = 4 << 20;
 /// Limits of at least this value count as no limit. If no limit is set, cgroup v1 shows a value slightly below 2^63.
 const NO_LIMIT: u64 = 1 << 62;
@@ -28,8 +28,8 @@ pub fn max_guest_mib(location: &CgroupLocation) -> u64 {
 
 /// Returns the parent cgroup's limit for 2 MiB huge pages, in MiB, or 0 if no limit is set.
 ///
-/// The kubelet sets the parent cgroup's limit for every pod. By default, containerd does not set limits for containers
-/// (`disable_hugetlb_controller`).
+/// The kubelet sets the parent cgroup's limit for every pod. By default, containerd does not set huge page limits for
+/// containers (`disable_hugetlb_controller`).
 pub fn huge_mib(location: &CgroupLocation) -> u64 {
     parent_limit(location, "hugetlb", ["hugetlb.2MB.max", "hugetlb.2MB.limit_in_bytes"]).unwrap_or(0) >> 20
 }
@@ -69,8 +69,9 @@ pub fn reclaim_threshold(location: &CgroupLocation) -> Option<u64> {
 /// memory before the sandbox reaches the memory limit. The guest's kernel then kills a process in the guest, and the
 /// host's kernel does not kill the VMM.
 ///
-/// If the cgroup is a systemd scope, this function first writes the limits, and then sends the same limits to systemd.
-/// Only the first write waits for the reclaim. Therefore, systemd does not block.
+/// If the cgroup is a systemd scope, this function first writes the limits to the cgroup's files. Then this
+/// function sends the limits to systemd. Only the write to the files waits for the reclaim. Therefore, systemd does not
+/// block.
 pub fn set(location: &CgroupLocation, unit: Option<&Unit>, limits: &HostLimits, guest_mib: u64) {
     let cpu_millis = limits.cpu_millis.map(|millis| round_cpu_millis(unit, millis));
     let cpus = limits.cpus.clone().or_else(|| all_cpus(location));
@@ -88,8 +89,8 @@ fn round_cpu_millis(unit: Option<&Unit>, millis: u64) -> u64 {
     if unit.is_some() { millis.div_ceil(10).saturating_mul(10) } else { millis }
 }
 
-/// Returns the parent cgroup's CPUs, to which the sandbox's list of CPUs must be reset. Returns `None` if the sandbox's
-/// cgroup has no list of CPUs.
+/// Returns the parent cgroup's CPUs, to which the sandbox's list of CPUs must be reset. Returns `None` in cgroup
+/// v1, or if the sandbox's cgroup has no list of CPUs.
 ///
 /// The list cannot be reset to an empty list. The kernel rejects an empty list with ENOSPC if the cgroup has processes
 /// (kernel/cgroup/cpuset.c, validate_change).

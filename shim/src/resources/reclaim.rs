@@ -1,10 +1,10 @@
 //! Tells the guest to drop its file caches if the pod's memory on the host is nearly exhausted, or if the VMM has
 //! nearly reached its fd limit.
 //!
-//! For every inode in the guest's cache, the VMM holds an open file. The open file pins an inode in the host's memory,
-//! which is charged to the pod's cgroup. The host's kernel cannot reclaim pinned inodes, and the guest's kernel does
-//! not know about these inodes. Without this module, a guest that reads many files would exhaust the pod's memory, and
-//! the host's kernel would kill the VMM.
+//! For every inode in the guest's cache, the VMM holds an open file. The open file pins an inode of the host. The pod's
+//! cgroup is charged for the pinned inodes' memory. The host's kernel cannot reclaim pinned inodes, and the guest's
+//! kernel does not know about these inodes. Without this module, a guest that reads many files would exhaust the pod's
+//! memory, and the host's kernel would kill the VMM.
 //!
 //! In cgroup v2, the kernel modifies `memory.events` when the kernel throttles processes at `memory.high`
 //! (Documentation/admin-guide/cgroup-v2.rst). In cgroup v1, `memory.pressure_level` reports that the kernel reclaims

@@ -127,7 +127,7 @@ impl Resizer {
         let _ = self.jobs.send(Job { target, done: oneshot::channel().0 });
     }
 
-    /// Resizes the pod to `target`. Waits until the growing resources have grown.
+    /// Resizes the pod to `target`. Waits until all resources that must grow have grown.
     ///
     /// # Errors
     /// [`ResizeError`]. Resources that grew before the error keep the new size until another resize.

@@ -96,8 +96,8 @@ fn policy(profiles: &Path, profile: &str) -> Result<Vec<u8>, AppArmorError> {
     // Search for the parent profile, because the parent's policy contains its child profiles and hats.
     let parent = profile.split_once("//").map_or(profile, |(parent, _)| parent);
     let missing = || AppArmorError::Missing(profile.to_owned());
-    // A directory's name contains the alphanumeric characters of the profile's name, and ends with a number. The file
-    // `name` contains the profile's full name.
+    // Each profile has a directory. The directory's name contains the alphanumeric characters of the profile's name,
+    // and ends with a number. The file `name` in the directory contains the profile's full name.
     let entries = fs::read_dir(profiles).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => missing(),
         _ => AppArmorError::Read { profile: profile.to_owned(), path: profiles.to_owned(), source },
@@ -111,8 +111,8 @@ fn policy(profiles: &Path, profile: &str) -> Result<Vec<u8>, AppArmorError> {
 }
 
 /// Returns whether `dir` may be the directory of `profile`. The kernel builds the directory's name from the profile's
-/// name and a number. The kernel changes some characters of the name. Therefore, only alphanumeric characters are
-/// compared.
+/// name and a number. The kernel changes some characters of the profile's name. Therefore, this function compares only
+/// alphanumeric characters.
 ///
 /// Without this check, the shim would read `name` in hundreds of directories.
 fn may_match(dir: &Path, profile: &str) -> bool {
@@ -142,7 +142,7 @@ mod tests {
         assert!(matches!(found("ab"), Err(AppArmorError::Read { .. })));
         assert!(matches!(found("b"), Err(AppArmorError::Missing(_))));
         assert!(matches!(policy(&dir.path().join("x"), "ab"), Err(AppArmorError::Missing(_))));
-        // This path is a file, so that reading the directory fails although it exists.
+        // This path is a file. Reading a file as a directory fails with ENOTDIR.
         let error = policy(&dir.path().join("a.b.0/name"), "ab").unwrap_err();
         assert!(matches!(error, AppArmorError::Read { .. }), "{error}");
     }

@@ -167,8 +167,8 @@ pub async fn boot(
             Ok(agent)
         }
         Ok(Err(error)) => {
-            // If the guest has ended, report its end. Any other error is a consequence. Wait for the VMM's end, because
-            // the console's output is complete only then.
+            // If the guest has ended, report the guest's end, because the end has caused `error`. First wait for the
+            // VMM's end, because the console's output is incomplete until then.
             let ended = matches!(error, BootError::Ended { .. })
                 || matches!(error, BootError::Vmm { source: VmmError::Gone, .. });
             if ended || progress.borrow().ended.is_some() {

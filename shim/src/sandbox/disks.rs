@@ -27,7 +27,7 @@ pub type AttachedDisks = Mutex<HashMap<Disk, Arc<AttachedDisk>>>;
 /// A disk that is attached or being attached.
 #[derive(Debug, Default)]
 pub struct AttachedDisk {
-    /// Slot of the disk. If the guest did not find the disk, a retry uses the same slot.
+    /// Slot of the disk. If the guest did not find the disk, a retry uses this slot again.
     slot: OnceCell<u32>,
     numbers: OnceCell<DeviceNumbers>,
 }

@@ -43,7 +43,7 @@ pub struct LaunchContext {
 
 /// A launch that waits for the sandbox's specification.
 pub struct DeferredLaunch {
-    /// Properties of the sandbox.
+    /// Inputs that do not come from the specification.
     pub context: LaunchContext,
     /// Directory on the host that the VMM serves to the guest as the share, or an error if the share could not be
     /// prepared.
@@ -176,8 +176,8 @@ impl PartialLaunch {
         };
         let network = match &network {
             // CNI sets up a new namespace later, in hooks or between Create and Start. `ctr run --cni` runs CNI between
-            // Create and Start. containerd 1.7 does the same for a pod with a user namespace, because the user
-            // namespace must own the network namespace (pkg/cri/server/sandbox_run.go).
+            // Create and Start. containerd 1.7 also runs CNI between Create and Start if the pod has a user namespace.
+            // In this case, the user namespace must own the network namespace (pkg/cri/server/sandbox_run.go).
             Network::New => match &self.vmm {
                 Some(vmm) => network::watch_new(
                     &PathBuf::from(format!("/proc/{}/ns/net", vmm.pid)),
@@ -253,8 +253,8 @@ pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String
 /// `disable_cgroup`, the process stays in its current cgroup.
 ///
 /// If the move fails, the sandbox does not start. Outside the cgroup, the sandbox would have no limits, and its usage
-/// would be charged to containerd's cgroup. runc fails, too, even in rootless mode (libcontainer/cgroups/fs2/fs2.go,
-/// Apply).
+/// would be charged to containerd's cgroup. runc also fails if it cannot enter the cgroup, even in rootless mode
+/// (libcontainer/cgroups/fs2/fs2.go, Apply).
 fn enter_cgroup(context: &LaunchContext, path: &str) -> Result<Option<Cgroup>, String> {
     if path.is_empty() {
         return Ok(None);

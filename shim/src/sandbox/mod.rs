@@ -297,7 +297,7 @@ impl Sandbox {
         self.propagation.settle().await;
     }
 
-    /// Returns the lines of the guest's console that explain why the guest ended.
+    /// Returns the lines of the guest's console that may explain why the guest ended.
     pub fn console_tail(&self) -> String {
         self.log_tail.console_tail()
     }

@@ -1,6 +1,6 @@
 //! A sandbox's directory on the host, `/run/husk/<namespace>/<sandbox>`.
 //!
-//! Its files contain what `delete` needs for the cleanup after the shim has ended unexpectedly.
+//! The shim's `delete` command uses the directory's files for the cleanup if the shim has ended unexpectedly.
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
@@ -12,7 +12,7 @@ use crate::resources::cgroup;
 use crate::systemd::Unit;
 use crate::volumes::{Share, ShareError};
 
-/// Parent of all sandboxes' directories.
+/// Directory that contains the directories of all namespaces and sandboxes.
 pub const ROOT: &str = "/run/husk";
 
 /// File with the record that `husk ps` reads.

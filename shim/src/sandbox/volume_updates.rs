@@ -46,7 +46,7 @@ impl Updates {
         Self { update: Arc::new(update), tasks: JoinSet::new(), in_progress: HashMap::new(), requested: 0 }
     }
 
-    /// Starts request number `request`, which updates every volume. `volumes` lists all volumes that exist.
+    /// Starts to serve request number `request`, which updates every volume. `volumes` lists all volumes that exist.
     pub fn start(&mut self, mut volumes: Vec<OsString>, request: u64) {
         let previous = std::mem::replace(&mut self.requested, request);
         for update in self.in_progress.values_mut() {
@@ -94,7 +94,7 @@ impl Updates {
         Some(result)
     }
 
-    /// Returns the number of the latest request that all volumes have served. Ignores volumes whose update hangs.
+    /// Returns the number of the latest request that is complete for all volumes. Ignores volumes whose update hangs.
     pub fn served(&self) -> u64 {
         self.in_progress.values().map(|update| update.served).min().unwrap_or(self.requested)
     }
@@ -160,7 +160,7 @@ mod tests {
         updates.start(volumes(), 2);
         updates.ended().await.unwrap().unwrap();
         assert_eq!(updates.served(), 2);
-        // After the hanging update has ended, requests wait for this volume, too.
+        // After the hanging update has ended, requests wait for the volume `hung` again.
         hung.send(()).unwrap();
         updates.ended().await.unwrap().unwrap();
         updates.start(volumes(), 3);

@@ -24,7 +24,7 @@ use crate::pod;
 use crate::resources::cgroup::CgroupLocation;
 use crate::resources::cgroup_v1_metrics;
 
-/// CRI names of the sandbox states, which containerd passes on unchanged.
+/// CRI's names for the states of a sandbox. containerd passes these names to CRI clients unchanged.
 const READY: &str = "SANDBOX_READY";
 const NOT_READY: &str = "SANDBOX_NOTREADY";
 

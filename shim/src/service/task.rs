@@ -27,10 +27,10 @@ use crate::vm::agent::{timeouts, within};
 
 /// Maximum number of processes in a response to Pids.
 const MAX_PIDS: usize = 1 << 16;
-/// Maximum size of the guest's statistics in bytes.
+/// Maximum size, in bytes, of a container's statistics in the agent's response to Stats.
 const MAX_METRICS: usize = 1 << 20;
 
-/// Returns the Task service under both names. Both versions have the same messages.
+/// Returns the Task service under the names of versions 2 and 3. Both versions have the same messages.
 pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
     let mut services = HashMap::new();
     for name in ["containerd.task.v2.Task", "containerd.task.v3.Task"] {

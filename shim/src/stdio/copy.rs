@@ -2,9 +2,9 @@
 //!
 //! Large amounts of data are moved with splice(2), without a copy through this process.
 //!
-//! Small amounts of output are read and written. A spliced fragment occupies a whole pipe buffer, and a pipe has only
-//! 16 buffers by default. With splice(2) alone, a container whose output nobody reads would block after a few lines.
-//! With write(2), the container blocks after 64 KiB.
+//! Small amounts of output are copied with read(2) and write(2) instead of splice(2). A spliced fragment occupies a
+//! whole pipe buffer, and a pipe has only 16 buffers by default. With splice(2) alone, a container whose output nobody
+//! reads would block after a few lines. With write(2), the container blocks after 64 KiB.
 
 use std::{
     fs::File,
@@ -148,7 +148,7 @@ fn try_splice(
     }
     let mut fds = [PollFd::new(socket, socket_event), PollFd::new(pipe, pipe_event)];
     poll(&mut fds, PollTimeout::ZERO)?;
-    // A hang-up or an error counts as ready, because the next splice then returns the error.
+    // A hang-up or an error counts as ready, because the next splice then returns 0 or the error.
     let [socket, pipe] = fds.map(|fd| fd.revents().is_some_and(|events| !events.is_empty()));
     match (socket, pipe) {
         (false, _) => Err(io::ErrorKind::WouldBlock.into()),

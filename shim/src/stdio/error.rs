@@ -39,7 +39,7 @@ pub enum StdioError {
     Logger {
         /// The program.
         path: PathBuf,
-        /// The operation that failed.
+        /// Why the start failed, for example the operation that failed.
         message: String,
         /// The cause.
         #[source]

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! let stdio = Stdio::open(&paths, &logger).await?; // before the request goes to the guest
-//! let needed = stdio.needed_streams();             // one vsock stream for each; a terminal has a single stream
+//! let needed = stdio.needed_streams();             // open these vsock streams; a terminal needs one stream
 //! let relay = stdio.start(streams)?;               // copies until the streams end
 //! relay.close_stdin();                             // CloseIO
 //! relay.drain(quiet).await;                        // before Delete
@@ -25,8 +25,8 @@ use tokio::net::UnixStream;
 use logger::LoggerHandle;
 use target::{Input, Output};
 
-/// The targets of a process's streams in a Create or Exec request. Each target is a path, a URI (`fifo://`, `file://`
-/// or `binary://`), or empty.
+/// The targets of a process's streams in a Create or Exec request. Stdin's target is a path. An output's target is a
+/// path or a URI (`fifo://`, `file://` or `binary://`). Each target can be empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Paths {
     /// Stdin.
@@ -88,7 +88,7 @@ pub struct Stdio {
 }
 
 impl Stdio {
-    /// Opens containerd's ends. Starts the logger if `paths` name a logger.
+    /// Opens containerd's ends. Starts the logger if a target in `paths` is a logger.
     pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Self, StdioError> {
         target::open(paths, context).await
     }

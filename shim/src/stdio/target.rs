@@ -155,8 +155,7 @@ fn decode(text: &str, query: bool) -> Option<String> {
 fn input(path: &Path) -> Result<Input, StdioError> {
     let fail = |source: nix::Error| StdioError::Open { stream: "stdin", path: path.into(), source: source.into() };
     let flags = OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    // Open the read end first, because opening the read end does not need a writer, but opening the write end needs a
-    // reader.
+    // Open the read end first, because opening the write end fails if the fifo has no reader.
     let fifo = open_fd(path, OFlag::O_RDONLY | flags, Mode::empty()).map_err(fail)?;
     if !is_fifo(&fifo).map_err(fail)? {
         return Err(StdioError::NotFifo { stream: "stdin", path: path.into() });

@@ -1,5 +1,5 @@
-//! Tests of whole streams. containerd's ends are real fifos, files and loggers. The guest's end is a socket pair
-//! instead of vsock.
+//! Tests that copy data between containerd and the guest. containerd's ends are real fifos, files and loggers. A socket
+//! pair replaces the vsock connection to the guest.
 
 use std::{
     fs::{self, OpenOptions},

@@ -91,11 +91,11 @@ impl Scope {
             connection.run_job(unit, "StartTransientUnit", "ssa(sv)a(sa(sv))", body)
         };
         let start_or_recover = |connection: &mut Connection| match start(connection) {
-            // This is the retry of `with_connection`. The first attempt created the scope, but systemd re-executed
+            // `with_connection` has retried the request. The first attempt created the scope, but systemd re-executed
             // itself before it sent the reply.
             Err(error) if error.has_name(UNIT_EXISTS) && is_member(pid, unit) => Ok(()),
-            // The unit may be the failed scope of a deleted sandbox. systemd keeps a failed unit until the unit is
-            // reset.
+            // The unit may be the failed scope of a deleted sandbox. A failed unit keeps its name in use until the
+            // unit is reset or removed.
             Err(error) if error.has_name(UNIT_EXISTS) => {
                 reset_failed(connection, unit)?;
                 start(connection)
@@ -143,8 +143,8 @@ impl Unit {
 
     /// Sets properties of the unit until the node reboots. Blocks.
     ///
-    /// systemd writes the properties to the cgroup at once. After a later change to the same controller, for example
-    /// with `systemctl set-property`, systemd rewrites the properties.
+    /// systemd writes the properties to the cgroup at once. systemd writes them again when another property of the same
+    /// controller changes, for example by `systemctl set-property`.
     pub fn set(&self, properties: &[Property]) -> Result<(), UnitError> {
         let Self(unit) = self;
         let set = |connection: &mut Connection| {
@@ -295,7 +295,7 @@ mod tests {
         let error = crate::chain(&scope().start_at(&socket, 7).unwrap_err());
         assert!(error.contains("already loaded (org.freedesktop.systemd1.UnitExists)"), "{error}");
         // The fake closes one connection without an answer, as systemd does when it re-executes itself. On the retry's
-        // connection, it reports that the unit does not exist.
+        // connection, the fake reports that the unit does not exist.
         scope().unit.stop_at(&socket).unwrap();
         assert_eq!(peer.join().unwrap().len(), 6);
         let error = crate::chain(&scope().start_at(&dir.path().join("none"), 7).unwrap_err());

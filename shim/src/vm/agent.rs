@@ -114,8 +114,9 @@ pub fn check(event: Event) -> Option<Report> {
     }
 }
 
-/// Converts `error`, with which the agent's call `what` failed, to an error for containerd. Limits the text's length,
-/// and replaces control characters.
+/// Converts `error`, the result of a call to the agent, to an error for containerd. `what` is the name of the call.
+///
+/// Limits the text's length, and replaces control characters.
 pub fn error(what: &str, error: ttrpc::Error) -> ttrpc::Error {
     match error {
         ttrpc::Error::RpcStatus(status) => {

@@ -1,7 +1,7 @@
 //! Reads the lines of the guest's console, of the VMM's log and of the agent's log.
 //!
-//! The shim writes these lines to its own log. For error messages, it keeps the most recent lines of the console and of
-//! the VMM.
+//! The shim writes these lines to its own log. For error messages, the shim keeps the most recent lines of the
+//! console and of the VMM's log.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -33,8 +33,7 @@ impl LogTail {
 
     /// Returns the lines that may explain why the guest ended.
     ///
-    /// If the guest panicked, returns up to 12 lines that start with the panic message. Otherwise, returns the last 8
-    /// lines.
+    /// If a line reports a panic, returns this line and up to 11 lines after it. Otherwise, returns the last 8 lines.
     pub fn console_tail(&self) -> String {
         let lines = lock(&self.lines);
         let panic = lines.iter().position(|line| line.contains("Kernel panic") || line.contains("panicked at"));
@@ -44,7 +43,7 @@ impl LogTail {
     }
 }
 
-/// Passes each line of `stream` to `line`, until EOF or an error. Splits lines that are longer than `MAX_LINE`.
+/// Reads `stream` until EOF or an error, and calls `line` with each line. Splits lines that are longer than `MAX_LINE`.
 pub async fn read_lines(mut stream: impl AsyncRead + Unpin, mut line: impl FnMut(String)) {
     let mut buffer = [0; 2048];
     let mut text = Vec::new();
@@ -72,7 +71,8 @@ fn emit(text: &mut Vec<u8>, line: &mut impl FnMut(String)) {
     }
 }
 
-/// Replaces control characters. Otherwise, the guest could send escape sequences to a terminal that shows the log.
+/// Replaces control characters, except tabs and newlines. Otherwise, the guest could send escape sequences to a
+/// terminal that shows the log.
 pub fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\t' && c != '\n' { '\u{fffd}' } else { c }).collect()
 }

@@ -49,8 +49,8 @@ pub enum VmmError {
     /// The VMM has ended.
     #[error("the VMM process has ended")]
     Gone,
-    /// The host does not show the thread whose id the VMM reported.
-    #[error("failed to find the VMM thread for the container's PID on the host")]
+    /// The host PID of the thread that the VMM reported cannot be determined.
+    #[error("failed to determine the host PID of the VMM thread that represents the container")]
     Thread(#[source] std::io::Error),
     /// vhost-net cannot be opened.
     #[error("failed to open {}: run `modprobe vhost_net`, or set vhost_net = false", vhost::DEVICE)]
@@ -122,7 +122,7 @@ impl Vmm {
         let (control, pidfd) = match watch() {
             Ok(fds) => fds,
             Err(error) => {
-                // The error has closed the control socket. Without this socket, the VMM exits.
+                // The control socket was closed after the error. Without this socket, the VMM exits.
                 reap(pid);
                 return Err(VmmError::Watch(error));
             }
@@ -142,7 +142,7 @@ impl Vmm {
         let vmm = Self { inner: Arc::clone(&inner) };
         tokio::spawn(async move {
             read(&inner, &notices).await;
-            // The VMM has closed the socket, so that no further answer can arrive.
+            // The VMM has closed the socket. Therefore, no further answer can arrive.
             lock(&inner.pending).take();
             drop(notices);
             let _ = pidfd.readable().await;
@@ -156,7 +156,7 @@ impl Vmm {
         self.inner.pid
     }
 
-    /// Acquires a PID on the host for one container. The caller must pass the PID to [`Vmm::release_pid`].
+    /// Acquires a PID on the host for one container. The caller must later call [`Vmm::release_pid`].
     ///
     /// # Errors
     /// The errors of [`Vmm::call`], and [`VmmError::Thread`].
@@ -169,7 +169,7 @@ impl Vmm {
         let pid = match found.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
             Ok(pid) => pid,
             Err(error) => {
-                // Best effort, because the caller gets the first error.
+                // Best effort, because the caller gets the error of the search.
                 let _ = self.call(Call::ReleasePid { pid: inner }, &[]).await;
                 return Err(VmmError::Thread(error));
             }
@@ -268,8 +268,8 @@ impl Vmm {
         }
     }
 
-    /// Waits until the VMM reports that its open files are near the fd limit. If the guest then drops its caches, the
-    /// VMM can close files.
+    /// Waits until the VMM reports that the number of its open files is near its fd limit. If the guest then drops its
+    /// caches, the VMM can close files.
     pub async fn wait_for_fd_shortage(&self) {
         self.inner.fd_shortage.notified().await;
     }

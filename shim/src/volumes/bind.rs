@@ -31,7 +31,7 @@ pub struct Source<'a> {
     pub id_mappings: Option<&'a IdMappings>,
     /// Mount options that the host applies.
     pub flags: Flags,
-    /// Whether mounts of the same file or directory are shared even if the mount ids of their sources differ.
+    /// Whether sources with different mount ids share a mount if they are the same file or directory.
     pub ignores_mount_id: bool,
     /// Whether the host's later mounts propagate to the guest.
     pub receives_mounts: bool,
@@ -40,7 +40,7 @@ pub struct Source<'a> {
 /// Binds `source` into the share for container `id`, unless the share contains a matching mount. Returns the path of
 /// the mount in the guest.
 ///
-/// If the mount omits host-only file systems, adds a note to `notes`.
+/// If the copy of the source omits mounts, adds a note to `notes`.
 pub fn bind(
     mount: &Mount,
     source: &Source<'_>,
@@ -70,7 +70,7 @@ pub fn bind(
     .map_err(|(step, source)| host(step)(source))?;
     if !left_out.is_empty() {
         let source = mount.source.as_deref().unwrap_or_default();
-        notes.push(format!("host-only file systems are left out of {source}: {}", left_out.join(", ")));
+        notes.push(format!("host-only or inaccessible mounts are left out of {source}: {}", left_out.join(", ")));
     }
     if source.receives_mounts {
         // `propagate::update` later copies mounts from the receiving tree to the share.
@@ -105,7 +105,7 @@ fn copy(source: &Source<'_>, host_only: &HostOnly, stage: &StagingDir) -> Result
 }
 
 /// Attaches a slave copy of the source's mount tree as the receiving tree of mount `name`. Does nothing if the mount
-/// has a receiving tree.
+/// already has a receiving tree.
 fn add_receiving(
     source: &Source<'_>,
     host_only: &HostOnly,
@@ -131,7 +131,7 @@ fn clone_source(source: &Source<'_>, recursive: bool, propagation: u64) -> Resul
 /// Returns the key of the source's mount in the share. Sources with equal keys share a mount.
 fn mount_key(source: &Source<'_>) -> io::Result<String> {
     let stat = fstat(source.file)?;
-    // With `ignores_mount_id`, the flags of the source's mount, such as read-only, replace the mount id.
+    // With `ignores_mount_id`, the key contains the mount's flags, such as read-only, instead of the mount id.
     let mount = match source.ignores_mount_id {
         true => format!("m{:x}", fstatvfs(source.file)?.flags().bits()),
         false => format!("{:x}", mount_api::mount_id(source.file.as_fd())?),

@@ -15,7 +15,7 @@ const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
 const INIT: u32 = 26;
 const BATCH_FORGET: u32 = 42;
-/// File name whose lookup is the final request that gets an answer.
+/// File name. A lookup of this name is the last request that the file system answers.
 const LAST: &str = "last";
 
 /// A FUSE file system that answers no requests after [`Self::mount`] has returned. A tmpfs is mounted on its directory
@@ -31,7 +31,7 @@ impl HangingFileSystem {
         let mut connection = File::options().read(true).write(true).open("/dev/fuse").unwrap();
         let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", connection.as_raw_fd());
         mount(Some("hanging"), point, Some("fuse"), MsFlags::empty(), Some(data.as_str())).unwrap();
-        // The kernel sends requests while the tmpfs is mounted. Therefore, a thread answers requests.
+        // The mount(2) call for the tmpfs needs answers from this file system. Therefore, a thread answers requests.
         let server = std::thread::spawn(move || {
             while answer(&mut connection) {}
             connection

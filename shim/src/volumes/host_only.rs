@@ -1,9 +1,9 @@
 //! Recognizes host-only file systems, which are interfaces to the host's kernel, devices or processes. The shim never
 //! puts these file systems into the share.
 //!
-//! Under runc, a container that mounts the host's `/proc` opens files with the container's permissions. Under Husk, the
-//! VMM would open the files with the VMM's permissions. The guest has its own instances of the file systems that
-//! containers need.
+//! Under runc, a container that mounts the host's `/proc` opens files with the container's permissions. If `/proc` were
+//! in the share, the VMM would open the files with the VMM's permissions. The guest has its own instances of the file
+//! systems that containers need.
 
 use std::{
     ffi::OsStr,
@@ -106,7 +106,7 @@ impl HostOnly {
         self.name_of(mount).is_some()
     }
 
-    /// Returns whether `mount` shows a file system of the sandbox's own directories.
+    /// Returns whether the file system of `mount` is one of the sandbox's own, such as the share.
     pub fn is_of_sandbox(&self, mount: &Entry) -> bool {
         self.by_device(mount.device) == Some(SANDBOX)
     }
@@ -156,7 +156,7 @@ const GUEST_DEV_DIRS: [&str; 5] = ["/dev", "/dev/mqueue", "/dev/net", "/dev/pts"
 /// `path`, the guest path is `path`.
 ///
 /// Returns `None` if a guest may lack this path, for example `/dev/dri`. Also returns `None` for the directory of a
-/// process, because the PID belongs to another process in the guest.
+/// process, because the PID identifies a different process in the guest.
 pub fn guest_path(path: &Path) -> Option<PathBuf> {
     let in_guest = match path.strip_prefix("/proc") {
         Ok(rest) => !rest.components().next().is_some_and(|first| is_process_dir(first.as_os_str())),
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn guest_path_excludes_processes_and_other_devices() {
+    fn guest_path_rejects_process_dirs_and_paths_that_a_guest_may_lack() {
         for path in ["/proc", "/proc/sys/vm", "/sys", "/sys/fs/cgroup", "/dev", "/dev/pts", "/dev/net"] {
             assert_eq!(guest_path(Path::new(path)).as_deref(), Some(Path::new(path)));
         }

@@ -182,7 +182,7 @@ mod tests {
         assert_eq!(of(&root.join("a/b")).unwrap(), "a/b");
         assert_eq!(of(&root.join("a/file")).unwrap(), "a/file");
         assert!(of(dir.path()).is_none() && at(&root, "another").is_none());
-        // The target of a symlink is not in the volume.
+        // The target of this symlink is not in the volume.
         std::os::unix::fs::symlink("/etc", root.join("out")).unwrap();
         assert_eq!(of(&root.join("out")), None);
     }

@@ -75,8 +75,8 @@ pub fn request_for(
     }
     let (uid, gid) = kubelet_paths::owner(volume_stat.uid(), volume_stat.gid(), id_mappings);
     let kind = if huge { format!("pagesize={HUGE_PAGE}") } else { format!("size={size}") };
-    let subdirectory =
-        kubelet_paths::path_in_filesystem(source).map_err(inspect("find the directory in its volume"))?;
+    let subdirectory = kubelet_paths::path_in_filesystem(source)
+        .map_err(inspect("determine the path of the directory in its volume"))?;
     let volume = mount_api::open_path(&root, false).map_err(inspect("open the volume"))?;
     let directories = kubelet_paths::stat_components(&volume, &subdirectory, id_mappings);
     let (directories, _) = directories.map_err(inspect("stat a directory of the volume"))?;

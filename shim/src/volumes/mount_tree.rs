@@ -42,8 +42,8 @@ impl<'a> Tree<'a> {
         Some(Self { base, children })
     }
 
-    /// Returns the submounts that a path lookup reaches, parents first. Also returns the submounts that `excluded`
-    /// selects.
+    /// Returns the submounts that a path lookup reaches, in two lists. The second list has the submounts for which
+    /// `excluded` returns true. In the first list, parents come before their submounts.
     ///
     /// Both lists omit all mounts below an excluded submount. A path lookup does not reach a mount if another mount
     /// covers its root or a directory above its mount point.
@@ -99,8 +99,8 @@ impl<'a> Tree<'a> {
 /// Returns two lists that turn `old` into `new`: the submounts to remove, and the submounts to add.
 ///
 /// Two submounts are equal if they show the same directory of the same file system at the same path. An unmount
-/// includes all submounts below. Therefore, the first list contains only the topmost submounts. The second list
-/// includes each submount of `new` that is below a removed submount.
+/// of a submount includes all mounts below it. Therefore, the first list omits a submount below another removed
+/// submount. The second list includes each submount of `new` that is below a removed submount.
 pub fn differences<'a>(old: Vec<Submount<'a>>, new: Vec<Submount<'a>>) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
     let same = |a: &Submount<'_>, b: &Submount<'_>| {
         (&a.path, a.entry.device, &a.entry.root) == (&b.path, b.entry.device, &b.entry.root)

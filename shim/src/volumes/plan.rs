@@ -63,7 +63,7 @@ pub struct PlanContext<'a> {
 }
 
 /// Prepares `mount`, which has the index `index` in the specification. Returns the source that the guest must use, or
-/// `None` for the specified source.
+/// `None` if the guest must use the specification's source.
 pub fn prepare_mount(
     mount: &Mount,
     index: usize,
@@ -193,7 +193,7 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
     }
     if shareable {
         let volume = kubelet_paths::disk_empty_dir(&fd, &path, id_mappings.as_ref(), context.pod);
-        if let Some(volume) = volume.map_err(|error| host("find the source in its volume", error))? {
+        if let Some(volume) = volume.map_err(|error| host("determine the emptyDir of the source", error))? {
             if let Some(kind) = on_host_only(&volume.root)? {
                 return guest_instance(&path, kind, notes);
             }

@@ -34,11 +34,11 @@ pub fn volumes(share: &Path) -> Result<Vec<OsString>, SyncError> {
     stage.receiving().map_err(|source| SyncError { step: "list the volumes in", path: stage.dir().to_owned(), source })
 }
 
-/// Makes the submounts of volume `name` in the share match its receiving tree. At most one call may run for each
-/// volume.
+/// Makes the submounts of volume `name` in the share match its receiving tree. Calls for the same
+/// volume must not run at the same time.
 ///
 /// Another thread may remove the volume during the call. The call looks up only mount points. Therefore, a hanging file
-/// system blocks the call only if it contains a mount point.
+/// system blocks the call only if this file system contains a mount point.
 ///
 /// # Errors
 /// The first error. After an error, the call continues with the remaining mounts.
@@ -49,7 +49,7 @@ pub fn update(share: &Path, name: &OsStr) -> Result<(), SyncError> {
         move |source| SyncError { step, path, source }
     };
     let target = share.join(VOLUMES).join(name);
-    let host_only = stage.host_only(share).map_err(error("find host-only file systems for", share))?;
+    let host_only = stage.host_only(share).map_err(error("determine which file systems are host-only for", share))?;
     let entries = mountinfo::read().map_err(error("list the mounts of", &target))?;
     update_from(&entries, &host_only, &stage.receiving_point(name), &target)
 }
@@ -66,13 +66,15 @@ fn update_from(
     };
     let bases = mounted(point).and_then(|from| Ok((from, mounted(target)?)));
     // While a volume is being added or removed, only one of these two mounts exists.
-    let (Some(from), Some(to)) = bases.map_err(error("open", Path::new("")))? else { return Ok(()) };
+    let (Some(from), Some(to)) = bases.map_err(error("open a mount of the volume", Path::new("")))? else {
+        return Ok(());
+    };
     let (Some(received), Some(shared)) = (Tree::of(entries, from.id), Tree::of(entries, to.id)) else { return Ok(()) };
     let (received, _) = received.reachable(|entry| host_only.contains(entry));
     let (shared, _) = shared.reachable(|_| false);
     let (removed, added) = differences(shared, received);
-    // Each unmount includes the submounts below. `removed` does not contain these submounts, because a lookup of their
-    // paths might hang.
+    // Each unmount includes the mounts below the submount. `removed` does not contain these mounts, because a lookup of
+    // their paths might hang.
     let unmounted = removed.iter().map(|submount| detach(&to.file, submount).map_err(error("unmount", &submount.path)));
     let unmounted = first_error(unmounted);
     let mounted = copy_new(&from.file, target, &added, host_only);
@@ -80,7 +82,8 @@ fn update_from(
     mounted.map_err(|(path, source)| error("mount", &path)(source))
 }
 
-/// Copies the mounts `added` from `from` to the mount at `to`. Returns the first error with the mount's path.
+/// Copies the mounts in `added` from the tree at `from` to the mount at `to`. Returns the first error with the mount's
+/// path.
 fn copy_new(
     from: &OwnedFd,
     to: &Path,

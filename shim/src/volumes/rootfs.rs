@@ -75,7 +75,7 @@ pub struct CopyContext<'a> {
     pub host_only: &'a HostOnly,
 }
 
-/// Stacks `mounts` at `target`, in order. Returns notes for the log about omitted file systems.
+/// Stacks `mounts` at `target`, in order. Returns notes for the log about omitted mounts.
 pub fn mount_all(mounts: &[RootMount], target: &Path, context: CopyContext<'_>) -> Result<Vec<String>, RootfsError> {
     let left_out = mounts.iter().map(|mount| mount_one(mount, target, context));
     Ok(left_out.collect::<Result<Vec<_>, _>>()?.concat())
@@ -134,7 +134,7 @@ fn reject_host_only(kind: &str, options: &Options<'_>, host_only: &HostOnly) -> 
             Ok(Some(kind)) => return reject(layer, kind),
             Ok(None) => {}
             Err(error) => {
-                let message = format!("failed to find the file system of the layer {layer}: {error}");
+                let message = format!("failed to determine the file system of the layer {layer}: {error}");
                 return Err(RootfsError::Unsupported(message));
             }
         }
@@ -179,7 +179,7 @@ fn bind(
     mount_api::set_attributes(tree.as_fd(), attr, 0, false)?;
     mount_api::attach_to_share(tree.as_fd(), mount_api::open_path(target, false)?.as_fd())?;
     let notes = (!left_out.is_empty())
-        .then(|| format!("host-only file systems are left out of the rootfs: {}", left_out.join(", ")));
+        .then(|| format!("host-only or inaccessible mounts are left out of the rootfs: {}", left_out.join(", ")));
     Ok(notes.into_iter().collect())
 }
 

@@ -19,7 +19,7 @@ use crate::volumes::unmount::{remove, unmount};
 /// the guest's kernel caches directory entries.
 pub use husk_proto::SHARED_VOLUMES as VOLUMES;
 
-/// State of the mounts that the files in the share do not show.
+/// State of the mounts. The files in the share do not show this state.
 struct Mounts {
     /// Number for the next mount. A mount's name is `<number>.<key>`.
     next_number: u64,
@@ -86,18 +86,19 @@ pub fn acquire(
     let attached = opened
         .and_then(|target| mount_api::attach_to_share(tree.as_fd(), target.as_fd()).map_err(at("attach the mount")));
     if attached.is_err() {
-        // No container may use the empty mount point. `release` removes it, because container `id` has its marker.
+        // No container may use the empty mount point. `release` removes the mount point, because container `id` has a
+        // marker for the mount.
         mounts.retired.insert(target);
     }
     attached.map(|()| name)
 }
 
-/// Attaches `tree` as the receiving tree of mount `name`. Returns false if the mount has a receiving tree, or if
-/// container `id` no longer uses the mount.
+/// Attaches `tree` as the receiving tree of mount `name`. Returns false if the mount already has a receiving tree,
+/// or if container `id` no longer uses the mount.
 pub fn add_receiving((share, id): (&Path, &str), name: &str, directory: bool, tree: &OwnedFd) -> io::Result<bool> {
     let stage = StagingDir::for_share(share);
     let mounts = lock_mounts();
-    // If the container was deleted while the caller made the tree, nothing would remove the tree.
+    // The container may have been deleted while the caller made the tree. In this case, nothing would remove the tree.
     let is_used =
         markers_dir(share, id).join(name).try_exists()? && !mounts.retired.contains(&share.join(VOLUMES).join(name));
     if !is_used || stage.receiving()?.iter().any(|found| found == name) {

@@ -5,8 +5,9 @@
 //! reaches.
 //!
 //! A volume with `rslave` propagation has a receiving tree here. The host's later mounts propagate to this tree, and
-//! [`crate::volumes::propagate`] copies them to the share. With direct propagation, host-only file systems would get
-//! into the share. The host's umount(2) would fail with EBUSY while a guest has open files.
+//! [`crate::volumes::propagate`] copies them to the share. With propagation directly to the share, host-only file
+//! systems would get into the share. In addition, the host's umount(2) would fail with EBUSY while the guest has open
+//! files.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -92,7 +93,7 @@ impl StagingDir {
         }
         let attached = mount_api::open_path(&point, false).and_then(|to| mount_api::attach(tree.as_fd(), to.as_fd()));
         if attached.is_err() {
-            // Best effort, because the caller gets the first error.
+            // Best effort, because the caller gets the error of the failed attach.
             let _ = unmount::remove(&point);
         }
         attached

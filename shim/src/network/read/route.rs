@@ -107,8 +107,8 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
     })
 }
 
-/// Parses `bytes`, the value of RTA_MULTIPATH. Appends each next hop to `hops`, unless the guest does not get the next
-/// hop's interface. Returns whether a next hop uses encapsulation. Returns `None` if `bytes` is malformed.
+/// Parses `bytes`, the value of RTA_MULTIPATH. Appends to `hops` each next hop whose interface the guest gets. Returns
+/// whether a next hop uses encapsulation. Returns `None` if `bytes` is malformed.
 fn next_hops(hops: &mut Vec<NextHop>, family: u8, bytes: &[u8], name: impl Fn(u32) -> Option<String>) -> Option<bool> {
     let (mut rest, mut encapsulates) = (bytes, false);
     // struct rtnexthop

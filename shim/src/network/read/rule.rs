@@ -57,7 +57,7 @@ pub fn parse(body: &[u8]) -> Option<Entry<Rule>> {
             FRA_SPORT_RANGE => rule.source_ports = Some(ports(value)?).into(),
             FRA_DPORT_RANGE => rule.destination_ports = Some(ports(value)?).into(),
             FRA_PAD => {}
-            // Omit the whole rule, because the rule has a different meaning without this attribute.
+            // Omit a rule with any other attribute, because the rule has a different meaning without the attribute.
             FRA_L3MDEV => return unsupported("with l3mdev (VRF)"),
             FRA_UID_RANGE => return unsupported("with a UID range"),
             FRA_FLOW => return unsupported("with realms"),

@@ -1,9 +1,9 @@
 //! Mirrored volumes: ConfigMaps, Secrets, projected and downward API volumes, which the shim copies to the guest.
 //!
 //! In the share, inotify(7) would not report the host's changes to the guest. Therefore, these volumes are not in the
-//! share. The agent keeps a copy on a file system of the guest, and the shim copies every change on the host. No pod
-//! writes to these volumes. Therefore, the shim copies nothing to the host. Only the guest's memory limits the number
-//! and size of the files.
+//! share. The agent keeps a copy on a file system of the guest. After each change on the host, the shim sends the
+//! volume to the agent. No pod writes to these volumes. Therefore, the shim copies nothing from the guest to the host.
+//! Only the guest's memory limits the number and size of the files.
 
 mod walk;
 mod watch;
@@ -75,7 +75,7 @@ impl Volume {
         Ok(openat2(&*self.root, path, how)?)
     }
 
-    /// Returns whether the directory has not been removed.
+    /// Returns false if the directory has been removed.
     fn exists(&self) -> bool {
         fstat(&self.root).is_ok_and(|stat| stat.st_nlink > 0)
     }
@@ -140,8 +140,8 @@ impl MirrorError {
     /// Returns whether this failure of an update is logged as a warning. `failures` is the number of failed attempts
     /// since the last success, including this attempt.
     ///
-    /// A failure that persists is logged only once. The first transient failure is not logged as a warning, because the
-    /// next attempt probably succeeds.
+    /// A failure that persists is logged as a warning only once. The first transient failure is not logged as a
+    /// warning, because the next attempt probably succeeds.
     fn is_warning(&self, failures: u32) -> bool {
         failures == if self.is_transient() { 2 } else { 1 }
     }
@@ -178,7 +178,7 @@ pub async fn start(agent: &Agent, container: &str, mirrors: Vec<Mirror>) -> Resu
             Ok(watch) => drop(tasks.spawn(keep_updated(agent.clone(), container.to_owned(), mirror, watch))),
             Err(error) => tracing::warn!(
                 container, volume = %mirror.source.path.display(), %error,
-                "failed to watch a volume: the guest does not get its changes (see fs.inotify.max_user_watches)"
+                "failed to watch a volume: its later changes do not reach the guest (see fs.inotify.max_user_watches)"
             ),
         }
     }
@@ -194,7 +194,7 @@ async fn keep_updated(agent: Agent, container: String, mirror: Mirror, mut watch
             changed = watch.changed() => if let Err(error) = changed {
                 tracing::warn!(
                     container, volume, %error,
-                    "failed to read the events of a volume: the guest does not get its changes"
+                    "failed to read the events of a volume: its later changes do not reach the guest"
                 );
                 return;
             },
@@ -202,7 +202,7 @@ async fn keep_updated(agent: Agent, container: String, mirror: Mirror, mut watch
         }
         let watched = watch.add_new_directories(&mirror.source).await;
         let watched = watched.map_err(|source| MirrorError::Watch { path: mirror.source.path.clone(), source });
-        // The changes are copied even if new directories cannot be watched.
+        // Copy the changes even if new directories cannot be watched.
         let copied = copy(&agent, &container, &mirror).await;
         match watched.and(copied) {
             Ok(()) => {
@@ -261,8 +261,8 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
     }
     let walked = walk.await.unwrap_or_else(|error| Err(io::Error::other(error)));
     walked.map_err(|source| MirrorError::Read { path: mirror.source.path.clone(), source })?;
-    // After this message, the agent removes the entries that the copy does not contain. Until this message, the copy is
-    // incomplete.
+    // After this message, the agent removes old entries that this copy does not contain. Until this message, the copy
+    // is incomplete.
     send(Vec::new(), true).await
 }
 
@@ -295,7 +295,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let volume = |path: &Path| Volume::new(mount_api::open_path(path, false).unwrap(), path.to_owned()).unwrap();
         let watch = Watch::new(&volume(dir.path())).await.unwrap();
-        // A file is not a directory. Therefore, it can be neither watched nor copied.
+        // This volume is a file instead of a directory. Therefore, the shim can neither watch nor copy it.
         let path = dir.path().join("file");
         std::fs::write(&path, "").unwrap();
         let mirror = Mirror { source: volume(&path), id_mappings: None, mount: 0 };
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn persistent_failures_are_warnings_once() {
+    fn persistent_failures_are_logged_as_a_warning_once() {
         let watch = |source: io::Error| MirrorError::Watch { path: "/v".into(), source };
         let warnings = |error: MirrorError| (1..5).filter(|n| error.is_warning(*n)).collect::<Vec<_>>();
         assert_eq!(warnings(watch(io::ErrorKind::NotFound.into())), [2]);

@@ -25,9 +25,9 @@ const MAX_DEPTH: usize = 64;
 ///
 /// # Errors
 /// - If an entry cannot be read.
-/// - [`io::ErrorKind::Interrupted`] if the volume has changed while it was read.
+/// - [`io::ErrorKind::Interrupted`] if the volume changed while it was read.
 /// - [`io::ErrorKind::InvalidData`] if the directories are nested too deeply.
-/// - [`io::ErrorKind::BrokenPipe`] if `send` has returned false.
+/// - [`io::ErrorKind::BrokenPipe`] if `send` returned false.
 ///
 /// After the first three errors, `send` has received no symlink.
 pub fn walk(volume: &Volume, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::Result<()> {

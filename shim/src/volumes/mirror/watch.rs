@@ -79,7 +79,7 @@ impl Watch {
 /// Watches the directory `path` of the volume, and all directories below it. Blocks.
 fn watch_tree(inotify: &Inotify, volume: &Volume, path: &Path) -> io::Result<()> {
     let directory = volume.open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
-    // inotify_add_watch(2) takes a path instead of an fd. This path leads to the open directory.
+    // inotify_add_watch(2) takes a path instead of an fd. The path in `/proc` leads to the open directory.
     let opened = format!("/proc/self/fd/{}", directory.as_raw_fd());
     inotify.add_watch(opened.as_str(), CHANGES)?;
     for entry in fs::read_dir(&opened)? {
