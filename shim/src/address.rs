@@ -93,7 +93,7 @@ impl Address {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let connected = socket(AddressFamily::Unix, SockType::Stream, flags, None)
             .and_then(|socket| connect(socket.as_raw_fd(), &UnixAddr::new(&self.path)?));
-        // EAGAIN means that a process listens, but its backlog is full.
+        // EAGAIN means that a process listens, but the socket's backlog is full.
         matches!(connected, Ok(()) | Err(Errno::EAGAIN))
     }
 

@@ -1,5 +1,5 @@
-//! Errors of the shim's ttrpc services. An error that runc's shim has, too, has the same text and code, because clients
-//! match on both.
+//! Errors of the shim's ttrpc services. Clients match on the error texts and codes of runc's shim. Therefore, if runc's
+//! shim has a corresponding error, Husk uses its text and code.
 
 use ttrpc::{Code, Error};
 
@@ -54,7 +54,7 @@ pub enum ServiceError {
     /// The request names a sandbox that this shim does not serve.
     #[error("sandbox {0}: not found")]
     NoSandbox(String),
-    /// No request has created the sandbox.
+    /// No CreateSandbox request has created the sandbox.
     #[error("the sandbox has not been created yet: failed precondition")]
     NotCreated,
     /// The sandbox has no cgroup on the host.
@@ -63,7 +63,7 @@ pub enum ServiceError {
     /// The VM has ended.
     #[error("the sandbox's VM has ended: failed precondition")]
     Gone,
-    /// The VM has not ended, but its agent is not ready. For example, the guest still boots.
+    /// The VM has not ended, but its agent is not ready. For example, the guest is still booting.
     #[error("the agent in the sandbox's VM is not ready: failed precondition")]
     NotReady,
     /// Any other failure.

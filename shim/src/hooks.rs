@@ -14,7 +14,7 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
 /// Maximum number of bytes that the shim keeps from a hook's stdout, and from its stderr.
 const MAX_OUTPUT: u64 = 4096;
 
-/// The container's state, which the OCI runtime specification passes to hooks on stdin.
+/// The container's state, which hooks receive on stdin, as the OCI runtime specification requires.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct State<'a> {
@@ -131,7 +131,7 @@ async fn run_one(hook: &Hook, state: &[u8]) -> std::io::Result<(std::process::Ex
     Ok((status?, stdout, stderr))
 }
 
-/// Returns the beginning of a hook's output. Reads and drops the rest, so that the hook does not block.
+/// Returns the beginning of a hook's output. Reads and drops all further output, so that the hook does not block.
 async fn collect(stream: Option<impl tokio::io::AsyncRead + Unpin>) -> String {
     let mut text = Vec::new();
     if let Some(mut stream) = stream {

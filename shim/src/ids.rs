@@ -2,8 +2,8 @@
 
 /// Returns whether `name` is valid as an id or a namespace.
 ///
-/// A valid name is a single path component, and is not `.` or `..`. containerd's own rule is stricter: for example, an
-/// id has at most 76 characters.
+/// A valid name has 1 to 255 characters of `[A-Za-z0-9_.-]`, and begins with a letter or digit. containerd's own rule
+/// is stricter: for example, an id has at most 76 characters.
 pub fn is_name(name: &str) -> bool {
     name.len() <= 255
         && name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())

@@ -200,7 +200,7 @@ fn truncate(line: &mut String, length: usize) {
             is_escaped = c == '\\' && !is_escaped;
         }
         if is_escaped {
-            // The cut is within an escape sequence. The backslash would escape the mark.
+            // The cut is within an escape sequence. Remove its backslash, which would escape the ellipsis.
             line.pop();
         }
         line.push_str(if is_quoted { MARK } else { "…" });

@@ -11,7 +11,7 @@
 //!
 //! The variable `MAX_SHIM_VERSION` does not show whether containerd accepts version 3. containerd 2.0 and later accept
 //! version 3, but set the variable to 2 (containerd 2.1, pkg/shim/util.go). Therefore, the shim checks the bundle's
-//! path. The path contains the name of the sandbox controller, and containerd 2.0 changed this name.
+//! path. The path contains the name of the sandbox controller. containerd 2.0 changed this name from `local` to `shim`.
 
 use std::path::Path;
 
@@ -80,8 +80,8 @@ impl Env {
 impl Params {
     /// Merges the parameters from stdin, flags and environment.
     ///
-    /// Runtime options (an `Any`) decode as a `BootstrapParams` message, too. Their type URL becomes the instance id.
-    /// Therefore, `input` counts as `BootstrapParams` only if the instance id and namespace match `args`.
+    /// `input` counts as `BootstrapParams` only if the instance id and namespace match `args`. Without this check,
+    /// runtime options (an `Any`) could be taken for `BootstrapParams`. Their type URL would become the instance id.
     pub fn new(input: &[u8], args: &Args, env: &Env) -> Self {
         if !input.is_empty()
             && let Ok(params) = BootstrapParams::parse_from_bytes(input)

@@ -1,4 +1,4 @@
-//! The action `delete`. containerd runs it to clean up after a shim that has died or is unreachable.
+//! The action `delete`. containerd usually runs it to clean up after a shim that has died or is unreachable.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -25,8 +25,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 /// stdout.
 pub fn delete(args: &Args) -> std::io::Result<()> {
     let bundle = if args.bundle.as_os_str().is_empty() { std::env::current_dir()? } else { args.bundle.clone() };
-    // If the bundle has no config.json, the container's id is used as the sandbox's id. containerd may have removed the
-    // bundle, or the sandbox controller made the bundle.
+    // If the bundle has no config.json, the container's id is used as the sandbox's id. The file is missing if
+    // containerd has removed the bundle, or if the sandbox controller made the bundle.
     let spec = Bundle::read(&bundle).ok().map(|bundle| bundle.spec);
     let group = spec.as_ref().and_then(|spec| spec.group(&args.id).ok().map(str::to_owned));
     let group = group.unwrap_or_else(|| args.id.clone());
@@ -39,8 +39,8 @@ pub fn delete(args: &Args) -> std::io::Result<()> {
             Address::new(None, &address, &args.namespace, &group)
         });
     // A live shim serves all containers of the pod. Therefore, if the shim is alive, this action cleans up only when it
-    // runs for the sandbox container. containerd runs this action even after it has deleted the sandbox container
-    // normally. In this case, the shim is needed if the pod has other containers.
+    // runs for the sandbox container. containerd runs this action even after a normal deletion of the sandbox
+    // container. In this case, the shim is needed if the pod has other containers.
     let is_needed = || {
         if group == args.id { spec.is_some() && has_other_containers(&address, &args.id) } else { address.is_live() }
     };
@@ -75,8 +75,7 @@ fn has_other_containers(address: &Address, id: &str) -> bool {
         }
         let shutdown = ShutdownRequest { id: id.to_owned(), ..Default::default() };
         task.shutdown(context(), &shutdown).await.ok()?;
-        // A shim that ends stops accepting connections before it answers. Therefore, `is_live` below returns false for
-        // this shim.
+        // If the shim has no containers, it ends and removes its socket. Therefore, `is_live` below then returns false.
         Some(())
     };
     runtime.block_on(probe).is_some() && address.is_live()

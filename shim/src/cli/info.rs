@@ -14,9 +14,9 @@ pub fn version() {
 
 /// Returns the shim's features in the OCI format (features.md of the OCI runtime specification).
 ///
-/// containerd 2.x tells the kubelet which features the handler has (internal/cri/server/service.go). The handler has
-/// user namespaces if the result contains the namespace `user` and id-mapped mounts. The handler has recursive
-/// read-only mounts if the result contains the mount option `rro`.
+/// containerd 2.x tells the kubelet which features the handler supports (internal/cri/server/service.go). The handler
+/// supports user namespaces if the result contains the namespace `user` and id-mapped mounts. The handler supports
+/// recursive read-only mounts if the result contains the mount option `rro`.
 fn features() -> Any {
     let features = serde_json::json!({
         "ociVersionMin": "1.0.0",

@@ -49,8 +49,7 @@ pub enum StartError {
 /// Starts the sandbox's shim if none is running. Writes the shim's address to stdout.
 ///
 /// # Errors
-/// [`StartError`]. A socket that this call has bound is removed if this container must not start a shim, if the address
-/// file cannot be written, or if the fork fails.
+/// [`StartError`]. After `NoSandbox`, `AddressFile` or `Fork`, the socket that this call has bound is removed.
 pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     let dir = std::env::current_dir().map_err(StartError::WorkingDirectory)?;
     let mut input = Vec::new();
@@ -112,7 +111,7 @@ fn write_reply(address: &Address, reply_format: bootstrap::ReplyFormat) -> Resul
     out.write_all(&bootstrap::reply(&address.uri(), reply_format)).and_then(|()| out.flush()).map_err(StartError::Reply)
 }
 
-/// Writes the bundle's `address` file. If that fails, removes the socket if this process has bound it.
+/// Writes the bundle's `address` file. After a failure, removes the socket, but only if `bound` is true.
 fn publish(bundle: &Path, address: &Address, bound: bool) -> Result<(), StartError> {
     let written = write_address(bundle, address);
     if written.is_err() && bound {

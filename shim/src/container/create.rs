@@ -72,8 +72,8 @@ impl Shim {
                 let started = self.sandbox.start_propagation();
                 started.map_err(|error| ServiceError::failed(format!("failed to watch the host's mounts: {error}")))?;
             }
-            // The hooks may run CNI plugins, which find the network namespace through the VMM process. A launched
-            // sandbox has a VMM process.
+            // The hooks may run CNI plugins, which find the network namespace through the VMM process. This process
+            // exists, because `create` has checked that the sandbox is launched.
             self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
             self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
             Ok::<_, ServiceError>(prepared)
@@ -126,8 +126,8 @@ impl Shim {
 
     /// Tells the agent to delete the container, and the copies of its volumes, after a failed creation.
     ///
-    /// If the agent is creating the container, the agent deletes the container afterwards, even if the Delete request
-    /// has timed out.
+    /// If the agent is still creating the container, the agent deletes the container afterwards. The agent does so even
+    /// if the Delete request has timed out.
     async fn delete_in_guest(&self, id: &str) {
         let Ok(agent) = self.agent() else { return };
         let request = DeleteRequest { id: id.to_owned(), ..Default::default() };

@@ -18,8 +18,8 @@ use crate::vm::agent::{timeouts, within};
 ///
 /// Only a client that does not read can delay the copying, because all processes of the container have ended.
 const INIT_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Like [`INIT_OUTPUT_IDLE_TIMEOUT`], for an exec. Shorter, because a child of the exec can hold the exec's stdout open
-/// forever. runc's shim waits 2 s, too.
+/// The counterpart of [`INIT_OUTPUT_IDLE_TIMEOUT`] for an exec. This timeout is shorter, because a child of the exec
+/// can hold the exec's stdout open forever. runc's shim also waits 2 s.
 const EXEC_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Shim {
@@ -29,9 +29,9 @@ impl Shim {
             return Err(ServiceError::Invalid(format!("signal {}", request.signal)).into());
         }
         let process = container.process(&request.exec_id)?;
-        // Do not signal a finished exec, because its children may continue to run. containerd sends a Kill request
-        // after every exec's exit (1.7 and 2.1, WithProcessKill in process.go). containerd sends the same request if an
-        // exec exceeds its timeout. The shim cannot distinguish the two requests.
+        // Do not signal a finished exec, because children that outlive the exec must not be killed. containerd sends a
+        // Kill request after every exec's exit (1.7 and 2.1, WithProcessKill in process.go). containerd sends the same
+        // request if an exec exceeds its timeout. The shim cannot distinguish the two requests.
         match process.state() {
             State::Stopped | State::Deleted => return Err(ServiceError::Finished.into()),
             State::Created if !process.exec.is_empty() => return Err(ServiceError::NotStarted.into()),
@@ -66,8 +66,8 @@ impl Shim {
         {
             relay.drain(INIT_OUTPUT_IDLE_TIMEOUT).await;
         }
-        // The VM ends with the sandbox container. The VM ends with the last container, too, unless the sandbox
-        // controller created the sandbox. A guest that ends needs no cleanup.
+        // The VM ends when the sandbox container is deleted. The VM also ends when the last container is deleted,
+        // unless the sandbox controller created the sandbox. If the VM ends, the guest needs no cleanup.
         if container.is_sandbox_container()
             || (self.containers.is_only(&container.id) && !self.sandbox_state.is_created())
         {

@@ -1,8 +1,7 @@
 //! PIDs that the shim reports to containerd for containers.
 //!
-//! A container outside a pod has the VMM's PID, and so has the sandbox container. Each other container of a pod has its
-//! own PID. Through `/proc/PID/ns/pid`, the specification of a second container can name the first container's PID
-//! namespace.
+//! A sandbox container or a container outside a pod has the VMM's PID. Each other container of a pod has its own PID.
+//! In another container's specification, the path `/proc/PID/ns/pid` then names this container's PID namespace.
 
 use std::collections::HashMap;
 use std::sync::Mutex;

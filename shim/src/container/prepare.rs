@@ -67,8 +67,8 @@ pub enum PrepareError {
     /// A volume cannot be made available to the guest.
     #[error(transparent)]
     Volume(#[from] VolumeError),
-    /// The host-only file systems cannot be found.
-    #[error("failed to find the host-only file systems, which must not get into the share {}", share.display())]
+    /// The host-only file systems cannot be determined.
+    #[error("failed to determine which file systems are host-only and must not get into the share {}", share.display())]
     HostOnly {
         /// Path of the sandbox's share.
         share: PathBuf,
@@ -105,8 +105,8 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         translate::add_cgroup_namespace(&mut raw);
     }
     let create = |path: PathBuf| fs::create_dir(&path).map_err(|source| PrepareError::Create { path, source });
-    // If the directory exists, return before the cleanup below, which would remove the container that has this
-    // directory.
+    // If the directory exists, another container uses it. In this case, return before the cleanup below, which would
+    // remove the mounts of that container.
     create(share.join(id))?;
     let mounted = (|| {
         create(share.join(id).join("rootfs"))?;

@@ -1,5 +1,5 @@
-//! State machine of one process: a container's init process or an exec. The lock is never held during a call to the
-//! agent.
+//! State machine of one process: a container's init process or an exec. The state's lock is never held during a call to
+//! the agent.
 
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
@@ -108,7 +108,7 @@ impl Process {
         let mut exit = self.exit.subscribe();
         match exit.wait_for(Option::is_some).await.map(|exit| *exit) {
             Ok(Some(exit)) => exit,
-            // Unreachable: the wait fails only without a sender, and `self` owns the sender.
+            // Unreachable: the wait fails only after the sender is dropped, but `self` owns the sender.
             _ => Exit { status: 255, at: SystemTime::now() },
         }
     }
@@ -195,7 +195,8 @@ impl Process {
     /// Begins the deletion. Returns the state before the deletion.
     ///
     /// # Errors
-    /// [`ServiceError::Delete`] if the process runs, or `deleted` if an earlier call has begun the deletion.
+    /// [`ServiceError::Delete`] if the process is starting or running. `deleted` if an earlier call has begun the
+    /// deletion.
     pub fn begin_delete(&self, deleted: ServiceError) -> Result<State, ServiceError> {
         let mut inner = lock(&self.inner);
         match inner.state {

@@ -51,7 +51,7 @@ impl SandboxState {
         }
     }
 
-    /// Returns whether a request created the sandbox.
+    /// Returns whether a CreateSandbox request created the sandbox.
     pub fn is_created(&self) -> bool {
         self.created.get().is_some()
     }
@@ -66,7 +66,7 @@ impl SandboxState {
         *self.exit.borrow()
     }
 
-    /// Returns the specification that this shim made, or null if no request created the sandbox.
+    /// Returns the specification that this shim made, or null if no CreateSandbox request created the sandbox.
     pub fn spec(&self) -> Value {
         self.created.get().map_or(Value::Null, |created| created.spec.clone())
     }
@@ -90,7 +90,7 @@ impl SandboxState {
     /// Waits for the end of the sandbox and returns its exit.
     pub async fn wait(&self) -> Exit {
         let ended = self.exit.subscribe().wait_for(Option::is_some).await.map(|exit| *exit);
-        // The fallback is unreachable: the wait fails only without a sender, and `self` owns the sender.
+        // The fallback is unreachable: the wait fails only after the sender is dropped, but `self` owns the sender.
         ended.ok().flatten().unwrap_or_else(|| Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() })
     }
 }
@@ -98,7 +98,8 @@ impl SandboxState {
 impl Shim {
     /// Creates the sandbox from the pod's configuration and launches its VM.
     ///
-    /// If the bundle has a specification, the daemon has launched the VM, and this function only records the creation.
+    /// If the bundle has a specification, the shim's daemon has already launched the VM. This function then only
+    /// records the creation.
     pub(crate) async fn create_sandbox(&self, config: &PodSandboxConfig, netns: &str) -> Result<(), ServiceError> {
         let pending = lock(&self.sandbox_state.pending).take();
         let (created, launch) = match pending {
@@ -124,7 +125,7 @@ impl Shim {
         }
         if let Some(pending) = launch {
             pending.launch(spec, &self.sandbox).await.map_err(ServiceError::failed)?;
-            // A stop request that arrived before the VM existed could not end the VM.
+            // End the VM now if a request to stop the sandbox arrived before the VM existed.
             if *lock(&self.sandbox_state.stopping) {
                 self.sandbox.kill();
             }
@@ -142,7 +143,8 @@ impl Shim {
         self.sandbox_state.wait().await;
     }
 
-    /// Returns if no request creates this sandbox within `CREATE_TIMEOUT`. Otherwise, never returns.
+    /// Returns if the sandbox is still waiting for a CreateSandbox request after `CREATE_TIMEOUT`. Otherwise, never
+    /// returns.
     pub async fn create_timed_out(self: &Arc<Self>) {
         if lock(&self.sandbox_state.pending).is_none() {
             return std::future::pending().await;

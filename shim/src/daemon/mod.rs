@@ -58,7 +58,7 @@ pub struct DaemonArgs {
 
 /// Runs the daemon and returns its exit code.
 pub fn run(args: DaemonArgs) -> i32 {
-    // Each sandbox has a daemon, which is idle most of the time. Therefore, its heap must stay small.
+    // Each sandbox has a daemon, which is idle most of the time. Therefore, the daemon's heap must stay small.
     heap::keep_small();
     let vmm_log = detach();
     log::init(&args.dir, &args.namespace, &args.sandbox, args.debug);
@@ -132,8 +132,8 @@ fn prepare(args: &DaemonArgs, dir: StateDir, timeline: Arc<Timeline>) -> (Launch
 
 /// Moves this process to a new mount namespace with slave propagation.
 ///
-/// Mounts that the host makes later propagate into the new namespace, but no mount propagates to the host. The kernel
-/// removes the pod's mounts when the last process in the namespace ends.
+/// The host's later mounts propagate into the new namespace, but no mount propagates to the host. The kernel removes
+/// the pod's mounts when the last process in the namespace ends.
 fn create_mount_namespace() -> nix::Result<()> {
     use nix::mount::{MsFlags, mount};
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;

@@ -5,8 +5,8 @@
 //! both. The guest gets an interface with the same name, MAC address, addresses, routes, rules and neighbours. A tap
 //! exists as long as one of its fds is open. Therefore, the tap disappears when the VMM ends.
 //!
-//! While [`connect`] runs, the calling thread is in the pod's network namespace. Therefore, the daemon calls `connect`
-//! before it starts other threads, or in a thread that only launches the sandbox.
+//! While [`connect`] runs, the calling thread is in the pod's network namespace. Therefore, the shim's daemon calls
+//! `connect` before it starts other threads, or in a thread that only launches the sandbox.
 
 pub mod port_forwarding;
 mod read;
@@ -135,8 +135,9 @@ pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError
         let links = list()?;
         let each = options.per_interface(links.len());
         let taps = links.iter().map(|link| tap::create(&netlink, link, each)).collect::<Result<Vec<_>, _>>()?;
-        // `before` contains messages about the new taps, which would wake the watcher without need. `after` does not.
-        // Use `after` if no interface has changed since the first listing, because `after` then misses no change.
+        // `before` contains messages about the new taps, which would wake the watcher without need. `after` contains no
+        // such messages. Use `after` if no interface has changed since the first listing, because `after` then misses
+        // no change.
         let after = watcher::subscribe();
         let notices = if without_taps(list()?, &taps) == links { after } else { before };
         let (config, unsupported) = read::network(&netlink, &links)?;
@@ -162,7 +163,7 @@ fn without_taps(mut links: Vec<Link>, taps: &[Tap]) -> Vec<Link> {
     links
 }
 
-/// Starts port forwarding for the current network namespace. Logs a failure, and returns `None`.
+/// Starts port forwarding for the current network namespace. After a failure, logs the error and returns `None`.
 fn start_port_forwarding() -> Option<PortForwarding> {
     sk_lookup::attach_to_current_namespace()
         .inspect_err(
@@ -171,8 +172,8 @@ fn start_port_forwarding() -> Option<PortForwarding> {
         .ok()
 }
 
-/// Watches the new network namespace at `path`, which has only a loopback interface. If `forward_ports` is true, starts
-/// port forwarding, too.
+/// Watches the new network namespace at `path`, which has only a loopback interface. If `forward_ports` is true, also
+/// starts port forwarding.
 pub fn watch_new(path: &Path, forward_ports: bool, options: TapOptions) -> Result<Network, NetworkError> {
     in_namespace(path, || {
         let notices = watcher::subscribe();

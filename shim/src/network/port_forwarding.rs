@@ -60,7 +60,7 @@ pub fn serve(forwarding: PortForwarding, vmm: &Vmm) {
                 result = accepting => if let Err(error) = result {
                     tracing::warn!(
                         %error,
-                        "stopped port forwarding, because a listener in the pod's network namespace failed"
+                        "a listener for port forwarding in the pod's network namespace failed"
                     );
                 },
                 _ = vmm.wait() => {}

@@ -33,7 +33,7 @@ fn mount_host_only(dir: &Path) -> PathBuf {
         mount(Some(kind), &root.join(name), Some(kind), MsFlags::empty(), options).unwrap();
     }
     // Mount a tmpfs on `dev/shm`, inside a host-only mount, and a tmpfs on `sys`, which covers a host-only mount. The
-    // guest must see neither.
+    // guest must see neither tmpfs.
     mount(Some("t"), &root.join("dev/shm"), Some("tmpfs"), MsFlags::empty(), none)
         .or_else(|_| {
             fs::create_dir(root.join("dev/shm"))?;
