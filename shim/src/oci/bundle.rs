@@ -397,7 +397,7 @@ pub(crate) mod tests {
         assert!(without("pid").contains("hostPID"));
         assert!(without("ipc").contains("hostIPC"));
         assert!(without("mount").contains("mount namespace"));
-        // A specification without these namespaces is valid.
+        // A specification without a UTS or cgroup namespace is valid.
         for kind in ["uts", "cgroup"] {
             bundle(|v| v["linux"]["namespaces"].as_array_mut().unwrap().retain(|ns| ns["type"] != kind)).unwrap();
         }

@@ -77,7 +77,7 @@ fn resolv_conf(dns: &DNSConfig) -> String {
 }
 
 /// Adds mounts of the files in `dir`, and a mount of the pod's shared memory. With `sandboxer = "shim"`, containerd
-/// does not add these mounts to the container's specification.
+/// expects the shim to add these mounts.
 ///
 /// If the specification already has a mount at one of these paths, keeps the existing mount. A tmpfs at `/dev/shm` is
 /// the exception. The pod's shared memory replaces this tmpfs, because the pod's other containers could not use the

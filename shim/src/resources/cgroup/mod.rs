@@ -118,7 +118,7 @@ impl Cgroup {
             create(path).map_err(|source| CgroupError::Create { path: path.to_owned(), source })?;
         }
         // Set up the controllers before this process enters the cgroup, because the memory controller does not charge
-        // memory that was allocated earlier.
+        // memory that was allocated before the controller was enabled.
         match &self.location {
             CgroupLocation::V2(path) => delegate(Path::new(MOUNT), path),
             CgroupLocation::V1(_) => {
