@@ -94,7 +94,7 @@ fn program(map: i32) -> Vec<Instruction> {
         Instruction::new(MOV, 2, 7, 0, 0),
         Instruction::new(MOV_VALUE, 3, 0, 0, 0),
         Instruction::new(CALL, 0, 0, 0, FUNC_SK_ASSIGN),
-        // Release the reference to the listener, which is in r7.
+        // Release the reference to the listener. r7 contains the listener's address.
         Instruction::new(MOV, 1, 7, 0, 0),
         Instruction::new(CALL, 0, 0, 0, FUNC_SK_RELEASE),
         Instruction::new(MOV_VALUE, 0, 0, 0, SK_PASS),

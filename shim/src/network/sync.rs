@@ -93,7 +93,7 @@ impl NetworkSync {
     /// The text of the error that prevented the update.
     pub async fn settle(&self) -> Result<(), String> {
         let (request, answer) = oneshot::channel();
-        // As long as this handle exists, the task ends only when the VM ends. Return no error then, because the caller
+        // While this handle exists, the task ends only if the VM ends. Return no error in this case, because the caller
         // separately detects that the VM has ended.
         if self.0.send(request).is_ok() { answer.await.unwrap_or(Ok(())) } else { Ok(()) }
     }
@@ -123,7 +123,7 @@ impl Retry {
     }
 }
 
-/// Applies changes until the handle is dropped.
+/// Applies changes until the [`NetworkSync`] handle is dropped.
 async fn watch(
     notices: OwnedFd,
     requests: &mut mpsc::UnboundedReceiver<SettleRequest>,
@@ -264,7 +264,8 @@ fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
     }
 }
 
-/// Reads the pod's network in a new thread, because the thread moves to the pod's network namespace permanently.
+/// Reads the pod's network in a new thread, because the read permanently moves its thread to the pod's network
+/// namespace.
 async fn read_change(watcher: &Arc<Mutex<NetworkWatcher>>) -> Result<Option<NetworkChange>, NetworkSyncError> {
     let (done, changes) = oneshot::channel();
     let watcher = Arc::clone(watcher);
@@ -276,7 +277,7 @@ async fn read_change(watcher: &Arc<Mutex<NetworkWatcher>>) -> Result<Option<Netw
     Ok(changes.await.map_err(|error| NetworkSyncError::Thread(io::Error::other(error)))??)
 }
 
-/// Returns the configuration of a tap's device for the VMM, and adds the tap's fds to `fds`.
+/// Returns the VMM's configuration of the network device for `tap`. Adds the tap's fds to `fds`.
 pub fn net_config<'a>(tap: &'a Tap, fds: &mut Vec<BorrowedFd<'a>>) -> NetConfig {
     let add = |fd: &'a OwnedFd| {
         fds.push(fd.as_fd());

@@ -80,8 +80,8 @@ pub fn create(netlink: &Netlink, link: &Link, options: TapOptions) -> Result<Tap
     Ok(Tap { fds, vhost, link: link.index, index, mac: link.mac, mtu: link.mtu })
 }
 
-/// Removes a tap, and the tc filter that redirects frames from the interface `link` to the tap. Other processes may
-/// have the tap open.
+/// Removes a tap, and the tc filter that redirects frames from the interface `link` to the tap. Removes the tap even if
+/// a process has the tap open.
 pub fn remove(netlink: &Netlink, link: i32, tap: i32) -> io::Result<()> {
     let ignore_missing = |result: io::Result<()>| match result {
         // The tap or the tc filter has already been removed.
@@ -105,7 +105,8 @@ fn has_vhost() -> bool {
     exists
 }
 
-/// Creates a tap, or opens another queue of the tap. The kernel removes the tap when its last fd is closed.
+/// Creates a tap. If the tap exists, opens another queue of the tap. The kernel removes the tap when its last fd is
+/// closed.
 fn open(name: &str, multi_queue: bool) -> io::Result<OwnedFd> {
     let tun = File::options().read(true).write(true).open("/dev/net/tun")?;
     let multi_queue_flag = if multi_queue { libc::IFF_MULTI_QUEUE } else { 0 };

@@ -69,9 +69,9 @@ pub struct NetworkChange {
 impl NetworkChange {
     /// Returns `current` without the new interfaces, and without the new interfaces' routes and neighbours.
     ///
-    /// The guest gets this configuration before the new interfaces' devices are hot-plugged. The guest then removes the
-    /// configuration of removed interfaces. A removed interface may have the same name or MAC address as a new
-    /// interface.
+    /// The guest gets this configuration before the new interfaces' devices are hot-plugged, and removes the
+    /// configuration of removed interfaces. This order is needed, because a new interface may have a removed
+    /// interface's name or MAC address.
     pub fn without_new(&self) -> UpdateNetworkRequest {
         let mut rest = self.current.clone();
         let is_new = |mac: &str| self.taps.iter().any(|tap| read::format_mac(&tap.mac) == mac);

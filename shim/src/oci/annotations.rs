@@ -9,7 +9,7 @@ pub struct Annotations(pub BTreeMap<String, String>);
 
 /// Id of the container's sandbox.
 pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
-/// `sandbox` for the pod's sandbox container, `container` for every other container in the pod.
+/// Type of the container: `sandbox` for the pod's sandbox container, `container` for every other container in the pod.
 pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 /// Namespace of the pod.
 pub const POD_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
@@ -26,9 +26,9 @@ pub const CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
 /// Memory in bytes, the sum of the containers' limits.
 pub const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
-/// containerd's keys, each with the key that CRI-O uses for the same value. CRI-O itself defines the first two of its
-/// keys (pkg/annotations/internal.go). CRI-O's other keys are labels that the kubelet sets. CRI-O has no keys for the
-/// pod's CPU and memory.
+/// containerd's keys, each with the key that CRI-O uses for the same value. CRI-O itself defines its keys in the first
+/// two pairs (pkg/annotations/internal.go). In the other pairs, CRI-O's keys are names of labels that the kubelet sets.
+/// CRI-O has no keys for the pod's CPU and memory.
 const CRIO: [(&str, &str); 5] = [
     (SANDBOX_ID, "io.kubernetes.cri-o.SandboxID"),
     (CONTAINER_TYPE, "io.kubernetes.cri-o.ContainerType"),
@@ -38,8 +38,8 @@ const CRIO: [(&str, &str); 5] = [
 ];
 
 impl Annotations {
-    /// Returns the value of `key`, which is a constant of this module. If `key` is absent, returns the value of CRI-O's
-    /// key.
+    /// Returns the value of `key`, which is a constant of this module. If `key` is absent, returns the value of the key
+    /// that CRI-O uses in place of `key`.
     pub fn cri(&self, key: &str) -> Option<&str> {
         let of_crio =
             || CRIO.iter().find(|(of_containerd, _)| *of_containerd == key).and_then(|(_, key)| self.get(key));

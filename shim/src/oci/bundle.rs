@@ -13,7 +13,7 @@ use crate::oci::annotations::SANDBOX_ID;
 use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::{Network, Spec};
 
-/// Maximum size of `config.json` in bytes. containerd's messages, which contain specifications, have at most 16 MiB.
+/// Maximum size of `config.json` in bytes. containerd sends specifications in messages of at most 16 MiB.
 const MAX_LEN: u64 = 16 << 20;
 
 /// A bundle with its specification.
@@ -54,7 +54,7 @@ pub enum BundleError {
         #[source]
         source: serde_json::Error,
     },
-    /// The annotation's value is not a valid sandbox id.
+    /// The sandbox id in the annotations is invalid.
     #[error("invalid sandbox id {0:?} in annotation {SANDBOX_ID}")]
     SandboxId(String),
     /// A value in the specification is missing or invalid.
@@ -100,10 +100,10 @@ impl BundleError {
 }
 
 impl Spec {
-    /// Returns the id of the container's sandbox. If the container has no pod, returns `id`.
+    /// Returns the id of the container's sandbox. If the container has no pod, returns `id`, the container's id.
     ///
     /// # Errors
-    /// [`BundleError::SandboxId`] if the annotation's value is not a plain file name.
+    /// [`BundleError::SandboxId`] if the sandbox id in the annotations is not a plain file name.
     pub fn group<'a>(&'a self, id: &'a str) -> Result<&'a str, BundleError> {
         match self.annotations.cri(SANDBOX_ID) {
             None => Ok(id),
@@ -397,7 +397,7 @@ pub(crate) mod tests {
         assert!(without("pid").contains("hostPID"));
         assert!(without("ipc").contains("hostIPC"));
         assert!(without("mount").contains("mount namespace"));
-        // A specification without these namespaces is valid.
+        // A specification without a UTS or cgroup namespace is valid.
         for kind in ["uts", "cgroup"] {
             bundle(|v| v["linux"]["namespaces"].as_array_mut().unwrap().retain(|ns| ns["type"] != kind)).unwrap();
         }

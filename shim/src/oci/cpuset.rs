@@ -22,7 +22,7 @@ impl CpuSet {
         self.0.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
-    /// Returns the union of both sets.
+    /// Returns the union of this set and `other`.
     pub fn union(mut self, other: &Self) -> Self {
         self.0.iter_mut().zip(other.0.iter()).for_each(|(word, more)| *word |= more);
         self

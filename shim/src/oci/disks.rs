@@ -50,7 +50,8 @@ fn writable(spec: &Value, major: u32, minor: u32) -> bool {
     last.is_some_and(|rule| rule.get("allow").and_then(Value::as_bool).unwrap_or_default())
 }
 
-/// Replaces the host's device numbers in `spec` with the guest's device numbers. `disks` contains both.
+/// Replaces the host's device numbers in `spec` with the guest's device numbers. `disks` contains the host's and the
+/// guest's numbers of each device.
 ///
 /// # Errors
 /// The parser's error if `spec` is not JSON.

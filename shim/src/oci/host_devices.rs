@@ -1,12 +1,12 @@
-//! Removes the list of all devices of the host from the specification of a privileged container.
+//! Removes the host's devices from a privileged container's specification.
 //!
-//! Clients write such a list for privileged containers (containerd, pkg/oci/utils_unix.go, `HostDevices`): `ctr run
-//! --privileged`, nerdctl, and containerd's CRI without `privileged_without_host_devices`. They mean all devices of the
-//! machine on which the container runs. This machine is the VM. Therefore, the agent adds all devices of the guest in
-//! place of the list (agent/src/task/devices.rs).
+//! For a privileged container, some clients list all devices of the host (containerd, pkg/oci/utils_unix.go,
+//! `HostDevices`). These clients are `ctr run --privileged`, nerdctl, and containerd's CRI without
+//! `privileged_without_host_devices`. The list stands for all devices of the system on which the container runs. This
+//! system is the guest. Therefore, the agent adds all devices of the guest in place of the list
+//! (agent/src/task/devices.rs).
 //!
-//! The list may be longer than the host's list, because it can also contain devices for which the user asked. These
-//! devices stay.
+//! The list can also contain devices for which the user asked. These devices stay.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -20,10 +20,11 @@ use serde_json::{Map, Value};
 
 use crate::oci::json::{TranslateError, array, object};
 
-/// Devices that are below /dev on every host. A list that contains all of them is the list of all devices of the host,
-/// because no user asks for one of them: every container has them anyway.
+/// Devices that are below /dev on every host. If a list contains all of these devices, the client listed all devices of
+/// the host. A user does not ask for these devices, because every container has them anyway.
 ///
-/// The list is not compared with the host's present devices, because devices can appear and disappear at any time.
+/// The list is not compared with the devices that the host has now, because devices can appear and disappear at any
+/// time.
 const ON_EVERY_HOST: [(&str, Number); 6] = [
     ("/dev/null", Number::character(1, 3)),
     ("/dev/zero", Number::character(1, 5)),
@@ -46,8 +47,8 @@ impl Number {
         Self { character: true, major, minor }
     }
 
-    /// Returns the number in an element of `linux.devices` or of the device rules. Returns `None` if the element does
-    /// not have the number of a single device.
+    /// Parses an element of `linux.devices` or of the device rules. Returns `None` if the element does not contain the
+    /// type and number of a single device.
     fn of(element: &Value) -> Option<Self> {
         let character = match element.get("type").and_then(Value::as_str)? {
             "c" | "u" => true,
@@ -70,8 +71,9 @@ enum OnHost {
 /// Removes the devices of the host from `linux.devices` if the container is privileged and the list contains all
 /// devices of the host. A container is privileged if its device rules allow all devices.
 ///
-/// A device stays if the user asked for it. This is the case if a device rule names the device, if the list contains it
-/// twice, or if its path is not that of the host's device.
+/// A device stays if the user asked for the device. The user asked for the device if a device rule names the device, or
+/// if the list contains the device twice. The user also asked for the device if the host does not have the device at
+/// the listed path.
 pub fn remove(linux: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
     remove_from(linux, notes, on_host)
 }
@@ -102,15 +104,15 @@ fn remove_from(
         let is_of_host = path.starts_with("/dev/")
             && match on_host(path) {
                 OnHost::Device(found) => found == number,
-                // The device may have disappeared. If the list also has the device at another path, the user asked for
-                // it at this path.
+                // The device may have disappeared from the host. If the list also contains the device at another path,
+                // the user asked for the device at `path`.
                 OnHost::Nothing => of_number.get(&number) == Some(&1),
                 OnHost::Other => false,
             };
         !is_of_host || named.contains(&number) || of_path.get(&(path, number)).is_some_and(|count| *count > 1)
     };
     let mut kept_paths = HashSet::new();
-    // An element without a number is no device of the host, for example a fifo.
+    // An element without a number, such as a FIFO, is not a device of the host.
     let is_kept = |listed: &Option<(&str, Number)>| {
         listed.is_none_or(|(path, number)| is_wanted((path, number)) && kept_paths.insert(path.to_owned()))
     };
@@ -198,7 +200,7 @@ mod tests {
     #[test]
     fn all_devices_of_the_host_are_removed_from_a_privileged_container() {
         assert!(kept(host(), all_allowed()).is_empty());
-        // A device that has disappeared since containerd listed it.
+        // The device /dev/loop7 disappeared after containerd listed the host's devices.
         assert!(kept(with(&[device("/dev/loop7", "b", 7, 7)]), all_allowed()).is_empty());
         let fifo = json!({ "path": "/dev/initctl", "type": "p" });
         assert_eq!(kept(with(&[fifo]), all_allowed()), ["/dev/initctl"]);
@@ -230,7 +232,8 @@ mod tests {
         let rules = json!([{ "allow": true, "access": "rwm" }, rule]);
         assert_eq!(kept(host(), rules.clone()), ["/dev/sdb"]);
         assert_eq!(kept(with(&[device("/dev/sdb", "b", 8, 16)]), rules), ["/dev/sdb"]);
-        // The list has the device twice, or at another path, as with containerd's CRI, which overwrites the rules.
+        // No device rule names the device, because containerd's CRI overwrites the rules. The list contains the device
+        // twice, or at another path.
         assert_eq!(kept(with(&[device("/dev/sdb", "b", 8, 16)]), all_allowed()), ["/dev/sdb"]);
         assert_eq!(kept(with(&[device("/dev/xvda", "b", 8, 16)]), all_allowed()), ["/dev/xvda"]);
         assert_eq!(kept(with(&[device("/dev/sda", "b", 8, 16)]), all_allowed()), ["/dev/sda"]);

@@ -133,7 +133,7 @@ pub struct Linux {
     pub gid_mappings: Vec<IdMapping>,
 }
 
-/// A namespace that is created, or joined if it has a path.
+/// A namespace of the container. If the namespace has a path, the container joins it. Otherwise, the namespace is new.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Namespace {
     /// Type, such as `network` or `pid`.
@@ -192,7 +192,7 @@ pub struct Cpu {
     pub period: Option<u64>,
     /// Relative weight. Kubernetes sets 1024 for each requested CPU.
     pub shares: Option<u64>,
-    /// CPUs of the host on which the container may run.
+    /// Host CPUs on which the container may run.
     #[serde(default, deserialize_with = "cpu_list")]
     pub cpus: Option<CpuSet>,
 }

@@ -151,8 +151,8 @@ fn namespaces(
 /// Adds a cgroup namespace if the specification has no cgroup namespace. The container then sees its own cgroup at
 /// `/sys/fs/cgroup`.
 ///
-/// On a host with cgroup v1, clients do not request a cgroup namespace, because runc's containers do not need the
-/// namespace. The guest has cgroup v2, where the container needs the namespace.
+/// On a host with cgroup v1, clients do not request a cgroup namespace, because runc does not need the namespace there.
+/// In the guest, the container needs the namespace, because the guest has cgroup v2.
 pub fn add_cgroup_namespace(raw: &mut Value) {
     if let Some(Value::Array(namespaces)) = raw.pointer_mut("/linux/namespaces")
         && !namespaces.iter().any(|namespace| namespace.get("type").is_some_and(|kind| kind == "cgroup"))

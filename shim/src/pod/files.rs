@@ -76,11 +76,12 @@ fn resolv_conf(dns: &DNSConfig) -> String {
     text
 }
 
-/// Adds mounts of the files in `dir`, and a mount of the pod's shared memory. containerd expects these mounts from the
-/// sandbox controller.
+/// Adds mounts of the files in `dir`, and a mount of the pod's shared memory. With `sandboxer = "shim"`, containerd
+/// expects the shim to add these mounts.
 ///
-/// Keeps the container's own mounts at the same paths, except for a tmpfs at `/dev/shm`. The pod's shared memory
-/// replaces this tmpfs, because the other containers could not use a tmpfs of this container.
+/// If the specification already has a mount at one of these paths, keeps the existing mount. A tmpfs at `/dev/shm` is
+/// the exception. The pod's shared memory replaces this tmpfs, because the pod's other containers could not use the
+/// tmpfs.
 pub fn add_mounts(bundle: &mut Bundle, dir: &Path) {
     let read_only = bundle.raw.pointer("/root/readonly").and_then(Value::as_bool).unwrap_or_default();
     let access = if read_only { "ro" } else { "rw" };

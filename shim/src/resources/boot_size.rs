@@ -116,7 +116,8 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<BootSize, BootSizeE
     // If an annotation sets the vCPUs or the memory, the VM does not grow beyond this value.
     let fixed = |key: &str| spec.annotations.get(key).is_some();
     let host_vcpus = u8::try_from(host.cpus.max(1)).unwrap_or(u8::MAX);
-    // spare_vcpus limits the growth, because the guest's kernel allocates per-CPU data for every possible vCPU at boot.
+    // At boot, the guest's kernel allocates per-CPU data for every possible vCPU. Therefore, spare_vcpus limits the
+    // growth.
     let grown_vcpus = vcpus.saturating_add(config.spare_vcpus).min(host_vcpus).min(config.max_vcpus);
     let max = Size {
         vcpus: if fixed(annotation::VCPUS) { vcpus } else { grown_vcpus },

@@ -1,4 +1,4 @@
-//! Reads a sandbox's metrics from cgroup v1, and converts the metrics to cgroup v2.
+//! Reads a sandbox's cgroup v1 metrics, and converts them to cgroup v2 metrics.
 //!
 //! The conversion is needed because the shim sends cgroup v2 metrics to containerd on every host.
 
@@ -7,7 +7,7 @@ use protobuf::MessageField;
 
 use crate::resources::cgroup::CgroupLocation;
 
-/// Without a limit, cgroup v1 shows a very large number. Numbers from this value on count as no limit.
+/// Without a limit, cgroup v1 shows a very large number. A number of at least this value counts as no limit.
 const NO_LIMIT: u64 = 1 << 62;
 
 /// Reads the cgroup's metrics. The values of an absent controller are zero. Without the memory controller, the memory

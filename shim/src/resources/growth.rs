@@ -20,8 +20,8 @@ const DEFAULT_PERIOD: u64 = 100_000;
 const HOST_MIB: u64 = 32;
 /// Minimum host memory in MiB that the VMM and the shim need. The rest of [`HOST_MIB`] is page cache.
 const MIN_HOST_MIB: u64 = 12;
-/// Guest memory divided by the size of the page tables on the host. For guest memory in use, the VMM's page tables take
-/// 1/512 of the memory's size. KVM's page tables take the same size.
+/// Guest memory divided by the size of the host's page tables for this memory. The VMM's page tables take 1/512 of the
+/// guest memory in use. KVM's page tables take another 1/512.
 const MEMORY_TO_PAGE_TABLES: u64 = 256;
 /// CPU time in millicores that the VMM's device threads and the guest's kernel may use in addition to the containers'
 /// quota.
@@ -38,7 +38,8 @@ pub struct Limits {
     pub cpus: Option<CpuSet>,
     /// Memory limit in bytes.
     pub memory: Option<u64>,
-    /// Limit for huge pages in bytes. Zero if no limit is set, because such a container requests no huge pages.
+    /// Limit for huge pages in bytes. Zero if no limit is set, because a container without this limit requests no huge
+    /// pages.
     pub huge_page_bytes: u64,
 }
 
@@ -149,7 +150,7 @@ impl Growth {
         let memory = containers.clone().map(|limits| limits.memory);
         let bytes = memory.clone().flatten().fold(0u64, u64::saturating_add);
         let (unlimited, none) = (memory.clone().any(|limit| limit.is_none()), memory.count() == 0);
-        // The default size is the memory of a whole VM. Therefore, the default size includes the overhead and the page
+        // The default size is the size of a whole VM. Therefore, its memory includes the overhead and the page
         // metadata.
         let free = if unlimited { self.default.memory_mib } else { self.overhead_mib };
         let free = free.saturating_add(page_metadata_mib(self.huge_mib(containers.clone())));
@@ -225,8 +226,8 @@ pub fn page_metadata_mib(mib: u64) -> u64 {
 
 /// Returns the host's memory limit in bytes for a pod whose guest has `guest_mib` of memory.
 ///
-/// The limit covers all memory that the guest can use. Therefore, the guest's memory use never makes the host kill the
-/// VMM.
+/// The limit covers all memory that the guest can use. Therefore, the guest's memory use never makes the host's kernel
+/// kill the VMM.
 pub fn host_bytes(guest_mib: u64) -> u64 {
     guest_mib.saturating_add(guest_mib / MEMORY_TO_PAGE_TABLES).saturating_add(HOST_MIB).saturating_mul(MIB)
 }

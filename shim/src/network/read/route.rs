@@ -86,8 +86,8 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
     }
     let has_next_hop = matches!(kind, Kind::UNICAST | Kind::LOCAL);
     if !has_next_hop || hops.is_some() {
-        // The kernel reports `lo` for an IPv6 route without a next hop. A request to add such a route needs no
-        // interface.
+        // The kernel reports `lo` as the interface of an IPv6 route without a next hop. A request to add such a route
+        // needs no interface.
         (route.interface, route.gateway, route.onlink) = Default::default();
     }
     if let Some(bytes) = hops {
@@ -141,8 +141,8 @@ fn via(value: &[u8]) -> Option<IpAddr> {
 
 /// Returns the name of the interface with this index, or `None` if the guest does not get the interface.
 ///
-/// If `by_kernel` is true, the host's kernel created the route. The result for `lo` is then `None`, because the guest's
-/// kernel creates the same route.
+/// If the host's kernel created the route (`by_kernel`), the result for `lo` is `None`. In the guest, the guest's
+/// kernel itself creates such a route.
 fn interface_name(index: u32, names: &HashMap<u32, &str>, by_kernel: bool) -> Option<String> {
     // The loopback interface always has index 1 (LOOPBACK_IFINDEX in include/net/flow.h).
     if index == 1 && !by_kernel {

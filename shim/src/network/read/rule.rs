@@ -57,7 +57,8 @@ pub fn parse(body: &[u8]) -> Option<Entry<Rule>> {
             FRA_SPORT_RANGE => rule.source_ports = Some(ports(value)?).into(),
             FRA_DPORT_RANGE => rule.destination_ports = Some(ports(value)?).into(),
             FRA_PAD => {}
-            // Omit a rule with any other attribute, because the rule has a different meaning without the attribute.
+            // Omit a rule with any other attribute, because the rule would have a different meaning without this
+            // attribute.
             FRA_L3MDEV => return unsupported("with l3mdev (VRF)"),
             FRA_UID_RANGE => return unsupported("with a UID range"),
             FRA_FLOW => return unsupported("with realms"),
@@ -131,7 +132,7 @@ mod tests {
     fn kernel_default_rules_are_skipped() {
         let plain =
             |priority: u32, table| parse_rule(V4, [0, 0], table, 1, 0, &[(FRA_PRIORITY, &priority.to_ne_bytes())]);
-        // The kernel's first rule has priority 0 and no priority attribute.
+        // The kernel sends no priority attribute for its first rule, which has priority 0.
         assert_eq!(parse_rule(V4, [0, 0], libc::RT_TABLE_LOCAL, 1, 0, &[]), Some(Entry::Implicit));
         assert_eq!(plain(32766, libc::RT_TABLE_MAIN), Some(Entry::Implicit));
         assert_eq!(plain(32767, libc::RT_TABLE_DEFAULT), Some(Entry::Implicit));

@@ -80,7 +80,7 @@ impl Cgroup {
     /// has created the scope.
     ///
     /// # Errors
-    /// [`CgroupError`]. Removes everything that this function created before the error.
+    /// [`CgroupError`]. After an error, removes everything that this function has created.
     pub fn enter(cgroups_path: &str, namespace: &str) -> Result<Self, CgroupError> {
         let path::CgroupsPath { relative, scope } = path::parse(cgroups_path)?;
         let proc_cgroup = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
@@ -100,7 +100,7 @@ impl Cgroup {
         let cgroup = Self { location, origins, namespace: namespace.to_owned(), unit: scope.map(|scope| scope.unit) };
         let made = cgroup.make();
         if made.is_err() {
-            // With cgroup v1, this process may have entered the sandbox's cgroup in some hierarchies.
+            // With cgroup v1, this process may already have entered the sandbox's cgroup in some hierarchies.
             cgroup.leave();
             cgroup.unit.iter().for_each(stop_scope);
             cgroup.location.dirs().for_each(|path| drop(std::fs::remove_dir(path)));
@@ -117,8 +117,8 @@ impl Cgroup {
         for path in self.location.dirs() {
             create(path).map_err(|source| CgroupError::Create { path: path.to_owned(), source })?;
         }
-        // Set up the controllers before this process enters the cgroup. The memory controller does not charge memory
-        // that was allocated before the controller was enabled.
+        // Set up the controllers before this process enters the cgroup, because the memory controller does not charge
+        // memory that was allocated before the controller was enabled.
         match &self.location {
             CgroupLocation::V2(path) => delegate(Path::new(MOUNT), path),
             CgroupLocation::V1(_) => {
@@ -194,7 +194,8 @@ fn stop_scope(unit: &Unit) {
     }
 }
 
-/// Creates a directory and its parents. Retries, because another sandbox may remove an empty parent at the same time.
+/// Creates a directory and its parents. Retries, because another sandbox's shim may remove an empty parent at the same
+/// time.
 fn create(path: &Path) -> std::io::Result<()> {
     for _ in 1..ATTEMPTS {
         match std::fs::create_dir_all(path) {

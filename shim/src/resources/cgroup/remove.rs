@@ -16,8 +16,8 @@ use crate::systemd::Unit;
 ///
 /// With cgroup v2, `dirs` has one directory. With cgroup v1, `dirs` has a directory for each hierarchy.
 ///
-/// First waits at most a second until the cgroup is empty. Then stops the systemd scope `unit`, and removes the cgroup.
-/// If the cgroup disappeared before the stop, systemd might keep the unit.
+/// Waits until the cgroup is empty, for at most a second. Then stops the systemd scope `unit`, and removes the cgroup.
+/// The scope is stopped first, because systemd might keep the unit if the cgroup were already removed.
 pub fn remove(dirs: &[&Path], unit: Option<&Unit>, namespace: &str) {
     let dirs: Vec<&Path> = dirs.iter().copied().filter(|path| is_within(path)).collect();
     let deadline = Instant::now() + EXIT_TIMEOUT;
@@ -73,7 +73,7 @@ fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
         let mut text = String::new();
         let read = events.seek(SeekFrom::Start(0)).and_then(|_| events.read_to_string(&mut text));
         match read {
-            // The cgroup was removed after the open.
+            // The cgroup was removed after `cgroup.events` was opened.
             Err(error) if error.raw_os_error() == Some(nix::libc::ENODEV) => return Ok(()),
             other => other?,
         };
