@@ -37,7 +37,7 @@ const MAX_ATTEMPTS: u32 = 10;
 /// Delay before the retry of a failed copy. For example, a copy fails if the guest has no free memory.
 const RETRY_DELAY: Duration = Duration::from_secs(10);
 
-/// The directory of a volume on the host.
+/// A volume's directory on the host.
 ///
 /// The shim opens the directory once, before it checks the mount. After the check, the shim does not open the path
 /// again. A tenant with write access to a parent directory could have put another directory there.
@@ -125,8 +125,8 @@ pub enum MirrorError {
 }
 
 impl MirrorError {
-    /// Returns whether a change of the volume during the copy may be the cause. In this case, an immediate retry may
-    /// succeed.
+    /// Returns whether a change of the volume during the copy may have caused this error. In this case, an immediate
+    /// retry may succeed.
     ///
     /// After other errors, immediate retries would only delay the caller.
     fn is_transient(&self) -> bool {
