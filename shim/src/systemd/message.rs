@@ -1,9 +1,10 @@
 //! Encodes and decodes the D-Bus messages that the shim exchanges with systemd (D-Bus Specification 0.43, "Type System"
 //! and "Message Protocol"). Supports only little-endian messages, because Husk supports only x86_64.
 
-/// Maximum size of a received message, in bytes. A signal may carry all properties of a unit.
+/// Maximum size of a received message, in bytes. The limit is large, because a signal may carry all properties of a
+/// unit.
 pub const MAX_MESSAGE: usize = 16 << 20;
-/// Length of a header's fixed part in bytes. The fixed part ends with the length of the header fields.
+/// Length of a header's fixed part in bytes. The last value in the fixed part is the length of the header fields.
 pub const FIXED_HEADER: usize = 16;
 /// Alignment of a structure and of the header, in bytes.
 const STRUCT: usize = 8;
@@ -297,7 +298,7 @@ pub fn decode(message: &[u8]) -> Result<Received, Malformed> {
     let (body_length, fields_length) = lengths(message)?;
     let end = FIXED_HEADER.checked_add(fields_length).ok_or(Malformed)?;
     let (mut member, mut error_name, mut to) = (None, None, None);
-    // Alignment is relative to the beginning of the message.
+    // Alignment is relative to the beginning of the message. Therefore, `bytes` includes the fixed part.
     let mut reader = Reader { bytes: message.get(..end).ok_or(Malformed)?, at: FIXED_HEADER };
     while reader.at < end {
         reader.align(STRUCT);
@@ -371,8 +372,8 @@ pub(super) mod tests {
 
     #[test]
     fn encode_matches_the_specification() {
-        // `expected` was written by hand according to the specification. The message is like `busctl call …
-        // ResetFailedUnit s a.scope`.
+        // `expected` was written by hand according to the specification. The message corresponds to the command `busctl
+        // call … ResetFailedUnit s a.scope`.
         let call = Call {
             path: "/o",
             interface: "i.M",

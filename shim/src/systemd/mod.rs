@@ -16,7 +16,7 @@ use message::Body;
 pub use connection::CallError;
 pub use message::{Property, Value};
 
-/// systemd's private socket. Only root can use this socket. Unlike the system bus, it needs no D-Bus daemon.
+/// systemd's private socket. Only root can use this socket. Unlike the system bus, the socket needs no D-Bus daemon.
 const SOCKET: &str = "/run/systemd/private";
 /// Timeout for starting a scope, as in runc.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -143,8 +143,8 @@ impl Unit {
 
     /// Sets properties of the unit until the node reboots. Blocks.
     ///
-    /// systemd writes the properties to the cgroup at once. systemd writes them again when another property of the same
-    /// controller changes, for example by `systemctl set-property`.
+    /// systemd writes the properties to the cgroup at once. When another property of the same controller changes, for
+    /// example through `systemctl set-property`, systemd writes the properties again.
     pub fn set(&self, properties: &[Property]) -> Result<(), UnitError> {
         let Self(unit) = self;
         let set = |connection: &mut Connection| {
@@ -256,7 +256,7 @@ mod tests {
     #[test]
     fn start_and_stop_wait_until_their_jobs_end() {
         let dir = tempfile::tempdir().unwrap();
-        // systemd may send JobRemoved before it replies to the call. JobRemoved may concern a different job.
+        // systemd may send the signal JobRemoved before the reply to the call. The signal may concern a different job.
         let early = vec![removed("/job/3", "p-n.scope", "done"), returned(1, "/job/3")];
         let late = vec![returned(1, "/job/4"), removed("/job/3", "x", "failed"), removed("/job/4", "p", "done")];
         let calls = peer(dir.path(), vec![vec![early], vec![late]]);

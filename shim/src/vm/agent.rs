@@ -46,7 +46,7 @@ pub enum Report {
     },
 }
 
-/// Timeouts of calls to the agent. They are long, because the agent can be slow on a loaded node.
+/// Timeouts of calls to the agent. The timeouts are long, because the agent can be slow on a loaded node.
 pub mod timeouts {
     use std::time::Duration;
 
@@ -114,7 +114,7 @@ pub fn check(event: Event) -> Option<Report> {
     }
 }
 
-/// Converts `error`, the result of a call to the agent, to an error for containerd. `what` is the name of the call.
+/// Converts `error`, which a call to the agent returned, to an error for containerd. `what` is the name of the call.
 ///
 /// Limits the text's length, and replaces control characters.
 pub fn error(what: &str, error: ttrpc::Error) -> ttrpc::Error {

@@ -13,7 +13,7 @@ pub enum State {
     Pending,
     /// The guest is booting.
     Booting,
-    /// The agent accepts containers.
+    /// The VM is running, and the agent can create containers.
     Running(Agent),
     /// The launch or the boot failed, and the shim has killed the VM. The text contains the error and its causes.
     Failed(Arc<str>),
@@ -96,10 +96,11 @@ impl StateCell {
         self.0.borrow().agent().cloned()
     }
 
-    /// Waits until the boot ends. Returns the agent of the running VM.
+    /// Waits until the VM is running, has failed or has ended. Returns the agent of the running VM.
     ///
     /// # Errors
-    /// If the launch or the boot failed, or the VM has ended. The text contains the error and its causes.
+    /// If the launch or the boot failed, or the VM has ended. After a failure, the text contains the error and its
+    /// causes.
     pub async fn wait_running(&self) -> Result<Agent, Arc<str>> {
         let mut state = self.0.subscribe();
         let decided = state.wait_for(|state| !matches!(state.phase(), Phase::Pending | Phase::Booting)).await;
@@ -136,7 +137,7 @@ mod tests {
                 assert_eq!(cell.0.borrow().phase(), if expected { after } else { before });
             }
         }
-        // The final states have no transitions.
+        // The final states `Failed` and `Gone` have no transitions to other states.
         assert!(!TRANSITIONS.iter().any(|(from, _)| matches!(from, Phase::Gone | Phase::Failed)));
     }
 

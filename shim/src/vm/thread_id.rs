@@ -6,7 +6,8 @@ use std::path::Path;
 /// Translates `inner`, a thread's id in the VMM's PID namespace, to the thread's id on the host. `vmm` is the VMM's PID
 /// on the host.
 ///
-/// Searches only the VMM's threads. The VMM is not trusted, and might report the id of another process's thread.
+/// Searches only the VMM's threads, because the VMM is not trusted. For example, the VMM might report the id of another
+/// process's thread.
 ///
 /// # Errors
 /// `NotFound` if the VMM has no such thread. Otherwise, the error of reading `/proc`.

@@ -1,7 +1,7 @@
 //! Opens vhost-net for the VMM, which cannot reach the device from its jail.
 //!
-//! The VMM is not trusted. Therefore an interface gets vhost-net at most once for each of its queue pairs, whatever the
-//! VMM requests.
+//! The VMM is not trusted. Therefore, the shim opens vhost-net at most once for each queue pair of an interface,
+//! regardless of repeated requests.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -12,15 +12,15 @@ use husk_vmm::config::NetConfig;
 
 use crate::lock;
 
-/// vhost-net's device.
+/// Device node of vhost-net.
 pub const DEVICE: &str = "/dev/vhost-net";
 
-/// The interfaces that may still get vhost-net: the number of queue pairs for each MAC address.
+/// The interfaces that may still get vhost-net. Maps each interface's MAC address to the number of its queue pairs.
 #[derive(Debug, Default)]
 pub struct VhostPermits(Mutex<HashMap<[u8; 6], usize>>);
 
 impl VhostPermits {
-    /// Allows one vhost-net for each queue pair of an interface, if its configuration says so.
+    /// Creates a permit for an interface if `net.vhost` is true. Otherwise, removes the interface's permit.
     pub fn allow(&self, net: &NetConfig) {
         let mut permits = lock(&self.0);
         if net.vhost {
@@ -30,7 +30,7 @@ impl VhostPermits {
         }
     }
 
-    /// Takes back what an interface has not used.
+    /// Removes an interface's permit, if there is one.
     pub fn revoke(&self, mac: [u8; 6]) {
         lock(&self.0).remove(&mac);
     }
@@ -46,7 +46,7 @@ impl VhostPermits {
 /// # Errors
 /// The error of open(2), for example if the kernel module is missing.
 pub async fn open(pairs: usize) -> io::Result<Vec<File>> {
-    // The first open may load the kernel module. Therefore it must not block the runtime.
+    // The first open(2) may load the kernel module. This can take long, and must not block the async runtime.
     let open = move || (0..pairs).map(|_| File::options().read(true).write(true).open(DEVICE)).collect();
     tokio::task::spawn_blocking(open).await.unwrap_or_else(|error| Err(io::Error::other(error)))
 }

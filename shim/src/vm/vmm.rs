@@ -71,7 +71,8 @@ struct Inner {
     dead: watch::Receiver<Option<ExitStatus>>,
     fd_shortage: Notify,
     vhost: VhostPermits,
-    /// Ids of the threads that stand for containers. Maps each id on the host to the id in the VMM's PID namespace.
+    /// Ids of the VMM's threads that represent containers. Maps the thread's id on the host to the thread's id in the
+    /// VMM's PID namespace.
     threads: Mutex<HashMap<u32, u32>>,
 }
 
@@ -122,7 +123,7 @@ impl Vmm {
         let (control, pidfd) = match watch() {
             Ok(fds) => fds,
             Err(error) => {
-                // The control socket was closed after the error. Without this socket, the VMM exits.
+                // The failed call of `watch` has closed the control socket. Without this socket, the VMM exits.
                 reap(pid);
                 return Err(VmmError::Watch(error));
             }
@@ -186,17 +187,19 @@ impl Vmm {
         }
     }
 
-    /// Lets an interface have vhost-net once it has much traffic, if its configuration says so.
+    /// Permits vhost-net for an interface if `net.vhost` is true. The VMM requests vhost-net when the interface has
+    /// much traffic.
     pub fn allow_vhost(&self, net: &NetConfig) {
         self.inner.vhost.allow(net);
     }
 
-    /// Undoes [`Vmm::allow_vhost`] for an interface that the VMM does not have any more.
+    /// Undoes [`Vmm::allow_vhost`] for an interface that has been removed from the VM.
     pub fn revoke_vhost(&self, mac: [u8; 6]) {
         self.inner.vhost.revoke(mac);
     }
 
-    /// Gives vhost-net to an interface that has requested it. Does not wait until the interface has it.
+    /// Starts a task that passes vhost-net for an interface to the VMM. If the interface has no permit, only logs a
+    /// warning.
     fn start_vhost(&self, mac: [u8; 6]) {
         let Some(pairs) = self.inner.vhost.take(mac) else {
             let mac = format!("{mac:02x?}");

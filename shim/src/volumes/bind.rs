@@ -79,8 +79,8 @@ pub fn bind(
     Ok(format!("{}/{VOLUMES}/{name}", husk_proto::GUEST_SHARE))
 }
 
-/// Returns a detached copy of the source's mount tree, to which the flags and id mappings have been applied. Also
-/// returns the paths of the omitted mounts.
+/// Returns a detached copy of the source's mount tree. The copy has the source's flags and id mappings. Also returns
+/// the paths of the omitted mounts.
 fn copy(source: &Source<'_>, host_only: &HostOnly, stage: &StagingDir) -> Result<(OwnedFd, Vec<String>), Step> {
     let (at, flags) = (|step| move |error| (step, error), &source.flags);
     // A file has no submounts.

@@ -7,7 +7,7 @@ use crate::volumes::memory_volume;
 /// Error of making a volume available to the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
-    /// A VM cannot support the mount.
+    /// The mount is not supported.
     #[error("mount of {mount_source:?} at {destination:?}: {message}")]
     Unsupported {
         /// The mount's source.

@@ -74,9 +74,9 @@ pub struct HostOnly {
 impl HostOnly {
     /// Returns a value that recognizes the types in `TYPES`, a tmpfs at `/dev`, and the file systems of `directories`.
     ///
-    /// If the node is itself a container, `/dev` is a tmpfs with device nodes. `directories` are the sandbox's own
-    /// directories, such as the share. If these directories were not host-only, a container with a volume of `/` could
-    /// write to the share.
+    /// `/dev` is a tmpfs with device nodes if the node is itself a container. `directories` are the sandbox's own
+    /// directories, such as the share. The shim treats their file systems as host-only, too. Otherwise, a container
+    /// whose volume is the host's `/` could write to the share.
     ///
     /// # Errors
     /// The error of stat(2) or statfs(2).
@@ -118,8 +118,8 @@ impl HostOnly {
 
     /// Returns the name of the file system that contains `file`, if this file system is host-only.
     ///
-    /// The mount list contains the file system's type. The kernel's internal mounts, such as nsfs and pidfs, are not in
-    /// the mount list. For these mounts, the result of statfs(2) decides.
+    /// Reads the file system's type from the mount list. The kernel's internal mounts, such as nsfs and pidfs, are not
+    /// in this list. For these mounts, uses the result of fstatfs(2).
     ///
     /// # Errors
     /// The error of fstatfs(2) or fstat(2), or the error of reading the mount list.
@@ -135,8 +135,8 @@ impl HostOnly {
         }
     }
 
-    /// Variant of [`HostOnly::type_of`] for an overlay's layer. Reads the mount list only if the layer is on a tmpfs,
-    /// because devtmpfs has the same `f_type`.
+    /// Variant of [`HostOnly::type_of`] for an overlay's layer. Reads the mount list only for the `f_type` of tmpfs,
+    /// which devtmpfs has, too.
     ///
     /// # Errors
     /// The errors of [`HostOnly::type_of`].

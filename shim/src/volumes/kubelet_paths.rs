@@ -32,8 +32,8 @@ pub struct DiskEmptyDir {
 /// in an emptyDir of the pod with uid `pod`, or if the emptyDir is a memory volume.
 ///
 /// An emptyDir belongs to a single pod. Therefore, the caller can bind the whole volume into the share. For each
-/// container, the guest selects the subdirectory and applies the read-only option. With separate mounts, each container
-/// would see different inodes (see [`crate::volumes::bind`]).
+/// container, the guest selects the subdirectory and applies the read-only option. With a separate mount for each
+/// container, the containers would see different inodes for one file (see [`crate::volumes::bind`]).
 ///
 /// # Errors
 /// The kernel's error.
@@ -140,8 +140,8 @@ pub fn stat_components(
     Ok((directories, device_and_inode(&here)?))
 }
 
-/// Translates the owner of a file on the host to the owner that the guest sees. The guest sees the file through an
-/// id-mapped mount if there are `id_mappings`.
+/// Translates a file's owner on the host to the owner that the guest sees. With `id_mappings`, the guest sees the file
+/// through an id-mapped mount.
 pub fn owner(uid: u32, gid: u32, id_mappings: Option<&IdMappings>) -> (u32, u32) {
     match id_mappings {
         Some(id_mappings) => id_mappings.owner(uid, gid),

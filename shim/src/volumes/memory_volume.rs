@@ -63,7 +63,7 @@ pub fn request_for(
     let Some((name, root)) = kubelet_paths::parse_empty_dir(path) else {
         return if huge { Err(MemoryVolumeError::Shared) } else { Ok(None) };
     };
-    // If the file systems differ, the directory is not part of the volume.
+    // If `source` is on a different file system than the volume's root, `source` is not part of the volume.
     let volume_stat = fs::symlink_metadata(&root).map_err(inspect("stat the volume"))?;
     let dir_stat =
         fs::metadata(format!("/proc/self/fd/{}", source.as_raw_fd())).map_err(inspect("stat the directory"))?;
@@ -91,8 +91,8 @@ pub fn request_for(
     }))
 }
 
-/// Returns the request with which the agent binds `subdirectory` of the volume at the guest path `root`. `mount` is the
-/// mount's index in the specification of `container`.
+/// Returns the request with which the agent bind-mounts a subdirectory of a volume. `root` is the volume's path in the
+/// guest. `mount` is the mount's index in the specification of `container`.
 pub fn subdirectory_request(
     root: &str,
     subdirectory: Vec<VolumeDirectory>,

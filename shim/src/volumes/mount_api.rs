@@ -23,11 +23,11 @@ pub fn open_path(path: &Path, follow: bool) -> io::Result<OwnedFd> {
     Ok(open(path, OFlag::O_PATH | OFlag::O_CLOEXEC | no_follow, Mode::empty())?)
 }
 
-/// Attributes of every mount in the share. They restrict only processes of the host: no device can be opened, no
-/// program can be executed or gain privileges, and no symlink is followed. A guest could otherwise make the host do
-/// these things with files that the guest has created.
+/// Attributes of every mount in the share. The attributes restrict only processes of the host: no device can be opened,
+/// no program can be executed or gain privileges, and no symlink is followed. Otherwise, a guest could make the host's
+/// processes do these things with files that the guest has created.
 ///
-/// The guest does not see these attributes. The flags of its own mounts decide what a container may do.
+/// The guest does not see these attributes. The flags of the guest's own mounts decide what a container may do.
 const SHARED_ATTRIBUTES: u64 =
     libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_NOSYMFOLLOW;
 /// [`SHARED_ATTRIBUTES`] as flags of mount(2). nix has no MS_NOSYMFOLLOW.
@@ -42,7 +42,7 @@ pub const SHARED_FLAGS: MsFlags = MsFlags::MS_NOSUID
 /// The attributes are set first, because the VMM sees a mount as soon as it is attached.
 ///
 /// # Errors
-/// The errors of mount_setattr(2), which needs Linux 5.14 for MOUNT_ATTR_NOSYMFOLLOW, and of move_mount(2).
+/// The errors of mount_setattr(2) and move_mount(2). MOUNT_ATTR_NOSYMFOLLOW needs Linux 5.14.
 pub fn attach_to_share(tree: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
     set_attributes(tree, SHARED_ATTRIBUTES, 0, true)?;
     attach(tree, target)

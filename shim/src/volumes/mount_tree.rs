@@ -43,7 +43,8 @@ impl<'a> Tree<'a> {
     }
 
     /// Returns the submounts that a path lookup reaches, in two lists. The second list has the submounts for which
-    /// `excluded` returns true. In the first list, parents come before their submounts.
+    /// `excluded` returns true. The first list has all other submounts. In the first list, parents come before their
+    /// submounts.
     ///
     /// Both lists omit all mounts below an excluded submount. A path lookup does not reach a mount if another mount
     /// covers its root or a directory above its mount point.
@@ -83,7 +84,7 @@ impl<'a> Tree<'a> {
     fn push_children(&self, parent: &'a Entry, into: &mut Vec<&'a Entry>) {
         let mut last: Option<&Path> = None;
         for child in self.children(parent) {
-            // Skip a child if another child is mounted on a directory above its mount point.
+            // Skip a child whose mount point is below another child's mount point.
             if !last.is_some_and(|last| child.point.starts_with(last)) {
                 last = Some(&child.point);
                 into.push(self.top(child));

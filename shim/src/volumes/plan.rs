@@ -25,11 +25,11 @@ use crate::volumes::{bind, host_only, kubelet_paths, memory_volume, mount_api};
 enum Plan {
     /// The guest makes the mount as specified.
     Keep,
-    /// The guest binds this path, which is a path in the guest.
+    /// The guest binds the file or directory at this guest path.
     GuestPath(String),
     /// The shim binds this directory or file into the share.
     Bind { source: OwnedFd, directory: bool, id_mappings: Option<IdMappings>, ignores_mount_id: bool },
-    /// The shim binds an emptyDir into the share. The guest binds the emptyDir or its subdirectory to the container.
+    /// The shim binds an emptyDir into the share. The guest binds the emptyDir or its subdirectory into the container.
     EmptyDir { volume: DiskEmptyDir, id_mappings: Option<IdMappings> },
     /// The shim mirrors the volume.
     Mirror { source: Volume, id_mappings: Option<IdMappings> },
@@ -153,8 +153,8 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
         )),
     };
     let is_host_only_path = path.starts_with("/proc") || path.starts_with("/sys") || path == Path::new("/dev");
-    // Check only the text of the path, because the path may not exist on the host. Skip a path with `..`, because it
-    // may lead elsewhere.
+    // Check only the text of the path, because the path may not exist on the host. Skip a path with `..`, because such
+    // a path may lead elsewhere.
     if is_host_only_path && !path.components().any(|part| part == Component::ParentDir) {
         return guest_instance(&path, "proc", notes);
     }
@@ -171,7 +171,7 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
     let stat = fstat(&fd).map_err(|error| host("stat the source", error.into()))?;
     let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     let shareable = kind == SFlag::S_IFDIR || kind == SFlag::S_IFREG;
-    // The path of the source without symlinks.
+    // The source's path, with all symlinks resolved.
     let resolved =
         fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(|e| host("resolve the source", e))?;
     let on_host_only = |file: &OwnedFd| {

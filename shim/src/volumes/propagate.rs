@@ -34,8 +34,8 @@ pub fn volumes(share: &Path) -> Result<Vec<OsString>, SyncError> {
     stage.receiving().map_err(|source| SyncError { step: "list the volumes in", path: stage.dir().to_owned(), source })
 }
 
-/// Makes the submounts of volume `name` in the share match its receiving tree. Calls for the same
-/// volume must not run at the same time.
+/// Makes the submounts of volume `name` in the share match the volume's receiving tree. Two calls for one volume must
+/// not run at the same time.
 ///
 /// Another thread may remove the volume during the call. The call looks up only mount points. Therefore, a hanging file
 /// system blocks the call only if this file system contains a mount point.
@@ -65,7 +65,7 @@ fn update_from(
         move |source| SyncError { step, path, source }
     };
     let bases = mounted(point).and_then(|from| Ok((from, mounted(target)?)));
-    // While a volume is being added or removed, only one of these two mounts exists.
+    // While a volume is being added or removed, the receiving tree or the share's mount may be missing.
     let (Some(from), Some(to)) = bases.map_err(error("open a mount of the volume", Path::new("")))? else {
         return Ok(());
     };

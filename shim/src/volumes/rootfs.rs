@@ -108,7 +108,7 @@ fn mount_one(root: &RootMount, target: &Path, context: CopyContext<'_>) -> Resul
     })
 }
 
-/// Fails if the rootfs or a layer of the rootfs is a host-only file system.
+/// Fails if the file system of the rootfs or of a layer is host-only.
 fn reject_host_only(kind: &str, options: &Options<'_>, host_only: &HostOnly) -> Result<(), RootfsError> {
     let reject = |what: &str, kind: &str| {
         Err(RootfsError::Unsupported(format!(
@@ -205,7 +205,7 @@ fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> 
     mounter.join().unwrap_or_else(|_| Err(io::Error::other("the thread that mounts the rootfs panicked")))
 }
 
-/// Mounts an overlay at `target`, with an id-mapped mount of each lower directory.
+/// Mounts an overlay at `target`. Each lower directory of the overlay is an id-mapped mount of a layer.
 ///
 /// The upper directory is not id-mapped, because containerd created it with the mapped ids. The id-mapped mounts exist
 /// as long as the overlay.
@@ -227,8 +227,8 @@ fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappi
     let names: Vec<String> = (0..layers.len()).map(|layer| layer.to_string()).collect();
     data.push(format!("lowerdir={}", names.join(":")));
     let (stage, flags) = (target.to_path_buf(), options.flags);
-    // overlay accepts only layers in the caller's mount namespace. Therefore, a thread mounts the layers in a new mount
-    // namespace, which disappears with the thread.
+    // overlayfs accepts only layers in the caller's mount namespace. Therefore, a thread mounts the layers in a new
+    // mount namespace, which disappears with the thread.
     let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
         let none = None::<&Path>;
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS | nix::sched::CloneFlags::CLONE_NEWNS)?;
@@ -247,8 +247,8 @@ fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappi
     mount_api::attach_to_share(overlay.as_fd(), mount_api::open_path(target, false)?.as_fd())
 }
 
-/// Mounts a file system with the flags of the share's mounts. The call that mounts also sets the flags, because the VMM
-/// sees a mount in the share at once.
+/// Mounts a file system with [`mount_api::SHARED_FLAGS`]. A second call would set these flags too late, because the VMM
+/// sees a new mount in the share at once.
 fn mount_with_data(source: &Path, target: &Path, kind: &str, flags: MsFlags, data: &str) -> io::Result<()> {
     let flags = flags | mount_api::SHARED_FLAGS;
     Ok(mount(Some(source), target, Some(kind), flags, Some(data).filter(|data| !data.is_empty()))?)

@@ -3,9 +3,10 @@
 //! Two directories show the same tmpfs: `share` and `guest`. The shim creates directories and mounts in `share`.
 //! `guest` is a read-only slave of `share`, and every mount in `share` propagates to `guest`. virtio-fs serves `guest`.
 //!
-//! The guest can write to a rootfs or a volume, because each is a separate mount. The tmpfs is read-only for the guest.
-//! Therefore, the guest can neither fill the tmpfs nor create a symlink at a future mount point. The shim prepares
-//! mounts in a third directory, the staging directory `stage`, which the guest cannot see.
+//! The tmpfs is read-only for the guest. Therefore, the guest can neither fill the tmpfs nor create a symlink at a
+//! future mount point. The guest can still write to a rootfs or a volume, because each is a separate mount.
+//!
+//! The shim prepares mounts in a third directory, the staging directory `stage`, which the guest cannot see.
 
 use std::{
     io,
@@ -38,7 +39,7 @@ pub struct ShareError {
 }
 
 impl Share {
-    /// Mounts the share in the existing directory `dir`. The caller must be in a separate mount namespace.
+    /// Mounts the share in the existing directory `dir`. The caller must not be in the host's mount namespace.
     ///
     /// # Errors
     /// [`ShareError`]. After an error, nothing stays mounted.

@@ -28,10 +28,9 @@ struct Mounts {
     retired: BTreeSet<PathBuf>,
 }
 
-/// State of all mounts. The lock keeps markers and mounts consistent, because several threads create and delete
-/// containers.
+/// State of all mounts. Several threads create and delete containers. The lock keeps markers and mounts consistent.
 ///
-/// Do not hold the lock during a request to a file system of the host. The request may hang, and would block the whole
+/// Do not hold the lock during a request to a file system of the host. If the request hung, it would block the whole
 /// pod.
 static MOUNTS: Mutex<Mounts> = Mutex::new(Mounts { next_number: 0, retired: BTreeSet::new() });
 

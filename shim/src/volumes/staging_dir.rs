@@ -5,9 +5,9 @@
 //! reaches.
 //!
 //! A volume with `rslave` propagation has a receiving tree here. The host's later mounts propagate to this tree, and
-//! [`crate::volumes::propagate`] copies them to the share. With propagation directly to the share, host-only file
-//! systems would get into the share. In addition, the host's umount(2) would fail with EBUSY while the guest has open
-//! files.
+//! [`crate::volumes::propagate`] copies these mounts to the share. With propagation directly to the share, host-only
+//! file systems would get into the share. In addition, the host's umount(2) would fail with EBUSY while the guest has
+//! open files on the mount.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -100,11 +100,11 @@ impl StagingDir {
     }
 
     /// Detaches copies of the share and of the staging directory from the receiving tree of volume `name`. Otherwise,
-    /// every later mount in the share would propagate to the receiving tree. Best effort, because updates exclude these
-    /// copies.
+    /// every later mount in the share would propagate to the receiving tree. Best effort, because
+    /// [`crate::volumes::propagate::update`] excludes these copies.
     ///
-    /// Host-only mounts of the host stay attached. If the host later mounts a file system on a host-only mount, the new
-    /// mount propagates only to a tree that contains the host-only mount.
+    /// Host-only mounts of the host, such as `/proc`, stay attached. Otherwise, the receiving tree would not receive
+    /// mounts that the host later makes on a host-only mount.
     pub fn detach_sandbox_mounts(&self, name: &str, host_only: &HostOnly) {
         if let (Ok(entries), Ok(Some(base))) = (mountinfo::read(), mounted(&self.receiving_point(name.as_ref())))
             && let Some(tree) = Tree::of(&entries, base.id)

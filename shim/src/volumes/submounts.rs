@@ -40,8 +40,8 @@ pub fn first_error<E>(steps: impl Iterator<Item = Result<(), E>>) -> Result<(), 
     errors.into_iter().next().map_or(Ok(()), Err)
 }
 
-/// Copies one mount of the tree at `from`, which is in the staging directory, to the same path below `to`. The tree is
-/// private. Therefore, no mount was propagated into the tree after the mount list was read.
+/// Copies one mount of the tree at `from`, which is in the staging directory, to the same path below `to`. The tree at
+/// `from` is private. Therefore, no mount was propagated into this tree after the mount list was read.
 pub fn copy_staged(from: &OwnedFd, to: &Path, submount: &Submount<'_>) -> io::Result<()> {
     let source = open_below(from, &submount.path)?;
     // If a guest renamed a directory of the path, the path may lead to a different mount.
@@ -63,7 +63,7 @@ pub fn attach_copy(source: &OwnedFd, to: &Path, path: &Path) -> io::Result<()> {
     mount_api::attach_to_share(tree.as_fd(), open_below(&to.file, path)?.as_fd())
 }
 
-/// Unmounts `submount` of the mount at `base`, with all mounts below `submount`.
+/// Unmounts `submount` and all mounts below `submount`. `base` is the root of the mount tree.
 pub fn detach(base: &OwnedFd, submount: &Submount<'_>) -> io::Result<()> {
     let file = match open_below(base, &submount.path) {
         // The mount disappeared together with its mount point.

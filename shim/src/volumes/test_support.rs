@@ -32,7 +32,7 @@ pub fn tmpfs(point: &Path) {
     mount(Some("t"), point, Some("tmpfs"), MsFlags::empty(), None::<&Path>).unwrap();
 }
 
-/// Mounts a tmpfs with shared propagation, as on most hosts, below `dir`. Returns its mount point.
+/// Mounts a tmpfs below `dir`, with shared propagation as on most hosts. Returns the mount point.
 pub fn shared_mount(dir: &Path) -> PathBuf {
     let (root, none) = (dir.join("shared"), None::<&Path>);
     tmpfs(&root);

@@ -31,16 +31,16 @@ use crate::volumes::mount_api;
 const PLUGIN_DIRS: [&str; 4] =
     ["kubernetes.io~configmap", "kubernetes.io~secret", "kubernetes.io~projected", "kubernetes.io~downward-api"];
 
-/// Maximum number of attempts to copy a volume that changes during the copy. The kubelet changes a volume about once a
-/// minute.
+/// Maximum number of attempts to copy a volume that changes during the copy. The limit is rarely reached, because the
+/// kubelet changes a volume only about once a minute.
 const MAX_ATTEMPTS: u32 = 10;
 /// Delay before the retry of a failed copy. For example, a copy fails if the guest has no free memory.
 const RETRY_DELAY: Duration = Duration::from_secs(10);
 
-/// The directory of a volume on the host.
+/// A volume's directory on the host.
 ///
-/// The shim opens the directory once, before it checks the mount. After the check, a tenant with write access to a
-/// parent directory could put another directory at the path.
+/// The shim opens the directory once, before it checks the mount. After the check, the shim does not open the path
+/// again. A tenant with write access to a parent directory could have put another directory there.
 #[derive(Debug, Clone)]
 pub struct Volume {
     /// A detached mount of the directory. An fd on the host's mount would make the host's umount(2) fail with EBUSY.
@@ -125,7 +125,8 @@ pub enum MirrorError {
 }
 
 impl MirrorError {
-    /// Returns whether an immediate retry may succeed, because the volume may have changed during the copy.
+    /// Returns whether a change of the volume during the copy may have caused this error. In this case, an immediate
+    /// retry may succeed.
     ///
     /// After other errors, immediate retries would only delay the caller.
     fn is_transient(&self) -> bool {
@@ -163,7 +164,7 @@ pub fn guest_path(container: &str, mount: usize) -> String {
     format!("{}/{container}/{mount}", husk_proto::GUEST_MIRRORS)
 }
 
-/// Copies `mirrors` to the guest. Returns tasks that keep the copies up to date until the set is dropped.
+/// Copies `mirrors` to the guest. Returns a set of tasks that keep the copies up to date until the set is dropped.
 ///
 /// # Errors
 /// [`MirrorError`] if a volume cannot be copied. If a volume cannot be watched, logs a warning and copies the volume
@@ -261,8 +262,7 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
     }
     let walked = walk.await.unwrap_or_else(|error| Err(io::Error::other(error)));
     walked.map_err(|source| MirrorError::Read { path: mirror.source.path.clone(), source })?;
-    // After this message, the agent removes old entries that this copy does not contain. Until this message, the copy
-    // is incomplete.
+    // This message completes the copy. The agent then removes old entries that the copy does not contain.
     send(Vec::new(), true).await
 }
 

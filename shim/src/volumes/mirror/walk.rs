@@ -29,13 +29,13 @@ const MAX_DEPTH: usize = 64;
 /// - [`io::ErrorKind::InvalidData`] if the directories are nested too deeply.
 /// - [`io::ErrorKind::BrokenPipe`] if `send` returned false.
 ///
-/// After the first three errors, `send` has received no symlink.
+/// If `walk` returns one of the first three errors, `send` has received no symlink.
 pub fn walk(volume: &Volume, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::Result<()> {
     let mut walk = Walk { volume, send, batch: Vec::new(), batch_bytes: 0, links: Vec::new(), versions: Vec::new() };
     walk.directory(Path::new(""), 0)?;
-    // To publish a new version, the kubelet replaces the symlink to the version's directory. Then it removes the old
-    // directory. The walk reads a directory's symlinks before its subdirectories. Therefore, the entries are consistent
-    // if no symlink has changed since the walk read the symlink.
+    // To publish a new version, the kubelet replaces the symlink to the current version's directory. Then, the kubelet
+    // removes the old version's directory. The walk reads a directory's symlinks before its subdirectories. Therefore,
+    // the entries are consistent if no symlink has changed since the walk read the symlink.
     let unchanged = |link: &MirrorEntry| {
         let current = OpenEntry::at(volume, Path::new(OsStr::from_bytes(&link.path))).and_then(|found| found.target());
         current.is_ok_and(|target| target.as_os_str().as_bytes() == link.content)
@@ -225,7 +225,7 @@ mod tests {
         };
         publish("..1");
         let mut links = 0;
-        // The file fills a batch. Therefore, this function publishes version `..2` between two batches.
+        // The file `key` fills the first batch. Therefore, this closure publishes version `..2` before the walk ends.
         let walked = walk(&volume(dir.path()), |batch| {
             links += batch.iter().filter(|entry| entry.kind == Kind::SYMLINK.into()).count();
             if !dir.path().join("..2").exists() {
