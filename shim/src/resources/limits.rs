@@ -21,15 +21,15 @@ const NO_LIMIT: u64 = 1 << 62;
 /// limit is set.
 ///
 /// The kubelet sets the parent cgroup's limit for the pod, and can change the limit while the pod runs. If the guest
-/// used more memory, the kernel would kill the VMM.
+/// used more memory than this maximum, the host's kernel would kill the VMM.
 pub fn max_guest_mib(location: &CgroupLocation) -> u64 {
     parent_limit(location, "memory", ["memory.max", "memory.limit_in_bytes"]).map_or(u64::MAX, guest_mib)
 }
 
 /// Returns the parent cgroup's limit for 2 MiB huge pages, in MiB, or 0 if no limit is set.
 ///
-/// The kubelet sets the parent cgroup's limit for every pod. By default, containerd does not set huge page limits for
-/// containers (`disable_hugetlb_controller`).
+/// This function ignores the containers' limits, because containerd does not set huge page limits for containers by
+/// default (`disable_hugetlb_controller`). The kubelet sets the parent cgroup's limit for every pod.
 pub fn huge_mib(location: &CgroupLocation) -> u64 {
     parent_limit(location, "hugetlb", ["hugetlb.2MB.max", "hugetlb.2MB.limit_in_bytes"]).unwrap_or(0) >> 20
 }
@@ -62,16 +62,16 @@ pub fn reclaim_threshold(location: &CgroupLocation) -> Option<u64> {
     Some(parent.map_or(limit, |parent| limit.min(parent)))
 }
 
-/// Sets `limits` in the sandbox's cgroup. The memory limit allows a guest with `guest_mib` MiB of memory. Blocks while
-/// the kernel reclaims memory for a lower limit.
+/// Sets `limits` in the sandbox's cgroup. The memory limit allows a guest with `guest_mib` MiB of memory. If the memory
+/// limit is lowered, blocks while the kernel reclaims memory.
 ///
-/// The memory limit depends on the guest's current memory, not on the pod's maximum. Therefore, the guest runs out of
-/// memory before the sandbox reaches the memory limit. The guest's kernel then kills a process in the guest, and the
-/// host's kernel does not kill the VMM.
+/// The memory limit depends on the guest's current memory, not on the pod's maximum memory. Therefore, the guest runs
+/// out of memory before the sandbox reaches the memory limit. The guest's kernel then kills a process in the guest, and
+/// the host's kernel does not kill the VMM.
 ///
 /// If the cgroup is a systemd scope, this function first writes the limits to the cgroup's files. Then this
-/// function sends the limits to systemd. Only the write to the files waits for the reclaim. Therefore, systemd does not
-/// block.
+/// function sends the limits to systemd. Only the write to the files waits until the kernel has reclaimed memory.
+/// Therefore, systemd does not block.
 pub fn set(location: &CgroupLocation, unit: Option<&Unit>, limits: &HostLimits, guest_mib: u64) {
     let cpu_millis = limits.cpu_millis.map(|millis| round_cpu_millis(unit, millis));
     let cpus = limits.cpus.clone().or_else(|| all_cpus(location));
@@ -89,11 +89,11 @@ fn round_cpu_millis(unit: Option<&Unit>, millis: u64) -> u64 {
     if unit.is_some() { millis.div_ceil(10).saturating_mul(10) } else { millis }
 }
 
-/// Returns the parent cgroup's CPUs, to which the sandbox's list of CPUs must be reset. Returns `None` in cgroup
-/// v1, or if the sandbox's cgroup has no list of CPUs.
+/// Returns the parent cgroup's CPUs. If the new limits have no list of CPUs, the sandbox gets the parent cgroup's CPUs.
+/// Returns `None` in cgroup v1, or if the sandbox's cgroup has no list of CPUs.
 ///
-/// The list cannot be reset to an empty list. The kernel rejects an empty list with ENOSPC if the cgroup has processes
-/// (kernel/cgroup/cpuset.c, validate_change).
+/// The sandbox's list cannot be reset to an empty list. The kernel rejects an empty list with ENOSPC if the cgroup has
+/// processes (kernel/cgroup/cpuset.c, validate_change).
 fn all_cpus(location: &CgroupLocation) -> Option<CpuSet> {
     let CgroupLocation::V2(path) = location else { return None };
     let read = |path: &Path, file: &str| std::fs::read_to_string(path.join(file)).ok()?.parse().ok();
@@ -136,7 +136,7 @@ fn write(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) {
             let high = limits.has_memory_limit.then(|| memory_high(location, host_bytes(guest_mib)).to_string());
             write(Some(path), "memory.high", high.as_deref().unwrap_or("max"));
             write(Some(path), "cpu.max", &format!("{} {PERIOD}", quota.as_deref().unwrap_or("max")));
-            // A cgroup without a list can use all CPUs of its parent.
+            // A cgroup without a list of CPUs can use all CPUs of its parent.
             if let Some(cpus) = cpus {
                 write(cpuset, "cpuset.cpus", &cpus);
             }

@@ -138,7 +138,7 @@ impl Resizer {
     }
 }
 
-/// A function that records the pod's current size for `husk ps`. It may block.
+/// A function that records the pod's current size for `husk ps`. The function may block.
 pub type RecordSize = Arc<dyn Fn(Size) + Send + Sync>;
 
 /// Pending request to shrink memory. The future returns the hot-plugged memory that remains in the guest, in MiB, or
@@ -215,8 +215,8 @@ impl ResizeTask {
         self.plugged_mib = self.plugged_mib.max(wanted_mib);
         self.set_host_limits().await;
         if wanted_mib > previous_mib || (retry && wanted_mib > 0 && wanted_mib == previous_mib) {
-            // The new request makes the VMM end a pending request to shrink. Ignore the answer to the pending request,
-            // because the answer does not contain the guest's remaining memory.
+            // The new request makes the VMM answer a pending request to shrink early. Ignore this answer, because its
+            // amount of memory becomes outdated when memory grows.
             self.shrinking = None;
             self.grow_memory(PageKind::Ordinary, wanted_mib).await?;
         } else if wanted_mib < previous_mib {
@@ -284,7 +284,7 @@ impl ResizeTask {
     async fn grow_huge_pages(&mut self, wanted_mib: u64, previous_mib: u64) -> Result<(), ResizeError> {
         let more = wanted_mib.saturating_sub(previous_mib);
         match hugepages::free_mib() {
-            // Check the node's pool first. If a guest cannot plug all of the offered memory, the guest retries forever.
+            // Check the node's pool first, because a guest that cannot plug all offered memory retries forever.
             free_mib if free_mib < more => return Err(ResizeError::NodeHugePages { wanted_mib: more, free_mib }),
             _ => self.grow_memory(PageKind::Huge, wanted_mib).await?,
         }
@@ -303,8 +303,8 @@ impl ResizeTask {
         if online == u32::from(wanted) { Ok(()) } else { Err(ResizeError::Processors { online, wanted }) }
     }
 
-    /// Sets the sandbox's limits on the host. The memory limit allows the memory that the guest may have now. Waits
-    /// while the kernel reclaims memory for a lower limit.
+    /// Sets the sandbox's limits on the host. The memory limit allows the boot memory and `plugged_mib` MiB of
+    /// hot-plugged memory. If the memory limit is lowered, waits while the kernel reclaims memory.
     async fn set_host_limits(&mut self) {
         let Some((location, unit)) = self.cgroup.clone() else { return };
         let (limits, guest_mib) = (self.current.host.clone(), self.start.memory_mib.saturating_add(self.plugged_mib));

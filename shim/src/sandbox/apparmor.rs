@@ -1,7 +1,7 @@
 //! Loads the node's AppArmor profiles into the guest's kernel before a container is created.
 //!
 //! If the node's kernel has CONFIG_SECURITY_APPARMOR_EXPORT_BINARY, the kernel exports every loaded policy
-//! (security/apparmor/apparmorfs.c, `raw_data`). Therefore, the guest can enforce the same policies without the
+//! (security/apparmor/apparmorfs.c, `raw_data`). Therefore, the guest can enforce the node's policies without the
 //! profiles' source files.
 
 use std::collections::HashMap;
@@ -114,7 +114,7 @@ fn policy(profiles: &Path, profile: &str) -> Result<Vec<u8>, AppArmorError> {
 /// name and a number. The kernel changes some characters of the profile's name. Therefore, this function compares only
 /// alphanumeric characters.
 ///
-/// Without this check, the shim would read `name` in hundreds of directories.
+/// Without this check, the shim would read the file `name` in hundreds of directories.
 fn may_match(dir: &Path, profile: &str) -> bool {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     let plain = |text: &str| text.chars().filter(char::is_ascii_alphanumeric).collect::<String>();

@@ -167,8 +167,8 @@ pub async fn boot(
             Ok(agent)
         }
         Ok(Err(error)) => {
-            // If the guest has ended, report the guest's end, because the end has caused `error`. First wait for the
-            // VMM's end, because the console's output is incomplete until then.
+            // If the guest has ended, return `BootError::Ended` instead of `error`, because `error` is only a
+            // consequence. First wait until the VMM has ended, because the console's output is incomplete until then.
             let ended = matches!(error, BootError::Ended { .. })
                 || matches!(error, BootError::Vmm { source: VmmError::Gone, .. });
             if ended || progress.borrow().ended.is_some() {
@@ -310,8 +310,8 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
                         ExitReason::Stopped => "the VM was stopped".to_owned(),
                         ExitReason::Failed(why) => format!("the VM failed: {}", console::clean(&why)),
                     };
-                    // This end is unexpected. When the shim ends a VM, it kills the VMM with SIGKILL, and the VMM sends
-                    // no notice.
+                    // This notice means that the VM ended unexpectedly. If the shim ends a VM, the shim kills the VMM
+                    // with SIGKILL, and the VMM sends no notice.
                     tracing::warn!(reason, "the guest ended");
                     update.send_modify(|p| p.ended = Some(reason));
                 }

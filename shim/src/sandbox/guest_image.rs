@@ -1,10 +1,12 @@
 //! Opens the guest kernel and the initrd, and checks their digests.
 //!
-//! If the configuration has a digest, the VM boots from a copy whose bytes were hashed while they were copied. A file
-//! that is changed after the check therefore has no effect on the VM. Hashing takes longer than a start should. For
-//! this reason, the copies stay in a directory of a tmpfs that only root can access. The name of a copy contains its
-//! digest, and what identifies the file and its last change. If the file has changed, it is copied and hashed again. A
-//! change that does not show in the file's times has no effect, because the copy still has the right bytes.
+//! If the configuration has a file's digest, the VM boots from a copy of the file. The shim hashes the bytes while it
+//! copies them. Therefore, a later change of the file has no effect on the VM.
+//!
+//! If the shim hashed the files at each start, starts would take too long. Therefore, the shim keeps the copies in a
+//! directory on a tmpfs. Only root can access this directory. The name of a copy contains the digest, and the original
+//! file's inode, size and times. If one of these values changes, the shim copies and hashes the file again. If these
+//! values do not show a change, the VM boots from the old copy. The bytes of this copy still match the digest.
 
 use std::fs::{DirBuilder, File, Metadata};
 use std::io::{self, Write};
@@ -31,7 +33,7 @@ pub struct GuestImages {
     pub initrd: File,
 }
 
-/// Error of opening a file or of checking its digest.
+/// A failure to open a file or to check its digest.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// The file cannot be opened.
@@ -56,7 +58,7 @@ pub enum ImageError {
         #[source]
         source: io::Error,
     },
-    /// The file has another digest.
+    /// The file's digest differs from the digest in the configuration.
     #[error(
         "failed to verify the {what} {path}: expected SHA-256 {expected}, found {found}; install the right file, or \
          correct {key} in the configuration"
@@ -75,7 +77,7 @@ pub enum ImageError {
     },
 }
 
-/// A file of the configuration.
+/// A file that the configuration names.
 struct Image<'a> {
     what: &'static str,
     path: &'a Path,
@@ -87,8 +89,8 @@ struct Image<'a> {
 impl GuestImages {
     /// Opens the files that the configuration names.
     ///
-    /// The copies of new files are charged to the cgroup of this process. Therefore, the process must not have entered
-    /// the sandbox's cgroup yet.
+    /// New copies are charged to this process's cgroup. Therefore, the process must not have entered the sandbox's
+    /// cgroup yet.
     ///
     /// # Errors
     /// [`ImageError`] with the file that cannot be used.
@@ -133,12 +135,13 @@ impl Image<'_> {
         if let Some(copies) = copies {
             copies.keep(&copy, expected, &name);
         }
-        // The VMM gets an fd that is not writable.
+        // Open the copy again, because the VMM must not get a writable fd.
         File::open(format!("/proc/self/fd/{}", copy.as_raw_fd())).map_err(failed)
     }
 }
 
-/// Returns the name of the copy of a file. The digest comes first. The rest changes if the file is changed or replaced.
+/// Returns the name of a file's copy. The name begins with the digest. The rest of the name differs if the file has
+/// been changed or replaced.
 fn copy_name(digest: &str, file: &Metadata) -> String {
     format!(
         "{digest}-{}-{}-{}-{}.{:09}-{}.{:09}",
@@ -152,7 +155,7 @@ fn copy_name(digest: &str, file: &Metadata) -> String {
     )
 }
 
-/// Creates a file without a name in memory.
+/// Creates an unnamed file in memory.
 fn memory_file() -> io::Result<File> {
     Ok(memfd_create("guest image", MFdFlags::MFD_CLOEXEC)?.into())
 }
@@ -165,8 +168,8 @@ struct Copies {
 impl Copies {
     /// Opens the directory, and creates it if it does not exist. Removes all copies whose digest is not in `digests`.
     ///
-    /// Returns `None` if no digest is given, or if other users than root could change a copy. Without a directory, each
-    /// start copies and hashes the files.
+    /// Returns `None` if both digests are empty. Also returns `None` if the directory cannot be opened, is not on a
+    /// tmpfs, or is accessible to users other than root. Without the directory, each start copies and hashes the files.
     fn open(path: &Path, digests: [&str; 2]) -> Option<Self> {
         if digests.iter().all(|digest| digest.is_empty()) {
             return None;
@@ -208,7 +211,8 @@ impl Copies {
         (metadata.is_file() && metadata.len() == length).then_some(copy)
     }
 
-    /// Creates a file without a name, which becomes a copy. If the process is killed, the kernel removes the file.
+    /// Creates an unnamed file for a new copy. If the process is killed before [`Copies::keep`], the kernel removes the
+    /// file.
     fn create(&self) -> Option<File> {
         let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
         openat(&self.dir, ".", flags, Mode::S_IRUSR).ok().map(File::from)
@@ -217,12 +221,13 @@ impl Copies {
     /// Gives a complete copy its name, and removes other copies with the same digest. Best effort.
     fn keep(&self, copy: &File, digest: &str, name: &str) {
         let path = format!("/proc/self/fd/{}", copy.as_raw_fd());
-        // If the copy exists, another shim has made it at the same time.
+        // If a copy with this name exists, another shim has made this copy at the same time.
         let _ = linkat(AT_FDCWD, path.as_str(), &self.dir, name, AtFlags::AT_SYMLINK_FOLLOW);
         self.remove(|other| is_copy_of(other, digest) && other != name);
     }
 
-    /// Removes the copies whose names match. VMs that boot from such a copy keep its fd. Best effort.
+    /// Removes the copies for whose names `matches` returns true. A VMM that has opened such a copy can still read the
+    /// copy. Best effort.
     fn remove(&self, matches: impl Fn(&str) -> bool) {
         let path = format!("/proc/self/fd/{}", self.dir.as_raw_fd());
         for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
@@ -326,7 +331,8 @@ mod tests {
         assert_eq!(node.open().unwrap(), BOTH);
         let names = node.names();
         assert_eq!(names.len(), 2);
-        // Only root can do this. The changed bytes show that the file was not copied again.
+        // Change the copies, which only root can do. If the next `open` returns the changed bytes, the files were not
+        // copied again.
         for name in &names {
             let path = node.copies().join(name);
             assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o400);
@@ -342,7 +348,7 @@ mod tests {
         let node = Node::new();
         let mut opened = GuestImages::open_with(&node.config, &node.copies()).unwrap().kernel;
         fs::write(&node.config.kernel, "the kermel").unwrap();
-        // The clock of the file system may be too coarse for a second write to change the time.
+        // Set the file's time, because the file system's clock may be too coarse to distinguish the two writes.
         let file = File::options().write(true).open(&node.config.kernel).unwrap();
         file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
         let error = node.error();
@@ -384,12 +390,12 @@ mod tests {
             fs::set_permissions(node.copies(), PermissionsExt::from_mode(mode)).unwrap();
             refuse(&node);
         }
-        // A symlink to a private directory could be replaced.
+        // A symlink is refused even if its target is private, because the symlink could be replaced.
         fs::set_permissions(node.copies(), PermissionsExt::from_mode(0o700)).unwrap();
         fs::rename(node.copies(), node.memory.path().join("real")).unwrap();
         std::os::unix::fs::symlink("real", node.copies()).unwrap();
         refuse(&node);
-        // The digest is checked also without the directory.
+        // The digest is checked even if the directory is not used.
         node.config.kernel_sha256 = "0".repeat(64);
         assert!(node.error().contains("expected SHA-256 000"));
     }

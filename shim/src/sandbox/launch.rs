@@ -98,8 +98,9 @@ struct Installation {
 }
 
 impl Installation {
-    /// Reads the configuration, and opens guest kernel and initrd. Must be called before [`enter_cgroup`], because
-    /// [`GuestImages::open`] makes copies that outlive the sandbox.
+    /// Reads the configuration, and opens guest kernel and initrd. Must be called before [`enter_cgroup`]. Otherwise,
+    /// the copies that [`GuestImages::open`] makes would be charged to the sandbox's cgroup. These copies outlive the
+    /// sandbox.
     fn open(context: &LaunchContext) -> Result<Self, String> {
         let path = std::env::var_os("HUSK_CONFIG").map_or_else(|| PathBuf::from(husk_config::DEFAULT_PATH), Into::into);
         let config = Config::load(&path).map_err(|e| chain(&e))?;
@@ -175,9 +176,10 @@ impl PartialLaunch {
             vhost: config.vhost_net,
         };
         let network = match &network {
-            // CNI sets up a new namespace later, in hooks or between Create and Start. `ctr run --cni` runs CNI between
-            // Create and Start. containerd 1.7 also runs CNI between Create and Start if the pod has a user namespace.
-            // In this case, the user namespace must own the network namespace (pkg/cri/server/sandbox_run.go).
+            // CNI sets up a new network namespace later, in hooks or between Create and Start. `ctr run --cni` runs CNI
+            // between Create and Start. If the pod has a user namespace, containerd 1.7 also runs CNI between Create
+            // and Start. The reason is that the user namespace must own the network namespace
+            // (pkg/cri/server/sandbox_run.go).
             Network::New => match &self.vmm {
                 Some(vmm) => network::watch_new(
                     &PathBuf::from(format!("/proc/{}/ns/net", vmm.pid)),
@@ -215,8 +217,8 @@ fn record_sandbox(context: &LaunchContext, spec: &Spec, boot_size: &BootSize, vm
 
 /// Returns the part of the guest's configuration that depends on the pod.
 ///
-/// The sysctls of a sandbox container belong to the pod, because that container is never created. The sysctls of a
-/// container without a pod are applied when the container is created.
+/// The sysctls of a sandbox container belong to the pod, because the guest never creates a sandbox container. The
+/// sysctls of a container without a pod are applied when the container is created.
 fn pod(
     context: &LaunchContext,
     spec: &Spec,

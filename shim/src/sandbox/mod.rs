@@ -284,7 +284,7 @@ impl Sandbox {
         Ok((token, stream))
     }
 
-    /// Starts to propagate the host's new mounts into volumes.
+    /// Starts to propagate the host's new mounts to the pod's volumes.
     ///
     /// # Errors
     /// If the mount list cannot be opened or polled.
@@ -292,7 +292,7 @@ impl Sandbox {
         self.propagation.start(&self.share())
     }
 
-    /// Waits until the host's current mounts are in the volumes. Waits at most two seconds.
+    /// Waits until the host's current mounts are in the pod's volumes. Waits at most two seconds.
     pub async fn wait_for_propagation(&self) {
         self.propagation.settle().await;
     }
@@ -352,8 +352,8 @@ async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mp
                 Some(report) => drop(reports.send(report)),
                 None => tracing::warn!("the agent sent an unknown event"),
             },
-            // Without the event stream, the shim would not notice exits. Therefore, a guest that closes the stream is
-            // treated as dead.
+            // Without the event stream, the shim would not notice when processes exit. Therefore, a guest that closes
+            // the stream is treated as dead.
             Ok(None) => return vmm.kill(),
             Err(error) => {
                 tracing::debug!(%error, "the agent's event stream failed");

@@ -5,7 +5,7 @@ use husk_policy::{ParseError, Policy};
 
 use crate::oci::annotations::Annotations;
 
-/// The policies in JSON, as `Setup` carries them. An empty policy allows everything.
+/// The policies in JSON, as fields of the agent's `Setup` request. An empty policy allows everything.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PodPolicies {
     /// The node's policy.
@@ -14,14 +14,14 @@ pub struct PodPolicies {
     pub pod: Vec<u8>,
 }
 
-/// The pod's annotation is not a policy.
+/// The pod's policy annotation does not contain a valid policy.
 #[derive(Debug, thiserror::Error)]
 #[error("invalid annotation {}", annotation::POLICY)]
 pub struct PolicyError(#[source] ParseError);
 
 impl PodPolicies {
     /// Returns the policies of a pod with these annotations. [`crate::resources::boot_size`] checks whether the pod may
-    /// use the annotation.
+    /// use the policy annotation.
     ///
     /// # Errors
     /// [`PolicyError`].

@@ -18,13 +18,13 @@ use crate::async_fd::register;
 use crate::sandbox::volume_updates::Updates;
 use crate::volumes::propagate;
 
-/// Timeout of [`Propagation::settle`], which delays the start of a process.
+/// Timeout of [`Propagation::settle`]. The start of a process waits for `settle`.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Delay between a change of the mount list and the update of the volumes. Changes come in bursts, and each update
 /// reads the whole list. With the delay, one update handles a whole burst.
 const DEBOUNCE: Duration = Duration::from_millis(50);
-/// Minimum time between two log lines about failed updates. Without this limit, a guest could flood the log, because it
-/// can make updates fail by renaming directories.
+/// Minimum time between two log lines about failed updates. Without this limit, a guest could flood the log. For
+/// example, updates can fail if the guest renames directories in a volume.
 const LOG_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Updates the mounts in a sandbox's volumes. Does nothing before [`Propagation::start`].

@@ -1,6 +1,6 @@
 //! A sandbox's directory on the host, `/run/husk/<namespace>/<sandbox>`.
 //!
-//! The shim's `delete` command uses the directory's files for the cleanup if the shim has ended unexpectedly.
+//! If the shim has ended unexpectedly, the shim's `delete` command uses the directory's files for the cleanup.
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
@@ -77,7 +77,7 @@ impl StateDir {
         self.path.join("timeline.json")
     }
 
-    /// Creates the directory and mounts the share in it. The mount is visible only in this mount namespace.
+    /// Creates the directory and mounts the share in it. The mount is visible only in the shim's mount namespace.
     ///
     /// # Errors
     /// [`StateError`] if the directory cannot be created, or the share cannot be mounted.
@@ -194,8 +194,8 @@ impl ProcessId {
     /// process.
     pub fn kill_and_wait(self) {
         let Ok(fd) = pidfd::open(self.pid) else { return };
-        // Compare the start times after opening the pidfd. If the start times match, the PID was not reused before the
-        // pidfd was opened, and the pidfd refers to the recorded process.
+        // Compare the start times only after the pidfd is open. If the start times match, the PID has not been reused.
+        // The pidfd then refers to the recorded process.
         if Self::read(self.pid.cast_unsigned()) != Some(self) {
             return;
         }

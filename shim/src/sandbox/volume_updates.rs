@@ -13,7 +13,7 @@ use tokio::time::Instant;
 /// takes milliseconds.
 const HANG_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Function that updates the mounts of the volume with this name. It may block.
+/// Function that updates the mounts of the volume with the given name. The function may block.
 type Update = Arc<dyn Fn(&OsStr) -> Result<(), String> + Send + Sync>;
 
 /// The updates of a pod's volumes.

@@ -1,4 +1,5 @@
-//! Serves containerd's Sandbox API (containerd.runtime.sandbox.v1) to containerd's sandbox controller.
+//! Serves containerd's Sandbox API (containerd.runtime.sandbox.v1). containerd's sandbox controller plugin calls this
+//! API.
 
 use std::collections::HashMap;
 use std::sync::Arc;

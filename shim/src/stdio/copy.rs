@@ -94,7 +94,7 @@ async fn to_pipe(stream: &UnixStream, pipe: &AsyncFd<OwnedFd>, copied: &AtomicU6
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
-        // Yield so that other tasks can run, because the loop does not wait while both sides are ready.
+        // Yield to other tasks, because the loop does not wait while both sides are ready.
         tokio::task::yield_now().await;
     }
 }

@@ -28,8 +28,8 @@ pub struct Relay {
     /// Bytes of output copied so far.
     copied: Arc<AtomicU64>,
     write_end: Mutex<Option<OwnedFd>>,
-    /// Must be the last field. Fields are dropped in order, and the logger's input must end before its handle is
-    /// dropped.
+    /// Must be the last field. Fields are dropped in order, and the logger's input must end before the logger's handle
+    /// is dropped.
     _logger: Option<LoggerHandle>,
 }
 
@@ -85,8 +85,8 @@ impl Relay {
 
     /// Waits until all output is copied. Returns early if no byte was copied for the duration `quiet`.
     ///
-    /// Without the early return, this function could wait forever, for example if a process keeps the guest's end open
-    /// or the fifo has no reader.
+    /// Without the early return, this function could wait forever. For example, a process may keep the guest's end
+    /// open, or the fifo may have no reader.
     pub async fn drain(&self, quiet: Duration) {
         let mut open = self.open.clone();
         loop {

@@ -130,7 +130,7 @@ async fn many_short_lines_fit_into_a_fifo_without_a_reader() {
     }
     drop(guest);
     let open = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&paths.stdout).unwrap();
-    // Draining ends before its timeout, because all output is in the fifo.
+    // `drain` returns before the timeout, because all output is in the fifo.
     tokio::time::timeout(LONG, relay.drain(LONG)).await.unwrap();
     drop(relay);
     let mut received = Vec::new();

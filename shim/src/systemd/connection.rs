@@ -52,7 +52,7 @@ pub enum CallError {
     Job {
         /// The unit.
         unit: String,
-        /// Its result (`canceled`, `timeout`, `failed`, `dependency`, …).
+        /// The job's result (`canceled`, `timeout`, `failed`, `dependency`, …).
         result: String,
     },
 }
