@@ -105,10 +105,10 @@ impl Address {
             .mode(0o711)
             .create(dir)
             .map_err(|source| ListenError::Directory { path: dir.into(), source })?;
-        // The lock prevents races between `start` processes, because each process removes a socket that looks dead. A
-        // new socket looks dead between bind(2) and listen(2). If two processes find the same dead socket, the slower
-        // process could remove the faster process's new socket. The lock is on the directory, because a separate lock
-        // file would never be removed.
+        // Without the lock, `start` processes would race, because each process removes a socket that looks dead. A new
+        // socket looks dead between bind(2) and listen(2). If two processes found the same dead socket, the slower
+        // process could remove the faster process's new socket. The lock is on the directory, because nobody would
+        // remove a separate lock file.
         let _lock = lock(dir).map_err(|source| ListenError::Lock { path: dir.into(), source })?;
         let error = |source| ListenError::Bind { path: self.path.clone(), source };
         for _ in 0..3 {

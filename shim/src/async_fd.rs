@@ -9,7 +9,7 @@ use tokio::io::unix::AsyncFd;
 /// Registers an fd with the current async runtime.
 ///
 /// # Errors
-/// The error from epoll, for example if the fd belongs to a regular file, which epoll does not support.
+/// Returns the error from epoll. For example, epoll does not support regular files.
 pub fn register<T: AsRawFd + Into<OwnedFd>>(fd: T, interest: Interest) -> io::Result<AsyncFd<T>> {
     // SAFETY: a type that converts into `OwnedFd` owns its fd. Therefore, the fd stays open, and its number does not
     // change, while `fd` lives. The `AsyncFd` deregisters the fd before it drops `fd`.

@@ -1,5 +1,5 @@
 //! Errors of the shim's ttrpc services. Clients match on the error texts and codes of runc's shim. Therefore, if runc's
-//! shim has a corresponding error, Husk uses its text and code.
+//! shim has a corresponding error, Husk uses the text and code of that error.
 
 use ttrpc::{Code, Error};
 

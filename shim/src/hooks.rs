@@ -11,14 +11,14 @@ use crate::oci::annotations::Annotations;
 
 /// Timeout of a hook if the specification does not set a timeout.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
-/// Maximum number of bytes that the shim keeps from a hook's stdout, and from its stderr.
+/// Maximum number of bytes that the shim keeps from each output stream of a hook (stdout and stderr).
 const MAX_OUTPUT: u64 = 4096;
 
 /// The container's state, which hooks receive on stdin, as the OCI runtime specification requires.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct State<'a> {
-    /// Version of the specification.
+    /// OCI version of the container's specification.
     pub oci_version: &'a str,
     /// The container's id.
     pub id: &'a str,

@@ -3,15 +3,17 @@
 //! | containerd | stdin | reply |
 //! | --- | --- | --- |
 //! | 1.6, 1.7 | nothing, or the runtime options (an `Any`) | the plain address (task API v2) |
-//! | 2.0 to 2.2 | as in 1.7 | JSON with version 3 if the sandbox controller made the bundle, otherwise as in 1.7 |
+//! | 2.0 to 2.2 | as in 1.7 | JSON with version 3 if the plugin `shim` made the bundle (see below), else as in 1.7 |
 //! | 2.3 and later | `BootstrapParams` | `BootstrapResult`, version 3 |
 //!
 //! containerd 1.7 rejects JSON with a version above 2. Every containerd since 1.6 accepts a plain address, which means
 //! version 2 of the task API. Therefore, the plain address is the default.
 //!
-//! The variable `MAX_SHIM_VERSION` does not show whether containerd accepts version 3. containerd 2.0 and later accept
-//! version 3, but set the variable to 2 (containerd 2.1, pkg/shim/util.go). Therefore, the shim checks the bundle's
-//! path. The path contains the name of the sandbox controller. containerd 2.0 changed this name from `local` to `shim`.
+//! The environment variable `MAX_SHIM_VERSION` does not show whether containerd accepts version 3. containerd 2.0 and
+//! later accept version 3, but set the variable to 2 (containerd 2.1, pkg/shim/util.go). Therefore, the shim checks the
+//! bundle's path. If containerd's sandbox controller plugin made the bundle, the path contains the plugin's name.
+//! containerd 2.0 changed this name from `local` to `shim`. Therefore, a path with the name `shim` shows that
+//! containerd accepts version 3.
 
 use std::path::Path;
 
@@ -20,7 +22,8 @@ use protobuf::Message;
 
 use super::Args;
 
-/// Path component of each bundle that the sandbox controller of containerd 2.0 and later makes.
+/// Name of the sandbox controller plugin in containerd 2.0 and later. The paths of the plugin's bundles contain this
+/// name.
 const SANDBOX_CONTROLLER: &str = "io.containerd.sandbox.controller.v1.shim";
 
 /// Maximum number of bytes read from stdin, as in containerd's own shims.
@@ -81,7 +84,8 @@ impl Params {
     /// Merges the parameters from stdin, flags and environment.
     ///
     /// `input` counts as `BootstrapParams` only if the instance id and namespace match `args`. Without this check,
-    /// runtime options (an `Any`) could be taken for `BootstrapParams`. Their type URL would become the instance id.
+    /// runtime options (an `Any`) could be taken for `BootstrapParams`. The type URL of the options would then become
+    /// the instance id.
     pub fn new(input: &[u8], args: &Args, env: &Env) -> Self {
         if !input.is_empty()
             && let Ok(params) = BootstrapParams::parse_from_bytes(input)
@@ -109,7 +113,7 @@ impl Params {
         }
     }
 
-    /// Changes a plain reply to JSON if the sandbox controller made the bundle.
+    /// Changes a plain reply to JSON if containerd's sandbox controller plugin `shim` made the bundle.
     pub fn with_bundle(mut self, bundle: &Path) -> Self {
         if self.reply_format == ReplyFormat::Plain && is_sandbox_controller_bundle(bundle) {
             self.reply_format = ReplyFormat::Json;
@@ -118,7 +122,7 @@ impl Params {
     }
 }
 
-/// Returns whether containerd's sandbox controller made the bundle. Such a bundle has no `config.json`.
+/// Returns whether containerd's sandbox controller plugin `shim` made the bundle. Such a bundle has no `config.json`.
 pub fn is_sandbox_controller_bundle(bundle: &Path) -> bool {
     bundle.components().any(|part| part.as_os_str() == SANDBOX_CONTROLLER)
 }

@@ -21,12 +21,12 @@ const EXIT_STATUS_KILLED: u32 = 128 + 9;
 /// Timeout of each request to the sandbox's shim.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Cleans up the container's sandbox, unless the sandbox's shim is alive and needed. Then writes a DeleteResponse to
+/// Cleans up the container's sandbox, unless the sandbox's shim is alive and needed. Always writes a DeleteResponse to
 /// stdout.
 pub fn delete(args: &Args) -> std::io::Result<()> {
     let bundle = if args.bundle.as_os_str().is_empty() { std::env::current_dir()? } else { args.bundle.clone() };
     // If the bundle has no config.json, the container's id is used as the sandbox's id. The file is missing if
-    // containerd has removed the bundle, or if the sandbox controller made the bundle.
+    // containerd has removed the bundle, or if containerd's sandbox controller plugin made the bundle.
     let spec = Bundle::read(&bundle).ok().map(|bundle| bundle.spec);
     let group = spec.as_ref().and_then(|spec| spec.group(&args.id).ok().map(str::to_owned));
     let group = group.unwrap_or_else(|| args.id.clone());
@@ -38,9 +38,9 @@ pub fn delete(args: &Args) -> std::io::Result<()> {
             let address = if args.address.is_empty() { Env::read().grpc_address } else { args.address.clone() };
             Address::new(None, &address, &args.namespace, &group)
         });
-    // A live shim serves all containers of the pod. Therefore, if the shim is alive, this action cleans up only when it
-    // runs for the sandbox container. containerd runs this action even after a normal deletion of the sandbox
-    // container. In this case, the shim is needed if the pod has other containers.
+    // A live shim serves all containers of the pod. Therefore, the deletion of a single container must not clean up the
+    // sandbox. containerd runs this action even after a normal deletion of the sandbox container. In this case, the
+    // shim is needed only if the pod has other containers.
     let is_needed = || {
         if group == args.id { spec.is_some() && has_other_containers(&address, &args.id) } else { address.is_live() }
     };
@@ -75,7 +75,7 @@ fn has_other_containers(address: &Address, id: &str) -> bool {
         }
         let shutdown = ShutdownRequest { id: id.to_owned(), ..Default::default() };
         task.shutdown(context(), &shutdown).await.ok()?;
-        // If the shim has no containers, it ends and removes its socket. Therefore, `is_live` below then returns false.
+        // If the shim has no containers, it ends and removes its socket. In this case, `is_live` below returns false.
         Some(())
     };
     runtime.block_on(probe).is_some() && address.is_live()

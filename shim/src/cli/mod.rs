@@ -111,7 +111,7 @@ impl Args {
     /// Checks the names that become path components.
     ///
     /// # Errors
-    /// [`ArgsError::InvalidName`] if a name is not a plain file name.
+    /// [`ArgsError::InvalidName`] if the namespace or the id is not valid ([`crate::ids::is_name`]).
     pub fn check_names(&self) -> Result<(), ArgsError> {
         for (what, value) in [("namespace", &self.namespace), ("id", &self.id)] {
             if !crate::ids::is_name(value) {

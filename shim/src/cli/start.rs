@@ -1,4 +1,5 @@
-//! The action `start`: binds the sandbox's socket, forks the daemon that boots the VM, and replies immediately.
+//! The action `start`: binds the sandbox's socket, forks the shim's daemon, and replies. The daemon boots the VM. The
+//! reply does not wait for the VM.
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -35,7 +36,7 @@ pub enum StartError {
         #[source]
         source: std::io::Error,
     },
-    /// The daemon cannot be forked.
+    /// The shim's daemon cannot be forked.
     #[error("failed to fork the shim's daemon")]
     Fork(#[source] nix::Error),
     /// The reply cannot be written.
@@ -71,7 +72,8 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
         Listen::InUse => None,
         Listen::Bound(listener) => Some(listener),
     };
-    // Only the sandbox container may start a shim, because the VM's size comes from the sandbox container's bundle.
+    // A shim may be started only for the sandbox container, because the VM's size comes from the sandbox container's
+    // bundle.
     if listener.is_some() && group != args.id {
         address.remove();
         return Err(StartError::NoSandbox(group));
@@ -111,7 +113,7 @@ fn write_reply(address: &Address, reply_format: bootstrap::ReplyFormat) -> Resul
     out.write_all(&bootstrap::reply(&address.uri(), reply_format)).and_then(|()| out.flush()).map_err(StartError::Reply)
 }
 
-/// Writes the bundle's `address` file. After a failure, removes the socket, but only if `bound` is true.
+/// Writes the bundle's `address` file. If the write fails and `bound` is true, removes the socket.
 fn publish(bundle: &Path, address: &Address, bound: bool) -> Result<(), StartError> {
     let written = write_address(bundle, address);
     if written.is_err() && bound {
@@ -120,7 +122,7 @@ fn publish(bundle: &Path, address: &Address, bound: bool) -> Result<(), StartErr
     written
 }
 
-/// Writes the bundle's `address` file atomically. containerd reads the file after a restart to find its shims.
+/// Writes the bundle's `address` file atomically. After a restart, containerd reads these files to find its shims.
 fn write_address(bundle: &Path, address: &Address) -> Result<(), StartError> {
     let (path, temporary) = (bundle.join("address"), bundle.join(".address"));
     std::fs::write(&temporary, address.uri())
@@ -128,9 +130,9 @@ fn write_address(bundle: &Path, address: &Address) -> Result<(), StartError> {
         .map_err(|source| StartError::AddressFile { path, source })
 }
 
-/// Sets the shim's `oom_score_adj` to containerd's plus one, as containerd's own shims do.
+/// Sets the shim's `oom_score_adj` to containerd's value plus one, as containerd's own shims do.
 ///
-/// Therefore, the kernel's OOM killer prefers the shim to containerd.
+/// Therefore, the kernel's OOM killer kills the shim rather than containerd.
 fn adjust_oom_score() {
     let parent = nix::unistd::getppid();
     let score = std::fs::read_to_string(format!("/proc/{parent}/oom_score_adj"));

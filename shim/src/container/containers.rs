@@ -17,7 +17,7 @@ pub struct Exec {
     pub process: Arc<Process>,
     /// Process specification, which the guest gets when the exec is started.
     pub spec: Vec<u8>,
-    /// AppArmor profile. Empty if the request does not set it.
+    /// AppArmor profile. Empty if the request does not set a profile.
     pub profile: String,
     /// Type URL of `spec`.
     pub type_url: String,
@@ -36,7 +36,7 @@ pub struct Container {
     execs: Mutex<HashMap<String, Arc<Exec>>>,
     paused: AtomicBool,
     oom_reported: AtomicBool,
-    /// Tasks that keep the mirrored volumes up to date. The tasks stop when the container is dropped.
+    /// Tasks that keep the mirrored volumes up to date. The tasks stop when the `Container` is dropped.
     _mirroring: JoinSet<()>,
 }
 
@@ -74,7 +74,7 @@ impl Container {
     /// Adds an exec.
     ///
     /// # Errors
-    /// [`ServiceError::Exists`] if an exec with this id exists.
+    /// [`ServiceError::Exists`] if the container already has an exec with this id.
     pub fn add_exec(&self, exec: Exec) -> Result<(), ServiceError> {
         let id = exec.process.exec.clone();
         match lock(&self.execs).entry(id) {
@@ -114,7 +114,7 @@ impl Container {
         self.spec.annotations.is_sandbox()
     }
 
-    /// Returns true for the first call only. The caller must then publish the OOM event.
+    /// Returns true for the first call only. If the result is true, the caller must publish the OOM event.
     pub fn claim_oom_report(&self) -> bool {
         !self.oom_reported.swap(true, Ordering::Relaxed)
     }

@@ -72,7 +72,7 @@ impl Shim {
                 let started = self.sandbox.start_propagation();
                 started.map_err(|error| ServiceError::failed(format!("failed to watch the host's mounts: {error}")))?;
             }
-            // The hooks may run CNI plugins, which find the network namespace through the VMM process. This process
+            // The hooks may run CNI plugins, which find the network namespace through the VMM process. The VMM process
             // exists, because `create` has checked that the sandbox is launched.
             self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
             self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
@@ -119,12 +119,12 @@ impl Shim {
         let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, mirroring));
         self.publish_created(&container, request);
         // Resize only after the creation, because the resize can lower the CPU limit on the host. A lower limit would
-        // slow the creation.
+        // slow down the creation.
         self.queue_resize();
         Ok(())
     }
 
-    /// Tells the agent to delete the container, and the copies of its volumes, after a failed creation.
+    /// After a failed creation, tells the agent to delete the container and the copies of its volumes.
     ///
     /// If the agent is still creating the container, the agent deletes the container afterwards. The agent does so even
     /// if the Delete request has timed out.

@@ -13,7 +13,7 @@ use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::vm::agent::{timeouts, within};
 
-/// After a container's exit, the shim copies the remaining output. If nothing is copied for this long, the output
+/// After a container's exit, the shim copies the remaining output. If nothing is copied for this duration, the output
 /// counts as complete.
 ///
 /// Only a client that does not read can delay the copying, because all processes of the container have ended.
@@ -66,8 +66,8 @@ impl Shim {
         {
             relay.drain(INIT_OUTPUT_IDLE_TIMEOUT).await;
         }
-        // The VM ends when the sandbox container is deleted. The VM also ends when the last container is deleted,
-        // unless the sandbox controller created the sandbox. If the VM ends, the guest needs no cleanup.
+        // The shim ends the VM when the sandbox container is deleted. The shim also ends the VM when the last container
+        // is deleted, unless a CreateSandbox request created the sandbox. In both cases, the guest needs no cleanup.
         if container.is_sandbox_container()
             || (self.containers.is_only(&container.id) && !self.sandbox_state.is_created())
         {

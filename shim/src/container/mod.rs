@@ -39,7 +39,7 @@ pub(crate) const EXIT_STATUS_KILLED: u32 = 128 + 9;
 pub struct Shim {
     pub(crate) namespace: String,
     pub(crate) sandbox: Arc<Sandbox>,
-    /// State for the requests from containerd's sandbox controller.
+    /// State for the requests of containerd's Sandbox service.
     pub(crate) sandbox_state: sandbox_state::SandboxState,
     pub(crate) containers: Containers,
     pub(crate) limits: resize::ResourceLimits,
@@ -63,8 +63,8 @@ pub(crate) async fn run_to_completion<T: Send + 'static>(
 impl Shim {
     /// Returns the shim's state, and spawns a task that handles `reports` from the agent.
     ///
-    /// `pending` is the input for a launch that waits for a CreateSandbox request. `None` if the VM needs no such
-    /// request.
+    /// `pending` is the input for a launch that waits for a CreateSandbox request. `pending` is `None` if the launch
+    /// needs no such request.
     pub fn new(
         namespace: &str,
         sandbox: Arc<Sandbox>,
@@ -113,8 +113,8 @@ impl Shim {
         self.wait_finished().await;
     }
 
-    /// Records the exits that the agent reports, and publishes the events for containerd. When the VM ends, marks every
-    /// process that has not exited as killed.
+    /// Records the exits that the agent reports, and publishes the events for containerd. When the VM ends, marks each
+    /// process as killed unless it has exited.
     async fn handle_reports(self: Arc<Self>, mut reports: mpsc::UnboundedReceiver<Report>) {
         while let Some(report) = reports.recv().await {
             match report {
@@ -152,7 +152,7 @@ impl Shim {
         self.sandbox_state.record_end();
     }
 
-    /// Marks all processes of a container as killed. Called when the VM has ended.
+    /// Marks each process of a container as killed, unless the process has exited. Called when the VM has ended.
     pub(crate) fn mark_all_killed(&self, container: &Container) {
         let exit = Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() };
         for process in container.processes() {

@@ -1,7 +1,8 @@
 //! PIDs that the shim reports to containerd for containers.
 //!
-//! A sandbox container or a container outside a pod has the VMM's PID. Each other container of a pod has its own PID.
-//! In another container's specification, the path `/proc/PID/ns/pid` then names this container's PID namespace.
+//! A sandbox container or a container outside a pod has the VMM's PID. Every other container has its own PID.
+//! Therefore, the path `/proc/PID/ns/pid` in a container's specification can name the PID namespace of another
+//! container.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -17,7 +18,8 @@ pub(crate) struct Pids(Mutex<HashMap<String, u32>>);
 impl Shim {
     /// Returns the PID that the shim reports to containerd for a container and its processes.
     ///
-    /// The PID belongs to a live process or thread on the host, in the pod's network namespace and cgroup.
+    /// The PID belongs to a live process or thread on the host. This process or thread is in the pod's network
+    /// namespace and cgroup.
     pub(crate) fn pid(&self, container: &str) -> u32 {
         lock(&self.pids.0).get(container).copied().unwrap_or_else(|| self.sandbox.pid())
     }
@@ -27,8 +29,8 @@ impl Shim {
         lock(&self.pids.0).iter().map(|(id, pid)| (*pid, id.clone())).collect()
     }
 
-    /// Acquires a PID for a container of a pod, except for the sandbox container. Best effort. The caller must later
-    /// call [`Shim::release_pid`].
+    /// Acquires a PID for a container. Does nothing for a sandbox container or a container outside a pod. Best effort.
+    /// The caller must later call [`Shim::release_pid`].
     pub(crate) async fn acquire_pid(&self, container: &str, spec: &Spec) {
         if !spec.group(container).is_ok_and(|group| group != container) {
             return;

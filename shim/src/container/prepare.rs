@@ -28,7 +28,7 @@ pub struct Request<'a> {
     pub share: &'a Path,
     /// Mounts of the rootfs. If the list is empty, the bundle contains the rootfs.
     pub rootfs: &'a [RootMount],
-    /// Ids of the other containers, by their PID on the host.
+    /// Ids of the pod's containers that have their own PID on the host, by PID.
     pub pids: &'a HashMap<u32, String>,
 }
 
@@ -41,7 +41,7 @@ pub struct Prepared {
     pub rootfs: String,
     /// Notes for the log about settings that the guest does not support.
     pub notes: Vec<String>,
-    /// Whether the host's later mounts must propagate to a volume ([`crate::volumes::propagate`]).
+    /// Whether mounts that the host makes later must propagate to a volume ([`crate::volumes::propagate`]).
     pub needs_propagation: bool,
     /// AppArmor profile, which the guest must load before it creates the container.
     pub profile: String,
@@ -97,7 +97,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     if id.is_empty() || id.starts_with('.') || id.contains('/') || id.contains('\0') {
         return Err(PrepareError::Id(id.into()));
     }
-    // Translate the specification before the first mount, because an invalid specification then needs no cleanup.
+    // Translate the specification before the first mount. Therefore, an invalid specification needs no cleanup.
     let mut raw = bundle.raw.clone();
     let (mut notes, mut volumes) = (Vec::new(), GuestVolumes::default());
     translate::spec(&mut raw, id, request.pids, &mut notes)?;
@@ -105,8 +105,8 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         translate::add_cgroup_namespace(&mut raw);
     }
     let create = |path: PathBuf| fs::create_dir(&path).map_err(|source| PrepareError::Create { path, source });
-    // If the directory exists, another container uses it. In this case, return before the cleanup below, which would
-    // remove the mounts of that container.
+    // If the directory exists, another container with this id uses the directory. In this case, return before the
+    // cleanup below, which would remove the mounts of that container.
     create(share.join(id))?;
     let mounted = (|| {
         create(share.join(id).join("rootfs"))?;

@@ -72,7 +72,7 @@ pub enum ExitReport {
     Publish,
     /// Do not publish the exit event. [`Process::confirm_start`] returns the exit after the start event.
     Deferred,
-    /// Ignore the exit, because an exit of this process has been recorded.
+    /// Ignore the exit, because an exit of this process has already been recorded.
     Duplicate,
 }
 
@@ -123,7 +123,7 @@ impl Process {
         lock(&self.inner).relay.clone()
     }
 
-    /// Drops the relay, which ends the copying.
+    /// Drops the relay. This ends the copying of the streams.
     pub fn drop_relay(&self) {
         let relay = lock(&self.inner).relay.take();
         drop(relay);
@@ -164,7 +164,7 @@ impl Process {
 
     /// Records that the agent could not start the process.
     ///
-    /// As in runc's shim, the process then counts as stopped. Clients see `exit`.
+    /// As in runc's shim, the process then counts as stopped. Clients get `exit` as the exit of the process.
     pub fn start_failed(&self, exit: Exit) {
         let mut inner = lock(&self.inner);
         inner.deferred_exit = None;
@@ -195,8 +195,8 @@ impl Process {
     /// Begins the deletion. Returns the state before the deletion.
     ///
     /// # Errors
-    /// [`ServiceError::Delete`] if the process is starting or running. `deleted` if an earlier call has begun the
-    /// deletion.
+    /// [`ServiceError::Delete`] if the process is starting or running. The error is `deleted` if an earlier call has
+    /// begun the deletion.
     pub fn begin_delete(&self, deleted: ServiceError) -> Result<State, ServiceError> {
         let mut inner = lock(&self.inner);
         match inner.state {

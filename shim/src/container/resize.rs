@@ -19,7 +19,8 @@ pub(crate) struct ResourceLimits {
 }
 
 impl Shim {
-    /// Grows the pod for a new container. Does nothing outside a pod, because the VM then boots with its full size.
+    /// Grows the pod for a new container. Does not resize for a container outside a pod, because its VM boots with its
+    /// full size.
     pub(crate) async fn reserve_resources(&self, id: &str, limits: Limits) -> Result<(), ServiceError> {
         let (before, huge) = (self.pod_size(), limits.huge_page_bytes > 0 || self.sandbox.huge_mib() > 0);
         lock(&self.limits.pod).insert(id.to_owned(), limits);
@@ -36,7 +37,7 @@ impl Shim {
     pub(crate) fn release_resources(&self, id: &str) {
         self.release_oom_score(id);
         let removed = lock(&self.limits.pod).remove(id).is_some();
-        // Without containers, do not resize, because the VM usually ends with the last container.
+        // Do not resize a pod without containers, because the VM usually ends with the last container.
         if removed && !self.containers.is_empty() && !self.sandbox.is_dead() {
             self.queue_resize();
         }
@@ -76,7 +77,7 @@ impl Shim {
         if change.before == change.after {
             return;
         }
-        // A container that was deleted during the update has no limits.
+        // A container that was deleted during the update has no entry in `limits.pod`.
         if let Some(limits) = lock(&self.limits.pod).get_mut(id) {
             *limits = if done { &change.after } else { &change.before }.clone();
         }
@@ -85,7 +86,7 @@ impl Shim {
         }
     }
 
-    /// Logs a message if the pod has fewer vCPUs than its containers may use.
+    /// Logs a message if the pod's containers may use more vCPUs than the pod can have.
     fn log_vcpu_shortage(&self) {
         let Some(resizer) = self.sandbox.resizer() else { return };
         let (wanted, most) = (resizer.growth.vcpus(lock(&self.limits.pod).values()), resizer.growth.max.vcpus);

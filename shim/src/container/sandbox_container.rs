@@ -1,6 +1,7 @@
-//! The sandbox container of a Kubernetes pod. Its program, pause, only waits for signals.
+//! The sandbox container of a Kubernetes pod. Its program, `pause`, only waits for signals.
 //!
-//! Husk does not run pause. If a signal would end pause, the shim ends the VM and reports pause's exit status.
+//! Husk does not run `pause`. If a signal would end `pause`, the shim ends the VM. The shim then reports the exit
+//! status of `pause`.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -44,8 +45,8 @@ impl Shim {
 
 /// Returns the exit status of the pause program after a signal, or `None` if the signal does not end the program.
 ///
-/// The program handles SIGINT and SIGTERM (kubernetes/build/pause/linux/pause.c). PID 1 of a PID namespace receives
-/// only SIGKILL and the signals for which it has a handler (pid_namespaces(7)).
+/// The program handles SIGINT and SIGTERM (kubernetes/build/pause/linux/pause.c). Of all other signals, only SIGKILL
+/// ends PID 1 of a PID namespace (pid_namespaces(7)).
 fn status_after(signal: u32) -> Option<u32> {
     match i32::try_from(signal).unwrap_or_default() {
         libc::SIGINT | libc::SIGTERM => Some(0),

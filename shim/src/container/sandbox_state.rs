@@ -1,4 +1,5 @@
-//! The state of a sandbox that containerd's sandbox controller creates, starts, stops and shuts down.
+//! The state of the sandbox for containerd's Sandbox service. The requests of this service create, start, stop and shut
+//! down the sandbox.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -16,10 +17,11 @@ use crate::pod;
 use crate::sandbox::launch::DeferredLaunch;
 use crate::sandbox::launch::hostname;
 
-/// Timeout for the request that creates the sandbox. containerd sends this request right after the answer to `start`.
+/// Timeout for the arrival of the CreateSandbox request. containerd sends this request right after the reply to
+/// `start`.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// State of the sandbox for the sandbox controller.
+/// State of the sandbox for containerd's Sandbox service.
 pub struct SandboxState {
     /// Input of a launch that waits for a CreateSandbox request. `None` if the sandbox has been launched or stopped.
     pending: Mutex<Option<DeferredLaunch>>,
@@ -40,7 +42,7 @@ struct Created {
 }
 
 impl SandboxState {
-    /// Returns the initial state. `pending` is `Some` if the specification arrives later, in a CreateSandbox request.
+    /// Returns the initial state. `pending` is `Some` if the launch waits for a CreateSandbox request.
     pub fn new(pending: Option<DeferredLaunch>) -> Self {
         Self {
             pending: Mutex::new(pending),
@@ -87,7 +89,7 @@ impl SandboxState {
         });
     }
 
-    /// Waits for the end of the sandbox and returns its exit.
+    /// Waits until the sandbox has ended, and returns its exit.
     pub async fn wait(&self) -> Exit {
         let ended = self.exit.subscribe().wait_for(Option::is_some).await.map(|exit| *exit);
         // The fallback is unreachable: the wait fails only after the sender is dropped, but `self` owns the sender.
@@ -136,14 +138,14 @@ impl Shim {
     /// Ends the VM, and waits until the sandbox's exit has been recorded.
     pub(crate) async fn stop_sandbox(&self) {
         *lock(&self.sandbox_state.stopping) = true;
-        // If the sandbox was never launched, this drop closes the channel for reports. `Shim::handle_reports` then
-        // records the exit.
+        // If the sandbox was never launched, this drop closes the channel for the agent's reports.
+        // `Shim::handle_reports` then records the exit.
         drop(lock(&self.sandbox_state.pending).take());
         self.sandbox.end().await;
         self.sandbox_state.wait().await;
     }
 
-    /// Returns if the sandbox is still waiting for a CreateSandbox request after `CREATE_TIMEOUT`. Otherwise, never
+    /// Returns after `CREATE_TIMEOUT` if the sandbox is still waiting for a CreateSandbox request. Otherwise, never
     /// returns.
     pub async fn create_timed_out(self: &Arc<Self>) {
         if lock(&self.sandbox_state.pending).is_none() {

@@ -51,8 +51,8 @@ impl Shim {
         Ok(())
     }
 
-    /// Adds an exec. The agent gets the exec only when a Start request arrives. Therefore, the exec's errors occur in
-    /// the Start request, as in runc's shim.
+    /// Adds an exec. The agent gets the exec only when a Start request arrives. Therefore, an invalid exec makes the
+    /// Start request fail, as in runc's shim.
     pub(crate) fn add_exec(&self, container: &Container, request: &ExecProcessRequest) -> Result<(), ServiceError> {
         if !crate::ids::is_name(&request.exec_id) {
             return Err(ServiceError::Invalid(format!("exec id {:?}", request.exec_id)));

@@ -44,7 +44,7 @@ pub struct DaemonArgs {
     pub dir: PathBuf,
     /// The sandbox's bundle. `None` if the bundle has no `config.json`.
     pub bundle: Option<Bundle>,
-    /// The containerd that receives the events.
+    /// The containerd instance that receives the events.
     pub destination: Destination,
     /// Whether to log at debug level.
     pub debug: bool,
@@ -117,7 +117,7 @@ fn detach() -> Option<OwnedFd> {
 /// unshare(2) moves only the calling thread.
 ///
 /// Returns the launch context, and the directory that the VMM serves to the guest. After a failure, the second value is
-/// the error, which a later request reports.
+/// the error. The shim returns this error to a later request.
 fn prepare(args: &DaemonArgs, dir: StateDir, timeline: Arc<Timeline>) -> (LaunchContext, Result<PathBuf, String>) {
     let made =
         create_mount_namespace().map_err(|e| format!("failed to create the mount namespace: {e}")).and_then(|()| {

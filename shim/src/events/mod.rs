@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use publish::{Destination, PublishError};
 
-/// Maximum number of queued events. The maximum bounds the shim's memory while containerd is down.
+/// Maximum number of queued events. This maximum limits the shim's memory use while containerd is down.
 const MAX_QUEUED: usize = 4096;
 
 /// Delivers one event.
@@ -100,8 +100,9 @@ impl Events {
 /// containerd may receive an event twice. If containerd reads an event, but hangs or dies before it responds, the shim
 /// sends the event a second time.
 ///
-/// The shim retries, because the kubelet and containerd's CRI wait for exit events, and ignore a second exit event of a
-/// container. containerd cannot drop duplicates, because the `Forward` request has no event id.
+/// The shim retries nevertheless, because the kubelet and containerd's CRI wait for exit events. A second exit event of
+/// a container is harmless, because the kubelet and containerd's CRI ignore it. containerd's event service cannot drop
+/// duplicates, because the `Forward` request has no event id.
 async fn deliver(
     mut items: mpsc::UnboundedReceiver<Item>,
     waiting: Arc<AtomicUsize>,

@@ -55,7 +55,7 @@ pub enum PublishError {
     Timeout,
 }
 
-/// The containerd that receives the events.
+/// The containerd instance that receives the events.
 pub struct Destination {
     /// containerd's ttrpc socket. Empty if it is not known.
     pub ttrpc_address: String,

@@ -2,8 +2,9 @@
 //!
 //! Each interface of the namespace gets a tap. tc filters redirect every frame from the interface to the tap, and from
 //! the tap to the interface. The interface keeps its name and addresses, because statistics and CNI's checks expect
-//! both. The guest gets an interface with the same name, MAC address, addresses, routes, rules and neighbours. A tap
-//! exists as long as one of its fds is open. Therefore, the tap disappears when the VMM ends.
+//! both. The guest gets an interface with the same name, MAC address and addresses. The guest also gets the namespace's
+//! routes, rules and neighbours. A tap exists as long as one of its fds is open. Therefore, the tap disappears when the
+//! VMM ends.
 //!
 //! While [`connect`] runs, the calling thread is in the pod's network namespace. Therefore, the shim's daemon calls
 //! `connect` before it starts other threads, or in a thread that only launches the sandbox.
@@ -30,7 +31,7 @@ use read::Link;
 pub use sk_lookup::PortForwarding;
 pub use watcher::{NetworkChange, NetworkWatcher};
 
-/// Maximum number of fds that are not for interfaces, in the message that creates a VM.
+/// Maximum number of fds in the message that creates a VM, not counting the fds of the taps.
 const VM_FDS: usize = 4;
 
 /// The pod's network, connected to taps for the VM.
@@ -71,8 +72,8 @@ impl TapOptions {
 pub struct Tap {
     /// The open device, one fd per queue pair.
     pub fds: Vec<OwnedFd>,
-    /// Whether vhost-net may carry the frames. In this case, traffic control on the host does the MAC anti-spoofing.
-    /// Otherwise, the VMM does it.
+    /// Whether vhost-net may carry the frames. If true, traffic control on the host does the MAC anti-spoofing. If
+    /// false, the VMM does it.
     pub vhost: bool,
     /// The interface's index in the namespace.
     pub link: i32,
@@ -121,23 +122,23 @@ fn kernel_error(step: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkErr
     move |source| NetworkError::Kernel { step: step.into(), source }
 }
 
-/// Reads the network of the namespace at `path` and creates a tap for each of its interfaces.
+/// Reads the configuration of the network namespace at `path`, and creates a tap for each interface.
 ///
 /// # Errors
-/// [`NetworkError`]. Taps created before the failure are removed. The thread stays in the pod's namespace only after a
-/// [`NetworkError::Enter`] with the path `/proc/self/ns/net`.
+/// [`NetworkError`]. Taps created before the failure are removed. The thread returns to its original namespace, unless
+/// the error is [`NetworkError::Enter`] with the path `/proc/self/ns/net`.
 pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError> {
     in_namespace(path, || {
         let netlink = Netlink::open().map_err(kernel_error("open a netlink socket"))?;
         let list = || read::links(&netlink).map_err(kernel_error("list interfaces"));
-        // Subscribe before the listing, because a change between the listing and the subscription would be missed.
+        // Subscribe before the first listing of the interfaces, because a later subscription could miss a change.
         let before = watcher::subscribe();
         let links = list()?;
         let each = options.per_interface(links.len());
         let taps = links.iter().map(|link| tap::create(&netlink, link, each)).collect::<Result<Vec<_>, _>>()?;
         // `before` contains messages about the new taps, which would wake the watcher without need. `after` contains no
-        // such messages. Use `after` if no interface has changed since the first listing, because `after` then misses
-        // no change.
+        // such messages. If no interface has changed since the first listing, `after` misses no change. In this case,
+        // use `after`.
         let after = watcher::subscribe();
         let notices = if without_taps(list()?, &taps) == links { after } else { before };
         let (config, unsupported) = read::network(&netlink, &links)?;

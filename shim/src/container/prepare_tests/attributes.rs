@@ -18,7 +18,7 @@ use crate::container::prepare::*;
 use crate::container::prepare_tests::*;
 use crate::volumes::*;
 
-/// Returns the mounts at and below `dir` that lack one of the attributes of the share's mounts.
+/// Returns the mounts at and below `dir` that lack `nosuid`, `nodev`, `noexec` or `nosymfollow`.
 fn mounts_without_attributes(dir: &Path) -> Vec<String> {
     let text = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     let lacks = |line: &&str| {
@@ -29,7 +29,7 @@ fn mounts_without_attributes(dir: &Path) -> Vec<String> {
     text.lines().filter(lacks).map(Into::into).collect()
 }
 
-/// Mounts a new ext4 at `point`, with shared propagation. ext4 supports id-mapped mounts.
+/// Mounts a new ext4 file system at `point`, with shared propagation. ext4 supports id-mapped mounts.
 fn ext4(dir: &Path, point: &Path) {
     let image = dir.join("image");
     File::create(&image).unwrap().set_len(8 << 20).unwrap();
@@ -104,7 +104,7 @@ fn every_mount_of_the_share_forbids_devices_programs_and_symlinks() {
         assert!(points.iter().any(|point| point.ends_with("/later")), "{points:?}");
         assert_eq!(mounts_without_attributes(&dir.join("sandbox/share")), Vec::<String>::new());
         assert_eq!(mounts_without_attributes(&dir.join("sandbox/guest")), Vec::<String>::new());
-        // The node's own mount keeps its flags.
+        // The host's mounts keep their flags.
         assert_eq!(mounts_without_attributes(&source).len(), 3);
         for id in ["overlay", "layers", "id-mapped", "bind", "loop"] {
             teardown(&share.host, id).unwrap();
@@ -121,7 +121,7 @@ fn devices_and_symlinks_can_be_created_in_the_share_but_not_used_on_the_host() {
         fs::write(source.join("file"), "").unwrap();
         for seen in prepare_every_kind(dir, &share, &source) {
             let at = |name: &str| seen.join(format!("made-{name}"));
-            // /dev/null
+            // The device number of /dev/null is 1:3.
             let (mode, null) = (Mode::from_bits_truncate(0o666), makedev(1, 3));
             mknod(&at("device"), SFlag::S_IFCHR, mode, null).unwrap();
             fs::copy("/bin/true", at("program")).unwrap();
@@ -131,7 +131,8 @@ fn devices_and_symlinks_can_be_created_in_the_share_but_not_used_on_the_host() {
             }
             assert_eq!(Command::new(at("program")).status().unwrap_err().raw_os_error(), Some(libc::EACCES));
             assert_eq!(fs::read_link(at("link")).unwrap(), Path::new("/etc/passwd"));
-            // An fd of the symlink itself can be opened, which the VMM does for each inode of the guest.
+            // The symlink itself can be opened with O_PATH. The VMM opens such an fd for each inode that the guest
+            // uses.
             File::options().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(at("link")).unwrap();
             for name in ["device", "program", "link"] {
                 fs::remove_file(at(name)).unwrap();

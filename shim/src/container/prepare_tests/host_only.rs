@@ -32,8 +32,8 @@ fn mount_host_only(dir: &Path) -> PathBuf {
         let options = (kind == "devpts").then_some("newinstance");
         mount(Some(kind), &root.join(name), Some(kind), MsFlags::empty(), options).unwrap();
     }
-    // Mount a tmpfs on `dev/shm`, inside a host-only mount, and a tmpfs on `sys`, which covers a host-only mount. The
-    // guest must see neither tmpfs.
+    // Mount a tmpfs on `dev/shm`, which is inside a host-only mount. Mount another tmpfs on `sys`, which covers a
+    // host-only mount. The guest must see neither tmpfs.
     mount(Some("t"), &root.join("dev/shm"), Some("tmpfs"), MsFlags::empty(), none)
         .or_else(|_| {
             fs::create_dir(root.join("dev/shm"))?;

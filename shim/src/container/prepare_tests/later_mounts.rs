@@ -153,7 +153,7 @@ fn sync_ignores_covered_host_only_mounts() {
             let share = share(dir);
             let (root, none) = (shared_mount(dir), None::<&Path>);
             fs::create_dir_all(root.join("run/netns")).unwrap();
-            // Bind-mount a network namespace below /run, as `ip netns` does.
+            // Bind-mount a network namespace below `run`, as `ip netns` does below `/run`.
             fs::write(root.join("run/netns/a"), "").unwrap();
             mount(Some("/proc/self/ns/net"), &root.join("run/netns/a"), none, MsFlags::MS_BIND, none).unwrap();
             tmpfs(&root.join("run"));

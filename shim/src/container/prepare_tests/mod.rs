@@ -82,7 +82,7 @@ fn share(dir: &Path) -> Share {
     Share::mount(&sandbox).unwrap()
 }
 
-/// Prepares container `c1` with a volume from `root`. Returns the volume's path below `share.guest`.
+/// Prepares container `c1` with a volume whose source is `root`. Returns the volume's path below `share.guest`.
 fn prepare_volume(dir: &Path, share: &Share, root: &Path, options: &[&str]) -> PathBuf {
     prepare_volume_for("c1", dir, share, root, options)
 }

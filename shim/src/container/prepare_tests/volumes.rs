@@ -32,7 +32,7 @@ fn prepare_makes_mounts_and_teardown_removes_them() {
         let (second, third) = (guest_source(&share, &prepared, 2), guest_source(&share, &prepared, 3));
         assert_eq!(spec["mounts"][0], sample()["mounts"][0]);
 
-        // Checks what the guest sees. `share.guest` is a read-only slave mount of the share.
+        // Check what the guest sees. `share.guest` is a read-only slave mount of the share.
         let guest = share.guest.join("c1");
         assert_eq!(fs::read_to_string(guest.join("rootfs/from-the-lowest")).unwrap(), "x");
         fs::write(guest.join("rootfs/new"), "new").unwrap();

@@ -1,4 +1,4 @@
-//! Reads a namespace's network configuration through rtnetlink(7).
+//! Reads the configuration of a network namespace through rtnetlink(7).
 
 mod route;
 mod rule;
@@ -102,7 +102,7 @@ fn dump_both_families<T>(
 /// addresses.
 fn interfaces(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Interface>> {
     let mut addresses: HashMap<i32, Vec<String>> = HashMap::new();
-    // struct ifaddrmsg
+    // The request's body is a struct ifaddrmsg.
     netlink.dump(Message::new(libc::RTM_GETADDR, libc::NLM_F_DUMP, &[0; 8]), |kind, body| {
         if kind == libc::RTM_NEWADDR
             && let Some((index, address)) = parse_address(body)
@@ -139,7 +139,7 @@ fn parse_address(body: &[u8]) -> Option<(i32, String)> {
 /// Reads the permanent neighbours. Only configured neighbours are permanent, and the kernel discovers all others.
 fn neighbours(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Neighbour>> {
     let mut neighbours = Vec::new();
-    // struct ndmsg
+    // The request's body is a struct ndmsg.
     netlink.dump(Message::new(libc::RTM_GETNEIGH, libc::NLM_F_DUMP, &[0; 12]), |kind, body| {
         if kind == libc::RTM_NEWNEIGH {
             neighbours.extend(parse_neighbour(body, links));
