@@ -9,9 +9,9 @@
 //! containerd 1.7 rejects JSON with a version above 2. Every containerd since 1.6 accepts a plain address, which means
 //! version 2 of the task API. Therefore, the plain address is the default.
 //!
-//! The environment variable `MAX_SHIM_VERSION` does not show whether containerd accepts version 3. containerd 2.0 and
-//! later accept version 3, but set the variable to 2 (containerd 2.1, pkg/shim/util.go). Therefore, the shim checks the
-//! bundle's path. If containerd's sandbox controller plugin made the bundle, the path contains the plugin's name.
+//! If the environment variable `MAX_SHIM_VERSION` is 3 or more, containerd accepts version 3. A value of 2 does not show
+//! that containerd rejects version 3, because containerd 2.0 and later accept version 3, but set the variable to 2
+//! (containerd 2.1, pkg/shim/util.go). In this case, the shim checks the bundle's path. If containerd's sandbox controller plugin made the bundle, the path contains the plugin's name.
 //! containerd 2.0 changed this name from `local` to `shim`. Therefore, a path with the name `shim` shows that
 //! containerd accepts version 3.
 

@@ -76,7 +76,8 @@ impl Events {
             timestamp: Some(timestamp(SystemTime::now())).into(),
             namespace: self.namespace.to_string(),
             topic: topic.to_owned(),
-            // containerd's typeurl package expects the message name without a host.
+            // containerd's typeurl package expects only the message name, without a prefix such as
+            // `type.googleapis.com/`.
             event: Some(Any { type_url: M::descriptor().full_name().to_owned(), value, ..Default::default() }).into(),
             ..Default::default()
         };

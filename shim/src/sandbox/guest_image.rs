@@ -226,7 +226,7 @@ impl Copies {
         self.remove(|other| is_copy_of(other, digest) && other != name);
     }
 
-    /// Removes the copies for whose names `matches` returns true. A VMM that has opened such a copy can still read the
+    /// Removes each copy whose name satisfies `matches`. A VMM that has opened such a copy can still read the
     /// copy. Best effort.
     fn remove(&self, matches: impl Fn(&str) -> bool) {
         let path = format!("/proc/self/fd/{}", self.dir.as_raw_fd());

@@ -59,8 +59,8 @@ impl DeferredLaunch {
     /// spawned it.
     ///
     /// # Errors
-    /// If `share` is an error, the specification is invalid, or a thread cannot be started. The text contains the error
-    /// and its causes. [`Sandbox::ready`] reports later failures.
+    /// Fails if `share` is an error, if the specification is invalid, or if a thread cannot be started. The text contains
+    /// the error and its causes. [`Sandbox::ready`] reports later failures.
     pub async fn launch(self, spec: serde_json::Value, sandbox: &Sandbox) -> Result<(), String> {
         let Self { context, share, dir, reports } = self;
         let share = share?;
@@ -217,8 +217,8 @@ fn record_sandbox(context: &LaunchContext, spec: &Spec, boot_size: &BootSize, vm
 
 /// Returns the part of the guest's configuration that depends on the pod.
 ///
-/// The sysctls of a sandbox container belong to the pod, because the guest never creates a sandbox container. The
-/// sysctls of a container without a pod are applied when the container is created.
+/// The guest never creates a sandbox container. Therefore, the sysctls of a sandbox container are part of `Pod`, and the
+/// agent applies them at `Setup`. The sysctls of a container without a pod are applied when the container is created.
 fn pod(
     context: &LaunchContext,
     spec: &Spec,

@@ -71,8 +71,8 @@ struct Inner {
     dead: watch::Receiver<Option<ExitStatus>>,
     fd_shortage: Notify,
     vhost: VhostPermits,
-    /// Ids of the VMM's threads that represent containers. Maps the thread's id on the host to the thread's id in the
-    /// VMM's PID namespace.
+    /// For each container, the VMM has a thread whose id on the host is the container's PID for containerd. Maps this id
+    /// to the thread's id in the VMM's PID namespace.
     threads: Mutex<HashMap<u32, u32>>,
 }
 
@@ -111,7 +111,8 @@ impl Vmm {
     /// Registers the fds of a started VMM with the async runtime. Forwards the VMM's notices to `notices`.
     ///
     /// # Errors
-    /// [`VmmError::Watch`] if the fds cannot be registered. The process has then exited.
+    /// [`VmmError::Watch`] if the fds cannot be registered. This function waits until the process has exited
+    /// before it returns the error.
     pub fn attach(spawned: Spawned, notices: mpsc::UnboundedSender<Notice>) -> Result<Self, VmmError> {
         let Spawned { pid, pidfd, control } = spawned;
         let watch = || -> std::io::Result<_> {
@@ -170,7 +171,7 @@ impl Vmm {
         let pid = match found.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
             Ok(pid) => pid,
             Err(error) => {
-                // Best effort, because the caller gets the error of the search.
+                // Best effort. The caller gets the error from `thread_id::on_host`.
                 let _ = self.call(Call::ReleasePid { pid: inner }, &[]).await;
                 return Err(VmmError::Thread(error));
             }
@@ -198,8 +199,8 @@ impl Vmm {
         self.inner.vhost.revoke(mac);
     }
 
-    /// Starts a task that passes vhost-net for an interface to the VMM. If the interface has no permit, only logs a
-    /// warning.
+    /// Starts a task that opens vhost-net for an interface, and passes the fds to the VMM. If the interface has no permit,
+    /// only logs a warning.
     fn start_vhost(&self, mac: [u8; 6]) {
         let Some(pairs) = self.inner.vhost.take(mac) else {
             let mac = format!("{mac:02x?}");

@@ -61,7 +61,7 @@ pub enum RootfsError {
     Unsupported(String),
 }
 
-/// Context in which [`mount_all`] copies the sources of bind mounts.
+/// What [`mount_all`] needs to clone the mount trees of bind mounts.
 #[derive(Clone, Copy)]
 pub struct CopyContext<'a> {
     /// The staging directory.
@@ -247,8 +247,8 @@ fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappi
     mount_api::attach_to_share(overlay.as_fd(), mount_api::open_path(target, false)?.as_fd())
 }
 
-/// Mounts a file system with [`mount_api::SHARED_FLAGS`]. A second call would set these flags too late, because the VMM
-/// sees a new mount in the share at once.
+/// Mounts a file system with [`mount_api::SHARED_FLAGS`]. mount(2) itself must set these flags, because the VMM sees a
+/// new mount in the share at once. A later remount would set them too late.
 fn mount_with_data(source: &Path, target: &Path, kind: &str, flags: MsFlags, data: &str) -> io::Result<()> {
     let flags = flags | mount_api::SHARED_FLAGS;
     Ok(mount(Some(source), target, Some(kind), flags, Some(data).filter(|data| !data.is_empty()))?)
