@@ -242,7 +242,7 @@ impl Policy {
     }
 }
 
-/// Returns a client's text for a message. Escapes the text unless it looks like a name, and shortens it.
+/// Formats a text from a client for use in a message. Escapes the text unless it looks like a name, and shortens it.
 fn quoted(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '+');
     if !text.is_empty() && text.len() <= MAX_QUOTED && text.chars().all(plain) {
@@ -251,7 +251,7 @@ fn quoted(text: &str) -> String {
     shortened(format!("{:?}", start(text)), "…\"")
 }
 
-/// Returns a client's list of texts for a message. Escapes the texts, and shortens the list.
+/// Formats a list of texts from a client for use in a message. Escapes the texts, and shortens the list.
 fn quoted_list(texts: &[String]) -> String {
     let texts: Vec<&str> = texts.iter().take(MAX_QUOTED).map(|text| start(text)).collect();
     shortened(format!("{texts:?}"), "…]")

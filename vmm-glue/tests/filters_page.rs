@@ -18,6 +18,9 @@ Each thread of the VMM has the filter of its kind. A call that is not in the fil
 names the thread and the call. Threads inherit the filter of the thread that starts them. The control thread starts the
 threads of hot-plugged vCPUs and disks. Therefore its filter contains their calls, too.
 
+A cell lists the conditions on the arguments of a call, which count from 1: `2 = 0xae80` means that the second argument
+is 0xae80, and `3 lacks 0x4` means that the third argument does not have this bit.
+
 ";
 
 /// The kinds and the title of their columns.

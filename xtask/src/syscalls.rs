@@ -12,14 +12,15 @@ use anyhow::{Context, Result};
 use crate::build::cargo;
 use crate::{cmd, files, paths, ui};
 
-/// The thread names of the VMM's kinds of threads, as globs.
+/// Names of the VMM's threads: one glob for each kind of thread.
 const THREADS: [&str; 7] = ["husk-vmm", "vcpu*", "devices", "virtio-fs*", "virtio-blk*", "prefault", "husk-task"];
 const EVENT: &str = "/sys/kernel/tracing/events/raw_syscalls/sys_enter";
 /// Files in the node's /out.
 const COUNTS: &str = "syscalls.txt";
 const VIOLATIONS: &str = "violations.txt";
 
-/// Lines of a node's script that write what was counted. Each violation is a record of the audit subsystem with the
+/// Shell commands that write the counts and the violations to /out. They are part of the script that the test node runs.
+/// Each violation is a record of the audit subsystem with the
 /// thread's name and the number of the call (seccomp(2), SECCOMP_RET_LOG).
 pub const END: &str = "cat /sys/kernel/tracing/events/raw_syscalls/sys_enter/hist > /out/syscalls.txt\n\
                        dmesg | grep 'type=1326' > /out/violations.txt\n";
@@ -45,7 +46,7 @@ pub fn begin() -> String {
     script
 }
 
-/// Keeps the counts of a boot.
+/// Copies the counts and the violations of one boot of the test node to the results.
 pub fn keep(out: &Path, boot: usize) -> Result<()> {
     let dir = dir()?;
     for name in [COUNTS, VIOLATIONS] {
@@ -71,7 +72,7 @@ pub fn report() -> Result<bool> {
         }
     }
     for Rule { kind, call, .. } in rules.iter().filter(|rule| !is_used(rule, &counts)) {
-        ui::say("syscalls", format!("no suite needed {call} of {kind}"));
+        ui::say("syscalls", format!("no suite used the rule for {call} in the filter of {kind} threads"));
     }
     for (thread, number) in &violations {
         let name = rules.iter().find(|rule| rule.number == *number).map_or("", |rule| &rule.call);
@@ -91,7 +92,7 @@ fn rule(line: &str) -> Option<Rule> {
     Some(Rule { kind: fields.next()?, thread: fields.next()?, call: fields.next()?, number: fields.next()? })
 }
 
-/// Adds the counts of a `hist` file: thread name (as a glob) and number of the call, and how often it was made.
+/// Adds the counts of a `hist` file to `counts`. The key is the thread name (as a glob) and the number of the call.
 fn count(text: &str, counts: &mut BTreeMap<(String, String), u64>) {
     let mut thread = String::new();
     for line in text.lines() {

@@ -1,11 +1,10 @@
-//! Landlock rules of the VMM process (landlock(7)): a second wall around the share, which also covers what the root
-//! directory does not cover.
+//! Landlock rules of the VMM process (landlock(7)): a second wall around the share. The rules also restrict what a root
+//! directory cannot restrict: TCP, device ioctls, abstract UNIX sockets and signals.
 //!
 //! The rules allow what a file server needs beneath the share, and nothing elsewhere. Later mounts beneath the share
 //! are covered, because the kernel looks for rules on the way from a file up to the root directory, across mount
-//! points. A file that is opened again through `/proc/self/fd` is checked by its own place, not by that of the link.
-//! Therefore
-//! `/proc/self/fd` needs no rule. Nothing in the process may mount any more.
+//! points. If a file is opened again through `/proc/self/fd`, the kernel checks the file's own path, not the path of the
+//! link. Therefore, `/proc/self/fd` needs no rule. The kernel refuses all later mount calls of the process.
 
 use std::fmt;
 use std::fs::File;
@@ -23,8 +22,8 @@ use landlock::{
 const NEWEST: ABI = ABI::V10;
 /// The oldest version that does not break the share. With version 1, no file can move to another directory.
 const OLDEST: u32 = 2;
-/// What the jail restricts with landlock, and the first version that can restrict it. Newer versions are used too, but
-/// are not missed.
+/// What the jail restricts with landlock, and the first version that can restrict it. Restrictions of
+/// newer versions are used if the kernel has them. If they are missing, nothing is reported.
 const RESTRICTIONS: [(u32, &str); 5] = [
     (OLDEST, "access to files"),
     (3, "truncation of files"),
@@ -79,7 +78,7 @@ impl Landlock {
         matches!(self, Self::Abi(OLDEST..))
     }
 
-    /// Returns what the jail should restrict with landlock, but cannot, as text. Returns `None` if nothing is missing.
+    /// Returns a text with the restrictions that this kernel's landlock lacks. Returns `None` if nothing is missing.
     pub fn missing(self) -> Option<String> {
         let version = match self {
             Self::Abi(version @ OLDEST..) => version,

@@ -10,7 +10,8 @@ use crate::payload::Inside;
 /// Why sockets do no harm without the filters.
 const EMPTY_NETWORK: &str = "it reaches only the pod's network";
 /// Why a thread of the file server could do this without the filters.
-const FILE_SERVER: &str = "CAP_SYS_ADMIN, which the file server needs for trusted.* attributes";
+const FILE_SERVER: &str =
+    "the file server needs CAP_SYS_ADMIN for trusted.* attributes, and this capability allows the call";
 const OWN_KEYS: &str = "the keys are those of the process";
 
 /// An attempt.
@@ -18,7 +19,7 @@ pub struct Attempt {
     pub name: &'static str,
     /// Makes the attempt. Returns what the process has got, or the error.
     pub make: fn(&Inside) -> Result<String, String>,
-    /// If only the seccomp filters stop the attempt, the reason why no other wall has to.
+    /// The reason why no other wall has to stop the attempt. `None` if another wall has to stop it.
     pub without_filters: Option<&'static str>,
 }
 
@@ -74,7 +75,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     never("open a host file by its path", |_| read(AT_FDCWD, c"/etc/passwd", libc::O_RDONLY)),
     never("open a file beside the share by `..`", |_| read(AT_FDCWD, c"../secret", libc::O_RDONLY)),
     never("open a file beside the share by `/..`", |_| read(AT_FDCWD, c"/../../secret", libc::O_RDONLY)),
-    never("open `..` of the process's fds", |inside| {
+    never("open `..` of the directory /proc/self/fd", |inside| {
         read(inside.belongings.fd_directory.as_raw_fd(), c"../status", libc::O_RDONLY)
     }),
     never("open /proc/1/root", |_| read(AT_FDCWD, c"/proc/1/root/etc/passwd", libc::O_RDONLY)),
@@ -88,7 +89,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     never("mount a tmpfs", call!(mount, text(c"x"), text(c"/"), text(c"tmpfs"), 0, 0)),
     never("mount procfs", call!(mount, text(c"x"), text(c"/"), text(c"proc"), 0, 0)),
     never("unmount the root", call!(umount2, text(c"/"), libc::MNT_DETACH)),
-    filtered("open a new mount", call!(fsopen, text(c"proc"), 0), FILE_SERVER),
+    filtered("create a file system context", call!(fsopen, text(c"proc"), 0), FILE_SERVER),
     filtered("clone the root's mount", call!(open_tree, AT_FDCWD, text(c"/"), 1), FILE_SERVER),
     filtered(
         "change a mount's flags",
@@ -168,7 +169,7 @@ pub const ATTEMPTS: &[Attempt] = &[
         FILE_SERVER,
     ),
     filtered("add a key", call!(add_key, text(c"user"), text(c"husk"), text(c"x"), 1, -2i32), OWN_KEYS),
-    filtered("read the id of the own keyring", call!(keyctl, 0, -2i32, 1), OWN_KEYS),
+    filtered("read the id of the process's own keyring", call!(keyctl, 0, -2i32, 1), OWN_KEYS),
     filtered(
         "io_uring",
         |_| {
@@ -177,10 +178,14 @@ pub const ATTEMPTS: &[Attempt] = &[
             let result = unsafe { syscall!(Sysno::io_uring_setup, 1, parameters.as_mut_ptr()) };
             result.map(|_| "has an io_uring".to_owned()).map_err(name)
         },
-        "RLIMIT_MEMLOCK is 0, but not every kernel counts rings",
+        "RLIMIT_MEMLOCK is 0, but some kernels do not charge the memory of rings to this limit",
     ),
     never("userfaultfd", call!(userfaultfd, 0)),
-    filtered("new user namespace", call!(unshare, libc::CLONE_NEWUSER), "its capabilities are those of an empty world"),
+    filtered(
+        "new user namespace",
+        call!(unshare, libc::CLONE_NEWUSER),
+        "its capabilities apply only in the new namespace, which owns no resources of the host",
+    ),
     filtered("new mount namespace", call!(unshare, libc::CLONE_NEWNS), "it has the same mounts"),
     filtered("new process", call!(clone, libc::SIGCHLD, 0, 0, 0, 0), "it is in the same jail"),
     never("new process by clone3", |_| {
@@ -202,7 +207,7 @@ pub const ATTEMPTS: &[Attempt] = &[
             }
             Ok("executed a memfd".to_owned())
         },
-        "a program without interpreter would start, in the same jail",
+        "the jail has no interpreter; a static program would start, but in the same jail",
     ),
     filtered(
         "map executable memory",

@@ -1,7 +1,7 @@
 //! A program that takes the VMM's place in its jail and tries to get out.
 //!
-//! The program starts itself as the VMM process is started, once for each attempt and kind of thread. The process
-//! enters the jail, and a thread of this kind makes the attempt. Each attempt is made twice: with enforced seccomp
+//! For each attempt and kind of thread, the program starts itself in the same way as the shim starts the VMM process.
+//! The process enters the jail, and a thread of this kind makes the attempt. Each attempt is made twice: with enforced seccomp
 //! filters, and with filters that only log, so that the other walls have to hold alone. The program prints a table of
 //! the results, and fails if an attempt succeeds.
 //!
@@ -30,7 +30,7 @@ use crate::attempts::ATTEMPTS;
 /// The kinds of threads that serve the guest or the shim.
 const KINDS: [Kind; 5] = [Kind::Control, Kind::Vcpu, Kind::DeviceLoop, Kind::FileServer, Kind::Disk];
 
-/// Begin of the result of an attempt that succeeded.
+/// Prefix of the result text of a successful attempt.
 const ESCAPED: &str = "ESCAPED";
 
 /// What the program tells the process in the jail.
@@ -65,7 +65,7 @@ fn main() -> ExitCode {
     let _listener = UnixListener::bind_addr(&address).expect("bind an abstract socket");
     let parent = std::process::id().cast_signed();
     let mut escapes = 0;
-    println!("| attempt | with the filters | without the filters | why no other wall is needed |");
+    println!("| attempt | with the filters | without the filters | why no other wall has to stop it |");
     println!("| --- | --- | --- | --- |");
     for (number, attempt) in ATTEMPTS.iter().enumerate() {
         let results = [SeccompMode::Enforce, SeccompMode::Log].map(|seccomp| {

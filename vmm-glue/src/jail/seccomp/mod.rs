@@ -48,7 +48,7 @@ pub fn load(kind: Kind) -> Result<(), FilterError> {
     Ok(apply_filter(&compile(rules(kind), mode)?)?)
 }
 
-/// Compiles a filter. A call that no rule allows raises SIGSYS, or is logged by the kernel and made.
+/// Compiles a filter. If no rule allows a call, the kernel sends SIGSYS, or logs the call and executes it.
 fn compile<'a>(rules: impl Iterator<Item = &'a Rule>, mode: SeccompMode) -> Result<BpfProgram, BackendError> {
     let other = match mode {
         SeccompMode::Enforce => SeccompAction::Trap,
