@@ -8,7 +8,7 @@ use syscalls::Sysno;
 pub struct Rule {
     /// The system call.
     pub call: Sysno,
-    /// Alternatives, of which one must hold. If there are none, the call is allowed with all arguments.
+    /// Alternative conditions. At least one must hold. If the list is empty, the call is allowed with all arguments.
     pub when: &'static [Condition],
     /// Why the thread needs the call.
     pub reason: &'static str,
