@@ -292,7 +292,7 @@ fn run_pod_sandbox_rejects_host_namespaces_and_disallowed_annotations() {
     pods("sb-refused", |pods| {
         // The host network is not tested, because containerd 2.1 itself crashes on the host network with this
         // sandboxer (NewBundle without a specification).
-        for (namespace, word) in [("pid", "host pid"), ("ipc", "host ipc")] {
+        for (namespace, word) in [("pid", "host's pid namespace"), ("ipc", "host's ipc namespace")] {
             let mut config = pods.config();
             config["linux"]["security_context"]["namespace_options"] = json!({ namespace: "NODE" });
             let error = expect_error("RunPodSandbox", &json!({ "config": config, "runtime_handler": HANDLER }));
