@@ -201,6 +201,7 @@ const DEVICE_LOOP: &[Rule] = &[
     allow(Sysno::shutdown, "half-closes streams of vsock connections"),
     allow(Sysno::fcntl, "duplicates eventfds"),
     allow(Sysno::getrandom, "virtio-rng"),
+    allow(Sysno::timerfd_settime, "virtio-rng pauses when the guest has read much entropy"),
 ];
 
 const CONTROL: &[Rule] = &[
