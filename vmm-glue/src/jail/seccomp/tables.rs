@@ -61,6 +61,7 @@ const TUNSETQUEUE: u32 = 0x4004_54d9;
 /// Calls of every thread.
 const EVERY_THREAD: &[Rule] = &[
     allow(Sysno::futex, "locks, condition variables and channels"),
+    allow(Sysno::sched_yield, "a channel of the standard library waits for another sender or receiver"),
     allow(Sysno::write, "eventfds, log lines and the console"),
     allow(Sysno::sendmsg, "notices on the control socket"),
     allow(Sysno::exit_group, "ends the process when the VM ends or a filter is violated"),
@@ -75,7 +76,6 @@ const EVERY_THREAD: &[Rule] = &[
         "the allocator extends its heaps, which are never executable",
     ),
     allow(Sysno::clock_gettime, "timestamps, if the host's clock source has no vDSO"),
-    allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait with a timeout"),
 ];
 
 const VCPU: &[Rule] =
@@ -99,13 +99,12 @@ const WORKER: &[Rule] = &[
 const DISK: &[Rule] = &[
     allow(Sysno::preadv, "reads that the guest requests"),
     allow(Sysno::pwritev, "writes that the guest requests"),
-    allow(Sysno::pread64, "reads that the guest requests"),
-    allow(Sysno::pwrite64, "writes that the guest requests"),
     allow(Sysno::fdatasync, "flush requests"),
     allow(Sysno::fallocate, "discard and write-zeroes requests"),
 ];
 
 const FILE_SERVER: &[Rule] = &[
+    allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait for a free fd"),
     allow(Sysno::mremap, "the allocator resizes large blocks"),
     allow(Sysno::openat, "opens files by O_PATH fds and their entries in /proc/self/fd"),
     allow(Sysno::openat2, "opens files below the share, and follows no symlink"),
