@@ -64,7 +64,8 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
             }
             Err(error) => Err(error),
         },
-        (Call::AcquirePid, _) => pids.acquire().map(|pid| Answer::Pid { pid }).map_err(|error| chain(&error)),
+        // A thread that started before the process entered the jail would have no seccomp filter.
+        (Call::AcquirePid, Some(_)) => pids.acquire().map(|pid| Answer::Pid { pid }).map_err(|error| chain(&error)),
         (Call::ReleasePid { pid }, _) => {
             pids.release(pid);
             Ok(Answer::Done)
