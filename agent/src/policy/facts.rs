@@ -90,8 +90,9 @@ fn privilege(spec: &Spec, mounts: &[Mount], rootfs: &str) -> Option<&'static str
     mounts.iter().find_map(|mount| privilege_of_mount(mount, is_isolated)).or_else(|| {
         let has_proc = mounts.iter().any(|mount| mount.typ().as_deref() == Some("proc"));
         let protected = [linux.readonly_paths(), linux.masked_paths()];
-        let is_protected =
-            |path: &str| protected.iter().copied().flatten().flatten().any(|one| Path::new(path).starts_with(one));
+        // A read-only bind mount of `/` would not include the mount at /proc.
+        let covers = |one: &String, path: &str| one.starts_with("/proc") && Path::new(path).starts_with(one);
+        let is_protected = |path: &str| protected.iter().copied().flatten().flatten().any(|one| covers(one, path));
         (has_proc && !is_isolated && !KERNEL_CONTROLS.iter().all(|path| is_protected(path)))
             .then_some("/proc/sys or /proc/sysrq-trigger is neither read-only nor masked")
     })
@@ -100,7 +101,8 @@ fn privilege(spec: &Spec, mounts: &[Mount], rootfs: &str) -> Option<&'static str
 /// Returns what makes a container with this mount privileged. `is_isolated` says whether the container has a user
 /// namespace.
 fn privilege_of_mount(mount: &Mount, is_isolated: bool) -> Option<&'static str> {
-    let options = || mount.options().iter().flatten().map(String::as_str);
+    let has_option = |name: &str| mount.options().iter().flatten().any(|option| option == name);
+    let is_read_only = has_option("ro") && !has_option("rw");
     let kind = mount.typ().as_deref().unwrap_or_default();
     if is_bind(mount) {
         let source = mount.source().as_deref().unwrap_or_else(|| Path::new(""));
@@ -113,7 +115,7 @@ fn privilege_of_mount(mount: &Mount, is_isolated: bool) -> Option<&'static str> 
     // libcontainer treats some types specially even if an option says that the mount is a bind mount.
     match kind {
         "proc" if mount.destination() != Path::new("/proc") => Some("it mounts proc at another path than /proc"),
-        "sysfs" | "cgroup" | "cgroup2" if !is_isolated && !options().any(|option| option == "ro") => {
+        "sysfs" | "cgroup" | "cgroup2" if !is_isolated && !is_read_only => {
             Some("it mounts sysfs or a cgroup file system writable")
         }
         _ => None,
@@ -286,6 +288,8 @@ mod tests {
         for (pointer, change) in [
             ("/mounts/4/options", json!(["nosuid"])),
             ("/mounts/5/options", json!(["rw"])),
+            ("/mounts/5/options", json!(["ro", "rw"])),
+            ("/linux/readonlyPaths", json!(["/"])),
             ("/linux/readonlyPaths", json!(["/proc/sys"])),
             ("/linux/readonlyPaths", json!(["/proc/sys/net", "/proc/sysrq-trigger"])),
             ("/linux/readonlyPaths", Value::Null),
