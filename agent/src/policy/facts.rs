@@ -114,10 +114,9 @@ fn privilege_of_mount(mount: &Mount, is_isolated: bool) -> Option<&'static str> 
     }
     // libcontainer treats some types specially even if an option says that the mount is a bind mount.
     match kind {
+        _ if is_isolated => None,
         "proc" if mount.destination() != Path::new("/proc") => Some("it mounts proc at another path than /proc"),
-        "sysfs" | "cgroup" | "cgroup2" if !is_isolated && !is_read_only => {
-            Some("it mounts sysfs or a cgroup file system writable")
-        }
+        "sysfs" | "cgroup" | "cgroup2" if !is_read_only => Some("it mounts sysfs or a cgroup file system writable"),
         _ => None,
     }
 }
@@ -286,6 +285,7 @@ mod tests {
         let user =
             |value: &mut Value| value["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
         for (pointer, change) in [
+            ("/mounts/0/destination", json!("/p")),
             ("/mounts/4/options", json!(["nosuid"])),
             ("/mounts/5/options", json!(["rw"])),
             ("/mounts/5/options", json!(["ro", "rw"])),
