@@ -5,15 +5,13 @@ use std::path::{Component, Path};
 
 use husk_policy::Container;
 use husk_proto::containerd::api::CreateTaskRequest;
-use husk_proto::{GUEST_MIRRORS, GUEST_SHARE, GUEST_SHM, GUEST_SUBPATHS, GUEST_VOLUMES};
+use husk_proto::{GUEST_MIRRORS, GUEST_SHARE, GUEST_SHM, GUEST_SUBPATHS, GUEST_VOLUMES, SHARED_VOLUMES};
 use libcontainer::oci_spec::runtime::{Linux, LinuxNamespaceType, Mount, Process, Spec};
 
 use crate::helper::devices::allows_device_type;
 
 /// containerd's annotation with the image reference.
 const IMAGE_NAME: &str = "io.kubernetes.cri.image-name";
-/// Directories of the guest that contain volumes and nothing else.
-const VOLUMES: [&str; 4] = [GUEST_SHARE, GUEST_MIRRORS, GUEST_VOLUMES, GUEST_SUBPATHS];
 /// File systems that show neither a device nor another file system of the guest.
 const HARMLESS_TYPES: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
 /// Files of proc that control the guest's kernel. Their owner can write to them without any capability.
@@ -85,15 +83,16 @@ fn privilege(spec: &Spec, mounts: &[Mount], rootfs: &str) -> Option<&'static str
     if hooks.is_some_and(|hooks| !hooks.is_empty()) {
         return Some("it has a createContainer hook, which would run with the agent's privileges");
     }
-    if !is_below(Path::new(rootfs), &[GUEST_SHARE]) {
+    if !matches!(names_below(Path::new(rootfs), GUEST_SHARE).as_deref(), Some([_, "rootfs"])) {
         return Some("its rootfs is a directory of the guest");
     }
     let is_isolated = has_user_namespace(linux);
     mounts.iter().find_map(|mount| privilege_of_mount(mount, is_isolated)).or_else(|| {
         let has_proc = mounts.iter().any(|mount| mount.typ().as_deref() == Some("proc"));
         let protected = [linux.readonly_paths(), linux.masked_paths()];
-        let is_protected =
-            |path: &str| protected.iter().copied().flatten().flatten().any(|one| Path::new(path).starts_with(one));
+        // A read-only bind mount of `/` would not include the mount at /proc.
+        let covers = |one: &String, path: &str| one.starts_with("/proc") && Path::new(path).starts_with(one);
+        let is_protected = |path: &str| protected.iter().copied().flatten().flatten().any(|one| covers(one, path));
         (has_proc && !is_isolated && !KERNEL_CONTROLS.iter().all(|path| is_protected(path)))
             .then_some("/proc/sys or /proc/sysrq-trigger is neither read-only nor masked")
     })
@@ -102,11 +101,12 @@ fn privilege(spec: &Spec, mounts: &[Mount], rootfs: &str) -> Option<&'static str
 /// Returns what makes a container with this mount privileged. `is_isolated` says whether the container has a user
 /// namespace.
 fn privilege_of_mount(mount: &Mount, is_isolated: bool) -> Option<&'static str> {
-    let options = || mount.options().iter().flatten().map(String::as_str);
+    let has_option = |name: &str| mount.options().iter().flatten().any(|option| option == name);
+    let is_read_only = has_option("ro") && !has_option("rw");
     let kind = mount.typ().as_deref().unwrap_or_default();
     if is_bind(mount) {
         let source = mount.source().as_deref().unwrap_or_else(|| Path::new(""));
-        if source != Path::new(GUEST_SHM) && !is_below(source, &VOLUMES) {
+        if !is_volume(source) {
             return Some("it mounts a directory or device of the guest");
         }
     } else if !HARMLESS_TYPES.contains(&kind) {
@@ -114,10 +114,9 @@ fn privilege_of_mount(mount: &Mount, is_isolated: bool) -> Option<&'static str> 
     }
     // libcontainer treats some types specially even if an option says that the mount is a bind mount.
     match kind {
+        _ if is_isolated => None,
         "proc" if mount.destination() != Path::new("/proc") => Some("it mounts proc at another path than /proc"),
-        "sysfs" | "cgroup" | "cgroup2" if !is_isolated && !options().any(|option| option == "ro") => {
-            Some("it mounts sysfs or a cgroup file system writable")
-        }
+        "sysfs" | "cgroup" | "cgroup2" if !is_read_only => Some("it mounts sysfs or a cgroup file system writable"),
         _ => None,
     }
 }
@@ -132,10 +131,27 @@ fn is_bind(mount: &Mount) -> bool {
         || mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind")
 }
 
-/// Returns whether `path` is below one of the directories. A path with `..` is below none.
-fn is_below(path: &Path, directories: &[&str]) -> bool {
-    !path.components().any(|part| part == Component::ParentDir)
-        && directories.iter().any(|directory| path.starts_with(directory) && path != Path::new(directory))
+/// Returns whether `path` is the path of a volume. A path in a volume could lead through a symbolic link, which a
+/// container or client has made, to any file of the guest. A volume's path itself is never a symbolic link of theirs.
+fn is_volume(path: &Path) -> bool {
+    let names = |directory| names_below(path, directory);
+    let is_number = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());
+    path == Path::new(GUEST_SHM)
+        || matches!(names(GUEST_SHARE).as_deref(), Some([SHARED_VOLUMES, _]))
+        || matches!(names(GUEST_VOLUMES).as_deref(), Some([_]))
+        || matches!(names(GUEST_SUBPATHS).as_deref(), Some([_, _]))
+        // The other names in a container's directory belong to temporary files.
+        || matches!(names(GUEST_MIRRORS).as_deref(), Some([_, number]) if is_number(number))
+}
+
+/// Returns the names in the rest of `path` below `directory`. Returns `None` if the path is not below the directory, or
+/// has a component that is not a name.
+fn names_below<'a>(path: &'a Path, directory: &str) -> Option<Vec<&'a str>> {
+    let name = |part| match part {
+        Component::Normal(name) => name.to_str(),
+        _ => None,
+    };
+    path.strip_prefix(directory).ok()?.components().map(name).collect()
 }
 
 #[cfg(test)]
@@ -221,16 +237,39 @@ mod tests {
     fn mounts_of_the_guest_are_a_privilege() {
         let with = |mount: Value| privilege_of(|value| value["mounts"].as_array_mut().unwrap().push(mount));
         let bind = |source: &str| with(json!({ "destination": "/x", "type": "bind", "source": source }));
-        for source in ["/run/husk/share/c/1", "/run/husk/mirrors/c/1", "/run/husk/volumes/v", "/run/husk/subpaths/c/1"]
-        {
+        for source in [
+            "/run/husk/share/.volumes/3.fe-1-2",
+            "/run/husk/mirrors/c/12",
+            "/run/husk/volumes/v",
+            "/run/husk/subpaths/c/1@3.fe",
+            GUEST_SHM,
+        ] {
             assert_eq!(bind(source), None, "{source}");
         }
-        for source in
-            ["/", "/proc", "/sys", "/dev", "/dev/null", "/run/husk", "/run/husk/share", "/run/husk/tasks/c", ""]
-        {
+        for source in [
+            "",
+            "/",
+            "/proc",
+            "/sys",
+            "/dev",
+            "/dev/null",
+            "/run/husk",
+            "/run/husk/share",
+            "/run/husk/share/.volumes",
+            "/run/husk/share/c/rootfs",
+            "/run/husk/tasks/c",
+            "/run/husk/share/.volumes/..",
+            "/run/husk/share/../tasks",
+            "/run/husk/share/.volumes/../../tasks",
+            // A path in a volume may lead through a symbolic link.
+            "/run/husk/share/.volumes/1/link",
+            "/run/husk/mirrors/c/1/link",
+            "/run/husk/mirrors/c/1.new",
+            "/run/husk/volumes/v/link",
+            "/run/husk/subpaths/c/1/link",
+        ] {
             assert_eq!(bind(source), Some("it mounts a directory or device of the guest"), "{source}");
         }
-        assert!(bind("/run/husk/share/../tasks").is_some() && bind("/run/husk/share/c/../../tasks").is_some());
         let option = json!({ "destination": "/x", "type": "proc", "source": "/", "options": ["bind"] });
         assert!(with(option).is_some());
         for kind in ["ext4", "overlay", "virtiofs", "devtmpfs", "", "bpf"] {
@@ -246,8 +285,11 @@ mod tests {
         let user =
             |value: &mut Value| value["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
         for (pointer, change) in [
+            ("/mounts/0/destination", json!("/p")),
             ("/mounts/4/options", json!(["nosuid"])),
             ("/mounts/5/options", json!(["rw"])),
+            ("/mounts/5/options", json!(["ro", "rw"])),
+            ("/linux/readonlyPaths", json!(["/"])),
             ("/linux/readonlyPaths", json!(["/proc/sys"])),
             ("/linux/readonlyPaths", json!(["/proc/sys/net", "/proc/sysrq-trigger"])),
             ("/linux/readonlyPaths", Value::Null),
@@ -271,7 +313,8 @@ mod tests {
     #[test]
     fn rootfs_outside_the_share_and_agent_hooks_are_privileges() {
         let spec = parse(|_| {});
-        for rootfs in ["/", "/run/husk/share", "/run/husk/share/../tasks", "rootfs", ""] {
+        for rootfs in ["/", "/run/husk/share", "/run/husk/share/../rootfs", "/run/husk/share/c/rootfs/x", "rootfs", ""]
+        {
             let found = container(&spec, &CreateTaskRequest::default(), rootfs).privilege;
             assert_eq!(found, Some("its rootfs is a directory of the guest"), "{rootfs}");
         }

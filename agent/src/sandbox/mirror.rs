@@ -118,9 +118,14 @@ fn apply_entry(root: &Path, path: &Path, temporary: &Path, entry: &MirrorEntry) 
         }
         parent.push(part);
     }
+    let kind = entry.kind.enum_value_or_default();
+    if path.as_os_str().is_empty() && kind != Kind::DIRECTORY {
+        // A container that mounts the volume would follow a symbolic link to any directory of the guest.
+        return Err(io::ErrorKind::NotADirectory.into());
+    }
     let target = root.join(path);
     let present = fs::symlink_metadata(&target).ok();
-    match entry.kind.enum_value_or_default() {
+    match kind {
         Kind::DIRECTORY => {
             if !present.as_ref().is_some_and(Metadata::is_dir) {
                 remove_existing(&target, present.as_ref())?;
@@ -165,7 +170,8 @@ fn apply_entry(root: &Path, path: &Path, temporary: &Path, entry: &MirrorEntry) 
 /// this path.
 fn open_temporary(temporary: &Path, offset: u64) -> io::Result<File> {
     if offset > 0 {
-        let file = OpenOptions::new().append(true).open(temporary)?;
+        // A symbolic link that could not be renamed may be at this path.
+        let file = OpenOptions::new().append(true).custom_flags(libc::O_NOFOLLOW).open(temporary)?;
         return if file.metadata()?.len() == offset { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) };
     }
     remove_existing(temporary, fs::symlink_metadata(temporary).ok().as_ref())?;
@@ -342,6 +348,19 @@ mod tests {
             entry(Kind::FILE, "out/husk-mirror-test/x", "y"),
         ];
         assert!(round(&mirrors, through).is_err());
+        let root = dir.path().join("m/c/3");
+        for kind in [Kind::SYMLINK, Kind::FILE] {
+            assert!(round(&mirrors, vec![entry(kind, "", "/tmp")]).is_err());
+            assert!(fs::symlink_metadata(&root).unwrap().is_dir());
+        }
+        let victim = dir.path().join("victim");
+        fs::write(&victim, "four").unwrap();
+        // The name is too long for rename(2).
+        let link = entry(Kind::SYMLINK, &"x".repeat(256), victim.to_str().unwrap());
+        let rest = MirrorEntry { offset: 4, ..entry(Kind::FILE, "f", "more") };
+        assert!(round(&mirrors, vec![entry(Kind::DIRECTORY, "", ""), link]).is_err());
+        assert!(round(&mirrors, vec![entry(Kind::DIRECTORY, "", ""), rest]).is_err());
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "four");
         let escaping = UpdateMirrorRequest { container_id: "../x".into(), last: true, ..Default::default() };
         assert!(mirrors.apply(&escaping).is_err());
     }

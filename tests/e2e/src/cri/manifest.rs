@@ -34,7 +34,7 @@ const MASKED: [&str; 9] = [
     "/proc/scsi",
 ];
 /// Paths that the kubelet makes read-only in unprivileged containers.
-const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+pub const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// A running pod, with its containers in the manifest's order.
 pub struct AppliedManifest {
