@@ -222,7 +222,7 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
     let create = Call::Create(Box::new(config));
     let (created, _) = vmm.call(create, &fds).await.map_err(error(format!("create the VM {files}")))?;
     if let Answer::Created { unrestricted: Some(unrestricted) } = created {
-        tracing::warn!(unrestricted, "the jail of the VMM has a gap");
+        tracing::warn!(unrestricted, "the VMM runs without some Landlock restrictions");
     }
     vmm.call(Call::Resume, &[]).await.map_err(error("start the VM".into()))?;
     Ok(())

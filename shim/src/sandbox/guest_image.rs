@@ -200,7 +200,7 @@ impl Copies {
         if private && fstatfs(dir.as_fd())?.filesystem_type() == TMPFS_MAGIC {
             return Ok(Self { dir });
         }
-        Err(io::Error::other("it is not on a tmpfs, or other users than root have access to it"))
+        Err(io::Error::other("the directory is not on a tmpfs, or is accessible to users other than root"))
     }
 
     /// Opens a copy, if it exists and is complete.
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_digest_is_refused_with_both_digests() {
+    fn file_with_wrong_digest_is_refused_and_error_has_both_digests() {
         let mut node = Node::new();
         let found = std::mem::replace(&mut node.config.kernel_sha256, "0".repeat(64));
         let (path, zeros) = (node.config.kernel.display().to_string(), "0".repeat(64));

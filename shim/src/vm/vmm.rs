@@ -204,13 +204,17 @@ impl Vmm {
     fn start_vhost(&self, mac: [u8; 6]) {
         let Some(pairs) = self.inner.vhost.take(mac) else {
             let mac = format!("{mac:02x?}");
-            return tracing::warn!(mac, "ignored the VMM's request for vhost-net: the interface may not have it");
+            return tracing::warn!(mac, "ignored the VMM's request for vhost-net for an interface that has no permit");
         };
         let vmm = self.clone();
         tokio::spawn(async move {
             if let Err(error) = vmm.pass_vhost(mac, pairs).await {
                 let (error, mac) = (crate::chain(&error), format!("{mac:02x?}"));
-                tracing::warn!(mac, error, "the VMM continues to carry the frames of an interface");
+                tracing::warn!(
+                    mac,
+                    error,
+                    "failed to start vhost-net for an interface; the VMM goes on transferring its frames"
+                );
             }
         });
     }

@@ -97,7 +97,7 @@ fn gap_of_landlock_is_reported_once_for_each_pod() {
     let (status, detail) = finding();
     assert_eq!(status, if abi() >= COMPLETE { "ok" } else { "warn" }, "{detail}");
     assert!(abi() == 0 || detail.contains(&format!("landlock ABI {}", abi())), "{detail}");
-    let warnings = || node::log_tail(usize::MAX).matches("the jail of the VMM has a gap").count();
+    let warnings = || node::log_tail(usize::MAX).matches("the VMM runs without some Landlock restrictions").count();
     let before = warnings();
     case("landlock-gap", |case| {
         case.sh("echo started").output().expect_out("started");
