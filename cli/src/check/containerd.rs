@@ -162,7 +162,7 @@ fn runtime(dump: &str) -> Finding {
     let found = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"].iter().find_map(|plugin| {
         let runtimes = dump.get("plugins")?.get(plugin)?.get("containerd")?.get("runtimes")?.as_table()?;
         let is_husk = |value: &toml::Value| value.get("runtime_type").and_then(toml::Value::as_str) == Some(RUNTIME);
-        runtimes.iter().find(|(_, value)| is_husk(value))
+        runtimes.iter().find(|(_, value)| is_husk(value)).map(|(handler, _)| handler)
     });
     match found {
         None => Finding::warn(
@@ -170,15 +170,7 @@ fn runtime(dump: &str) -> Finding {
             format!("containerd's CRI plugin has no runtime {RUNTIME}: Kubernetes cannot use Husk, but ctr can"),
             "import /etc/containerd/conf.d/husk.toml in containerd's configuration and restart containerd",
         ),
-        Some((handler, runtime)) => {
-            let detail = format!("RuntimeClass handler {handler:?} runs {RUNTIME}");
-            if runtime.get("privileged_without_host_devices").and_then(toml::Value::as_bool) == Some(true) {
-                return Finding::ok(name, detail);
-            }
-            let detail = format!("{detail}, but passes the host's devices to privileged pods");
-            let remedy = "set privileged_without_host_devices = true for this runtime: a VM cannot use these devices";
-            Finding::warn(name, detail, remedy)
-        }
+        Some(handler) => Finding::ok(name, format!("RuntimeClass handler {handler:?} runs {RUNTIME}")),
     }
 }
 
@@ -210,12 +202,9 @@ mod tests {
     #[test]
     fn runtime_is_found_in_configurations_of_containerd_1_and_2() {
         for plugin in ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"] {
-            let text = format!(
-                "[plugins.\"{plugin}\".containerd.runtimes.vm]\nruntime_type = \"{RUNTIME}\"\nprivileged_without_host_devices = "
-            );
-            assert_eq!(runtime(&format!("{text}true")).status, Status::Ok);
-            let finding = runtime(&format!("{text}false"));
-            assert!(finding.status == Status::Warn && finding.detail.contains("\"vm\""), "{finding:?}");
+            let finding =
+                runtime(&format!("[plugins.\"{plugin}\".containerd.runtimes.vm]\nruntime_type = \"{RUNTIME}\""));
+            assert!(finding.status == Status::Ok && finding.detail.contains("\"vm\""), "{finding:?}");
         }
         assert!(runtime("version = 2").detail.contains("Kubernetes cannot use Husk"));
         assert_eq!(runtime("[").status, Status::Warn);

@@ -40,8 +40,8 @@ pub fn guest_path(character: bool, major: u64, minor: u64) -> Result<&'static st
     match STANDARD.iter().find(|d| character && (d.major, d.minor) == (major, minor)) {
         Some(device) => Ok(device.path),
         None => Err(format!(
-            "{} device {major}:{minor} belongs to the host and is not available in the VM (for privileged containers, \
-             set privileged_without_host_devices = true in the runtime's containerd configuration)",
+            "{} device {major}:{minor} belongs to the host and is not available in the VM; remove it from the container, \
+             or run the container with another runtime",
             if character { "character" } else { "block" }
         )),
     }

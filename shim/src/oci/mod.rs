@@ -9,6 +9,7 @@ pub mod cpuset;
 pub mod devices;
 pub mod disks;
 mod hooks;
+mod host_devices;
 pub mod id_mappings;
 pub mod json;
 pub mod spec;

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use serde_json::{Map, Value};
 
 use crate::oci::json::{TranslateError, array, object, present, unsupported};
-use crate::oci::{devices, hooks, update};
+use crate::oci::{devices, hooks, host_devices, update};
 
 /// Translates everything except mount sources, which [`crate::volumes::plan`] translates. Adds a text for the log to
 /// `notes` for each omitted field.
@@ -93,6 +93,7 @@ fn linux(
         return Err(unsupported("linux.rootfsPropagation", message));
     }
     namespaces(linux, pids, notes)?;
+    host_devices::remove(linux, notes)?;
     for device in array(linux, "devices", "linux.devices")? {
         let number = |key: &str| device.get(key).and_then(Value::as_u64).unwrap_or_default();
         let kind = device.get("type").and_then(Value::as_str).unwrap_or_default();
