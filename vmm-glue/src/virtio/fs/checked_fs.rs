@@ -20,7 +20,7 @@ use virtiofsd::oslib::WritevFlags;
 use virtiofsd::passthrough::PassthroughFs;
 
 use super::fd_limit::FdLimit;
-use super::request_checks;
+use super::{request_checks, writer};
 
 /// A node id of FUSE.
 pub type Inode = <PassthroughFs as FileSystem>::Inode;
@@ -134,6 +134,7 @@ impl FileSystem for CheckedFs {
     ) -> io::Result<usize> {
         request_checks::offset(offset)?;
         let r = CountingReader { inner: r, dev_null: &self.dev_null };
+        let _writer = writer::act_as(ctx.uid)?;
         self.fs.write(ctx, inode, handle, r, size, offset, lock_owner, delayed_write, kill_priv, flags)
     }
 
@@ -150,6 +151,35 @@ impl FileSystem for CheckedFs {
     ) -> io::Result<usize> {
         request_checks::offset(offset)?;
         self.fs.read(ctx, inode, handle, w, size, offset, lock_owner, flags)
+    }
+
+    fn fallocate(
+        &self,
+        ctx: Context,
+        inode: Inode,
+        handle: Handle,
+        mode: u32,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        let _writer = writer::act_as(ctx.uid)?;
+        self.fs.fallocate(ctx, inode, handle, mode, offset, length)
+    }
+
+    fn copyfilerange(
+        &self,
+        ctx: Context,
+        inode_in: Inode,
+        handle_in: Handle,
+        offset_in: u64,
+        inode_out: Inode,
+        handle_out: Handle,
+        offset_out: u64,
+        len: u64,
+        flags: u64,
+    ) -> io::Result<usize> {
+        let _writer = writer::act_as(ctx.uid)?;
+        self.fs.copyfilerange(ctx, inode_in, handle_in, offset_in, inode_out, handle_out, offset_out, len, flags)
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
@@ -218,14 +248,7 @@ impl FileSystem for CheckedFs {
         fn getxattr(ctx: Context, inode: Inode, name: Text, size: u32) -> io::Result<GetxattrReply>;
         fn listxattr(ctx: Context, inode: Inode, size: u32) -> io::Result<ListxattrReply>;
         fn removexattr(ctx: Context, inode: Inode, name: Text) -> io::Result<()>;
-        fn fallocate(
-            ctx: Context, inode: Inode, handle: Handle, mode: u32, offset: u64, length: u64
-        ) -> io::Result<()>;
         fn lseek(ctx: Context, inode: Inode, handle: Handle, offset: u64, whence: u32) -> io::Result<u64>;
-        fn copyfilerange(
-            ctx: Context, inode_in: Inode, handle_in: Handle, offset_in: u64, inode_out: Inode, handle_out: Handle,
-            offset_out: u64, len: u64, flags: u64
-        ) -> io::Result<usize>;
         fn syncfs(ctx: Context, inode: Inode) -> io::Result<()>;
     }
 }
