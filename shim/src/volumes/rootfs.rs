@@ -6,7 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use husk_base::sys::capabilities;
 use nix::mount::{MsFlags, mount};
+use nix::unistd::{Uid, setfsuid};
 
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::host_only::HostOnly;
@@ -16,6 +18,9 @@ use crate::volumes::staging_dir::StagingDir;
 /// Size of a page. A mount's options, with the terminating NUL, must fit into one page, because the kernel copies only
 /// one page.
 const PAGE_SIZE: usize = 4096;
+
+/// The user as whom overlays access their layers (the kernel's `overflowuid`).
+const NOBODY: Uid = Uid::from_raw(65534);
 
 /// One mount of a rootfs, as in containerd's request.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -254,6 +259,35 @@ fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappi
 /// sees a mount in the share at once.
 fn mount_with_data(source: &Path, target: &Path, kind: &str, flags: MsFlags, data: &str) -> io::Result<()> {
     let flags = flags | mount_api::SHARED_FLAGS;
+    if kind == "overlay" {
+        return std::thread::scope(|scope| {
+            let mounter = std::thread::Builder::new().name("mount".into()).spawn_scoped(scope, || {
+                become_nobody()?;
+                mount_now(source, target, kind, flags, data)
+            })?;
+            mounter.join().unwrap_or_else(|_| Err(io::Error::other("the thread that mounts the overlay panicked")))
+        });
+    }
+    mount_now(source, target, kind, flags, data)
+}
+
+/// Makes this thread access files as a user other than root, with the capabilities of root.
+///
+/// An overlay accesses its layers with the credentials of the thread that mounted it, except CAP_SYS_RESOURCE
+/// (fs/overlayfs/super.c). ext4 also lets root use the blocks that it reserves (fs/ext4/balloc.c,
+/// `ext4_has_free_clusters`). New files get the owner of the process that creates them, whatever the mounter is.
+fn become_nobody() -> io::Result<()> {
+    let capabilities = capabilities::get()?;
+    setfsuid(NOBODY);
+    // The call does not report errors, but returns the previous user.
+    if setfsuid(NOBODY) != NOBODY {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
+    // The first call has cleared the capabilities for file systems (capabilities(7), "Effect of user ID changes").
+    capabilities::set(capabilities)
+}
+
+fn mount_now(source: &Path, target: &Path, kind: &str, flags: MsFlags, data: &str) -> io::Result<()> {
     Ok(mount(Some(source), target, Some(kind), flags, Some(data).filter(|data| !data.is_empty()))?)
 }
 

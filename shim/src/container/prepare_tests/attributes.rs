@@ -8,10 +8,7 @@ use std::{
     process::Command,
 };
 
-use nix::{
-    mount::{MsFlags, mount},
-    sys::stat::{Mode, SFlag, makedev, mknod},
-};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use serde_json::json;
 
 use crate::container::prepare::*;
@@ -27,20 +24,6 @@ fn mounts_without_attributes(dir: &Path) -> Vec<String> {
         Path::new(fields[4]).starts_with(dir) && !["nosuid", "nodev", "noexec", "nosymfollow"].into_iter().all(has)
     };
     text.lines().filter(lacks).map(Into::into).collect()
-}
-
-/// Mounts a new ext4 at `point`, with shared propagation. ext4 supports id-mapped mounts.
-fn ext4(dir: &Path, point: &Path) {
-    let image = dir.join("image");
-    File::create(&image).unwrap().set_len(8 << 20).unwrap();
-    fs::create_dir(point).unwrap();
-    for (program, before) in [("mkfs.ext4", &["-q", "-F"][..]), ("mount", &["-o", "loop"])] {
-        let mut command = Command::new(program);
-        let command = command.args(before).arg(&image);
-        let command = if program == "mount" { command.arg(point) } else { command };
-        assert!(command.status().unwrap().success(), "{program}");
-    }
-    mount(None::<&Path>, point, None::<&Path>, MsFlags::MS_SHARED, None::<&Path>).unwrap();
 }
 
 /// Prepares containers with each kind of rootfs, and with each kind of mount of the directory `source`. Returns the

@@ -3,11 +3,12 @@
 use std::{
     collections::HashMap,
     fs,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{MetadataExt, PermissionsExt, chown},
     path::{Path, PathBuf},
 };
 
 use nix::mount::{MsFlags, mount};
+use nix::sys::statvfs::statvfs;
 
 use crate::container::prepare::*;
 use crate::container::prepare_tests::*;
@@ -65,6 +66,45 @@ fn prepare_mounts_a_rootfs_from_the_bundle_or_an_image_file() {
             teardown(&share.host, id).unwrap();
         }
         assert_eq!(mounts_below(&share.host).len(), 1);
+        share.unmount();
+    });
+}
+
+#[test]
+fn files_in_an_overlay_belong_to_their_creators_and_leave_reserved_blocks_free() {
+    isolated(|dir| {
+        let (share, disk) = (share(dir), dir.join("disk"));
+        ext4(dir, &disk);
+        let free_and_reserved = || {
+            let stat = statvfs(&disk).unwrap();
+            (stat.blocks_free(), stat.blocks_free() - stat.blocks_available())
+        };
+        let (_, reserved) = free_and_reserved();
+        assert!(reserved > 50, "only {reserved} blocks are reserved");
+        let rootfs = [overlay(&disk, 2)];
+        let lower = PathBuf::from(rootfs[0].options[2].rsplit(':').next().unwrap());
+        chown(lower.join("from-the-lowest"), Some(7), Some(8)).unwrap();
+        prepare(
+            &bundle(dir, |_| ()),
+            &Request { id: "c1", share: &share.host, rootfs: &rootfs, pids: &HashMap::new() },
+        )
+        .unwrap();
+        let seen = share.guest.join("c1/rootfs");
+        let owner = |name: &str| {
+            let metadata = fs::metadata(seen.join(name)).unwrap();
+            (metadata.uid(), metadata.gid(), metadata.mode() & 0o7777)
+        };
+        fs::create_dir(seen.join("new")).unwrap();
+        // This copies the file to the upper layer.
+        fs::set_permissions(seen.join("from-the-lowest"), fs::Permissions::from_mode(0o4711)).unwrap();
+        assert_eq!((owner("new"), owner("from-the-lowest")), ((0, 0, 0o755), (7, 8, 0o4711)));
+        fs::remove_file(seen.join("from-the-lowest")).unwrap();
+        assert!(!seen.join("from-the-lowest").exists());
+        let error = fs::write(seen.join("large"), vec![7; 16 << 20]).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+        let (free, _) = free_and_reserved();
+        assert!(free >= reserved, "{free} of {reserved} reserved blocks are free");
+        teardown(&share.host, "c1").unwrap();
         share.unmount();
     });
 }
