@@ -156,7 +156,9 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     let loaded =
         Elf::load(&memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_RAM))).map_err(BootError::Kernel)?;
     timing.step("kernel read");
-    let random = u64::from_ne_bytes(husk_base::entropy::bytes().map_err(|error| BootError::Host("KASLR", error))?);
+    let random = u64::from_ne_bytes(
+        husk_base::entropy::bytes().map_err(|error| BootError::Host("a random kernel address", error))?,
+    );
     let randomized = !config.kernel_params.split_whitespace().any(|parameter| parameter == "nokaslr")
         && kaslr::randomize(&memory, &kernel, loaded.kernel_end, random)?;
     timing.step("kernel moved");
