@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::boot_params::{self, BootData, SEED_LEN};
 use crate::arch::cpuid::CpuidConfig;
+use crate::arch::kaslr::{self, KaslrError};
 use crate::arch::{device_tree, layout, regs};
 use crate::boot_timing::BootTiming;
 use crate::bus::Bus;
@@ -79,6 +80,9 @@ pub enum BootError {
     /// The kernel image could not be loaded.
     #[error("failed to load the guest kernel")]
     Kernel(#[source] linux_loader::loader::Error),
+    /// The kernel could not be moved to a random address.
+    #[error(transparent)]
+    Kaslr(#[from] KaslrError),
     /// The kernel and the initrd do not fit into guest memory.
     #[error("guest memory is too small for the kernel and the initrd, which end at {0} MiB")]
     TooSmall(u64),
@@ -150,6 +154,12 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     let loaded =
         Elf::load(&memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_RAM))).map_err(BootError::Kernel)?;
     timing.step("kernel read");
+    let random = u64::from_ne_bytes(
+        husk_base::entropy::bytes().map_err(|error| BootError::Host("a random kernel address", error))?,
+    );
+    let randomized = !config.kernel_params.split_whitespace().any(|parameter| parameter == "nokaslr")
+        && kaslr::randomize(&memory, &kernel, loaded.kernel_end, random)?;
+    timing.step("kernel moved");
     let initrd_start = loaded.kernel_end.next_multiple_of(PAGE);
     let initrd_end = initrd_start.saturating_add(initrd_len);
     if initrd_end >= ram_end {
@@ -221,6 +231,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
         initrd_len,
         device_tree: &device_tree,
         seed,
+        kaslr: randomized,
     };
     boot_params::write(&memory, &data).map_err(BootError::Write)?;
     regs::write_tables(&memory).map_err(BootError::Write)?;

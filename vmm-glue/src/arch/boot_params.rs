@@ -12,6 +12,8 @@ use crate::guest_memory::GuestMemory;
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448; // "HdrS"
 const LOADER_UNDEFINED: u8 = 0xff;
+/// Bit of `loadflags`: the kernel's virtual address is random.
+const KASLR_FLAG: u8 = 1 << 1;
 const KERNEL_ALIGNMENT: u32 = 0x100_0000;
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
@@ -45,6 +47,9 @@ pub struct BootData<'a> {
     pub device_tree: &'a [u8],
     /// Fresh entropy for the kernel's random number generator.
     pub seed: [u8; SEED_LEN],
+    /// Whether the kernel was moved to a random virtual address. If so, the kernel also chooses random virtual addresses
+    /// for the direct mapping of memory, vmalloc and the `struct page` array (arch/x86/mm/kaslr.c).
+    pub kaslr: bool,
 }
 
 /// Writes the zero page, the command line and the `setup_data` list.
@@ -61,6 +66,7 @@ pub fn write(memory: &GuestMemory, data: &BootData<'_>) -> Result<(), vm_memory:
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.boot_flag = BOOT_FLAG;
     params.hdr.header = HEADER_MAGIC;
+    params.hdr.loadflags = if data.kaslr { KASLR_FLAG } else { 0 };
     params.hdr.kernel_alignment = KERNEL_ALIGNMENT;
     params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
     params.hdr.cmdline_size = data.cmdline.len() as u32;

@@ -3,5 +3,6 @@
 pub mod boot_params;
 pub mod cpuid;
 pub mod device_tree;
+pub mod kaslr;
 pub mod layout;
 pub mod regs;

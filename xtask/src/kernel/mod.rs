@@ -15,7 +15,7 @@ use crate::user_cache::{Origin, Step};
 use crate::{cmd, files, lock, paths, ui};
 
 /// Increase this number whenever the steps below change.
-const RECIPE: u32 = 1;
+const RECIPE: u32 = 2;
 
 /// Builds the kernel if its inputs changed. Returns the kernel's path.
 pub fn kernel() -> Result<PathBuf> {
@@ -34,14 +34,20 @@ pub fn kernel() -> Result<PathBuf> {
     Ok(made)
 }
 
-/// Compiles the kernel and strips it.
+/// File in the source's directory with the relocations for the decompressor (arch/x86/Makefile.postlink).
+const RELOCATIONS: &str = "arch/x86/boot/compressed/vmlinux.relocs";
+/// Section of the image that contains the relocations. The VMM reads it (vmm-glue/src/arch/kaslr.rs).
+const RELOCATIONS_SECTION: &str = ".husk.relocs";
+
+/// Compiles the kernel, strips it, and adds its relocations.
 fn build(tarball: &Path, version: &str, fragment: &Path, made: &Path) -> Result<()> {
     let source = unpack(&paths::state().join("kernel"), tarball, version)?;
     configure(&source, fragment)?;
     ui::say("kernel", format!("compiling on {} processors; this is the longest step", cmd::processors()));
     cmd::logged("kernel", "kernel-make", make(&source).arg(format!("-j{}", cmd::processors())).arg("vmlinux"))?;
-    let mut strip = Command::new("strip");
-    strip.arg("--strip-all").arg("-o").arg(made).arg(source.join("vmlinux"));
+    let mut strip = Command::new("objcopy");
+    let section = format!("{RELOCATIONS_SECTION}={}", source.join(RELOCATIONS).display());
+    strip.args(["--strip-all", "--add-section", &section]).arg(source.join("vmlinux")).arg(made);
     cmd::logged("kernel", "kernel-strip", &mut strip)
 }
 

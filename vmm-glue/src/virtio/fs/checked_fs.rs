@@ -18,9 +18,10 @@ use virtiofsd::filesystem::{
 use virtiofsd::fuse::{Attr, FsOptions, OpenOptions, SetattrIn, SetattrValid, SetxattrFlags};
 use virtiofsd::oslib::WritevFlags;
 use virtiofsd::passthrough::PassthroughFs;
+use virtiofsd::soft_idmap::GuestUid;
 
 use super::fd_limit::FdLimit;
-use super::request_checks;
+use super::{request_checks, writer};
 
 /// A node id of FUSE.
 pub type Inode = <PassthroughFs as FileSystem>::Inode;
@@ -44,6 +45,11 @@ impl CheckedFs {
     /// Waits until an fd is available. Called before a request that may open a file.
     fn wait_for_fd(&self) {
         self.fd_limit.wait_for_fd();
+    }
+
+    /// Returns the owner of a file.
+    fn owner(&self, ctx: Context, inode: Inode) -> io::Result<GuestUid> {
+        Ok(self.fs.getattr(ctx, inode, None)?.0.uid)
     }
 }
 
@@ -134,6 +140,9 @@ impl FileSystem for CheckedFs {
     ) -> io::Result<usize> {
         request_checks::offset(offset)?;
         let r = CountingReader { inner: r, dev_null: &self.dev_null };
+        // When the guest kernel writes dirty pages of a mapped file, it does not know which user changed them.
+        let user = if delayed_write { self.owner(ctx, inode)? } else { ctx.uid };
+        let _writer = writer::act_as(user)?;
         self.fs.write(ctx, inode, handle, r, size, offset, lock_owner, delayed_write, kill_priv, flags)
     }
 
@@ -150,6 +159,35 @@ impl FileSystem for CheckedFs {
     ) -> io::Result<usize> {
         request_checks::offset(offset)?;
         self.fs.read(ctx, inode, handle, w, size, offset, lock_owner, flags)
+    }
+
+    fn fallocate(
+        &self,
+        ctx: Context,
+        inode: Inode,
+        handle: Handle,
+        mode: u32,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        let _writer = writer::act_as(ctx.uid)?;
+        self.fs.fallocate(ctx, inode, handle, mode, offset, length)
+    }
+
+    fn copyfilerange(
+        &self,
+        ctx: Context,
+        inode_in: Inode,
+        handle_in: Handle,
+        offset_in: u64,
+        inode_out: Inode,
+        handle_out: Handle,
+        offset_out: u64,
+        len: u64,
+        flags: u64,
+    ) -> io::Result<usize> {
+        let _writer = writer::act_as(ctx.uid)?;
+        self.fs.copyfilerange(ctx, inode_in, handle_in, offset_in, inode_out, handle_out, offset_out, len, flags)
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
@@ -218,14 +256,7 @@ impl FileSystem for CheckedFs {
         fn getxattr(ctx: Context, inode: Inode, name: Text, size: u32) -> io::Result<GetxattrReply>;
         fn listxattr(ctx: Context, inode: Inode, size: u32) -> io::Result<ListxattrReply>;
         fn removexattr(ctx: Context, inode: Inode, name: Text) -> io::Result<()>;
-        fn fallocate(
-            ctx: Context, inode: Inode, handle: Handle, mode: u32, offset: u64, length: u64
-        ) -> io::Result<()>;
         fn lseek(ctx: Context, inode: Inode, handle: Handle, offset: u64, whence: u32) -> io::Result<u64>;
-        fn copyfilerange(
-            ctx: Context, inode_in: Inode, handle_in: Handle, offset_in: u64, inode_out: Inode, handle_out: Handle,
-            offset_out: u64, len: u64, flags: u64
-        ) -> io::Result<usize>;
         fn syncfs(ctx: Context, inode: Inode) -> io::Result<()>;
     }
 }

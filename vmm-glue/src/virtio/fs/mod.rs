@@ -18,11 +18,14 @@ mod request_checks;
 #[cfg(test)]
 mod requests_tests;
 #[cfg(test)]
+mod reserved_blocks_tests;
+#[cfg(test)]
 mod test_guest;
 #[cfg(test)]
 mod test_tree;
 #[cfg(test)]
 mod tests;
+mod writer;
 
 use std::fs::File;
 use std::io;

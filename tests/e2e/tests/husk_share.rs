@@ -1,0 +1,142 @@
+//! The files of a guest on the node: device nodes, programs and symbolic links in the share have no effect there, and of
+//! the users of a guest, only root fills the blocks that are reserved for root.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use husk_e2e::disk::{Disk, run_on_node};
+use husk_e2e::{NAMESPACE, case, vm};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{major, minor, stat};
+use nix::sys::statvfs::statvfs;
+
+/// A tmpfs. Dropping it unmounts the tmpfs.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    fn new(at: &Path) -> Self {
+        fs::create_dir_all(at).unwrap();
+        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        Self(at.to_owned())
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+/// Creates files in each directory of `DIRECTORIES`, and uses them as a container may: writes to the device, reads
+/// through the symbolic link, and runs the set-user-ID program as an ordinary user.
+const MAKE: &str = r#"
+import os, shutil, stat, subprocess, sys
+for directory in DIRECTORIES:
+    at = lambda name: os.path.join(directory, "made-" + name)
+    os.mknod(at("null"), 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    os.mknod(at("disk"), 0o666 | stat.S_IFBLK, os.makedev(*DISK))
+    os.chmod(at("null"), 0o666)
+    os.symlink("/etc/passwd", at("link"))
+    shutil.copy(os.path.realpath(sys.executable), at("program"))
+    os.chmod(at("program"), 0o4755)
+    with open(at("null"), "w") as null:
+        null.write("x")
+    assert open(at("link")).read().startswith("root:")
+    shown = subprocess.run([at("program"), "-c", "import os; print(os.geteuid())"], user=1000, capture_output=True)
+    assert shown.stdout == b"0\n", shown
+    print(directory)
+"#;
+
+/// Returns the lines of a mount list that lack one of the share's mount flags. `is_listed` selects mount points.
+fn lines_without_flags(pid: i32, is_listed: impl Fn(&str) -> bool) -> (usize, Vec<String>) {
+    let list = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+    let lines: Vec<&str> = list.lines().filter(|line| is_listed(line.split(' ').nth(4).unwrap())).collect();
+    let lacks = |line: &&&str| {
+        let flags: Vec<&str> = line.split(' ').nth(5).unwrap().split(',').collect();
+        !["nosuid", "nodev", "noexec", "nosymfollow"].iter().all(|flag| flags.contains(flag))
+    };
+    (lines.len(), lines.iter().filter(lacks).map(ToString::to_string).collect())
+}
+
+#[test]
+fn devices_programs_and_symlinks_of_a_guest_have_no_effect_on_the_node() {
+    case("share-flags", |case| {
+        let volume = case.dir().join("volume");
+        let _before = Tmpfs::new(&volume.join("before"));
+        fs::create_dir(volume.join("later")).unwrap();
+        let flag = format!("type=bind,src={},dst=/v,options=rbind:rslave:rw", volume.display());
+        let program = "import time; print('up', flush=True); time.sleep(1000)";
+        let container = case.container(case.python(program).flags(&["--allow-new-privs", "--mount", &flag]));
+        let _later = Tmpfs::new(&volume.join("later"));
+        // The block device of the node's root directory.
+        let disk = stat("/").unwrap().st_dev;
+        let directories = ["/", "/v", "/v/before", "/v/later"];
+        let make = format!("DIRECTORIES = {directories:?}\nDISK = ({}, {})\n{MAKE}", major(disk), minor(disk));
+        let made = container.exec("make", &["python3", "-c", &make]).expect_code(0);
+        assert_eq!(made.out().lines().collect::<Vec<_>>(), directories, "{}", made.describe());
+
+        let ([shim], [vmm]) = (&vm::shim_pids_of(&container.id)[..], &vm::vmm_pids_of(&container.id)[..]) else {
+            panic!("expected one shim and one VMM of {}", container.id)
+        };
+        let sandbox = format!("/run/husk/{NAMESPACE}/{}", container.id);
+        let in_share =
+            |point: &str| ["share", "guest"].iter().any(|name| point.starts_with(&format!("{sandbox}/{name}")));
+        let (mounts, lacking) = lines_without_flags(*shim, in_share);
+        // The two directories themselves, and in each of them the rootfs and three mounts of the volume.
+        assert!(mounts >= 10 && lacking.is_empty(), "{mounts} mounts, of which these lack a flag: {lacking:#?}");
+        let (mounts, lacking) = lines_without_flags(*vmm, |_| true);
+        assert!(mounts >= 5 && lacking.is_empty(), "{mounts} mounts, of which these lack a flag: {lacking:#?}");
+
+        for share in [format!("/proc/{shim}/root{sandbox}/share"), format!("/proc/{vmm}/root")] {
+            let share = Path::new(&share);
+            let volumes: Vec<PathBuf> =
+                fs::read_dir(share.join(".volumes")).unwrap().map(|entry| entry.unwrap().path()).collect();
+            let [volume] = &volumes[..] else { panic!("expected one volume: {volumes:?}") };
+            let rootfs = share.join(&container.id).join("rootfs");
+            for directory in [rootfs, volume.clone(), volume.join("before"), volume.join("later")] {
+                let at = |name: &str| directory.join(format!("made-{name}"));
+                let error = |result: io::Result<()>| result.unwrap_err().raw_os_error();
+                for name in ["null", "disk"] {
+                    let opened = File::open(at(name)).map(drop);
+                    assert_eq!(error(opened), Some(libc::EACCES), "{}", at(name).display());
+                }
+                assert_eq!(error(File::open(at("link")).map(drop)), Some(libc::ELOOP), "{}", at("link").display());
+                let run = Command::new(at("program")).arg("--version").status().map(drop);
+                assert_eq!(error(run), Some(libc::EACCES), "{}", at("program").display());
+            }
+        }
+        container.kill();
+    });
+}
+
+#[test]
+fn only_root_of_a_container_fills_blocks_that_are_reserved_for_root() {
+    case("share-reserved", |case| {
+        let disk = Disk::new(&case.dir().join("disk"), 32);
+        disk.format();
+        let point = case.dir().join("point");
+        let _mounted = disk.mount(&point, "rw");
+        fs::set_permissions(&point, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+        let free_and_reserved = || {
+            let stat = statvfs(&point).unwrap();
+            (stat.blocks_free(), stat.blocks_free() - stat.blocks_available())
+        };
+        let (_, reserved) = free_and_reserved();
+        assert!(reserved > 100, "only {reserved} blocks are reserved");
+        let flag = format!("type=bind,src={},dst=/v,options=rbind:rw", point.display());
+        let container = case.container(case.sh("echo up; exec sleep 1000").flags(&["--mount", &flag]));
+        for user in ["0", "1000"] {
+            // The shell reports that the disk is full.
+            let fill = ["sh", "-c", "cat /dev/zero > /v/large; sync; wc -c < /v/large"];
+            let filled = container.exec_with(&format!("fill-{user}"), &["--user", user], &fill);
+            assert!(filled.err().contains("No space left on device"), "{}", filled.describe());
+            run_on_node(&["sync"]);
+            let (free, _) = free_and_reserved();
+            assert_eq!(free < reserved, user == "0", "user {user}: {free} blocks are free\n{}", filled.describe());
+            container.exec(&format!("remove-{user}"), &["rm", "/v/large"]).expect_code(0);
+        }
+        container.kill();
+    });
+}
