@@ -131,7 +131,7 @@ fn create(config: VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Resu
     let root = share.as_ref().map(|share| share.root.as_ref());
     let Entered { belongings, unrestricted } =
         jail::enter(root, checked.config.require_landlock, checked.config.seccomp).map_err(|error| chain(&error))?;
-    if let Some(share) = share {
+    if let Some(share) = share.filter(|_| !jail::UNJAILED) {
         share.root = "/".to_owned();
     }
     let vm = boot::build(checked, belongings, reporter).map_err(|error| chain(&error))?;

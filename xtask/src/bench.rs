@@ -10,8 +10,8 @@ use crate::{dist, paths, setup};
 /// The benchmarks.
 #[derive(Subcommand)]
 pub enum Bench {
-    /// Measure how long a container takes to start and end with Husk, runc and runsc. Also measure the steps of Husk's
-    /// start.
+    /// Measure how long a container takes to start and end with Husk, runc and runsc, and with a build of Husk whose VMM
+    /// has no jail. Also measure the steps of Husk's start, and its memory.
     Start {
         /// Build the programs in the quick profile.
         #[arg(long)]
@@ -54,6 +54,10 @@ pub fn bench(bench: &Bench) -> Result<u8> {
     let program = build::find(&programs, &["husk-bench"])?;
     let mut add = node::images()?;
     add.push(Add::new(&program.path, "/husk/husk-bench"));
+    if matches!(bench, Bench::Start { .. }) {
+        let shim = build::unjailed_shim(Profile::quick(*quick))?;
+        add.push(Add::new(shim.path, "/usr/local/bin/containerd-shim-husk-unjailed-v2"));
+    }
     let script = paths::root().join("tests/node/bench.sh");
     let env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned())];
     let mut arguments = vec![what.to_owned()];

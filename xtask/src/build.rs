@@ -83,6 +83,16 @@ pub fn programs(packages: &[&str], profile: Profile) -> Result<Vec<Program>> {
     run(command, false)
 }
 
+/// Builds a shim whose VMM has no jail, for `cargo xtask bench start`.
+pub fn unjailed_shim(profile: Profile) -> Result<Program> {
+    let mut command = static_cargo("build", profile);
+    command.args(["--bins", "--package", "husk-shim", "--features", "husk-shim/unjailed"]);
+    // The shipped shim has the same file name, and must never be replaced by this program.
+    command.arg("--target-dir").arg(paths::state().join("unjailed"));
+    ui::say("build", format!("husk-shim without the jail ({}, static)", profile.name()));
+    run(command, false)?.pop().context("cargo built no shim")
+}
+
 /// Builds the test programs of `package`, without running them.
 pub fn tests(package: &str) -> Result<Vec<Program>> {
     let mut command = static_cargo("test", Profile::Node);

@@ -70,7 +70,9 @@ pub struct MemoryUse {
 }
 
 /// Formats the report as Markdown, for `docs/performance.md`.
-pub fn report(series: &[Series], steps: &[StepTime], weight: Option<MemoryUse>) -> String {
+///
+/// `weights` are the memory uses of runtimes, in pairs with the runtimes' names.
+pub fn report(series: &[Series], steps: &[StepTime], weights: &[(&str, MemoryUse)]) -> String {
     let mut text = String::new();
     let base = series.iter().find(|one| one.name == "runc").map_or(0.0, |one| median(&one.seconds));
     let _ = writeln!(text, "| `ctr run --rm … true` | median | fastest | slowest | runs | × runc |");
@@ -92,9 +94,9 @@ pub fn report(series: &[Series], steps: &[StepTime], weight: Option<MemoryUse>) 
             before = *at;
         }
     }
-    if let Some(MemoryUse { vmm, guest, shim }) = weight {
-        let mib = |kib: u64| kib as f64 / 1024.0;
-        let _ = writeln!(text, "\n| PSS of an idle container | MiB |\n| --- | ---: |");
+    for (name, MemoryUse { vmm, guest, shim }) in weights {
+        let mib = |kib: &u64| *kib as f64 / 1024.0;
+        let _ = writeln!(text, "\n| PSS of an idle container of {name} | MiB |\n| --- | ---: |");
         let _ = writeln!(text, "| VMM process, without guest memory | {:.1} |", mib(vmm));
         let _ = writeln!(text, "| shim | {:.1} |", mib(shim));
         let _ = writeln!(text, "| guest memory touched | {:.1} |", mib(guest));
@@ -133,7 +135,7 @@ mod tests {
     fn report_shows_ratio_to_runc() {
         let series =
             [Series { name: "runc", seconds: vec![2.0] }, Series { name: "husk", seconds: vec![3.0, 3.0, 9.0] }];
-        let text = report(&series, &[StepTime { name: "shim up".into(), at: 12.0 }], Some(MemoryUse::default()));
+        let text = report(&series, &[StepTime { name: "shim up".into(), at: 12.0 }], &[("husk", MemoryUse::default())]);
         assert!(text.contains("| husk | 3.00 s | 3.00 s | 9.00 s | 3 | 1.50 |"), "{text}");
         assert!(text.contains("| shim up | 12 ms | 12 ms |"), "{text}");
     }

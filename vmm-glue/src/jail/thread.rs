@@ -4,9 +4,9 @@ use std::io;
 
 use nix::sched::{CloneFlags, unshare};
 
-use super::capabilities;
 use super::kind::Kind;
 use super::seccomp::{self, FilterError};
+use super::{UNJAILED, capabilities};
 
 /// Error of confining a thread.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +38,11 @@ pub fn confine(kind: Kind) -> Result<(), ConfineError> {
         // For operations on extended attributes, virtiofsd changes the working directory. Therefore, this thread must
         // not share its working directory with other threads.
         unshare(CloneFlags::CLONE_FS).map_err(|errno| error("separate the working directory")(errno.into()))?;
+    }
+    if UNJAILED {
+        return Ok(());
+    }
+    if kind == Kind::FileServer {
         capabilities::keep_for_files().map_err(error("reduce the capabilities"))?;
     } else {
         capabilities::drop_all().map_err(error("drop the capabilities"))?;

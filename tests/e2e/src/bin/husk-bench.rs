@@ -35,7 +35,7 @@ enum Command {
         #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(5..))]
         runs: u32,
         /// Runtimes to measure.
-        #[arg(long, value_delimiter = ',', default_value = "runc,runsc,husk")]
+        #[arg(long, value_delimiter = ',', default_value = "runc,runsc,husk,unjailed")]
         runtimes: Vec<String>,
         /// Output file for the Markdown table.
         #[arg(long, default_value = "/out/start.md")]
@@ -70,11 +70,13 @@ struct Runtime {
     flags: &'static [&'static str],
 }
 
-const RUNTIMES: [Runtime; 3] = [
+const RUNTIMES: [Runtime; 4] = [
     Runtime { name: "runc", flags: &["--runtime", "io.containerd.runc.v2"] },
     // Debian's runsc has no shim. Therefore containerd's shim for runc runs it.
     Runtime { name: "runsc", flags: &["--runtime", "io.containerd.runc.v2", "--runc-binary", RUNSC] },
     Runtime { name: "husk", flags: &["--runtime", "io.containerd.husk.v2"] },
+    // A build of Husk whose VMM has no jail (feature `unjailed` of the crate `husk-vmm`).
+    Runtime { name: "unjailed", flags: &["--runtime", "io.containerd.husk-unjailed.v2"] },
 ];
 
 /// Path of a script that runs runsc with options that containerd's shim for runc cannot set.
@@ -149,7 +151,7 @@ fn measure_starts(runs: u32, runtimes: &[String], out: &Path) -> Result<()> {
     let mut chosen = Vec::new();
     for name in runtimes {
         let Some(runtime) = RUNTIMES.iter().find(|runtime| runtime.name == name) else {
-            bail!("unknown runtime {name:?}: use runc, runsc or husk");
+            bail!("unknown runtime {name:?}: use runc, runsc, husk or unjailed");
         };
         chosen.push(runtime);
     }
@@ -191,8 +193,11 @@ fn start(runs: u32, runtimes: &[&Runtime]) -> Result<String> {
             }
         }
     }
-    let weight = if runtimes.iter().any(|runtime| runtime.name == "husk") { Some(measure_memory()?) } else { None };
-    Ok(report(&series, &step_times(&starts), weight))
+    let mut weights = Vec::new();
+    for runtime in runtimes.iter().filter(|runtime| ["husk", "unjailed"].contains(&runtime.name)) {
+        weights.push((runtime.name, measure_memory(runtime)?));
+    }
+    Ok(report(&series, &step_times(&starts), &weights))
 }
 
 /// Runs one container to its end. Returns the wall-clock time in seconds and the container id.
@@ -217,23 +222,13 @@ fn timeline(id: &str) -> Result<Timeline> {
     node::eventually(Duration::from_secs(10), find).with_context(|| format!("no timeline of {id} in {TIMELINES}"))
 }
 
-/// Measures the memory use of an idle Husk container.
-fn measure_memory() -> Result<MemoryUse> {
+/// Measures the memory use of an idle container with a runtime of Husk.
+fn measure_memory(runtime: &Runtime) -> Result<MemoryUse> {
     let id = "bench-weight";
-    let mut running = Running::start(
-        ctr(&[
-            "run",
-            "--rm",
-            "--runtime",
-            "io.containerd.husk.v2",
-            BUSYBOX,
-            id,
-            "sh",
-            "-c",
-            "echo up; exec sleep 1000",
-        ]),
-        Input::Null,
-    );
+    let mut args = vec!["run", "--rm"];
+    args.extend(runtime.flags);
+    args.extend([BUSYBOX, id, "sh", "-c", "echo up; exec sleep 1000"]);
+    let mut running = Running::start(ctr(&args), Input::Null);
     running.wait_for("up");
     let [vmm] = vm::vmm_pids_of(id)[..] else { bail!("expected exactly one VMM of {id}") };
     let [shim] = vm::shim_pids_of(id)[..] else { bail!("expected exactly one shim of {id}") };
