@@ -1,5 +1,7 @@
 //! `husk ps`: lists the sandboxes of this node and their VMs.
 
+mod jail;
+
 use std::{
     fmt::Write,
     fs,
@@ -9,6 +11,8 @@ use std::{
 
 use husk_config::sandbox::Sandbox;
 use serde::Serialize;
+
+use self::jail::Jail;
 
 /// State directory of the shims. `husk ps` reads its files `<namespace>/<sandbox>/sandbox.json`.
 const STATE_DIR: &str = "/run/husk";
@@ -31,6 +35,8 @@ struct Row {
     used_kib: u64,
     /// Whether the VMM process exists.
     running: bool,
+    /// What confines the VMM process. `None` if the process does not exist.
+    jail: Option<Jail>,
 }
 
 /// Returns the text to print.
@@ -53,7 +59,8 @@ fn rows(state: &Path, proc: &Path) -> Vec<Row> {
         .map(|sandbox| {
             let used_kib = pss(proc, sandbox.vmm_pid) + pss(proc, sandbox.shim_pid);
             let running = proc.join(sandbox.vmm_pid.to_string()).exists();
-            Row { sandbox, used_kib, running }
+            let jail = jail::of(proc, sandbox.vmm_pid);
+            Row { sandbox, used_kib, running, jail }
         })
         .collect()
 }
@@ -68,7 +75,7 @@ fn pss(proc: &Path, pid: u32) -> u64 {
 fn table(rows: &[Row], now: SystemTime) -> String {
     let head = ["NAMESPACE", "SANDBOX", "POD", "STATE", "VCPUS", "MEMORY", "USED", "AGE", "VMM", "SHIM"];
     let mut lines = vec![head.map(str::to_owned)];
-    for Row { sandbox, used_kib, running } in rows {
+    for Row { sandbox, used_kib, running, .. } in rows {
         let age = now.duration_since(SystemTime::UNIX_EPOCH + Duration::from_secs(sandbox.started)).unwrap_or_default();
         lines.push([
             sandbox.namespace.clone(),
@@ -133,7 +140,7 @@ mod tests {
         fs::create_dir_all(proc.join("12")).unwrap();
         fs::write(proc.join("12/smaps_rollup"), "Rss: 9 kB\nPss:   40960 kB\nPss_Dirty: 1 kB\n").unwrap();
         let rows = rows(&state, &proc);
-        assert_eq!(rows, [Row { sandbox, used_kib: 40_960, running: true }]);
+        assert_eq!(rows, [Row { sandbox, used_kib: 40_960, running: true, jail: None }]);
         let text = table(&rows, SystemTime::UNIX_EPOCH + Duration::from_secs(1090));
         let expected = "\
 NAMESPACE  SANDBOX        POD        STATE    VCPUS  MEMORY   USED    AGE  VMM  SHIM

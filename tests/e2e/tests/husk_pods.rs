@@ -215,6 +215,16 @@ fn limits_set_vm_size_and_husk_ps_lists_vm() {
         assert_eq!((&listed["vcpus"], &listed["running"]), (&json!(2), &json!(true)));
         assert_eq!(listed["vmm_pid"], pod.pid());
         assert!(listed["used_kib"].as_u64().unwrap() > 10_000, "{listed}");
+        let jail = &listed["jail"];
+        assert_eq!(jail["own_namespaces"], json!(["cgroup", "ipc", "mnt", "net", "pid", "uts"]), "{jail}");
+        assert!(jail["root"].as_str().unwrap().ends_with("/guest"), "{jail}");
+        assert_eq!(jail["core_limit"], 0, "{jail}");
+        for thread in jail["threads"].as_array().unwrap() {
+            assert_eq!((&thread["no_new_privs"], &thread["seccomp_filter"]), (&json!(true), &json!(true)), "{thread}");
+            // Only the threads that serve files have capabilities.
+            let count = thread["capabilities"].as_array().unwrap().len();
+            assert!(count == 0 || count == 9, "{thread}");
+        }
         let text = Command::new("husk").arg("ps").output().unwrap();
         assert!(String::from_utf8_lossy(&text.stdout).contains("running"));
         let trace = Command::new("husk").args(["trace", listed["pod"].as_str().unwrap()]).output().unwrap();
