@@ -1,11 +1,14 @@
 //! OCI hooks, which the shim runs on the host. nerdctl, for example, sets up a container's network in a hook.
 
-use std::process::Stdio;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
+use husk_base::sys::fd::set_nonblocking;
 use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::pipe;
 
+use crate::launcher::{LaunchError, Launcher, ProgramOptions};
 use crate::oci::Hook;
 use crate::oci::annotations::Annotations;
 
@@ -89,7 +92,7 @@ pub enum HookError {
 }
 
 /// Runs hooks one after the other and stops at the first failure.
-pub async fn run(kind: &'static str, hooks: &[Hook], state: &State<'_>) -> Result<(), HookError> {
+pub async fn run(launcher: &Launcher, kind: &'static str, hooks: &[Hook], state: &State<'_>) -> Result<(), HookError> {
     if hooks.is_empty() {
         return Ok(());
     }
@@ -97,7 +100,7 @@ pub async fn run(kind: &'static str, hooks: &[Hook], state: &State<'_>) -> Resul
     for (index, hook) in hooks.iter().enumerate() {
         let timeout = hook.timeout.filter(|t| *t > 0).map_or(DEFAULT_TIMEOUT, Duration::from_secs);
         let path = hook.path.display().to_string();
-        match tokio::time::timeout(timeout, run_one(hook, &state)).await {
+        match tokio::time::timeout(timeout, run_one(launcher, hook, &state)).await {
             Err(_) => return Err(HookError::Timeout { kind, index, path, timeout }),
             Ok(Err(source)) => return Err(HookError::Run { kind, index, path, source }),
             Ok(Ok((status, _, _))) if status.success() => {}
@@ -109,41 +112,57 @@ pub async fn run(kind: &'static str, hooks: &[Hook], state: &State<'_>) -> Resul
     Ok(())
 }
 
-async fn run_one(hook: &Hook, state: &[u8]) -> std::io::Result<(std::process::ExitStatus, String, String)> {
+async fn run_one(
+    launcher: &Launcher,
+    hook: &Hook,
+    state: &[u8],
+) -> std::io::Result<(std::process::ExitStatus, String, String)> {
     if !hook.path.is_absolute() {
         return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "the path is not absolute"));
     }
-    let mut command = tokio::process::Command::new(&hook.path);
-    if let Some((name, args)) = hook.args.split_first() {
-        command.arg0(name).args(args);
-    }
-    command.env_clear().envs(hook.env.iter().filter_map(|pair| pair.split_once('=')));
-    let mut child =
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true).spawn()?;
-    let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-    let feed = async {
-        if let Some(mut stdin) = stdin {
-            // Ignore an error, because a hook may end without reading the container's state.
-            let _ = stdin.write_all(state).await;
-        }
+    let (arg0, args) = hook.args.split_first().map_or((None, &[][..]), |(name, args)| (Some(name.as_str()), args));
+    let (stdin, input) = std::io::pipe()?;
+    let (output, stdout) = std::io::pipe()?;
+    let (errors, stderr) = std::io::pipe()?;
+    set_nonblocking(&input)?;
+    set_nonblocking(&output)?;
+    set_nonblocking(&errors)?;
+    let options = ProgramOptions {
+        path: &hook.path,
+        arg0,
+        args,
+        env: Some(hook.env.iter().filter_map(|pair| pair.split_once('=')).collect()),
+        fds: &[stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
+        kill_on_drop: true,
     };
-    let ((), stdout, stderr, status) = tokio::join!(feed, collect(stdout), collect(stderr), child.wait());
+    let program = launcher.start_program(&options).await.map_err(|error| match error {
+        LaunchError::Execute(source) => source,
+        other => std::io::Error::other(other),
+    })?;
+    drop((stdin, stdout, stderr));
+    let mut input = pipe::Sender::from_owned_fd(input.into())?;
+    let (output, errors) =
+        (pipe::Receiver::from_owned_fd(output.into())?, pipe::Receiver::from_owned_fd(errors.into())?);
+    let feed = async move {
+        // Ignore an error, because a hook may end without reading the container's state.
+        let _ = input.write_all(state).await;
+    };
+    let ((), stdout, stderr, status) = tokio::join!(feed, collect(output), collect(errors), program.wait());
     Ok((status?, stdout, stderr))
 }
 
 /// Returns the beginning of a hook's output. Reads and drops all further output, so that the hook does not block.
-async fn collect(stream: Option<impl tokio::io::AsyncRead + Unpin>) -> String {
+async fn collect(mut stream: pipe::Receiver) -> String {
     let mut text = Vec::new();
-    if let Some(mut stream) = stream {
-        let _ = (&mut stream).take(MAX_OUTPUT).read_to_end(&mut text).await;
-        let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
-    }
+    let _ = (&mut stream).take(MAX_OUTPUT).read_to_end(&mut text).await;
+    let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
     String::from_utf8_lossy(&text).trim().to_owned()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::launcher::of_tests;
 
     fn hook(script: &str) -> Hook {
         Hook {
@@ -163,13 +182,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("state");
         let none = Annotations::default();
-        run("createRuntime", &[hook(&format!("cat > {}", out.display()))], &state(&none)).await.unwrap();
+        run(of_tests(), "createRuntime", &[hook(&format!("cat > {}", out.display()))], &state(&none)).await.unwrap();
         let seen: serde_json::Value = serde_json::from_slice(&std::fs::read(out).unwrap()).unwrap();
         assert_eq!(
             seen,
             serde_json::json!({"ociVersion": "1.0.2", "id": "c", "status": "creating", "pid": 7, "bundle": "/b"})
         );
-        let error = run("poststart", &[hook("echo no >&2; exit 3")], &state(&none)).await.unwrap_err();
+        let error = run(of_tests(), "poststart", &[hook("echo no >&2; exit 3")], &state(&none)).await.unwrap_err();
         assert!(error.to_string().contains("stderr: no"), "{error}");
     }
 
@@ -178,6 +197,6 @@ mod tests {
         let mut slow = hook("exec sleep 30");
         slow.timeout = Some(1);
         let none = Annotations::default();
-        assert!(matches!(run("prestart", &[slow], &state(&none)).await, Err(HookError::Timeout { .. })));
+        assert!(matches!(run(of_tests(), "prestart", &[slow], &state(&none)).await, Err(HookError::Timeout { .. })));
     }
 }

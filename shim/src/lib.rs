@@ -11,6 +11,7 @@ pub mod error;
 pub mod events;
 pub mod hooks;
 pub mod ids;
+pub mod launcher;
 pub mod log;
 pub mod network;
 pub mod oci;

@@ -4,6 +4,7 @@
 //! `waitpid` consumes the status and then fails.
 
 use std::io;
+use std::os::fd::OwnedFd;
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
@@ -50,6 +51,43 @@ pub fn set_default_action(signal: Signal) -> io::Result<()> {
     match unsafe { libc::signal(signal as libc::c_int, libc::SIG_DFL) } {
         libc::SIG_ERR => Err(io::Error::last_os_error()),
         _ => Ok(()),
+    }
+}
+
+/// What [`clone_sibling`] returns in each of the two processes.
+#[derive(Debug)]
+pub enum Cloned {
+    /// This process is the caller.
+    Caller {
+        /// PID of the new process.
+        pid: i32,
+        /// Pidfd of the new process.
+        pidfd: OwnedFd,
+    },
+    /// This process is the new one.
+    Sibling,
+}
+
+/// Copies this process, as fork(2) does, but the new process becomes a child of this process's parent (CLONE_PARENT,
+/// clone(2)). The parent gets SIGCHLD when the new process ends, and has to reap it.
+///
+/// # Errors
+/// The errors of clone(2).
+///
+/// # Safety
+/// This process must have a single thread. Otherwise, the new process may do only what is async-signal-safe.
+pub unsafe fn clone_sibling() -> io::Result<Cloned> {
+    let mut pidfd: libc::c_int = -1;
+    let flags = libc::CLONE_PARENT | libc::CLONE_PIDFD | libc::SIGCHLD;
+    // SAFETY: without a stack and without CLONE_VM, the call is equivalent to fork(2), which is safe as the caller
+    // guarantees. In this process, the kernel stores a new fd in `pidfd`, and nothing else owns this fd.
+    match unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) } {
+        0 => Ok(Cloned::Sibling),
+        pid => match i32::try_from(pid) {
+            // SAFETY: see above.
+            Ok(pid) if pid > 0 => Ok(Cloned::Caller { pid, pidfd: unsafe { super::new_fd(pidfd) }? }),
+            _ => Err(io::Error::last_os_error()),
+        },
     }
 }
 
@@ -102,6 +140,31 @@ mod tests {
         assert_eq!(wait(pid, 0), Err(Errno::ECHILD));
         assert!(child.wait().is_err());
         assert_eq!(kill(std::process::id().cast_signed(), 1000).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+    }
+
+    #[test]
+    fn sibling_is_a_child_of_the_parent() {
+        // SAFETY: the child process has one thread, and makes only system calls.
+        match unsafe { nix::unistd::fork() }.unwrap() {
+            nix::unistd::ForkResult::Child => {
+                // SAFETY: see above.
+                match unsafe { clone_sibling() } {
+                    Ok(Cloned::Sibling) => exit_immediately(7),
+                    Ok(Cloned::Caller { .. }) => exit_immediately(0),
+                    Err(_) => exit_immediately(1),
+                }
+            }
+            nix::unistd::ForkResult::Parent { child } => {
+                assert_eq!(wait(child.as_raw(), 0), Ok(Some((child.as_raw(), 0))));
+                // The list has only the children of this thread.
+                let children = std::fs::read_to_string("/proc/thread-self/children").unwrap();
+                let statuses = children.split_whitespace().filter_map(|pid| {
+                    let (_, status) = wait(pid.parse().ok()?, 0).ok()??;
+                    Some(libc::WEXITSTATUS(status))
+                });
+                assert_eq!(statuses.collect::<Vec<_>>(), [7]);
+            }
+        }
     }
 
     #[test]

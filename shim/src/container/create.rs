@@ -64,7 +64,7 @@ impl Shim {
             return self.create_sandbox_container(request, spec).await;
         }
         let io = stdio_paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
-        let logger = LoggerContext { id: &request.id, namespace: &self.namespace };
+        let logger = LoggerContext { id: &request.id, namespace: &self.namespace, launcher: &self.launcher };
         let prepare = async {
             self.acquire_pid(&request.id, &spec).await;
             let prepared = self.prepare(request, bundle).await?;
@@ -240,7 +240,7 @@ impl Shim {
             bundle: &request.bundle,
             annotations: &spec.annotations,
         };
-        hooks::run(kind, hooks, &state).await.map_err(ServiceError::failed)
+        hooks::run(&self.launcher, kind, hooks, &state).await.map_err(ServiceError::failed)
     }
 
     /// Runs the poststart or poststop hooks. A failure is only logged.
@@ -257,7 +257,7 @@ impl Shim {
             bundle: &container.bundle,
             annotations: &container.spec.annotations,
         };
-        if let Err(error) = hooks::run(kind, hooks, &state).await {
+        if let Err(error) = hooks::run(&self.launcher, kind, hooks, &state).await {
             tracing::warn!(container = container.id, error = %crate::chain(&error), "failed to run the hooks");
         }
     }

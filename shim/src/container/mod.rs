@@ -26,6 +26,7 @@ use crate::container::containers::{Container, Containers};
 use crate::container::process::{Exit, ExitReport, Process};
 use crate::error::ServiceError;
 use crate::events::{Events, timestamp};
+use crate::launcher::Launcher;
 use crate::resources::oom_score::Scores;
 use crate::sandbox::Sandbox;
 use crate::sandbox::launch::DeferredLaunch;
@@ -46,6 +47,7 @@ pub struct Shim {
     pub(crate) pids: pids::Pids,
     pub(crate) oom_scores: Scores,
     pub(crate) events: Events,
+    pub(crate) launcher: Launcher,
     /// Whether the VM has ended and all reports from the agent have been handled. All processes then count as exited.
     pub(crate) vm_ended: AtomicBool,
     pub(crate) finishing: AtomicBool,
@@ -69,6 +71,7 @@ impl Shim {
         namespace: &str,
         sandbox: Arc<Sandbox>,
         events: Events,
+        launcher: Launcher,
         reports: mpsc::UnboundedReceiver<Report>,
         pending: Option<DeferredLaunch>,
     ) -> Arc<Self> {
@@ -81,6 +84,7 @@ impl Shim {
             pids: pids::Pids::default(),
             oom_scores: Scores::default(),
             events,
+            launcher,
             vm_ended: AtomicBool::new(false),
             finishing: AtomicBool::new(false),
             finished: watch::Sender::new(false),

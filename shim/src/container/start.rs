@@ -106,7 +106,7 @@ impl Shim {
     async fn start_exec_in_guest(&self, exec: &Exec) -> ttrpc::Result<()> {
         let process = &exec.process;
         let agent = self.agent()?;
-        let logger = LoggerContext { id: &process.container, namespace: &self.namespace };
+        let logger = LoggerContext { id: &process.container, namespace: &self.namespace, launcher: &self.launcher };
         self.load_profile(&agent, &exec.profile).await?;
         self.sandbox.wait_for_propagation().await;
         let stdio = Stdio::open(&process.paths, &logger).await.map_err(ServiceError::failed)?;

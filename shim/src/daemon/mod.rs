@@ -16,6 +16,7 @@ use crate::address::Address;
 use crate::chain;
 use crate::container::Shim;
 use crate::events::{Destination, Events, RetryPolicy};
+use crate::launcher::Launcher;
 use crate::log;
 use crate::oci::Bundle;
 use crate::sandbox::boot::pipe_pair;
@@ -61,6 +62,16 @@ pub fn run(args: DaemonArgs) -> i32 {
     // Each sandbox has a daemon, which is idle most of the time. Therefore, the daemon's heap must stay small.
     heap::keep_small();
     let vmm_log = detach();
+    // The launcher is forked first. It has this process's rights, mounts and cgroup at this point, and a small heap.
+    let launcher = match Launcher::start() {
+        Ok(launcher) => launcher,
+        Err(error) => {
+            log::init(&args.dir, &args.namespace, &args.sandbox, args.debug);
+            tracing::error!(error = %chain(&error), "the shim ends, because it cannot start programs");
+            args.address.remove();
+            return 1;
+        }
+    };
     log::init(&args.dir, &args.namespace, &args.sandbox, args.debug);
     let state = StateDir::new(&args.namespace, &args.sandbox);
     let timeline = Arc::new(Timeline::new(&args.namespace, &args.sandbox, state.timeline()));
@@ -82,7 +93,7 @@ pub fn run(args: DaemonArgs) -> i32 {
         .build();
     match runtime {
         Ok(runtime) => {
-            let code = runtime.block_on(serve(args, context, launch, vmm_log));
+            let code = runtime.block_on(serve(args, context, launch, launcher, vmm_log));
             // Do not wait for blocking tasks, because a task may hang in a file system.
             runtime.shutdown_background();
             code
@@ -148,8 +159,15 @@ enum Launch {
     Deferred(Result<PathBuf, String>),
 }
 
-async fn serve(args: DaemonArgs, context: LaunchContext, launch: Launch, vmm_log: Option<OwnedFd>) -> i32 {
-    let DaemonArgs { namespace, destination, address, listener, dir, .. } = args;
+async fn serve(
+    args: DaemonArgs,
+    context: LaunchContext,
+    launch: Launch,
+    launcher: Launcher,
+    vmm_log: Option<OwnedFd>,
+) -> i32 {
+    let DaemonArgs { namespace, mut destination, address, listener, dir, .. } = args;
+    destination.set_launcher(launcher.clone());
     let (reports, reported) = mpsc::unbounded_channel();
     let sandbox = Sandbox::new(&context.sandbox, context.dir.clone(), Arc::clone(&context.timeline), vmm_log);
     let pending = match launch {
@@ -157,10 +175,10 @@ async fn serve(args: DaemonArgs, context: LaunchContext, launch: Launch, vmm_log
             sandbox.launch(*input, reports);
             None
         }
-        Launch::Deferred(share) => Some(DeferredLaunch { context, share, dir, reports }),
+        Launch::Deferred(share) => Some(DeferredLaunch { context, share, dir, launcher: launcher.clone(), reports }),
     };
     let events = Events::start(&namespace, destination, RetryPolicy::default());
-    let shim = Shim::new(&namespace, sandbox, events, reported, pending);
+    let shim = Shim::new(&namespace, sandbox, events, launcher, reported, pending);
     let code = match listen(listener, &shim).await {
         Ok(mut server) => {
             tokio::select! {

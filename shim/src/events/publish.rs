@@ -1,16 +1,20 @@
 //! Publishes events to containerd, through containerd's ttrpc socket or with the command `containerd publish`.
 
-use std::process::Stdio;
+use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::Duration;
 
+use husk_base::sys::fd::set_nonblocking;
 use husk_proto::containerd::api::ForwardRequest;
 use husk_proto::containerd::shim::event::Envelope;
 use husk_proto::containerd::shim_async::{Client, EventsClient};
 use protobuf::Message;
 use tokio::io::AsyncWriteExt;
+use tokio::net::unix::pipe;
 use ttrpc::asynchronous::transport::Socket;
 
 use super::Publish;
+use crate::launcher::{LaunchError, Launcher, ProgramOptions};
 
 /// Timeout of one delivery attempt.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -42,6 +46,15 @@ pub enum PublishError {
         #[source]
         source: std::io::Error,
     },
+    /// The launcher cannot start the binary.
+    #[error("failed to start {path} publish")]
+    Start {
+        /// The binary.
+        path: String,
+        /// The cause.
+        #[source]
+        source: LaunchError,
+    },
     /// The binary ended with an error status.
     #[error("{path} publish failed: {status}")]
     BinaryStatus {
@@ -64,12 +77,18 @@ pub struct Destination {
     /// Path of containerd's binary. Empty if it is not known.
     pub binary: String,
     client: Option<EventsClient>,
+    launcher: Option<Launcher>,
 }
 
 impl Destination {
     /// Returns a destination that connects at the first event.
     pub fn new(ttrpc_address: String, address: String, binary: String) -> Self {
-        Self { ttrpc_address, address, binary, client: None }
+        Self { ttrpc_address, address, binary, client: None, launcher: None }
+    }
+
+    /// Sets the launcher, which starts the binary.
+    pub fn set_launcher(&mut self, launcher: Launcher) {
+        self.launcher = Some(launcher);
     }
 
     async fn forward(&mut self, event: &Envelope) -> Result<(), PublishError> {
@@ -93,21 +112,29 @@ impl Destination {
         result.map(drop).map_err(PublishError::Forward)
     }
 
-    async fn run_binary(&self, event: &Envelope) -> Result<(), PublishError> {
+    async fn run_binary(&self, launcher: &Launcher, event: &Envelope) -> Result<(), PublishError> {
         let error = |source| PublishError::Binary { path: self.binary.clone(), source };
-        let mut child = tokio::process::Command::new(&self.binary)
-            .args(["--address", &self.address, "publish", "--topic", &event.topic, "--namespace", &event.namespace])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(error)?;
-        if let Some(mut stdin) = child.stdin.take() {
-            let bytes = event.event.write_to_bytes().map_err(std::io::Error::other).map_err(error)?;
-            stdin.write_all(&bytes).await.map_err(error)?;
-        }
-        let status = child.wait().await.map_err(error)?;
+        let args = ["--address", &self.address, "publish", "--topic", &event.topic, "--namespace", &event.namespace];
+        let args = args.map(str::to_owned);
+        let null = std::fs::File::options().write(true).open("/dev/null").map_err(error)?;
+        let (stdin, input) = std::io::pipe().map_err(error)?;
+        set_nonblocking(&input).map_err(error)?;
+        let options = ProgramOptions {
+            path: Path::new(&self.binary),
+            arg0: None,
+            args: &args,
+            env: None,
+            fds: &[stdin.as_fd(), null.as_fd(), null.as_fd()],
+            kill_on_drop: true,
+        };
+        let program = launcher.start_program(&options).await;
+        let program = program.map_err(|source| PublishError::Start { path: self.binary.clone(), source })?;
+        drop(stdin);
+        let mut input = pipe::Sender::from_owned_fd(input.into()).map_err(error)?;
+        let bytes = event.event.write_to_bytes().map_err(std::io::Error::other).map_err(error)?;
+        input.write_all(&bytes).await.map_err(error)?;
+        drop(input);
+        let status = program.wait().await.map_err(error)?;
         if status.success() { Ok(()) } else { Err(PublishError::BinaryStatus { path: self.binary.clone(), status }) }
     }
 }
@@ -117,8 +144,8 @@ impl Publish for Destination {
     async fn publish(&mut self, event: &Envelope) -> Result<(), PublishError> {
         if !self.ttrpc_address.is_empty() {
             self.forward(event).await
-        } else if !self.binary.is_empty() {
-            tokio::time::timeout(TIMEOUT, self.run_binary(event)).await.map_err(|_| PublishError::Timeout)?
+        } else if let (false, Some(launcher)) = (self.binary.is_empty(), &self.launcher) {
+            tokio::time::timeout(TIMEOUT, self.run_binary(launcher, event)).await.map_err(|_| PublishError::Timeout)?
         } else {
             Err(PublishError::NoDestination)
         }

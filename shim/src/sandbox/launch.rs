@@ -1,5 +1,6 @@
 //! Launches a sandbox: prepares everything that a boot needs, according to the sandbox's specification.
 
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -9,6 +10,7 @@ use husk_vmm::virtio::net::MAX_QUEUE_PAIRS;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::chain;
+use crate::launcher::Launcher;
 use crate::log;
 use crate::network;
 use crate::oci::{Bundle, IdMappings, Network, Spec};
@@ -50,6 +52,8 @@ pub struct DeferredLaunch {
     pub share: Result<PathBuf, String>,
     /// The bundle directory.
     pub dir: PathBuf,
+    /// Starts the VMM process.
+    pub launcher: Launcher,
     /// Channel to which the agent's reports are sent.
     pub reports: mpsc::UnboundedSender<Report>,
 }
@@ -62,7 +66,7 @@ impl DeferredLaunch {
     /// Fails if `share` is an error, if the specification is invalid, or if a thread cannot be started. The text contains
     /// the error and its causes. [`Sandbox::ready`] reports later failures.
     pub async fn launch(self, spec: serde_json::Value, sandbox: &Sandbox) -> Result<(), String> {
-        let Self { context, share, dir, reports } = self;
+        let Self { context, share, dir, launcher, reports } = self;
         let share = share?;
         let bundle = Bundle::from_value(&dir, spec).map_err(|e| chain(&e))?;
         bundle.check().map_err(|e| chain(&e))?;
@@ -74,7 +78,7 @@ impl DeferredLaunch {
         let (installation, cgroup) =
             entered.await.map_err(|error| format!("failed to enter the sandbox's cgroup: {error}"))?;
         let mut partial = PartialLaunch::default();
-        let spawned = cgroup.and_then(|cgroup| partial.spawn(&context, &bundle.spec, cgroup));
+        let spawned = cgroup.and_then(|cgroup| partial.spawn(&context, &bundle.spec, cgroup, Some(&launcher)));
         let (done, wait) = oneshot::channel();
         // Use a separate thread, because a launch enters the pod's network namespace. If the thread cannot leave this
         // namespace, the thread must end.
@@ -102,8 +106,7 @@ impl Installation {
     /// the copies that [`GuestImages::open`] makes would be charged to the sandbox's cgroup. These copies outlive the
     /// sandbox.
     fn open(context: &LaunchContext) -> Result<Self, String> {
-        let path = std::env::var_os("HUSK_CONFIG").map_or_else(|| PathBuf::from(husk_config::DEFAULT_PATH), Into::into);
-        let config = Config::load(&path).map_err(|e| chain(&e))?;
+        let config = config()?;
         if !context.debug {
             log::set_level(config.log_level);
         }
@@ -112,11 +115,19 @@ impl Installation {
     }
 }
 
+/// Reads the node's configuration.
+pub fn config() -> Result<Config, String> {
+    let path = std::env::var_os("HUSK_CONFIG").map_or_else(|| PathBuf::from(husk_config::DEFAULT_PATH), Into::into);
+    Config::load(&path).map_err(|e| chain(&e))
+}
+
 /// The resources that a launch has acquired so far. The sandbox keeps these resources even if a later step fails.
 #[derive(Default)]
 struct PartialLaunch {
     cgroup: Option<Cgroup>,
     vmm: Option<husk_vmm::client::Spawned>,
+    /// The pod's network namespace, if it is new.
+    new_network: Option<OwnedFd>,
     timeline_log: PathBuf,
 }
 
@@ -126,7 +137,7 @@ pub fn prepare(context: &LaunchContext, bundle: &Bundle, share: &Path) -> Launch
     let spec = &bundle.spec;
     let installation = Installation::open(context);
     let entered = enter_cgroup(context, &spec.linux.cgroups_path);
-    let spawned = entered.and_then(|cgroup| partial.spawn(context, spec, cgroup));
+    let spawned = entered.and_then(|cgroup| partial.spawn(context, spec, cgroup, None));
     let plan = spawned.and_then(|network| partial.plan(context, bundle, share, network, installation));
     partial.finish(plan)
 }
@@ -141,11 +152,28 @@ impl PartialLaunch {
         LaunchInput { cgroup: self.cgroup, vmm: self.vmm, plan, timeline_log: self.timeline_log }
     }
 
-    /// Spawns the VMM process, which inherits the cgroup that this process has entered.
-    fn spawn(&mut self, context: &LaunchContext, spec: &Spec, cgroup: Option<Cgroup>) -> Result<Network, String> {
+    /// Spawns the VMM process in the cgroup that this process has entered. If this process is confined, the launcher
+    /// has to spawn the VMM process.
+    fn spawn(
+        &mut self,
+        context: &LaunchContext,
+        spec: &Spec,
+        cgroup: Option<Cgroup>,
+        launcher: Option<&Launcher>,
+    ) -> Result<Network, String> {
         self.cgroup = cgroup;
         let network = spec.network().map_err(|e| chain(&e))?;
-        let vmm = self.vmm.insert(vmm::spawn(&network).map_err(|e| chain(&e))?);
+        let namespace = vmm::network_namespace(&network).map_err(|e| chain(&e))?;
+        let spawned = match launcher {
+            Some(launcher) => {
+                let cgroups = self.cgroup.as_ref().map_or(Ok(Vec::new()), Cgroup::open_procs);
+                let cgroups = cgroups.map_err(|error| format!("failed to open the sandbox's cgroup: {error}"))?;
+                vmm::spawn_by_launcher(launcher, &namespace, &cgroups)
+            }
+            None => vmm::spawn(&namespace),
+        };
+        let vmm = self.vmm.insert(spawned.map_err(|e| chain(&e))?);
+        self.new_network = matches!(network, Network::New).then_some(namespace);
         context.timeline.mark("vmm spawned");
         record_process(&context.dir, "vmm.pid", vmm.pid)?;
         oom_score::set(vmm.pid, oom_score::DEFAULT)
@@ -180,9 +208,9 @@ impl PartialLaunch {
             // between Create and Start. If the pod has a user namespace, containerd 1.7 also runs CNI between Create
             // and Start. The reason is that the user namespace must own the network namespace
             // (pkg/cri/server/sandbox_run.go).
-            Network::New => match &self.vmm {
-                Some(vmm) => network::watch_new(
-                    &PathBuf::from(format!("/proc/{}/ns/net", vmm.pid)),
+            Network::New => match &self.new_network {
+                Some(namespace) => network::watch_new(
+                    &PathBuf::from(format!("/proc/self/fd/{}", namespace.as_raw_fd())),
                     spec.annotations.is_sandbox(),
                     tap_options,
                 )

@@ -5,30 +5,23 @@
 //! the logger writes to fd 5 or closes fd 5.
 
 use std::{
+    fs::File,
     io,
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
-        unix::process::CommandExt,
-    },
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
     time::Duration,
 };
 
-use husk_base::sys::pidfd;
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
-    sys::signal::{Signal, kill},
-    unistd::{Pid, pipe2},
+    sys::signal::Signal,
+    unistd::pipe2,
 };
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    sync::oneshot,
-    time::timeout,
-};
+use tokio::{io::Interest, sync::oneshot, time::timeout};
 
 use super::{LoggerContext, StdioError};
 use crate::async_fd::register;
+use crate::launcher::{LaunchError, Program, ProgramOptions};
 
 /// Timeout for a logger to become ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -62,11 +55,10 @@ pub async fn start(
             .map_err(|e| system("failed to make a pipe non-blocking")(e.into()))?;
     }
     let ends = [out_read, err_read, ready_write];
-    let child = spawn(path, args, context, &ends).map_err(system("failed to spawn the process"))?;
+    let program = spawn(path, args, context, &ends).await.map_err(system("failed to spawn the process"))?;
     drop(ends);
-    let pidfd = pidfd(&child).map_err(system("failed to open a pidfd"))?;
     let (released, release) = oneshot::channel();
-    tokio::spawn(supervise(path.to_path_buf(), child, pidfd, release));
+    tokio::spawn(supervise(path.to_path_buf(), program, release));
     let handle = LoggerHandle { _released: released };
     let ready = register(ready_read, Interest::READABLE).map_err(StdioError::Register)?;
     let wait = async {
@@ -86,72 +78,38 @@ pub async fn start(
     }
 }
 
-fn spawn(path: &Path, args: &[String], context: &LoggerContext<'_>, ends: &[OwnedFd; 3]) -> io::Result<Child> {
-    // Duplicate the fds to numbers above 5, so that dup2(2) to 3, 4 and 5 cannot overwrite one of these fds.
-    let copy = |fd: &OwnedFd| -> io::Result<OwnedFd> {
-        let copy = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(16))?;
-        // SAFETY: the kernel has just created this fd, and nothing else owns it.
-        Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+async fn spawn(path: &Path, args: &[String], context: &LoggerContext<'_>, ends: &[OwnedFd; 3]) -> io::Result<Program> {
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    let [out, err, ready] = ends.each_ref().map(AsFd::as_fd);
+    let options = ProgramOptions {
+        path,
+        arg0: None,
+        args,
+        env: Some(vec![("CONTAINER_ID", context.id), ("CONTAINER_NAMESPACE", context.namespace)]),
+        fds: &[null.as_fd(), null.as_fd(), null.as_fd(), out, err, ready],
+        kill_on_drop: false,
     };
-    let [out, err, ready] = ends;
-    let copies = [copy(out)?, copy(err)?, copy(ready)?];
-    let mut command = Command::new(path);
-    command
-        .args(args)
-        .env_clear()
-        .env("CONTAINER_ID", context.id)
-        .env("CONTAINER_NAMESPACE", context.namespace)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    let numbers = copies.each_ref().map(AsRawFd::as_raw_fd);
-    let dup_fds = move || {
-        for (from, to) in numbers.iter().zip(3..) {
-            // SAFETY: dup2 takes two numbers and is async-signal-safe. `from` stays open until exec.
-            if unsafe { libc::dup2(*from, to) } < 0 {
-                return Err(io::Error::last_os_error());
-            }
-        }
-        Ok(())
-    };
-    // SAFETY: between fork and exec, `dup_fds` calls only dup2, which is async-signal-safe. `dup_fds` does not allocate
-    // memory.
-    unsafe { command.pre_exec(dup_fds) };
-    command.spawn()
-}
-
-/// Opens a pidfd, which becomes readable when the child ends.
-fn pidfd(child: &Child) -> io::Result<AsyncFd<OwnedFd>> {
-    let pid = libc::pid_t::try_from(child.id()).map_err(io::Error::other)?;
-    // The PID cannot belong to another process, because the child has not been reaped yet.
-    register(pidfd::open(pid)?, Interest::READABLE)
+    context.launcher.start_program(&options).await.map_err(|error| match error {
+        LaunchError::Execute(source) => source,
+        other => io::Error::other(other),
+    })
 }
 
 /// Reaps the logger when it ends. If the logger does not end after the handle is dropped, sends SIGTERM, and later
 /// SIGKILL.
-async fn supervise(path: PathBuf, mut child: Child, pidfd: AsyncFd<OwnedFd>, release: oneshot::Receiver<()>) {
-    let ended = async || {
-        let _ = pidfd.readable().await;
-    };
+async fn supervise(path: PathBuf, program: Program, release: oneshot::Receiver<()>) {
     tokio::select! {
-        () = ended() => {}
+        () = program.ended() => {}
         _ = release => {
-            let signal = |signal| {
-                if let Ok(pid) = i32::try_from(child.id()) {
-                    let _ = kill(Pid::from_raw(pid), signal);
-                }
-            };
-            if timeout(EXIT_TIMEOUT, ended()).await.is_err() {
-                signal(Signal::SIGTERM);
-                if timeout(SIGTERM_TIMEOUT, ended()).await.is_err() {
-                    signal(Signal::SIGKILL);
-                    ended().await;
+            if timeout(EXIT_TIMEOUT, program.ended()).await.is_err() {
+                program.signal(Signal::SIGTERM);
+                if timeout(SIGTERM_TIMEOUT, program.ended()).await.is_err() {
+                    program.signal(Signal::SIGKILL);
                 }
             }
         }
     }
-    // Does not block, because the logger has ended.
-    if let Ok(status) = child.wait()
+    if let Ok(status) = program.wait().await
         && !status.success()
     {
         tracing::warn!("the logger {} failed: {status}", path.display());

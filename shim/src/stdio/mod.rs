@@ -25,6 +25,8 @@ use tokio::net::UnixStream;
 use logger::LoggerHandle;
 use target::{Input, Output};
 
+use crate::launcher::Launcher;
+
 /// The targets of a process's streams in a Create or Exec request. Stdin's target is a path. An output's target is a
 /// path or a URI (`fifo://`, `file://` or `binary://`). Each target can be empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -46,6 +48,8 @@ pub struct LoggerContext<'a> {
     pub id: &'a str,
     /// containerd's namespace.
     pub namespace: &'a str,
+    /// Starts the logger.
+    pub launcher: &'a Launcher,
 }
 
 /// The streams to the guest that a process needs.

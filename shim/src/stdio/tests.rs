@@ -14,9 +14,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
 
-const LOGGER: LoggerContext<'_> = LoggerContext { id: "c1", namespace: "ns" };
 const LONG: Duration = Duration::from_secs(60);
 const MIB: usize = 1 << 20;
+
+fn logger_context() -> LoggerContext<'static> {
+    LoggerContext { id: "c1", namespace: "ns", launcher: crate::launcher::of_tests() }
+}
 
 fn fifo(dir: &Path, name: &str) -> String {
     let path = dir.join(name);
@@ -39,7 +42,7 @@ fn reader(path: &str) -> std::thread::JoinHandle<Vec<u8>> {
 }
 
 async fn pipes(paths: &Paths) -> (Relay, [Option<UnixStream>; 3]) {
-    let stdio = Stdio::open(paths, &LOGGER).await.unwrap();
+    let stdio = Stdio::open(paths, &logger_context()).await.unwrap();
     let needed = stdio.needed_streams();
     assert!(!needed.terminal);
     let pair = |want: bool| want.then(|| UnixStream::pair().unwrap()).unzip();
@@ -226,7 +229,7 @@ async fn terminal_has_one_bidirectional_stream() {
     let dir = tempfile::tempdir().unwrap();
     let paths =
         Paths { stdin: fifo(dir.path(), "in"), stdout: fifo(dir.path(), "out"), stderr: String::new(), terminal: true };
-    let stdio = Stdio::open(&paths, &LOGGER).await.unwrap();
+    let stdio = Stdio::open(&paths, &logger_context()).await.unwrap();
     assert_eq!(stdio.needed_streams(), NeededStreams { stdin: true, stdout: true, stderr: false, terminal: true });
     let (host, mut guest) = UnixStream::pair().unwrap();
     let relay = stdio.start(Streams::Terminal(host)).unwrap();
@@ -251,7 +254,7 @@ async fn open_reports_the_stream_that_failed() {
     let file = file.to_str().unwrap();
     let open = async |stdin: &str, stdout: &str| {
         let paths = Paths { stdin: stdin.into(), stdout: stdout.into(), ..Paths::default() };
-        Stdio::open(&paths, &LOGGER).await.unwrap_err()
+        Stdio::open(&paths, &logger_context()).await.unwrap_err()
     };
     assert!(matches!(open("", "/nowhere/x").await, StdioError::Open { stream: "stdout", .. }));
     assert!(matches!(open("/nowhere/x", "").await, StdioError::Open { stream: "stdin", .. }));

@@ -17,6 +17,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::async_fd::register;
+use crate::launcher::{LaunchError, Launcher};
 use crate::lock;
 use crate::oci::Network;
 use crate::vm::thread_id;
@@ -28,11 +29,17 @@ pub enum VmmError {
     /// The process cannot be started.
     #[error("failed to start the VMM process")]
     Spawn(#[source] SpawnError),
+    /// The launcher cannot start the process.
+    #[error(transparent)]
+    Launch(LaunchError),
     /// The VMM's fds cannot be registered with the async runtime.
     #[error("failed to watch the VMM process")]
     Watch(#[source] std::io::Error),
-    /// The network namespace cannot be opened.
-    #[error("failed to open the network namespace {path}")]
+    /// The network namespace cannot be created.
+    #[error("failed to create the pod's network namespace")]
+    NewNetns(#[source] std::io::Error),
+    /// The namespace cannot be opened.
+    #[error("failed to open the namespace {path}")]
     Netns {
         /// Path of the namespace.
         path: String,
@@ -82,22 +89,49 @@ pub struct Vmm {
     inner: Arc<Inner>,
 }
 
-/// Starts the VMM process in the sandbox's network namespace.
+/// Opens the sandbox's network namespace, or creates it.
+///
+/// # Errors
+/// [`VmmError::Netns`] or [`VmmError::NewNetns`].
+pub fn network_namespace(network: &Network) -> Result<OwnedFd, VmmError> {
+    match network {
+        Network::Path(path) => std::fs::File::open(path)
+            .map(OwnedFd::from)
+            .map_err(|source| VmmError::Netns { path: path.display().to_string(), source }),
+        Network::New => new_network_namespace().map_err(VmmError::NewNetns),
+    }
+}
+
+/// Creates a network namespace on another thread, so that this thread need not return to its own namespace.
+fn new_network_namespace() -> std::io::Result<OwnedFd> {
+    let creator = std::thread::Builder::new().name("new-network".into()).spawn(|| -> std::io::Result<OwnedFd> {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
+        Ok(std::fs::File::open("/proc/thread-self/ns/net")?.into())
+    })?;
+    creator.join().unwrap_or_else(|_| Err(std::io::Error::other("the thread that creates the namespace panicked")))
+}
+
+/// Starts the VMM process in a network namespace. The process inherits this process's cgroup and mount namespace.
 ///
 /// Must be called on the main thread. When the calling thread exits, the kernel kills the VMM (PR_SET_PDEATHSIG).
 ///
 /// # Errors
-/// [`VmmError`] if the namespace cannot be opened or the process cannot be started.
-pub fn spawn(network: &Network) -> Result<Spawned, VmmError> {
-    let network = match network {
-        Network::New => client::Network::New,
-        Network::Path(path) => {
-            let netns = std::fs::File::open(path)
-                .map_err(|source| VmmError::Netns { path: path.display().to_string(), source })?;
-            client::Network::Join(netns.into())
-        }
-    };
+/// [`VmmError::Spawn`], or the error of duplicating the fd.
+pub fn spawn(namespace: &OwnedFd) -> Result<Spawned, VmmError> {
+    let namespace = namespace.try_clone().map_err(|source| VmmError::Netns { path: "of the pod".into(), source })?;
+    let network = client::Network::Join(namespace);
     client::spawn(SpawnOptions { network, ..Default::default() }).map_err(VmmError::Spawn)
+}
+
+/// Lets the launcher start the VMM process, because this process is confined already. The VMM process enters the
+/// cgroups with the open files `cgroups`, and this process's mount namespace. It is killed when the main thread exits.
+///
+/// # Errors
+/// [`VmmError::Launch`].
+pub fn spawn_by_launcher(launcher: &Launcher, namespace: &OwnedFd, cgroups: &[OwnedFd]) -> Result<Spawned, VmmError> {
+    let path = "/proc/self/ns/mnt";
+    let mounts = std::fs::File::open(path).map_err(|source| VmmError::Netns { path: path.into(), source })?;
+    launcher.start_vmm(mounts.as_fd(), namespace.as_fd(), cgroups).map_err(VmmError::Launch)
 }
 
 /// Waits until the child `pid` exits, and returns its exit status. Blocks.

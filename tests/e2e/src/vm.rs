@@ -13,8 +13,21 @@ pub fn vmm_pids_of(id: &str) -> Vec<i32> {
     vmm_pids().into_iter().filter(|pid| parent(*pid).is_some_and(|parent| shims.contains(&parent))).collect()
 }
 
-/// Returns the pids of the shims that were started for container `id`.
+/// Returns the pids of the shims that were started for container `id`, without their launchers.
 pub fn shim_pids_of(id: &str) -> Vec<i32> {
+    of_shim(id).into_iter().filter(|pid| !is_launcher(*pid)).collect()
+}
+
+/// Returns the pids of the launchers of the shims that were started for container `id`.
+pub fn launcher_pids_of(id: &str) -> Vec<i32> {
+    of_shim(id).into_iter().filter(|pid| is_launcher(*pid)).collect()
+}
+
+fn is_launcher(pid: i32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "husk-launcher")
+}
+
+fn of_shim(id: &str) -> Vec<i32> {
     processes_with(|arguments| {
         arguments.first().is_some_and(|first| first.contains("containerd-shim-husk"))
             && arguments.windows(2).any(|pair| pair[0] == "-id" && pair[1] == id)

@@ -32,12 +32,25 @@ pub struct SpawnOptions {
     pub exe: PathBuf,
     /// The network namespace of the process.
     pub network: Network,
+    /// The mount namespace of the process. `None` means the caller's mount namespace.
+    pub mount_namespace: Option<OwnedFd>,
+    /// The files `cgroup.procs` of the cgroups that the process enters, opened for writing.
+    pub cgroups: Vec<OwnedFd>,
+    /// Whether the process becomes a child of the caller's parent. The parent then takes the caller's place in
+    /// [`Spawned`].
+    pub sibling: bool,
 }
 
 impl Default for SpawnOptions {
     /// Returns options that run the current binary in the parent's network namespace.
     fn default() -> Self {
-        Self { exe: PathBuf::from("/proc/self/exe"), network: Network::Inherit }
+        Self {
+            exe: PathBuf::from("/proc/self/exe"),
+            network: Network::Inherit,
+            mount_namespace: None,
+            cgroups: Vec::new(),
+            sibling: false,
+        }
     }
 }
 
@@ -65,6 +78,12 @@ pub enum SpawnError {
     /// clone failed.
     #[error("failed to create the VMM process")]
     Clone(#[source] io::Error),
+    /// The child could not enter its mount namespace.
+    #[error("failed to set the mount namespace of the VMM process")]
+    Mounts(#[source] io::Error),
+    /// The child could not enter a cgroup.
+    #[error("failed to move the VMM process into its cgroup")]
+    Cgroup(#[source] io::Error),
     /// The child could not create or enter its network namespace.
     #[error("failed to set the network namespace of the VMM process")]
     Network(#[source] io::Error),
@@ -87,6 +106,10 @@ struct ExecPlan {
     control: RawFd,
     netns: RawFd,
     new_network: bool,
+    /// The mount namespace, or -1.
+    mntns: RawFd,
+    cgroups: *const RawFd,
+    cgroup_count: usize,
     /// The failed step and its errno, written by the child.
     failed: (FailedStep, c_int),
 }
@@ -94,6 +117,8 @@ struct ExecPlan {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum FailedStep {
     None,
+    Mounts,
+    Cgroup,
     Network,
     Control,
     Close,
@@ -110,6 +135,7 @@ pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
     let argv = [argv0.as_ptr(), std::ptr::null()];
     let envp = [log.as_deref().map_or(std::ptr::null(), CStr::as_ptr), std::ptr::null()];
     let (parent_end, child_end) = wire::pair().map_err(SpawnError::Socket)?;
+    let cgroups: Vec<RawFd> = options.cgroups.iter().map(AsRawFd::as_raw_fd).collect();
     let mut plan = ExecPlan {
         exe: exe.as_ptr(),
         argv: argv.as_ptr(),
@@ -120,29 +146,36 @@ pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
             Network::Inherit | Network::New => -1,
         },
         new_network: matches!(options.network, Network::New),
+        mntns: options.mount_namespace.as_ref().map_or(-1, AsRawFd::as_raw_fd),
+        cgroups: cgroups.as_ptr(),
+        cgroup_count: cgroups.len(),
         failed: (FailedStep::None, 0),
     };
-    let (pid, pidfd) = clone_and_exec(&mut plan).map_err(SpawnError::Clone)?;
+    let (pid, pidfd) = clone_and_exec(&mut plan, options.sibling).map_err(SpawnError::Clone)?;
     let (step, errno) = plan.failed;
     let error = io::Error::from_raw_os_error(errno);
     let error = match step {
         FailedStep::None => return Ok(Spawned { pid, pidfd, control: parent_end }),
+        FailedStep::Mounts => SpawnError::Mounts(error),
+        FailedStep::Cgroup => SpawnError::Cgroup(error),
         FailedStep::Network => SpawnError::Network(error),
         FailedStep::Control => SpawnError::Control(error),
         FailedStep::Close => SpawnError::Close(error),
         FailedStep::Exec => SpawnError::Exec(error),
     };
-    // The pid cannot have been reused, because nobody has waited for the child.
+    // The pid cannot have been reused, because nobody has waited for the child. A sibling is reaped by the parent when
+    // the parent ends, because the parent does not learn its pid.
     let _ = husk_base::sys::process::wait(pid.cast_signed(), 0);
     Err(error)
 }
 
 /// Creates a child that shares this process's memory, so that no page tables are copied. Returns when the child has
 /// called execve or has ended.
-fn clone_and_exec(plan: &mut ExecPlan) -> io::Result<(u32, OwnedFd)> {
+fn clone_and_exec(plan: &mut ExecPlan, sibling: bool) -> io::Result<(u32, OwnedFd)> {
     let mut stack = vec![0u128; STACK / 16];
     let mut pidfd: c_int = -1;
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::CLONE_NEWPID | libc::SIGCHLD;
+    let flags = if sibling { flags | libc::CLONE_PARENT } else { flags };
     // SAFETY: `top` is the 16-byte-aligned end of a stack that is large enough for a few system calls. CLONE_VFORK
     // suspends this thread until the child has called execve or ended. Therefore `plan` and `stack` outlive the child's
     // use of them. All signals are blocked, so that no signal handler runs in the child, which shares this memory. The
@@ -166,8 +199,18 @@ fn clone_and_exec(plan: &mut ExecPlan) -> io::Result<(u32, OwnedFd)> {
 extern "C" fn child(plan: *mut c_void) -> c_int {
     let plan = plan.cast::<ExecPlan>();
     // SAFETY: `plan` points to the parent's [`ExecPlan`], which nobody else uses while CLONE_VFORK suspends the parent.
-    // Its strings end with NUL and its arrays with a null pointer, as execve requires.
+    // Its strings end with NUL and its arrays with a null pointer, as execve requires. `cgroups` has `cgroup_count`
+    // elements.
     unsafe {
+        if (*plan).mntns != -1 && libc::setns((*plan).mntns, libc::CLONE_NEWNS) != 0 {
+            return fail(plan, FailedStep::Mounts);
+        }
+        for index in 0..(*plan).cgroup_count {
+            // The kernel takes 0 as the calling process (cgroups(7)).
+            if libc::write(*(*plan).cgroups.add(index), c"0".as_ptr().cast(), 1) != 1 {
+                return fail(plan, FailedStep::Cgroup);
+            }
+        }
         let network = match ((*plan).netns, (*plan).new_network) {
             (-1, false) => 0,
             (-1, true) => libc::unshare(libc::CLONE_NEWNET),

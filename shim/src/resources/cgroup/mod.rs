@@ -5,6 +5,7 @@ mod path;
 mod remove;
 mod v1;
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use crate::systemd::{Unit, UnitError};
@@ -132,6 +133,15 @@ impl Cgroup {
                 .map_err(|source| CgroupError::Enter { path: path.to_owned(), source })?;
         }
         Ok(())
+    }
+
+    /// Opens the files with which a process can enter the cgroup.
+    ///
+    /// # Errors
+    /// The error of open(2).
+    pub fn open_procs(&self) -> std::io::Result<Vec<OwnedFd>> {
+        let open = |dir: &Path| std::fs::File::options().write(true).open(dir.join("cgroup.procs")).map(OwnedFd::from);
+        self.location.dirs().map(open).collect()
     }
 
     /// Returns the location of the cgroup.

@@ -1,0 +1,140 @@
+//! The launcher's process: serves requests until the shim closes its socket. It has a single thread, and waits for
+//! nothing but requests.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use husk_base::sys::process::{Cloned, clone_sibling, exit_immediately};
+use husk_base::sys::scm_rights;
+use husk_vmm::client::{Network, SpawnOptions, spawn};
+use nix::fcntl::{FcntlArg, fcntl};
+
+use super::request::{Reply, Request};
+use crate::chain;
+
+/// Maximum size of a request in bytes. Linux allows 6 MiB for arguments and environment (fs/exec.c).
+const MAX_REQUEST: u64 = 32 << 20;
+/// Name of the process (comm in proc(5)).
+const NAME: &std::ffi::CStr = c"husk-launcher";
+
+/// Serves requests on `socket`, and ends the process.
+pub fn run(socket: &OwnedFd) -> ! {
+    let _ = nix::sys::prctl::set_name(NAME);
+    // The other end of the socket must be closed, or this process would not see its end. The shim's listener must be
+    // closed, or clients would find a socket that nobody serves.
+    if close_all_except(socket.as_raw_fd()).is_err() {
+        exit_immediately(1);
+    }
+    loop {
+        match scm_rights::receive(socket, &mut [0; 16]) {
+            Ok(packet) if packet.len == 0 => exit_immediately(0),
+            Ok(packet) => serve(packet.fds),
+            Err(_) => exit_immediately(1),
+        }
+    }
+}
+
+/// Closes every fd except standard input, output and error, and `kept`.
+fn close_all_except(kept: RawFd) -> io::Result<()> {
+    let close = |first: RawFd, last: RawFd| {
+        // SAFETY: no code of this process uses an fd below again, because `run` never returns.
+        match unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    if kept > libc::STDERR_FILENO + 1 {
+        close(libc::STDERR_FILENO + 1, kept - 1)?;
+    }
+    close(kept + 1, RawFd::MAX)
+}
+
+/// Handles a request. A failure is reported on the request's socket. A request without a socket is ignored.
+fn serve(fds: Vec<OwnedFd>) {
+    let mut fds = fds.into_iter();
+    let (Some(file), Some(reply)) = (fds.next(), fds.next()) else { return };
+    let fds: Vec<OwnedFd> = fds.collect();
+    let result = match read(file) {
+        Ok(Request::Vmm) => start_vmm(&reply, fds),
+        Ok(Request::Program { path, arg0, args, env }) => {
+            let mut command = Command::new(OsStr::from_bytes(&path));
+            command.args(args);
+            if let Some(name) = arg0 {
+                command.arg0(name);
+            }
+            if let Some(env) = env {
+                command.env_clear().envs(env);
+            }
+            start_program(&reply, command, &fds)
+        }
+        Err(error) => Err(error),
+    };
+    if let Err(error) = result {
+        // The shim may not wait for the answer any more.
+        let _ = Reply::send_failed(&reply, &error);
+    }
+}
+
+fn read(file: OwnedFd) -> io::Result<Request> {
+    let mut bytes = Vec::new();
+    File::from(file).take(MAX_REQUEST).read_to_end(&mut bytes)?;
+    Ok(serde_json::from_slice(&bytes)?)
+}
+
+fn start_vmm(reply: &OwnedFd, fds: Vec<OwnedFd>) -> io::Result<()> {
+    let mut fds = fds.into_iter();
+    let (Some(mounts), Some(network)) = (fds.next(), fds.next()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let options = SpawnOptions {
+        network: Network::Join(network),
+        mount_namespace: Some(mounts),
+        cgroups: fds.collect(),
+        sibling: true,
+        ..SpawnOptions::default()
+    };
+    match spawn(options) {
+        Ok(vmm) => Reply::send_started(reply, vmm.pid.cast_signed(), &[vmm.pidfd.as_fd(), vmm.control.as_fd()]),
+        Err(error) => Reply::send_error(reply, &chain(&error)),
+    }
+}
+
+fn start_program(reply: &OwnedFd, mut command: Command, fds: &[OwnedFd]) -> io::Result<()> {
+    // SAFETY: this process has a single thread.
+    match unsafe { clone_sibling() }? {
+        Cloned::Caller { pid, pidfd } => Reply::send_started(reply, pid, &[pidfd.as_fd()]),
+        Cloned::Sibling => {
+            // Without a change of the standard streams, the program inherits them from this process.
+            let _ = match place(fds, reply) {
+                Ok(reply) => Reply::send_failed(&reply, &command.exec()),
+                Err(error) => Reply::send_failed(reply, &error),
+            };
+            exit_immediately(127);
+        }
+    }
+}
+
+/// Moves fds to the numbers 0, 1, 2 and so on. Returns a copy of `reply`, whose number may be one of these.
+fn place(fds: &[OwnedFd], reply: &OwnedFd) -> io::Result<OwnedFd> {
+    // The numbers of the copies are above all targets, so that dup2(2) overwrites none of them.
+    let above = RawFd::try_from(fds.len()).map_err(io::Error::other)?;
+    let copy = |fd: &OwnedFd| -> io::Result<OwnedFd> {
+        let copy = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(above))?;
+        // SAFETY: the kernel has just created this fd, and nothing else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+    };
+    let reply = copy(reply)?;
+    let copies = fds.iter().map(copy).collect::<io::Result<Vec<_>>>()?;
+    for (copy, target) in copies.iter().zip(0..) {
+        // SAFETY: dup2 takes two numbers. This process exists only for the program, and uses no fd that is overwritten.
+        if unsafe { libc::dup2(copy.as_raw_fd(), target) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(reply)
+}

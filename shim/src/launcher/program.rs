@@ -1,0 +1,90 @@
+//! A program that the launcher has started.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use husk_base::sys::{pidfd, process};
+use nix::sys::signal::Signal;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::LaunchError;
+use crate::async_fd::register;
+
+/// A program, which is a child of the shim.
+#[derive(Debug)]
+pub struct Program {
+    child: Arc<Child>,
+    kill_on_drop: bool,
+}
+
+#[derive(Debug)]
+struct Child {
+    pid: i32,
+    pidfd: AsyncFd<OwnedFd>,
+    reaped: AtomicBool,
+}
+
+impl Program {
+    pub(super) fn new(pid: i32, mut fds: Vec<OwnedFd>, kill_on_drop: bool) -> Result<Self, LaunchError> {
+        let pidfd = fds.pop().ok_or_else(|| LaunchError::Receive(io::ErrorKind::InvalidData.into()))?;
+        let pidfd = register(pidfd, Interest::READABLE).map_err(LaunchError::Receive)?;
+        Ok(Self { child: Arc::new(Child { pid, pidfd, reaped: AtomicBool::new(false) }), kill_on_drop })
+    }
+
+    /// Returns the PID. It may belong to another process after [`Program::wait`] has returned.
+    pub fn pid(&self) -> i32 {
+        self.child.pid
+    }
+
+    /// Sends a signal, unless the program has ended.
+    pub fn signal(&self, signal: Signal) {
+        let _ = pidfd::send_signal(self.child.pidfd.get_ref().as_fd(), signal as i32);
+    }
+
+    /// Waits until the program has ended, without reaping it.
+    pub async fn ended(&self) {
+        let _ = self.child.pidfd.readable().await;
+    }
+
+    /// Waits until the program has ended, and returns its status.
+    ///
+    /// # Errors
+    /// ECHILD after an earlier call has returned the status.
+    pub async fn wait(&self) -> io::Result<ExitStatus> {
+        self.child.wait().await
+    }
+}
+
+impl Child {
+    async fn wait(&self) -> io::Result<ExitStatus> {
+        self.pidfd.readable().await?.retain_ready();
+        // After the status is known, the PID may belong to another child.
+        if self.reaped.swap(true, Ordering::Relaxed) {
+            return Err(nix::Error::ECHILD.into());
+        }
+        // Does not block, because the program has ended.
+        let (_, status) = process::wait(self.pid, 0)?.unwrap_or_default();
+        Ok(ExitStatus::from_raw(status))
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        if self.child.reaped.load(Ordering::Relaxed) {
+            return;
+        }
+        if self.kill_on_drop {
+            self.signal(Signal::SIGKILL);
+        }
+        // Without a runtime, the shim is about to end. Then init reaps the program.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let child = Arc::clone(&self.child);
+            runtime.spawn(async move { child.wait().await });
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Messages between the shim and the launcher.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+
+use husk_base::sys::scm_rights;
+use serde::{Deserialize, Serialize};
+
+use super::ProgramOptions;
+
+/// Maximum size of an answer in bytes.
+const MAX_REPLY: usize = 4096;
+
+/// A request. The packet contains the fds of a file with the request as JSON, and of the socket for the answers. Further
+/// fds depend on the request.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// Execute a program. The further fds become the program's fds 0, 1, 2 and so on.
+    Program {
+        /// Bytes of the path.
+        path: Vec<u8>,
+        /// `argv[0]`, if it is not the path.
+        arg0: Option<String>,
+        /// The arguments after `argv[0]`.
+        args: Vec<String>,
+        /// The environment. `None` means the launcher's environment.
+        env: Option<Vec<(String, String)>>,
+    },
+    /// Start the VMM process. The further fds are the mount namespace, the network namespace, and the files
+    /// `cgroup.procs`.
+    Vmm,
+}
+
+impl From<&ProgramOptions<'_>> for Request {
+    fn from(options: &ProgramOptions<'_>) -> Self {
+        let pair = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        Self::Program {
+            path: options.path.as_os_str().as_bytes().to_owned(),
+            arg0: options.arg0.map(ToOwned::to_owned),
+            args: options.args.to_owned(),
+            env: options.env.as_ref().map(|env| env.iter().map(pair).collect()),
+        }
+    }
+}
+
+/// An answer.
+#[derive(Debug)]
+pub enum Reply {
+    /// The process exists.
+    Started {
+        /// Its PID.
+        pid: i32,
+        /// Its pidfd, and the control socket if the process is the VMM.
+        fds: Vec<OwnedFd>,
+    },
+    /// The program cannot be executed.
+    Failed(io::Error),
+    /// The VMM cannot be started. The text has the causes.
+    Error(String),
+}
+
+/// A [`Reply`] without its fds.
+#[derive(Debug, Serialize, Deserialize)]
+enum Encoded {
+    Started(i32),
+    Failed(i32),
+    Error(String),
+}
+
+impl Reply {
+    /// Receives an answer. Returns `None` if every other end of the socket is closed.
+    ///
+    /// # Errors
+    /// The errors of recvmsg(2), and [`io::ErrorKind::InvalidData`].
+    pub fn receive(socket: &OwnedFd) -> io::Result<Option<Self>> {
+        let mut bytes = [0; MAX_REPLY];
+        let packet = scm_rights::receive(socket, &mut bytes)?;
+        if packet.len == 0 {
+            return Ok(None);
+        }
+        let encoded = serde_json::from_slice(bytes.get(..packet.len).unwrap_or_default());
+        Ok(Some(match encoded.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))? {
+            Encoded::Started(pid) => Self::Started { pid, fds: packet.fds },
+            Encoded::Failed(errno) => Self::Failed(io::Error::from_raw_os_error(errno)),
+            Encoded::Error(text) => Self::Error(text),
+        }))
+    }
+
+    /// Sends the answer that a process exists.
+    pub fn send_started(socket: impl AsFd, pid: i32, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        send(socket, &Encoded::Started(pid), fds)
+    }
+
+    /// Sends the answer that the program cannot be executed.
+    pub fn send_failed(socket: impl AsFd, error: &io::Error) -> io::Result<()> {
+        send(socket, &Encoded::Failed(error.raw_os_error().unwrap_or(libc::EINVAL)), &[])
+    }
+
+    /// Sends the answer that the VMM cannot be started.
+    pub fn send_error(socket: impl AsFd, text: &str) -> io::Result<()> {
+        // JSON may need six bytes for a character.
+        send(socket, &Encoded::Error(text.chars().take(MAX_REPLY / 8).collect()), &[])
+    }
+}
+
+fn send(socket: impl AsFd, encoded: &Encoded, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    scm_rights::send(socket, &serde_json::to_vec(encoded)?, fds).map(drop)
+}
