@@ -23,8 +23,9 @@ use nix::unistd::ForkResult;
 use tokio::io::Interest;
 
 use crate::async_fd::register;
-pub use program::Program;
 use request::{Reply, Request};
+
+pub use program::Program;
 
 /// Timeout for the start of a program. Reading the program can block, for example on a network file system.
 const START_TIMEOUT: Duration = Duration::from_secs(60);

@@ -22,10 +22,9 @@ pub use relay::Relay;
 
 use tokio::net::UnixStream;
 
+use crate::launcher::Launcher;
 use logger::LoggerHandle;
 use target::{Input, Output};
-
-use crate::launcher::Launcher;
 
 /// The targets of a process's streams in a Create or Exec request. Stdin's target is a path. An output's target is a
 /// path or a URI (`fifo://`, `file://` or `binary://`). Each target can be empty.
