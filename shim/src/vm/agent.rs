@@ -11,6 +11,8 @@ use husk_proto::containerd::shim_async::{Client, TaskClient};
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
+use crate::vm::throttle::Throttled;
+
 /// Maximum length of an error text from the agent, in bytes.
 const MAX_ERROR: usize = 4096;
 
@@ -67,7 +69,8 @@ impl Agent {
     /// # Errors
     /// If the stream cannot be registered with the async runtime.
     pub fn new(stream: UnixStream) -> std::io::Result<Self> {
-        let client = Client::new(Socket::try_from(stream)?);
+        stream.set_nonblocking(true)?;
+        let client = Client::new(Socket::new(Throttled::new(tokio::net::UnixStream::from_std(stream)?)));
         Ok(Self { task: TaskClient::new(client.clone()), sandbox: SandboxClient::new(client) })
     }
 

@@ -4,6 +4,7 @@ pub mod agent;
 pub mod console;
 pub mod state;
 mod thread_id;
+mod throttle;
 pub mod vhost;
 pub mod vmm;
 

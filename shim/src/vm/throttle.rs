@@ -1,0 +1,137 @@
+//! Limits the rate of bytes from the agent.
+//!
+//! ttrpc's client queues the messages of a stream without a limit. The tasks of the async runtime take turns, and the
+//! task that reads the connection can queue many small messages in one turn. Without this limit, an agent that floods
+//! the event stream could make the shim's memory grow.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+/// Bytes per second. The shim handles the smallest events much faster than they arrive at this rate. The answers of an
+/// agent that is not hostile have a few KiB per second.
+const RATE: u64 = 1 << 20;
+/// Bytes that can be read at once after a pause. A message has at most 4 MiB.
+const BURST: i64 = 4 << 20;
+/// Delay before the next read after the burst.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// A stream whose reads are limited. A read may exceed the limit once. The next read then waits longer.
+pub struct Throttled<S> {
+    stream: S,
+    /// Bytes that can be read now. Negative after a read that exceeded the limit.
+    available: i64,
+    /// Time up to which `available` includes the bytes that the rate allows.
+    counted: Instant,
+    pause: Option<Pin<Box<Sleep>>>,
+}
+
+impl<S> Throttled<S> {
+    /// Limits the reads of `stream`.
+    pub fn new(stream: S) -> Self {
+        Self { stream, available: BURST, counted: Instant::now(), pause: None }
+    }
+
+    fn refill(&mut self) {
+        let now = Instant::now();
+        let elapsed = u64::try_from((now - self.counted).as_micros()).unwrap_or(u64::MAX);
+        let bytes = i64::try_from(elapsed.saturating_mul(RATE) / 1_000_000).unwrap_or(i64::MAX);
+        if bytes > 0 {
+            self.available = self.available.saturating_add(bytes).min(BURST);
+            self.counted = now;
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Throttled<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        loop {
+            if let Some(pause) = &mut this.pause {
+                ready!(pause.as_mut().poll(cx));
+                this.pause = None;
+            }
+            this.refill();
+            if this.available > 0 {
+                break;
+            }
+            this.pause = Some(Box::pin(sleep_until(Instant::now() + PAUSE)));
+        }
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
+        let read = buf.filled().len().saturating_sub(before);
+        this.available = this.available.saturating_sub(i64::try_from(read).unwrap_or(i64::MAX));
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Throttled<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, duplex, repeat};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn reads_have_the_burst_at_once_and_then_the_rate() {
+        let mut stream = Throttled::new(repeat(7));
+        let start = Instant::now();
+        let mut bytes = vec![0; 1 << 20];
+        for _ in 0..4 {
+            stream.read_exact(&mut bytes).await.unwrap();
+        }
+        assert_eq!(start.elapsed(), Duration::ZERO);
+        for _ in 0..5 {
+            stream.read_exact(&mut bytes).await.unwrap();
+        }
+        let elapsed = start.elapsed();
+        assert!((Duration::from_millis(3900)..=Duration::from_millis(5100)).contains(&elapsed), "{elapsed:?}");
+        // A pause longer than the burst allows no more than the burst.
+        tokio::time::sleep(Duration::from_secs(100)).await;
+        let start = Instant::now();
+        for _ in 0..4 {
+            stream.read_exact(&mut bytes).await.unwrap();
+        }
+        assert_eq!(start.elapsed(), Duration::ZERO);
+        stream.read_exact(&mut bytes).await.unwrap();
+        stream.read_exact(&mut bytes).await.unwrap();
+        assert!(start.elapsed() >= Duration::from_millis(900), "{:?}", start.elapsed());
+    }
+
+    #[tokio::test]
+    async fn slow_streams_are_not_delayed_and_their_end_is_seen() {
+        let (near, far) = duplex(64);
+        let mut stream = Throttled::new(near);
+        drop(far);
+        assert_eq!(stream.read(&mut [0; 8]).await.unwrap(), 0);
+    }
+}
