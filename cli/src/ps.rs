@@ -31,12 +31,14 @@ pub enum Output {
 struct Row {
     #[serde(flatten)]
     sandbox: Sandbox,
-    /// Proportional set size (PSS) of the VMM and shim processes, in KiB. Includes guest memory.
+    /// Proportional set size (PSS) of the VMM, the shim and its launcher, in KiB. Includes guest memory.
     used_kib: u64,
     /// Whether the VMM process exists.
     running: bool,
     /// What confines the VMM process. `None` if the process does not exist.
     jail: Option<Jail>,
+    /// What confines the shim process. `None` if the process does not exist.
+    shim_jail: Option<Jail>,
 }
 
 /// Returns the text to print.
@@ -57,12 +59,23 @@ fn rows(state: &Path, proc: &Path) -> Vec<Row> {
     files
         .filter_map(|text| serde_json::from_slice::<Sandbox>(&text).ok())
         .map(|sandbox| {
-            let used_kib = pss(proc, sandbox.vmm_pid) + pss(proc, sandbox.shim_pid);
+            let launcher = launcher(proc, sandbox.shim_pid);
+            let used_kib =
+                [sandbox.vmm_pid, sandbox.shim_pid].into_iter().chain(launcher).map(|pid| pss(proc, pid)).sum();
             let running = proc.join(sandbox.vmm_pid.to_string()).exists();
             let jail = jail::of(proc, sandbox.vmm_pid);
-            Row { sandbox, used_kib, running, jail }
+            let shim_jail = jail::of(proc, sandbox.shim_pid);
+            Row { sandbox, used_kib, running, jail, shim_jail }
         })
         .collect()
+}
+
+/// Returns the pid of a shim's launcher, which is a child of the shim's main thread.
+fn launcher(proc: &Path, shim: u32) -> Option<u32> {
+    let read = |path: String| fs::read_to_string(proc.join(path)).unwrap_or_default();
+    let children = read(format!("{shim}/task/{shim}/children"));
+    let mut pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+    pids.find(|pid: &u32| read(format!("{pid}/comm")).trim() == "husk-launcher")
 }
 
 /// Returns the proportional set size of a process, in KiB, or 0 if it is unknown.
@@ -139,16 +152,21 @@ mod tests {
         fs::write(state.join("k8s.io/0123456789abcdef/sandbox.json"), json).unwrap();
         fs::create_dir_all(proc.join("12")).unwrap();
         fs::write(proc.join("12/smaps_rollup"), "Rss: 9 kB\nPss:   40960 kB\nPss_Dirty: 1 kB\n").unwrap();
+        fs::create_dir_all(proc.join("11/task/11")).unwrap();
+        fs::write(proc.join("11/task/11/children"), "12 13 ").unwrap();
+        fs::create_dir_all(proc.join("13")).unwrap();
+        fs::write(proc.join("13/comm"), "husk-launcher\n").unwrap();
+        fs::write(proc.join("13/smaps_rollup"), "Pss:   1024 kB\n").unwrap();
         let rows = rows(&state, &proc);
-        assert_eq!(rows, [Row { sandbox, used_kib: 40_960, running: true, jail: None }]);
+        assert_eq!(rows, [Row { sandbox, used_kib: 41_984, running: true, jail: None, shim_jail: None }]);
         let text = table(&rows, SystemTime::UNIX_EPOCH + Duration::from_secs(1090));
         let expected = "\
 NAMESPACE  SANDBOX        POD        STATE    VCPUS  MEMORY   USED    AGE  VMM  SHIM
-k8s.io     0123456789abc  shop/cart  running  2      320 MiB  40 MiB  90s  12   11
+k8s.io     0123456789abc  shop/cart  running  2      320 MiB  41 MiB  90s  12   11
 ";
         assert_eq!(text, expected);
         let json = serde_json::to_value(&rows).unwrap();
-        assert_eq!((&json[0]["pod"], &json[0]["used_kib"]), (&"shop/cart".into(), &40_960.into()));
+        assert_eq!((&json[0]["pod"], &json[0]["used_kib"]), (&"shop/cart".into(), &41_984.into()));
     }
 
     #[test]

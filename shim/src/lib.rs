@@ -5,6 +5,7 @@
 pub mod address;
 mod async_fd;
 pub mod cli;
+pub mod confinement;
 pub mod container;
 pub mod daemon;
 pub mod error;

@@ -14,6 +14,9 @@ use crate::{cmd, files, paths, ui};
 
 /// Names of the VMM's threads: one glob for each kind of thread.
 const THREADS: [&str; 7] = ["husk-vmm", "vcpu*", "devices", "virtio-fs*", "virtio-blk*", "prefault", "husk-task"];
+/// Beginnings of the names of the shim's threads. Only their violations are reported, because runc's shim has a thread
+/// of the same name.
+const SHIM_THREADS: [&str; 5] = ["containerd-shim", "husk-shim", "launch", "mount", "pod-network"];
 const EVENT: &str = "/sys/kernel/tracing/events/raw_syscalls/sys_enter";
 /// Files in the node's /out.
 const COUNTS: &str = "syscalls.txt";
@@ -110,7 +113,8 @@ fn violation(line: &str) -> Option<(String, String)> {
     let field = |name: &str| line.split_whitespace().find_map(|word| word.strip_prefix(name)).map(str::to_owned);
     let thread = field("comm=")?.trim_matches('"').to_owned();
     let number = field("syscall=")?;
-    THREADS.iter().any(|name| thread.starts_with(name.trim_end_matches('*'))).then_some((thread, number))
+    let is_known = |name: &str| thread.starts_with(name.trim_end_matches('*'));
+    (THREADS.into_iter().any(is_known) || SHIM_THREADS.into_iter().any(is_known)).then_some((thread, number))
 }
 
 fn is_used(rule: &Rule, counts: &BTreeMap<(String, String), u64>) -> bool {

@@ -192,8 +192,9 @@ impl Shim {
         let (id, share) = (request.id.clone(), self.sandbox.share());
         let (files, pids) = (self.sandbox_state.files(), self.pids());
         let rootfs: Vec<_> = request.rootfs.iter().map(volumes::RootMount::from).collect();
+        let (is_of_sandbox, vmm) = (id == self.sandbox.id, self.sandbox.pid());
         let prepared = tokio::task::spawn_blocking(move || {
-            bundle.check().map_err(|e| crate::chain(&e))?;
+            bundle.check_in_sandbox(is_of_sandbox, vmm).map_err(|e| crate::chain(&e))?;
             if let Some(files) = files {
                 pod::add_mounts(&mut bundle, &files);
             }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_base::sys::heap;
+use husk_vmm::config::SeccompMode;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use ttrpc::asynchronous::Server;
@@ -14,12 +15,13 @@ use ttrpc::asynchronous::transport::Listener;
 
 use crate::address::Address;
 use crate::chain;
+use crate::confinement;
 use crate::container::Shim;
 use crate::events::{Destination, Events, RetryPolicy};
 use crate::launcher::Launcher;
 use crate::log;
 use crate::oci::Bundle;
-use crate::sandbox::boot::pipe_pair;
+use crate::sandbox::boot::{BootPlan, pipe_pair, seccomp_mode};
 use crate::sandbox::launch::{self, DeferredLaunch, LaunchContext};
 use crate::sandbox::state_dir::StateDir;
 use crate::sandbox::timeline::Timeline;
@@ -79,15 +81,20 @@ pub fn run(args: DaemonArgs) -> i32 {
     timeline.mark("shim daemon");
     let (context, share) = prepare(&args, state, timeline);
     // `launch::prepare` spawns the VMM process first. The VMM then starts while this process reads the configuration.
-    let launch = match (&args.bundle, share) {
+    let mut launch = match (&args.bundle, share) {
         (None, share) => Launch::Deferred(share),
         (Some(_), Err(error)) => Launch::Immediate(Box::new(launch::failed(error))),
         (Some(bundle), Ok(share)) => Launch::Immediate(Box::new(launch::prepare(&context, bundle, &share))),
     };
+    // From here on, this process handles messages of the VMM and the agent.
+    if let Err(error) = confinement::enter(launch.seccomp()) {
+        launch.fail(format!("failed to confine the shim: {}", chain(&error)));
+    }
     // Leave the bundle directory, because containerd removes the directory before the shim ends.
     let _ = std::env::set_current_dir("/");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .thread_name("husk-shim")
         .max_blocking_threads(MAX_BLOCKING_THREADS)
         .thread_keep_alive(Duration::from_secs(1))
         .build();
@@ -157,6 +164,24 @@ enum Launch {
     Immediate(Box<LaunchInput>),
     /// The VM boots when a CreateSandbox request arrives. The field is the second value from [`prepare`].
     Deferred(Result<PathBuf, String>),
+}
+
+impl Launch {
+    /// Returns what happens when this process makes a system call that its filter does not allow.
+    fn seccomp(&self) -> SeccompMode {
+        match self {
+            Self::Immediate(input) => input.plan.as_ref().map_or(SeccompMode::Enforce, BootPlan::seccomp),
+            Self::Deferred(_) => launch::config().map_or(SeccompMode::Enforce, |config| seccomp_mode(&config)),
+        }
+    }
+
+    /// Lets the launch fail.
+    fn fail(&mut self, error: String) {
+        match self {
+            Self::Immediate(input) => input.plan = Err(error),
+            Self::Deferred(share) => *share = Err(error),
+        }
+    }
 }
 
 async fn serve(

@@ -1,7 +1,8 @@
 //! The launcher starts programs for the shim: hooks, loggers, containerd's publish command, and some VMM processes.
 //!
-//! The launcher is a process that the shim forks before it confines itself ([`crate::confinement`]). Therefore, programs
-//! have the rights, the mounts and the cgroup that they would have under runc. The shim itself cannot execute programs.
+//! The launcher is a process that the shim forks before it confines itself ([`crate::confinement`]). Therefore,
+//! programs have the rights, the mounts and the cgroup that they would have under runc. The shim itself cannot execute
+//! programs.
 //!
 //! A started program is a child of the shim. The launcher ends when the shim closes its socket.
 

@@ -12,8 +12,8 @@ use super::ProgramOptions;
 /// Maximum size of an answer in bytes.
 const MAX_REPLY: usize = 4096;
 
-/// A request. The packet contains the fds of a file with the request as JSON, and of the socket for the answers. Further
-/// fds depend on the request.
+/// A request. The packet contains the fds of a file with the request as JSON, and of the socket for the answers.
+/// Further fds depend on the request.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
     /// Execute a program. The further fds become the program's fds 0, 1, 2 and so on.

@@ -176,6 +176,21 @@ impl Bundle {
         self.check_selinux(Path::new("/sys/fs/selinux/enforce").exists())
     }
 
+    /// Variant of [`Bundle::check`] for a container of a running sandbox, whose VMM has the PID `vmm`. The confined shim
+    /// may not inspect the namespaces of the VMM. Therefore, the sandbox's network namespace is recognized by its path,
+    /// and is not checked for the sandbox's own specification, because the launch has checked it.
+    ///
+    /// # Errors
+    /// [`BundleError`] with the reason.
+    pub fn check_in_sandbox(&self, is_of_sandbox: bool, vmm: u32) -> Result<(), BundleError> {
+        self.check_spec()?;
+        let of_vmm = PathBuf::from(format!("/proc/{vmm}/ns/net"));
+        if !is_of_sandbox && !matches!(self.spec.network()?, Network::Path(path) if path == of_vmm) {
+            self.check_network()?;
+        }
+        self.check_selinux(Path::new("/sys/fs/selinux/enforce").exists())
+    }
+
     /// Returns the id mappings of the user namespace, or `None` if the specification has no user namespace.
     ///
     /// # Errors
@@ -434,6 +449,18 @@ pub(crate) mod tests {
         let path = |path: &str| bundle(|v| v["linux"]["namespaces"][4]["path"] = path.into()).unwrap().check_network();
         assert!(matches!(path("/proc/self/ns/net"), Err(BundleError::HostNetwork(_))));
         assert!(matches!(path("/nonexistent/net"), Err(BundleError::Namespace { .. })));
+    }
+
+    #[test]
+    fn network_namespace_of_the_sandbox_is_recognized_by_its_path() {
+        let of = |path: &str| bundle(|v| v["linux"]["namespaces"][4]["path"] = path.into()).unwrap();
+        // This process does not exist. Therefore, a check of its namespace fails.
+        let bundle = of("/proc/4194305/ns/net");
+        bundle.check_in_sandbox(false, 4_194_305).unwrap();
+        bundle.check_in_sandbox(true, 1).unwrap();
+        assert!(matches!(bundle.check_in_sandbox(false, 1), Err(BundleError::Namespace { .. })));
+        let of_host = of("/proc/self/ns/net").check_in_sandbox(false, 1);
+        assert!(matches!(of_host, Err(BundleError::HostNetwork(_))));
     }
 
     #[test]

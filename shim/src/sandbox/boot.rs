@@ -113,7 +113,20 @@ pub enum BootError {
     Setup(#[source] ttrpc::Error),
 }
 
+/// Returns what the configuration says about system calls that a filter does not allow.
+pub fn seccomp_mode(config: &Config) -> SeccompMode {
+    match config.seccomp {
+        Seccomp::Enforce => SeccompMode::Enforce,
+        Seccomp::Log => SeccompMode::Log,
+    }
+}
+
 impl BootPlan {
+    /// Returns what happens when a process makes a system call that its filter does not allow.
+    pub fn seccomp(&self) -> SeccompMode {
+        seccomp_mode(&self.config)
+    }
+
     /// Opens `/dev/kvm` and returns the plan.
     ///
     /// # Errors
@@ -212,10 +225,7 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
         blk: Vec::new(),
         balloon: plan.config.free_page_reporting,
         spare_slots: SPARE_SLOTS,
-        seccomp: match plan.config.seccomp {
-            Seccomp::Enforce => SeccompMode::Enforce,
-            Seccomp::Log => SeccompMode::Log,
-        },
+        seccomp: plan.seccomp(),
     };
     let files = format!("from kernel {} and initrd {}", plan.config.kernel.display(), plan.config.initrd.display());
     let error = |step: String| move |source| BootError::Vmm { step, source };

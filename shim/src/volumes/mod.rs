@@ -13,7 +13,7 @@ mod kubelet_paths;
 mod loop_device;
 mod memory_volume;
 pub mod mirror;
-mod mount_api;
+pub mod mount_api;
 mod mount_tree;
 pub mod mountinfo;
 pub mod plan;

@@ -1,6 +1,7 @@
 //! Basic container runs: output, exit codes, image layers, names and log URIs.
 use husk_e2e::case;
 use husk_e2e::command::Input;
+use serde_json::json;
 
 #[test]
 fn busybox_prints_and_returns_exit_code() {
@@ -98,5 +99,31 @@ fn output_goes_to_log_file_or_binary_logger() {
             (text.lines().count() == 2 && text.contains("to stdout") && text.contains("to stderr")).then_some(())
         });
         assert!(complete.is_some(), "the logger wrote {:?}", std::fs::read_to_string(&logged));
+    });
+}
+
+#[test]
+fn hooks_have_the_rights_and_mounts_of_the_node() {
+    case("hooks", |case| {
+        let seen = case.dir().join("seen");
+        let script = format!(
+            "{{ readlink /proc/self/ns/mnt; grep -E '^(NoNewPrivs|Seccomp|CapEff|CapBnd):' /proc/self/status; \
+             grep -c '\"status\": *\"'; }} >> {}",
+            seen.display()
+        );
+        let hook = json!({ "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin"] });
+        let run = case.with_spec("true", |spec| {
+            spec["hooks"] = json!({ "createRuntime": [hook], "poststop": [hook] });
+        });
+        run.start(Input::Null).wait().expect_code(0);
+        let mounts = std::fs::read_link("/proc/1/ns/mnt").unwrap();
+        let status = std::fs::read_to_string("/proc/1/status").unwrap();
+        let field = |name: &str| status.lines().find(|line| line.starts_with(name)).unwrap();
+        let rights = ["CapEff:", "CapBnd:", "NoNewPrivs:", "Seccomp:"].map(field).join("\n");
+        let once = format!("{}\n{rights}\n1\n", mounts.display());
+        let both = husk_e2e::node::eventually(std::time::Duration::from_secs(10), || {
+            std::fs::read_to_string(&seen).ok().filter(|text| *text == once.repeat(2))
+        });
+        assert!(both.is_some(), "the hooks wrote {:?}, not twice {once:?}", std::fs::read_to_string(&seen));
     });
 }

@@ -215,6 +215,12 @@ fn limits_set_vm_size_and_husk_ps_lists_vm() {
         assert_eq!((&listed["vcpus"], &listed["running"]), (&json!(2), &json!(true)));
         assert_eq!(listed["vmm_pid"], pod.pid());
         assert!(listed["used_kib"].as_u64().unwrap() > 10_000, "{listed}");
+        let shim_jail = &listed["shim_jail"];
+        assert_eq!(shim_jail["own_namespaces"], json!(["mnt"]), "{shim_jail}");
+        for thread in shim_jail["threads"].as_array().unwrap() {
+            assert!(thread["no_new_privs"] == true && thread["seccomp_filter"] == true, "{thread}");
+            assert_eq!(thread["capabilities"].as_array().unwrap().len(), 12, "{thread}");
+        }
         let jail = &listed["jail"];
         assert_eq!(jail["own_namespaces"], json!(["cgroup", "ipc", "mnt", "net", "pid", "uts"]), "{jail}");
         assert!(jail["root"].as_str().unwrap().ends_with("/guest"), "{jail}");

@@ -52,6 +52,51 @@ fn vmm_sees_only_the_share_and_its_threads_have_few_capabilities() {
 }
 
 #[test]
+fn shim_is_confined_but_its_launcher_is_not() {
+    case("confined-shim", |case| {
+        let container = case.sleeper();
+        let [shim] = vm::shim_pids_of(&container.id)[..] else { panic!("the container does not have one shim") };
+        let [launcher] = vm::launcher_pids_of(&container.id)[..] else { panic!("the shim does not have one launcher") };
+        let field = |status: &str, name: &str| {
+            status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap().trim().to_owned()
+        };
+        for thread in fs::read_dir(format!("/proc/{shim}/task")).unwrap() {
+            // An idle thread ends at any time.
+            let Ok(status) = fs::read_to_string(thread.unwrap().path().join("status")) else { continue };
+            assert_eq!((field(&status, "NoNewPrivs"), field(&status, "Seccomp")), ("1".into(), "2".into()), "{status}");
+            // The capabilities of shim/src/confinement/capabilities.rs.
+            for set in ["CapPrm", "CapEff", "CapBnd"] {
+                assert_eq!(field(&status, set), "00000000892010fb", "{set}: {status}");
+            }
+        }
+        let status = fs::read_to_string(format!("/proc/{launcher}/status")).unwrap();
+        let node = fs::read_to_string("/proc/1/status").unwrap();
+        assert_eq!((field(&status, "NoNewPrivs"), field(&status, "Seccomp")), ("0".into(), "0".into()), "{status}");
+        assert_eq!(field(&status, "CapEff"), field(&node, "CapEff"));
+        let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/mnt")).unwrap();
+        assert_ne!(namespace(shim), namespace(1));
+        assert_eq!(namespace(launcher), namespace(1));
+        // What the shim never writes to is read-only in its mount namespace.
+        let mounts = fs::read_to_string(format!("/proc/{shim}/mountinfo")).unwrap();
+        let is_read_only = |point: &str| {
+            let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+            fields.filter(|fields| fields[4] == point).any(|fields| fields[5].split(',').any(|flag| flag == "ro"))
+        };
+        for point in ["/sys", "/proc/sys"] {
+            assert!(is_read_only(point), "{point} is not read-only: {mounts}");
+        }
+        assert!(!is_read_only("/proc") && !is_read_only("/sys/fs/cgroup"), "{mounts}");
+        container.kill();
+        let ended = node::eventually(Duration::from_secs(20), || {
+            (!std::path::Path::new(&format!("/proc/{launcher}")).exists()).then_some(())
+        });
+        assert!(ended.is_some(), "the launcher is still running after its shim");
+        let log = node::log_tail(400);
+        assert!(!log.contains("refused system call"), "{log}");
+    });
+}
+
+#[test]
 fn vmm_has_the_lowest_oom_score_of_its_containers() {
     pods("jail-oom", |pods| {
         let pod = pods.run(pods.config());

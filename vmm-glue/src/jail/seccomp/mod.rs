@@ -5,7 +5,7 @@ mod rule;
 mod tables;
 mod violation;
 
-pub use self::rule::{Condition, Rule};
+pub use self::rule::{Condition, Rule, allow, allow_if, is, lacks};
 pub use self::tables::rules;
 pub use self::violation::ViolationError;
 
@@ -44,8 +44,14 @@ pub fn prepare(mode: SeccompMode) -> Result<(), ViolationError> {
 pub fn load(kind: Kind) -> Result<(), FilterError> {
     let Some(&mode) = MODE.get() else { return Ok(()) };
     violation::remember_thread();
+    apply(rules(kind), mode)
+}
+
+/// Loads a filter that allows only the calls in `rules`, and that makes clone3 fail with ENOSYS. Threads that this thread
+/// starts later inherit the filter. For any other call, the kernel sends SIGSYS or logs the call, as `mode` says.
+pub fn apply<'a>(rules: impl Iterator<Item = &'a Rule>, mode: SeccompMode) -> Result<(), FilterError> {
     apply_filter(&refuse_clone3()?)?;
-    Ok(apply_filter(&compile(rules(kind), mode)?)?)
+    Ok(apply_filter(&compile(rules, mode)?)?)
 }
 
 /// Compiles a filter. If no rule allows a call, the kernel sends SIGSYS, or logs the call and executes it.

@@ -1,0 +1,48 @@
+//! Confines the shim after it has started the launcher and, if the specification is known, the VMM.
+//!
+//! The shim stays powerful: it is root, and can mount file systems and configure networks. The confinement takes away
+//! what the shim never needs. docs/security.md says what remains, and why.
+
+pub mod capabilities;
+mod mounts;
+pub mod seccomp;
+
+use std::io;
+
+use husk_vmm::config::SeccompMode;
+use husk_vmm::jail::UNJAILED;
+use nix::sys::prctl;
+
+pub use mounts::MountError;
+
+/// A failure to confine the shim.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfinementError {
+    /// A mount cannot be made read-only.
+    #[error(transparent)]
+    Mounts(#[from] MountError),
+    /// The capabilities cannot be reduced.
+    #[error("failed to reduce the shim's capabilities")]
+    Capabilities(#[source] io::Error),
+    /// `prctl(PR_SET_NO_NEW_PRIVS)` failed.
+    #[error("failed to set no_new_privs for the shim")]
+    NoNewPrivileges(#[source] io::Error),
+    /// The system calls cannot be filtered.
+    #[error("failed to filter the shim's system calls")]
+    Seccomp(#[from] seccomp::LoadError),
+}
+
+/// Confines this process, which must have a single thread and its own mount namespace. Threads that start later inherit
+/// the confinement. Does nothing if the build has no jail, for benchmarks.
+///
+/// # Errors
+/// [`ConfinementError`]. After an error the process may be confined only in part.
+pub fn enter(mode: SeccompMode) -> Result<(), ConfinementError> {
+    if UNJAILED {
+        return Ok(());
+    }
+    mounts::protect()?;
+    capabilities::reduce().map_err(ConfinementError::Capabilities)?;
+    prctl::set_no_new_privs().map_err(|errno| ConfinementError::NoNewPrivileges(errno.into()))?;
+    Ok(seccomp::load(mode)?)
+}

@@ -1,0 +1,117 @@
+//! The shim's own view of the mounts. Interfaces to the host's kernel that the shim only reads are read-only in it.
+//!
+//! This protects against defects in the handling of paths. It does not stop an attacker who can execute code in the
+//! shim, because the shim needs CAP_SYS_ADMIN, with which mounts can be changed.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use crate::volumes::host_only::HostOnly;
+use crate::volumes::mount_api::{MOUNT_ATTR_RDONLY, attach, clone_tree, mount_id, open_path, set_attributes};
+use crate::volumes::mountinfo::{self, Entry};
+
+/// File systems that the shim writes to, or whose files are sockets, devices and namespaces, which the flag does not
+/// affect.
+const WRITABLE: [&str; 7] = ["cgroup", "cgroup2", "cpuset", "devpts", "devtmpfs", "mqueue", "nsfs"];
+/// Mount point of procfs.
+const PROC: &str = "/proc";
+/// Files and directories of procfs that change the host's kernel. The rest of procfs stays writable, because the shim
+/// writes `oom_score_adj` and user id maps.
+const PROC_KERNEL: [&str; 8] = ["acpi", "bus", "fs", "irq", "mtrr", "scsi", "sys", "sysrq-trigger"];
+
+/// A failure to make a mount read-only.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to make {} read-only in the shim's mount namespace", path.display())]
+pub struct MountError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// Makes the mounts of this mount namespace that change the host's kernel read-only. Mounts that the host adds later
+/// keep their flags.
+pub fn protect() -> Result<(), MountError> {
+    let error = |path: &Path| {
+        let path = path.to_owned();
+        move |source| MountError { path, source }
+    };
+    for mount in mountinfo::read().map_err(error(Path::new("/proc/thread-self/mountinfo")))? {
+        if is_kernel_interface(&mount) {
+            make_read_only(&mount).map_err(error(&mount.point))?;
+        }
+    }
+    for name in PROC_KERNEL {
+        let path = Path::new(PROC).join(name);
+        cover(&path).map_err(error(&path))?;
+    }
+    Ok(())
+}
+
+fn is_kernel_interface(mount: &Entry) -> bool {
+    HostOnly::is_type(&mount.kind)
+        && !WRITABLE.contains(&mount.kind.as_str())
+        && !(mount.kind == "proc" && mount.point == Path::new(PROC))
+}
+
+fn make_read_only(mount: &Entry) -> io::Result<()> {
+    let root = match open_path(&mount.point, false) {
+        Ok(root) => root,
+        // Another mount hides the mount point.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    // Another mount may be on top.
+    if mount_id(root.as_fd())? != mount.id {
+        return Ok(());
+    }
+    set_attributes(root.as_fd(), MOUNT_ATTR_RDONLY, 0, false)
+}
+
+/// Covers a file or directory by a read-only mount of itself.
+fn cover(path: &Path) -> io::Result<()> {
+    let original = match open_path(path, false) {
+        Ok(original) => original,
+        // The file depends on the kernel's configuration.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let copy = clone_tree(original.as_fd(), false)?;
+    set_attributes(copy.as_fd(), MOUNT_ATTR_RDONLY, 0, false)?;
+    attach(copy.as_fd(), original.as_fd())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, OpenOptions};
+
+    use super::*;
+    use crate::volumes::test_support::isolated;
+
+    fn opens_for_writing(path: &str) -> Result<(), Option<i32>> {
+        OpenOptions::new().write(true).open(path).map(drop).map_err(|error| error.raw_os_error())
+    }
+
+    #[test]
+    fn protect_leaves_only_the_needed_files_of_procfs_and_sysfs_writable() {
+        isolated(|_| {
+            let read_only = Err(Some(libc::EROFS));
+            assert_eq!(opens_for_writing("/proc/sys/kernel/core_pattern"), Ok(()));
+            protect().unwrap();
+            for path in ["/proc/sys/kernel/core_pattern", "/proc/sys/net/ipv4/ip_forward"] {
+                assert_eq!(opens_for_writing(path), read_only, "{path}");
+            }
+            for path in [
+                "/proc/sysrq-trigger",
+                "/sys/kernel/uevent_helper",
+                "/sys/power/state",
+                "/sys/module/kernel/parameters/panic",
+            ] {
+                let result = opens_for_writing(path);
+                assert!(result == read_only || result == Err(Some(libc::ENOENT)), "{path}: {result:?}");
+            }
+            assert_eq!(opens_for_writing("/proc/self/oom_score_adj"), Ok(()));
+            assert!(fs::read_to_string("/proc/sys/kernel/hostname").is_ok());
+        });
+    }
+}

@@ -1,0 +1,75 @@
+//! The seccomp filter of the shim's threads (seccomp(2)). All threads have the same filter, because they share their
+//! memory and the blocking threads do any work.
+
+mod tables;
+mod violation;
+
+use std::io;
+
+use husk_vmm::config::SeccompMode;
+use husk_vmm::jail::seccomp::{FilterError, apply};
+
+pub use tables::{TABLES, rules};
+
+/// A failure to load the filter.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The filter cannot be compiled or loaded.
+    #[error(transparent)]
+    Filter(#[from] FilterError),
+    /// The handler for violations cannot be installed.
+    #[error("failed to install the SIGSYS handler")]
+    Handler(#[source] io::Error),
+}
+
+/// Loads the filter for this thread. Threads that this thread starts later inherit the filter.
+///
+/// In mode [`SeccompMode::Enforce`], a call that the filter does not allow fails with EPERM, and is logged. The shim
+/// goes on, because its end would end the pod, and a client may cause a call that no test has found. If the thread has
+/// blocked SIGSYS, as during posix_spawn(3), the kernel ends the shim.
+pub fn load(mode: SeccompMode) -> Result<(), LoadError> {
+    violation::handle().map_err(LoadError::Handler)?;
+    Ok(apply(rules(), mode)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::errno::Errno;
+    use nix::sys::prctl;
+
+    use super::*;
+
+    #[test]
+    fn forbidden_calls_fail_with_eperm_and_threads_work() {
+        std::thread::spawn(|| {
+            prctl::set_no_new_privs().unwrap();
+            load(SeccompMode::Enforce).unwrap();
+            // SAFETY: the calls take no pointers, or null pointers, and are refused before they do anything.
+            let result = |call: libc::c_long| match unsafe { libc::syscall(call, 0, 0, 0, 0, 0) } {
+                -1 => Err(Errno::last()),
+                _ => Ok(()),
+            };
+            let forbidden = [
+                libc::SYS_ptrace,
+                libc::SYS_process_vm_writev,
+                libc::SYS_init_module,
+                libc::SYS_kexec_load,
+                libc::SYS_perf_event_open,
+                libc::SYS_userfaultfd,
+                libc::SYS_io_uring_setup,
+                libc::SYS_keyctl,
+                libc::SYS_reboot,
+                libc::SYS_execve,
+                libc::SYS_open_by_handle_at,
+                libc::SYS_pivot_root,
+            ];
+            for call in forbidden {
+                assert_eq!(result(call), Err(Errno::EPERM), "{call}");
+            }
+            assert_eq!(std::thread::spawn(|| 7).join().unwrap(), 7);
+            assert!(std::fs::read_dir("/proc/self/fd").unwrap().count() > 0);
+        })
+        .join()
+        .unwrap();
+    }
+}

@@ -1,0 +1,267 @@
+//! The system calls that the shim may make after it has confined itself.
+
+use husk_vmm::jail::seccomp::{Rule, allow, allow_if, is, lacks};
+use syscalls::Sysno;
+
+/// Flags with which glibc starts a thread (`create_thread` in nptl/pthread_create.c).
+const THREAD_FLAGS: u32 = (libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SYSVSEM
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SETTLS
+    | libc::CLONE_PARENT_SETTID
+    | libc::CLONE_CHILD_CLEARTID)
+    .cast_unsigned();
+const CLONE_FS: u32 = libc::CLONE_FS.cast_unsigned();
+const CLONE_NEWNS: u32 = libc::CLONE_NEWNS.cast_unsigned();
+const CLONE_NEWNET: u32 = libc::CLONE_NEWNET.cast_unsigned();
+const CLONE_NEWUSER: u32 = libc::CLONE_NEWUSER.cast_unsigned();
+const PROT_EXEC: u32 = libc::PROT_EXEC.cast_unsigned();
+const PR_SET_NAME: u32 = libc::PR_SET_NAME.cast_unsigned();
+const PR_GET_NAME: u32 = libc::PR_GET_NAME.cast_unsigned();
+const PR_SET_PDEATHSIG: u32 = libc::PR_SET_PDEATHSIG.cast_unsigned();
+const AF_UNIX: u32 = libc::AF_UNIX.cast_unsigned();
+const AF_INET: u32 = libc::AF_INET.cast_unsigned();
+const AF_INET6: u32 = libc::AF_INET6.cast_unsigned();
+const AF_NETLINK: u32 = libc::AF_NETLINK.cast_unsigned();
+
+// asm-generic/ioctls.h, linux/sockios.h, linux/fs.h
+const TCGETS: u32 = 0x5401;
+const FIONREAD: u32 = 0x541b;
+const FIONBIO: u32 = 0x5421;
+const SIOCSIFFLAGS: u32 = 0x8914;
+const SIOCGIFINDEX: u32 = 0x8933;
+const BLKGETSIZE64: u32 = 0x8008_1272;
+// linux/if_tun.h
+const TUNSETIFF: u32 = 0x4004_54ca;
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
+const TUNGETIFF: u32 = 0x8004_54d2;
+const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
+const TUNSETQUEUE: u32 = 0x4004_54d9;
+// linux/loop.h
+const LOOP_CONFIGURE: u32 = 0x4c0a;
+const LOOP_CTL_GET_FREE: u32 = 0x4c82;
+// linux/bpf.h
+const BPF_MAP_CREATE: u32 = 0;
+const BPF_MAP_UPDATE_ELEM: u32 = 2;
+const BPF_PROG_LOAD: u32 = 5;
+const BPF_LINK_CREATE: u32 = 28;
+
+/// Threads, memory, time and the async runtime.
+const RUNTIME: &[Rule] = &[
+    allow(Sysno::futex, "locks, condition variables and channels"),
+    allow(Sysno::sched_yield, "a lock waits for another thread"),
+    allow(Sysno::sched_getaffinity, "starts a thread; counts the node's CPUs"),
+    allow_if(
+        Sysno::mmap,
+        &[lacks(2, PROT_EXEC)],
+        "the allocator gets memory, which is never executable; the kernel image is read",
+    ),
+    allow_if(Sysno::mprotect, &[lacks(2, PROT_EXEC)], "the allocator extends its heaps, which are never executable"),
+    allow(Sysno::munmap, "the allocator gives back memory"),
+    allow(Sysno::mremap, "the allocator resizes large blocks"),
+    allow(Sysno::madvise, "the allocator gives back memory; a thread ends"),
+    allow(Sysno::brk, "the allocator gets memory"),
+    allow_if(
+        Sysno::clone,
+        &[is(0, THREAD_FLAGS), is(0, CLONE_NEWUSER)],
+        "starts a thread, or the process that holds a user namespace for an id-mapped mount",
+    ),
+    allow(Sysno::clone3, "fails with ENOSYS, so that glibc calls clone"),
+    allow(Sysno::set_robust_list, "starts a thread"),
+    allow(Sysno::rseq, "starts a thread"),
+    allow(Sysno::gettid, "the runtime and locks identify threads"),
+    allow(Sysno::getpid, "records the shim's PID, and checks netlink answers"),
+    allow_if(
+        Sysno::prctl,
+        &[is(0, PR_SET_NAME), is(0, PR_GET_NAME), is(0, PR_SET_PDEATHSIG)],
+        "names threads; the holder of a user namespace ends with the shim",
+    ),
+    allow(Sysno::pause, "the holder of a user namespace waits"),
+    allow(Sysno::exit, "ends a thread"),
+    allow(Sysno::exit_group, "ends the shim"),
+    allow(Sysno::sigaltstack, "a thread's stack for signal handlers"),
+    allow(Sysno::rt_sigprocmask, "blocks signals while a thread starts or ends"),
+    allow(Sysno::rt_sigaction, "handles SIGTERM and SIGINT"),
+    allow(Sysno::rt_sigreturn, "returns from a signal handler"),
+    allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait"),
+    allow(Sysno::tgkill, "a thread aborts the shim"),
+    allow(Sysno::clock_gettime, "the time, if the clock source has no vDSO"),
+    allow(Sysno::clock_nanosleep, "delays between attempts"),
+    allow(Sysno::getrandom, "tokens of streams; keys of hash tables"),
+    allow(Sysno::epoll_create1, "the async runtime"),
+    allow(Sysno::epoll_ctl, "the async runtime"),
+    allow(Sysno::epoll_wait, "the async runtime"),
+    allow(Sysno::eventfd2, "wakes the async runtime"),
+    allow(Sysno::poll, "waits for one fd"),
+    allow(Sysno::ppoll, "waits for one fd"),
+];
+
+/// Files: bundles, the state directory, cgroups, procfs, volumes, fifos and logs.
+const FILES: &[Rule] = &[
+    allow(Sysno::read, "reads files, fifos and streams"),
+    allow(Sysno::write, "writes files, fifos and streams"),
+    allow(Sysno::readv, "reads streams"),
+    allow(Sysno::writev, "writes streams"),
+    allow(Sysno::pread64, "reads parts of files"),
+    allow(Sysno::pwrite64, "writes parts of files"),
+    allow(Sysno::lseek, "positions in files"),
+    allow(Sysno::close, "closes fds"),
+    allow(Sysno::fcntl, "duplicates fds, and makes them non-blocking"),
+    allow(Sysno::pipe2, "pipes of hooks and loggers"),
+    allow(Sysno::openat, "opens files"),
+    allow(Sysno::openat2, "opens files of mirrored volumes below the volume's directory"),
+    allow(Sysno::fstat, "file types and sizes"),
+    allow(Sysno::newfstatat, "file types and sizes"),
+    allow(Sysno::statx, "file types and sizes"),
+    allow(Sysno::statfs, "recognizes host-only file systems"),
+    allow(Sysno::fstatfs, "recognizes host-only file systems"),
+    allow(Sysno::access, "whether a file exists"),
+    allow(Sysno::faccessat2, "whether a file exists"),
+    allow(Sysno::readlink, "paths of fds and namespaces"),
+    allow(Sysno::readlinkat, "symbolic links of mirrored volumes"),
+    allow(Sysno::getdents64, "lists directories"),
+    allow(Sysno::chdir, "mounts an overlay with relative paths"),
+    allow(Sysno::mkdir, "creates mount points and cgroups"),
+    allow(Sysno::mkdirat, "creates mount points"),
+    allow(Sysno::rmdir, "removes mount points and cgroups"),
+    allow(Sysno::unlink, "removes files and sockets"),
+    allow(Sysno::unlinkat, "removes trees"),
+    allow(Sysno::rename, "replaces files atomically"),
+    allow(Sysno::linkat, "names the copy of a guest image"),
+    allow(Sysno::chmod, "modes of created files"),
+    allow(Sysno::fchmod, "modes of created files"),
+    allow(Sysno::fchmodat, "modes of created files"),
+    allow(Sysno::umask, "modes of created files"),
+    allow(Sysno::ftruncate, "replaces the contents of files"),
+    allow(Sysno::fsync, "makes files durable"),
+    allow(Sysno::fdatasync, "makes files durable"),
+    allow(Sysno::fadvise64, "announces sequential reads of the guest image"),
+    allow(Sysno::flock, "one shim for each address"),
+    allow(Sysno::copy_file_range, "copies files"),
+    allow(Sysno::sendfile, "copies files"),
+    allow(Sysno::splice, "copies output between fifos and streams"),
+    allow(Sysno::memfd_create, "copies of the guest image; requests to the launcher"),
+    allow(Sysno::mknodat, "files of mounts in the share"),
+    allow(Sysno::inotify_init1, "watches mirrored volumes and CNI changes"),
+    allow(Sysno::inotify_add_watch, "watches mirrored volumes"),
+    allow(Sysno::inotify_rm_watch, "watches mirrored volumes"),
+    allow_if(
+        Sysno::ioctl,
+        &[
+            is(1, FIONREAD),
+            is(1, FIONBIO),
+            is(1, TCGETS),
+            is(1, SIOCGIFINDEX),
+            is(1, SIOCSIFFLAGS),
+            is(1, TUNSETIFF),
+            is(1, TUNGETIFF),
+            is(1, TUNSETQUEUE),
+            is(1, TUNSETOFFLOAD),
+            is(1, TUNSETVNETHDRSZ),
+            is(1, LOOP_CTL_GET_FREE),
+            is(1, LOOP_CONFIGURE),
+            is(1, BLKGETSIZE64),
+        ],
+        "non-blocking streams, taps, loop devices of disk images, sizes of disks",
+    ),
+];
+
+/// Mounts and namespaces.
+const MOUNTS: &[Rule] = &[
+    allow(Sysno::mount, "mounts the rootfs and tmpfs"),
+    allow(Sysno::umount2, "unmounts what a container used"),
+    allow(Sysno::open_tree, "copies mounts of volumes"),
+    allow(Sysno::move_mount, "attaches mounts in the share"),
+    allow(Sysno::mount_setattr, "flags, propagation and id mappings of mounts"),
+    allow_if(Sysno::setns, &[is(1, CLONE_NEWNET)], "enters the pod's network namespace"),
+    allow_if(
+        Sysno::unshare,
+        &[is(0, CLONE_FS), is(0, CLONE_FS | CLONE_NEWNS), is(0, CLONE_NEWNET)],
+        "a thread that mounts an overlay; the pod's network namespace",
+    ),
+];
+
+/// Sockets: containerd, the VMM, the launcher, systemd, netlink and port forwarding.
+const SOCKETS: &[Rule] = &[
+    allow_if(
+        Sysno::socket,
+        &[is(0, AF_UNIX), is(0, AF_INET), is(0, AF_INET6), is(0, AF_NETLINK)],
+        "containerd and systemd; port forwarding; configuration of networks",
+    ),
+    allow_if(Sysno::socketpair, &[is(0, AF_UNIX)], "sockets for the launcher"),
+    allow(Sysno::connect, "containerd, systemd, and servers of the guest's forwarded ports"),
+    allow(Sysno::bind, "netlink, and port forwarding"),
+    allow(Sysno::listen, "port forwarding"),
+    allow(Sysno::accept4, "clients of the shim's socket and of forwarded ports"),
+    allow(Sysno::getsockname, "addresses of forwarded connections"),
+    allow(Sysno::getpeername, "addresses of forwarded connections"),
+    allow(Sysno::setsockopt, "options of netlink and TCP sockets"),
+    allow(Sysno::getsockopt, "results of connections, and credentials of clients"),
+    allow(Sysno::sendto, "netlink requests, and streams"),
+    allow(Sysno::recvfrom, "netlink answers, and streams"),
+    allow(Sysno::sendmsg, "fds for the VMM and the launcher"),
+    allow(Sysno::recvmsg, "fds from the VMM and the launcher"),
+    allow(Sysno::shutdown, "half-closes streams"),
+    allow_if(
+        Sysno::bpf,
+        &[is(0, BPF_MAP_CREATE), is(0, BPF_MAP_UPDATE_ELEM), is(0, BPF_PROG_LOAD), is(0, BPF_LINK_CREATE)],
+        "steers connections to forwarded ports in the pod's network namespace",
+    ),
+];
+
+/// Processes: the VMM, the launcher and the programs that it starts.
+const PROCESSES: &[Rule] = &[
+    allow(Sysno::kill, "ends the holder of a user namespace"),
+    allow(Sysno::wait4, "reaps child processes"),
+    allow(Sysno::waitid, "reaps child processes"),
+    allow(Sysno::pidfd_open, "waits for processes of an earlier shim"),
+    allow(Sysno::pidfd_send_signal, "ends the VMM and programs"),
+    allow(Sysno::getppid, "the parent process"),
+    allow(Sysno::prlimit64, "fd limits"),
+    allow(Sysno::uname, "features of the host's kernel"),
+    allow(Sysno::sysinfo, "the host's memory"),
+    allow(Sysno::getuid, "authentication to systemd"),
+    allow(Sysno::geteuid, "authentication to systemd"),
+    allow(Sysno::getgid, "authentication to systemd"),
+    allow(Sysno::getegid, "authentication to systemd"),
+];
+
+/// The tables, with their titles.
+pub const TABLES: [(&str, &[Rule]); 5] = [
+    ("Threads, memory, time and the async runtime", RUNTIME),
+    ("Files", FILES),
+    ("Mounts and namespaces", MOUNTS),
+    ("Sockets", SOCKETS),
+    ("Processes", PROCESSES),
+];
+
+/// Returns all rules.
+pub fn rules() -> impl Iterator<Item = &'static Rule> {
+    TABLES.into_iter().flat_map(|(_, table)| table)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn tables_have_no_call_twice_and_every_rule_has_a_reason() {
+        let calls: BTreeSet<Sysno> = rules().map(|rule| rule.call).collect();
+        assert_eq!(calls.len(), rules().count());
+        assert!(rules().all(|rule| !rule.reason.is_empty()));
+    }
+
+    #[test]
+    fn powerful_calls_are_allowed_with_certain_arguments_only() {
+        use Sysno::{bpf, clone, ioctl, mmap, mprotect, prctl, setns, socket, socketpair, unshare};
+        for rule in rules() {
+            let powerful = [bpf, clone, ioctl, mmap, mprotect, prctl, setns, socket, socketpair, unshare];
+            assert!(!rule.when.is_empty() || !powerful.contains(&rule.call), "{} is not filtered", rule.call);
+        }
+    }
+}
