@@ -26,8 +26,8 @@ fn configuration() -> impl Strategy<Value = (u32, u32)> {
     (prop::sample::select(registers), value)
 }
 
-/// Negotiates features and sets up a queue, as a driver does. Omits the reset of the device and the checks of the status,
-/// because other vCPUs may write at the same time.
+/// Negotiates features and sets up a queue, as a driver does. Omits the reset of the device and the checks of the
+/// status, because other vCPUs may write at the same time.
 fn negotiate_among_others(transport: &Arc<Transport>) {
     for value in [VIRTIO_CONFIG_S_ACKNOWLEDGE, ACK_DRIVER] {
         set(transport, VIRTIO_MMIO_STATUS, value);
