@@ -47,7 +47,7 @@ impl Drop for Mounts<'_> {
     }
 }
 
-/// A script that makes the file server perform all its operations in the directory `$1`.
+/// A script that makes the file server perform its usual operations in the directory `$1`.
 const USE_FILES: &str = r#"set -e
 cd "$1" && mkdir one two
 echo content > one/file && : > one/file && echo again >> one/file
