@@ -85,8 +85,8 @@ impl Sandbox {
     /// Returns the device numbers that `disk` has in the guest. Hot-plugs `disk` if it is not attached.
     ///
     /// # Errors
-    /// Fails with a [`DiskError`] if the disk cannot be hot-plugged or found in the guest. The next call retries the step
-    /// that failed.
+    /// Fails with a [`DiskError`] if the disk cannot be hot-plugged or found in the guest. The next call retries the
+    /// step that failed.
     pub async fn disk(&self, agent: &Agent, disk: Disk) -> Result<DeviceNumbers, DiskError> {
         let attached = Arc::clone(lock(&self.disks).entry(disk).or_default());
         attached.get_or_attach(self.attach(disk), |slot| find_in_guest(agent, slot)).await
