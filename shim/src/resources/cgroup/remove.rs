@@ -40,7 +40,7 @@ fn is_within(path: &Path) -> bool {
     path.starts_with(MOUNT) && path != Path::new(MOUNT) && path.components().all(|c| c != Component::ParentDir)
 }
 
-/// Timeout for killed processes to leave a cgroup.
+/// Timeout of the wait until killed processes have left a cgroup.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Removes a cgroup and the cgroups below it.
@@ -65,7 +65,7 @@ fn remove_directories(path: &Path) -> io::Result<()> {
 /// The kernel reports a change of `cgroup.events` as POLLPRI (cgroup-v2.rst, "Basic Operations").
 fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
     let mut events = match File::open(path.join("cgroup.events")) {
-        // The host uses cgroup v1, which does not have this file, or the cgroup does not exist.
+        // The cgroup does not exist, or the host uses cgroup v1, which does not have this file.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return v1::wait_until_empty(path, deadline),
         other => other?,
     };
