@@ -1,8 +1,8 @@
 //! Character devices that every guest has.
 //!
 //! If a specification names one of these devices, the container gets the guest's device. The shim rejects a
-//! specification that names another character device. Before this check, the shim removes the host devices that a client
-//! lists for a privileged container (host_devices.rs).
+//! specification that names another character device. Before this check, the shim removes the host devices that a
+//! client lists for a privileged container (host_devices.rs).
 
 /// A character device that every guest has.
 struct Standard {

@@ -11,13 +11,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::resources::cgroup::{MOUNT, v1};
 use crate::systemd::Unit;
 
-/// Removes a sandbox's cgroup with all child cgroups. If the parent has the name `namespace` and is empty, removes the
-/// parent, too.
+/// Removes a sandbox's cgroup with all child cgroups. If the parent cgroup has the name `namespace` and is empty,
+/// removes the parent cgroup, too.
 ///
 /// With cgroup v2, `dirs` has one directory. With cgroup v1, `dirs` has a directory for each hierarchy.
 ///
 /// Waits until the cgroup is empty, for at most a second. Then stops the systemd scope `unit`, and removes the cgroup.
-/// The scope is stopped first, because systemd might keep the unit if the cgroup were already removed.
+/// Stops the scope first, because systemd might keep the unit if the cgroup were already removed.
 pub fn remove(dirs: &[&Path], unit: Option<&Unit>, namespace: &str) {
     let dirs: Vec<&Path> = dirs.iter().copied().filter(|path| is_within(path)).collect();
     let deadline = Instant::now() + EXIT_TIMEOUT;
