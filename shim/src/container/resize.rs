@@ -44,8 +44,8 @@ impl Shim {
         }
     }
 
-    /// Queues a resize of the pod, and does not wait for the resize. The containers' limits determine the new size of the
-    /// pod and the new limits on the host.
+    /// Queues a resize of the pod, and does not wait for the resize. The containers' limits determine the pod's size
+    /// and the pod's limits on the host.
     pub(crate) fn queue_resize(&self) {
         if let Some((resizer, target)) = self.sandbox.resizer().zip(self.target(None)) {
             resizer.queue(target);
@@ -73,8 +73,8 @@ impl Shim {
         Ok(change)
     }
 
-    /// Keeps the new limits if `done` is true. Otherwise, restores the old limits. In both cases, the pod then shrinks to
-    /// the size that its containers need.
+    /// Keeps the new limits if `done` is true. Otherwise, restores the old limits. In both cases, the pod then shrinks
+    /// to the size that its containers need.
     pub(crate) async fn finish_update(&self, id: &str, change: &LimitsUpdate, done: bool) {
         if change.before == change.after {
             return;

@@ -25,8 +25,8 @@ impl Shim {
     pub(crate) async fn start_init(&self, container: &Container) -> ttrpc::Result<()> {
         let process = &container.init;
         let agent = self.agent()?;
-        // A CNI plugin may configure the pod's network after the creation of the sandbox. Therefore, before the start of
-        // the first container, wait until the guest has the network configuration.
+        // A CNI plugin may configure the pod's network after the creation of the sandbox. Therefore, before the start
+        // of the first container, wait until the guest has the network configuration.
         if container.is_sandbox_container() || self.containers.is_only(&container.id) {
             self.sandbox.settle_network().await.map_err(ServiceError::failed)?;
         }
