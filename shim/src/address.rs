@@ -107,10 +107,10 @@ impl Address {
             .create(dir)
             .map_err(|source| ListenError::Directory { path: dir.into(), source })?;
         // A `start` process removes a socket on which no process listens. Without the lock, a `start` process could
-        // remove the new socket of another `start` process. First, no process listens on a new socket between bind(2)
-        // and listen(2). Second, two processes could find the same dead socket: the slower process could then remove
-        // the socket that the faster process has created. The lock is on the directory, because no process would
-        // remove a separate lock file.
+        // remove the new socket of another `start` process in two cases. First, no process listens on a new socket
+        // between bind(2) and listen(2). Second, two processes could find the same dead socket: the slower process
+        // could then remove the socket that the faster process has created. The lock is on the directory, because no
+        // process would remove a separate lock file.
         let _lock = lock(dir).map_err(|source| ListenError::Lock { path: dir.into(), source })?;
         let error = |source| ListenError::Bind { path: self.path.clone(), source };
         for _ in 0..3 {
