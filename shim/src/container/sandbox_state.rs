@@ -98,7 +98,7 @@ impl SandboxState {
 }
 
 impl Shim {
-    /// Creates the sandbox from the pod's configuration and launches its VM.
+    /// Creates the sandbox from the pod's configuration, and launches the sandbox's VM.
     ///
     /// If the bundle has a specification, the shim's daemon has already launched the VM. This function then only
     /// records the creation.

@@ -69,9 +69,9 @@ pub fn reclaim_threshold(location: &CgroupLocation) -> Option<u64> {
 /// out of memory before the sandbox reaches the memory limit. The guest's kernel then kills a process in the guest, and
 /// the host's kernel does not kill the VMM.
 ///
-/// If the cgroup is a systemd scope, this function first writes the limits to the cgroup's files. Then this
-/// function sends the limits to systemd. Only the write to the files waits until the kernel has reclaimed memory.
-/// Therefore, systemd does not block.
+/// This function first writes the limits to the cgroup's files, and may block during this write. If the cgroup is a
+/// systemd scope, this function then sends the same limits to systemd. systemd does not block, because the kernel has
+/// already reclaimed the memory.
 pub fn set(location: &CgroupLocation, unit: Option<&Unit>, limits: &HostLimits, guest_mib: u64) {
     let cpu_millis = limits.cpu_millis.map(|millis| round_cpu_millis(unit, millis));
     let cpus = limits.cpus.clone().or_else(|| all_cpus(location));
@@ -165,7 +165,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pids_max_returns_the_lowest_limit_of_the_parents() {
+    fn pids_max_returns_the_lowest_limit_of_the_ancestors() {
         let dir = tempfile::tempdir().unwrap();
         let sandbox = dir.path().join("kubepods/pod/sandbox");
         std::fs::create_dir_all(&sandbox).unwrap();
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn parent_limits_are_read_in_cgroup_v1_and_v2() {
+    fn max_guest_mib_reads_the_parent_limit_in_cgroup_v1_and_v2() {
         let dir = tempfile::tempdir().unwrap();
         let pod = dir.path().join("pod");
         let v1 = CgroupLocation::V1(vec![(vec!["memory".to_owned()], pod.clone())]);

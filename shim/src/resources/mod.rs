@@ -1,5 +1,5 @@
-//! Sizes the pod's VM at boot, and resizes the VM when containers are added or removed. Sets the pod's limits on the
-//! host.
+//! Sizes the pod's VM at boot, and resizes the VM when containers are added, updated or removed. Sets the pod's limits
+//! on the host.
 
 pub mod boot_size;
 pub mod cgroup;

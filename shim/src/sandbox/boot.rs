@@ -1,4 +1,4 @@
-//! Boots a guest: calls the VMM and the agent in order, until the agent accepts containers.
+//! Boots a guest: sends requests to the VMM and then to the agent, until the agent accepts containers.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -47,7 +47,7 @@ pub struct Pod {
     pub sysctls: HashMap<String, String>,
     /// Maximum number of tasks in all containers together. `None` if unlimited.
     pub pids_max: Option<u64>,
-    /// Id mappings of the pod's user namespace, if it has one.
+    /// Id mappings of the pod's user namespace. `None` if the pod has no user namespace.
     pub id_mappings: Option<IdMappings>,
     /// Network interfaces, with their addresses, routes, neighbours and rules.
     pub network: Network,
@@ -65,7 +65,7 @@ pub struct BootPlan {
     pub boot_size: BootSize,
     /// Directory on the host that the VMM serves to the guest as the share.
     pub share: PathBuf,
-    /// `/dev/kvm`.
+    /// The opened device `/dev/kvm`.
     pub kvm: File,
     /// Guest kernel and initrd.
     pub images: GuestImages,
@@ -80,7 +80,7 @@ pub enum BootError {
     /// The pipe for the console could not be created.
     #[error("failed to create a pipe for the guest's console")]
     Console(#[source] std::io::Error),
-    /// The VMM refused a call or has ended.
+    /// A request to the VMM failed.
     #[error("failed to {step}")]
     Vmm {
         /// The operation that failed.
@@ -89,12 +89,12 @@ pub enum BootError {
         #[source]
         source: VmmError,
     },
-    /// The guest ended before its agent was ready.
+    /// The guest ended before the boot was complete.
     #[error("the guest ended during its boot: {reason}{console}")]
     Ended {
         /// Cause.
         reason: String,
-        /// Last lines of the console.
+        /// Last lines of the guest's console.
         console: String,
     },
     /// The agent was not ready before the timeout.
@@ -102,7 +102,7 @@ pub enum BootError {
     Timeout {
         /// Timeout in seconds.
         secs: u64,
-        /// Last lines of the console.
+        /// Last lines of the guest's console.
         console: String,
     },
     /// The connection to the agent cannot be registered with the async runtime.
@@ -117,7 +117,7 @@ impl BootPlan {
     /// Opens `/dev/kvm` and returns the plan.
     ///
     /// # Errors
-    /// [`BootError::Kvm`].
+    /// Fails with [`BootError::Kvm`] if `/dev/kvm` cannot be opened.
     pub fn new(
         pod: Pod,
         config: Config,
@@ -140,7 +140,7 @@ struct Progress {
 /// Boots the guest and connects to its agent.
 ///
 /// # Errors
-/// [`BootError`]. If the guest ended or the boot timed out, the error contains the console's last lines.
+/// Fails with a [`BootError`]. If the guest ended or the boot timed out, the error contains the console's last lines.
 pub async fn boot(
     plan: BootPlan,
     vmm: &Vmm,
@@ -168,7 +168,8 @@ pub async fn boot(
         }
         Ok(Err(error)) => {
             // If the guest has ended, return `BootError::Ended` instead of `error`, because `error` is only a
-            // consequence. First wait until the VMM has ended, because the console's output is incomplete until then.
+            // consequence. First kill the VMM and wait until the VMM has ended. Only then is the console's output
+            // complete.
             let ended = matches!(error, BootError::Ended { .. })
                 || matches!(error, BootError::Vmm { source: VmmError::Gone, .. });
             if ended || progress.borrow().ended.is_some() {
@@ -183,7 +184,7 @@ pub async fn boot(
     }
 }
 
-/// Tells the VMM to create the VM and to start it.
+/// Tells the VMM to create and start the VM.
 async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
     let huge_mib = hugepages::pool_mib();
     let mut fds = vec![plan.kvm.as_fd(), plan.images.kernel.as_fd(), plan.images.initrd.as_fd(), console.as_fd()];
@@ -377,7 +378,7 @@ fn log_agent_line(line: &str) {
 /// Returns the read end and the write end of a new pipe.
 ///
 /// # Errors
-/// If the pipe cannot be created, for example because the fd limit is reached.
+/// Fails if the pipe cannot be created, for example because the fd limit is reached.
 pub fn pipe_pair() -> std::io::Result<(OwnedFd, OwnedFd)> {
     let (out, input) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
     // tokio requires a non-blocking read end.

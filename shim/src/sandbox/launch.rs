@@ -59,8 +59,8 @@ impl DeferredLaunch {
     /// spawned it.
     ///
     /// # Errors
-    /// Fails if `share` is an error, if the specification is invalid, or if a thread cannot be started. The text contains
-    /// the error and its causes. [`Sandbox::ready`] reports later failures.
+    /// Fails if `share` is an error, if the specification is invalid, or if a thread cannot be started or panics. The
+    /// returned text contains the error and its causes. [`Sandbox::ready`] reports later failures.
     pub async fn launch(self, spec: serde_json::Value, sandbox: &Sandbox) -> Result<(), String> {
         let Self { context, share, dir, reports } = self;
         let share = share?;
@@ -176,9 +176,9 @@ impl PartialLaunch {
             vhost: config.vhost_net,
         };
         let network = match &network {
-            // CNI sets up a new network namespace later, in hooks or between Create and Start. `ctr run --cni` runs CNI
-            // between Create and Start. If the pod has a user namespace, containerd 1.7 also runs CNI between Create
-            // and Start. The reason is that the user namespace must own the network namespace
+            // CNI configures a new network namespace later, in OCI hooks or between Create and Start. `ctr run --cni`
+            // runs CNI between Create and Start. If the pod has a user namespace, containerd 1.7 also runs CNI between
+            // Create and Start. The reason is that the user namespace must own the network namespace
             // (pkg/cri/server/sandbox_run.go).
             Network::New => match &self.vmm {
                 Some(vmm) => network::watch_new(
@@ -217,8 +217,9 @@ fn record_sandbox(context: &LaunchContext, spec: &Spec, boot_size: &BootSize, vm
 
 /// Returns the part of the guest's configuration that depends on the pod.
 ///
-/// The guest never creates a sandbox container. Therefore, the sysctls of a sandbox container are part of `Pod`, and the
-/// agent applies them at `Setup`. The sysctls of a container without a pod are applied when the container is created.
+/// The guest never creates a sandbox container. Therefore, the sysctls of a sandbox container are part of `Pod`, and
+/// the agent applies them at `Setup`. The sysctls of a container without a pod are applied when the container is
+/// created.
 fn pod(
     context: &LaunchContext,
     spec: &Spec,
@@ -244,7 +245,8 @@ pub fn hostname(name: &str) -> String {
 /// Records process `pid` in the file `name` of the state directory.
 ///
 /// # Errors
-/// If the process has ended, or the file cannot be written. The text contains the error and its causes.
+/// Fails if the process has ended, or if the file cannot be written. The returned text contains the error and its
+/// causes.
 pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String> {
     let process =
         ProcessId::read(pid).ok_or_else(|| format!("failed to record process {pid}: it has already ended"))?;

@@ -76,7 +76,7 @@ pub enum StreamError {
     /// The vsock connection failed.
     #[error("failed to open a stream to the guest")]
     Connect(#[source] VmmError),
-    /// The kernel did not return a random token.
+    /// The kernel did not return random bytes for the token.
     #[error("failed to get a random token for a stream to the guest")]
     Token(#[source] std::io::Error),
     /// The header could not be written.
@@ -199,7 +199,7 @@ impl Sandbox {
         }
     }
 
-    /// Returns the sandbox's cgroup on the host, if it has one.
+    /// Returns the sandbox's cgroup on the host, or `None` if the sandbox has no cgroup.
     pub fn cgroup(&self) -> Option<&Cgroup> {
         self.launched.get()?.cgroup.as_ref()
     }
@@ -217,7 +217,7 @@ impl Sandbox {
     /// Acquires a PID on the host for one container. The caller must release the PID with [`Sandbox::release_pid`].
     ///
     /// # Errors
-    /// [`VmmError`] if the VMM cannot provide a PID.
+    /// Fails with a [`VmmError`] if the VMM cannot provide a PID.
     pub async fn acquire_pid(&self) -> Result<u32, VmmError> {
         self.vmm().ok_or(VmmError::Gone)?.acquire_pid().await
     }
@@ -242,7 +242,7 @@ impl Sandbox {
     /// Waits until the agent accepts containers.
     ///
     /// # Errors
-    /// If the boot has failed, or the VM has ended. The text contains the error and its causes.
+    /// Fails if the boot has failed, or if the VM has ended. The returned text contains the error and its causes.
     pub async fn ready(&self) -> Result<Agent, Arc<str>> {
         self.state.wait_running().await
     }
@@ -255,7 +255,7 @@ impl Sandbox {
     /// Waits until the guest has the host's current network configuration.
     ///
     /// # Errors
-    /// If the guest's network cannot be updated. The text contains the error and its causes.
+    /// Fails if the guest's network cannot be updated. The returned text contains the error and its causes.
     pub async fn settle_network(&self) -> Result<(), String> {
         match self.network_sync.get() {
             Some(network_sync) => network_sync.settle().await,
@@ -271,7 +271,7 @@ impl Sandbox {
     /// Opens a stream for a container's stdio. Returns the stream token and the stream.
     ///
     /// # Errors
-    /// [`StreamError`] if the stream cannot be opened.
+    /// Fails with a [`StreamError`] if the stream cannot be opened.
     pub async fn open_stream(&self) -> Result<(u64, tokio::net::UnixStream), StreamError> {
         let vmm = self.vmm().ok_or(StreamError::Connect(VmmError::Gone))?;
         // The token must be unpredictable, because any request that contains it gets the stream.
@@ -287,7 +287,7 @@ impl Sandbox {
     /// Starts to propagate the host's new mounts to the pod's volumes.
     ///
     /// # Errors
-    /// If the mount list cannot be opened or polled.
+    /// Fails if the mount list cannot be opened or polled.
     pub fn start_propagation(&self) -> std::io::Result<()> {
         self.propagation.start(&self.share())
     }
@@ -352,8 +352,8 @@ async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mp
                 Some(report) => drop(reports.send(report)),
                 None => tracing::warn!("the agent sent an unknown event"),
             },
-            // Without the event stream, the shim would not notice when processes exit. Therefore, a guest that closes
-            // the stream is treated as dead.
+            // Without the event stream, the shim would not notice when processes exit. Therefore, if the guest
+            // closes the stream, the shim kills the VM.
             Ok(None) => return vmm.kill(),
             Err(error) => {
                 tracing::debug!(%error, "the agent's event stream failed");

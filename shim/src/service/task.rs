@@ -49,7 +49,8 @@ impl Handler {
         self.shim.containers.get(id)
     }
 
-    /// Returns a container. Fails for a sandbox container, because a sandbox container has no processes in the guest.
+    /// Returns the container `id`. Fails for a sandbox container, because a sandbox container has no processes in the
+    /// guest.
     fn guest_container(&self, id: &str) -> Result<Arc<Container>, ServiceError> {
         self.container(id).and_then(|container| {
             if container.is_sandbox_container() { Err(ServiceError::Sandbox) } else { Ok(container) }
@@ -190,7 +191,7 @@ impl Task for Handler {
         let process = container.process(&request.exec_id)?;
         match process.state() {
             State::Stopped | State::Deleted => return Err(ServiceError::Resize.into()),
-            // The agent does not know the exec yet. At this point, runc's shim ignores the request, too.
+            // The agent may not know the exec before the exec has started. As runc's shim does, ignore the request.
             State::Created | State::Starting if !process.exec.is_empty() => return Ok(Empty::new()),
             _ => {}
         }

@@ -32,13 +32,12 @@ use crate::async_fd::register;
 
 /// Timeout for a logger to become ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout for a logger to exit after its handle is dropped. After this timeout, the logger gets SIGTERM.
+/// Timeout for a logger to exit after its handle is dropped. After this timeout, the shim sends SIGTERM.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout for a logger to end after SIGTERM. After this timeout, the logger gets SIGKILL.
+/// Timeout for a logger to exit after SIGTERM. After this timeout, the shim sends SIGKILL.
 const SIGTERM_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Handle to a running logger. If the logger does not exit within `EXIT_TIMEOUT` after the handle is dropped, the
-/// logger gets SIGTERM.
+/// Handle to a running logger. `EXIT_TIMEOUT` begins when the handle is dropped.
 #[derive(Debug)]
 pub struct LoggerHandle {
     _released: oneshot::Sender<()>,
@@ -87,7 +86,8 @@ pub async fn start(
 }
 
 fn spawn(path: &Path, args: &[String], context: &LoggerContext<'_>, ends: &[OwnedFd; 3]) -> io::Result<Child> {
-    // Duplicate the fds to numbers above 5, so that dup2(2) to 3, 4 and 5 cannot overwrite one of these fds.
+    // Duplicate the pipe ends to high fd numbers. Otherwise, dup2(2) to fd 3, 4 or 5 could close a pipe end that
+    // already has this number.
     let copy = |fd: &OwnedFd| -> io::Result<OwnedFd> {
         let copy = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(16))?;
         // SAFETY: the kernel has just created this fd, and nothing else owns it.
@@ -120,15 +120,15 @@ fn spawn(path: &Path, args: &[String], context: &LoggerContext<'_>, ends: &[Owne
     command.spawn()
 }
 
-/// Opens a pidfd, which becomes readable when the child ends.
+/// Opens a pidfd of the child. The pidfd becomes readable when the child exits.
 fn pidfd(child: &Child) -> io::Result<AsyncFd<OwnedFd>> {
     let pid = libc::pid_t::try_from(child.id()).map_err(io::Error::other)?;
     // The PID cannot belong to another process, because the child has not been reaped yet.
     register(pidfd::open(pid)?, Interest::READABLE)
 }
 
-/// Reaps the logger when it ends. If the logger does not end after the handle is dropped, sends SIGTERM, and later
-/// SIGKILL.
+/// Waits until the logger exits, and reaps the logger. If the logger does not exit within `EXIT_TIMEOUT` after the
+/// handle is dropped, sends SIGTERM. If the logger then does not exit within `SIGTERM_TIMEOUT`, sends SIGKILL.
 async fn supervise(path: PathBuf, mut child: Child, pidfd: AsyncFd<OwnedFd>, release: oneshot::Receiver<()>) {
     let ended = async || {
         let _ = pidfd.readable().await;
@@ -150,7 +150,7 @@ async fn supervise(path: PathBuf, mut child: Child, pidfd: AsyncFd<OwnedFd>, rel
             }
         }
     }
-    // Does not block, because the logger has ended.
+    // This call does not block, because the logger has exited.
     if let Ok(status) = child.wait()
         && !status.success()
     {

@@ -141,7 +141,7 @@ impl Unit {
         &self.0
     }
 
-    /// Sets properties of the unit until the node reboots. Blocks.
+    /// Sets properties of the unit. The properties are lost when the node reboots. Blocks.
     ///
     /// systemd writes the properties to the cgroup at once. When another property of the same controller changes, for
     /// example through `systemctl set-property`, systemd writes the properties again.
@@ -213,8 +213,9 @@ mod tests {
     use super::message::tests::{failed, removed, returned};
     use super::*;
 
-    /// Starts a fake systemd with a socket in `dir`. Each element of `connections` contains the answers that the fake
-    /// sends on one connection before it closes the connection. The thread returns the calls that the fake received.
+    /// Starts a thread that runs a fake systemd with a socket in `dir`. Each element of `connections` describes one
+    /// connection. For each call on this connection, the element contains the messages that the fake sends. After the
+    /// last call, the fake closes the connection. The thread returns the calls that the fake received.
     fn peer(dir: &Path, connections: Vec<Vec<Vec<Vec<u8>>>>) -> JoinHandle<Vec<Vec<u8>>> {
         let listener = UnixListener::bind(dir.join("socket")).unwrap();
         std::thread::spawn(move || {
@@ -235,7 +236,7 @@ mod tests {
                     call.resize(message::FIXED_HEADER + rest, 0);
                     stream.read_exact(&mut call[message::FIXED_HEADER..]).unwrap();
                     calls.push(call);
-                    // A socket may deliver a message in pieces.
+                    // Send the answer in pieces, because a socket may deliver a message in pieces.
                     for bytes in answer.concat().chunks(7) {
                         stream.get_mut().write_all(bytes).unwrap();
                     }

@@ -116,7 +116,7 @@ pub fn check(event: Event) -> Option<Report> {
 
 /// Converts `error`, which a call to the agent returned, to an error for containerd. `what` is the name of the call.
 ///
-/// Limits the text's length, and replaces control characters.
+/// Shortens the agent's error text if the text is too long, and replaces control characters in the text.
 pub fn error(what: &str, error: ttrpc::Error) -> ttrpc::Error {
     match error {
         ttrpc::Error::RpcStatus(status) => {

@@ -49,7 +49,7 @@ pub enum VmmError {
     /// The VMM has ended.
     #[error("the VMM process has ended")]
     Gone,
-    /// The host PID of the thread that the VMM reported cannot be determined.
+    /// The VMM reported a thread for the container, but the thread's PID on the host cannot be determined.
     #[error("failed to determine the host PID of the VMM thread that represents the container")]
     Thread(#[source] std::io::Error),
     /// vhost-net cannot be opened.
@@ -71,8 +71,8 @@ struct Inner {
     dead: watch::Receiver<Option<ExitStatus>>,
     fd_shortage: Notify,
     vhost: VhostPermits,
-    /// For each container, the VMM has a thread whose id on the host is the container's PID for containerd. Maps this id
-    /// to the thread's id in the VMM's PID namespace.
+    /// For each container, the VMM has a thread. The shim reports the thread's id on the host to containerd as the
+    /// container's PID. Maps this PID to the thread's id in the VMM's PID namespace.
     threads: Mutex<HashMap<u32, u32>>,
 }
 
@@ -199,8 +199,8 @@ impl Vmm {
         self.inner.vhost.revoke(mac);
     }
 
-    /// Starts a task that opens vhost-net for an interface, and passes the fds to the VMM. If the interface has no permit,
-    /// only logs a warning.
+    /// Starts a task that opens vhost-net for an interface and passes the fds to the VMM. If the interface has no
+    /// permit, only logs a warning.
     fn start_vhost(&self, mac: [u8; 6]) {
         let Some(pairs) = self.inner.vhost.take(mac) else {
             let mac = format!("{mac:02x?}");
@@ -213,7 +213,7 @@ impl Vmm {
                 tracing::warn!(
                     mac,
                     error,
-                    "failed to start vhost-net for an interface; the VMM goes on transferring its frames"
+                    "failed to start vhost-net for an interface; the VMM continues to transfer the interface's frames"
                 );
             }
         });
@@ -262,7 +262,7 @@ impl Vmm {
         if self.inner.dead.borrow().is_none()
             && let Ok(pid) = i32::try_from(self.inner.pid)
         {
-            // `dead` is set when the process is reaped. Until then, the PID belongs to the VMM.
+            // Until the process is reaped, the PID belongs to the VMM. `dead` is set immediately after the reaping.
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
         }
     }
@@ -276,8 +276,8 @@ impl Vmm {
         }
     }
 
-    /// Waits until the VMM reports that the number of its open files is near its fd limit. If the guest then drops its
-    /// caches, the VMM can close files.
+    /// Waits until the VMM reports that it has nearly reached its fd limit. When the guest drops its caches, the VMM
+    /// can close files.
     pub async fn wait_for_fd_shortage(&self) {
         self.inner.fd_shortage.notified().await;
     }

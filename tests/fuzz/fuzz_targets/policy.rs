@@ -1,4 +1,4 @@
-//! Fuzzes an agent policy, as a pod's annotation and the Setup request contain it.
+//! Fuzzes the parser and the exec rule of agent policies. Pods' annotations and Setup requests contain policies.
 #![no_main]
 
 use husk_policy::{Exec, Policies, Policy};
@@ -9,7 +9,7 @@ fuzz_target!(|text: &[u8]| {
     let json = policy.to_json();
     let alone = Policies::from_json(&json, b"").expect("parse the policy again");
     assert_eq!(alone.node, policy);
-    // Each listed command is allowed, unless another rule forbids it.
+    // A policy allows each command that it lists. A second policy can still forbid the command.
     let commands = policy.exec.list().unwrap_or_default();
     for arguments in commands.iter().map(|command| command.arguments()) {
         let exec = Exec { container: "c", arguments, ..Exec::default() };

@@ -10,7 +10,7 @@ use virtiofsd::limits::setup_rlimit_nofile;
 ///
 /// A limit of 1 byte prevents core dumps. A limit of 0 would not always prevent them, because the kernel ignores all
 /// limits except 1 if it pipes core dumps to a program (fs/coredump.c, `do_coredump`). The dumpable flag alone is not
-/// sufficient either, because each switch to a guest's user sets the flag to fs.suid_dumpable (kernel/cred.c,
+/// sufficient, because each switch to a guest's user sets the flag to fs.suid_dumpable (kernel/cred.c,
 /// `commit_creds`).
 const LIMITS: [(Resource, u64, &str); 3] = [
     (Resource::RLIMIT_CORE, 1, "a core dump would hold guest memory"),

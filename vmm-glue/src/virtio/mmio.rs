@@ -1,7 +1,7 @@
 //! The virtio-mmio transport, version 2: registers, interrupt and notifications of one device.
 //!
 //! See Virtual I/O Device (VIRTIO) 1.2, section 4.2 "Virtio Over MMIO". Every write comes from the guest, which is not
-//! trusted. Therefore, writes that the protocol does not allow in the current state are ignored. The queue
+//! trusted. Therefore, the transport ignores writes that the protocol does not allow in the current state. The queue
 //! configuration cannot change after DRIVER_OK.
 
 use std::io;
@@ -44,7 +44,7 @@ const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
     /// The device has a queue of an invalid size.
-    #[error("invalid queue size: it is not a power of two")]
+    #[error("invalid queue size: must be a power of two")]
     QueueSize(#[source] virtio_queue::Error),
     /// An eventfd could not be created.
     #[error("failed to create an eventfd for the notifications of a queue")]
@@ -83,11 +83,10 @@ struct Registers {
 pub struct MmioInterrupt {
     status: AtomicU32,
     generation: AtomicU32,
-    /// Whether the device has failed and the driver sees DEVICE_NEEDS_RESET. This flag cannot be in [`Registers`],
-    /// because a device is already locked when it sets the flag. The lock of the registers must be taken before the
-    /// lock of the device.
+    /// Whether the device has failed, so that the driver sees DEVICE_NEEDS_RESET. This flag is not in [`Registers`],
+    /// because a device sets the flag through [`Interrupt`], without the lock of the registers.
     needs_reset: AtomicBool,
-    /// Whether vhost also writes to `irq` when vhost has used buffers (see [`Interrupt::share_irq`]).
+    /// Whether vhost also writes to `irq`, after it has used buffers (see [`Interrupt::share_irq`]).
     shared: AtomicBool,
     irq: EventFd,
 }
@@ -122,8 +121,9 @@ impl MmioInterrupt {
         if self.needs_reset.load(Ordering::SeqCst) { NEEDS_RESET } else { 0 }
     }
 
-    /// Returns the causes of an interrupt. Drivers read the causes first. Without the VRING bit, Linux's driver does
-    /// not look at its queues (`vm_interrupt` in drivers/virtio/virtio_mmio.c).
+    /// Returns the causes of an interrupt. If vhost shares the eventfd, the VRING bit is always set, because vhost
+    /// cannot set it. Without the VRING bit, Linux's driver does not look at its queues (`vm_interrupt` in
+    /// drivers/virtio/virtio_mmio.c).
     fn causes(&self) -> u32 {
         let shared = if self.shared.load(Ordering::SeqCst) { VIRTIO_MMIO_INT_VRING } else { 0 };
         self.status.load(Ordering::SeqCst) | shared
@@ -188,7 +188,7 @@ impl Transport {
         &self.notify
     }
 
-    /// Returns the device ID of the virtio specification, section 5.
+    /// Returns the device's ID from section 5 of the virtio specification.
     pub fn device_type(&self) -> u32 {
         self.device_type
     }
@@ -268,7 +268,7 @@ impl Transport {
             registers.reset();
             return self.interrupt.reset();
         }
-        // Only the first of several vCPUs starts the reset, and all of them wait for it.
+        // If several vCPUs write 0, only the first write starts the reset. All these vCPUs wait for the reset.
         registers.resetting = registers.resetting || self.run(Self::start_reset);
         let before = registers.resets;
         while registers.resetting && registers.resets == before {
@@ -398,7 +398,7 @@ impl Registers {
     fn advance(&mut self, value: u32) -> bool {
         let current = self.status;
         if value & current != current || self.status & VIRTIO_CONFIG_S_FAILED != 0 || self.resetting {
-            return false; // a driver may only add bits, and nothing follows FAILED or a reset that is not complete
+            return false; // a driver may only add bits, and may add none after FAILED or during a reset
         }
         match value & !current & !NEEDS_RESET {
             0 => {}
@@ -453,7 +453,7 @@ fn configure(queue: &mut Queue, register: u32, value: u32) {
 }
 
 /// Copies a queue's configuration. The device takes over the copy. The transport keeps the original, because the driver
-/// can still read its registers.
+/// can still read the queue's registers.
 fn copy(from: &Queue, to: &mut Queue) {
     let halves = |address: u64| (Some(half(address, 0)), Some(half(address, 1)));
     to.set_size(from.size());

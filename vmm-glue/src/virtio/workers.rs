@@ -1,12 +1,13 @@
 //! Worker threads of a device whose requests can block. A worker pops a request, calls the handler and returns the
 //! result.
 //!
-//! The threads start when the device is created, because then the process can still give them the rights that they
-//! need. They end when the device is dropped. Until then they serve one activation after another.
+//! The threads start when the device is created. The device loop, which activates the device, could not start the
+//! threads, because its seccomp filter does not allow new threads. The worker threads serve one activation after
+//! another, and end when the device is dropped.
 //!
-//! Idle workers wait for the queue's notification, and the kernel wakes one of them (EPOLLEXCLUSIVE). If a worker takes
-//! a request while other workers are idle, it enables the next notification. If there is another request already, this
-//! worker signals the notification itself.
+//! Idle workers wait for the queue's notification, and the kernel wakes only one of these workers (EPOLLEXCLUSIVE). A
+//! worker that takes a request while other workers are idle enables the next notification. If the queue already has
+//! another request, this worker signals the notification itself.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -56,7 +57,7 @@ struct PoolState {
     /// Number of workers that are in a session. If `session` is `None`, these workers are about to leave an earlier
     /// session.
     inside: usize,
-    /// Called when the last worker leaves the earlier session.
+    /// Closures to call when the last worker has left the earlier session.
     when_idle: Vec<OnIdle>,
     paused: bool,
     /// Whether the threads must end.
@@ -86,7 +87,8 @@ struct State {
 }
 
 impl<H: Handler> Workers<H> {
-    /// Starts `count` threads. Returns when each thread is confined. The threads wait until [`Workers::activate`].
+    /// Starts `count` threads. Returns when all threads are confined. The threads wait until [`Workers::activate`] is
+    /// called.
     ///
     /// # Errors
     /// If a thread cannot be started or confined.
@@ -105,7 +107,7 @@ impl<H: Handler> Workers<H> {
         Ok(this)
     }
 
-    /// Makes the workers serve a queue. The device must not be active, and must be idle.
+    /// Makes the workers serve a queue. Before the call, the device must be inactive, and its workers must be idle.
     ///
     /// # Errors
     /// If an eventfd cannot be created.
@@ -133,7 +135,7 @@ impl<H: Handler> Workers<H> {
         }
     }
 
-    /// Calls `idle` when no request of an earlier activation is being served any more. To be called after
+    /// Calls `idle` when no request of an earlier activation is being served any more. The caller must have called
     /// [`Workers::deactivate`].
     pub fn when_idle(&self, idle: OnIdle) {
         let mut pool = lock(&self.pool.state);
@@ -144,7 +146,8 @@ impl<H: Handler> Workers<H> {
         idle();
     }
 
-    /// Pauses serving. Returns when no request is being served. No request is served until [`Workers::resume`].
+    /// Pauses the workers. Returns when no request is being served. No request is served until [`Workers::resume`] is
+    /// called.
     pub fn pause(&self) {
         let mut pool = lock(&self.pool.state);
         pool.paused = true;
@@ -161,7 +164,7 @@ impl<H: Handler> Workers<H> {
         }
     }
 
-    /// Resumes serving.
+    /// Resumes the workers.
     pub fn resume(&self) {
         let session = {
             let mut pool = lock(&self.pool.state);
@@ -194,7 +197,7 @@ impl<H: Handler> Pool<H> {
     fn run(&self, confined: Sender<io::Result<()>>) {
         let result = confine(H::KIND).map_err(io::Error::other);
         let failed = result.is_err();
-        // This call cannot fail, because the receiver waits for the results of all threads.
+        // The send fails only if the start of another thread has failed. Then nobody needs this result.
         let _ = confined.send(result);
         drop(confined);
         if failed {
@@ -208,7 +211,7 @@ impl<H: Handler> Pool<H> {
         }
     }
 
-    /// Counts this worker as outside of a session.
+    /// Records that this worker has left its session. The last worker to leave calls the closures of `when_idle`.
     fn leave(&self) {
         let mut pool = lock(&self.state);
         pool.inside -= 1;

@@ -12,7 +12,7 @@ use crate::virtio::activation::{self, OpenedActivation};
 use crate::virtio::device::{ActivateError, Activation, VirtioDevice};
 use crate::virtio::testing::Bench;
 
-/// Reports the start of each request, and serves the request until it is told to end it.
+/// A handler that reports the start of each request, and then waits until the test ends the request.
 struct Held {
     started: Mutex<Sender<()>>,
     end: Mutex<Receiver<()>>,
@@ -57,7 +57,8 @@ impl VirtioDevice for Device {
     }
 }
 
-/// Returns a device whose worker is serving a request, with the sender that ends a request.
+/// Returns a device whose worker is serving a request. Also returns the sender that ends a request, and the receiver
+/// that reports the start of a request.
 fn serving() -> (Bench<Device>, Sender<()>, Receiver<()>) {
     let ((started, starts), (end, ends)) = (channel(), channel());
     let handler = Arc::new(Held { started: Mutex::new(started), end: Mutex::new(ends) });
@@ -89,7 +90,7 @@ fn workers_become_idle_after_reset_when_request_ends() {
     starts.recv().unwrap();
     end.send(()).unwrap();
     bench.run_until(|queues| queues[0].poll().is_some());
-    // Idle workers report at once.
+    // If the workers are idle, `when_idle` calls the closure at once.
     bench.lock().reset();
     let (now_idle, wait) = channel();
     bench.lock().0.when_idle(Box::new(move || now_idle.send(()).unwrap()));

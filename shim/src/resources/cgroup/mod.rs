@@ -30,8 +30,8 @@ pub enum CgroupLocation {
 #[derive(Debug)]
 pub struct Cgroup {
     location: CgroupLocation,
-    /// Cgroups that this process was in before, in the order of [`CgroupLocation::dirs`]. This process returns to these
-    /// cgroups before the sandbox's cgroup is removed.
+    /// Original cgroups of this process, in the order of [`CgroupLocation::dirs`]. This process returns to these
+    /// cgroups before it removes the sandbox's cgroup.
     origins: Vec<PathBuf>,
     namespace: String,
     /// The cgroup's systemd scope, if systemd created the cgroup.
@@ -41,7 +41,7 @@ pub struct Cgroup {
 /// Why the cgroup cannot be created or entered.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    /// The specification names a path outside the hierarchy.
+    /// The specification's `cgroupsPath` is empty, malformed or outside the hierarchy.
     #[error("invalid cgroupsPath {0:?}: expected a path within the cgroup hierarchy, or slice:prefix:name")]
     Path(String),
     /// systemd could not create the scope.
@@ -80,7 +80,7 @@ impl Cgroup {
     /// has created the scope.
     ///
     /// # Errors
-    /// [`CgroupError`]. After an error, removes everything that this function has created.
+    /// [`CgroupError`]. After an error, stops the systemd scope and removes the cgroup's directories.
     pub fn enter(cgroups_path: &str, namespace: &str) -> Result<Self, CgroupError> {
         let path::CgroupsPath { relative, scope } = path::parse(cgroups_path)?;
         let proc_cgroup = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
@@ -142,7 +142,7 @@ impl Cgroup {
     fn leave(&self) {
         for (path, origin) in self.location.dirs().zip(&self.origins) {
             if std::fs::write(origin.join("cgroup.procs"), "0").is_err() {
-                // The original cgroup has been removed. Move the process to the root of the hierarchy, which always
+                // The original cgroup no longer exists. Move the process to the root of the hierarchy, which always
                 // exists.
                 let root = path.ancestors().skip(1).take_while(|parents| parents.join("cgroup.procs").exists()).last();
                 let _ = root.map(|root| std::fs::write(root.join("cgroup.procs"), "0"));
@@ -209,7 +209,8 @@ fn create(path: &Path) -> std::io::Result<()> {
 /// Enables all controllers in all ancestors of `path`, as runc does. Without controllers, the cgroup at `path` would
 /// not account for resources.
 ///
-/// Best effort, because a controller cannot be enabled in a cgroup that itself has processes.
+/// Ignores errors. The kernel does not let an ancestor that itself has processes enable a domain controller
+/// (cgroup-v2.rst, "No Internal Process Constraint").
 fn delegate(mount: &Path, path: &Path) {
     let mut parents: Vec<&Path> = path.ancestors().skip(1).take_while(|parent| parent.starts_with(mount)).collect();
     parents.reverse();

@@ -25,8 +25,9 @@ pub fn parse(cgroups_path: &str) -> Result<CgroupsPath, CgroupError> {
         [path] => ((*path).to_owned(), None),
         [slice, prefix, name] => {
             let slice = if slice.is_empty() { "system.slice" } else { slice };
-            // The unit has the same name as under runc (libcontainer/cgroups/systemd/common.go, getUnitName). Reject a
-            // name that ends in `.slice`, because a slice cannot contain processes directly.
+            // The unit has the same name as under runc (libcontainer/cgroups/systemd/common.go, getUnitName). In
+            // runc, a name that ends in `.slice` is the name of a slice. Reject such a name, because a slice cannot
+            // contain processes directly.
             let unit = format!("{prefix}-{name}.scope");
             if name.is_empty() || name.ends_with(".slice") || unit.contains('/') {
                 return Err(error());

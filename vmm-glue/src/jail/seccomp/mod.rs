@@ -1,5 +1,5 @@
 //! seccomp filters of the VMM's threads (seccomp(2)). Each kind of thread has a filter that allows only the system
-//! calls in its table. The tables are data with a reason for each call.
+//! calls in its table. Each entry of a table contains the reason why the thread needs the call.
 
 mod rule;
 mod tables;
@@ -18,8 +18,8 @@ use syscalls::Sysno;
 use super::kind::Kind;
 use crate::config::SeccompMode;
 
-/// The mode of this process. It is set once, when the process enters the jail. The threads of a process that has not
-/// entered the jail get no filter. Only unit tests run without a jail.
+/// The mode of this process, which [`prepare`] sets when the process enters the jail. The mode is missing only
+/// in unit tests, which run without a jail. Then [`load`] loads no filter.
 static MODE: OnceLock<SeccompMode> = OnceLock::new();
 
 /// Error of loading a filter.
@@ -48,7 +48,8 @@ pub fn load(kind: Kind) -> Result<(), FilterError> {
     Ok(apply_filter(&compile(rules(kind), mode)?)?)
 }
 
-/// Compiles a filter. If no rule allows a call, the kernel sends SIGSYS, or logs the call and executes it.
+/// Compiles a filter. If no rule allows a call, the kernel sends SIGSYS instead of executing the call. In mode
+/// [`SeccompMode::Log`], the kernel logs the call and executes the call.
 fn compile<'a>(rules: impl Iterator<Item = &'a Rule>, mode: SeccompMode) -> Result<BpfProgram, BackendError> {
     let other = match mode {
         SeccompMode::Enforce => SeccompAction::Trap,
@@ -62,7 +63,7 @@ fn compile<'a>(rules: impl Iterator<Item = &'a Rule>, mode: SeccompMode) -> Resu
 }
 
 /// Compiles a filter that makes clone3 fail with ENOSYS. glibc then calls clone. A filter can check the flags of clone,
-/// but not those of clone3, because clone3 gets them in memory.
+/// but not the flags of clone3, because the flags of clone3 are in memory.
 fn refuse_clone3() -> Result<BpfProgram, BackendError> {
     let calls = BTreeMap::from([(i64::from(Sysno::clone3.id()), Vec::new())]);
     let refuse = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());

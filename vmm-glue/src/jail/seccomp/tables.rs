@@ -10,7 +10,7 @@ use syscalls::Sysno;
 use super::rule::{Rule, allow, allow_if, is, lacks};
 use crate::jail::kind::Kind;
 
-/// PID of the VMM in its PID namespace (pid_namespaces(7)): it is the namespace's first process.
+/// PID of the VMM in its PID namespace (pid_namespaces(7)). The VMM is the namespace's first process.
 const OWN_PID: u32 = 1;
 /// Flags with which glibc starts a thread (`create_thread` in nptl/pthread_create.c).
 const THREAD_FLAGS: u32 = (CLONE_VM
@@ -58,7 +58,7 @@ const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
 const TUNGETIFF: u32 = 0x8004_54d2;
 const TUNSETQUEUE: u32 = 0x4004_54d9;
 
-/// Calls of every thread.
+/// Calls that every thread may make.
 const EVERY_THREAD: &[Rule] = &[
     allow(Sysno::futex, "locks, condition variables and channels"),
     allow(Sysno::sched_yield, "a channel of the standard library waits for another sender or receiver"),
@@ -106,7 +106,7 @@ const DISK: &[Rule] = &[
 const FILE_SERVER: &[Rule] = &[
     allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait for a free fd"),
     allow(Sysno::mremap, "the allocator resizes large blocks"),
-    allow(Sysno::openat, "opens files by O_PATH fds and their entries in /proc/self/fd"),
+    allow(Sysno::openat, "opens files relative to O_PATH fds, or by their paths in /proc/self/fd"),
     allow(Sysno::openat2, "opens files below the share, and follows no symlink"),
     allow(Sysno::statx, "GETATTR, LOOKUP, STATX"),
     allow(Sysno::readlinkat, "READLINK"),
@@ -154,8 +154,8 @@ const FILE_SERVER: &[Rule] = &[
         &[is(0, PR_CAPBSET_READ as u32), is(0, PR_CAP_AMBIENT as u32)],
         "libcap-ng asks which sets of capabilities the kernel has",
     ),
-    allow(Sysno::fcntl, "OPEN and CREATE change flags, and files are duplicated"),
-    allow(Sysno::dup, "duplicates files"),
+    allow(Sysno::fcntl, "changes file flags for OPEN and CREATE, and duplicates fds"),
+    allow(Sysno::dup, "duplicates fds"),
     allow(Sysno::getrandom, "seeds the keys of hash tables"),
 ];
 
@@ -200,7 +200,7 @@ const DEVICE_LOOP: &[Rule] = &[
     allow(Sysno::shutdown, "half-closes streams of vsock connections"),
     allow(Sysno::fcntl, "duplicates eventfds"),
     allow(Sysno::getrandom, "virtio-rng"),
-    allow(Sysno::timerfd_settime, "virtio-rng pauses when the guest has read much entropy"),
+    allow(Sysno::timerfd_settime, "virtio-rng pauses when the guest has read a lot of entropy"),
 ];
 
 const CONTROL: &[Rule] = &[
@@ -254,7 +254,8 @@ const PID: &[Rule] = &[allow(Sysno::gettid, "the container's PID on the host is 
 /// Returns the tables of a kind of thread. A call may be in several tables.
 fn tables(kind: Kind) -> &'static [&'static [Rule]] {
     match kind {
-        // The thread starts threads, which inherit its filter.
+        // The control thread starts other threads, which inherit its filter. Therefore the filter also allows their
+        // calls.
         Kind::Control => &[EVERY_THREAD, CONTROL, THREAD_END, VCPU, WORKER, DISK],
         Kind::Vcpu => &[EVERY_THREAD, VCPU],
         Kind::DeviceLoop => &[EVERY_THREAD, DEVICE_LOOP],
@@ -306,19 +307,19 @@ mod tests {
     }
 
     #[test]
-    fn powerful_calls_are_allowed_with_certain_arguments_only() {
+    fn powerful_calls_are_allowed_only_with_certain_arguments() {
         use Sysno::{clone, ioctl, mmap, mprotect, prctl, socket, socketpair, tgkill};
         for (kind, _) in KINDS {
             for rule in rules(kind) {
                 let filtered = !rule.when.is_empty();
                 let powerful = [clone, ioctl, mmap, mprotect, prctl, socket, socketpair, tgkill].contains(&rule.call);
-                assert!(filtered || !powerful, "{} is not filtered for {kind:?}", rule.call);
+                assert!(filtered || !powerful, "{} is allowed with any arguments for {kind:?}", rule.call);
             }
         }
     }
 
     #[test]
-    fn handler_of_violations_may_make_its_calls() {
+    fn every_kind_allows_the_calls_of_the_violation_handler() {
         for (kind, _) in KINDS {
             let unconditional = |call| rules(kind).any(|rule| rule.call == call && rule.when.is_empty());
             assert!([Sysno::write, Sysno::sendmsg, Sysno::exit_group].into_iter().all(unconditional), "{kind:?}");

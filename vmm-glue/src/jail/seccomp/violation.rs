@@ -1,7 +1,7 @@
 //! Reports a system call that a thread's filter does not allow, and ends the process.
 //!
-//! The kernel sends SIGSYS to the thread instead of making the call. The thread may hold a lock, for example the lock
-//! of the allocator. Therefore the handler neither allocates memory nor takes a lock.
+//! The kernel sends SIGSYS to the thread instead of executing the call. The thread may hold a lock, for example the
+//! lock of the allocator. Therefore the handler neither allocates memory nor takes a lock.
 
 use std::cell::Cell;
 use std::fmt::{self, Write};
@@ -55,8 +55,8 @@ extern "C" fn on_violation(_signal: libc::c_int, _info: *mut libc::siginfo_t, co
         let registers = unsafe { &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
         usize::try_from(index).ok().and_then(|index| registers.get(index)).map_or(0, |&value| value.cast_unsigned())
     };
-    // The kernel restores the registers of the call: the number and the first arguments (kernel/seccomp.c,
-    // `seccomp_trap`).
+    // Before the kernel sends the signal, it restores the registers that hold the number and the arguments of the call
+    // (kernel/seccomp.c, `__seccomp_filter`).
     let number = register(libc::REG_RAX);
     let arguments = [libc::REG_RDI, libc::REG_RSI, libc::REG_RDX].map(register);
     let report = Report { name: NAME.get(), number, arguments };
@@ -119,7 +119,7 @@ impl fmt::Display for Report {
     }
 }
 
-/// Text in memory that is not on the heap.
+/// A buffer for text that does not use the heap.
 struct Buffer {
     bytes: [u8; 384],
     len: usize,
@@ -156,7 +156,7 @@ mod tests {
     fn notice_is_a_message_of_the_control_socket() {
         let report = Report { name: *b"fs \"\\\x01\xff-_aaaaaa\0", number: u64::MAX, arguments: [u64::MAX; 3] };
         let Reply::Notice(Notice::Exited { reason }) = serde_json::from_slice(notice(&report).bytes()).unwrap() else {
-            panic!("not a notice that the VM has ended");
+            panic!("the message is not an Exited notice");
         };
         assert_eq!(reason, ExitReason::Failed(report.to_string()));
     }
