@@ -37,14 +37,14 @@ pub fn main() -> ExitCode {
     let started_ns = sandbox::timeline::now();
     let mut args = std::env::args_os();
     if args.next().is_some_and(|name| name == husk_vmm::client::ARGV0) {
-        // SAFETY: only `husk_vmm::client::spawn` starts the program under this name, and places the control socket at
-        // this fd number. Nothing else in this process uses the fd.
+        // SAFETY: only `husk_vmm::client::spawn` starts this program under the VMM's name. `spawn` passes the control
+        // socket as fd `CONTROL_FD`. Nothing else in this process uses this fd.
         husk_vmm::process::main(unsafe { OwnedFd::from_raw_fd(husk_vmm::client::CONTROL_FD) });
     }
     match run(args, started_ns) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // containerd's error message contains the output of a failed shim.
+            // Write the error to stderr, because containerd's error message contains the output of a failed shim.
             eprintln!("husk: {error}");
             ExitCode::FAILURE
         }

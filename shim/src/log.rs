@@ -32,7 +32,7 @@ struct Logger {
     namespace: String,
     dropped: AtomicU64,
     limiter: Mutex<Limiter<Identifier>>,
-    /// Limits the rate of records from the `log` crate. A record's source is its file and line.
+    /// Limits the rate of records from the `log` crate. A record's source is the file and line that logged the record.
     record_limiter: Mutex<Limiter<(Option<&'static str>, Option<u32>)>>,
 }
 
@@ -200,7 +200,7 @@ fn truncate(line: &mut String, length: usize) {
             is_escaped = c == '\\' && !is_escaped;
         }
         if is_escaped {
-            // The cut is within an escape sequence. Remove its backslash, which would escape the ellipsis.
+            // The cut is within an escape sequence. Remove the backslash, which would otherwise escape the ellipsis.
             line.pop();
         }
         line.push_str(if is_quoted { MARK } else { "…" });
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn truncate_keeps_the_length_and_closes_quotes() {
+    fn truncate_limits_the_length_and_closes_quotes() {
         for (text, expected) in [("msg=\"a b c d e f\"", "msg=\"a …\""), ("msg=abcdefghijkl", "msg=abc…")] {
             let mut line = text.to_owned();
             truncate(&mut line, 11);
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn quote_escapes_only_ambiguous_values() {
+    fn quote_adds_quotes_only_if_the_value_needs_quotes() {
         let quoted = |value: &str| {
             let mut out = String::new();
             quote(&mut out, value);

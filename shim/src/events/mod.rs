@@ -17,7 +17,7 @@ pub use publish::{Destination, PublishError};
 /// Maximum number of queued events. This maximum limits the shim's memory use while containerd is down.
 const MAX_QUEUED: usize = 4096;
 
-/// Delivers one event.
+/// Delivers events to containerd. Tests implement this trait without containerd.
 #[async_trait::async_trait]
 pub trait Publish: Send {
     /// Makes one attempt to deliver the event.
@@ -40,7 +40,7 @@ pub struct Events {
 /// Timeout and backoff for the delivery of one event.
 #[derive(Debug, Clone, Copy)]
 pub struct RetryPolicy {
-    /// Time after which the event is dropped.
+    /// Timeout for the delivery of an event. If the next retry would start after this timeout, the event is dropped.
     pub timeout: Duration,
     /// Delay before the first retry. The delay doubles with each retry, up to two seconds.
     pub initial_backoff: Duration,
