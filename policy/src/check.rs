@@ -242,8 +242,8 @@ impl Policy {
     }
 }
 
-/// Formats a client's text for a message. Returns a short text of letters, digits, `_`, `-`, `.` and `+` unchanged.
-/// Quotes and escapes any other text, and shortens a long text.
+/// Formats a client's text for a message. If a string is short and has only letters, digits, `_`, `-`, `.` and `+`,
+/// returns it unchanged. Quotes and escapes any other text, and shortens a long text.
 fn quoted(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '+');
     if !text.is_empty() && text.len() <= MAX_QUOTED && text.chars().all(plain) {
@@ -252,13 +252,13 @@ fn quoted(text: &str) -> String {
     shortened(format!("{:?}", start(text)), "…\"")
 }
 
-/// Formats a list of a client's texts for a message. Quotes and escapes each text, and shortens a long list.
+/// Formats a list of strings from a client for a message. Quotes and escapes each text, and shortens a long list.
 fn quoted_list(texts: &[String]) -> String {
     let texts: Vec<&str> = texts.iter().take(MAX_QUOTED).map(|text| start(text)).collect();
     shortened(format!("{texts:?}"), "…]")
 }
 
-/// Cuts a text that has more than [`MAX_QUOTED`] bytes, and then appends `end`.
+/// If `text` has more than [`MAX_QUOTED`] bytes, truncates it and appends `end`. Otherwise returns `text` unchanged.
 fn shortened(mut text: String, end: &str) -> String {
     if text.len() > MAX_QUOTED {
         text.truncate(start(&text).len());

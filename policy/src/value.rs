@@ -67,7 +67,7 @@ pub enum InvalidEntry {
     #[error("invalid digest {0:?}: must be \"sha256:\" followed by 64 lower-case hexadecimal digits")]
     Digest(String),
     /// A capability does not exist.
-    #[error("unknown capability {0:?}: names have the form CAP_NET_RAW")]
+    #[error("unknown capability {0:?}: must be the name of a Linux capability, for example CAP_NET_RAW")]
     Capability(String),
     /// A path is not absolute, not normalized or too long.
     #[error("invalid path {0:?}: must be absolute and normalized, and have at most {MAX_TEXT} bytes")]

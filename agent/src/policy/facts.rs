@@ -85,7 +85,7 @@ fn privilege(spec: &Spec, mounts: &[Mount], rootfs: &str) -> Option<&'static str
         return Some("the container has a createContainer hook, which would run with the agent's privileges");
     }
     if !matches!(names_below(Path::new(rootfs), GUEST_SHARE).as_deref(), Some([_, "rootfs"])) {
-        return Some("the container's rootfs is not a rootfs in the share");
+        return Some("the container's rootfs is not at a path at which the share holds rootfs mounts");
     }
     let is_isolated = has_user_namespace(linux);
     mounts.iter().find_map(|mount| privilege_of_mount(mount, is_isolated)).or_else(|| {
@@ -142,7 +142,8 @@ fn is_volume(path: &Path) -> bool {
         || matches!(names(GUEST_SHARE).as_deref(), Some([SHARED_VOLUMES, _]))
         || matches!(names(GUEST_VOLUMES).as_deref(), Some([_]))
         || matches!(names(GUEST_SUBPATHS).as_deref(), Some([_, _]))
-        // In a container's directory of mirrored volumes, the other names belong to temporary files.
+        // In a container's directory of mirrored volumes, each volume has a number as its name. Temporary files have
+        // other names.
         || matches!(names(GUEST_MIRRORS).as_deref(), Some([_, number]) if is_number(number))
 }
 
@@ -313,12 +314,16 @@ mod tests {
     }
 
     #[test]
-    fn invalid_rootfs_or_create_container_hook_is_a_privilege() {
+    fn rootfs_outside_the_share_and_create_container_hook_make_a_container_privileged() {
         let spec = parse(|_| {});
         for rootfs in ["/", "/run/husk/share", "/run/husk/share/../rootfs", "/run/husk/share/c/rootfs/x", "rootfs", ""]
         {
             let found = container(&spec, &CreateTaskRequest::default(), rootfs).privilege;
-            assert_eq!(found, Some("the container's rootfs is not a rootfs in the share"), "{rootfs}");
+            assert_eq!(
+                found,
+                Some("the container's rootfs is not at a path at which the share holds rootfs mounts"),
+                "{rootfs}"
+            );
         }
         let hook = json!({ "createContainer": [{ "path": "/bin/x" }] });
         assert!(privilege_of(|value| value["hooks"] = hook).unwrap().contains("createContainer"));

@@ -44,7 +44,8 @@ impl Guard {
         self.check(|policies| policies.check_container(&facts::container(spec, request, rootfs)))
     }
 
-    /// Checks whether `process` may be executed in a container whose own process is `own`.
+    /// Checks whether an exec of `process` is allowed in a container. `own` is the process of the container's
+    /// specification.
     pub fn check_exec(&self, container: &str, own: &Process, process: &Process) -> Result<(), ServiceError> {
         let exec = Exec {
             container,

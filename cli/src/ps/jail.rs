@@ -17,7 +17,7 @@ const NAMESPACES: [&str; 7] = ["cgroup", "ipc", "mnt", "net", "pid", "user", "ut
 pub struct Jail {
     /// Kinds of namespaces that the process does not share with this command.
     own_namespaces: Vec<&'static str>,
-    /// The mounted directory that is the process's root directory: its path in its file system.
+    /// The process's root directory, as a path in the file system that contains it (field `root` of mountinfo).
     root: Option<String>,
     /// Number of mounts that the process can see.
     mounts: usize,
@@ -40,7 +40,8 @@ struct Thread {
     capabilities: Vec<String>,
 }
 
-/// Returns the jail of process `pid`, or `None` if the process has ended or must not be inspected.
+/// Returns the jail of process `pid`. Returns `None` if the process has ended, or if this command may not read the
+/// process's files in /proc.
 pub fn of(proc: &Path, pid: u32) -> Option<Jail> {
     inspect(proc, pid).ok()
 }

@@ -22,7 +22,7 @@ use crate::oci::Network;
 use crate::vm::thread_id;
 use crate::vm::vhost::{self, VhostPermits};
 
-/// Error of starting or calling the VMM.
+/// Error from starting or calling the VMM.
 #[derive(Debug, thiserror::Error)]
 pub enum VmmError {
     /// The process cannot be started.

@@ -14,7 +14,7 @@ use crate::volumes::staging_dir::StagingDir;
 use crate::volumes::submounts::{attach_copy, detach, first_error, mounted, open_below};
 use crate::volumes::{mount_api, mountinfo};
 
-/// Error of updating the share's mounts.
+/// Error from updating the share's mounts.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {step} {}", path.display())]
 pub struct SyncError {

@@ -40,7 +40,7 @@ impl From<&husk_proto::containerd::types::mount::Mount> for RootMount {
     }
 }
 
-/// Error of mounting a rootfs.
+/// Error from mounting a rootfs.
 #[derive(Debug, thiserror::Error)]
 pub enum RootfsError {
     /// A mount failed.

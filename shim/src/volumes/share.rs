@@ -28,7 +28,7 @@ pub struct Share {
     pub guest: PathBuf,
 }
 
-/// Error of mounting the share.
+/// Error from mounting the share.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {step} {}", path.display())]
 pub struct ShareError {

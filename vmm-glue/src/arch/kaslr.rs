@@ -1,12 +1,14 @@
 //! Moves the guest kernel to a random virtual address (KASLR).
 //!
-//! In a compressed kernel, the decompressor does this (arch/x86/boot/compressed/kaslr.c and misc.c of Linux). Husk boots
-//! an uncompressed ELF image, which has no decompressor. Therefore, `cargo xtask kernel` adds the decompressor's table of
-//! relocations to the image, as the section [`SECTION`], and the VMM applies the table. The kernel's physical address
-//! stays the same. The kernel finds the distance between both addresses itself (`__startup_64`).
+//! In a compressed kernel, the decompressor does this (arch/x86/boot/compressed/kaslr.c and misc.c of Linux). Husk
+//! boots an uncompressed ELF image, which has no decompressor. Therefore, `cargo xtask kernel` adds the decompressor's
+//! table of relocations to the image, as the section [`SECTION`], and the VMM applies the table. The kernel's physical
+//! address stays the same. The kernel itself computes the difference between its virtual and its physical address
+//! (`__startup_64`).
 //!
-//! The table contains little-endian 32-bit integers: three lists, each with a zero before its first element. Each element
-//! is the sign-extended virtual address of a number that depends on the kernel's virtual address.
+//! The table contains little-endian 32-bit integers: three lists, each with a zero before its first element. Each
+//! element, sign-extended to 64 bits, is the virtual address of a number. This number depends on the kernel's virtual
+//! address.
 
 use std::fs::File;
 use std::io;
@@ -29,7 +31,7 @@ const SECTION_HEADER: u64 = 64;
 /// Number of bytes of the table that are read at once.
 const CHUNK: usize = 1 << 16;
 
-/// Error of moving the kernel.
+/// Error from moving the kernel.
 #[derive(Debug, thiserror::Error)]
 pub enum KaslrError {
     /// The image could not be read.
@@ -263,7 +265,7 @@ mod tests {
         let mut elements = vec![0, 0, 0];
         elements.extend((0..2 * CHUNK / 4).map(|index| 0x8000_0000 + at(index)));
         assert!(randomize(&memory, &relocations(&elements), END, 1).unwrap());
-        // Each of the 1024 numbers has been moved by 2 MiB 32 times.
+        // Each of the 1024 numbers has been increased 32 times, each time by 2 MiB.
         assert_eq!(memory.read_obj::<u32>(GuestAddress(16 << 20)).unwrap(), 32 * ALIGN as u32);
     }
 

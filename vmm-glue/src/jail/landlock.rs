@@ -1,4 +1,5 @@
-//! Landlock rules of the VMM process (landlock(7)): a second wall around the share. The rules also restrict what a root
+//! Landlock rules of the VMM process (landlock(7)). Like the root directory, the rules confine the process's access to
+//! files to the share. The rules also restrict what a root
 //! directory cannot restrict: TCP, device ioctls, abstract UNIX sockets and signals.
 //!
 //! The rules allow what a file server needs beneath the share, and no access to files elsewhere. The rules also apply
@@ -45,12 +46,13 @@ pub enum Landlock {
     Abi(u32),
 }
 
-/// Error of restricting the process.
+/// Error from restricting the process.
 #[derive(Debug, thiserror::Error)]
 pub enum LandlockError {
     /// The configuration requires landlock, but the kernel cannot restrict access to files.
     #[error(
-        "failed to confine the VMM: require_landlock is true, but {0}; {remedy}, or set require_landlock = false",
+        "failed to confine the VMM: require_landlock is true, but {0}, which is not enough; {remedy}, or set \
+         require_landlock = false",
         remedy = .0.remedy()
     )]
     Required(Landlock),

@@ -66,7 +66,7 @@ pub enum JailError {
     /// A namespace could not be created.
     #[error("failed to create the VMM's mount, IPC, UTS and cgroup namespaces")]
     Namespaces(#[source] io::Error),
-    /// /proc or /dev is not mounted. Only with [`UNJAILED`].
+    /// /proc or /dev is not mounted. This error occurs only if [`UNJAILED`] is true.
     #[error("failed to open /proc/self/fd and /dev/null")]
     Belongings(#[source] io::Error),
     /// The root directory could not be changed.

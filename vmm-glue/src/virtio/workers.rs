@@ -174,7 +174,8 @@ impl<H: Handler> Workers<H> {
         let Some(session) = session else { return };
         session.lock().paused = false;
         session.changed.notify_all();
-        // A thread that waits for a notification may have missed a notification during the pause.
+        // A worker may have cleared the notification during the pause, and then waited for the end of the pause.
+        // Therefore, one worker checks the queue again.
         session.notify_one(H::NAME);
     }
 }

@@ -92,7 +92,7 @@ pub struct Mirror {
     pub mount: u32,
 }
 
-/// Error of mirroring a volume.
+/// Error from mirroring a volume.
 #[derive(Debug, thiserror::Error)]
 pub enum MirrorError {
     /// The volume cannot be read.

@@ -22,7 +22,7 @@ use crate::config::SeccompMode;
 /// in unit tests, which run without a jail. Then [`load`] loads no filter.
 static MODE: OnceLock<SeccompMode> = OnceLock::new();
 
-/// Error of loading a filter.
+/// Error from loading a filter.
 #[derive(Debug, thiserror::Error)]
 pub enum FilterError {
     /// The table could not be compiled.
