@@ -26,7 +26,8 @@ impl Shim {
         lock(&self.limits.pod).insert(id.to_owned(), limits);
         let after = self.pod_size();
         self.log_vcpu_shortage();
-        // A creation must not shrink the pod, because the boot size covers containers that do not exist yet.
+        // Creating a container must not shrink the pod. The size before the creation may also cover containers that do
+        // not exist yet.
         match before.zip(after) {
             Some((before, after)) if before.max(after) != before || huge => self.resize(before).await,
             _ => Ok(()),

@@ -121,8 +121,8 @@ impl Limits {
 }
 
 impl Limits {
-    /// Returns the CPU time that the container may use, in millicores. The result is the lower of the quota and the
-    /// cpuset's CPU time. Returns `None` if the container has neither a quota nor a cpuset.
+    /// Returns the CPU time that the container may use, in millicores. The result is the quota or 1000 millicores for
+    /// each CPU of the cpuset, whichever is lower. Returns `None` if the container has neither a quota nor a cpuset.
     fn usable_millis(&self) -> Option<u64> {
         let set = self.cpus.as_ref().map(|cpus| cpus.count().saturating_mul(1000));
         self.cpu_millis.into_iter().chain(set).min()
@@ -194,8 +194,8 @@ impl Growth {
         containers.map(|limits| limits.huge_page_bytes).fold(0, u64::saturating_add).div_ceil(MIB)
     }
 
-    /// Returns the host's limits for these containers. Limits a resource only if every container has a limit for the
-    /// resource.
+    /// Returns the limits that the host applies to the pod's processes. These are computed from the containers' limits.
+    /// A resource has a limit only if every container has a limit for the resource.
     pub fn host_limits<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone) -> HostLimits {
         let some = containers.clone().next().is_some();
         let all = containers
@@ -226,7 +226,7 @@ pub fn page_metadata_mib(mib: u64) -> u64 {
     mib.div_ceil(128).saturating_mul(2)
 }
 
-/// Returns the host's memory limit in bytes for a pod whose guest has `guest_mib` MiB of memory.
+/// Returns the memory limit in bytes that the host applies to a pod whose guest has `guest_mib` MiB of memory.
 ///
 /// The limit covers all memory that the guest can use. Therefore, the guest's memory use never makes the host's kernel
 /// kill the VMM.
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn cpusets_limit_the_vcpus_and_the_host_gets_the_union_of_cpusets() {
+    fn cpusets_limit_the_vcpus_and_host_limits_contain_the_union_of_cpusets() {
         let on = |cpus: &str, millis| Limits {
             cpu_millis: millis,
             cpus: Some(cpus.parse().unwrap()),

@@ -4,7 +4,7 @@
 //! in this order. The task answers the request when all resources have grown.
 //!
 //! For a smaller target, the task answers before the guest returns memory. When the guest has returned memory, the task
-//! lowers the host's memory limit.
+//! lowers the memory limit on the host.
 
 use std::pin::Pin;
 use std::sync::Arc;

@@ -179,8 +179,8 @@ fn is_member(pid: u32, unit: &str) -> bool {
     text.lines().any(|line| line.rsplit('/').next() == Some(unit))
 }
 
-/// Resets the failed state of `unit`. Succeeds if systemd rejects the request, for example because the unit does not
-/// exist.
+/// Resets the failed state of `unit`. Ignores an error reply from systemd, for example if the unit does not exist.
+/// Fails only if systemd sends no valid reply.
 fn reset_failed(connection: &mut Connection, unit: &str) -> Result<(), CallError> {
     match connection.call("ResetFailedUnit", "s", Body::default().text(unit)) {
         Err(CallError::Failed { .. }) => Ok(()),

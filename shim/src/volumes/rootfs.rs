@@ -227,8 +227,8 @@ fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappi
     let names: Vec<String> = (0..layers.len()).map(|layer| layer.to_string()).collect();
     data.push(format!("lowerdir={}", names.join(":")));
     let (stage, flags) = (target.to_path_buf(), options.flags);
-    // overlayfs accepts only layers in the caller's mount namespace. Therefore, a thread mounts the layers in a new
-    // mount namespace, which disappears with the thread.
+    // overlayfs accepts only layers that are attached in the caller's mount namespace. A thread attaches the layers in
+    // a new mount namespace, because no other process may see them. The new namespace disappears with the thread.
     let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
         let none = None::<&Path>;
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS | nix::sched::CloneFlags::CLONE_NEWNS)?;
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn mount_all_rejects_inner_targets_and_incomplete_id_mappings() {
+    fn mount_all_rejects_targets_inside_the_rootfs_and_incomplete_id_mappings() {
         let inside = RootMount { kind: "bind".into(), target: "/etc".into(), ..RootMount::default() };
         let (stage, host_only) = (StagingDir::for_share(Path::new("/x/share")), HostOnly::new([]).unwrap());
         let context = CopyContext { stage: &stage, host_only: &host_only };
