@@ -23,7 +23,7 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
-use self::connection::Connection;
+use self::connection::{Connection, NextPacket};
 use self::packet::Header;
 use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
@@ -58,11 +58,12 @@ pub struct Vsock {
     ready: VecDeque<u32>,
     /// Connections whose watched events may have changed in this iteration of the device loop.
     changed: Vec<u32>,
-    /// RST packets that answer packets without a connection.
+    /// RST packets that do not belong to a connection of the device.
     reset_packets: VecDeque<Header>,
     /// Whether there may be packets from the guest.
     tx_waiting: bool,
-    /// Connections of an earlier activation. They are kept until the device loop has unregistered their sockets.
+    /// Connections that have ended outside of the device loop. They are kept until the device loop has unregistered
+    /// their sockets.
     stale: Vec<Connection>,
     next_port: u32,
 }
@@ -111,15 +112,22 @@ impl Vsock {
         self.connections.len()
     }
 
-    /// Resets a connection that only waits for the guest's answer to SHUTDOWN. Returns true if there was such a
+    /// Removes a connection that only waits for the guest's answer to SHUTDOWN. Returns true if there was such a
     /// connection.
+    ///
+    /// The connection must not wait until RST has been sent. Otherwise, a guest that offers no receive buffers could
+    /// make the number of connections grow without bound.
     fn evict(&mut self) -> bool {
-        let Some((&port, connection)) = self.connections.iter_mut().find(|(_, connection)| connection.is_orphan())
-        else {
-            return false;
-        };
+        let orphan = self.connections.iter().find(|(_, connection)| connection.is_orphan()).map(|(&port, _)| port);
+        let Some(mut connection) = orphan.and_then(|port| self.connections.remove(&port)) else { return false };
         connection.reset();
-        self.mark_changed(port);
+        // If too many RST packets wait already, the guest gets RST when it next sends a packet of the connection.
+        if self.reset_packets.len() < MAX_RESET_PACKETS
+            && let NextPacket::Control(reset) = connection.next()
+        {
+            self.reset_packets.push_back(reset);
+        }
+        self.stale.push(connection);
         true
     }
 
