@@ -4,11 +4,13 @@
 
 pub mod check;
 mod load;
+pub mod rate_limit;
 pub mod sandbox;
 pub mod timeline;
 
 pub use check::InvalidValue;
 pub use load::ConfigError;
+pub use rate_limit::RateLimit;
 
 use std::path::PathBuf;
 
@@ -25,10 +27,29 @@ pub mod annotation {
     pub const MEMORY_MIB: &str = "io.husk.memory_mib";
     /// Parameters appended to the guest kernel's command line.
     pub const KERNEL_PARAMS: &str = "io.husk.kernel_params";
+    /// Rate limit of each disk.
+    pub const DISK_RATE_LIMIT: &str = "io.husk.disk_rate_limit";
+    /// Rate limit of what each interface receives.
+    pub const NET_RECEIVE_RATE_LIMIT: &str = "io.husk.net_receive_rate_limit";
+    /// Rate limit of what each interface transmits.
+    pub const NET_TRANSMIT_RATE_LIMIT: &str = "io.husk.net_transmit_rate_limit";
+    /// Rate limit of the share.
+    pub const VIRTIO_FS_RATE_LIMIT: &str = "io.husk.virtio_fs_rate_limit";
+    /// Rate limit of each direction of vsock.
+    pub const VSOCK_RATE_LIMIT: &str = "io.husk.vsock_rate_limit";
     /// Common prefix of Husk's annotations.
     pub const PREFIX: &str = "io.husk.";
     /// All annotations.
-    pub const ALL: [&str; 3] = [VCPUS, MEMORY_MIB, KERNEL_PARAMS];
+    pub const ALL: [&str; 8] = [
+        VCPUS,
+        MEMORY_MIB,
+        KERNEL_PARAMS,
+        DISK_RATE_LIMIT,
+        NET_RECEIVE_RATE_LIMIT,
+        NET_TRANSMIT_RATE_LIMIT,
+        VIRTIO_FS_RATE_LIMIT,
+        VSOCK_RATE_LIMIT,
+    ];
 }
 
 /// The operator's settings. `config.toml` documents each key. Absent keys have their defaults.
@@ -59,6 +80,16 @@ pub struct Config {
     pub free_page_reporting: bool,
     /// Whether the host's kernel forwards network frames if vhost-net is available.
     pub vhost_net: bool,
+    /// Rate limit of each disk.
+    pub disk_rate_limit: RateLimit,
+    /// Rate limit of what each interface receives.
+    pub net_receive_rate_limit: RateLimit,
+    /// Rate limit of what each interface transmits.
+    pub net_transmit_rate_limit: RateLimit,
+    /// Rate limit of the share.
+    pub virtio_fs_rate_limit: RateLimit,
+    /// Rate limit of each direction of vsock.
+    pub vsock_rate_limit: RateLimit,
     /// Timeout for the agent's first answer, in seconds.
     pub start_timeout_secs: u64,
     /// Log level of the shim.
@@ -85,6 +116,11 @@ impl Default for Config {
             virtio_fs_workers: 2,
             free_page_reporting: true,
             vhost_net: true,
+            disk_rate_limit: RateLimit::default(),
+            net_receive_rate_limit: RateLimit::default(),
+            net_transmit_rate_limit: RateLimit::default(),
+            virtio_fs_rate_limit: RateLimit::default(),
+            vsock_rate_limit: RateLimit::default(),
             start_timeout_secs: 60,
             log_level: LogLevel::Info,
             timeline_log: PathBuf::new(),

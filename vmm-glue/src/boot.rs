@@ -161,7 +161,8 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     timing.step("initrd read");
 
     // Create the devices, in the order in which the guest finds them, and the spare slots.
-    let vsock = Vsock::new(u64::from(config.vsock_cid)).map_err(|error| BootError::Host("the vsock device", error))?;
+    let vsock = Vsock::new(u64::from(config.vsock_cid), config.vsock_rate_limit)
+        .map_err(|error| BootError::Host("the vsock device", error))?;
     let vsock = Arc::new(Mutex::new(vsock));
     let mut devices: Vec<(&str, SharedDevice)> = vec![("vsock", vsock.clone())];
     let fd_directory =
@@ -173,12 +174,15 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
         devices.push(("virtio-fs", shared(fs)));
     }
     for (net, backend) in net {
-        let net = Net::new(backend, net.mac, net.mtu, Arc::clone(&fd_directory))
+        let mut device = Net::new(backend, net.mac, net.mtu, Arc::clone(&fd_directory))
             .map_err(|error| BootError::Host("the tap", error))?;
-        devices.push(("virtio-net", shared(net)));
+        device
+            .limit_rates(net.receive_rate_limit, net.transmit_rate_limit)
+            .map_err(|error| BootError::Host("the interface's rate limit", error))?;
+        devices.push(("virtio-net", shared(device)));
     }
     for (blk, file) in blk {
-        let blk = Blk::new(file, blk.read_only, &blk.serial).map_err(BootError::Disk)?;
+        let blk = Blk::new(file, blk.read_only, &blk.serial, blk.rate_limit).map_err(BootError::Disk)?;
         devices.push(("virtio-blk", shared(blk)));
     }
     devices.push(("virtio-rng", shared(Rng::new().map_err(|error| BootError::Host("virtio-rng", error))?)));

@@ -49,6 +49,9 @@ pub enum VmError {
     /// The tap could not be set up.
     #[error("failed to set up the tap")]
     Tap(#[source] io::Error),
+    /// The rate limit of an interface could not be set up.
+    #[error("failed to set up the interface's rate limit")]
+    RateLimit(#[source] io::Error),
     /// The disk could not be set up.
     #[error("failed to set up the disk")]
     Disk(#[from] BlkError),
@@ -155,14 +158,16 @@ impl Vm {
         let mut fds = config_check::Fds::new(fds);
         let backend = config_check::net(config, &mut fds)?;
         fds.reject_unused()?;
-        let device = Net::new(backend, config.mac, config.mtu, Arc::clone(&self.fd_directory)).map_err(VmError::Tap)?;
+        let mut device =
+            Net::new(backend, config.mac, config.mtu, Arc::clone(&self.fd_directory)).map_err(VmError::Tap)?;
+        device.limit_rates(config.receive_rate_limit, config.transmit_rate_limit).map_err(VmError::RateLimit)?;
         self.devices.attach(Arc::new(Mutex::new(device)), Purpose::Any)
     }
 
     /// Hot-plugs a disk into a spare slot and returns the slot's number.
     pub fn attach_blk(&mut self, config: &BlkConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
         let file = config_check::blk(config, single_fd(fds)?)?;
-        let device = Blk::new(file, config.read_only, &config.serial)?;
+        let device = Blk::new(file, config.read_only, &config.serial, config.rate_limit)?;
         self.devices.attach(Arc::new(Mutex::new(device)), Purpose::Any)
     }
 

@@ -274,7 +274,14 @@ pub fn net_config<'a>(tap: &'a Tap, fds: &mut Vec<BorrowedFd<'a>>) -> NetConfig 
         FdIndex(fds.len() - 1)
     };
     let taps = tap.fds.iter().map(&mut add).collect();
-    NetConfig { taps, vhost: tap.vhost.as_ref().map(add), mac: tap.mac, mtu: tap.mtu }
+    NetConfig {
+        taps,
+        vhost: tap.vhost.as_ref().map(add),
+        mac: tap.mac,
+        mtu: tap.mtu,
+        receive_rate_limit: tap.rate_limits.receive,
+        transmit_rate_limit: tap.rate_limits.transmit,
+    }
 }
 
 #[cfg(test)]

@@ -77,7 +77,8 @@ pub fn create(netlink: &Netlink, link: &Link, options: TapOptions) -> Result<Tap
         // because the caller gets the first error.
         let _ = remove(netlink, link.index, index);
     })?;
-    Ok(Tap { fds, vhost, link: link.index, index, mac: link.mac, mtu: link.mtu })
+    let Link { index: link, mac, mtu, .. } = *link;
+    Ok(Tap { fds, vhost, link, index, mac, mtu, rate_limits: options.rate_limits })
 }
 
 /// Removes a tap, even if another process has an open fd of the tap. Also removes the redirection from its interface to

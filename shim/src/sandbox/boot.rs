@@ -22,6 +22,7 @@ use crate::oci;
 use crate::oci::IdMappings;
 use crate::resources::BootSize;
 use crate::resources::hugepages;
+use crate::resources::rate_limits::RateLimits;
 use crate::sandbox::timeline::Timeline;
 use crate::vm::agent::Agent;
 use crate::vm::console;
@@ -49,6 +50,8 @@ pub struct Pod {
     pub id_mappings: Option<IdMappings>,
     /// Network interfaces, with their addresses, routes, neighbours and rules.
     pub network: Network,
+    /// Rate limits of the devices.
+    pub rate_limits: RateLimits,
 }
 
 /// Everything that a boot needs. Prepared while the VMM process starts.
@@ -218,8 +221,10 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
             tag: SHARE_TAG.to_owned(),
             root: plan.share.display().to_string(),
             workers: plan.config.virtio_fs_workers,
+            rate_limit: plan.pod.rate_limits.virtio_fs,
         }),
         vsock_cid: 3,
+        vsock_rate_limit: plan.pod.rate_limits.vsock,
         net,
         blk: Vec::new(),
         balloon: plan.config.free_page_reporting,

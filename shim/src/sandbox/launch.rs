@@ -17,6 +17,7 @@ use crate::resources::BootSize;
 use crate::resources::cgroup::Cgroup;
 use crate::resources::limits;
 use crate::resources::oom_score;
+use crate::resources::rate_limits::RateLimits;
 use crate::sandbox::boot::{BootPlan, Pod};
 use crate::sandbox::state_dir::{ProcessId, StateDir};
 use crate::sandbox::timeline::Timeline;
@@ -148,9 +149,14 @@ impl PartialLaunch {
         let id_mappings = bundle.id_mappings().map_err(|e| chain(&e))?;
         let boot_size = resources::boot_size(spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
         record_sandbox(context, spec, &boot_size, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
+        let rate_limits = resources::rate_limits(spec, &config).map_err(|e| chain(&e))?;
+        // vhost-net would move frames past the limits. Without vhost-net, several queue pairs are not faster, because
+        // the VMM moves all frames in one thread.
+        let limited = rate_limits.net.is_limited();
         let tap_options = network::TapOptions {
-            queue_pairs: usize::from(boot_size.vcpus).min(MAX_QUEUE_PAIRS),
-            vhost: config.vhost_net,
+            queue_pairs: if limited { 1 } else { usize::from(boot_size.vcpus).min(MAX_QUEUE_PAIRS) },
+            vhost: config.vhost_net && !limited,
+            rate_limits: rate_limits.net,
         };
         let network = match &network {
             // CNI sets up a new namespace later: in hooks, or between Create and Start. `ctr run --cni` runs CNI
@@ -168,7 +174,7 @@ impl PartialLaunch {
             Network::Path(path) => network::connect(path, tap_options).map_err(|e| chain(&e))?,
         };
         context.timeline.mark("network connected");
-        let pod = pod(context, spec, id_mappings, network);
+        let pod = pod(context, spec, id_mappings, network, rate_limits);
         BootPlan::open(pod, config, boot_size, share.to_owned()).map_err(|e| chain(&e))
     }
 }
@@ -195,11 +201,17 @@ fn record_sandbox(context: &LaunchContext, spec: &Spec, boot_size: &BootSize, vm
 ///
 /// The sysctls of a sandbox container belong to the pod, because that container is never created. The sysctls of a
 /// container without a pod are applied when the container is created.
-fn pod(context: &LaunchContext, spec: &Spec, id_mappings: Option<IdMappings>, network: network::Network) -> Pod {
+fn pod(
+    context: &LaunchContext,
+    spec: &Spec,
+    id_mappings: Option<IdMappings>,
+    network: network::Network,
+    rate_limits: RateLimits,
+) -> Pod {
     let is_sandbox = spec.annotations.is_sandbox();
     let sysctls = if is_sandbox { spec.linux.sysctl.clone() } else { Default::default() };
     let (id, hostname) = (context.sandbox.clone(), hostname(&spec.hostname));
-    Pod { id, hostname, shared_memory: is_sandbox, sysctls, pids_max: None, id_mappings, network }
+    Pod { id, hostname, shared_memory: is_sandbox, sysctls, pids_max: None, id_mappings, network, rate_limits }
 }
 
 /// Returns the sandbox's host name. As under runc, this is the host's name if the specification does not set a name.

@@ -16,7 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use husk_vmm::client::{ARGV0, CONTROL_FD, CallError, SpawnOptions, Vmm, spawn};
-use husk_vmm::config::{BlkConfig, FdIndex, NetConfig, ShareConfig, VmConfig};
+use husk_vmm::config::{BlkConfig, FdIndex, NetConfig, RateLimit, ShareConfig, VmConfig};
 use husk_vmm::control::Call;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -220,15 +220,28 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
         initrd: FdIndex(2),
         kernel_params: std::env::var("DEVICES_KERNEL_PARAMS").unwrap_or_default(),
         console: FdIndex(3),
-        share: Some(ShareConfig { tag: "husk".into(), root: root.display().to_string(), workers: 2 }),
+        share: Some(ShareConfig {
+            tag: "husk".into(),
+            root: root.display().to_string(),
+            workers: 2,
+            rate_limit: RateLimit::default(),
+        }),
         vsock_cid: 3,
+        vsock_rate_limit: RateLimit::default(),
         net: vec![NetConfig {
             taps: vec![FdIndex(4)],
             vhost: vhost.as_ref().map(|_| FdIndex(6)),
             mac: [2, 0, 0, 0, 0, 1],
             mtu: 1400,
+            receive_rate_limit: RateLimit::default(),
+            transmit_rate_limit: RateLimit::default(),
         }],
-        blk: vec![BlkConfig { file: FdIndex(5), read_only: false, serial: "disk-0".into() }],
+        blk: vec![BlkConfig {
+            file: FdIndex(5),
+            read_only: false,
+            serial: "disk-0".into(),
+            rate_limit: RateLimit::default(),
+        }],
         balloon: true,
         spare_slots: 0,
     };

@@ -1,5 +1,5 @@
 //! Wraps virtiofsd's file system. Rejects hostile requests ([`request_checks`]), reports short writes, and observes the
-//! fd limit.
+//! fd limit and the rate limit.
 //!
 //! virtiofsd 1.14 continues after a short write (`ZcReader` in its server.rs). If the next write fails, for example
 //! because of a full disk or a quota, virtiofsd answers with only the error, although the file has grown. A local
@@ -21,6 +21,12 @@ use virtiofsd::passthrough::PassthroughFs;
 
 use super::fd_limit::FdLimit;
 use super::request_checks;
+use crate::virtio::rate_limit::SharedLimiter;
+
+/// Maximum number of bytes that one COPY_FILE_RANGE request copies if the share's bytes are limited. The tokens of these
+/// bytes are taken after the request. Therefore, the request should not copy more bytes than a write has. A guest
+/// continues after a short copy.
+const MAX_LIMITED_COPY: u64 = 1 << 20;
 
 /// A node id of FUSE.
 pub type Inode = <PassthroughFs as FileSystem>::Inode;
@@ -33,12 +39,18 @@ pub struct CheckedFs {
     fs: Arc<PassthroughFs>,
     fd_limit: Arc<FdLimit>,
     dev_null: Arc<File>,
+    limiter: SharedLimiter,
 }
 
 impl CheckedFs {
     /// Wraps a file system. `dev_null` is /dev/null, opened for writing.
-    pub fn new(fs: PassthroughFs, fd_limit: FdLimit, dev_null: File) -> Self {
-        Self { fs: Arc::new(fs), fd_limit: Arc::new(fd_limit), dev_null: Arc::new(dev_null) }
+    pub fn new(fs: PassthroughFs, fd_limit: FdLimit, dev_null: File, limiter: SharedLimiter) -> Self {
+        Self { fs: Arc::new(fs), fd_limit: Arc::new(fd_limit), dev_null: Arc::new(dev_null), limiter }
+    }
+
+    /// Returns the limiter of the requests.
+    pub fn limiter(&self) -> &SharedLimiter {
+        &self.limiter
     }
 
     /// Waits until an fd is available. Called before a request that may open a file.
@@ -152,6 +164,27 @@ impl FileSystem for CheckedFs {
         self.fs.read(ctx, inode, handle, w, size, offset, lock_owner, flags)
     }
 
+    fn copyfilerange(
+        &self,
+        ctx: Context,
+        inode_in: Inode,
+        handle_in: Handle,
+        offset_in: u64,
+        inode_out: Inode,
+        handle_out: Handle,
+        offset_out: u64,
+        len: u64,
+        flags: u64,
+    ) -> io::Result<usize> {
+        let len = if self.limiter.limits_bytes() { len.min(MAX_LIMITED_COPY) } else { len };
+        let copied = self
+            .fs
+            .copyfilerange(ctx, inode_in, handle_in, offset_in, inode_out, handle_out, offset_out, len, flags)?;
+        // The host copies these bytes, although neither the request nor its answer contains them.
+        self.limiter.charge_bytes(copied as u64);
+        Ok(copied)
+    }
+
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
         self.fs.forget(ctx, inode, count);
         self.fd_limit.released();
@@ -222,10 +255,6 @@ impl FileSystem for CheckedFs {
             ctx: Context, inode: Inode, handle: Handle, mode: u32, offset: u64, length: u64
         ) -> io::Result<()>;
         fn lseek(ctx: Context, inode: Inode, handle: Handle, offset: u64, whence: u32) -> io::Result<u64>;
-        fn copyfilerange(
-            ctx: Context, inode_in: Inode, handle_in: Handle, offset_in: u64, inode_out: Inode, handle_out: Handle,
-            offset_out: u64, len: u64, flags: u64
-        ) -> io::Result<usize>;
         fn syncfs(ctx: Context, inode: Inode) -> io::Result<()>;
     }
 }

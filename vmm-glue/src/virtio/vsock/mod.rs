@@ -27,7 +27,9 @@ use self::connection::{Connection, NextPacket};
 use self::packet::Header;
 use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
-use super::queue::{QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
+use super::queue::{QueueFault, TIMER_TOKEN, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
+use super::rate_limit::Throttle;
+use crate::config::RateLimit;
 use crate::guest_memory::GuestMemory;
 
 pub use self::connection::Reply;
@@ -44,7 +46,7 @@ const MAX_CONNECTIONS: usize = 1024;
 /// take packets from the guest.
 const MAX_RESET_PACKETS: usize = 64;
 /// Ports of the host's side. A connection's port is also its event token. The range contains neither the tokens of
-/// queues nor [`WAKE_TOKEN`].
+/// queues nor [`WAKE_TOKEN`] and [`TIMER_TOKEN`].
 const PORTS: std::ops::Range<u32> = 0x4000_0000..0xffff_0000;
 
 /// The vsock device.
@@ -60,8 +62,9 @@ pub struct Vsock {
     changed: Vec<u32>,
     /// RST packets that do not belong to a connection of the device.
     reset_packets: VecDeque<Header>,
-    /// Whether there may be packets from the guest.
+    /// Whether there may be packets from the guest. They may wait for the rate limit.
     tx_waiting: bool,
+    throttle: Throttle,
     /// Connections that have ended outside of the device loop. They are kept until the device loop has unregistered
     /// their sockets.
     stale: Vec<Connection>,
@@ -77,9 +80,10 @@ struct Active {
 }
 
 impl Vsock {
-    /// Creates a device for a guest with this CID.
-    pub fn new(guest_cid: u64) -> io::Result<Self> {
+    /// Creates a device for a guest with this CID. `rate_limit` limits each direction.
+    pub fn new(guest_cid: u64, rate_limit: RateLimit) -> io::Result<Self> {
         Ok(Self {
+            throttle: Throttle::new(rate_limit, rate_limit)?,
             guest_cid,
             wake: WakeEvent::new()?,
             active: None,
@@ -211,6 +215,7 @@ impl Vsock {
 impl MutEventSubscriber for Vsock {
     fn init(&mut self, ops: &mut EventOps) {
         self.wake.init(ops);
+        self.throttle.init(ops);
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
@@ -232,6 +237,7 @@ impl MutEventSubscriber for Vsock {
                 self.tx_waiting = true;
                 self.start_pending();
             }
+            TIMER_TOKEN => self.throttle.clear_timer(),
             queue @ (RX | TX | EVENT) => {
                 if let Some(active) = &mut self.active {
                     match queue {

@@ -52,7 +52,7 @@ fn invalid_lengths_reset_connection() {
 
 #[test]
 fn resets_are_sent_when_there_are_receive_buffers() {
-    let mut bench = Bench::new(Vsock::new(CID).unwrap());
+    let mut bench = Bench::new(Vsock::new(CID, RateLimit::default()).unwrap());
     bench.activate(0);
     let mut guest = Guest { bench };
     for port in 0..100 {
@@ -98,7 +98,7 @@ fn device_reset_ends_connections_and_attempts() {
 /// Without a receive buffer, the guest cannot be told that the orphan was reset. The orphan must leave nevertheless.
 #[test]
 fn connections_stay_bounded_if_the_guest_offers_no_receive_buffers() {
-    let mut bench = Bench::new(Vsock::new(CID).unwrap());
+    let mut bench = Bench::new(Vsock::new(CID, RateLimit::default()).unwrap());
     bench.activate(0);
     let mut guest = Guest { bench };
     guest.refill(1);
