@@ -68,6 +68,19 @@ fn unlimited_device_has_no_limiter() {
     assert_eq!(shared.admit(u64::MAX), Ok(()));
 }
 
+/// The timer's event may be served after the timer was set again. A read that waits would stop the device loop.
+#[test]
+fn clear_timer_does_not_wait_until_the_timer_expires() {
+    let limit = RateLimit { bytes: Some(Rate { per_second: 1, burst: 1 }), operations: None };
+    let mut throttle = Throttle::new(limit, RateLimit::default()).unwrap();
+    throttle.begin_turn();
+    assert!(throttle.admit(Direction::Receive, 1_000_000));
+    assert!(!throttle.admit(Direction::Receive, 1));
+    assert!(throttle.admit(Direction::Transmit, 1_000_000), "the other direction is limited");
+    throttle.end_turn();
+    throttle.clear_timer();
+}
+
 #[test]
 fn extreme_values_do_not_overflow() {
     let begin = Instant::now();
