@@ -5,6 +5,9 @@ use std::time::{Duration, Instant};
 use crate::config::Rate;
 
 const NANOS_PER_SECOND: i128 = 1_000_000_000;
+/// Minimum time to wait, unless half of the burst is there earlier. Without a minimum, a high rate with small operations
+/// would wake a thread for each of them.
+const MIN_WAIT: Duration = Duration::from_millis(1);
 
 /// A token bucket. It fills at the rate, up to the burst.
 ///
@@ -29,11 +32,18 @@ impl Bucket {
         self.rate.burst
     }
 
-    /// Returns how long it takes until the bucket has `tokens`, or is full if `tokens` exceed the burst. Returns zero if
+    /// Returns how long to wait until the bucket has `tokens`, or is full if `tokens` exceed the burst. Returns zero if
     /// that is the case already.
-    pub fn time_until(&mut self, tokens: u64, now: Instant) -> Duration {
+    pub fn wait_for(&mut self, tokens: u64, now: Instant) -> Duration {
         self.fill(now);
-        let missing = level(tokens.min(self.rate.burst)) - self.level;
+        match self.time_until(tokens.min(self.rate.burst)) {
+            Duration::ZERO => Duration::ZERO,
+            needed => needed.max(self.time_until(self.rate.burst / 2).min(MIN_WAIT)),
+        }
+    }
+
+    fn time_until(&self, tokens: u64) -> Duration {
+        let missing = level(tokens) - self.level;
         if missing <= 0 {
             return Duration::ZERO;
         }

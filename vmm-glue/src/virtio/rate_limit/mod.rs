@@ -71,8 +71,8 @@ impl RateLimiter {
 
     /// Checks whether there are tokens for one operation. `bytes` returns its number of bytes for a given burst.
     fn check(&mut self, bytes: impl FnOnce(u64) -> u64, now: Instant) -> Result<(), Duration> {
-        let for_bytes = self.bytes.as_mut().map(|bucket| bucket.time_until(bytes(bucket.burst()), now));
-        let for_operations = self.operations.as_mut().map(|bucket| bucket.time_until(1, now));
+        let for_bytes = self.bytes.as_mut().map(|bucket| bucket.wait_for(bytes(bucket.burst()), now));
+        let for_operations = self.operations.as_mut().map(|bucket| bucket.wait_for(1, now));
         match for_bytes.max(for_operations) {
             None | Some(Duration::ZERO) => Ok(()),
             Some(wait) => Err(wait),
