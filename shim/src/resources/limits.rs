@@ -14,6 +14,10 @@ const PERIOD: u64 = 100_000;
 /// In addition to the guest's memory, the limit at which the sandbox is killed includes the minimum memory for the VMM
 /// and the shim. The distance is a third of this minimum.
 const THROTTLE_MARGIN: u64 = 4 << 20;
+/// Memory in bytes that a pod may use in addition to the memory of [`host_bytes`], if it has a container without a
+/// memory limit. The host's kernel uses about 2 KiB for each file that the VMM has open for the guest, and the VMM can
+/// open a million files.
+const UNLIMITED_EXTRA: u64 = 2 << 30;
 /// A limit of this value or above means that no limit is set. Without a limit, cgroup v1 shows the largest multiple of
 /// the page size below 2^63, or a value that is one page lower.
 const NO_LIMIT: u64 = 1 << 62;
@@ -101,24 +105,24 @@ fn all_cpus(location: &CgroupLocation) -> Option<CpuSet> {
 /// Returns the limits as properties of a scope (org.freedesktop.systemd1(5), systemd.resource-control(5)).
 fn properties(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) -> Vec<Property> {
     let number = |value: Option<u64>| Value::U64(value.unwrap_or(u64::MAX));
-    let memory = limits.has_memory_limit.then(|| host_bytes(guest_mib));
+    let memory = memory_max(limits, guest_mib);
     let quota = limits.cpu_millis.map(|millis| millis.saturating_mul(1000));
     let mut all = vec![("CPUQuotaPerSecUSec", number(quota))];
     match location {
         CgroupLocation::V2(_) => {
-            all.push(("MemoryMax", number(memory)));
-            all.push(("MemoryHigh", number(memory.map(|max| memory_high(location, max)))));
+            all.push(("MemoryMax", Value::U64(memory)));
+            all.push(("MemoryHigh", Value::U64(memory_high(location, memory))));
             // systemd has this property since version 244. The property is set only if the limits name CPUs.
             all.extend(limits.cpus.as_ref().map(|cpus| ("AllowedCPUs", Value::Bytes(cpus.mask()))));
         }
         // systemd does not have properties for all controllers of cgroup v1.
-        CgroupLocation::V1(_) => all.push(("MemoryLimit", number(memory))),
+        CgroupLocation::V1(_) => all.push(("MemoryLimit", Value::U64(memory))),
     }
     all
 }
 
 fn write(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) {
-    let memory = limits.has_memory_limit.then(|| host_bytes(guest_mib).to_string());
+    let memory = memory_max(limits, guest_mib);
     let quota = limits.cpu_millis.map(|millis| (millis.saturating_mul(PERIOD) / 1000).to_string());
     let cpus = limits.cpus.as_ref().map(ToString::to_string);
     let write = |dir: Option<&Path>, file: &str, value: &str| {
@@ -130,9 +134,8 @@ fn write(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) {
     let cpuset = location.controller_dir("cpuset");
     match location {
         CgroupLocation::V2(path) => {
-            write(Some(path), "memory.max", memory.as_deref().unwrap_or("max"));
-            let high = limits.has_memory_limit.then(|| memory_high(location, host_bytes(guest_mib)).to_string());
-            write(Some(path), "memory.high", high.as_deref().unwrap_or("max"));
+            write(Some(path), "memory.max", &memory.to_string());
+            write(Some(path), "memory.high", &memory_high(location, memory).to_string());
             write(Some(path), "cpu.max", &format!("{} {PERIOD}", quota.as_deref().unwrap_or("max")));
             // Without a list, the cgroup has the CPUs of its parent.
             if let Some(cpus) = cpus {
@@ -140,7 +143,7 @@ fn write(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) {
             }
         }
         CgroupLocation::V1(_) => {
-            write(location.controller_dir("memory"), "memory.limit_in_bytes", memory.as_deref().unwrap_or("-1"));
+            write(location.controller_dir("memory"), "memory.limit_in_bytes", &memory.to_string());
             write(location.controller_dir("cpu"), "cpu.cfs_period_us", &PERIOD.to_string());
             write(location.controller_dir("cpu"), "cpu.cfs_quota_us", quota.as_deref().unwrap_or("-1"));
             let all = || std::fs::read_to_string(cpuset?.parent()?.join("cpuset.cpus")).ok();
@@ -149,6 +152,15 @@ fn write(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) {
             }
         }
     }
+}
+
+/// Returns the memory limit of the sandbox for a guest that has `guest_mib` MiB of memory.
+///
+/// There is always a limit, because a guest's memory is only a part of what the VMM and the host's kernel need for the
+/// pod.
+fn memory_max(limits: &HostLimits, guest_mib: u64) -> u64 {
+    let extra = if limits.has_memory_limit { 0 } else { UNLIMITED_EXTRA };
+    host_bytes(guest_mib).saturating_add(extra)
 }
 
 /// Returns the memory limit at which the kernel throttles the sandbox. This limit is lower than the limits at which the
@@ -175,6 +187,20 @@ mod tests {
         assert_eq!(pids_max(&CgroupLocation::V2(sandbox.clone())), Some(5000));
         limit("kubepods/pod", "100\n");
         assert_eq!(pids_max(&CgroupLocation::V2(sandbox.clone())), Some(100));
+    }
+
+    #[test]
+    fn memory_has_a_limit_on_the_host_even_if_the_containers_have_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = dir.path().join("pod");
+        std::fs::create_dir(&pod).unwrap();
+        let location = CgroupLocation::V2(pod.clone());
+        let read = |file: &str| std::fs::read_to_string(pod.join(file)).unwrap().parse::<u64>().unwrap();
+        for (has_memory_limit, extra) in [(false, 2 << 30), (true, 0)] {
+            set(&location, None, &HostLimits { has_memory_limit, ..HostLimits::default() }, 1024);
+            assert_eq!(read("memory.max"), host_bytes(1024) + extra);
+            assert_eq!(read("memory.high"), host_bytes(1024) + extra - THROTTLE_MARGIN);
+        }
     }
 
     #[test]
@@ -231,7 +257,8 @@ mod tests {
         assert_eq!([read("cpu.cfs_quota_us"), read("cpuset.cpus")], ["150000", "1-3"]);
         assert_eq!(read("memory.limit_in_bytes"), host_bytes(100).to_string());
         set(&location, None, &HostLimits::default(), 100);
-        assert_eq!([read("cpu.cfs_quota_us"), read("memory.limit_in_bytes"), read("cpuset.cpus")], ["-1", "-1", "0-7"]);
+        assert_eq!([read("cpu.cfs_quota_us"), read("cpuset.cpus")], ["-1", "0-7"]);
+        assert_eq!(read("memory.limit_in_bytes"), (host_bytes(100) + UNLIMITED_EXTRA).to_string());
     }
 
     #[test]
@@ -251,8 +278,12 @@ mod tests {
             ("AllowedCPUs", Value::Bytes(vec![0b1110, 0b10])),
         ];
         assert_eq!(properties(&location, &limits, 128), expected);
-        let none = properties(&location, &HostLimits::default(), 128);
-        assert!(none.len() == 3 && none.iter().all(|(_, value)| *value == Value::U64(u64::MAX)));
+        let expected = vec![
+            ("CPUQuotaPerSecUSec", Value::U64(u64::MAX)),
+            ("MemoryMax", Value::U64(host_bytes(128) + UNLIMITED_EXTRA)),
+            ("MemoryHigh", Value::U64(96 << 20)),
+        ];
+        assert_eq!(properties(&location, &HostLimits::default(), 128), expected);
         let v1 = properties(&CgroupLocation::V1(Vec::new()), &limits, 128);
         assert_eq!(v1.last(), Some(&("MemoryLimit", Value::U64(host_bytes(128)))));
     }

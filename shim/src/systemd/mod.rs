@@ -38,6 +38,8 @@ pub struct Scope {
     pub slice: String,
     /// Its name, with the suffix `.scope`.
     pub unit: Unit,
+    /// Maximum number of its threads.
+    pub max_tasks: u64,
 }
 
 /// A request that systemd did not fulfil.
@@ -84,7 +86,7 @@ impl Scope {
     }
 
     fn start_at(&self, socket: &Path, pid: u32) -> Result<(), UnitError> {
-        let Self { slice, unit: Unit(unit) } = self;
+        let Self { slice, unit: Unit(unit), .. } = self;
         let properties = self.properties(pid);
         let start = |connection: &mut Connection| {
             let body = Body::default().text(unit).text("replace").properties(&properties).empty_structures();
@@ -122,6 +124,7 @@ impl Scope {
             ("CPUAccounting", Value::Bool(true)),
             ("IOAccounting", Value::Bool(true)),
             ("TasksAccounting", Value::Bool(true)),
+            ("TasksMax", Value::U64(self.max_tasks)),
             ("DefaultDependencies", Value::Bool(false)),
             // A scope whose VMM was killed by the OOM killer must not stay as a failed unit. The shim's caller already
             // learns of the failure from the shim.
@@ -246,7 +249,7 @@ mod tests {
     }
 
     fn scope() -> Scope {
-        Scope { slice: "pods.slice".into(), unit: Unit::new("p-n.scope") }
+        Scope { slice: "pods.slice".into(), unit: Unit::new("p-n.scope"), max_tasks: 100 }
     }
 
     fn has(call: &[u8], text: &str) -> bool {
@@ -264,7 +267,9 @@ mod tests {
         scope().start_at(&socket, 77).unwrap();
         scope().unit.stop_at(&socket).unwrap();
         let calls = calls.join().unwrap();
-        assert!(has(&calls[0], "StartTransientUnit") && has(&calls[0], "pods.slice") && has(&calls[0], "Delegate"));
+        for text in ["StartTransientUnit", "pods.slice", "Delegate", "TasksMax"] {
+            assert!(has(&calls[0], text), "the first call does not contain {text}");
+        }
         assert!(has(&calls[1], "StopUnit") && has(&calls[1], "p-n.scope"));
     }
 
