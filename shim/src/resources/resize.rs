@@ -174,6 +174,8 @@ struct Slots {
 
 impl ResizeTask {
     async fn run(mut self, mut jobs: mpsc::UnboundedReceiver<Job>) {
+        // The pod may never get a container with a limit. Therefore, the first request may never come.
+        self.set_host_limits().await;
         loop {
             let shrinking = async {
                 match self.shrinking.as_mut() {
