@@ -133,7 +133,7 @@ mod tests {
         let burst = RateLimit { burst_ops: 1, ..RateLimit::default() };
         assert_eq!(
             problem(|c| c.vsock_rate_limit = burst),
-            "vsock_rate_limit: burst_ops has no effect without ops_per_sec"
+            "vsock_rate_limit: burst_ops has no effect without ops_per_sec: set ops_per_sec, or remove burst_ops"
         );
         assert!(problem(|c| c.timeline_log = "x".into()).starts_with("timeline_log: "));
         assert_eq!(

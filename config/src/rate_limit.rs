@@ -27,14 +27,17 @@ pub struct Rate {
 }
 
 impl Rate {
-    /// Returns the rate. `None` if `per_second` is 0.
+    /// Returns `None` if `per_second` is 0.
     fn new(per_second: u64, burst: u64) -> Option<Self> {
         let burst = if burst == 0 { (per_second / 10).max(1) } else { burst };
         (per_second > 0).then_some(Self { per_second, burst })
     }
 
-    /// Returns the rate with the values of an annotation, which may only lower the values of the configuration. `names`
-    /// are the names of both values.
+    /// Applies the values of an annotation to a configured rate. The annotation may only lower configured values.
+    /// `names` are the names of the rate and of the burst.
+    ///
+    /// # Errors
+    /// What is wrong with the annotation.
     fn lowered(
         configured: Option<Self>,
         names: (&str, &str),
@@ -54,7 +57,7 @@ impl Rate {
         };
         check(names.0, per_second, configured.per_second)?;
         check(names.1, burst, configured.burst)?;
-        // The annotation's rate has its own default for the burst.
+        // If the annotation has a rate but no burst, the burst is a tenth of the annotation's rate.
         let default = per_second.and_then(|per_second| Self::new(per_second, 0)).map_or(u64::MAX, |rate| rate.burst);
         Ok(Some(Self {
             per_second: per_second.unwrap_or(configured.per_second),
@@ -74,7 +77,10 @@ impl RateLimit {
         Rate::new(self.ops_per_sec, self.burst_ops)
     }
 
-    /// Validates the values. Returns what is wrong.
+    /// Validates the values.
+    ///
+    /// # Errors
+    /// What is wrong.
     pub fn check(&self) -> Result<(), String> {
         for (rate, burst, names) in
             [(self.bytes_per_sec, self.burst_bytes, BYTES), (self.ops_per_sec, self.burst_ops, OPS)]
@@ -86,8 +92,8 @@ impl RateLimit {
         Ok(())
     }
 
-    /// Applies an annotation, such as `bytes_per_sec=10000000,ops_per_sec=500`. It may only lower the limits that are
-    /// configured.
+    /// Applies an annotation, for example `bytes_per_sec=10000000,ops_per_sec=500`. The annotation may only lower
+    /// configured limits.
     ///
     /// # Errors
     /// What is wrong with the annotation, and which values are valid.
@@ -98,10 +104,11 @@ impl RateLimit {
             let (name, number) = entry.split_once('=').unwrap_or((entry, ""));
             let position = names.iter().position(|known| *known == name.trim());
             let Some(value) = position.and_then(|position| values.get_mut(position)) else {
-                return Err(format!("unknown value {:?}: must be one of {}", name.trim(), names.join(", ")));
+                return Err(format!("unknown name {:?}: must be one of {}", name.trim(), names.join(", ")));
             };
             let number = number.trim().parse().ok().filter(|number| (1..=i64::MAX.unsigned_abs()).contains(number));
-            let number = number.ok_or_else(|| format!("{} must be a whole number of at least 1", name.trim()))?;
+            let number =
+                number.ok_or_else(|| format!("{} must be a whole number from 1 to {}", name.trim(), i64::MAX))?;
             if value.replace(number).is_some() {
                 return Err(format!("{} occurs twice", name.trim()));
             }
@@ -123,7 +130,7 @@ const BYTES: (&str, &str) = ("bytes_per_sec", "burst_bytes");
 const OPS: (&str, &str) = ("ops_per_sec", "burst_ops");
 
 fn without_rate((rate, burst): (&str, &str)) -> String {
-    format!("{burst} has no effect without {rate}")
+    format!("{burst} has no effect without {rate}: set {rate}, or remove {burst}")
 }
 
 #[cfg(test)]

@@ -32,7 +32,7 @@ impl Reporter {
         wire::recv(&self.control)
     }
 
-    /// Reports a boot step, unless it was reported before. A guest can repeat its steps as often as it likes.
+    /// Reports a boot step, unless the step was reported before. A guest can repeat its boot marks without bound.
     pub fn report_boot_step(&self, step: BootStep) {
         let bit = 1 << step as u32;
         if self.reported.fetch_or(bit, Ordering::Relaxed) & bit != 0 {

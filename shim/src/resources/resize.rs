@@ -174,7 +174,7 @@ struct Slots {
 
 impl ResizeTask {
     async fn run(mut self, mut jobs: mpsc::UnboundedReceiver<Job>) {
-        // The pod may never get a container with a limit. Therefore, the first request may never come.
+        // Set the limits before the first job. If no container has limits, there may never be a job.
         self.set_host_limits().await;
         loop {
             let shrinking = async {

@@ -173,7 +173,7 @@ impl PartialLaunch {
         let policies = PodPolicies::new(&spec.annotations, &config).map_err(|e| chain(&e))?;
         record_sandbox(context, spec, &boot_size, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
         let rate_limits = resources::rate_limits(spec, &config).map_err(|e| chain(&e))?;
-        // vhost-net would move frames past the limits. Without vhost-net, several queue pairs are not faster, because
+        // vhost-net does not apply rate limits. Without vhost-net, several queue pairs are not faster than one, because
         // the VMM moves all frames in one thread.
         let limited = rate_limits.net.is_limited();
         let tap_options = network::TapOptions {

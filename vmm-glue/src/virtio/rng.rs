@@ -22,8 +22,8 @@ const QUEUE_SIZES: [u16; 1] = [8];
 const QUEUE: u32 = 0;
 /// Maximum number of bytes that one request gets. The driver sends another request for the remaining bytes.
 const MAX_REQUEST: usize = 4096;
-/// Rate limit of the random bytes. It is sufficient, because a seed has only 32 bytes. The limit of the operations is
-/// for requests without space for bytes.
+/// Rate limit of the device. The rate of bytes is sufficient, because a seed has only 32 bytes. The rate of operations
+/// limits requests that have no space for bytes.
 const RATE_LIMIT: RateLimit = RateLimit {
     bytes: Some(Rate { per_second: 64 << 10, burst: 64 << 10 }),
     operations: Some(Rate { per_second: 1024, burst: 1024 }),

@@ -9,9 +9,9 @@
 //! worker that takes a request while other workers are idle enables the next notification. If the queue already has
 //! another request, this worker signals the notification itself.
 //!
-//! If a rate limit does not admit the next request, one worker waits until the request is admitted. The request stays in
-//! the queue, and the other workers are idle meanwhile. Therefore, requests are admitted in their order. A pause or the
-//! end of the activation only has to wait for requests that are being served.
+//! If a rate limit does not admit the next request, one worker waits until the request is admitted. The request stays
+//! in the queue, and the other workers are idle meanwhile. Therefore, requests are admitted in their order. A pause or
+//! the end of the activation only has to wait for requests that are being served.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -315,7 +315,7 @@ impl Session {
                 return Ok(false);
             }
             if state.throttled {
-                // When the other worker has taken the request, it wakes an idle worker for the following request.
+                // The throttled worker wakes an idle worker when the next request has been admitted.
                 state.idle += 1;
                 return Ok(true);
             }

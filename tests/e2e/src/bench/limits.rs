@@ -14,10 +14,11 @@ use crate::cri::{Pod, PodContainer, call, pods_with_handler};
 use crate::disk::Disk;
 use crate::{PYTHON, node};
 
-/// Load before each measurement. It uses up the burst, which is a tenth of a second.
+/// Duration of the load before each measurement. This load uses up the burst, which is a tenth of the rate.
 const WARM_UP: Duration = Duration::from_secs(2);
 
-/// Reads a file, a buffer at a time and past the guest's page cache. Prints the number of reads and the seconds.
+/// Reads a file with O_DIRECT, and therefore not through the guest's page cache. Prints the number of reads and the
+/// seconds.
 const READ: &str = "import os, mmap, sys, time
 path, size, warm_up, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
 fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -61,7 +62,7 @@ print(end[1] - begin[1], end[2] - begin[2], end[0] - begin[0])";
 /// Length of the headers of Ethernet, IPv4 and UDP.
 const UDP_HEADERS: usize = 14 + 20 + 8;
 
-/// The limits of one pod, per second. A value is 0 if only the other kind is limited.
+/// The limits of one pod's devices.
 struct Limits {
     disk: Limit,
     receive: Limit,
@@ -72,7 +73,9 @@ struct Limits {
 
 #[derive(Clone, Copy)]
 enum Limit {
+    /// Number of bytes per second.
     Bytes(u64),
+    /// Number of operations per second.
     Operations(u64),
 }
 
@@ -84,7 +87,7 @@ impl Limit {
         }
     }
 
-    /// Returns the length of a read, for which a transfer takes about a thirtieth of a second.
+    /// Returns the length of a read. At the limit, such a read takes about a thirtieth of a second.
     fn read_len(self) -> usize {
         match self {
             Self::Bytes(_) => 128 << 10,
@@ -109,7 +112,7 @@ impl Limit {
     }
 }
 
-/// Low rates, so that an emulated node is fast enough for them.
+/// The rates are so low that an emulated node is fast enough for them.
 const BYTES: Limits = Limits {
     disk: Limit::Bytes(4 << 20),
     receive: Limit::Bytes(400_000),
@@ -125,8 +128,8 @@ const OPERATIONS: Limits = Limits {
     vsock: Limit::Operations(10),
 };
 
-/// Measures each device for this number of seconds, and prints a table. Returns whether all rates are within 5 % of their
-/// limits.
+/// Measures each device for this number of seconds, and prints a table. Returns whether all rates are within 5 % of
+/// their limits.
 ///
 /// # Panics
 /// If a step fails.
@@ -287,7 +290,8 @@ fn vsock(container: &PodContainer, limit: Limit, duration: Duration) -> f64 {
             bytes as f64 / seconds
         }
         Limit::Operations(_) => {
-            // With two commands, one byte is always on its way, however long a round trip takes.
+            // With two commands, a packet is always waiting for the limit, even while the other command's byte is on
+            // its way through the node.
             let mut streams = [(); 2].map(|()| exec(container, &["cat"]));
             let rates = std::thread::scope(|scope| {
                 let echo = |stream: &mut Stream| {

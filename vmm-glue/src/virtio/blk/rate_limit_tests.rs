@@ -39,7 +39,7 @@ fn requests_beyond_the_rate_wait_and_succeed_in_order() {
     }
 }
 
-/// The first request is far larger than the burst. The second one would have to wait for eight minutes.
+/// The first request is far larger than the burst. The second request would have to wait for eight minutes.
 #[test]
 fn pause_and_reset_do_not_wait_for_the_rate_limit_and_do_not_renew_the_burst() {
     let (_, mut bench) = limited_disk(false, bytes(1, 1));
@@ -55,7 +55,7 @@ fn pause_and_reset_do_not_wait_for_the_rate_limit_and_do_not_renew_the_burst() {
     bench.activate(0);
     bench.queues[0].add(&[&header(IN, 1)], &[512, 1]);
     assert!(!served(&mut bench), "a reset has renewed the burst");
-    // Dropping the device ends the thread that waits.
+    // When the device is dropped, the waiting thread ends.
 }
 
 #[test]

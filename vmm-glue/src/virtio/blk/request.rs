@@ -29,7 +29,7 @@ pub const MAX_RANGES: usize = 16;
 /// zeroes.
 pub const MAX_ZEROES: u64 = 64 << 20;
 /// Maximum number of bytes that a request may zero if the disk's bytes are limited. The tokens of these bytes are taken
-/// after the request. Therefore, the request should not zero many more bytes than a write has.
+/// after the request. Therefore, one request must not zero many more bytes than one write request can write.
 const MAX_LIMITED_ZEROES: u64 = 1 << 20;
 /// Length of the status in bytes.
 const STATUS: usize = 1;

@@ -24,9 +24,9 @@ use super::fd_limit::FdLimit;
 use super::{request_checks, writer};
 use crate::virtio::rate_limit::SharedLimiter;
 
-/// Maximum number of bytes that one COPY_FILE_RANGE request copies if the share's bytes are limited. The tokens of these
-/// bytes are taken after the request. Therefore, one request must not copy much more than a WRITE request can write. The
-/// guest continues after a short copy.
+/// Maximum number of bytes that one COPY_FILE_RANGE request copies if the share's bytes are limited. The tokens of
+/// these bytes are taken after the request. Therefore, one request must not copy much more than a WRITE request can
+/// write. The guest continues after a short copy.
 const MAX_LIMITED_COPY: u64 = 1 << 20;
 
 /// A node id of FUSE.

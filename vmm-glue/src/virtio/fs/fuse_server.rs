@@ -33,8 +33,8 @@ const DESTROY: u32 = 38;
 const BATCH_FORGET: u32 = 42;
 /// Size of `struct fuse_out_header`, in bytes.
 const OUT_HEADER: usize = 16;
-/// Size of `struct fuse_in_header` and `struct fuse_write_in`, in bytes. They precede the data of a WRITE request. A
-/// READ request is of the same size.
+/// Total size of `struct fuse_in_header` and `struct fuse_write_in`, in bytes. These structures precede the data of a
+/// WRITE request. A READ request has the same size, but no data.
 const WRITE_HEADERS: usize = 80;
 /// Maximum number of nodes in one BATCH_FORGET. Linux does not send BATCH_FORGET over virtio-fs, but one FORGET per
 /// node (`virtio_fs_send_forget()` in fs/fuse/virtio_fs.c).
@@ -141,8 +141,8 @@ impl FuseServer {
     }
 }
 
-/// Returns the maximum number of data bytes in a request and its answer. Data is what follows the headers of WRITE and
-/// of an answer to READ. For other operations, the number is small.
+/// Returns the maximum number of data bytes that a request and its answer can have: the bytes after the headers of a
+/// WRITE request, and the bytes after the header of an answer. For requests without file data, this number is small.
 pub fn data_len(chain: &Chain<'_>) -> usize {
     chain.readable.len().saturating_sub(WRITE_HEADERS) + chain.writable.len().saturating_sub(OUT_HEADER)
 }

@@ -33,7 +33,7 @@ pub struct FrameRules {
 pub struct QueuePair {
     pub rx: Virtqueue,
     pub tx: Virtqueue,
-    /// Whether there may be frames to transmit. They may wait for the rate limit.
+    /// Whether there may be frames to transmit. These frames may be waiting for the rate limit.
     pub tx_waiting: bool,
     /// Whether the receive queue must be served, because there may be frames or new buffers.
     pub rx_waiting: bool,

@@ -63,12 +63,12 @@ fn received_frames_beyond_the_rate_wait_and_do_not_hold_up_transmitted_frames() 
             received += std::iter::from_fn(|| queues[0].poll()).count();
             received == 10
         });
-        // The tenth frame may be read once half of the burst is there.
+        // The tenth frame is admitted as soon as the bucket has half of the burst.
         assert!(begin.elapsed() >= Duration::from_millis(70), "10 frames took only {:?}", begin.elapsed());
     }
 }
 
-/// The first frame is far larger than the burst. The second one would have to wait for a quarter of an hour.
+/// The first frame is far larger than the burst. The second frame would have to wait for a quarter of an hour.
 #[test]
 fn reset_does_not_renew_the_burst() {
     let (socket, mut bench) = limited_interface(bytes(1, 1), bytes(1, 1));

@@ -1,21 +1,22 @@
-//! A token bucket. It reads no clock: each call gets the current time.
+//! A token bucket. The caller passes the current time, so that tests can control the time.
 
 use std::time::{Duration, Instant};
 
 use crate::config::Rate;
 
 const NANOS_PER_SECOND: i128 = 1_000_000_000;
-/// Minimum time to wait, unless half of the burst is there earlier. Without a minimum, a high rate with small operations
-/// would wake a thread for each of them.
+/// Minimum time to wait. The wait is shorter only if the bucket has half of the burst earlier. Without a minimum, a
+/// thread would be woken for each operation if the rate is high and the operations are small.
 const MIN_WAIT: Duration = Duration::from_millis(1);
 
 /// A token bucket. It fills at the rate, up to the burst.
 ///
-/// The level is an exact integer, so that no rounding error adds up.
+/// The level is an integer, so that there are no rounding errors that add up.
 #[derive(Debug)]
 pub struct Bucket {
     rate: Rate,
-    /// Number of tokens, multiplied by [`NANOS_PER_SECOND`]. A negative level is a debt.
+    /// Number of tokens, multiplied by [`NANOS_PER_SECOND`]. If the level is negative, no operation is admitted until
+    /// the missing tokens have been added.
     level: i128,
     /// Time up to which the bucket was filled.
     filled: Instant,
@@ -32,8 +33,8 @@ impl Bucket {
         self.rate.burst
     }
 
-    /// Returns how long to wait until the bucket has `tokens`, or is full if `tokens` exceed the burst. Returns zero if
-    /// that is the case already.
+    /// Returns the time until the bucket has this number of tokens. If `tokens` exceeds the burst, returns the time
+    /// until the bucket is full. Returns zero if there is nothing to wait for.
     pub fn wait_for(&mut self, tokens: u64, now: Instant) -> Duration {
         self.fill(now);
         match self.time_until(tokens.min(self.rate.burst)) {
@@ -51,7 +52,7 @@ impl Bucket {
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
     }
 
-    /// Takes tokens. If there are too few tokens, the bucket gets into debt.
+    /// Takes tokens. If the bucket has too few tokens, the level becomes negative.
     pub fn take(&mut self, tokens: u64, now: Instant) {
         self.fill(now);
         self.level = self.level.saturating_sub(level(tokens));

@@ -1,7 +1,8 @@
 //! Rate limits of devices: bytes and operations per second, each with a burst.
 //!
-//! A request beyond the rate waits and never fails. It stays in its virtqueue while it waits. A request that is larger
-//! than the burst is served when the bucket is full. Its tokens become a debt, so that later requests wait for longer.
+//! A request that exceeds the rate waits in its virtqueue, and does not fail. A request that is larger than the burst
+//! is served when the bucket is full. This request takes more tokens than the bucket has. The next request waits until
+//! the missing tokens have been added.
 //!
 //! A limiter belongs to its device and not to an activation of the device. Therefore a guest cannot get a new burst by
 //! resetting the device.
@@ -37,8 +38,8 @@ impl RateLimiter {
 
     /// Admits one operation with this number of bytes, and takes its tokens.
     ///
-    /// The bytes of all operations that are admitted within a time t are at most rate × t + burst. If the last of
-    /// these operations has more bytes than the burst, its number of bytes takes the burst's place.
+    /// The operations that are admitted within a time t have at most rate × t + burst bytes. If the last of these
+    /// operations is larger than the burst, the maximum is rate × t + the size of the last operation.
     ///
     /// # Errors
     /// The time after which the operation can be admitted.
@@ -48,14 +49,14 @@ impl RateLimiter {
         Ok(())
     }
 
-    /// Checks whether an operation can be admitted whose number of bytes is known only afterwards, and is at most
-    /// `max_bytes`. If the operation is then done, [`RateLimiter::charge`] has to follow.
+    /// Checks whether an operation can be admitted whose number of bytes is not known yet. The operation has at most
+    /// `max_bytes` bytes. If the caller then does the operation, the caller must call [`RateLimiter::charge`].
     ///
     /// # Errors
     /// The time after which the operation can be admitted.
     pub fn admit_up_to(&mut self, max_bytes: u64, now: Instant) -> Result<(), Duration> {
-        // Do not wait until the bucket is full. A full bucket loses tokens until the operation is served, and an
-        // operation that is much smaller than `max_bytes` does not need them.
+        // Do not wait until the bucket is full. A full bucket gets no more tokens until the operation is served, so
+        // that the device would not reach its rate.
         self.check(|burst| max_bytes.min(burst / 2), now)
     }
 

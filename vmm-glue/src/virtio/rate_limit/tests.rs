@@ -28,11 +28,11 @@ fn burst_is_admitted_at_once_and_the_rest_at_the_rate() {
 }
 
 #[test]
-fn operation_larger_than_the_burst_becomes_a_debt() {
+fn operation_larger_than_the_burst_delays_the_next_operation() {
     let begin = Instant::now();
     let mut limiter = limiter(Some((1000, 10)), None, begin);
     assert_eq!(limiter.admit(1000, begin), Ok(()));
-    // Even an operation without bytes waits until the debt is paid.
+    // Even an operation without bytes waits until the missing tokens have been added.
     assert_eq!(limiter.admit(0, begin), Err(Duration::from_millis(990)));
     assert_eq!(limiter.admit(5000, begin), Err(Duration::from_secs(1)));
     assert_eq!(limiter.admit(5000, begin + Duration::from_secs(1)), Ok(()));

@@ -1,5 +1,5 @@
-//! Limiters for a device that the device loop serves. The loop must not sleep. Therefore a timer wakes it when there
-//! are tokens for the next operation.
+//! Limiters for a device that the device loop serves. The device loop must not sleep. Therefore, a timer wakes the loop
+//! when there are tokens for the next operation.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -37,7 +37,7 @@ struct Limiters {
     timer: TimerFd,
     /// Time at which the turn began. All operations of a turn count as done at this time.
     now: Instant,
-    /// How long the operation has to wait that can be admitted first, of those that were not admitted in this turn.
+    /// The shortest wait among the operations that were not admitted in this turn.
     wait: Option<Duration>,
 }
 
@@ -73,7 +73,7 @@ impl Throttle {
     /// Serves the timer's event. The turn that follows retries the operations that were not admitted.
     pub fn clear_timer(&self) {
         if let Some(Limiters { timer, .. }) = &self.limiters {
-            // This call fails with EAGAIN if the timer was set again after it had expired.
+            // The read fails with EAGAIN if the timer was set again after the timer had expired.
             let _ = timer.wait();
         }
     }
@@ -91,8 +91,8 @@ impl Throttle {
         self.try_admit(direction, |limiter, now| limiter.admit(bytes as u64, now))
     }
 
-    /// Returns whether an operation is admitted whose number of bytes is known only afterwards, and is at most
-    /// `max_bytes`. If the operation is then done, [`Throttle::charge`] has to follow.
+    /// Returns whether an operation is admitted whose number of bytes is not known yet. The operation has at most
+    /// `max_bytes` bytes. If the caller then does the operation, the caller must call [`Throttle::charge`].
     pub fn admit_up_to(&mut self, direction: Direction, max_bytes: usize) -> bool {
         self.try_admit(direction, |limiter, now| limiter.admit_up_to(max_bytes as u64, now))
     }

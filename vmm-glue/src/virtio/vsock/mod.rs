@@ -62,7 +62,7 @@ pub struct Vsock {
     changed: Vec<u32>,
     /// RST packets that do not belong to a connection of the device.
     reset_packets: VecDeque<Header>,
-    /// Whether there may be packets from the guest. They may wait for the rate limit.
+    /// Whether there may be packets from the guest. These packets may be waiting for the rate limit.
     tx_waiting: bool,
     throttle: Throttle,
     /// Connections that have ended outside of the device loop. They are kept until the device loop has unregistered
@@ -119,13 +119,14 @@ impl Vsock {
     /// Removes a connection that only waits for the guest's answer to SHUTDOWN. Returns true if there was such a
     /// connection.
     ///
-    /// The connection must not wait until RST has been sent. Otherwise, a guest that offers no receive buffers could
-    /// make the number of connections grow without bound.
+    /// The connection is removed before RST is sent. Otherwise, a guest that offers no receive buffers could make the
+    /// number of connections grow without bound.
     fn evict(&mut self) -> bool {
         let orphan = self.connections.iter().find(|(_, connection)| connection.is_orphan()).map(|(&port, _)| port);
         let Some(mut connection) = orphan.and_then(|port| self.connections.remove(&port)) else { return false };
         connection.reset();
-        // If too many RST packets wait already, the guest gets RST when it next sends a packet of the connection.
+        // If too many RST packets are waiting, this RST is left out. When the guest next sends a packet of the
+        // connection, the device answers with RST.
         if self.reset_packets.len() < MAX_RESET_PACKETS
             && let NextPacket::Control(reset) = connection.next()
         {

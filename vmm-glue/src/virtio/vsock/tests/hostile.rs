@@ -95,7 +95,8 @@ fn device_reset_ends_connections_and_attempts() {
     }
 }
 
-/// Without a receive buffer, the guest cannot be told that the orphan was reset. The orphan must leave nevertheless.
+/// Without a receive buffer, the device cannot tell the guest that the orphan was reset. The orphan must be removed
+/// nevertheless.
 #[test]
 fn connections_stay_bounded_if_the_guest_offers_no_receive_buffers() {
     let mut bench = Bench::new(Vsock::new(CID, RateLimit::default()).unwrap());
@@ -105,7 +106,8 @@ fn connections_stay_bounded_if_the_guest_offers_no_receive_buffers() {
     let mut streams: Vec<_> = (0..MAX_CONNECTIONS as u32).map(|port| guest.open(port).1).collect();
     let refused = guest.connect(1).try_recv().unwrap();
     assert!(refused.is_err(), "one more connection than the maximum was opened");
-    // SHUTDOWN uses the only buffer. The connection is an orphan now, but its place is not needed yet.
+    // SHUTDOWN uses the only buffer. The connection is an orphan now, but the device keeps it until another connection
+    // needs its place.
     streams.pop();
     assert_eq!(guest.connections(), MAX_CONNECTIONS);
     let replies: Vec<_> = (0..10).map(|port| guest.connect(port)).collect();
