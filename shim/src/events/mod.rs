@@ -200,6 +200,19 @@ mod tests {
         assert_eq!(*delivered.lock().unwrap(), ["/tasks/exit containerd.events.TaskExit"]);
     }
 
+    /// The events are published before the runtime delivers the first one.
+    #[tokio::test(start_paused = true)]
+    async fn number_of_queued_events_is_bounded() {
+        let delivered = Arc::new(Mutex::new(Vec::new()));
+        let events =
+            Events::start("default", Flaky { fails: 0, delivered: Arc::clone(&delivered) }, RetryPolicy::default());
+        for _ in 0..MAX_QUEUED + 100 {
+            events.publish("/tasks/exit", &TaskExit::new());
+        }
+        events.flush(Duration::from_secs(60)).await;
+        assert_eq!(delivered.lock().unwrap().len(), MAX_QUEUED);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn delivery_continues_after_a_dropped_event() {
         let delivered = Arc::new(Mutex::new(Vec::new()));

@@ -27,6 +27,7 @@ use husk_proto::agent::UpdateNetworkRequest;
 use husk_vmm::control::wire;
 use nix::sched::{CloneFlags, setns};
 
+use crate::resources::rate_limits::NetRateLimits;
 use read::Link;
 
 pub use sk_lookup::PortForwarding;
@@ -57,6 +58,8 @@ pub struct TapOptions {
     pub queue_pairs: usize,
     /// Whether to use vhost-net if the host has it.
     pub vhost: bool,
+    /// Rate limits of each tap.
+    pub rate_limits: NetRateLimits,
 }
 
 impl TapOptions {
@@ -84,6 +87,8 @@ pub struct Tap {
     pub mac: [u8; 6],
     /// The interface's MTU in bytes.
     pub mtu: u16,
+    /// The interface's rate limits.
+    pub rate_limits: NetRateLimits,
 }
 
 /// A failure to connect a pod's network.
@@ -215,7 +220,8 @@ mod tests {
 
     #[test]
     fn without_taps_removes_only_the_taps() {
-        let tap = Tap { fds: Vec::new(), vhost: false, link: 2, index: 7, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
+        let (mac, rate_limits) = ([2, 0, 0, 0, 0, 1], NetRateLimits::default());
+        let tap = Tap { fds: Vec::new(), vhost: false, link: 2, index: 7, mac, mtu: 1500, rate_limits };
         let before = vec![link(2)];
         assert_eq!(without_taps(vec![link(2), link(7)], &[tap]), before);
         assert_ne!(without_taps(vec![link(2), link(3)], &[]), before);
@@ -224,7 +230,7 @@ mod tests {
 
     #[test]
     fn per_interface_fits_all_fds_into_one_message() {
-        let options = TapOptions { queue_pairs: 8, vhost: true };
+        let options = TapOptions { queue_pairs: 8, vhost: true, rate_limits: NetRateLimits::default() };
         assert_eq!(options.per_interface(1).queue_pairs, 8);
         for interfaces in 1..=wire::MAX_FDS - VM_FDS {
             let each = options.per_interface(interfaces).queue_pairs;

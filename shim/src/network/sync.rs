@@ -284,7 +284,14 @@ pub fn net_config<'a>(tap: &'a Tap, fds: &mut Vec<BorrowedFd<'a>>) -> NetConfig 
         FdIndex(fds.len() - 1)
     };
     let taps = tap.fds.iter().map(add).collect();
-    NetConfig { taps, vhost: tap.vhost, mac: tap.mac, mtu: tap.mtu }
+    NetConfig {
+        taps,
+        vhost: tap.vhost,
+        mac: tap.mac,
+        mtu: tap.mtu,
+        receive_rate_limit: tap.rate_limits.receive,
+        transmit_rate_limit: tap.rate_limits.transmit,
+    }
 }
 
 #[cfg(test)]

@@ -77,7 +77,8 @@ pub fn create(netlink: &Netlink, link: &Link, options: TapOptions) -> Result<Tap
         // the caller gets the error from `connect`.
         let _ = remove(netlink, link.index, index);
     })?;
-    Ok(Tap { fds, vhost, link: link.index, index, mac: link.mac, mtu: link.mtu })
+    let Link { index: link, mac, mtu, .. } = *link;
+    Ok(Tap { fds, vhost, link, index, mac, mtu, rate_limits: options.rate_limits })
 }
 
 /// Removes a tap, and the tc filter that redirects frames from the interface `link` to the tap. Removes the tap even if

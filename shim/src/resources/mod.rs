@@ -8,7 +8,9 @@ pub mod growth;
 pub mod hugepages;
 pub mod limits;
 pub mod oom_score;
+pub mod rate_limits;
 pub mod reclaim;
 pub mod resize;
 
 pub use boot_size::{BootSize, BootSizeError, boot_size};
+pub use rate_limits::rate_limits;

@@ -174,6 +174,8 @@ struct Slots {
 
 impl ResizeTask {
     async fn run(mut self, mut jobs: mpsc::UnboundedReceiver<Job>) {
+        // Set the limits before the first job. If no container has limits, there may never be a job.
+        self.set_host_limits().await;
         loop {
             let shrinking = async {
                 match self.shrinking.as_mut() {

@@ -22,6 +22,7 @@ use crate::oci;
 use crate::oci::IdMappings;
 use crate::resources::BootSize;
 use crate::resources::hugepages;
+use crate::resources::rate_limits::RateLimits;
 use crate::sandbox::guest_image::GuestImages;
 use crate::sandbox::policy::PodPolicies;
 use crate::sandbox::timeline::Timeline;
@@ -53,6 +54,8 @@ pub struct Pod {
     pub network: Network,
     /// Agent policies.
     pub policies: PodPolicies,
+    /// Rate limits of the devices.
+    pub rate_limits: RateLimits,
 }
 
 /// Everything that a boot needs.
@@ -206,9 +209,11 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
             tag: SHARE_TAG.to_owned(),
             root: plan.share.display().to_string(),
             workers: plan.config.virtio_fs_workers,
+            rate_limit: plan.pod.rate_limits.virtio_fs,
         }),
         require_landlock: plan.config.require_landlock,
         vsock_cid: 3,
+        vsock_rate_limit: plan.pod.rate_limits.vsock,
         net,
         blk: Vec::new(),
         balloon: plan.config.free_page_reporting,

@@ -116,7 +116,8 @@ impl Sandbox {
         let file = file.map_err(|source| DiskError::Open { major, minor, source })?;
         let plug = |source| DiskError::Plug { major, minor, source };
         let vmm = self.vmm().ok_or_else(|| plug(VmmError::Gone))?;
-        let config = BlkConfig { file: FdIndex(0), read_only, serial: format!("{major}:{minor}") };
+        let (serial, rate_limit) = (format!("{major}:{minor}"), self.disk_rate_limit());
+        let config = BlkConfig { file: FdIndex(0), read_only, serial, rate_limit };
         match vmm.call(Call::AttachBlk(config), &[file.as_fd()]).await.map_err(plug)? {
             (Answer::Attached { slot }, _) => Ok(slot),
             _ => Err(plug(VmmError::Unexpected)),

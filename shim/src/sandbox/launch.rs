@@ -17,6 +17,7 @@ use crate::resources::BootSize;
 use crate::resources::cgroup::Cgroup;
 use crate::resources::limits;
 use crate::resources::oom_score;
+use crate::resources::rate_limits::RateLimits;
 use crate::sandbox::boot::{BootPlan, Pod};
 use crate::sandbox::guest_image::GuestImages;
 use crate::sandbox::policy::PodPolicies;
@@ -171,9 +172,14 @@ impl PartialLaunch {
         let boot_size = resources::boot_size(spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
         let policies = PodPolicies::new(&spec.annotations, &config).map_err(|e| chain(&e))?;
         record_sandbox(context, spec, &boot_size, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
+        let rate_limits = resources::rate_limits(spec, &config).map_err(|e| chain(&e))?;
+        // vhost-net does not apply rate limits. Without vhost-net, several queue pairs are not faster than one, because
+        // the VMM moves all frames in one thread.
+        let limited = rate_limits.net.is_limited();
         let tap_options = network::TapOptions {
-            queue_pairs: usize::from(boot_size.vcpus).min(MAX_QUEUE_PAIRS),
-            vhost: config.vhost_net,
+            queue_pairs: if limited { 1 } else { usize::from(boot_size.vcpus).min(MAX_QUEUE_PAIRS) },
+            vhost: config.vhost_net && !limited,
+            rate_limits: rate_limits.net,
         };
         let network = match &network {
             // CNI configures a new network namespace later, in OCI hooks or between Create and Start. `ctr run --cni`
@@ -192,7 +198,7 @@ impl PartialLaunch {
             Network::Path(path) => network::connect(path, tap_options).map_err(|e| chain(&e))?,
         };
         context.timeline.mark("network connected");
-        let pod = pod(context, spec, id_mappings, network, policies);
+        let pod = pod(context, spec, id_mappings, network, policies, rate_limits);
         BootPlan::new(pod, config, images, boot_size, share.to_owned()).map_err(|e| chain(&e))
     }
 }
@@ -226,11 +232,22 @@ fn pod(
     id_mappings: Option<IdMappings>,
     network: network::Network,
     policies: PodPolicies,
+    rate_limits: RateLimits,
 ) -> Pod {
     let is_sandbox = spec.annotations.is_sandbox();
     let sysctls = if is_sandbox { spec.linux.sysctl.clone() } else { Default::default() };
     let (id, hostname) = (context.sandbox.clone(), hostname(&spec.hostname));
-    Pod { id, hostname, shared_memory: is_sandbox, sysctls, pids_max: None, id_mappings, network, policies }
+    Pod {
+        id,
+        hostname,
+        shared_memory: is_sandbox,
+        sysctls,
+        pids_max: None,
+        id_mappings,
+        network,
+        policies,
+        rate_limits,
+    }
 }
 
 /// Returns `name`, the host name from the specification. If `name` is empty, returns the node's host name, as under

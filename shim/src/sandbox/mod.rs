@@ -17,6 +17,7 @@ use std::sync::{Arc, OnceLock};
 
 use husk_proto::{ports, stream};
 use husk_vmm::client::Spawned;
+use husk_vmm::config::RateLimit;
 use tokio::sync::mpsc;
 
 use crate::network::port_forwarding;
@@ -67,6 +68,7 @@ struct Launched {
     cgroup: Option<Cgroup>,
     vmm: Option<Vmm>,
     resizer: Option<Resizer>,
+    disk_rate_limit: RateLimit,
     timeline_log: PathBuf,
 }
 
@@ -124,7 +126,8 @@ impl Sandbox {
         };
         let location = cgroup.as_ref().map(|cgroup| cgroup.location().clone());
         let pids_max = cgroup.as_ref().and_then(|cgroup| limits::pids_max(cgroup.location()));
-        let _ = self.launched.set(Launched { cgroup, vmm: vmm.clone(), resizer, timeline_log });
+        let disk_rate_limit = plan.as_ref().map(|plan| plan.pod.rate_limits.disk).unwrap_or_default();
+        let _ = self.launched.set(Launched { cgroup, vmm: vmm.clone(), resizer, disk_rate_limit, timeline_log });
         let (handle, timeline, console) = (vmm, Arc::clone(&self.timeline), self.log_tail.clone());
         let (network_sync, state) = (Arc::clone(&self.network_sync), self.state.clone());
         tokio::spawn(async move {
@@ -206,6 +209,11 @@ impl Sandbox {
 
     fn vmm(&self) -> Option<&Vmm> {
         self.launched.get()?.vmm.as_ref()
+    }
+
+    /// Returns the rate limit of each disk.
+    fn disk_rate_limit(&self) -> RateLimit {
+        self.launched.get().map(|launched| launched.disk_rate_limit).unwrap_or_default()
     }
 
     /// Returns the VMM's PID on the host, or 0 if the VMM was not started. The VMM runs in the sandbox's network

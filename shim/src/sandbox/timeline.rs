@@ -79,3 +79,21 @@ impl Timeline {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn number_of_steps_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("timeline.json");
+        let timeline = Timeline::new("default", "one", file.clone());
+        for at in 0..10 * MAX_STEPS as u64 {
+            timeline.mark_at("first guest instruction", at);
+        }
+        timeline.save();
+        let saved = Record::from_lines(&std::fs::read_to_string(file).unwrap()).unwrap();
+        assert_eq!(saved[0].steps.len(), MAX_STEPS);
+    }
+}

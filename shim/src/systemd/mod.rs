@@ -38,6 +38,8 @@ pub struct Scope {
     pub slice: String,
     /// The scope's name, with the suffix `.scope`.
     pub unit: Unit,
+    /// Maximum number of its threads.
+    pub max_tasks: u64,
 }
 
 /// Error of a request to systemd.
@@ -84,7 +86,7 @@ impl Scope {
     }
 
     fn start_at(&self, socket: &Path, pid: u32) -> Result<(), UnitError> {
-        let Self { slice, unit: Unit(unit) } = self;
+        let Self { slice, unit: Unit(unit), .. } = self;
         let properties = self.properties(pid);
         let start = |connection: &mut Connection| {
             let body = Body::default().text(unit).text("replace").properties(&properties).empty_structures();
@@ -123,6 +125,7 @@ impl Scope {
             ("CPUAccounting", Value::Bool(true)),
             ("IOAccounting", Value::Bool(true)),
             ("TasksAccounting", Value::Bool(true)),
+            ("TasksMax", Value::U64(self.max_tasks)),
             ("DefaultDependencies", Value::Bool(false)),
             // If the OOM killer kills the VMM, the scope fails. With this mode, systemd removes the failed scope.
             ("CollectMode", Value::Text("inactive-or-failed".into())),
@@ -247,7 +250,7 @@ mod tests {
     }
 
     fn scope() -> Scope {
-        Scope { slice: "pods.slice".into(), unit: Unit::new("p-n.scope") }
+        Scope { slice: "pods.slice".into(), unit: Unit::new("p-n.scope"), max_tasks: 100 }
     }
 
     fn has(call: &[u8], text: &str) -> bool {
@@ -265,7 +268,9 @@ mod tests {
         scope().start_at(&socket, 77).unwrap();
         scope().unit.stop_at(&socket).unwrap();
         let calls = calls.join().unwrap();
-        assert!(has(&calls[0], "StartTransientUnit") && has(&calls[0], "pods.slice") && has(&calls[0], "Delegate"));
+        for text in ["StartTransientUnit", "pods.slice", "Delegate", "TasksMax"] {
+            assert!(has(&calls[0], text), "the first call does not contain {text}");
+        }
         assert!(has(&calls[1], "StopUnit") && has(&calls[1], "p-n.scope"));
     }
 

@@ -54,14 +54,21 @@ pub async fn open(pairs: usize) -> io::Result<Vec<File>> {
 
 #[cfg(test)]
 mod tests {
-    use husk_vmm::config::FdIndex;
+    use husk_vmm::config::{FdIndex, RateLimit};
 
     use super::*;
 
     const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
     fn net(vhost: bool) -> NetConfig {
-        NetConfig { taps: vec![FdIndex(0), FdIndex(1)], vhost, mac: MAC, mtu: 1500 }
+        NetConfig {
+            taps: vec![FdIndex(0), FdIndex(1)],
+            vhost,
+            mac: MAC,
+            mtu: 1500,
+            receive_rate_limit: RateLimit::default(),
+            transmit_rate_limit: RateLimit::default(),
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 #![no_main]
 
 use husk_fuzz::{chain, memory_file};
+use husk_vmm::config::RateLimit;
 use husk_vmm::virtio::blk::Blk;
 use husk_vmm::virtio::device::VirtioDevice;
 use husk_vmm::virtio::testing::Bench;
@@ -17,7 +18,8 @@ struct Input {
 }
 
 fuzz_target!(|input: Input| {
-    let mut bench = Bench::new(Blk::new(memory_file(64 * 512), input.read_only, "serial").expect("create the device"));
+    let blk = Blk::new(memory_file(64 * 512), input.read_only, "serial", RateLimit::default());
+    let mut bench = Bench::new(blk.expect("create the device"));
     bench.activate(0);
     for (readable, writable) in input.requests.iter().take(16) {
         if chain(&mut bench, 0, readable, writable) {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use arbitrary::Arbitrary;
 use husk_fuzz::jail::{self, Jail, OF_THE_HOST, Only};
-use husk_vmm::config::ShareConfig;
+use husk_vmm::config::{RateLimit, ShareConfig};
 use husk_vmm::virtio::device::VirtioDevice;
 use husk_vmm::virtio::fs::Fs;
 use husk_vmm::virtio::testing::Bench;
@@ -359,7 +359,8 @@ fn serve(input: Input) {
     make_share();
     let (mut before, mut inodes) = Default::default();
     read_around(Path::new("/"), &mut before, &mut inodes);
-    let share = ShareConfig { tag: "fuzz".into(), root: SHARE.into(), workers: 1 + u8::from(input.two_workers) };
+    let workers = 1 + u8::from(input.two_workers);
+    let share = ShareConfig { tag: "fuzz".into(), root: SHARE.into(), workers, rate_limit: RateLimit::default() };
     let mut bench = Bench::new(
         Fs::new(&share, husk_vmm::jail::Belongings::without_jail().expect("open /proc/self/fd and /dev/null"), || {})
             .expect("create the device"),

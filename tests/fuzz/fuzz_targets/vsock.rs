@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::channel;
 
 use husk_fuzz::{Step, chain, drive};
+use husk_vmm::config::RateLimit;
 use husk_vmm::virtio::testing::Bench;
 use husk_vmm::virtio::vsock::Vsock;
 use libfuzzer_sys::fuzz_target;
@@ -58,7 +59,7 @@ fn header(op: u8, flags: u32, buf_alloc: u32, fwd_cnt: u32, len: u32) -> Vec<u8>
 }
 
 fuzz_target!(|input: Input| {
-    let mut bench = Bench::new(Vsock::new(CID).expect("create the device"));
+    let mut bench = Bench::new(Vsock::new(CID, RateLimit::default()).expect("create the device"));
     bench.activate(0);
     let (sender, receiver) = channel::<std::io::Result<OwnedFd>>();
     bench.lock().connect(PORTS.0, Box::new(move |result| drop(sender.send(result))));

@@ -24,6 +24,8 @@ pub const MAX_SEGMENTS: usize = 1024;
 
 /// Event token of a device's own eventfd. Queue events have the queue's index as token.
 pub const WAKE_TOKEN: u32 = u32::MAX;
+/// Event token of the timer of a device with a rate limit.
+pub const TIMER_TOKEN: u32 = u32::MAX - 1;
 
 /// A fault that breaks the whole queue and not only one chain. After this fault, the device stops until the driver
 /// resets the device.

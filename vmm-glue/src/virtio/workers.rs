@@ -8,6 +8,10 @@
 //! Idle workers wait for the queue's notification, and the kernel wakes only one of these workers (EPOLLEXCLUSIVE). A
 //! worker that takes a request while other workers are idle enables the next notification. If the queue already has
 //! another request, this worker signals the notification itself.
+//!
+//! If a rate limit does not admit the next request, one worker waits until the request is admitted. The request stays
+//! in the queue, and the other workers are idle meanwhile. Therefore, requests are admitted in their order. A pause or
+//! the end of the activation only has to wait for requests that are being served.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -16,12 +20,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use husk_base::error::chain;
-use husk_base::sync::{lock, wait};
+use husk_base::sync::{lock, wait, wait_timeout};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{Interrupt, OnIdle};
 use super::queue::{Chain, QueueFault, Virtqueue};
+use super::rate_limit::SharedLimiter;
 use crate::guest_memory::GuestMemory;
 use crate::jail::{Kind, confine};
 
@@ -34,6 +39,10 @@ pub trait Handler: Send + Sync + 'static {
     const NAME: &'static str;
     /// Kind of the threads.
     const KIND: Kind;
+    /// Returns the limiter of the requests.
+    fn limiter(&self) -> &SharedLimiter;
+    /// Returns the number of bytes for which a request needs tokens.
+    fn bytes(&self, request: &Chain<'_>) -> usize;
     /// Serves one request. Returns the number of bytes written to the chain.
     fn serve(&self, memory: &GuestMemory, request: Chain<'_>) -> u32;
 }
@@ -80,6 +89,8 @@ struct State {
     idle: usize,
     /// Number of requests that are being served.
     busy: usize,
+    /// Whether a worker waits until the next request is admitted.
+    throttled: bool,
     paused: bool,
     stopped: bool,
     /// Whether the driver broke the queue. No more requests are taken from a broken queue.
@@ -121,7 +132,8 @@ impl<H: Handler> Workers<H> {
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let mut pool = lock(&self.pool.state);
         let paused = pool.paused;
-        let state = Mutex::new(State { queue, idle: 0, busy: 0, paused, stopped: false, failed: false });
+        let state = State { queue, idle: 0, busy: 0, throttled: false, paused, stopped: false, failed: false };
+        let state = Mutex::new(state);
         let session = Session { memory, interrupt, notify, stop, state, changed: Condvar::new() };
         pool.session = Some(Arc::new(session));
         self.pool.changed.notify_all();
@@ -292,8 +304,8 @@ impl Session {
         Ok(epoll)
     }
 
-    /// Serves requests until the queue is empty, and then counts this thread as idle. Returns false if the session has
-    /// ended.
+    /// Serves requests until the queue is empty or another worker waits for the next request's admission, and then
+    /// counts this thread as idle. Returns false if the session has ended.
     fn serve_until_empty<H: Handler>(&self, handler: &H) -> Result<bool, QueueFault> {
         let mut state = self.lock();
         loop {
@@ -303,6 +315,11 @@ impl Session {
             if state.stopped {
                 return Ok(false);
             }
+            if state.throttled {
+                // The throttled worker wakes an idle worker when the next request has been admitted.
+                state.idle += 1;
+                return Ok(true);
+            }
             let popped = if state.failed { None } else { state.queue.pop(&self.memory)? };
             let Some(request) = popped else {
                 if !state.failed && state.queue.enable_notification(&self.memory)? {
@@ -311,6 +328,13 @@ impl Session {
                 state.idle += 1;
                 return Ok(true);
             };
+            if let Err(delay) = handler.limiter().admit(handler.bytes(&request) as u64) {
+                state.queue.undo_pop();
+                state.throttled = true;
+                (state, _) = wait_timeout(&self.changed, state, delay);
+                state.throttled = false;
+                continue;
+            }
             if state.idle > 0 && state.queue.enable_notification(&self.memory)? {
                 self.notify_one(H::NAME);
             }

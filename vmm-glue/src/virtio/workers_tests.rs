@@ -16,11 +16,20 @@ use crate::virtio::testing::Bench;
 struct Held {
     started: Mutex<Sender<()>>,
     end: Mutex<Receiver<()>>,
+    limiter: SharedLimiter,
 }
 
 impl Handler for Held {
     const NAME: &'static str = "held";
     const KIND: Kind = Kind::Disk;
+
+    fn limiter(&self) -> &SharedLimiter {
+        &self.limiter
+    }
+
+    fn bytes(&self, _request: &Chain<'_>) -> usize {
+        0
+    }
 
     fn serve(&self, _memory: &GuestMemory, _request: Chain<'_>) -> u32 {
         lock(&self.started).send(()).unwrap();
@@ -61,7 +70,8 @@ impl VirtioDevice for Device {
 /// that reports the start of a request.
 fn serving() -> (Bench<Device>, Sender<()>, Receiver<()>) {
     let ((started, starts), (end, ends)) = (channel(), channel());
-    let handler = Arc::new(Held { started: Mutex::new(started), end: Mutex::new(ends) });
+    let handler =
+        Arc::new(Held { started: Mutex::new(started), end: Mutex::new(ends), limiter: SharedLimiter::default() });
     let mut bench = Bench::new(Device(Workers::start(2, handler).unwrap()));
     bench.activate(0);
     bench.queues[0].add(&[b"request"], &[1]);

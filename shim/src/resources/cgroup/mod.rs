@@ -17,6 +17,11 @@ const MOUNT: &str = "/sys/fs/cgroup";
 /// Maximum number of attempts to create a cgroup.
 const ATTEMPTS: u32 = 10;
 
+/// Maximum number of threads of a sandbox's processes on the host. The VMM has at most 64 vCPUs, 64
+/// virtio-fs workers, one thread for each disk, 1024 threads whose pids stand for containers, and 128 threads of
+/// vhost-net. The shim has at most 64 threads for blocking calls, and a thread for each volume with propagation.
+pub const MAX_TASKS: u64 = 2048;
+
 /// Location of a sandbox's cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CgroupLocation {
@@ -127,6 +132,7 @@ impl Cgroup {
                 }
             }
         }
+        self.location.set_max_tasks();
         for path in self.location.dirs() {
             std::fs::write(path.join("cgroup.procs"), "0")
                 .map_err(|source| CgroupError::Enter { path: path.to_owned(), source })?;
@@ -175,6 +181,16 @@ impl CgroupLocation {
             Self::V1(all) => {
                 all.iter().find(|(names, _)| names.iter().any(|name| name == controller)).map(|(_, path)| &**path)
             }
+        }
+    }
+
+    /// Limits the number of threads of the sandbox's processes to [`MAX_TASKS`].
+    ///
+    /// Best effort, because the pids controller may be unavailable.
+    fn set_max_tasks(&self) {
+        let Some(dir) = self.controller_dir("pids") else { return };
+        if let Err(error) = std::fs::write(dir.join("pids.max"), MAX_TASKS.to_string()) {
+            tracing::warn!(%error, "failed to limit the number of the sandbox's threads on the host");
         }
     }
 
@@ -227,6 +243,20 @@ fn delegate(mount: &Path, path: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn set_max_tasks_writes_the_limit_in_the_hierarchy_with_the_pids_controller() {
+        let dir = tempfile::tempdir().unwrap();
+        let [memory, pids] = ["memory", "pids"].map(|name| {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+            (vec![name.to_owned()], dir.path().join(name))
+        });
+        let limit = |path: &Path| std::fs::read_to_string(path.join("pids.max")).ok();
+        CgroupLocation::V1(vec![memory.clone(), pids.clone()]).set_max_tasks();
+        assert_eq!((limit(&memory.1), limit(&pids.1).as_deref()), (None, Some("2048")));
+        CgroupLocation::V2(memory.1.clone()).set_max_tasks();
+        assert_eq!(limit(&memory.1).as_deref(), Some("2048"));
+    }
 
     #[test]
     fn delegate_enables_controllers_in_all_parents() {

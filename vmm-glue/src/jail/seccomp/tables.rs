@@ -94,6 +94,7 @@ const WORKER: &[Rule] = &[
     allow(Sysno::epoll_wait, "waits for notifications"),
     allow(Sysno::read, "clears a notification"),
     allow(Sysno::close, "closes files, and the epoll instance after an activation"),
+    allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait for a rate limit or for a free fd"),
 ];
 
 const DISK: &[Rule] = &[
@@ -104,7 +105,6 @@ const DISK: &[Rule] = &[
 ];
 
 const FILE_SERVER: &[Rule] = &[
-    allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait for a free fd"),
     allow(Sysno::mremap, "the allocator resizes large blocks"),
     allow(Sysno::openat, "opens files relative to O_PATH fds, or by their paths in /proc/self/fd"),
     allow(Sysno::openat2, "opens files below the share, and follows no symlink"),
@@ -164,7 +164,7 @@ const DEVICE_LOOP: &[Rule] = &[
     allow(Sysno::epoll_ctl, "registers the events of devices and connections"),
     allow(Sysno::epoll_wait, "waits for events"),
     allow(Sysno::eventfd2, "creates eventfds when a device is activated again"),
-    allow(Sysno::read, "eventfds, and streams of vsock connections"),
+    allow(Sysno::read, "eventfds, timers of rate limits, and streams of vsock connections"),
     allow(Sysno::readv, "frames from the tap"),
     allow(Sysno::writev, "frames to the tap"),
     allow(Sysno::close, "closes streams and eventfds"),
@@ -200,7 +200,7 @@ const DEVICE_LOOP: &[Rule] = &[
     allow(Sysno::shutdown, "half-closes streams of vsock connections"),
     allow(Sysno::fcntl, "duplicates eventfds"),
     allow(Sysno::getrandom, "virtio-rng"),
-    allow(Sysno::timerfd_settime, "virtio-rng pauses when the guest has read a lot of entropy"),
+    allow(Sysno::timerfd_settime, "wakes the device loop when a rate limit admits the next request, frame or packet"),
 ];
 
 const CONTROL: &[Rule] = &[
@@ -209,6 +209,7 @@ const CONTROL: &[Rule] = &[
     allow(Sysno::close, "closes fds"),
     allow(Sysno::eventfd2, "eventfds of hot-plugged devices"),
     allow(Sysno::fcntl, "duplicates eventfds"),
+    allow(Sysno::timerfd_create, "creates the timer of a hot-plugged interface that has rate limits"),
     allow(Sysno::read, "clears eventfds"),
     allow(Sysno::lseek, "determines the size of a hot-plugged disk"),
     allow(Sysno::newfstatat, "checks the fds of hot-plugged devices"),
