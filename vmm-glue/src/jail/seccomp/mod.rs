@@ -17,6 +17,7 @@ use syscalls::Sysno;
 
 use super::kind::Kind;
 use crate::config::SeccompMode;
+use crate::last_words;
 
 /// The mode of this process. It is set once, when the process enters the jail. The threads of a process that has not
 /// entered the jail get no filter. Only unit tests run without a jail.
@@ -43,7 +44,7 @@ pub fn prepare(mode: SeccompMode) -> Result<(), ViolationError> {
 /// Loads the filter for this thread. Threads that this thread starts later inherit the filter.
 pub fn load(kind: Kind) -> Result<(), FilterError> {
     let Some(&mode) = MODE.get() else { return Ok(()) };
-    violation::remember_thread();
+    last_words::remember_thread();
     apply_filter(&refuse_clone3()?)?;
     Ok(apply_filter(&compile(rules(kind), mode)?)?)
 }
