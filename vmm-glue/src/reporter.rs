@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -17,12 +17,14 @@ pub struct Reporter {
     control: OwnedFd,
     console: OnceLock<Arc<Console>>,
     ending: AtomicBool,
+    /// The reported boot steps, one bit each.
+    boot_steps: AtomicU8,
 }
 
 impl Reporter {
     /// Creates the reporter for a control socket.
     pub fn new(control: OwnedFd) -> Self {
-        Self { control, console: OnceLock::new(), ending: AtomicBool::new(false) }
+        Self { control, console: OnceLock::new(), ending: AtomicBool::new(false), boot_steps: AtomicU8::new(0) }
     }
 
     /// Receives the shim's next request.
@@ -30,8 +32,13 @@ impl Reporter {
         wire::recv(&self.control)
     }
 
-    /// Reports a boot step.
+    /// Reports a boot step, unless it was reported before. A guest can mark its boot steps again and again. The shim
+    /// would receive each notice, and its work does not count for the pod's CPU limit.
     pub fn report_boot_step(&self, step: BootStep) {
+        let bit = 1 << step as u8;
+        if self.boot_steps.fetch_or(bit, Ordering::Relaxed) & bit != 0 {
+            return;
+        }
         self.send(&Reply::Notice(Notice::BootStep { step, at_ns: monotonic_ns() }), None);
     }
 

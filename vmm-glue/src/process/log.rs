@@ -18,8 +18,11 @@ const VARIABLE: &str = "HUSK_VMM_LOG";
 /// Maximum number of lines that a call site may log at once.
 const BURST: u32 = 20;
 
-/// Logs to standard error. Limits the rate by the record's file and line.
-struct Stderr(LazyLock<Mutex<Limiter<(Option<&'static str>, Option<u32>)>>>);
+/// File and line of a log statement.
+type CallSite = (Option<&'static str>, Option<u32>);
+
+/// Logs to standard error, and limits the rate.
+struct Stderr(LazyLock<Mutex<Limiter<CallSite>>>);
 
 static STDERR: Stderr = Stderr(LazyLock::new(|| Mutex::new(Limiter::new(BURST))));
 

@@ -1,7 +1,7 @@
 //! Reports an access to memory that does not exist, and ends the process.
 //!
-//! A guest can cause such an access: it can place a queue or a buffer in hot-pluggable memory that is not plugged, or in
-//! a huge page that the host no longer has.
+//! A guest can cause such an access: it can place a queue or a buffer in hot-pluggable memory that is not plugged, or
+//! in a huge page that the host no longer has.
 
 use std::io;
 
