@@ -17,6 +17,8 @@ const RESET_AT: u64 = HANDLER_AT + 0x100;
 const RESET: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64]; // mov al, 0xfe; out 0x64, al
 /// The interrupt descriptor table.
 const IDT: u64 = IMAGE + 0xb000;
+/// Where the second vCPU starts, in real mode. The VMM's boot data leave this page free.
+const STARTUP: u64 = 0x1_0000;
 /// The operand of `lidt`.
 const IDT_POINTER: u64 = IMAGE + 0xc000;
 const CODE: u64 = IMAGE + 0x1_0000;
@@ -192,6 +194,27 @@ impl Guest {
         let entry = u64::from(queue.offered % queue.size);
         self.put(queue.avail + 4 + 2 * entry, &head.to_le_bytes());
         queue.offered += 1;
+    }
+
+    /// Runs code on the second vCPU. Returns the address of 16 bits that become 1 at the code's end.
+    pub fn on_second_vcpu(&mut self, code: &[u8]) -> u64 {
+        let (done, stack) = (self.allocate(2), self.allocate(4096));
+        let mut second = Assembler::new(0);
+        second.rax(stack + 4096);
+        second.raw(&[0x48, 0x89, 0xc4]); // mov rsp, rax
+        second.raw(code);
+        second.store16(done, 1);
+        second.halt();
+        let entry = self.buffer(second.code());
+        let startup = self.buffer(&to_long_mode(entry as u32));
+        self.copy(startup, STARTUP, 4096);
+        for (offset, value) in
+            [(0x310, 1 << 24), (0x300, 0x4500), (0x310, 1 << 24), (0x300, 0x4600 | (STARTUP >> 12) as u32)]
+        {
+            // INIT, and then the startup interprocessor interrupt, to APIC 1.
+            self.store32(u64::from(layout::LAPIC) + offset, value);
+        }
+        done
     }
 
     /// Writes a device's register.
@@ -370,6 +393,27 @@ fn page_tables() -> Vec<u8> {
     }
     entries.extend((0..MAPPED_GIB * 512).map(|page| page << 21 | 0x83));
     entries.into_iter().flat_map(u64::to_le_bytes).collect()
+}
+
+/// Returns real-mode code for [`STARTUP`] that enters long mode, with the attacker's page tables and the segments of the
+/// VMM's descriptor table, and continues at `entry`.
+fn to_long_mode(entry: u32) -> Vec<u8> {
+    let mut code = vec![0xfa, 0x8c, 0xc8, 0x8e, 0xd8]; // cli; mov ax, cs; mov ds, ax
+    code.extend([0x0f, 0x01, 0x16, 0x80, 0x00]); // lgdt [0x80]
+    code.extend([0x66, 0xb8, 0x20, 0, 0, 0, 0x0f, 0x22, 0xe0]); // cr4 = PAE
+    code.extend([0x66, 0xb8]);
+    code.extend((IMAGE as u32).to_le_bytes());
+    code.extend([0x0f, 0x22, 0xd8]); // cr3 = page tables
+    code.extend([0x66, 0xb9, 0x80, 0, 0, 0xc0, 0x0f, 0x32, 0x66, 0x0d, 0, 1, 0, 0, 0x0f, 0x30]); // EFER |= LME
+    code.extend([0x66, 0xb8, 1, 0, 0, 0x80, 0x0f, 0x22, 0xc0]); // cr0 = PG | PE
+    code.extend([0x66, 0xea]); // jump to the 64-bit code segment
+    code.extend(entry.to_le_bytes());
+    code.extend([8, 0]);
+    code.resize(0x80, 0);
+    code.extend([31, 0]);
+    code.extend((layout::GDT as u32).to_le_bytes());
+    code.resize(4096, 0);
+    code
 }
 
 /// Returns a 64-bit interrupt gate.

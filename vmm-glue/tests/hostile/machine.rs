@@ -154,7 +154,7 @@ impl Node {
         disk.set_len(DISK_MIB << 20).expect("set the size of the disk");
         let config = VmConfig {
             id: "hostile".to_owned(),
-            vcpus: 1,
+            vcpus: 2,
             max_vcpus: 2,
             memory_mib: MEMORY_MIB,
             max_memory_mib: 2 * MEMORY_MIB,

@@ -34,9 +34,9 @@ pub fn attacks() -> Vec<Attack> {
             guest.out_string(BOOT_MARK, marks, 20_000);
             guest.repeat(2000, |code| [1, 2].iter().for_each(|&mark| code.out(Size::Byte, BOOT_MARK, mark)));
         }),
-        on("1 MiB of console output without a line", |guest, _| {
-            let text = guest.buffer(&vec![b'x'; 1 << 20]);
-            guest.out_string(CONSOLE, text, 1 << 20);
+        on("128 KiB of console output without a line", |guest, _| {
+            let text = guest.buffer(&vec![b'x'; 128 << 10]);
+            guest.out_string(CONSOLE, text, 128 << 10);
             guest.print("\n");
         }),
         on("nonsense in the console's registers", |guest, _| {

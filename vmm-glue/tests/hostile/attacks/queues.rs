@@ -1,6 +1,7 @@
 //! Attacks with the content of a queue.
 
 use super::{Attack, BALLOON, BLK, Build, FS, HOTPLUG, VSOCK};
+use crate::assembler::Size;
 use crate::guest::{Desc, Device, Guest, INDIRECT, NEXT, Queue, WRITE, register};
 use crate::machine::MEMORY_MIB;
 
@@ -132,6 +133,34 @@ pub fn attacks() -> Vec<Attack> {
             guest.settle(device, &queue);
         }),
     ];
+    attacks.push(Attack::on_all("queue that a second vCPU overwrites while the device serves it", |guest, device| {
+        let mut queues = guest.start(device);
+        let (request, answer) = (device.request)();
+        let queue = &mut queues[usize::from(device.queue)];
+        guest.request(queue, 0, &request, answer);
+        (1..queue.size).for_each(|_| guest.offer(queue, 0));
+        let queue = *queue;
+        let notify = device.register(register::QUEUE_NOTIFY);
+        let overwrite = Guest::fragment(|body| {
+            body.repeat(3000, |code| {
+                for (addr, length, flags) in
+                    [(MEMORY, 64, 0), (0x200_0000, u32::MAX, 2), (0x200_0000, 64, 1), (0x200_0000, 16, 4)]
+                {
+                    code.store(Size::Quad, queue.desc, addr);
+                    code.store32(queue.desc + 8, length);
+                    code.store16(queue.desc + 12, flags);
+                    code.store16(queue.avail + 4, flags);
+                }
+            });
+        });
+        let done = guest.on_second_vcpu(&overwrite);
+        guest.repeat(300, |code| {
+            code.add16(queue.avail + 2, queue.size / 2);
+            code.store32(notify, device.queue.into());
+        });
+        guest.wait16(done, 0);
+        guest.settle(device, &queue);
+    }));
     let indirect: [(&'static str, Build); 3] = [
         ("indirect table in an indirect table", |guest, device| {
             offer(guest, device, |_, buffer| vec![desc(buffer, 4096, INDIRECT, 0)]);

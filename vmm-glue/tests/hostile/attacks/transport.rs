@@ -93,6 +93,28 @@ pub fn attacks() -> Vec<Attack> {
             });
             guest.repeat(100, |code| code.raw(&body));
         }),
+        Attack::on_all("reset the device from two vCPUs at the same time, 100 times", |guest, device| {
+            let mut fragments = [(), ()].map(|()| {
+                let mut queues: Vec<Queue> =
+                    (0..).zip(device.queues).map(|(index, &size)| guest.queue(index, size)).collect();
+                let (request, answer) = (device.request)();
+                let queue = &mut queues[usize::from(device.queue)];
+                for at in 0..queue.size / 2 {
+                    guest.request(queue, 2 * at, &request, answer);
+                }
+                let queue = *queue;
+                let body = Guest::fragment(|body| {
+                    body.activate(device, &queues);
+                    body.publish(device, &queue);
+                    body.write(device, register::STATUS, 0);
+                });
+                Guest::fragment(|all| all.repeat(100, |code| code.raw(&body)))
+            });
+            let [first, second] = &mut fragments;
+            let done = guest.on_second_vcpu(second);
+            guest.raw(first);
+            guest.wait16(done, 0);
+        }),
         Attack::on_all("write nonsense to the status", |guest, device| {
             for value in (0..=255).chain(EXTREMES) {
                 guest.write(device, register::STATUS, value);
