@@ -3,10 +3,10 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::sys::stat::fstat;
 
 use crate::arch::layout;
 use crate::config::{BlkConfig, FdIndex, NetConfig, RateLimit, ShareConfig, VmConfig};
@@ -253,8 +253,9 @@ fn check_kind(valid: bool, what: &'static str, wanted: &'static str) -> Result<(
 }
 
 fn has_file_type(fd: impl AsFd, what: &'static str, format: libc::mode_t) -> Result<bool, ConfigError> {
-    let stat = fstat(fd).map_err(|errno| ConfigError::Examine(what, errno.into()))?;
-    Ok(stat.st_mode & libc::S_IFMT == format)
+    // The standard library calls statx. The control thread's filter has statx, but not the call of `nix`, newfstatat.
+    let metadata = fd.as_fd().try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
+    Ok(metadata.map_err(|error| ConfigError::Examine(what, error))?.mode() & libc::S_IFMT == format)
 }
 
 fn writable(fd: impl AsFd, what: &'static str) -> Result<bool, ConfigError> {

@@ -70,7 +70,7 @@ impl Shim {
         namespace: &str,
         sandbox: Arc<Sandbox>,
         events: Events,
-        reports: mpsc::UnboundedReceiver<Report>,
+        reports: mpsc::Receiver<Report>,
         pending: Option<DeferredLaunch>,
     ) -> Arc<Self> {
         let shim = Arc::new(Self {
@@ -116,7 +116,7 @@ impl Shim {
 
     /// Records the exits that the agent reports, and publishes the events for containerd. When the VM has ended, marks
     /// each process as killed, unless the process has exited.
-    async fn handle_reports(self: Arc<Self>, mut reports: mpsc::UnboundedReceiver<Report>) {
+    async fn handle_reports(self: Arc<Self>, mut reports: mpsc::Receiver<Report>) {
         while let Some(report) = reports.recv().await {
             match report {
                 Report::Oom { container } => match self.containers.get(&container) {

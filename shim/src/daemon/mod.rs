@@ -33,6 +33,8 @@ const SERVER_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Each call that hangs in a file system occupies a thread. If all threads are occupied, Create and Delete requests
 /// wait.
 const MAX_BLOCKING_THREADS: usize = 64;
+/// Maximum number of reports from the agent that wait until they are handled. Then the agent has to wait.
+const MAX_REPORTS: usize = 64;
 
 /// Arguments of [`run`].
 pub struct DaemonArgs {
@@ -152,7 +154,7 @@ enum Launch {
 
 async fn serve(args: DaemonArgs, context: LaunchContext, launch: Launch, vmm_log: Option<OwnedFd>) -> i32 {
     let DaemonArgs { namespace, destination, address, listener, dir, .. } = args;
-    let (reports, reported) = mpsc::unbounded_channel();
+    let (reports, reported) = mpsc::channel(MAX_REPORTS);
     let sandbox = Sandbox::new(&context.sandbox, context.dir.clone(), Arc::clone(&context.timeline), vmm_log);
     let pending = match launch {
         Launch::Immediate(input) => {

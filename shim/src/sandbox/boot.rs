@@ -147,7 +147,7 @@ struct Progress {
 pub async fn boot(
     plan: BootPlan,
     vmm: &Vmm,
-    notices: mpsc::UnboundedReceiver<Notice>,
+    notices: mpsc::Receiver<Notice>,
     timeline: &Arc<Timeline>,
     tail: &LogTail,
 ) -> Result<Agent, BootError> {
@@ -297,7 +297,7 @@ fn console_suffix(tail: &LogTail) -> String {
 }
 
 /// Adds the boot steps from the VMM's notices to the timeline. Returns the progress of the boot.
-fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Timeline>) -> watch::Receiver<Progress> {
+fn watch_notices(mut notices: mpsc::Receiver<Notice>, timeline: Arc<Timeline>) -> watch::Receiver<Progress> {
     let (update, progress) = watch::channel(Progress::default());
     let task = async move {
         while let Some(notice) = notices.recv().await {

@@ -52,7 +52,7 @@ pub struct DeferredLaunch {
     /// The bundle directory.
     pub dir: PathBuf,
     /// Channel to which the agent's reports are sent.
-    pub reports: mpsc::UnboundedSender<Report>,
+    pub reports: mpsc::Sender<Report>,
 }
 
 impl DeferredLaunch {

@@ -35,6 +35,9 @@ use crate::vm::{State, StateCell, agent};
 use boot::BootPlan;
 use timeline::Timeline;
 
+/// Maximum number of notices from the VMM that wait until they are handled. Then the VMM has to wait.
+const MAX_NOTICES: usize = 64;
+
 /// Input of [`Sandbox::launch`].
 pub struct LaunchInput {
     /// The sandbox's cgroup.
@@ -109,12 +112,12 @@ impl Sandbox {
 
     /// Starts the boot. A second call does nothing. The agent's reports go to `reports`, which is closed when the VM
     /// ends.
-    pub fn launch(&self, input: LaunchInput, reports: mpsc::UnboundedSender<Report>) {
+    pub fn launch(&self, input: LaunchInput, reports: mpsc::Sender<Report>) {
         if !self.state.enter(State::Booting) {
             return;
         }
         let LaunchInput { cgroup, vmm, plan, timeline_log } = input;
-        let (notify, notices) = mpsc::unbounded_channel();
+        let (notify, notices) = mpsc::channel(MAX_NOTICES);
         let attached = vmm.map(|spawned| Vmm::attach(spawned, notify).map_err(|e| crate::chain(&e))).transpose();
         let (vmm, plan) = match attached {
             Ok(vmm) => (vmm, plan),
@@ -344,7 +347,7 @@ impl Sandbox {
 }
 
 /// Sets the state to running, and forwards the agent's events until the VM ends.
-async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mpsc::UnboundedSender<Report>) {
+async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mpsc::Sender<Report>) {
     let mut events = match agent.events().await {
         Ok(events) => events,
         Err(error) => {
@@ -357,8 +360,8 @@ async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mp
     loop {
         match events.recv().await {
             Ok(Some(event)) => match agent::check(event) {
-                Some(report) => drop(reports.send(report)),
-                None => tracing::warn!("the agent sent an unknown event"),
+                Some(report) => drop(reports.send(report).await),
+                None => tracing::warn!("the agent sent an unknown or invalid event"),
             },
             // Without the event stream, the shim would not notice when processes exit. Therefore, if the guest
             // closes the stream, the shim kills the VM.

@@ -248,15 +248,7 @@ impl Task for Handler {
         let guest = StatsRequest { id: container.id.clone(), ..Default::default() };
         let answer = self.shim.agent()?.task.stats(within(timeouts::QUICK), &guest).await;
         let answer = answer.map_err(|error| self.shim.agent_error("stats", error))?;
-        let stats = answer
-            .stats
-            .into_option()
-            .filter(|any| any.type_url == metrics::TYPE_URL && any.value.len() <= MAX_METRICS);
-        let stats = stats.ok_or_else(|| {
-            let text = "failed to get the container's statistics: the agent's answer has a wrong type or is too large";
-            ServiceError::failed(text.to_owned())
-        })?;
-        Ok(StatsResponse { stats: Some(stats).into(), ..Default::default() })
+        Ok(checked_stats(answer)?)
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
@@ -275,4 +267,18 @@ impl Task for Handler {
         }
         Ok(Empty::new())
     }
+}
+
+/// Returns the agent's statistics, if they have the expected type and length, and nothing else of the answer.
+pub(crate) fn checked_stats(answer: StatsResponse) -> Result<StatsResponse, ServiceError> {
+    let stats = answer
+        .stats
+        .into_option()
+        .filter(|any| any.type_url == metrics::TYPE_URL && any.value.len() <= MAX_METRICS)
+        .map(|any| Any { type_url: any.type_url, value: any.value, ..Default::default() });
+    let stats = stats.ok_or_else(|| {
+        let text = "failed to get the container's statistics: the agent's answer has a wrong type or is too large";
+        ServiceError::failed(text.to_owned())
+    })?;
+    Ok(StatsResponse { stats: Some(stats).into(), ..Default::default() })
 }

@@ -113,7 +113,7 @@ impl Vmm {
     /// # Errors
     /// [`VmmError::Watch`] if the fds cannot be registered. This function waits until the process has exited
     /// before it returns the error.
-    pub fn attach(spawned: Spawned, notices: mpsc::UnboundedSender<Notice>) -> Result<Self, VmmError> {
+    pub fn attach(spawned: Spawned, notices: mpsc::Sender<Notice>) -> Result<Self, VmmError> {
         let Spawned { pid, pidfd, control } = spawned;
         let watch = || -> std::io::Result<_> {
             nix::fcntl::fcntl(&control, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
@@ -289,7 +289,7 @@ impl Vmm {
 }
 
 /// Reads answers and notices until the socket is closed.
-async fn read(inner: &Arc<Inner>, notices: &mpsc::UnboundedSender<Notice>) {
+async fn read(inner: &Arc<Inner>, notices: &mpsc::Sender<Notice>) {
     loop {
         match inner.control.async_io(Interest::READABLE, |socket| wire::recv::<Reply>(socket)).await {
             Ok((Reply::Answer { seq, result }, fds)) => {
@@ -303,7 +303,7 @@ async fn read(inner: &Arc<Inner>, notices: &mpsc::UnboundedSender<Notice>) {
             Ok((Reply::Notice(Notice::VhostRequested { mac }), _)) => {
                 Vmm { inner: Arc::clone(inner) }.start_vhost(mac);
             }
-            Ok((Reply::Notice(notice), _)) => drop(notices.send(notice)),
+            Ok((Reply::Notice(notice), _)) => drop(notices.send(notice).await),
             Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
                 tracing::warn!(%error, "the VMM sent an unknown message");
             }

@@ -17,6 +17,7 @@ use syscalls::Sysno;
 
 use super::kind::Kind;
 use crate::config::SeccompMode;
+use crate::last_words;
 
 /// The mode of this process, which [`prepare`] sets when the process enters the jail. The mode is missing only
 /// in unit tests, which run without a jail. Then [`load`] loads no filter.
@@ -43,7 +44,7 @@ pub fn prepare(mode: SeccompMode) -> Result<(), ViolationError> {
 /// Loads the filter for this thread. Threads that this thread starts later inherit the filter.
 pub fn load(kind: Kind) -> Result<(), FilterError> {
     let Some(&mode) = MODE.get() else { return Ok(()) };
-    violation::remember_thread();
+    last_words::remember_thread();
     apply_filter(&refuse_clone3()?)?;
     Ok(apply_filter(&compile(rules(kind), mode)?)?)
 }
@@ -55,11 +56,23 @@ fn compile<'a>(rules: impl Iterator<Item = &'a Rule>, mode: SeccompMode) -> Resu
         SeccompMode::Enforce => SeccompAction::Trap,
         SeccompMode::Log => SeccompAction::Log,
     };
-    let mut calls: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    let mut calls: BTreeMap<i64, Vec<&Rule>> = BTreeMap::new();
     for rule in rules {
-        calls.entry(rule.call.id().into()).or_default().extend(rule.compile()?);
+        calls.entry(rule.call.id().into()).or_default().push(rule);
     }
+    let compiled = calls.into_iter().map(|(call, rules)| Ok((call, compile_call(&rules)?)));
+    let calls = compiled.collect::<Result<BTreeMap<_, _>, BackendError>>()?;
     SeccompFilter::new(calls, other, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+}
+
+/// Compiles the rules of one call. Without a rule, seccompiler allows every call. Therefore a rule without conditions
+/// makes the other rules of the same call superfluous.
+fn compile_call(rules: &[&Rule]) -> Result<Vec<SeccompRule>, BackendError> {
+    if rules.iter().any(|rule| rule.when.is_empty()) {
+        return Ok(Vec::new());
+    }
+    let compiled = rules.iter().map(|rule| rule.compile()).collect::<Result<Vec<_>, _>>()?;
+    Ok(compiled.into_iter().flatten().collect())
 }
 
 /// Compiles a filter that makes clone3 fail with ENOSYS. glibc then calls clone. A filter can check the flags of clone,
@@ -68,4 +81,20 @@ fn refuse_clone3() -> Result<BpfProgram, BackendError> {
     let calls = BTreeMap::from([(i64::from(Sysno::clone3.id()), Vec::new())]);
     let refuse = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
     SeccompFilter::new(calls, SeccompAction::Allow, refuse, TargetArch::x86_64)?.try_into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rule::{allow, allow_if, is};
+    use super::*;
+
+    #[test]
+    fn rule_without_conditions_allows_the_call_whatever_the_other_rules_say() {
+        const ALWAYS: Rule = allow(Sysno::fcntl, "a");
+        const SOMETIMES: Rule = allow_if(Sysno::fcntl, &[is(1, 1)], "b");
+        for rules in [[&ALWAYS, &SOMETIMES], [&SOMETIMES, &ALWAYS]] {
+            assert!(compile_call(&rules).unwrap().is_empty());
+        }
+        assert_eq!(compile_call(&[&SOMETIMES, &SOMETIMES]).unwrap().len(), 2);
+    }
 }

@@ -2,7 +2,7 @@
 
 use libc::{
     AF_UNIX, CLONE_CHILD_CLEARTID, CLONE_FILES, CLONE_FS, CLONE_PARENT_SETTID, CLONE_SETTLS, CLONE_SIGHAND,
-    CLONE_SYSVSEM, CLONE_THREAD, CLONE_VM, FIONBIO, PR_CAP_AMBIENT, PR_CAPBSET_READ, PR_GET_NAME, PR_SET_NAME,
+    CLONE_SYSVSEM, CLONE_THREAD, CLONE_VM, F_GETFD, FIONBIO, PR_CAP_AMBIENT, PR_CAPBSET_READ, PR_GET_NAME, PR_SET_NAME,
     PR_SET_NO_NEW_PRIVS, PROT_EXEC,
 };
 use syscalls::Sysno;
@@ -95,6 +95,11 @@ const WORKER: &[Rule] = &[
     allow(Sysno::read, "clears a notification"),
     allow(Sysno::close, "closes files, and the epoll instance after an activation"),
     allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait for a rate limit or for a free fd"),
+    allow_if(
+        Sysno::fcntl,
+        &[is(1, F_GETFD as u32)],
+        "the standard library of debug builds checks that an fd is open before it closes the fd",
+    ),
 ];
 
 const DISK: &[Rule] = &[
@@ -212,7 +217,6 @@ const CONTROL: &[Rule] = &[
     allow(Sysno::timerfd_create, "creates the timer of a hot-plugged interface that has rate limits"),
     allow(Sysno::read, "clears eventfds"),
     allow(Sysno::lseek, "determines the size of a hot-plugged disk"),
-    allow(Sysno::newfstatat, "checks the fds of hot-plugged devices"),
     allow(Sysno::statx, "checks the fds of hot-plugged devices"),
     allow_if(Sysno::clone, &[is(0, THREAD_FLAGS)], "starts threads of hot-plugged devices and vCPUs, but no process"),
     allow(Sysno::clone3, "fails with ENOSYS, so that glibc calls clone"),
@@ -229,6 +233,7 @@ const CONTROL: &[Rule] = &[
     allow(Sysno::capset, "confines a thread"),
     allow(Sysno::seccomp, "confines a thread"),
     allow_if(Sysno::tgkill, &[is(0, OWN_PID)], "interrupts vCPUs"),
+    allow(Sysno::getpid, "glibc passes the process's id to tgkill (`pthread_kill`)"),
     allow_if(
         Sysno::ioctl,
         &[

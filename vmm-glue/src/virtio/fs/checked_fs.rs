@@ -218,9 +218,16 @@ impl FileSystem for CheckedFs {
         self.fd_limit.released();
     }
 
+    /// Rejects clients that cannot tell mounts apart, which virtiofsd would only warn about. Linux 5.10 and later can.
+    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        if !capable.contains(FsOptions::SUBMOUNTS) {
+            return Err(io::Error::from_raw_os_error(libc::EPROTO));
+        }
+        self.fs.init(capable)
+    }
+
     // These are the other methods that PassthroughFs implements. For all further methods, the trait's defaults apply.
     forward! {
-        fn init(capable: FsOptions) -> io::Result<FsOptions>;
         fn destroy() -> ();
         fn statfs(ctx: Context, inode: Inode) -> io::Result<libc::statvfs64>;
         #[wait_for_fd]

@@ -5,8 +5,6 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::time::{Duration, Instant};
 
-/// Maximum number of lines that a source may log at once.
-const BURST: u32 = 300;
 /// Time after which a source may log one more line.
 const INTERVAL: Duration = Duration::from_millis(200);
 
@@ -22,7 +20,11 @@ pub enum Decision {
 }
 
 /// A token bucket for each source. The number of buckets is bounded, because a source is a call site in the code.
-pub struct Limiter<S>(HashMap<S, Bucket>);
+pub struct Limiter<S> {
+    buckets: HashMap<S, Bucket>,
+    /// Maximum number of lines that a source may log at once.
+    burst: u32,
+}
 
 struct Bucket {
     tokens: u32,
@@ -31,24 +33,24 @@ struct Bucket {
     dropped: u64,
 }
 
-impl<S> Default for Limiter<S> {
-    fn default() -> Self {
-        Self(HashMap::new())
-    }
-}
-
 impl<S: Hash + Eq> Limiter<S> {
+    /// Creates a limiter. A source may log `burst` lines at once, and then five lines per second.
+    pub fn new(burst: u32) -> Self {
+        Self { buckets: HashMap::new(), burst }
+    }
+
     /// Decides whether to log a line that `source` logs at time `now`.
     pub fn decide(&mut self, source: S, now: Instant) -> Decision {
-        let bucket = self.0.entry(source).or_insert(Bucket { tokens: BURST, filled: now, dropped: 0 });
+        let burst = self.burst;
+        let bucket = self.buckets.entry(source).or_insert(Bucket { tokens: burst, filled: now, dropped: 0 });
         let new = now.saturating_duration_since(bucket.filled).as_nanos() / INTERVAL.as_nanos();
-        match u32::try_from(new).ok().filter(|new| *new < BURST - bucket.tokens) {
+        match u32::try_from(new).ok().filter(|new| *new < burst - bucket.tokens) {
             Some(new) => {
                 bucket.tokens += new;
                 bucket.filled += INTERVAL * new;
             }
             None => {
-                bucket.tokens = BURST;
+                bucket.tokens = burst;
                 bucket.filled = now;
             }
         }
@@ -69,9 +71,11 @@ impl<S: Hash + Eq> Limiter<S> {
 mod tests {
     use super::*;
 
+    const BURST: u32 = 300;
+
     #[test]
     fn burst_is_logged_and_further_lines_are_counted() {
-        let mut limiter = Limiter::default();
+        let mut limiter = Limiter::new(BURST);
         let begin = Instant::now();
         for _ in 0..BURST {
             assert_eq!(limiter.decide("vmm", begin), Decision::Log(0));
@@ -88,7 +92,7 @@ mod tests {
 
     #[test]
     fn lines_within_the_rate_limit_are_never_left_out() {
-        let mut limiter = Limiter::default();
+        let mut limiter = Limiter::new(BURST);
         let begin = Instant::now();
         for number in 0..5 * BURST {
             assert_eq!(limiter.decide("vmm", begin + INTERVAL * number), Decision::Log(0));
@@ -97,7 +101,7 @@ mod tests {
 
     #[test]
     fn bucket_is_full_again_after_silence() {
-        let mut limiter = Limiter::default();
+        let mut limiter = Limiter::new(BURST);
         let begin = Instant::now();
         for _ in 0..2 * BURST {
             limiter.decide("vmm", begin);

@@ -1,0 +1,125 @@
+//! Hostile guests: attacks on every device and protocol of the VMM from inside of a VM.
+//!
+//! The attacker is machine code without a kernel. Each attack runs in a VM of its own. The VMM process is spawned,
+//! jailed and controlled in the same way as the shim does it. The program prints a table of the attacks, and fails
+//! unless each attack ends as expected:
+//!
+//! - The VMM survives, then serves a valid request of the attacked device, and answers requests of the shim. Or it
+//!   reports the end of the VM, if the attack says so.
+//! - No file around the share changes. No process and no core dump is left. No thread of the VMM panics.
+//! - The VMM writes few lines to its log.
+//!
+//! It needs root, as the shim does, and KVM. Arguments select the attacks whose names contain one of them.
+
+#![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by a panic")]
+
+mod assembler;
+mod attacks;
+#[allow(dead_code, missing_docs, reason = "the module belongs to the library's tests")]
+#[path = "../../src/virtio/testing/fuse.rs"]
+mod fuse;
+mod guest;
+mod machine;
+#[expect(clippy::unwrap_used, reason = "a test fails by a panic")]
+#[path = "../../src/virtio/fs/test_tree.rs"]
+mod tree;
+
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::process::ExitCode;
+
+use husk_vmm::client::{ARGV0, CONTROL_FD};
+
+use crate::attacks::{Attack, Expect};
+use crate::guest::{Device, Guest};
+use crate::machine::{End, Node, Outcome};
+
+/// Maximum number of log lines of an attack: the bursts of several call sites.
+const LOG_LINES: usize = 150;
+/// Maximum number of further log lines per second.
+const LOG_RATE: usize = 20;
+
+fn main() -> ExitCode {
+    if std::env::args().next().is_some_and(|name| name == ARGV0) {
+        // SAFETY: under this name, the program is only started by `spawn`, which has put the control socket at
+        // CONTROL_FD. Nothing else owns that fd.
+        husk_vmm::process::main(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
+    }
+    let filters: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    let selected = |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
+    let node = Node::new();
+    let surroundings = node.surroundings();
+    let mut failures = Vec::new();
+    println!("| attack | result | log lines |");
+    println!("| --- | --- | --- |");
+    for attack in attacks::all().into_iter().filter(|attack| selected(attack.name)) {
+        let mut results: Vec<(String, Vec<&str>)> = Vec::new();
+        let mut lines = 0;
+        for device in &attack.devices {
+            let outcome = run(&node, &attack, device);
+            lines = lines.max(outcome.log.len());
+            let mut faults = faults(&attack, &outcome);
+            faults.extend(tree::differences(&surroundings, &node.surroundings()));
+            faults.extend(machine::leftovers().into_iter().map(|process| format!("process {process} is left")));
+            for fault in faults {
+                failures.push(format!("{} on {}: {fault}", attack.name, device.name));
+            }
+            let result = describe(&outcome);
+            match results.iter_mut().find(|(known, _)| *known == result) {
+                Some((_, devices)) => devices.push(device.name),
+                None => results.push((result, vec![device.name])),
+            }
+        }
+        let cells: Vec<_> =
+            results.into_iter().map(|(result, devices)| format!("{}: {result}", devices.join(", "))).collect();
+        println!("| {} | {} | {lines} |", attack.name, cells.join("; "));
+    }
+    for failure in &failures {
+        println!("FAILED: {failure}");
+    }
+    println!("{} attacks had an unexpected result", failures.len());
+    if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn run(node: &Node, attack: &Attack, device: &Device) -> Outcome {
+    let mut guest = Guest::new();
+    (attack.build)(&mut guest, device);
+    if !matches!(attack.expect, Expect::Ends(_)) {
+        guest.check(device);
+    }
+    node.run(guest, attack.host)
+}
+
+/// Returns what is wrong with an outcome.
+fn faults(attack: &Attack, outcome: &Outcome) -> Vec<String> {
+    let mut faults = Vec::new();
+    match (attack.expect, &outcome.end) {
+        (Expect::Survives | Expect::Either(_), End::Survived) => {}
+        (Expect::Ends(text) | Expect::Either(text), End::Ended(reason)) if reason.contains(text) => {}
+        (expected, end) => faults.push(format!("{end:?}, expected {expected:?}")),
+    }
+    let panics = outcome.log.iter().filter(|line| line.contains("panicked"));
+    faults.extend(panics.map(|line| format!("a thread panicked: {line}")));
+    let limit = LOG_LINES + LOG_RATE * (outcome.duration.as_secs() as usize + 1);
+    if outcome.log.len() > limit {
+        let lines = outcome.log.iter().take(3).cloned().collect::<Vec<_>>().join("\n");
+        faults.push(format!("{} log lines in {:?}, for example:\n{lines}", outcome.log.len(), outcome.duration));
+    }
+    if outcome.notices > attacks::NOTICES {
+        faults.push(format!("the shim got {} notices", outcome.notices));
+    }
+    faults
+}
+
+fn describe(outcome: &Outcome) -> String {
+    let end = match &outcome.end {
+        End::Survived => "serves on".to_owned(),
+        // Which thread of several ends the VM may vary.
+        End::Ended(reason) if reason.starts_with("thread ") => {
+            format!("the VM ends: a thread {}", reason.splitn(3, ' ').last().unwrap_or_default())
+        }
+        End::Ended(reason) => format!("the VM ends: {reason}"),
+        End::Died(status) => format!("the VMM dies: {status}"),
+        End::Hung(what) => format!("the VMM hangs: {what}"),
+    };
+    if outcome.reaction.is_empty() { end } else { format!("{}, {end}", outcome.reaction) }
+}
