@@ -34,6 +34,9 @@ use crate::vm::{State, StateCell, agent};
 use boot::BootPlan;
 use timeline::Timeline;
 
+#[cfg(feature = "testing")]
+pub use policy::PodPolicies;
+
 /// Input of [`Sandbox::launch`].
 pub struct LaunchInput {
     /// The sandbox's cgroup.
