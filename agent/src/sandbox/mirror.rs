@@ -38,7 +38,8 @@ impl Default for Mirrors {
 }
 
 impl Mirrors {
-    fn at(root: PathBuf) -> Self {
+    /// Mirrored volumes below another directory, for tests.
+    pub(crate) fn at(root: PathBuf) -> Self {
         Self { root, rounds: Mutex::default() }
     }
 

@@ -33,6 +33,12 @@ use read::Link;
 pub use sk_lookup::PortForwarding;
 pub use watcher::{NetworkChange, NetworkWatcher};
 
+/// Private parts that the fuzz targets use.
+#[cfg(feature = "testing")]
+pub mod testing {
+    pub use super::read::{links, network};
+}
+
 /// Maximum number of fds in the message that creates a VM, not counting the fds of the taps.
 const VM_FDS: usize = 4;
 

@@ -35,6 +35,9 @@ use crate::vm::{State, StateCell, agent};
 use boot::BootPlan;
 use timeline::Timeline;
 
+#[cfg(feature = "testing")]
+pub use policy::PodPolicies;
+
 /// Maximum number of notices from the VMM that wait until they are handled. Then the VMM has to wait.
 const MAX_NOTICES: usize = 64;
 

@@ -16,6 +16,13 @@ use message::Body;
 pub use connection::CallError;
 pub use message::{Property, Value};
 
+/// Private parts that the fuzz targets use.
+#[cfg(feature = "testing")]
+pub mod testing {
+    pub use super::connection::Connection;
+    pub use super::message::Body;
+}
+
 /// systemd's private socket. Only root can use this socket. Unlike the system bus, the socket needs no D-Bus daemon.
 const SOCKET: &str = "/run/systemd/private";
 /// Timeout for starting a scope, as in runc.

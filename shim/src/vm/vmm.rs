@@ -130,26 +130,41 @@ impl Vmm {
             }
         };
         let (died, dead) = watch::channel(None);
-        let pending = Mutex::new(Some(PendingCalls::new()));
-        let inner = Arc::new(Inner {
+        let vmm = Self::new(control, pid, dead);
+        let inner = Arc::clone(&vmm.inner);
+        tokio::spawn(async move {
+            read_all(&inner, notices).await;
+            let _ = pidfd.readable().await;
+            died.send_replace(Some(reap(pid)));
+        });
+        Ok(vmm)
+    }
+
+    fn new(control: AsyncFd<OwnedFd>, pid: u32, dead: watch::Receiver<Option<ExitStatus>>) -> Self {
+        let inner = Inner {
             control,
             next: AtomicU64::new(1),
-            pending,
+            pending: Mutex::new(Some(PendingCalls::new())),
             pid,
             dead,
             fd_shortage: Notify::new(),
             vhost: VhostPermits::default(),
             threads: Mutex::default(),
-        });
-        let vmm = Self { inner: Arc::clone(&inner) };
-        tokio::spawn(async move {
-            read(&inner, &notices).await;
-            // The VMM has closed the socket. Therefore, no further answer can arrive.
-            lock(&inner.pending).take();
-            drop(notices);
-            let _ = pidfd.readable().await;
-            died.send_replace(Some(reap(pid)));
-        });
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Starts to read from a non-blocking control socket whose other end answers in the place of a VMM. The shim's own
+    /// process counts as the VMM.
+    ///
+    /// # Errors
+    /// If the socket cannot be registered with the async runtime.
+    #[cfg(feature = "testing")]
+    pub fn over(control: OwnedFd, notices: mpsc::Sender<Notice>) -> std::io::Result<Self> {
+        let (_, dead) = watch::channel(None);
+        let vmm = Self::new(register(control, Interest::READABLE | Interest::WRITABLE)?, std::process::id(), dead);
+        let inner = Arc::clone(&vmm.inner);
+        tokio::spawn(async move { read_all(&inner, notices).await });
         Ok(vmm)
     }
 
@@ -286,6 +301,13 @@ impl Vmm {
     pub fn ended(&self) -> Option<ExitStatus> {
         *self.inner.dead.borrow()
     }
+}
+
+/// Reads until the socket is closed. Then ends all calls that wait for an answer.
+async fn read_all(inner: &Arc<Inner>, notices: mpsc::Sender<Notice>) {
+    read(inner, &notices).await;
+    // The VMM has closed the socket. Therefore, no further answer can arrive.
+    lock(&inner.pending).take();
 }
 
 /// Reads answers and notices until the socket is closed.

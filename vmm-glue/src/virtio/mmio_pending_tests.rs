@@ -194,3 +194,17 @@ proptest! {
         prop_assert_eq!(Arc::strong_count(&transport), 1);
     }
 }
+
+#[test]
+fn thread_that_completes_a_reset_does_not_own_the_device() {
+    let (transport, probe) = transport();
+    probe.lock().unwrap().busy = true;
+    transport.start_reset();
+    let complete = probe.lock().unwrap().on_idle.take().unwrap();
+    let device = Arc::downgrade(&probe);
+    drop((transport, probe));
+    // The hot-unplug of a device can drop all other references while the closure runs. A last reference in the closure
+    // would make the device join the thread that drops it.
+    assert!(device.upgrade().is_none());
+    complete();
+}

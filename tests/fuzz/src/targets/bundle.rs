@@ -1,0 +1,54 @@
+//! Fuzzes a bundle's `config.json`, as the shim reads it at `start`, at Create, at Exec and at Update.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use husk_config::Config;
+use husk_shim::oci::{Bundle, disks, exec_process, replace_disk_numbers, resources_update, translate};
+use husk_shim::pod;
+use husk_shim::resources::boot_size;
+
+/// Returns this process's bundle directory. The directory is not removed at exit.
+fn bundle_dir() -> &'static PathBuf {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| {
+        // A file on a disk would take most of the time.
+        let dir = PathBuf::from(format!("/dev/shm/husk-fuzz-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).expect("create the bundle directory");
+        dir
+    })
+}
+
+/// Runs one input.
+pub fn run(bytes: &[u8]) {
+    let path = bundle_dir().join("config.json");
+    std::fs::write(&path, bytes).expect("write config.json");
+    let bundle = Bundle::read(bundle_dir());
+    std::fs::remove_file(path).expect("remove config.json");
+    if let Ok(mut bundle) = bundle {
+        let _ = bundle.spec.group("id");
+        let _ = bundle.check();
+        let _ = boot_size(&bundle.spec, &Config::default(), u64::MAX);
+        let disks: Vec<_> = disks::find(&bundle.raw);
+        let numbers = |disk| (disk, husk_shim::oci::DeviceNumbers { major: 254, minor: 16 });
+        replace_disk_numbers(bytes, &disks.into_iter().map(numbers).collect::<Vec<_>>()).expect("replace numbers");
+        pod::add_mounts(&mut bundle, bundle_dir());
+        let pids = HashMap::from([(7, "other".to_owned())]);
+        if translate::spec(&mut bundle.raw, "id", &pids, &mut Vec::new()).is_ok() {
+            assert_no_host_namespace(&bundle);
+        }
+    }
+    let _ = resources_update(bytes);
+    let _ = exec_process(bytes);
+}
+
+/// The paths of namespaces in the translated specification must be paths of the guest.
+fn assert_no_host_namespace(bundle: &Bundle) {
+    let namespaces = bundle.raw.pointer("/linux/namespaces").and_then(|list| list.as_array());
+    for namespace in namespaces.into_iter().flatten() {
+        let path = namespace.get("path").and_then(|path| path.as_str()).unwrap_or_default();
+        let of_guest = [husk_proto::GUEST_NAMESPACES, husk_proto::GUEST_PID_NAMESPACES];
+        assert!(path.is_empty() || of_guest.iter().any(|of_guest| path.starts_with(of_guest)), "{path}");
+    }
+}

@@ -1,0 +1,33 @@
+//! Fuzzes packets on the VMM's control socket. Each packet is decoded as each message type. A request to create a VM is
+//! checked with the fds that came with it.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use husk_base::sys::scm_rights;
+use husk_vmm::config_check::check;
+use husk_vmm::control::{Call, Notice, Reply, Request, wire};
+
+use crate::driver::memory_file;
+
+/// Runs one input.
+pub fn run(bytes: &[u8]) {
+    let (ours, theirs) = wire::pair().expect("create a socket pair");
+    husk_base::sys::fd::set_nonblocking(&ours).expect("set non-blocking mode");
+    let send = |fds: &[BorrowedFd<'_>]| scm_rights::send(&ours, bytes, fds).is_ok();
+    // A device in the place of /dev/kvm, a kernel, an initrd and a console, in the order of `FdIndex`.
+    let device = std::fs::File::open("/dev/null").expect("open /dev/null");
+    let (file, (_reader, console)) = (memory_file(1), std::io::pipe().expect("create a pipe"));
+    let console = OwnedFd::from(console);
+    if send(&[device.as_fd(), file.as_fd(), file.as_fd(), console.as_fd()])
+        && let Ok((Request { call: Call::Create(config), .. }, fds)) = wire::recv::<Request>(&theirs)
+        && let Ok(checked) = check(*config, fds)
+    {
+        assert!((1..=64).contains(&checked.config.vcpus) && checked.initrd_len == 1);
+    }
+    if send(&[]) {
+        let _ = wire::recv::<Reply>(&theirs);
+    }
+    if send(&[]) {
+        let _ = wire::recv::<Notice>(&theirs);
+    }
+}
