@@ -19,6 +19,8 @@ pub struct Jail {
     own_namespaces: Vec<&'static str>,
     /// The process's root directory, as a path in the file system that contains it (field `root` of mountinfo).
     root: Option<String>,
+    /// The source of the mount that is the process's root directory (mount(2)).
+    root_source: Option<String>,
     /// Number of mounts that the process can see.
     mounts: usize,
     /// Maximum size of a core dump in bytes. `None` means no limit.
@@ -57,7 +59,9 @@ fn inspect(proc: &Path, pid: u32) -> ProcResult<Jail> {
         }
     }
     let MountInfos(mounts) = process.mountinfo()?;
-    let root = mounts.iter().find(|mount| mount.mount_point == Path::new("/")).map(|mount| mount.root.clone());
+    let root = mounts.iter().find(|mount| mount.mount_point == Path::new("/"));
+    let root_source = root.and_then(|mount| mount.mount_source.clone());
+    let root = root.map(|mount| mount.root.clone());
     let core_limit = match process.limits()?.max_core_file_size.soft_limit {
         LimitValue::Unlimited => None,
         LimitValue::Value(bytes) => Some(bytes),
@@ -67,7 +71,7 @@ fn inspect(proc: &Path, pid: u32) -> ProcResult<Jail> {
     ids.sort_unstable();
     // A thread may end at any time.
     let threads = ids.iter().filter_map(|id| thread(&dir.join("task").join(id.to_string())).ok()).collect();
-    Ok(Jail { own_namespaces, root, mounts: mounts.len(), core_limit, threads })
+    Ok(Jail { own_namespaces, root, root_source, mounts: mounts.len(), core_limit, threads })
 }
 
 fn thread(dir: &Path) -> ProcResult<Thread> {

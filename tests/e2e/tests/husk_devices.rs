@@ -60,6 +60,7 @@ fn privileged_container_gets_the_guests_devices_in_place_of_the_nodes() {
                  rm -f /dev/node; mknod /dev/node b $number && head -c 64 /dev/node 2> /dev/null | od -An -c
              done; rm /dev/node
              mknod /dev/mem c 1 1; cat /dev/mem > /dev/null 2>&1 && echo read memory; rm /dev/mem
+             mkdir -p /mnt
              mount -t tmpfs t /mnt && touch /mnt/file && umount /mnt && echo tmpfs
              mount -t ext4 -o loop /v/image /mnt && ls /mnt && umount /mnt && echo loop",
             numbers.join("' '")

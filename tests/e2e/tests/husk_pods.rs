@@ -217,8 +217,9 @@ fn limits_set_vm_size_and_husk_ps_lists_vm() {
         assert!(listed["used_kib"].as_u64().unwrap() > 10_000, "{listed}");
         let jail = &listed["jail"];
         assert_eq!(jail["own_namespaces"], json!(["cgroup", "ipc", "mnt", "net", "pid", "uts"]), "{jail}");
-        assert!(jail["root"].as_str().unwrap().ends_with("/guest"), "{jail}");
-        assert_eq!(jail["core_limit"], 0, "{jail}");
+        // The root is the share, which is a tmpfs.
+        assert_eq!((&jail["root"], &jail["root_source"]), (&json!("/"), &json!("husk")), "{jail}");
+        assert_eq!(jail["core_limit"], 1, "{jail}");
         for thread in jail["threads"].as_array().unwrap() {
             assert_eq!((&thread["no_new_privs"], &thread["seccomp_filter"]), (&json!(true), &json!(true)), "{thread}");
             // Only the threads that serve files have capabilities.
