@@ -79,7 +79,8 @@ fn assert_logged(pod: &Pod, parts: &[&str]) {
 #[track_caller]
 fn assert_port_forward_refused(pod: &Pod, port: u16) {
     let answer = call("PortForward", &json!({ "pod_sandbox_id": pod.id, "port": [] }));
-    let connection = PortForward::connect(answer["url"].as_str().unwrap()).open(port, 0);
+    let session = PortForward::connect(answer["url"].as_str().unwrap());
+    let connection = session.open(port, 0);
     assert!(connection.read_to_end().is_empty());
 }
 
