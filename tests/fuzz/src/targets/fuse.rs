@@ -350,7 +350,8 @@ impl Guest {
 }
 
 fn init(flags: u64) -> Vec<u8> {
-    let mut body = words([7, 36, 65536, flags as u32, (flags >> 32) as u32]);
+    // The share rejects clients without FUSE_SUBMOUNTS.
+    let mut body = words([7, 36, 65536, flags as u32 | 1 << 27, (flags >> 32) as u32]);
     body.resize(64, 0);
     body
 }
