@@ -130,5 +130,5 @@ fn mount(source: &CStr, target: &Path, kind: &CStr, flags: libc::c_ulong, data: 
 }
 
 fn check(what: &str, result: libc::c_int) {
-    assert!(result == 0, "{what} failed: {}", Error::last_os_error());
+    assert!(result == 0, "{what} failed: {}; the jail needs root, because it mounts", Error::last_os_error());
 }

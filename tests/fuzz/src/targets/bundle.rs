@@ -5,9 +5,12 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use husk_config::Config;
-use husk_shim::oci::{Bundle, disks, exec_process, replace_disk_numbers, resources_update, translate};
+use husk_shim::oci::{
+    Bundle, IdMappings, Spec, disks, exec_process, replace_disk_numbers, resources_update, translate,
+};
 use husk_shim::pod;
-use husk_shim::resources::boot_size;
+use husk_shim::resources::growth::{Limits, host_bytes};
+use husk_shim::resources::{BootSize, boot_size};
 
 /// Returns this process's bundle directory. The directory is not removed at exit.
 fn bundle_dir() -> &'static PathBuf {
@@ -29,7 +32,8 @@ pub fn run(bytes: &[u8]) {
     if let Ok(mut bundle) = bundle {
         let _ = bundle.spec.group("id");
         let _ = bundle.check();
-        let _ = boot_size(&bundle.spec, &Config::default(), u64::MAX);
+        check_sizes(&bundle.spec, bytes);
+        check_id_mappings(&bundle);
         let disks: Vec<_> = disks::find(&bundle.raw);
         let numbers = |disk| (disk, husk_shim::oci::DeviceNumbers { major: 254, minor: 16 });
         replace_disk_numbers(bytes, &disks.into_iter().map(numbers).collect::<Vec<_>>()).expect("replace numbers");
@@ -41,6 +45,39 @@ pub fn run(bytes: &[u8]) {
     }
     let _ = resources_update(bytes);
     let _ = exec_process(bytes);
+}
+
+/// The VM's sizes stay within their limits. `update` is also an Update request.
+fn check_sizes(spec: &Spec, update: &[u8]) {
+    let limits = Limits::from_resources(&spec.linux.resources);
+    let updated = limits.clone().with_update(update).unwrap_or_default();
+    let containers = [limits, updated];
+    if let Ok(BootSize { growth, .. }) = boot_size(spec, &Config::default(), u64::MAX) {
+        for start in [false, true] {
+            let size = growth.size(containers.iter(), start);
+            assert!((1..=growth.max.vcpus).contains(&size.vcpus), "{size:?}");
+            assert!(size.memory_mib <= growth.max.memory_mib, "{size:?}");
+            let _ = host_bytes(size.memory_mib);
+        }
+        let _ = growth.huge_mib(containers.iter());
+        if let Some(cpus) = growth.host_limits(containers.iter()).cpus {
+            assert_eq!(cpus.to_string().parse().as_ref(), Ok(&cpus));
+            assert!(!cpus.mask().is_empty());
+        }
+    }
+}
+
+fn check_id_mappings(bundle: &Bundle) {
+    let of_mounts = bundle.spec.mounts.iter().flat_map(|mount| {
+        let options = IdMappings::from_options(mount.options().iter().map(String::as_str));
+        [options.ok().flatten(), IdMappings::from_mount(&mount.uid_mappings, &mount.gid_mappings).ok().flatten()]
+    });
+    for mappings in of_mounts.chain([bundle.id_mappings().ok().flatten()]).flatten() {
+        let _ = (mappings.owner(0, u32::MAX), mappings.tag());
+        for mapping in mappings.mappings().0 {
+            assert!(mappings.uid(mapping.container).is_some(), "{mappings:?}");
+        }
+    }
 }
 
 /// The paths of namespaces in the translated specification must be paths of the guest.
