@@ -35,8 +35,8 @@ pub struct Events {
 }
 
 impl Events {
-    /// Receives the next event. Returns `None` if the agent has closed the stream. The caller must have handled the
-    /// event before.
+    /// Receives the next event, which then no longer counts as unhandled. Returns `None` if the agent has closed the
+    /// stream.
     ///
     /// # Errors
     /// If the connection or the stream fails.
