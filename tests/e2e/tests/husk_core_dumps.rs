@@ -25,15 +25,21 @@ impl Drop for Sysctl {
     }
 }
 
-/// Makes the main thread of a process execute address 0. A signal would not end the VMM, because the VMM is PID 1 of its
-/// PID namespace.
+/// The instruction `ud2`, which is always invalid, as the kernel reads it from memory.
+const UD2: libc::c_long = 0x0b0f;
+
+/// Makes the main thread of a process execute an invalid instruction. A signal from this process would not end the VMM,
+/// because the VMM is PID 1 of its PID namespace.
 fn crash(pid: i32) {
     let pid = Pid::from_raw(pid);
     ptrace::attach(pid).unwrap();
     waitpid(pid, Some(WaitPidFlag::__WALL)).unwrap();
     let mut registers = ptrace::getregs(pid).unwrap();
     // Without a system call number, the kernel does not restart an interrupted system call.
-    (registers.rip, registers.orig_rax) = (0, u64::MAX);
+    registers.orig_rax = u64::MAX;
+    let next = registers.rip as ptrace::AddressType;
+    let code = ptrace::read(pid, next).unwrap();
+    ptrace::write(pid, next, (code & !0xffff) | UD2).unwrap();
     ptrace::setregs(pid, registers).unwrap();
     ptrace::detach(pid, None).unwrap();
 }
