@@ -155,7 +155,7 @@ impl Default for Config {
 pub enum Seccomp {
     /// The VM ends. The pod's error names the thread and the call.
     Enforce,
-    /// The host's kernel logs the call and makes it.
+    /// The host's kernel logs the call and allows it.
     Log,
 }
 

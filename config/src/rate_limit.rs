@@ -165,7 +165,8 @@ mod tests {
         assert_eq!(lowered("bytes_per_sec=1000,burst_bytes=300"), Ok((1000, 300)));
         assert_eq!(lowered("bytes_per_sec=500,burst_bytes=200"), Ok((500, 200)));
         assert_eq!(lowered("burst_bytes=200"), Ok((1000, 200)));
-        // Without a burst, the annotation's rate has its own burst, but no more than the configuration allows.
+        // If the annotation has no burst, the burst is a tenth of the annotation's rate. The configured burst is its
+        // maximum.
         assert_eq!(lowered("bytes_per_sec=500"), Ok((500, 50)));
         let high = RateLimit { burst_bytes: 20, ..limit(1000, 0) };
         assert_eq!(high.lowered_by("bytes_per_sec=500").unwrap().burst_bytes, 20);
