@@ -395,8 +395,8 @@ fn page_tables() -> Vec<u8> {
     entries.into_iter().flat_map(u64::to_le_bytes).collect()
 }
 
-/// Returns real-mode code for [`STARTUP`] that enters long mode, with the attacker's page tables and the segments of the
-/// VMM's descriptor table, and continues at `entry`.
+/// Returns real-mode code for [`STARTUP`] that enters long mode, with the attacker's page tables and the segments of
+/// the VMM's descriptor table, and continues at `entry`.
 fn to_long_mode(entry: u32) -> Vec<u8> {
     let mut code = vec![0xfa, 0x8c, 0xc8, 0x8e, 0xd8]; // cli; mov ax, cs; mov ds, ax
     code.extend([0x0f, 0x01, 0x16, 0x80, 0x00]); // lgdt [0x80]
