@@ -113,8 +113,8 @@ fn failed_create_leaves_nothing_in_guest() {
         let failing = pod.create(&config);
         let error = expect_error("StartContainer", &json!({ "container_id": failing.id }));
         assert!(error.contains("too deep"), "{error}");
-        // The guest may remove the copy shortly after the error.
-        let freed = node::eventually(Duration::from_secs(20), || (available() + 10 > before).then_some(()));
+        // The guest may remove the copy of 32 MiB shortly after the error. Its other memory use varies by some MiB.
+        let freed = node::eventually(Duration::from_secs(20), || (available() + 20 > before).then_some(()));
         assert!(freed.is_some(), "available memory: {before} MiB before, {} MiB after", available());
         failing.remove();
         // Another container can mount the same volume after it was corrected.
