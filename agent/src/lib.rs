@@ -1,5 +1,4 @@
-//! `husk-agent`: PID 1 of the guest. If re-executed with another `argv[0]`, the program is the helper that starts one
-//! process.
+//! `husk-agent`: PID 1 of the guest. The agent also executes this program with another `argv[0]`, as a helper.
 
 #![deny(clippy::indexing_slicing)]
 
@@ -25,11 +24,12 @@ mod vsock;
 
 use std::process::ExitCode;
 
-/// Runs PID 1 or the helper.
+/// Runs the program as the agent or as a helper.
 pub fn main() -> ExitCode {
     let mut args = std::env::args_os();
-    // The role depends on `argv[0]`, not on the PID, because the first process of a pod's PID namespace also has PID 1.
-    // The kernel command line cannot turn PID 1 into a helper, because it sets only the arguments after `argv[0]`.
+    // The PID does not distinguish the agent from a helper. A helper that is the first process of a pod's PID namespace
+    // also has PID 1 there. The kernel command line cannot turn the agent into a helper, because the command line sets
+    // only the arguments after `argv[0]`.
     let is_helper = args.next().is_some_and(|name| name == helper::ARGV0);
     match args.next() {
         Some(role) if is_helper => helper::main(&role, args),

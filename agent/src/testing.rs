@@ -1,4 +1,5 @@
-//! What the agent does with requests before they have an effect on the guest: parsing and checks. For the fuzz targets.
+//! The agent's parsing and checks of requests, for the fuzz targets. The functions of this module change only the
+//! directories and sockets that their callers pass.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -19,14 +20,14 @@ use crate::sandbox::{Sandbox, setup, volume};
 use crate::shared_volumes;
 use crate::task::{check_id, shares_pid_namespace, spec};
 
-/// A sandbox that has accepted a Setup request, without namespaces.
+/// A sandbox that has accepted a Setup request, but has created no namespaces.
 pub struct PreparedSandbox(Sandbox);
 
 impl PreparedSandbox {
     /// Checks a Setup request.
     ///
     /// # Errors
-    /// If the policy is invalid.
+    /// If the node's policy or the pod's policy is invalid.
     pub fn new(request: &SetupRequest) -> Result<Self, String> {
         let sandbox = Sandbox::default();
         sandbox.policy.accept(&request.node_policy, &request.pod_policy).map_err(|error| chain(&error))?;
@@ -37,17 +38,17 @@ impl PreparedSandbox {
         Ok(Self(sandbox))
     }
 
-    /// Checks a Create request. Returns the adapted specification.
+    /// Checks a Create request. Returns the specification, adapted to the guest.
     ///
     /// # Errors
-    /// If the agent refuses the request, or would create the pod's shared PID namespace.
+    /// If the agent rejects the request, or would create the pod's shared PID namespace.
     pub fn create(&self, request: &CreateTaskRequest) -> Result<Spec, String> {
         check_id(&request.id).map_err(|error| chain(&error))?;
         let options = CreateOptions::parse_from_bytes(&request.options.value).map_err(|error| chain(&error))?;
         let mut spec: Spec = serde_json::from_slice(&options.spec).map_err(|error| chain(&error))?;
         self.0.policy.check_container(&spec, request, &options.rootfs).map_err(|error| chain(&error))?;
         if shares_pid_namespace(&spec) && !pid_namespaces_of_containers(&spec) {
-            return Err("the request has an effect on the guest".to_owned());
+            return Err("the agent would create the pod's shared PID namespace".to_owned());
         }
         let cgroup = Cgroup::for_container(&request.id);
         spec::adapt(&mut spec, &options.rootfs, &cgroup, &self.0, |_| Ok(PathBuf::from("/proc/1/ns/pid")))
@@ -56,7 +57,8 @@ impl PreparedSandbox {
         Ok(spec)
     }
 
-    /// Checks an Exec request for a container whose own process is `own`.
+    /// Checks the process of an Exec request, which `process` contains as JSON. `own` is the process of the container's
+    /// specification.
     ///
     /// # Errors
     /// If the agent refuses the request.
@@ -73,24 +75,24 @@ fn pid_namespaces_of_containers(spec: &Spec) -> bool {
     paths.all(|path| path.strip_prefix(GUEST_PID_NAMESPACES).is_ok_and(|id| id.to_str().is_some()))
 }
 
-/// Checks the resources of an Update request.
+/// Parses the resources of an Update request, and adapts them to the guest.
 pub fn update(resources: &[u8]) {
     if let Ok(mut resources) = serde_json::from_slice::<LinuxResources>(resources) {
         spec::adapt_resources(&mut resources, &Cgroup::for_container("c"));
     }
 }
 
-/// Adds all parts of a pod's network with a netlink client.
+/// Adds the interfaces, routes, neighbours and rules of a pod through `netlink`.
 ///
 /// # Errors
-/// If a part is malformed, or the other end of the netlink client refuses it.
+/// If the request is malformed, or a netlink request fails.
 pub fn add_network(request: UpdateNetworkRequest, netlink: &Netlink) -> Result<(), String> {
     let UpdateNetworkRequest { interfaces, routes, neighbours, rules, .. } = request;
     let config = NetworkConfig { interfaces, routes, neighbours, rules };
     network::add_all(&config, netlink).map_err(|error| chain(&error))
 }
 
-/// Applies updates of mirrored volumes below `root`. Then removes the copies of `container`.
+/// Applies updates to the mirrored volumes below `root`. Then removes the mirrored volumes of `container`.
 pub fn mirror(root: &Path, updates: &[UpdateMirrorRequest], container: &str) {
     let mirrors = Mirrors::at(root.into());
     for update in updates {
@@ -99,12 +101,12 @@ pub fn mirror(root: &Path, updates: &[UpdateMirrorRequest], container: &str) {
     mirrors.remove(container);
 }
 
-/// Opens a directory of the volume at `root`, and creates it if necessary.
+/// Opens a path in the volume at `root`, and creates missing components as directories.
 pub fn open_subpath(root: &Path, directories: &[VolumeDirectory]) {
     let _ = volume::open_subpath(root, directories);
 }
 
-/// Returns the path of a sysctl's file.
+/// Returns the path of a sysctl's file in /proc/sys.
 ///
 /// # Errors
 /// If the name is invalid.

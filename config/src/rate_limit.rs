@@ -37,7 +37,7 @@ impl Rate {
     /// `names` are the names of the rate and of the burst.
     ///
     /// # Errors
-    /// What is wrong with the annotation.
+    /// The error says what is wrong with the annotation.
     fn lowered(
         configured: Option<Self>,
         names: (&str, &str),
@@ -67,12 +67,12 @@ impl Rate {
 }
 
 impl RateLimit {
-    /// Returns the limit of the bytes, if there is one.
+    /// Returns the rate limit in bytes, or `None` if bytes are not limited.
     pub fn bytes(&self) -> Option<Rate> {
         Rate::new(self.bytes_per_sec, self.burst_bytes)
     }
 
-    /// Returns the limit of the operations, if there is one.
+    /// Returns the rate limit in operations, or `None` if operations are not limited.
     pub fn ops(&self) -> Option<Rate> {
         Rate::new(self.ops_per_sec, self.burst_ops)
     }
@@ -80,7 +80,7 @@ impl RateLimit {
     /// Validates the values.
     ///
     /// # Errors
-    /// What is wrong.
+    /// If a burst is set without its rate.
     pub fn check(&self) -> Result<(), String> {
         for (rate, burst, names) in
             [(self.bytes_per_sec, self.burst_bytes, BYTES), (self.ops_per_sec, self.burst_ops, OPS)]
@@ -96,7 +96,7 @@ impl RateLimit {
     /// configured limits.
     ///
     /// # Errors
-    /// What is wrong with the annotation, and which values are valid.
+    /// The error says what is wrong with the annotation.
     pub fn lowered_by(&self, annotation: &str) -> Result<Self, String> {
         let mut values = [None; 4];
         let names = [BYTES.0, BYTES.1, OPS.0, OPS.1];
@@ -125,7 +125,7 @@ impl RateLimit {
     }
 }
 
-/// Names of a rate and its burst.
+/// The names of a rate and of its burst.
 const BYTES: (&str, &str) = ("bytes_per_sec", "burst_bytes");
 const OPS: (&str, &str) = ("ops_per_sec", "burst_ops");
 
@@ -165,8 +165,8 @@ mod tests {
         assert_eq!(lowered("bytes_per_sec=1000,burst_bytes=300"), Ok((1000, 300)));
         assert_eq!(lowered("bytes_per_sec=500,burst_bytes=200"), Ok((500, 200)));
         assert_eq!(lowered("burst_bytes=200"), Ok((1000, 200)));
-        // If the annotation has no burst, the burst is a tenth of the annotation's rate. The configured burst is its
-        // maximum.
+        // If the annotation has no burst, the burst is a tenth of the annotation's rate, but at most the configured
+        // burst.
         assert_eq!(lowered("bytes_per_sec=500"), Ok((500, 50)));
         let high = RateLimit { burst_bytes: 20, ..limit(1000, 0) };
         assert_eq!(high.lowered_by("bytes_per_sec=500").unwrap().burst_bytes, 20);

@@ -47,7 +47,7 @@ pub struct Container {
     /// First process of the container.
     pub init: Arc<Process>,
     dir: PathBuf,
-    /// Process of the specification, with which the policy compares an exec.
+    /// The object `process` of the specification. The agent policy compares each exec with this object.
     process: ProcessSpec,
     seccomp: Option<LinuxSeccomp>,
     oom_score_adj: Option<i32>,

@@ -1,4 +1,4 @@
-//! Tests of the decisions whether policies allow a request.
+//! Tests that policies allow or refuse requests as specified.
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -12,7 +12,7 @@ fn policy(value: &Value) -> Policy {
     Policy::from_json(value.to_string().as_bytes()).unwrap()
 }
 
-/// Returns policies whose node policy has the rules in `value`. The pod's policy allows everything.
+/// Returns a [`Policies`] whose field `node` has the rules in `value`. The pod's policy allows everything.
 fn node(value: &Value) -> Policies {
     Policies { node: policy(value), pod: Policy::default() }
 }

@@ -33,7 +33,8 @@ const SERVER_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Each call that hangs in a file system occupies a thread. If all threads are occupied, Create and Delete requests
 /// wait.
 const MAX_BLOCKING_THREADS: usize = 64;
-/// Maximum number of reports from the agent that wait until they are handled. Then the agent has to wait.
+/// Maximum number of reports from the agent that wait until they are handled. If this number of reports is waiting, the
+/// agent has to wait before it can send another report.
 const MAX_REPORTS: usize = 64;
 
 /// Arguments of [`run`].

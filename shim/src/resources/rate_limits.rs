@@ -28,13 +28,13 @@ pub struct NetRateLimits {
 }
 
 impl NetRateLimits {
-    /// Returns whether anything is limited.
+    /// Returns whether at least one direction of the interface is limited.
     pub fn is_limited(&self) -> bool {
         self.receive.is_limited() || self.transmit.is_limited()
     }
 }
 
-/// Error of an annotation with a rate limit.
+/// Error from an invalid annotation for a rate limit.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("invalid annotation {key}={value:?}: {message}")]
 pub struct RateLimitError {
@@ -43,7 +43,7 @@ pub struct RateLimitError {
     message: String,
 }
 
-/// Returns the limits of a pod. The caller has checked that the pod may use its annotations.
+/// Returns the limits of a pod. The caller has checked that the configuration allows the pod's annotations.
 ///
 /// # Errors
 /// [`RateLimitError`] if an annotation is invalid, or would raise a limit of the configuration.
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_come_from_the_configuration_and_each_annotation_lowers_one() {
+    fn limits_come_from_the_configuration_and_each_annotation_lowers_one_limit() {
         let mut config = Config::default();
         let none = bundle(|_| ()).unwrap().spec;
         assert_eq!(rate_limits(&none, &config), Ok(RateLimits::default()));

@@ -38,7 +38,8 @@ use timeline::Timeline;
 #[cfg(feature = "testing")]
 pub use policy::PodPolicies;
 
-/// Maximum number of notices from the VMM that wait until they are handled. Then the VMM has to wait.
+/// Maximum number of notices from the VMM that wait until they are handled. If this number of notices is waiting, the
+/// VMM has to wait before it can send another notice.
 const MAX_NOTICES: usize = 64;
 
 /// Input of [`Sandbox::launch`].

@@ -269,7 +269,7 @@ impl Task for Handler {
     }
 }
 
-/// Returns the agent's statistics, if they have the expected type and length, and nothing else of the answer.
+/// Returns only the statistics of the agent's answer. Fails if the statistics have a wrong type or are too large.
 pub(crate) fn checked_stats(answer: StatsResponse) -> Result<StatsResponse, ServiceError> {
     let stats = answer
         .stats

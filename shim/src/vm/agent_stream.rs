@@ -1,8 +1,10 @@
-//! The connection to the agent. Limits the events that the shim has received but not handled.
+//! The shim's connection to the agent. The connection limits the number of events that the shim has received but not
+//! handled.
 //!
-//! ttrpc puts the messages of a stream into a queue without a limit. An agent that sends events faster than the shim
-//! handles them would fill the shim's memory. Therefore this connection does not read a further message while many
-//! events are unhandled. The agent then has to wait, because the buffers of the vsock connection fill up.
+//! ttrpc puts the messages of a stream into a queue, and the length of the queue is not limited. An agent that sends
+//! events faster than the shim handles them would fill the shim's memory. Therefore, this connection reads no further
+//! message while `MAX_UNHANDLED` events are unhandled. The buffers of the vsock connection then fill up, and the agent
+//! has to wait.
 
 use std::io;
 use std::pin::Pin;
@@ -27,7 +29,7 @@ pub struct UnhandledEvents(Mutex<Count>);
 #[derive(Debug, Default)]
 struct Count {
     events: usize,
-    /// The reader, if it waits until the shim has handled an event.
+    /// Wakes the task that reads from the connection, if the task waits until the shim has handled an event.
     reader: Option<Waker>,
 }
 
@@ -45,7 +47,7 @@ impl UnhandledEvents {
         lock(&self.0).events += 1;
     }
 
-    /// Returns whether a further message may be read. If not, the reader is woken when an event was handled.
+    /// Returns whether the next message may be read. If not, `handled` wakes the task of `context`.
     fn has_room(&self, context: &Context<'_>) -> bool {
         let mut count = lock(&self.0);
         let room = count.events < MAX_UNHANDLED;
@@ -56,7 +58,7 @@ impl UnhandledEvents {
     }
 }
 
-/// The connection. It follows the borders of the messages that it reads.
+/// The shim's connection to the agent. The connection tracks where each received message begins and ends.
 pub struct AgentStream {
     stream: Take<UnixStream>,
     header: [u8; MESSAGE_HEADER_LENGTH],
@@ -74,7 +76,7 @@ impl AgentStream {
         Self { stream: stream.take(0), header, header_len: 0, body: 0, unhandled }
     }
 
-    /// Follows the bytes of a header. At the header's end, checks the message.
+    /// Records bytes of a header. When the header is complete, checks the length of an event and counts the event.
     fn follow_header(&mut self, bytes: &[u8]) -> io::Result<()> {
         for (to, from) in self.header.iter_mut().skip(self.header_len).zip(bytes) {
             *to = *from;

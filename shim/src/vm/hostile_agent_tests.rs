@@ -1,4 +1,4 @@
-//! Tests of the client with agents that do not follow the protocol.
+//! Tests of the shim's calls and events with agents that violate the protocol.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -16,7 +16,7 @@ use crate::vm::agent_stream::{MAX_EVENT, MAX_UNHANDLED};
 struct HostileAgent(UnixStream);
 
 impl HostileAgent {
-    /// Starts an agent that runs `script` on a thread of its own. Returns the client.
+    /// Starts a thread that runs `script` as the agent. Returns the shim's client of this agent, and the thread.
     fn start<T: Send + 'static>(
         script: impl FnOnce(Self) -> T + Send + 'static,
     ) -> (Agent, std::thread::JoinHandle<T>) {
@@ -25,7 +25,7 @@ impl HostileAgent {
         (agent, std::thread::spawn(move || script(Self(theirs))))
     }
 
-    /// Returns the stream id of the next request.
+    /// Reads the next request, and returns its stream id.
     fn request(&mut self) -> u32 {
         let mut header = [0; 10];
         self.0.read_exact(&mut header).unwrap();
@@ -63,13 +63,13 @@ async fn agent_that_sends_events_without_end_has_to_wait_for_the_shim() {
         let events = agent.request();
         let body = exit_event(&"x".repeat(1000));
         agent.0.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
-        // 100 MB, unless the shim stops reading.
+        // If the shim does not stop reading, the agent sends 100 MB.
         (0..100_000).take_while(|_| agent.send(MESSAGE_TYPE_DATA, events, body.len() as u32, &body).is_ok()).count()
     });
     let mut events = agent.events().await.unwrap();
     let sent = tokio::task::spawn_blocking(|| script.join().unwrap()).await.unwrap();
-    assert!(sent < 5000, "the shim has received {sent} events that nobody handled");
-    // The shim reads on as soon as it handles events, until the agent's connection ends.
+    assert!(sent < 5000, "the agent could send {sent} events, but the shim has handled none");
+    // When the shim handles events, it reads further events until the agent closes the connection.
     let mut handled = 0;
     while let Ok(Some(_)) = events.recv().await {
         handled += 1;
@@ -95,7 +95,7 @@ async fn millions_of_events_do_not_delay_calls() {
         events.recv().await.unwrap().unwrap();
         count += 1;
     }
-    // The call gets no answer, and its timeout ends it although events arrive all the time.
+    // The agent does not answer the call. The call's timeout must end the call, although events arrive all the time.
     let request = SyncRequest::new();
     let call = agent.sandbox.sync(within(Duration::from_millis(200)), &request);
     let (result, ()) = tokio::join!(call, async {
@@ -142,7 +142,7 @@ async fn garbage_ends_calls_with_an_error() {
         vec![0; 100],
         vec![0xff; 100_000],
         b"HTTP/1.1 200 OK\r\n\r\n".to_vec(),
-        // A header of 4 MiB and one byte without a body.
+        // A header without a body. The header announces a body of 4 MiB and one byte.
         [&(4u32 << 20 | 1).to_be_bytes()[..], &[0, 0, 0, 1, 2, 0]].concat(),
     ];
     for bytes in garbage {
@@ -155,7 +155,7 @@ async fn garbage_ends_calls_with_an_error() {
 }
 
 #[tokio::test]
-async fn answer_that_is_not_a_message_is_an_error_of_its_call_only() {
+async fn malformed_answer_fails_only_the_call_that_it_answers() {
     let (agent, _script) = HostileAgent::start(|mut agent| {
         let first = agent.request();
         agent.send(MESSAGE_TYPE_RESPONSE, first, 50, &[0xff; 50]).unwrap();
@@ -191,7 +191,7 @@ async fn huge_texts_of_the_agent_are_shortened() {
     assert!(release.len() <= 3 * 256 && !release.contains('\x1b'));
     let error = sync(&agent).await.unwrap_err();
     let text = crate::chain(&error);
-    assert!(text.len() < 20_000 && !text.contains('\x1b'), "an error has {} bytes", text.len());
+    assert!(text.len() < 20_000 && !text.contains('\x1b'), "the error has {} bytes", text.len());
 }
 
 #[tokio::test]

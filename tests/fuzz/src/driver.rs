@@ -6,7 +6,7 @@ use husk_vmm::virtio::testing::Bench;
 
 /// Maximum number of steps that are taken from one input. More steps only make fuzzing slower.
 const MAX_STEPS: usize = 64;
-/// Maximum length of one buffer, in bytes.
+/// Maximum length of one device-readable buffer, in bytes.
 const MAX_BUFFER_LEN: usize = 64 * 1024;
 
 /// An action of the driver.
@@ -22,7 +22,7 @@ pub enum Step {
         address: Address,
         /// Length of the buffer in bytes.
         len: u32,
-        /// NEXT, WRITE, INDIRECT and undefined flags.
+        /// Descriptor flags: NEXT, WRITE, INDIRECT and undefined flags.
         flags: u8,
         /// Index of the next descriptor.
         next: u16,
@@ -50,7 +50,7 @@ pub enum Step {
         /// The new index.
         index: u16,
     },
-    /// Write to the configuration space.
+    /// Write to the configuration space, then read the same range.
     Configure {
         /// Offset in the configuration space.
         offset: u16,
@@ -61,10 +61,10 @@ pub enum Step {
     Reset,
 }
 
-/// A guest address that is often in guest memory.
+/// A guest-physical address, inside or outside of guest memory.
 #[derive(Arbitrary, Debug)]
 pub enum Address {
-    /// An address modulo 150 MiB. Most addresses below 150 MiB are in guest memory.
+    /// An address modulo 150 MiB. Guest memory has 144 MiB. Therefore, most of these addresses are in guest memory.
     Low(u32),
     /// Any address.
     Any(u64),
@@ -73,14 +73,13 @@ pub enum Address {
 impl Address {
     fn get(&self) -> u64 {
         match self {
-            // The bench has 144 MiB of guest memory.
             Address::Low(address) => u64::from(*address) % (150 << 20),
             Address::Any(address) => *address,
         }
     }
 }
 
-/// Executes the steps, and runs the device loop after each step. Then resets the device.
+/// Executes the steps, and runs the device loop after each step. After the last step, resets the device.
 pub fn drive<D: VirtioDevice>(bench: &mut Bench<D>, steps: &[Step], activate: fn(&mut Bench<D>)) {
     for step in steps.iter().take(MAX_STEPS) {
         take(bench, step, activate);
@@ -118,7 +117,8 @@ fn take<D: VirtioDevice>(bench: &mut Bench<D>, step: &Step, activate: fn(&mut Be
     }
 }
 
-/// Adds a chain to a queue. Returns `false` if the chain is empty or if the queue has too few free descriptors for it.
+/// Adds a chain to a queue. If the chain is empty, or the queue has too few free descriptors, adds nothing and returns
+/// `false`.
 pub fn chain<D: VirtioDevice>(bench: &mut Bench<D>, queue: usize, readable: &[Vec<u8>], writable: &[u16]) -> bool {
     let count = readable.len() + writable.len();
     if count == 0 || count > bench.queues[queue].free_descriptors() {
@@ -130,7 +130,7 @@ pub fn chain<D: VirtioDevice>(bench: &mut Bench<D>, queue: usize, readable: &[Ve
     true
 }
 
-/// Creates a memfd of this length in bytes.
+/// Creates a memfd with a length of `len` bytes.
 pub fn memory_file(len: u64) -> std::fs::File {
     use std::os::fd::FromRawFd;
     // SAFETY: the name is NUL-terminated, and nothing else owns the new fd.

@@ -1,4 +1,4 @@
-//! Fuzzes the bytes that an agent sends to the shim on the ttrpc connection, while calls wait for answers.
+//! Fuzzes the bytes that an agent sends to the shim on the ttrpc connection, while the shim's calls wait for answers.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -13,14 +13,14 @@ use ttrpc::proto::{Response, Status};
 use crate::input::input;
 use crate::runtime::block_on;
 
-/// Timeout of the calls. The end of the connection ends them earlier.
+/// Timeout of the calls. The target closes the connection, so that each call ends before this timeout.
 const TIMEOUT: Duration = Duration::from_secs(20);
 const MAX_FRAMES: usize = 24;
 
 #[derive(arbitrary::Arbitrary, Debug)]
 enum Payload {
     Raw(Vec<u8>),
-    /// A response with a payload.
+    /// A response with the given payload.
     Response(Vec<u8>),
     Error {
         code: i32,
@@ -42,12 +42,12 @@ enum Payload {
 
 #[derive(arbitrary::Arbitrary, Debug)]
 struct Frame {
-    /// Stream id. Clients use odd ids.
+    /// ttrpc stream id. A ttrpc client uses odd ids.
     stream: u8,
     kind: u8,
     flags: u8,
     payload: Payload,
-    /// Number that is added to the correct length.
+    /// Difference between the encoded length and the correct length.
     len: i8,
 }
 
@@ -100,8 +100,8 @@ impl Frame {
 
 fn check_error(failure: ttrpc::Error) {
     let ttrpc::Error::RpcStatus(status) = error("setup", failure) else { panic!("the error has no status") };
-    assert!(status.message.len() < 16 << 10, "the error has {} bytes", status.message.len());
-    assert!(!status.message.contains('\x1b'), "the error has control characters");
+    assert!(status.message.len() < 16 << 10, "the error text has {} bytes", status.message.len());
+    assert!(!status.message.contains('\x1b'), "the error text has an escape character");
 }
 
 /// Runs one input.
@@ -116,7 +116,7 @@ pub fn run(bytes: &[u8]) {
         let agent = Agent::new(ours).expect("watch the stream");
         let setup = SetupRequest::new();
         let answer = async {
-            // The calls below are sent before the answers, because ttrpc drops answers to unknown calls.
+            // Wait until the calls below are sent, because ttrpc drops answers to calls that were not sent.
             for _ in 0..8 {
                 tokio::task::yield_now().await;
             }

@@ -1,5 +1,5 @@
-//! Fuzzes the pod's network in requests to the agent: the agent parses it and encodes it as netlink messages. The bytes
-//! are an encoded `UpdateNetworkRequest`.
+//! Fuzzes the network configuration in requests to the agent. The agent parses the configuration and encodes netlink
+//! messages. Each input is parsed as an `UpdateNetworkRequest`.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
@@ -9,10 +9,10 @@ use husk_netlink::{Message, Netlink, link_header};
 use husk_proto::agent::UpdateNetworkRequest;
 use protobuf::Message as _;
 
-/// Maximum number of netlink requests. The socket has space for the answers.
+/// Maximum number of netlink requests of one input. The socket buffer has space for this number of answers.
 const MAX_REQUESTS: usize = 128;
 
-/// Returns the kernel's answer to any request: an interface, and an acknowledgement.
+/// Encodes an answer in the place of the kernel: an interface, and an acknowledgement. Each request gets this answer.
 fn answer(sequence: u32, mac: &[u8]) -> Vec<u8> {
     let link = Message::new(libc::RTM_NEWLINK, 0, &link_header(2, 0, 0)).attribute(libc::IFLA_ADDRESS, mac);
     let done = Message::new(libc::NLMSG_ERROR as u16, 0, &[0; 20]);
@@ -29,7 +29,7 @@ fn answer(sequence: u32, mac: &[u8]) -> Vec<u8> {
 pub fn run(bytes: &[u8]) {
     let Ok(request) = UpdateNetworkRequest::parse_from_bytes(bytes) else { return };
     let addresses = request.interfaces.iter().map(|interface| interface.addresses.len()).sum::<usize>();
-    // A route may be sent twice.
+    // The agent may send each route twice.
     let requests = addresses + 2 * request.routes.len() + request.neighbours.len() + request.rules.len() + 1;
     if requests > MAX_REQUESTS {
         return;

@@ -1,4 +1,4 @@
-//! Fuzzes the requests that the agent gets from the shim, up to the point where they would have an effect on the guest.
+//! Fuzzes the requests that the agent gets from the shim. The target omits all steps that would change the guest.
 
 use husk_agent::testing::{PreparedSandbox, sysctl_path, update};
 use husk_proto::agent::{CreateOptions, IdMapping, SetupRequest};
@@ -125,7 +125,7 @@ struct Input {
     id: String,
     rootfs: Path,
     streams: (bool, String),
-    /// The JSON of the specification, if it does not come from `specification`.
+    /// JSON of the specification. If `None`, the JSON is made from `specification`.
     raw: Option<Vec<u8>>,
     specification: Specification,
     process: Option<Vec<u8>>,
@@ -165,11 +165,11 @@ pub fn run(bytes: &[u8]) {
         ..Default::default()
     };
     let Ok(spec) = sandbox.create(&request) else { return };
-    // The adapted specification is read again by the helper.
+    // The agent writes the adapted specification to `config.json`. The helper must be able to parse this file.
     let text = serde_json::to_vec(&spec).expect("encode the specification");
     let again: Value = serde_json::from_slice(&text).expect("parse the specification again");
     let host = again.pointer("/hooks/prestart").or_else(|| again.pointer("/hooks/poststop"));
-    assert!(host.is_none_or(Value::is_null), "the agent kept a hook of the host");
+    assert!(host.is_none_or(Value::is_null), "the agent kept a hook that the shim runs on the host");
     if let Some(own) = spec.process() {
         let _ = sandbox.exec(own, &serde_json::to_vec(own).expect("encode the process"));
         let _ = sandbox.exec(own, &input.process.unwrap_or_default());

@@ -1,4 +1,4 @@
-//! Fuzzes the annotations of a pod: Husk's own, those of containerd's CRI plugin, and those of CRI-O.
+//! Fuzzes a pod's annotations: annotations of Husk, of containerd's CRI plugin and of CRI-O.
 
 use std::collections::BTreeMap;
 
@@ -38,7 +38,7 @@ enum Value {
     Text(String),
     Number(i64),
     Sandbox,
-    /// An agent policy with one list of commands and one of capabilities.
+    /// An agent policy with a list of allowed commands and a list of allowed capabilities.
     Policy(Vec<Vec<String>>, Vec<String>),
 }
 
@@ -80,10 +80,10 @@ pub fn run(bytes: &[u8]) {
     }
     let _ = PodPolicies::new(&spec.annotations, &config);
     if let Ok(size) = boot_size(&spec, &config, input.max_guest_mib) {
-        assert!((1..=config.max_vcpus).contains(&size.vcpus), "{} vCPUs", size.vcpus);
+        assert!((1..=config.max_vcpus).contains(&size.vcpus), "the boot size has {} vCPUs", size.vcpus);
         assert!(size.kernel_params.bytes().all(|byte| (b' '..=b'~').contains(&byte)), "{:?}", size.kernel_params);
         for key in spec.annotations.0.keys().filter(|key| key.starts_with(annotation::PREFIX)) {
-            assert!(config.allowed_annotations.contains(key), "{key} was accepted");
+            assert!(config.allowed_annotations.contains(key), "the annotation {key} is not allowed, but was accepted");
         }
     }
 }

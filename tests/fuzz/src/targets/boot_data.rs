@@ -1,5 +1,5 @@
 //! Fuzzes the data that the VMM writes for the guest kernel: the device tree, the memory map and the command line. A
-//! tenant chooses the sizes, and may be allowed to choose kernel parameters.
+//! tenant chooses the sizes. The node's configuration can permit tenants to choose kernel parameters too.
 
 use husk_vmm::arch::{boot_params, device_tree, layout};
 use husk_vmm::guest_memory::GuestMemory;
@@ -21,7 +21,8 @@ struct Input {
 /// Runs one input.
 pub fn run(bytes: &[u8]) {
     let Some(mut input) = input::<Input>(bytes) else { return };
-    // `config_check` limits these numbers and the characters of the parameters. `boot::build` limits their length.
+    // Apply the limits of the VMM. `config_check` limits the sizes, and the characters of the kernel parameters.
+    // `boot::build` limits the length of the command line.
     input.parameters.retain(|char| (' '..='~').contains(&char));
     input.parameters.truncate(layout::CMDLINE_MAX - 1);
     let memory_mib = 64 + input.memory_mib % (4 << 20);
@@ -40,7 +41,7 @@ pub fn run(bytes: &[u8]) {
         kaslr: input.kaslr,
     };
     boot_params::write(&memory, &data).expect("write boot data");
-    // Nothing that follows the command line may have been overwritten, and no range of RAM may overlap the hole.
+    // The command line must end with a NUL byte. No RAM range may overlap the hole below 4 GiB.
     let end: u8 = memory
         .read_obj(GuestAddress(layout::CMDLINE + input.parameters.len() as u64))
         .expect("read the end of the command line");

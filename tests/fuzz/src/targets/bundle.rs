@@ -1,4 +1,5 @@
-//! Fuzzes a bundle's `config.json`, as the shim reads it at `start`, at Create, at Exec and at Update.
+//! Fuzzes a bundle's `config.json`, which the shim reads at `start` and at Create. The target also parses each input as
+//! the JSON of an Exec request and of an Update request.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -12,11 +13,11 @@ use husk_shim::pod;
 use husk_shim::resources::growth::{Limits, host_bytes};
 use husk_shim::resources::{BootSize, boot_size};
 
-/// Returns this process's bundle directory. The directory is not removed at exit.
+/// Returns this process's bundle directory. The first call creates this directory, and no code removes it.
 fn bundle_dir() -> &'static PathBuf {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {
-        // A file on a disk would take most of the time.
+        // /dev/shm is a tmpfs. On a disk, writing `config.json` would take most of the run time.
         let dir = PathBuf::from(format!("/dev/shm/husk-fuzz-{}", std::process::id()));
         std::fs::create_dir_all(&dir).expect("create the bundle directory");
         dir
@@ -36,7 +37,7 @@ pub fn run(bytes: &[u8]) {
         check_id_mappings(&bundle);
         let disks: Vec<_> = disks::find(&bundle.raw);
         let numbers = |disk| (disk, husk_shim::oci::DeviceNumbers { major: 254, minor: 16 });
-        replace_disk_numbers(bytes, &disks.into_iter().map(numbers).collect::<Vec<_>>()).expect("replace numbers");
+        replace_disk_numbers(bytes, &disks.into_iter().map(numbers).collect::<Vec<_>>()).expect("replace disk numbers");
         pod::add_mounts(&mut bundle, bundle_dir());
         let pids = HashMap::from([(7, "other".to_owned())]);
         if translate::spec(&mut bundle.raw, "id", &pids, &mut Vec::new()).is_ok() {
@@ -47,7 +48,8 @@ pub fn run(bytes: &[u8]) {
     let _ = exec_process(bytes);
 }
 
-/// The VM's sizes stay within their limits. `update` is also an Update request.
+/// Checks that the VM's vCPUs and memory do not exceed their maximum values. The sandbox has two containers. The first
+/// container has the limits of `spec`. The Update request `update` has changed the limits of the second container.
 fn check_sizes(spec: &Spec, update: &[u8]) {
     let limits = Limits::from_resources(&spec.linux.resources);
     let updated = limits.clone().with_update(update).unwrap_or_default();
@@ -80,7 +82,7 @@ fn check_id_mappings(bundle: &Bundle) {
     }
 }
 
-/// The paths of namespaces in the translated specification must be paths of the guest.
+/// Checks that each namespace path in the translated specification is a path in the guest.
 fn assert_no_host_namespace(bundle: &Bundle) {
     let namespaces = bundle.raw.pointer("/linux/namespaces").and_then(|list| list.as_array());
     for namespace in namespaces.into_iter().flatten() {

@@ -1,4 +1,5 @@
-//! Fuzzes the output of the guest's console: the serial port's registers in the VMM, and the lines in the shim's log.
+//! Fuzzes accesses to the registers of the serial port that the VMM emulates. Then the shim's code splits the console's
+//! output into log lines.
 
 use std::os::fd::OwnedFd;
 

@@ -1,5 +1,5 @@
-//! Fuzzes packets on the VMM's control socket. Each packet is decoded as each message type. A request to create a VM is
-//! checked with the fds that came with it.
+//! Fuzzes packets on the VMM's control socket. The target decodes each input as a `Request`, as a `Reply` and as a
+//! `Notice`. If the request is to create a VM, the target also checks the VM's configuration and fds.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -14,7 +14,8 @@ pub fn run(bytes: &[u8]) {
     let (ours, theirs) = wire::pair().expect("create a socket pair");
     husk_base::sys::fd::set_nonblocking(&ours).expect("set non-blocking mode");
     let send = |fds: &[BorrowedFd<'_>]| scm_rights::send(&ours, bytes, fds).is_ok();
-    // A device in the place of /dev/kvm, a kernel, an initrd and a console, in the order of `FdIndex`.
+    // The list of fds consists of /dev/kvm, a kernel, an initrd and a console. /dev/null replaces /dev/kvm, because
+    // `check` accepts any character device.
     let device = std::fs::File::open("/dev/null").expect("open /dev/null");
     let (file, (_reader, console)) = (memory_file(1), std::io::pipe().expect("create a pipe"));
     let console = OwnedFd::from(console);

@@ -1,5 +1,5 @@
-//! Fuzzes the pod's configuration that containerd passes to a shim that is the sandbox controller. The bytes are an
-//! encoded `PodSandboxConfig`.
+//! Fuzzes the pod's configuration. If the shim is the sandbox controller, containerd passes this configuration to the
+//! shim. Each input is parsed as a `PodSandboxConfig`.
 
 use std::collections::HashMap;
 use std::path::Path;

@@ -11,7 +11,7 @@ use crate::input::input;
 
 #[derive(arbitrary::Arbitrary, Debug)]
 enum Part {
-    /// A message with header fields of the given codes and types.
+    /// A D-Bus message. Each header field has a code and a value.
     Message {
         kind: u8,
         fields: Vec<(u8, Field)>,
@@ -87,7 +87,8 @@ fn encode(part: &Part) -> Vec<u8> {
 pub fn run(bytes: &[u8]) {
     let Some(input) = input::<Input>(bytes) else { return };
     let (ours, mut theirs) = UnixStream::pair().expect("create a socket pair");
-    // All bytes are sent before the first is read. More bytes than the socket's buffer takes are not sent.
+    // The target sends all bytes before the shim's code reads any byte. If the socket were blocking, a write to a full
+    // socket buffer would never return.
     theirs.set_nonblocking(true).expect("set non-blocking mode");
     let reply: &[u8] = if input.refuse { b"REJECTED EXTERNAL\r\n" } else { b"OK 0123\r\n" };
     let _ = theirs.write_all(reply);

@@ -1,5 +1,5 @@
-//! Fuzzes the requests with which the agent writes files of a volume: updates of mirrored volumes, and subdirectories.
-//! Files outside of the volume must not change.
+//! Fuzzes two kinds of requests to the agent: updates of mirrored volumes, and requests to create subdirectories of
+//! volumes. No request may change a file outside of the volumes.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -12,10 +12,11 @@ use husk_proto::agent::{MirrorEntry, UpdateMirrorRequest, VolumeDirectory};
 use crate::input::input;
 use crate::jail::{Jail, Only};
 
-/// Parent of the mirrored volumes. The names below lead out of a volume.
+/// Directory of the mirrored volumes.
 const MIRRORS: &str = "/top/mirrors";
 const VOLUME: &str = "/top/volume";
 const OUTSIDE: [&str; 3] = ["/far", "/top/outside", "/top/full/inner"];
+/// Names for the requests. Some of these names would lead out of a volume.
 const NAMES: [&str; 14] =
     ["", "a", "a/b", "b", "link", "link/x", "..", "../outside", "/far", "/top/full", ".", "a/../..", "3.new", "full"];
 
@@ -67,8 +68,8 @@ struct Input {
 
 fn state() -> Vec<(u64, u32, i64, Vec<u8>)> {
     let of = |path| {
-        let meta = fs::symlink_metadata(path).expect("read the metadata of a file outside");
-        (meta.ino(), meta.mode(), meta.ctime_nsec(), fs::read(path).expect("read a file outside"))
+        let meta = fs::symlink_metadata(path).expect("read the metadata of a file outside the volumes");
+        (meta.ino(), meta.mode(), meta.ctime_nsec(), fs::read(path).expect("read a file outside the volumes"))
     };
     OUTSIDE.into_iter().map(of).collect()
 }
@@ -78,7 +79,7 @@ fn make_surroundings() {
         fs::create_dir_all(dir).expect("create a directory");
     }
     for file in OUTSIDE {
-        fs::write(file, "content").expect("create a file outside");
+        fs::write(file, "content").expect("create a file outside the volumes");
     }
 }
 

@@ -1,5 +1,5 @@
-//! Fuzzes the guest kernel's ELF image, with its table of relocations. The first 8 bytes are the random number that
-//! chooses the kernel's address.
+//! Fuzzes the ELF image of the guest kernel and the image's table of relocations. The first 8 bytes of an input are the
+//! random number that determines the kernel's address.
 
 use std::os::unix::fs::FileExt;
 
@@ -21,10 +21,11 @@ pub fn run(bytes: &[u8]) {
     file.write_all_at(image, 0).expect("write the image");
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("create guest memory");
     let random = u64::from_le_bytes(*random);
-    // These are the calls of `husk_vmm::boot::build`.
+    // `husk_vmm::boot::build` makes the same two calls.
     match Elf::load(&memory, None, &mut file, Some(GuestAddress(HIGH_RAM))) {
         Ok(loaded) => drop(kaslr::randomize(&memory, &file, loaded.kernel_end, random)),
-        // Relocations need not wait until the fuzzer finds a valid program header.
+        // Test the relocations even if `Elf::load` rejects the image. Otherwise, the fuzzer would first have to find a
+        // valid program header.
         Err(_) => drop(kaslr::randomize(&memory, &file, MEMORY as u64, random)),
     }
 }

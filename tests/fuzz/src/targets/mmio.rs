@@ -1,4 +1,5 @@
-//! Fuzzes the virtio-mmio transport with register accesses of all sizes and orders, while the device uses its queues.
+//! Fuzzes the virtio-mmio transport with register accesses of any size, in any order. During these accesses, the device
+//! uses its queues.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -23,7 +24,7 @@ use crate::input::input;
 /// Size of guest memory in bytes.
 const MEMORY: usize = 1 << 20;
 const MAX_STEPS: usize = 96;
-/// Registers of virtio 1.2, section 4.2.2. The last one is a register that does not exist.
+/// Register offsets of virtio 1.2, section 4.2.2. At the last offset, 0x1c, no register exists.
 const REGISTERS: [u64; 31] = [
     0x00, 0x04, 0x08, 0x0c, 0x10, 0x14, 0x20, 0x24, 0x30, 0x34, 0x38, 0x44, 0x50, 0x60, 0x64, 0x70, 0x80, 0x84, 0x90,
     0x94, 0xa0, 0xa4, 0xac, 0xb0, 0xb4, 0xb8, 0xbc, 0xc0, 0xfc, 0x100, 0x1c,
@@ -34,17 +35,18 @@ const STATUS: u64 = 0x70;
 enum Step {
     /// A 32-bit write to a register.
     Register { which: u8, value: u32 },
-    /// A 32-bit write of a small number, such as a status or the number of a queue.
+    /// A 32-bit write of a small number, such as a status or a queue index.
     Small { which: u8, value: u8 },
     /// A read of any size at any offset.
     Read { offset: u16, len: u8 },
     /// A write of any size at any offset.
     Write { offset: u16, bytes: Vec<u8> },
-    /// The writes that a driver makes before DRIVER_OK. The queues are at multiples of 16 in guest memory.
+    /// The writes with which a driver starts a device, including DRIVER_OK. The address of each part of a queue is a
+    /// multiple of 16.
     Start { features: u64, queues: Vec<[u16; 4]> },
-    /// Writes guest memory, for example a ring.
+    /// A write to guest memory, for example to a ring.
     Memory { address: u32, bytes: Vec<u8> },
-    /// A notification of a queue, which KVM turns into a signal of the queue's eventfd.
+    /// A write to the notification register. The target also signals the queue's ioeventfd, as KVM would do.
     Notify(u8),
 }
 
@@ -79,8 +81,8 @@ impl DeviceLoop {
 impl Drop for DeviceLoop {
     fn drop(&mut self) {
         let ended = Arc::clone(&self.ended);
-        self.endpoint.fire(move |_| ended.store(true, Ordering::SeqCst)).expect("call the device loop");
-        self.thread.take().map(JoinHandle::join).transpose().expect("run the device loop");
+        self.endpoint.fire(move |_| ended.store(true, Ordering::SeqCst)).expect("tell the device loop to end");
+        self.thread.take().map(JoinHandle::join).transpose().expect("join the thread of the device loop");
     }
 }
 

@@ -1,4 +1,4 @@
-//! The fuzz targets: one module each.
+//! The fuzz targets. Each target has its own module.
 
 mod agent_answers;
 mod agent_network;
@@ -29,9 +29,9 @@ mod vsock;
 
 /// A fuzz target.
 pub struct Target {
-    /// Name of the target and of the directory of its corpus.
+    /// Name of the target. The directory with the target's corpus has the same name.
     pub name: &'static str,
-    /// Runs one input. Panics if the input shows a defect.
+    /// Runs the target with one input. Panics if the input shows a defect.
     pub run: fn(&[u8]),
 }
 
@@ -58,14 +58,14 @@ targets! {
     vsock
 }
 
-/// Runs the inputs of a target's corpus.
+/// Runs a target with each input of the target's corpus.
 #[cfg(test)]
 fn replay(name: &str, run: fn(&[u8])) {
     let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(name);
     let entries = std::fs::read_dir(&dir).unwrap_or_else(|error| panic!("failed to read {}: {error}", dir.display()));
     for entry in entries {
         let path = entry.expect("read an entry of the corpus").path();
-        // If a test fails, its output names the last input.
+        // Print the path first. If the target panics, the last path in the test's output names the failing input.
         println!("{}", path.display());
         run(&std::fs::read(&path).expect("read an input"));
     }

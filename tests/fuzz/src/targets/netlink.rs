@@ -1,4 +1,5 @@
-//! Fuzzes the kernel's answers to rtnetlink requests, from which the shim makes the guest's network.
+//! Fuzzes the answers of the host's kernel to rtnetlink requests. The shim makes the guest's network configuration from
+//! these answers.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
@@ -8,7 +9,7 @@ use husk_shim::network::testing::{links, network};
 
 use crate::input::input;
 
-/// The requests of [`links`] and [`network`]. Each one has the next sequence number.
+/// Number of requests that [`links`] and [`network`] send. The sequence numbers begin at 1.
 const REQUESTS: u32 = 7;
 const KINDS: [u16; 7] = [
     libc::RTM_NEWLINK,
@@ -32,14 +33,15 @@ enum Value {
 #[derive(arbitrary::Arbitrary, Debug)]
 struct Answer {
     kind: u8,
-    /// A kind that is not in `KINDS`.
+    /// Any message type. If `None`, `kind` selects a message type of `KINDS`.
     other: Option<u16>,
     flags: u8,
-    /// Ethernet interface that is up, or the header of another message.
+    /// Header of the message, if `is_link` is false.
     header: Vec<u8>,
+    /// Whether the header describes an Ethernet interface that is up.
     is_link: bool,
     attributes: Vec<(u8, Value)>,
-    /// Number that is added to the correct length.
+    /// Difference between the encoded length and the correct length.
     len: i8,
 }
 
@@ -49,7 +51,7 @@ impl Answer {
         let link = husk_netlink::link_header(2, libc::IFF_UP as u32, 0);
         let mut header = if self.is_link { link.to_vec() } else { self.header.clone() };
         if self.is_link {
-            // ARPHRD_ETHER
+            // Set the interface's type to ARPHRD_ETHER.
             header[2] = 1;
         }
         let mut message = Message::new(kind, self.flags.into(), &header);
@@ -76,7 +78,7 @@ impl Answer {
 
 #[derive(arbitrary::Arbitrary, Debug)]
 struct Input {
-    /// The datagrams that answer each request.
+    /// For each request, the datagrams that answer the request.
     answers: [Vec<Vec<Answer>>; REQUESTS as usize],
     raw: Vec<u8>,
 }
@@ -96,7 +98,7 @@ pub fn run(bytes: &[u8]) {
         }
         let mut done = Message::new(libc::NLMSG_DONE as u16, 0, &[0; 4]).finish().expect("encode the end of a dump");
         done[8..12].copy_from_slice(&sequence.to_ne_bytes());
-        // A full socket drops the end of the dump. The request then fails with EAGAIN.
+        // If the socket buffer is full, this send fails, and the dump has no end. The request then fails with EAGAIN.
         let _ = theirs.send(&done);
     }
     let netlink = Netlink::over(OwnedFd::from(ours));

@@ -1,4 +1,5 @@
-//! Fuzzes the headers that the shim sends to the agent at the start of a stream and of a forwarded connection.
+//! Fuzzes the two headers that the shim sends to the agent: the header that opens a stream, and the header that opens a
+//! forwarded connection.
 
 use husk_proto::{port_forwarding, stream};
 

@@ -1,4 +1,4 @@
-//! Fuzzes the packets that a VMM sends to the shim, while calls wait for answers.
+//! Fuzzes the packets that a VMM sends to the shim, while the shim's calls wait for answers.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -70,7 +70,7 @@ pub fn run(bytes: &[u8]) {
         let vmm = Vmm::over(ours, sender).expect("watch the socket");
         let file = memory_file(0);
         let answer = async {
-            // The calls below have been sent: they are polled first.
+            // `join!` polls the four calls below before this future. Therefore, each call already waits for its answer.
             for packet in packets.iter().take(32) {
                 let fds: Vec<BorrowedFd<'_>> = (0..packet.fds()).map(|_| file.as_fd()).collect();
                 let _ = scm_rights::send(&theirs, &packet.encode(), &fds);
@@ -86,7 +86,7 @@ pub fn run(bytes: &[u8]) {
             answer
         );
         if let Ok(pid) = pid {
-            // The shim's own process counts as the VMM here.
+            // `Vmm::over` uses the PID of this process as the VMM's PID.
             assert!(
                 std::path::Path::new(&format!("/proc/self/task/{pid}")).exists(),
                 "{pid} is not a thread of the VMM"
