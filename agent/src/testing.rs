@@ -48,7 +48,7 @@ impl PreparedSandbox {
         let mut spec: Spec = serde_json::from_slice(&options.spec).map_err(|error| chain(&error))?;
         self.0.policy.check_container(&spec, request, &options.rootfs).map_err(|error| chain(&error))?;
         if shares_pid_namespace(&spec) && !pid_namespaces_of_containers(&spec) {
-            return Err("the agent would create the pod's shared PID namespace".to_owned());
+            return Err("the request has an effect on the guest".to_owned());
         }
         let cgroup = Cgroup::for_container(&request.id);
         spec::adapt(&mut spec, &options.rootfs, &cgroup, &self.0, |_| Ok(PathBuf::from("/proc/1/ns/pid")))

@@ -1,5 +1,6 @@
-//! Devices of privileged containers: they are those of the guest, even if the client lists the node's devices in the
-//! specification. Devices that a user names are passed or refused.
+//! Devices of privileged containers. A privileged container gets the guest's devices, even if the client lists the
+//! node's devices in the specification. If a user names a block device of the node, the container gets the device. Husk
+//! rejects character devices that a user names.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -10,10 +11,10 @@ use husk_e2e::disk::{Disk, run_on_node};
 use nix::sys::stat::{major, minor};
 use serde_json::{Value, json};
 
-/// First bytes of a disk of the node.
+/// The first bytes of the test's disk on the node.
 const MARK: &str = "a disk of the node";
 const PRIVILEGED: &str = "--privileged";
-/// `ctr run --privileged` lists all devices of the node, unless it also has this option.
+/// With `--privileged`, ctr lists all devices of the node in the specification, unless this option is also set.
 const NO_LIST: &str = "--privileged-without-host-devices";
 
 /// Returns the device nodes below `dir`, as containerd lists them for a privileged container.
@@ -47,7 +48,8 @@ fn privileged_container_gets_the_guests_devices_in_place_of_the_nodes() {
         run_on_node(&["mkfs.ext4", "-q", "-F", &image.to_string_lossy()]);
         let mount = format!("type=bind,src={},dst=/v,options=rbind:rw", case.dir().display());
         let list = "find /dev -type c -o -type b | sort";
-        // Without the list of devices, the container has only the devices that every container has.
+        // This specification does not list the node's devices. Therefore, the container has only the devices that every
+        // container has.
         let in_every_container = case.sh(list).flags(&[PRIVILEGED, NO_LIST]).output().expect_clean().out();
         let names: Vec<String> = fs::read_dir("/sys/class/block")
             .unwrap()
@@ -82,15 +84,16 @@ fn privileged_container_gets_the_guests_devices_in_place_of_the_nodes() {
 }
 
 #[test]
-fn privileged_container_gets_block_devices_that_are_named() {
+fn privileged_container_gets_the_block_devices_that_the_user_names() {
     case("devices-named", |case| {
         let disk = Disk::new(&case.dir().join("disk"), 8);
         fs::write(&disk.device, MARK).unwrap();
-        // ctr adds a device rule for the device.
+        // ctr adds the named device and a device rule for this device to the specification.
         let script = format!("head -c {} {device}; echo; ls -l {device}", MARK.len(), device = disk.device);
         let output = case.sh(&script).flags(&[PRIVILEGED, "--device", &disk.device]).output().expect_clean();
         assert!(output.out().starts_with(&format!("{MARK}\n")), "{}", output.describe());
-        // containerd's CRI adds the device at another path, and replaces all device rules.
+        // containerd's CRI adds the device at another path, and replaces all device rules with one that allows all
+        // devices.
         let number = fs::metadata(&disk.device).unwrap().rdev();
         let run = case.with_spec(&format!("head -c {} /dev/xvda", MARK.len()), |spec| {
             let mut devices = devices_below(Path::new("/dev"));
@@ -104,7 +107,7 @@ fn privileged_container_gets_block_devices_that_are_named() {
 }
 
 #[test]
-fn create_rejects_character_devices_that_are_named() {
+fn create_rejects_character_devices_that_the_user_names() {
     case("devices-refused", |case| {
         for privileged in [&[][..], &[PRIVILEGED], &[PRIVILEGED, NO_LIST]] {
             let run = case.sh("true").flags(privileged).flags(&["--device", "/dev/kmsg"]);

@@ -1,4 +1,4 @@
-//! What one pod can take of the node: rate limits, and bounds of threads, open files, memory and disk.
+//! Limits on what one pod can use of the node: rate limits, and limits on threads, open files, memory and disk.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -15,7 +15,8 @@ use serde_json::json;
 
 const MIB: u64 = 1 << 20;
 
-/// The share and the interface have limits of 2 MB per second. An annotation has halved the limit of the share.
+/// The configuration limits the share and the interface to 2 MB per second each. An annotation halves the limit of the
+/// share.
 #[test]
 fn rate_limits_of_the_configuration_and_of_annotations_reach_the_devices() {
     pods("husk-rate-limits", |pods| {
@@ -38,7 +39,7 @@ fn rate_limits_of_the_configuration_and_of_annotations_reach_the_devices() {
 
         let pod = pods.run(with("bytes_per_sec=1000000"));
         let container = pod.sleeper();
-        // Only minimum times are checked, because a busy node is slow. The burst is a tenth of a second.
+        // The test checks only minimum durations, because a busy node can be slow. The burst is a tenth of the rate.
         let begin = Instant::now();
         container.sh("dd if=/dev/zero of=/file bs=1M count=3 2>/dev/null");
         let least = Duration::from_secs_f64((3 * MIB - 100_000) as f64 / 1e6);
@@ -57,10 +58,10 @@ fn rate_limits_of_the_configuration_and_of_annotations_reach_the_devices() {
     });
 }
 
-/// A stopped thread that waits with a timeout is resumed by the system call restart_syscall. If the seccomp filter of a
-/// disk's thread did not allow this call, the VMM would end.
+/// When a thread that waits with a timeout is stopped and continued, the kernel restarts the wait with the system call
+/// restart_syscall. If the seccomp filter of a disk's thread did not allow this system call, the VMM would end.
 #[test]
-fn disk_with_a_rate_limit_survives_a_stop_of_its_vmm() {
+fn disk_with_a_rate_limit_survives_sigstop_and_sigcont_of_its_vmm() {
     pods("husk-stop", |pods| {
         let _config = node::Config::set("disk_rate_limit = { ops_per_sec = 4, burst_ops = 1 }\n");
         let disk = Disk::new(&pods.dir().join("disk"), 16);
@@ -69,7 +70,8 @@ fn disk_with_a_rate_limit_survives_a_stop_of_its_vmm() {
         config["devices"] = json!([{ "container_path": "/dev/xvda", "host_path": disk.device, "permissions": "rw" }]);
         let container = pod.start(&config);
         let [vmm] = vm::vmm_pids()[..] else { panic!("expected one VMM") };
-        // Each of the 20 reads is one request of the disk. Therefore, the disk's thread waits most of the time.
+        // Each of the 20 reads is one request, and the limit is 4 requests per second. Therefore, the disk's thread
+        // waits for the rate limit most of the time.
         let begin = Instant::now();
         std::thread::scope(|scope| {
             let reader = scope.spawn(|| container.sh("dd if=/dev/xvda of=/dev/null bs=4k count=20 iflag=direct 2>&1"));
@@ -102,7 +104,9 @@ fn pod_without_limits_has_bounded_threads_files_memory_and_state() {
         assert_eq!(number("pids.max"), Ok(2048));
         let tasks = number("pids.current").unwrap();
         assert!(tasks < 64, "an idle pod has {tasks} threads on the node");
-        // The VM has the default of 1024 MiB. The limit is set while the VM boots.
+        // The shim sets the limit while the VM boots. The VM has 1024 MiB by default. The limit also covers the
+        // overhead and, because the containers have no memory limit, 2 GiB more (`UNLIMITED_EXTRA` of
+        // shim/src/resources/limits.rs).
         let limit = node::eventually(Duration::from_secs(20), || number("memory.max").ok());
         let limit = limit.unwrap_or_else(|| panic!("the pod has no memory limit on the node\n{}", node::log_tail(20)));
         assert!((3072 * MIB..3200 * MIB).contains(&limit), "memory.max is {limit} bytes");
@@ -111,7 +115,8 @@ fn pod_without_limits_has_bounded_threads_files_memory_and_state() {
         let most = fs::read_to_string("/proc/sys/fs/nr_open").unwrap();
         let words: Vec<u64> = files.split_whitespace().filter_map(|word| word.parse().ok()).collect();
         assert!(words.len() == 2 && words.iter().all(|limit| *limit <= most.trim().parse().unwrap()), "{files}");
-        // The shim keeps no file for each container or exec. All other files in the directory are mounts.
+        // The number of the shim's state files does not grow with containers or execs. The directory's other entries
+        // are mount points, which `state` does not count.
         let state = || {
             let entries = fs::read_dir(format!("/run/husk/k8s.io/{}", pod.id)).unwrap();
             let metadata = entries.map(|entry| entry.unwrap().metadata().unwrap());
@@ -123,11 +128,12 @@ fn pod_without_limits_has_bounded_threads_files_memory_and_state() {
             containers[number % 2].sh("true");
         }
         let (files_after, bytes) = state();
-        assert!(files == files_after && bytes < 64 << 10, "{files} files, then {files_after} files of {bytes} bytes");
+        assert!(files == files_after && bytes < 64 << 10, "{files} state files, then {files_after} with {bytes} bytes");
     });
 }
 
-/// The pod's processes run in the guest. Therefore the guest has to enforce the limit of the pod's cgroup on the node.
+/// The kubelet sets the pids limit in the pod's cgroup on the node. The pod's processes run in the guest. Therefore,
+/// the guest has to enforce this limit.
 #[test]
 fn pod_pids_limit_of_the_kubelet_applies_in_the_guest() {
     const LIMIT: usize = 100;
@@ -142,7 +148,8 @@ fn pod_pids_limit_of_the_kubelet_applies_in_the_guest() {
         fs::write(parent.join("pids.max"), LIMIT.to_string()).unwrap();
         let pod = pods.run(config);
         let container = pod.sleeper();
-        // The exec ends when nobody has its output open. Therefore, the processes must not have it open.
+        // The exec ends only when no process has the exec's output open. Therefore, the background processes write to
+        // /dev/null.
         let script =
             format!("n=0; while [ $n -lt {LIMIT} ]; do sleep 1000 > /dev/null 2>&1 & n=$((n + 1)); echo $n; done");
         let done = container.exec(&["sh", "-c", &script]);
@@ -151,14 +158,16 @@ fn pod_pids_limit_of_the_kubelet_applies_in_the_guest() {
     });
 }
 
-/// A file server that kept CAP_SYS_RESOURCE could exceed the quota.
+/// A process with CAP_SYS_RESOURCE could exceed the quota. Therefore, the VMM must not have this capability when it
+/// serves the share.
 #[test]
 fn disk_quota_of_the_node_holds_for_a_pods_users() {
     pods("husk-quota", |pods| {
         let disk = Disk::new(&pods.dir().join("disk"), 32);
         run_on_node(&["mkfs.ext4", "-q", "-O", "quota", &disk.device]);
         let volume = pods.dir().join("volume");
-        // Without the option, ext4 only counts the blocks of each user (ext4_enable_quotas() in fs/ext4/super.c).
+        // Without the option usrquota, ext4 counts the blocks of each user, but does not enforce the quota
+        // (ext4_enable_quotas() in fs/ext4/super.c).
         let _mounted = disk.mount(&volume, "usrquota");
         fs::set_permissions(&volume, fs::Permissions::from_mode(0o777)).unwrap();
         let mut quota = Dqblk::default();

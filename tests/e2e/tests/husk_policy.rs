@@ -22,7 +22,7 @@ fn context(config: &mut Value) -> &mut Value {
     &mut config["linux"]["security_context"]
 }
 
-/// Returns the configuration of a container as the kubelet makes it for an unprivileged container with one capability.
+/// Returns the configuration that the kubelet makes for an unprivileged container with one capability.
 fn plain(pod: &Pod, script: &str) -> Value {
     let mut config = pod.sh(script);
     context(&mut config)["readonly_paths"] = json!(READ_ONLY);
@@ -30,7 +30,7 @@ fn plain(pod: &Pod, script: &str) -> Value {
     config
 }
 
-/// Requires that a container is refused with an error that contains `expected`.
+/// Asserts that the agent refuses a container, and that the error contains `expected`.
 #[track_caller]
 fn assert_refused(pod: &Pod, config: &Value, expected: &str) {
     let container = pod.create(config);
@@ -39,7 +39,7 @@ fn assert_refused(pod: &Pod, config: &Value, expected: &str) {
     container.remove();
 }
 
-/// Requires that an exec is refused with an error that contains `expected`.
+/// Asserts that the agent refuses an exec, and that the error contains `expected`.
 #[track_caller]
 fn assert_exec_refused(container: &PodContainer, command: &[&str], expected: &str) {
     let error = container.try_exec(command).unwrap_err().message;
@@ -57,7 +57,7 @@ fn exec_on_terminal(container: &PodContainer, command: &[&str]) -> (String, Stri
     (String::from_utf8(out).unwrap(), status)
 }
 
-/// Runs a command with `ctr`, as a client that bypasses the CRI.
+/// Runs a command in the container with `ctr`, which is a client that bypasses the CRI.
 #[track_caller]
 fn exec_by_ctr(container: &PodContainer, options: &[&str], command: &[&str]) -> Output {
     let mut ctr = Command::new("ctr");
@@ -65,7 +65,7 @@ fn exec_by_ctr(container: &PodContainer, options: &[&str], command: &[&str]) -> 
     Running::start(ctr, Input::Null).wait()
 }
 
-/// Waits until containerd's log has a line of the pod's shim that contains all `parts`.
+/// Waits until containerd's log has a warning that contains the pod's id and all `parts`.
 #[track_caller]
 fn assert_logged(pod: &Pod, parts: &[&str]) {
     let found = node::eventually(Duration::from_secs(10), || {
@@ -229,14 +229,15 @@ fn sha256(path: impl AsRef<Path>) -> String {
     Running::start(command, Input::Null).wait().expect_code(0).out().split_whitespace().next().unwrap().to_owned()
 }
 
-/// Returns the names and inodes of the copies of kernel and initrd. The name of a copy begins with the copy's digest.
+/// Returns the names and inode numbers of the files in `COPIES`, which are copies of a guest kernel and of an initrd.
+/// The name of a copy begins with the copy's digest.
 fn copies() -> BTreeMap<String, u64> {
     let entries = fs::read_dir(COPIES).into_iter().flatten().map(Result::unwrap);
     entries.map(|entry| (entry.file_name().into_string().unwrap(), entry.metadata().unwrap().ino())).collect()
 }
 
 #[test]
-fn vm_boots_only_with_the_kernel_and_initrd_of_the_configuration() {
+fn vm_boots_only_if_kernel_and_initrd_have_the_configured_digests() {
     let (kernel, initrd) = (sha256(KERNEL), sha256(INITRD));
     case("digests", |case| {
         {

@@ -13,8 +13,8 @@ const MAX_INPUTS: usize = 36;
 /// Maximum total size of these inputs in bytes.
 const MAX_BYTES: u64 = 32 << 10;
 
-/// Replaces a target's corpus in the repository with a small corpus of the same coverage. If that needs more inputs
-/// than the limits allow, the largest inputs are left out.
+/// Replaces a target's corpus in the repository with a small corpus of the same coverage. If the small corpus exceeds
+/// `MAX_INPUTS` or `MAX_BYTES`, the largest inputs are left out.
 pub fn minimize(program: &Path, target: &str, dirs: &Dirs) -> Result<()> {
     let merged = dirs.found.with_file_name(format!("{target}.merged"));
     if merged.exists() {
@@ -22,7 +22,7 @@ pub fn minimize(program: &Path, target: &str, dirs: &Dirs) -> Result<()> {
     }
     fs::create_dir_all(&merged).with_context(|| format!("failed to create {}", merged.display()))?;
     let mut merge = command(program, target);
-    // Without counters, a feature is an edge of the control flow, no matter how often an input takes the edge.
+    // With this value of `-use_counters`, libFuzzer ignores how often an input takes an edge of the control flow.
     merge.args(["-set_cover_merge=1", "-use_counters=0"]).args([&merged, &dirs.kept, &dirs.found]);
     let (success, _) = logged(&mut merge, &format!("fuzz-merge-{target}"))?;
     if !success {

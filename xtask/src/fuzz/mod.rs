@@ -17,13 +17,13 @@ use crate::build::{self, TARGET, cargo};
 use crate::{cmd, paths, ui};
 use report::Row;
 
-/// The variable that names the target to the program of tests/fuzz.
+/// The environment variable that tells the program of tests/fuzz which target to run.
 const TARGET_VARIABLE: &str = "HUSK_FUZZ_TARGET";
 /// Flags that make LLVM instrument all Rust crates for libFuzzer. cargo-fuzz uses the same flags.
 const COVERAGE: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
                         -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
                         -Cllvm-args=-sanitizer-coverage-trace-compares";
-/// Maximum resident memory of a target in MiB, and maximum size of one allocation.
+/// Maximum resident memory of a target without a sanitizer, and maximum size of one allocation, both in MiB.
 const MEMORY_MIB: u32 = 1024;
 /// Additional memory of a target with AddressSanitizer, in MiB. The sanitizer keeps freed memory for a while.
 const SANITIZER_MIB: u32 = 1024;
@@ -36,7 +36,7 @@ pub struct Options {
     /// Run each target for this many seconds.
     #[arg(long, value_name = "N", default_value_t = 60)]
     seconds: u64,
-    /// Run each target with this many inputs, however long it takes.
+    /// Run each target with this many inputs, without a time limit.
     #[arg(long, value_name = "N", conflicts_with = "seconds")]
     runs: Option<u64>,
     /// Build with AddressSanitizer and the nightly toolchain. Default: build with the toolchain that runs xtask, and
@@ -46,8 +46,8 @@ pub struct Options {
     /// The number of targets that run at the same time. Default: the number of processors.
     #[arg(long, value_name = "N")]
     jobs: Option<usize>,
-    /// Afterwards, replace the targets' corpora in tests/fuzz/corpus with small corpora of the same coverage, which
-    /// contain inputs that the runs have found.
+    /// After the runs, add the inputs that libFuzzer has found to the corpora in tests/fuzz/corpus. Then minimize these
+    /// corpora.
     #[arg(long)]
     minimize: bool,
     /// The targets to run. Default: all targets.
@@ -61,7 +61,7 @@ struct Dirs {
     found: PathBuf,
     /// The corpus in the repository.
     kept: PathBuf,
-    /// The inputs that failed.
+    /// The inputs that made the target fail.
     artifacts: PathBuf,
 }
 
@@ -109,7 +109,7 @@ fn program(sanitizer: bool) -> Result<PathBuf> {
     } else {
         (cargo(), COVERAGE.to_owned(), "plain")
     };
-    // Cargo passes RUSTFLAGS to build scripts and procedural macros too, unless there is a target.
+    // Without `--target`, Cargo passes RUSTFLAGS to build scripts and procedural macros too.
     command.args(["build", "--package", "husk-fuzz", "--features", "libfuzzer", "--profile", "fuzz", "--locked"]);
     command.args(["--target", TARGET, "--target-dir"]).arg(paths::state().join("fuzz").join(dir));
     command.env("RUSTFLAGS", flags);
@@ -118,7 +118,7 @@ fn program(sanitizer: bool) -> Result<PathBuf> {
     Ok(build::find(&programs, &["husk-fuzz"])?.path.clone())
 }
 
-/// Runs targets side by side, and writes the table each time a target has ended. Returns a row for each target.
+/// Runs targets in parallel, and writes the table each time a target has ended. Returns a row for each target.
 fn run_all(program: &Path, targets: &[&str], options: &Options) -> Result<Vec<Row>> {
     let waiting = Mutex::new(targets.iter().copied().collect::<VecDeque<_>>());
     let rows = Mutex::new(Vec::new());
@@ -145,7 +145,7 @@ fn run_all(program: &Path, targets: &[&str], options: &Options) -> Result<Vec<Ro
     Ok(rows.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Runs a target until it ends or finds a defect.
+/// Runs a target for the time or the number of inputs in `options`, or until the target finds a defect.
 fn run(program: &Path, target: &str, options: &Options) -> Result<Row> {
     let dirs = Dirs::new(target)?;
     let memory = MEMORY_MIB + if options.sanitizer { SANITIZER_MIB } else { 0 };
@@ -170,12 +170,13 @@ fn run(program: &Path, target: &str, options: &Options) -> Result<Row> {
 /// Returns a command that runs a target.
 fn command(program: &Path, target: &str) -> Command {
     let mut command = Command::new(program);
-    // Leaks are not defects here: the process keeps its threads and statics to the end.
+    // A leak is not a defect here, because the process keeps its threads and statics until it exits.
     command.env(TARGET_VARIABLE, target).env("ASAN_OPTIONS", "detect_leaks=0").stdin(Stdio::null());
     command
 }
 
-/// Runs a command with its output in a log. Returns whether the command succeeded, and its output.
+/// Runs a command, and writes the command's output to a log file. Returns whether the command succeeded, and the
+/// output.
 fn logged(command: &mut Command, log: &str) -> Result<(bool, String)> {
     let path = cmd::log_path(log)?;
     let file = File::create(&path).with_context(|| format!("failed to write {}", path.display()))?;

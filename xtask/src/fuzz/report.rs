@@ -17,7 +17,7 @@ pub struct Row {
     pub seconds: u64,
     /// Number of coverage counters (edges of the control flow) that the inputs have reached.
     pub counters: u64,
-    /// Number of features. A feature is a counter with a range of its value.
+    /// Number of features. A feature is a coverage counter together with a range of the counter's value.
     pub features: u64,
     /// Number of inputs in the corpus.
     pub corpus: u64,
@@ -28,7 +28,7 @@ pub struct Row {
 impl Row {
     /// Reads the output of a target that ran for `duration`.
     pub fn new(target: &str, duration: Duration, success: bool, log: &str) -> Self {
-        // Progress lines: `#1024 NEW cov: 52 ft: 101 corp: 12/345b lim: 4 exec/s: 0 rss: 60Mb …`.
+        // A progress line: `#1024 NEW cov: 52 ft: 101 corp: 12/345b lim: 4 exec/s: 0 rss: 60Mb …`.
         let progress =
             log.lines().rev().find(|line| line.starts_with('#') && line.contains(" cov: ")).unwrap_or_default();
         let after = |name: &str| {
@@ -51,7 +51,7 @@ impl Row {
     }
 }
 
-/// Returns the line that describes a failure: the panic, or libFuzzer's summary.
+/// Returns a description of a failure: the panic message or, if there is no panic, libFuzzer's summary.
 fn failure(log: &str) -> String {
     let mut lines = log.lines().skip_while(|line| !line.contains("panicked at"));
     let panic = lines.next().zip(lines.next()).map(|(place, message)| format!("{place} {message}"));
@@ -82,7 +82,7 @@ pub fn table(rows: &[Row]) -> String {
     text
 }
 
-/// Writes the table to `fuzz.md` in the directory of results.
+/// Writes the table to `fuzz.md` in the results directory.
 pub fn write(rows: &[Row]) -> Result<()> {
     let path = paths::results().join("fuzz.md");
     fs::create_dir_all(paths::results()).with_context(|| format!("failed to create {}", paths::results().display()))?;
@@ -98,7 +98,7 @@ mod tests {
         #1048576\tpulse  cov: 52 ft: 101 corp: 12/345b lim: 4096 exec/s: 5000 rss: 60Mb\n";
 
     #[test]
-    fn row_has_the_last_figures() {
+    fn row_has_the_figures_of_the_last_progress_line() {
         let log = format!("{LOG}Done 2000000 runs in 61 second(s)\nstat::number_of_executed_units: 2000000\n");
         let row = Row::new("blk", Duration::from_millis(61_200), true, &log);
         let target = "blk".to_owned();

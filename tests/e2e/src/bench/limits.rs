@@ -1,5 +1,5 @@
-//! Measures whether devices hold their rate limits: bytes per second and operations per second of each device, under a
-//! load that is faster than the limit.
+//! Measures whether the devices of a VM keep to their rate limits. Each device is measured twice: with a limit in bytes
+//! per second, and with a limit in operations per second. The load is always faster than the limit.
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, UdpSocket};
@@ -17,10 +17,10 @@ use crate::{PYTHON, node};
 /// Duration of the load before each measurement. This load uses up the burst, which is a tenth of the rate.
 const WARM_UP: Duration = Duration::from_secs(2);
 
-/// Reads a file with O_DIRECT, and therefore not through the guest's page cache. Four threads read, so that a request
-/// is always waiting for the limit, however long one read takes. Prints the number of reads and the seconds. In the
-/// share, the guest also requests the file's attributes once per second (fuse_update_attributes() in fs/fuse/dir.c).
-/// These requests take tokens, but are not counted.
+/// A Python program that reads a file with O_DIRECT, and therefore not through the guest's page cache. Four threads
+/// read, so that a request is always waiting for the limit, however long one read takes. Prints the number of reads and
+/// the seconds. In the share, the guest also requests the file's attributes once per second (fuse_update_attributes()
+/// in fs/fuse/dir.c). These requests take tokens, but are not counted.
 const READ: &str = "import os, mmap, sys, threading, time
 path, size, warm_up, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
 fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -40,7 +40,7 @@ time.sleep(seconds)
 print(sum(counts) - count, time.monotonic() - begin, flush=True)
 os._exit(0)";
 
-/// Sends datagrams to an address for some seconds.
+/// A Python program that sends datagrams to an address for a number of seconds.
 const TRANSMIT: &str = "import socket, sys, time
 to, data, seconds = (sys.argv[1], int(sys.argv[2])), bytes(int(sys.argv[3])), float(sys.argv[4])
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
@@ -48,7 +48,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
     while time.monotonic() - begin < seconds:
         sender.sendto(data, to)";
 
-/// Prints how many bytes and frames the interface receives, and the seconds.
+/// A Python program that prints how many bytes and frames the interface has received, and the duration in seconds.
 const RECEIVE: &str = "import socket, sys, time
 def counters():
     values = [open('/sys/class/net/eth0/statistics/rx_' + name).read() for name in ('bytes', 'packets')]
@@ -89,7 +89,8 @@ impl Limit {
         }
     }
 
-    /// Returns the length of a read. At the limit, such a read takes about a thirtieth of a second.
+    /// Returns the length of a read in bytes. The limits in `BYTES` and `OPERATIONS` allow 32 or 40 such reads per
+    /// second.
     fn read_len(self) -> usize {
         match self {
             Self::Bytes(_) => 128 << 10,
@@ -97,7 +98,7 @@ impl Limit {
         }
     }
 
-    /// Returns the payload of a datagram.
+    /// Returns the length of a datagram's payload in bytes.
     fn datagram_len(self) -> usize {
         match self {
             Self::Bytes(_) => 1400,
@@ -114,7 +115,7 @@ impl Limit {
     }
 }
 
-/// The rates are so low that an emulated node is fast enough for them.
+/// These rates are so low that even an emulated node can reach them.
 const BYTES: Limits = Limits {
     disk: Limit::Bytes(4 << 20),
     receive: Limit::Bytes(400_000),
@@ -130,8 +131,8 @@ const OPERATIONS: Limits = Limits {
     vsock: Limit::Operations(10),
 };
 
-/// Measures each device for this number of seconds, and prints a table. Returns whether all rates are within 5 % of
-/// their limits.
+/// Measures each device for `seconds` seconds, and prints a table. Returns whether all rates are within 5 % of their
+/// limits.
 ///
 /// # Panics
 /// If a step fails.
@@ -206,7 +207,7 @@ fn read(container: &PodContainer, path: &str, limit: Limit, duration: Duration) 
     limit.rate(printed[0] * length as f64, printed[0], printed[1])
 }
 
-/// Counts the frames that arrive on the node.
+/// Lets the container send datagrams to the node, and measures the rate at which they arrive.
 fn transmit(container: &PodContainer, limit: Limit, duration: Duration) -> f64 {
     let receiver = UdpSocket::bind("10.88.0.1:0").unwrap();
     receiver.set_read_timeout(Some(crate::command::TIMEOUT)).unwrap();
@@ -231,7 +232,7 @@ fn transmit(container: &PodContainer, limit: Limit, duration: Duration) -> f64 {
     limit.rate(frames * (length + UDP_HEADERS) as f64, frames, seconds)
 }
 
-/// Sends datagrams to the pod at twice the limit, and lets the guest count its frames.
+/// Sends datagrams to the pod at twice the limit, and measures the rate of the frames that the guest receives.
 fn receive(pod: &Pod, container: &PodContainer, limit: Limit, duration: Duration) -> f64 {
     let address = pod.addresses().into_iter().find(IpAddr::is_ipv4).unwrap();
     let length = limit.datagram_len();
@@ -249,7 +250,7 @@ fn receive(pod: &Pod, container: &PodContainer, limit: Limit, duration: Duration
                     return;
                 }
                 std::thread::sleep((begin + interval * number).saturating_duration_since(Instant::now()));
-                // The node drops datagrams that the pod cannot receive.
+                // Lost datagrams do not matter, because this thread sends datagrams at twice the limit.
                 let _ = sender.send_to(&data, (address, 9999));
             }
         });
@@ -265,13 +266,14 @@ fn exec(container: &PodContainer, command: &[&str]) -> Stream {
     Stream::connect(call("Exec", &request)["url"].as_str().unwrap())
 }
 
-/// Measures the output of a command, or echoes of single bytes. For each byte, the guest sends two packets: a credit
-/// update, because its receive buffer is empty again (virtio_transport_stream_do_dequeue() in
-/// net/vmw_vsock/virtio_transport_common.c), and the echo.
+/// Measures the rate of vsock. If the limit is in bytes, a command writes output. If the limit is in operations,
+/// commands echo single bytes. For each echoed byte, the guest sends two packets: the echo, and a credit update. The
+/// guest sends the credit update because its receive buffer is empty again (virtio_transport_stream_do_dequeue() in
+/// net/vmw_vsock/virtio_transport_common.c).
 fn vsock(container: &PodContainer, limit: Limit, duration: Duration) -> f64 {
     match limit {
         Limit::Bytes(rate) => {
-            // The command's output does not end before the measurement.
+            // At the limit, the command's output lasts three seconds longer than the warm-up and the measurement.
             let bytes = (WARM_UP + duration + Duration::from_secs(3)).as_secs() * rate;
             let mut stream = exec(container, &["dd", "if=/dev/zero", "bs=65536", &format!("count={}", bytes / 65536)]);
             let mut receive = || {
@@ -292,8 +294,8 @@ fn vsock(container: &PodContainer, limit: Limit, duration: Duration) -> f64 {
             bytes as f64 / seconds
         }
         Limit::Operations(_) => {
-            // With two commands, a packet is always waiting for the limit, even while the other command's byte is on
-            // its way through the node.
+            // Two commands run at the same time. While a byte of the first command is on its way through the node, a
+            // packet of the second command waits for the rate limit. Therefore, the limit is always in use.
             let mut streams = [(); 2].map(|()| exec(container, &["cat"]));
             let rates = std::thread::scope(|scope| {
                 let echo = |stream: &mut Stream| {
