@@ -33,8 +33,8 @@ impl Bucket {
         self.rate.burst
     }
 
-    /// Returns the time to wait until the bucket has `tokens` tokens. [`MIN_WAIT`] can make the wait longer. If `tokens`
-    /// exceeds the burst, the wait ends when the bucket is full. Returns zero if the bucket has enough tokens.
+    /// Returns the time to wait until the bucket has `tokens` tokens. [`MIN_WAIT`] can make the wait longer. If
+    /// `tokens` exceeds the burst, the wait ends when the bucket is full. Returns zero if the bucket has enough tokens.
     pub fn wait_for(&mut self, tokens: u64, now: Instant) -> Duration {
         self.fill(now);
         match self.time_until(tokens.min(self.rate.burst)) {
