@@ -1,7 +1,7 @@
-//! Ends the process from a signal handler, and reports the reason to the shim.
+//! Reports an error to the shim from a signal handler, and ends the process.
 //!
-//! The interrupted thread may hold a lock, for example the lock of the allocator. Therefore these functions neither
-//! allocate memory nor take a lock.
+//! The interrupted thread may hold a lock, for example the lock of the allocator. Therefore the functions that the
+//! handler calls neither allocate memory nor take a lock.
 
 use std::cell::Cell;
 use std::fmt::{self, Display, Write};
@@ -18,12 +18,12 @@ use crate::client::CONTROL_FD;
 const NAME_LEN: usize = 16;
 
 thread_local! {
-    /// Name of this thread, for the signal handler. The handler may access this variable, because the variable has
-    /// neither a lazy initializer nor a destructor.
+    /// Name of this thread, for the signal handler. The variable has neither a lazy initializer nor a destructor.
+    /// Therefore, an access to the variable neither allocates memory nor takes a lock.
     static NAME: Cell<[u8; NAME_LEN]> = const { Cell::new([0; NAME_LEN]) };
 }
 
-/// Stores the name of this thread, because the filter may not allow the call that reads the name.
+/// Stores the name of this thread, because the seccomp filter may not allow the system call that reads the name.
 pub fn remember_thread() {
     let mut name = [0; NAME_LEN];
     if let Ok(text) = prctl::get_name() {
@@ -34,12 +34,12 @@ pub fn remember_thread() {
     NAME.set(name);
 }
 
-/// Logs and reports what this thread did, and ends the process. `deed` is the end of a sentence whose subject is the
-/// thread.
+/// Logs what this thread did, reports this error to the shim, and ends the process. `deed` completes a sentence that
+/// begins with the thread's name.
 pub fn end(deed: &dyn Display) -> ! {
     let report = Report { name: NAME.get(), deed };
     let mut line = Buffer::default();
-    // Writing fails only if the text is longer than the buffer. Then the text is truncated.
+    // Writing fails only if the text is longer than the buffer. In this case, the text is truncated.
     let _ = writeln!(line, "husk-vmm: error: {report}");
     // Errors are ignored, because the process ends in any case.
     // SAFETY: the process never closes standard error.
@@ -67,7 +67,7 @@ impl Display for Report<'_> {
 /// Returns the message that tells the shim why the VM ends ([`crate::control::Notice::Exited`]).
 fn notice(report: &Report<'_>) -> Buffer {
     let mut message = Buffer::default();
-    // The report contains no character that JSON escapes. The buffer is large enough for every report.
+    // The report contains no character that JSON has to escape. The buffer is large enough for every report.
     let _ = write!(message, r#"{{"Notice":{{"Exited":{{"reason":{{"Failed":"{report}"}}}}}}}}"#);
     message
 }
@@ -84,11 +84,11 @@ fn send(packet: &[u8]) {
         msg_controllen: 0,
         msg_flags: 0,
     };
-    // SAFETY: sendmsg reads the packet, to which `iov` points. It writes to none of the buffers.
+    // SAFETY: sendmsg reads the packet, to which `iov` points. The call writes to no buffer.
     unsafe { libc::sendmsg(CONTROL_FD, &raw const message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
 }
 
-/// Text in memory that is not on the heap.
+/// A buffer for text. The buffer is not on the heap.
 struct Buffer {
     bytes: [u8; 384],
     len: usize,
@@ -122,7 +122,7 @@ mod tests {
     use crate::control::{ExitReason, Notice, Reply};
 
     #[test]
-    fn notice_is_a_message_of_the_control_socket() {
+    fn notice_is_a_valid_message_of_the_control_socket() {
         let deed = "x".repeat(200);
         let report = Report { name: *b"fs \"\\\x01\xff-_aaaaaa\0", deed: &deed };
         let Reply::Notice(Notice::Exited { reason }) = serde_json::from_slice(notice(&report).bytes()).unwrap() else {

@@ -1,7 +1,7 @@
 //! The VMM process's log: lines on standard error, at the level that `HUSK_VMM_LOG` sets.
 //!
 //! A guest can cause log lines, for example with invalid requests. Therefore the rate of lines from each call site is
-//! limited. This also bounds the time that a guest can make the device loop spend with writing lines.
+//! limited. The limit also bounds the time that the device loop spends writing lines that a guest causes.
 
 use std::io::Write;
 use std::str::FromStr;

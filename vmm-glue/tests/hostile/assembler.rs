@@ -1,7 +1,7 @@
 //! Assembles the attacker's machine code: x86-64 instructions with constant operands, and loops.
 //!
-//! The attacker runs without a kernel. Therefore nothing stands between an attack and the VMM, and a boot takes
-//! milliseconds even if KVM interprets the code.
+//! The attacker runs without a kernel. Therefore, no kernel can filter the accesses to the VMM's devices. The attacker
+//! boots in milliseconds, even if KVM emulates each instruction.
 
 /// Machine code at a fixed address.
 pub struct Assembler {
@@ -86,14 +86,14 @@ impl Assembler {
         });
     }
 
-    /// Adds to 16 bits in memory.
+    /// Adds `value` to the 16-bit number at `address`.
     pub fn add16(&mut self, address: u64, value: u16) {
         self.rdi(address);
         self.raw(&[0x66, 0x81, 0x07]);
         self.raw(&value.to_le_bytes());
     }
 
-    /// Repeats the instructions that `body` adds.
+    /// Repeats `count` times the instructions that `body` adds.
     pub fn repeat(&mut self, count: u32, body: impl FnOnce(&mut Self)) {
         self.raw(&[0x41, 0x54, 0x49, 0xc7, 0xc4]); // push r12; mov r12, count
         self.raw(&count.to_le_bytes());
@@ -104,7 +104,7 @@ impl Assembler {
         self.raw(&[0x41, 0x5c]); // pop r12
     }
 
-    /// Adds the 32-bit displacement to an earlier instruction.
+    /// Adds the 32-bit displacement of a backward jump. `target` is the offset of an earlier instruction in the code.
     fn jump_target(&mut self, target: usize) {
         let displacement = target as i64 - (self.code.len() as i64 + 4);
         self.raw(&(displacement as i32).to_le_bytes());
@@ -120,13 +120,13 @@ impl Assembler {
         self.code[start - 4..start].copy_from_slice(&length.to_le_bytes());
     }
 
-    /// Executes the instructions that `body` adds if the 16 bits in memory are not `value`.
+    /// If the 16-bit number at `address` is not `value`, executes the instructions that `body` adds.
     pub fn if16_differs(&mut self, address: u64, value: u16, body: impl FnOnce(&mut Self)) {
         self.compare16(address, value);
         self.jump_over(0x84, body);
     }
 
-    /// Executes the instructions that `body` adds if the 32 bits in memory have one of the bits of `mask`.
+    /// If the 32-bit number at `address` has one of the bits of `mask`, executes the instructions that `body` adds.
     pub fn if32_has(&mut self, address: u64, mask: u32, body: impl FnOnce(&mut Self)) {
         self.load(Size::Long, address);
         self.raw(&[0xa9]); // test eax, mask
@@ -140,7 +140,7 @@ impl Assembler {
         self.raw(&value.to_le_bytes());
     }
 
-    /// Waits until the 16 bits in memory are not `value`.
+    /// Waits until the 16-bit number at `address` is not `value`.
     pub fn wait16(&mut self, address: u64, value: u16) {
         let start = self.code.len();
         self.raw(&[0xf3, 0x90]); // pause
@@ -149,7 +149,7 @@ impl Assembler {
         self.jump_target(start);
     }
 
-    /// Waits until the 16 bits at two addresses are equal.
+    /// Waits until the 16-bit numbers at two addresses are equal.
     pub fn wait_equal16(&mut self, first: u64, second: u64) {
         let start = self.code.len();
         self.raw(&[0xf3, 0x90]); // pause
@@ -159,8 +159,8 @@ impl Assembler {
         self.jump_target(start);
     }
 
-    /// Waits until the 16 bits at `memory` are not `value`, or the 32-bit register has a bit of `mask`. Gives up after
-    /// `limit` reads of the register.
+    /// Waits until the 16-bit number at `memory` is not `value`, or the 32-bit register has a bit of `mask`. The wait
+    /// ends at the latest after `limit` reads of the register.
     pub fn poll(&mut self, (memory, value): (u64, u16), (register, mask): (u64, u32), limit: u32) {
         self.raw(&[0x41, 0x54, 0x49, 0xc7, 0xc4]); // push r12; mov r12, limit
         self.raw(&limit.to_le_bytes());
@@ -178,7 +178,7 @@ impl Assembler {
         self.raw(&[0x41, 0x5c]);
     }
 
-    /// Writes to an I/O port. A port has no 64-bit accesses.
+    /// Writes to an I/O port. [`Size::Quad`] writes 32 bits, because ports have no 64-bit access.
     pub fn out(&mut self, size: Size, port: u16, value: u32) {
         self.raw(&[0x66, 0xba]);
         self.raw(&port.to_le_bytes());
@@ -190,7 +190,7 @@ impl Assembler {
         });
     }
 
-    /// Reads from an I/O port.
+    /// Reads from an I/O port. [`Size::Quad`] reads 32 bits, because ports have no 64-bit access.
     pub fn input(&mut self, size: Size, port: u16) {
         self.raw(&[0x66, 0xba]);
         self.raw(&port.to_le_bytes());
@@ -222,7 +222,7 @@ impl Assembler {
         self.raw(&[0xfc, 0xf3, 0xa4]); // cld; rep movsb
     }
 
-    /// Adds instructions that may fault. A fault continues after them (see [`HANDLER`]).
+    /// Adds instructions that may fault. After a fault, the vCPU continues after these instructions (see [`HANDLER`]).
     pub fn attempt(&mut self, bytes: &[u8]) {
         // mov r14, rsp; mov r15, next
         self.raw(&[0x49, 0x89, 0xe6, 0x49, 0xbf]);
@@ -237,5 +237,6 @@ impl Assembler {
     }
 }
 
-/// Handler of all exceptions: continues where [`Assembler::attempt`] says, with the stack of that time.
+/// Handler of all exceptions. The handler restores the stack pointer that [`Assembler::attempt`] has saved in R14, and
+/// continues at the address in R15.
 pub const HANDLER: &[u8] = &[0x4c, 0x89, 0xf4, 0x41, 0xff, 0xe7]; // mov rsp, r14; jmp r15

@@ -1,4 +1,5 @@
-//! The attacker: an image for the VM's memory with page tables, code and data, and the driver side of virtio-mmio.
+//! Builds the attacker: an image for the VM's memory that contains page tables, code and data. The attacker's code
+//! includes a virtio-mmio driver.
 
 use std::fs::File;
 use std::io::Write;
@@ -10,21 +11,21 @@ use crate::assembler::{Assembler, HANDLER, Size};
 
 /// Start of the image. The VMM writes boot data below this address.
 const IMAGE: u64 = 0x20_0000;
-/// The exception handler, after ten pages of page tables.
+/// Address of the exception handler, after ten pages of page tables.
 const HANDLER_AT: u64 = IMAGE + 0xa000;
-/// Code that resets the VM. An exception that no attempt expects continues here.
+/// Address of code that resets the VM. An exception before the first [`Assembler::attempt`] continues here.
 const RESET_AT: u64 = HANDLER_AT + 0x100;
 const RESET: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64]; // mov al, 0xfe; out 0x64, al
-/// The interrupt descriptor table.
+/// Address of the interrupt descriptor table.
 const IDT: u64 = IMAGE + 0xb000;
-/// Where the second vCPU starts, in real mode. The VMM's boot data leave this page free.
+/// Address at which the second vCPU starts in real mode. The VMM's boot data does not use this page.
 const STARTUP: u64 = 0x1_0000;
-/// The operand of `lidt`.
+/// Address of the operand of `lidt`.
 const IDT_POINTER: u64 = IMAGE + 0xc000;
 const CODE: u64 = IMAGE + 0x1_0000;
 /// Start of queues and buffers.
 const DATA: u64 = 0x40_0000;
-/// The attacker maps this much of the address space: RAM, devices, and hot-plugged memory.
+/// Size of the address space that the attacker maps. This space contains RAM, devices, and hot-plugged memory.
 const MAPPED_GIB: u64 = 8;
 
 /// Offsets of virtio-mmio registers.
@@ -43,8 +44,9 @@ pub mod register {
     pub const CONFIG: u64 = 0x100;
 }
 
-/// Status bits up to FEATURES_OK, and with DRIVER_OK.
+/// The status bits ACKNOWLEDGE, DRIVER and FEATURES_OK.
 pub const FEATURES_OK: u32 = 1 | 2 | 8;
+/// The bits of [`FEATURES_OK`] and the bit DRIVER_OK.
 pub const DRIVER_OK: u32 = FEATURES_OK | 4;
 const NEEDS_RESET: u32 = 64;
 
@@ -72,7 +74,7 @@ pub struct Device {
     pub queues: &'static [u16],
     /// Index of the queue that serves a valid request.
     pub queue: u16,
-    /// The device's part of a valid request, and the length of the answer.
+    /// Returns the part of a valid request that the device reads, and the length of the answer.
     pub request: fn() -> (Vec<u8>, u32),
 }
 
@@ -114,7 +116,7 @@ impl Desc {
     }
 }
 
-/// Builds the attacker. Dereferences to the assembler of its code.
+/// Builds the attacker. This type dereferences to the assembler of the attacker's code.
 pub struct Guest {
     assembler: Assembler,
     /// Content of memory from [`DATA`] on.
@@ -147,7 +149,8 @@ impl Guest {
         guest
     }
 
-    /// Returns the code that `build` adds to a guest. The code does not depend on its address.
+    /// Returns the code that `build` adds to a guest. `build` must not use [`Assembler::attempt`], which adds code that
+    /// depends on its address.
     pub fn fragment(build: impl FnOnce(&mut Self)) -> Vec<u8> {
         let mut guest = Self { assembler: Assembler::new(0), data: Vec::new() };
         build(&mut guest);
@@ -189,7 +192,7 @@ impl Guest {
         self.put(queue.desc + 16 * u64::from(at), &desc.bytes());
     }
 
-    /// Puts a head into the queue's available ring. [`Self::publish`] shows it to the device.
+    /// Puts a head into the queue's available ring. [`Self::publish`] shows the head to the device.
     pub fn offer(&mut self, queue: &mut Queue, head: u16) {
         let entry = u64::from(queue.offered % queue.size);
         self.put(queue.avail + 4 + 2 * entry, &head.to_le_bytes());
@@ -272,8 +275,8 @@ impl Guest {
         self.write(device, register::QUEUE_NOTIFY, queue.index.into());
     }
 
-    /// Waits until the device returns a chain or asks for a reset, and prints what it did. Gives up soon, because a
-    /// device may ignore an attack.
+    /// Waits until the device returns a chain or asks for a reset, and prints what the device did. The wait is short,
+    /// because a device may ignore an attack.
     pub fn settle(&mut self, device: &Device, queue: &Queue) {
         let status = device.register(register::STATUS);
         self.poll((queue.used + 2, 0), (status, NEEDS_RESET), 300);
@@ -283,7 +286,8 @@ impl Guest {
         self.print("\n");
     }
 
-    /// Adds a chain of two descriptors with a request and space for its answer.
+    /// Offers a chain with a request and a buffer for the answer. The chain has one or two descriptors. Returns the
+    /// address of the buffer.
     pub fn request(&mut self, queue: &mut Queue, at: u16, request: &[u8], answer: u32) -> u64 {
         let readable = self.buffer(request);
         let writable = self.allocate(u64::from(answer).min(1 << 20));
@@ -301,15 +305,16 @@ impl Guest {
         writable
     }
 
-    /// Makes requests until each is answered, in as many turns as the queue needs. The device must be active.
+    /// Makes all requests, in batches that fit in the queue. Waits for the answers of each batch. The device must be
+    /// active.
     pub fn serve(&mut self, device: &Device, queue: &mut Queue, requests: &[(Vec<u8>, u32)]) {
         for batch in requests.chunks(usize::from(queue.size / 2)) {
             let first = queue.offered;
             for (at, (request, answer)) in (0..).zip(batch) {
                 self.request(queue, 2 * at, request, *answer);
             }
-            // A later batch uses the same descriptors and heads. The code below writes them when the batch before is
-            // complete.
+            // All batches use the same descriptors and heads. Therefore, the attacker's code writes the descriptors
+            // and heads of a batch only when the previous batch is complete.
             let (descs, heads) = (
                 self.take(queue.desc, 16 * u64::from(queue.size)),
                 self.take(queue.avail + 4, 2 * u64::from(queue.size)),
@@ -338,8 +343,8 @@ impl Guest {
         self.data[start..start + len as usize].to_vec()
     }
 
-    /// Resets the device, makes a valid request, and waits for the answer. This shows that the device works after an
-    /// attack.
+    /// Resets the device, makes a valid request, and waits for the answer. The answer shows that the device works after
+    /// an attack.
     pub fn check(&mut self, device: &Device) {
         let mut queues = self.start(device);
         let (request, answer) = (device.request)();
@@ -354,13 +359,13 @@ impl Guest {
         print(&mut self.assembler, text);
     }
 
-    /// Ends the attacker. Returns a kernel image that the VMM boots.
+    /// Adds the end of the attacker's code. Returns a kernel image that the VMM boots.
     pub fn finish(mut self) -> File {
         self.print(END);
         self.print("\n");
         self.halt();
         let code = self.assembler.code();
-        assert!(CODE + code.len() as u64 <= DATA, "the attacker's code has {} bytes", code.len());
+        assert!(CODE + code.len() as u64 <= DATA, "the attacker's code is too long: {} bytes", code.len());
         let mut image = page_tables();
         image.extend_from_slice(HANDLER);
         image.resize((RESET_AT - IMAGE) as usize, 0);
@@ -383,7 +388,7 @@ fn print(code: &mut Assembler, text: &str) {
     }
 }
 
-/// Maps the address space to itself, with 2 MiB pages.
+/// Returns page tables that map each virtual address to the same physical address, with 2 MiB pages.
 fn page_tables() -> Vec<u8> {
     let table = |index: u64| (IMAGE + 0x1000 * index) | 3;
     let mut entries = vec![0u64; 1024];
@@ -395,8 +400,8 @@ fn page_tables() -> Vec<u8> {
     entries.into_iter().flat_map(u64::to_le_bytes).collect()
 }
 
-/// Returns real-mode code for [`STARTUP`] that enters long mode, with the attacker's page tables and the segments of
-/// the VMM's descriptor table, and continues at `entry`.
+/// Returns real-mode code for [`STARTUP`]. The code enters long mode with the attacker's page tables and with the VMM's
+/// segment descriptors (GDT), and continues at `entry`.
 fn to_long_mode(entry: u32) -> Vec<u8> {
     let mut code = vec![0xfa, 0x8c, 0xc8, 0x8e, 0xd8]; // cli; mov ax, cs; mov ds, ax
     code.extend([0x0f, 0x01, 0x16, 0x80, 0x00]); // lgdt [0x80]

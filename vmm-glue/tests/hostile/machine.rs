@@ -1,5 +1,4 @@
-//! Runs an attacker in a VM of its own: the VMM process is spawned, jailed and controlled in the same way as the shim
-//! does it.
+//! Runs each attacker in a separate VM. This module spawns, jails and controls the VMM process as the shim does.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -24,7 +23,7 @@ use nix::unistd::{dup, dup2_stderr};
 use crate::guest::{END, Guest, REACTION};
 use crate::tree::Tree;
 
-/// The VMM hangs if it does not answer for this time.
+/// A VMM that does not answer within this time counts as hung.
 const HANG: Duration = Duration::from_secs(60);
 pub const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 pub const MEMORY_MIB: u64 = 64;
@@ -37,7 +36,7 @@ const UNANSWERED: u64 = 1 << 40;
 /// How a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum End {
-    /// The attacker came to its end. After that, the VMM still served its devices and its requests.
+    /// The attacker printed its last line. Afterwards, the VMM still answered requests.
     Survived,
     /// The VMM reported the end of the VM and exited.
     Ended(String),
@@ -47,7 +46,7 @@ pub enum End {
     Hung(&'static str),
 }
 
-/// What an attack did.
+/// The result of an attack.
 pub struct Outcome {
     pub end: End,
     /// What the device did with the attack's chains.
@@ -55,27 +54,27 @@ pub struct Outcome {
     /// Lines of the VMM's log.
     pub log: Vec<String>,
     pub duration: Duration,
-    /// Number of notices that the shim would have got.
+    /// Number of notices that the VMM sent.
     pub notices: usize,
 }
 
 /// What the host does during an attack.
 #[derive(Clone, Copy, Default)]
 pub struct Host {
-    /// Before the vCPU runs.
+    /// Called before the vCPUs run.
     pub before: Option<fn(&mut Vmm)>,
-    /// While the vCPU runs.
+    /// Called while the vCPUs run.
     pub during: Option<fn(&mut Vmm)>,
 }
 
-/// The host's part of all VMs.
+/// The parts of the host that all VMs use.
 pub struct Node {
     tree: Tree,
     tap: File,
 }
 
 impl Node {
-    /// Makes the share and the tap. Needs root.
+    /// Creates the share and the tap, in new namespaces. The caller needs root.
     pub fn new() -> Self {
         unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("make namespaces, which needs root");
         let none = None::<&Path>;
@@ -91,7 +90,7 @@ impl Node {
         Self { tree, tap }
     }
 
-    /// Returns the files around the share, which no guest may change.
+    /// Returns the state of the files outside the share. No guest may change these files.
     pub fn surroundings(&self) -> crate::tree::State {
         self.tree.state().0
     }
@@ -118,7 +117,7 @@ impl Node {
                 during(&mut vmm);
             }
             reaction = read_console(console)?;
-            // The VMM answers each request, and the vCPU, the device loop and the workers can stop.
+            // The answers show that the vCPUs, the device loop and the worker threads can still pause.
             for request in [Call::Pause, Call::Resume, Call::FindNet(MAC), Call::GetPluggedMemory(PageKind::Ordinary)] {
                 call(&mut vmm, request)?;
             }
@@ -204,7 +203,7 @@ fn path(path: PathBuf) -> String {
     path.into_os_string().into_string().expect("a path in UTF-8")
 }
 
-/// Calls the VMM. An error means that the VMM has ended, or hangs.
+/// Calls the VMM. An error means that the VMM has ended or hangs.
 fn call(vmm: &mut Vmm, request: Call) -> Result<(), End> {
     vmm.call(request, &[]).map(drop).map_err(|error| match error {
         husk_vmm::client::CallError::Receive(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -228,11 +227,11 @@ fn read_console(mut console: io::PipeReader) -> Result<String, End> {
         let ready = poll(&mut [PollFd::new(console.as_fd(), PollFlags::POLLIN)], timeout).expect("poll the console");
         let mut buffer = [0; 4096];
         match if ready == 0 { Ok(0) } else { console.read(&mut buffer) }.expect("read the console") {
-            0 if ready == 0 => return Err(End::Hung("the attacker did not come to its end")),
+            0 if ready == 0 => return Err(End::Hung("the attacker did not print its last line")),
             0 => return Err(End::Died(String::new())),
             len => text.extend_from_slice(&buffer[..len]),
         }
-        // A flood of the console is dropped, except the part that may contain the end.
+        // Stop when the text ends with the attacker's last line.
         if text.ends_with(&end) || text == end[1..] {
             let text = String::from_utf8_lossy(&text);
             let reactions =
@@ -254,7 +253,7 @@ fn exit_reason(vmm: &mut Vmm, notices: &mut usize) -> Option<ExitReason> {
     }
 }
 
-/// Runs a closure with a file as standard error.
+/// Runs a closure while `file` is standard error.
 fn with_stderr<T>(file: &File, run: impl FnOnce() -> T) -> T {
     let saved = dup(io::stderr()).expect("save standard error");
     dup2_stderr(file).expect("replace standard error");
@@ -263,7 +262,7 @@ fn with_stderr<T>(file: &File, run: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Returns the names of the processes that a VMM left behind.
+/// Returns the pids of the processes that a VMM left behind.
 pub fn leftovers() -> Vec<String> {
     let children = fs::read_to_string(format!("/proc/self/task/{}/children", std::process::id()));
     children.unwrap_or_default().split_whitespace().map(str::to_owned).collect()

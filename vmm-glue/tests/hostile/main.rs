@@ -1,15 +1,16 @@
-//! Hostile guests: attacks on every device and protocol of the VMM from inside of a VM.
+//! Hostile guests: attacks from inside a VM on every device and protocol of the VMM.
 //!
-//! The attacker is machine code without a kernel. Each attack runs in a VM of its own. The VMM process is spawned,
-//! jailed and controlled in the same way as the shim does it. The program prints a table of the attacks, and fails
-//! unless each attack ends as expected:
+//! The attacker is machine code without a kernel. Each attack runs in a separate VM. This program spawns, jails and
+//! controls the VMM process as the shim does. The program prints a table of the attacks, and fails unless each attack
+//! meets these conditions:
 //!
-//! - The VMM survives, then serves a valid request of the attacked device, and answers requests of the shim. Or it
-//!   reports the end of the VM, if the attack says so.
-//! - No file around the share changes. No process and no core dump is left. No thread of the VMM panics.
+//! - The VMM survives, serves a valid request to the attacked device, and then answers requests of the shim. Some
+//!   attacks may or must end the VM instead (`Expect`). In this case, the VMM reports the end of the VM.
+//! - No file outside the share changes. The VMM leaves no process and no core dump. No thread of the VMM panics.
 //! - The VMM writes few lines to its log.
 //!
-//! It needs root, as the shim does, and KVM. Arguments select the attacks whose names contain one of them.
+//! The program needs root and KVM, as the shim does. Each argument selects the attacks whose names contain the
+//! argument.
 
 #![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by a panic")]
 
@@ -40,7 +41,7 @@ const LOG_RATE: usize = 20;
 
 fn main() -> ExitCode {
     if std::env::args().next().is_some_and(|name| name == ARGV0) {
-        // SAFETY: under this name, the program is only started by `spawn`, which has put the control socket at
+        // SAFETY: only `spawn` starts the program under this name, and `spawn` has put the control socket at
         // CONTROL_FD. Nothing else owns that fd.
         husk_vmm::process::main(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
     }
@@ -59,7 +60,7 @@ fn main() -> ExitCode {
             lines = lines.max(outcome.log.len());
             let mut faults = faults(&attack, &outcome);
             faults.extend(tree::differences(&surroundings, &node.surroundings()));
-            faults.extend(machine::leftovers().into_iter().map(|process| format!("process {process} is left")));
+            faults.extend(machine::leftovers().into_iter().map(|process| format!("the VMM left process {process}")));
             for fault in faults {
                 failures.push(format!("{} on {}: {fault}", attack.name, device.name));
             }
@@ -89,7 +90,7 @@ fn run(node: &Node, attack: &Attack, device: &Device) -> Outcome {
     node.run(guest, attack.host)
 }
 
-/// Returns what is wrong with an outcome.
+/// Returns the differences between an outcome and what the attack expects.
 fn faults(attack: &Attack, outcome: &Outcome) -> Vec<String> {
     let mut faults = Vec::new();
     match (attack.expect, &outcome.end) {
@@ -112,8 +113,8 @@ fn faults(attack: &Attack, outcome: &Outcome) -> Vec<String> {
 
 fn describe(outcome: &Outcome) -> String {
     let end = match &outcome.end {
-        End::Survived => "serves on".to_owned(),
-        // Which thread of several ends the VM may vary.
+        End::Survived => "still works".to_owned(),
+        // The thread that ends the VM can differ from run to run. Therefore, the table does not show its name.
         End::Ended(reason) if reason.starts_with("thread ") => {
             format!("the VM ends: a thread {}", reason.splitn(3, ' ').last().unwrap_or_default())
         }

@@ -1,4 +1,4 @@
-//! Tests of a disk with a rate limit. The tests measure only minimum times, because a busy machine can delay anything.
+//! Tests of a disk with a rate limit. The tests check only minimum times, because a busy host can delay every step.
 
 use std::time::{Duration, Instant};
 
@@ -39,7 +39,8 @@ fn requests_beyond_the_rate_wait_and_succeed_in_order() {
     }
 }
 
-/// The first request is far larger than the burst. The second request would have to wait for eight minutes.
+/// The first request takes far more tokens than the burst. Without a pause or a reset, the second request is served
+/// after more than eight minutes.
 #[test]
 fn pause_and_reset_do_not_wait_for_the_rate_limit_and_do_not_renew_the_burst() {
     let (_, mut bench) = limited_disk(false, bytes(1, 1));
@@ -67,7 +68,7 @@ fn zeroes_that_the_host_writes_count_as_bytes() {
     let begin = Instant::now();
     assert_eq!(call(&mut bench, &[&header(WRITE_ZEROES, 0), &range(0, 64, 0)], &[1]), [0]);
     assert_eq!(call(&mut bench, &[&header(IN, 0)], &[512, 1])[0], 0);
-    assert!(begin.elapsed() >= Duration::from_millis(62), "zeroes are not limited: {:?}", begin.elapsed());
+    assert!(begin.elapsed() >= Duration::from_millis(62), "zeroes were not limited: {:?}", begin.elapsed());
     let two = [range(0, 1, 0), range(2, 1, 0)].concat();
     assert_eq!(call(&mut bench, &[&header(WRITE_ZEROES, 0), &two], &[1]), [1]);
     assert_eq!(call(&mut bench, &[&header(DISCARD, 0), &two], &[1]), [0]);

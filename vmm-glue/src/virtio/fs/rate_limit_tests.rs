@@ -1,4 +1,4 @@
-//! Tests of a share with a rate limit. The tests measure only minimum times, because a busy machine can delay anything.
+//! Tests of a share with a rate limit. The tests check only minimum times, because a busy host can delay every step.
 
 use std::fs::File;
 use std::time::{Duration, Instant};
@@ -42,7 +42,7 @@ fn file_data_counts_as_bytes_in_both_directions() {
         let begin = Instant::now();
         assert_eq!(guest.call(opcode, node, &body, answer).0, 0);
         assert_eq!(guest.call(GETATTR, node, &longs([0, 0]), 104).0, 0);
-        assert!(begin.elapsed() >= Duration::from_millis(40), "opcode {opcode} is not limited: {:?}", begin.elapsed());
+        assert!(begin.elapsed() >= Duration::from_millis(40), "opcode {opcode} was not limited: {:?}", begin.elapsed());
     }
 }
 
@@ -60,7 +60,7 @@ fn bytes_that_the_host_copies_count_as_bytes() {
     let begin = Instant::now();
     let (error, answer) = guest.call(COPY_FILE_RANGE, from, &body, 8);
     let copied = u32::from_le_bytes(answer[..4].try_into().unwrap());
-    assert_eq!((error, copied), (0, 1 << 20), "one request copies too much");
+    assert_eq!((error, copied), (0, 1 << 20), "one request has to copy 1 MiB");
     assert_eq!(guest.call(GETATTR, to, &longs([0, 0]), 104).0, 0);
-    assert!(begin.elapsed() >= Duration::from_millis(45), "copies are not limited: {:?}", begin.elapsed());
+    assert!(begin.elapsed() >= Duration::from_millis(45), "copies were not limited: {:?}", begin.elapsed());
 }

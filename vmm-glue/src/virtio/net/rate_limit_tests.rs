@@ -1,5 +1,5 @@
-//! Tests of an interface with rate limits. The tests measure only minimum times, because a busy machine can delay
-//! anything.
+//! Tests of an interface with rate limits. The tests check only minimum times, because a busy host can delay every
+//! step.
 
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ fn frames(per_second: u64, burst: u64) -> RateLimit {
     RateLimit { bytes: None, operations: Some(Rate { per_second, burst }) }
 }
 
-/// Each of the ten frames has 1014 bytes.
+/// The ten frames have between 1005 and 1014 bytes.
 #[test]
 fn transmitted_frames_beyond_the_rate_wait() {
     for (limit, at_once) in [(frames(100, 2), 2), (bytes(101_400, 2028), 2)] {
@@ -26,7 +26,7 @@ fn transmitted_frames_beyond_the_rate_wait() {
         for number in 0..10 {
             bench.queues[1].add(&[&frame(MAC, 1000 - number)], &[]);
         }
-        // `run` ends when there are no events. Therefore, the device does not poll while frames wait.
+        // `run` returns only when no event is pending. Therefore, the device does not busy-poll while frames wait.
         bench.run();
         let mut buffer = vec![0; 2000];
         let mut lengths = Vec::new();
@@ -44,7 +44,7 @@ fn transmitted_frames_beyond_the_rate_wait() {
 }
 
 #[test]
-fn received_frames_beyond_the_rate_wait_and_do_not_hold_up_transmitted_frames() {
+fn received_frames_beyond_the_rate_wait_and_do_not_delay_transmitted_frames() {
     for limit in [frames(100, 2), bytes(101_400, 2028)] {
         let (socket, mut bench) = limited_interface(limit, NO_LIMIT);
         let begin = Instant::now();
@@ -56,7 +56,7 @@ fn received_frames_beyond_the_rate_wait_and_do_not_hold_up_transmitted_frames() 
         for _ in 0..50 {
             bench.queues[1].add(&[&frame(MAC, 1000)], &[]);
             bench.run();
-            assert!(socket.recv(&mut [0; 2000]).is_ok(), "a transmitted frame waits for received frames");
+            assert!(socket.recv(&mut [0; 2000]).is_ok(), "a transmitted frame waited for received frames");
         }
         let mut received = 0;
         bench.run_until(|queues| {
@@ -68,7 +68,8 @@ fn received_frames_beyond_the_rate_wait_and_do_not_hold_up_transmitted_frames() 
     }
 }
 
-/// The first frame is far larger than the burst. The second frame would have to wait for a quarter of an hour.
+/// The first frame takes far more tokens than the burst. Without a reset, the second frame is served after a quarter of
+/// an hour.
 #[test]
 fn reset_does_not_renew_the_burst() {
     let (socket, mut bench) = limited_interface(bytes(1, 1), bytes(1, 1));

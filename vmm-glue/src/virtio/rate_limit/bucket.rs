@@ -1,24 +1,24 @@
-//! A token bucket. The caller passes the current time, so that tests can control the time.
+//! A token bucket. The caller passes the current time, so that a test can choose the time.
 
 use std::time::{Duration, Instant};
 
 use crate::config::Rate;
 
 const NANOS_PER_SECOND: i128 = 1_000_000_000;
-/// Minimum time to wait. The wait is shorter only if the bucket has half of the burst earlier. Without a minimum, a
-/// thread would be woken for each operation if the rate is high and the operations are small.
+/// Minimum time to wait. The wait is shorter only if the bucket reaches half of the burst sooner. Without a minimum, a
+/// thread would wake for each operation when the rate is high and the operations are small.
 const MIN_WAIT: Duration = Duration::from_millis(1);
 
-/// A token bucket. It fills at the rate, up to the burst.
+/// A token bucket. Tokens are added at the rate, up to the burst.
 ///
-/// The level is an integer, so that there are no rounding errors that add up.
+/// The level is an integer, so that rounding errors do not accumulate.
 #[derive(Debug)]
 pub struct Bucket {
     rate: Rate,
     /// Number of tokens, multiplied by [`NANOS_PER_SECOND`]. If the level is negative, no operation is admitted until
     /// the missing tokens have been added.
     level: i128,
-    /// Time up to which the bucket was filled.
+    /// Time up to which tokens have been added.
     filled: Instant,
 }
 
@@ -33,8 +33,8 @@ impl Bucket {
         self.rate.burst
     }
 
-    /// Returns the time until the bucket has this number of tokens. If `tokens` exceeds the burst, returns the time
-    /// until the bucket is full. Returns zero if there is nothing to wait for.
+    /// Returns the time to wait until the bucket has `tokens` tokens. [`MIN_WAIT`] can make the wait longer. If
+    /// `tokens` exceeds the burst, the wait ends when the bucket is full. Returns zero if the bucket has enough tokens.
     pub fn wait_for(&mut self, tokens: u64, now: Instant) -> Duration {
         self.fill(now);
         match self.time_until(tokens.min(self.rate.burst)) {

@@ -30,12 +30,12 @@ impl SharedLimiter {
     /// Admits one operation, as [`RateLimiter::admit`] does.
     ///
     /// # Errors
-    /// The time after which the operation can be admitted.
+    /// If there are too few tokens, returns the time after which the caller can retry.
     pub fn admit(&self, bytes: u64) -> Result<(), Duration> {
         self.limiter.as_ref().map_or(Ok(()), |limiter| lock(limiter).admit(bytes, Instant::now()))
     }
 
-    /// Takes tokens for bytes that the host has read or written in addition to the bytes of an admitted request.
+    /// Takes tokens for bytes that the VMM has read or written in addition to the bytes of an admitted request.
     pub fn charge_bytes(&self, bytes: u64) {
         if let Some(limiter) = &self.limiter {
             lock(limiter).charge(bytes, 0, Instant::now());

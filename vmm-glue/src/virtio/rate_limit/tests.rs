@@ -1,4 +1,4 @@
-//! Tests of the limiter with a clock that the test controls.
+//! Tests of the limiter at times that each test chooses.
 
 use proptest::prelude::*;
 
@@ -39,9 +39,9 @@ fn operation_larger_than_the_burst_delays_the_next_operation() {
 }
 
 #[test]
-fn fast_device_does_not_wake_for_each_operation() {
+fn fast_device_does_not_wake_a_thread_for_each_operation() {
     let begin = Instant::now();
-    // Ten operations per microsecond. The second limiter has the burst of a microsecond.
+    // The rate is ten operations per microsecond. The second burst is the number of operations in a microsecond.
     for (burst, wait) in [(1_000_000, Duration::from_millis(1)), (10, Duration::from_nanos(500))] {
         let mut limiter = limiter(None, Some((10_000_000, burst)), begin);
         limiter.charge(0, burst, begin);
@@ -54,8 +54,8 @@ fn both_buckets_have_to_admit_an_operation() {
     let begin = Instant::now();
     let mut limiter = limiter(Some((100, 100)), Some((10, 2)), begin);
     assert_eq!((limiter.admit(50, begin), limiter.admit(1, begin)), (Ok(()), Ok(())));
-    assert_eq!(limiter.admit(1, begin), Err(Duration::from_millis(100)), "too few operations");
-    assert_eq!(limiter.admit(60, begin), Err(Duration::from_millis(110)), "too few bytes");
+    assert_eq!(limiter.admit(1, begin), Err(Duration::from_millis(100)), "too few tokens for operations");
+    assert_eq!(limiter.admit(60, begin), Err(Duration::from_millis(110)), "too few tokens for bytes");
     assert_eq!(limiter.admit(60, begin + Duration::from_millis(110)), Ok(()));
     limiter.charge(1000, 0, begin);
     assert!(limiter.admit(1, begin + Duration::from_secs(5)).is_err());
@@ -79,7 +79,8 @@ fn unlimited_device_has_no_limiter() {
     assert_eq!(shared.admit(u64::MAX), Ok(()));
 }
 
-/// The timer's event may be served after the timer was set again. A read that waits would stop the device loop.
+/// The device loop may serve the timer's event after the timer was set again. In this case, a blocking read of the
+/// timer would stop the device loop.
 #[test]
 fn clear_timer_does_not_wait_until_the_timer_expires() {
     let limit = RateLimit { bytes: Some(Rate { per_second: 1, burst: 1 }), operations: None };
@@ -87,7 +88,7 @@ fn clear_timer_does_not_wait_until_the_timer_expires() {
     throttle.begin_turn();
     assert!(throttle.admit(Direction::Receive, 1_000_000));
     assert!(!throttle.admit(Direction::Receive, 1));
-    assert!(throttle.admit(Direction::Transmit, 1_000_000), "the other direction is limited");
+    assert!(throttle.admit(Direction::Transmit, 1_000_000), "the limit of received bytes applied to transmitted bytes");
     throttle.end_turn();
     throttle.clear_timer();
 }
@@ -107,7 +108,7 @@ fn extreme_values_do_not_overflow() {
     assert!(slow.admit(1, begin.checked_sub(Duration::from_secs(1)).unwrap()).is_err());
 }
 
-/// A rate, and a burst between a thousandth of it and all of it.
+/// Generates a rate, and a burst between a thousandth of the rate and the rate.
 fn rates() -> impl Strategy<Value = (u64, u64)> {
     (1_000..1_000_000_000_u64).prop_flat_map(|rate| (Just(rate), rate / 1000..=rate))
 }
@@ -115,7 +116,7 @@ fn rates() -> impl Strategy<Value = (u64, u64)> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    /// Operations arrive at any time, and their retries are late by any time. No interval has more bytes than the rate
+    /// Operations arrive at any time, and each retry can be late. In no interval are more bytes admitted than the rate
     /// and the burst allow.
     #[test]
     fn bytes_in_any_interval_are_at_most_rate_times_interval_plus_burst(
@@ -144,8 +145,8 @@ proptest! {
         }
     }
 
-    /// A queue that always has a next operation gets its rate. The retries are late, as long as the bucket does not
-    /// become full meanwhile, or by 2 % of an operation's time.
+    /// A queue that always has a next operation gets its rate although each retry is late. The delay of a retry is so
+    /// short that the bucket does not become full, or is at most 2 % of the time that the operation takes at the rate.
     #[test]
     fn backlogged_queue_gets_at_least_95_percent_of_its_rate(
         (rate, burst) in rates(),
@@ -168,7 +169,8 @@ proptest! {
         prop_assert!(served as f64 >= 0.95 * due, "{served} of {due} bytes");
     }
 
-    /// The same for operations whose sizes are known only afterwards, such as frames.
+    /// The size of an operation is known only after the operation, as with frames. The queue gets at least 95 % of its
+    /// rate, and at most the rate and the burst.
     #[test]
     fn operations_of_unknown_size_get_their_rate_and_no_more(
         (rate, burst) in rates(),

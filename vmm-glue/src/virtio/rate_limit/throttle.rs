@@ -24,7 +24,8 @@ pub enum Direction {
 
 /// The limiters of both directions, and their timer. The default limits nothing.
 ///
-/// The device loop serves the device in turns. [`Throttle::begin_turn`] and [`Throttle::end_turn`] enclose each turn.
+/// The device loop serves the device in turns. Each turn begins with [`Throttle::begin_turn`] and ends with
+/// [`Throttle::end_turn`].
 #[derive(Debug, Default)]
 pub struct Throttle {
     limiters: Option<Limiters>,
@@ -45,7 +46,7 @@ impl Throttle {
     /// Creates limiters with full buckets.
     ///
     /// # Errors
-    /// If the timer cannot be created.
+    /// Returns an error if the timer cannot be created.
     pub fn new(receive: RateLimit, transmit: RateLimit) -> io::Result<Self> {
         if !receive.is_limited() && !transmit.is_limited() {
             return Ok(Self::default());
@@ -73,7 +74,7 @@ impl Throttle {
     /// Serves the timer's event. The turn that follows retries the operations that were not admitted.
     pub fn clear_timer(&self) {
         if let Some(Limiters { timer, .. }) = &self.limiters {
-            // The read fails with EAGAIN if the timer was set again after the timer had expired.
+            // The read fails with EAGAIN if the timer has expired and was then set again.
             let _ = timer.wait();
         }
     }
@@ -86,13 +87,13 @@ impl Throttle {
         }
     }
 
-    /// Returns whether one operation with this number of bytes is admitted, and takes its tokens.
+    /// Returns whether one operation with this number of bytes is admitted. If so, takes the operation's tokens.
     pub fn admit(&mut self, direction: Direction, bytes: usize) -> bool {
         self.try_admit(direction, |limiter, now| limiter.admit(bytes as u64, now))
     }
 
-    /// Returns whether an operation is admitted whose number of bytes is not known yet. The operation has at most
-    /// `max_bytes` bytes. If the caller then does the operation, the caller must call [`Throttle::charge`].
+    /// Returns whether an operation of at most `max_bytes` bytes is admitted. The caller does not know the exact number
+    /// yet. After the operation, the caller must call [`Throttle::charge`].
     pub fn admit_up_to(&mut self, direction: Direction, max_bytes: usize) -> bool {
         self.try_admit(direction, |limiter, now| limiter.admit_up_to(max_bytes as u64, now))
     }
@@ -107,7 +108,7 @@ impl Throttle {
         }
     }
 
-    /// Ends a turn. If an operation was not admitted, sets the timer.
+    /// Ends a turn. Sets the timer if an operation was not admitted in this turn.
     pub fn end_turn(&mut self) {
         let Some(Limiters { timer, wait: Some(wait), .. }) = &self.limiters else { return };
         if let Err(errno) = timer.set(Expiration::OneShot((*wait).into()), TimerSetTimeFlags::empty()) {

@@ -21,7 +21,7 @@ pub fn attacks() -> Vec<Attack> {
                     }
                 }
             }
-            // Requests that are shorter than a header.
+            // These requests are shorter than a header.
             requests.extend((1..16).map(|len| (vec![0; len], 513)));
             let mut queues = guest.start(device);
             guest.serve(device, &mut queues[0], &requests);
@@ -83,7 +83,7 @@ pub fn attacks() -> Vec<Attack> {
             let mut queues = guest.start(device);
             guest.serve(device, &mut queues[1], &requests);
         }),
-        Attack::on(NET, "frames with the addresses of others", |guest, device| {
+        Attack::on(NET, "frames with other source addresses", |guest, device| {
             let frame = |source: [u8; 6]| [&[0; 12][..], &[0xff; 6], &source, &[8, 6], &[0; 46]].concat();
             let sources = [[0; 6], [0xff; 6], [2, 0, 0, 0, 0, 2], [1, 0, 0x5e, 0, 0, 1]];
             let requests: Vec<_> = sources.into_iter().map(|source| (frame(source), 0)).collect();

@@ -4,9 +4,9 @@ use super::{Attack, FS, fuse, fuse_init};
 use crate::fuse::{self as op, HOSTILE_NAMES, ROOT, longs, words};
 use crate::guest::{Device, Guest, Queue, register};
 
-/// Length of the space for an answer.
+/// Length of the buffer for an answer.
 const ANSWER: u32 = 8192;
-/// Nodes that the guest knows, that no guest can know, and that the guest forgot.
+/// Node ids: the root, ids that a guest can look up and forget, and ids that the VMM never returns.
 const NODES: [u64; 6] = [0, ROOT, 2, 3, 999, u64::MAX];
 
 pub fn attacks() -> Vec<Attack> {
@@ -84,7 +84,7 @@ pub fn attacks() -> Vec<Attack> {
                     requests.extend([0, 1, 15, 16, 17, ANSWER].map(|answer| (request.clone(), answer)));
                 }
             }
-            // The request itself is shorter than a header.
+            // These requests are shorter than a header.
             requests.extend([1, 4, 39].map(|len| (vec![40; len], ANSWER)));
             send(guest, device, &requests);
         }),
@@ -129,7 +129,7 @@ pub fn attacks() -> Vec<Attack> {
     ]
 }
 
-/// Names that are too long, not terminated, not UTF-8, or contain a NUL.
+/// Names that are too long or not UTF-8, or that contain a NUL or control characters.
 const LONG_NAMES: [&[u8]; 5] = [&[b'a'; 256], &[b'/'; 5000], b"\xff\xfe", b"a\0/b", b"\x01\n\x7f"];
 
 fn init() -> (Vec<u8>, u32) {
@@ -140,7 +140,7 @@ fn lookup(name: &str) -> (Vec<u8>, u32) {
     (fuse(op::LOOKUP, ROOT, format!("{name}\0").as_bytes()), ANSWER)
 }
 
-/// Returns a request with this name for each operation that takes a name, with and without the NUL at its end.
+/// Returns requests with this name, for the operations that take a name. One LOOKUP has no NUL after the name.
 fn named(name: &[u8]) -> Vec<(Vec<u8>, u32)> {
     let file = 0o100_644;
     let ended = [name, b"\0"].concat();
@@ -170,7 +170,7 @@ fn send(guest: &mut Guest, device: &Device, requests: &[(Vec<u8>, u32)]) {
     guest.serve(device, &mut queues[1], requests);
 }
 
-/// Returns the request queue, activated again, with one request in all its heads.
+/// Activates the device with a new request queue whose heads all refer to one request. Returns this queue.
 fn full(guest: &mut Guest, device: &Device, queues: &[Queue], (request, answer): &(Vec<u8>, u32)) -> Queue {
     let mut queue = guest.queue(1, device.queues[1]);
     guest.request(&mut queue, 0, request, *answer);

@@ -1,4 +1,4 @@
-//! Attacks on the rest of the machine: ports, the console, addresses without a device, and the vCPU itself.
+//! Attacks on other parts of the VM: I/O ports, the console, addresses without a device, and the vCPU itself.
 
 use husk_vmm::arch::layout;
 
@@ -8,9 +8,9 @@ use crate::machine::MEMORY_MIB;
 
 /// The console's data port.
 const CONSOLE: u16 = 0x3f8;
-/// Port of the keyboard controller whose command 0xfe resets the VM.
+/// Command port of the keyboard controller. Command 0xfe resets the VM.
 const I8042: u16 = 0x64;
-/// Port of boot marks.
+/// The I/O port for boot marks.
 const BOOT_MARK: u16 = 0x5f0;
 
 pub fn attacks() -> Vec<Attack> {
@@ -81,7 +81,8 @@ pub fn attacks() -> Vec<Attack> {
             guest.copy(layout::slot_address(1) + 0x100, layout::slot_address(2) + 0x100, 64);
             guest.copy(layout::MMIO - 64, buffer, 128);
             guest.store(Size::Quad, layout::slot_address(0), 0);
-            // RDI points to a register: atomic, pushing and SSE accesses.
+            // RDI points to a device's register. These instructions access the register atomically, with a push, and
+            // with SSE.
             for code in [
                 &[0xf0, 0x0f, 0xb1, 0x07][..],                           // lock cmpxchg [rdi], eax
                 &[0xf0, 0x0f, 0xc1, 0x07],                               // lock xadd [rdi], eax
@@ -113,7 +114,7 @@ pub fn attacks() -> Vec<Attack> {
                 0x4000_0105,
             ];
             for register in specific.chain(paravirtual) {
-                // Leave EFER and the APIC's base, with which the attacker runs.
+                // Skip EFER and the APIC base address, because the attacker needs their values.
                 if register == 0xc000_0080 || register == 0x1b {
                     continue;
                 }
@@ -143,7 +144,7 @@ pub fn attacks() -> Vec<Attack> {
         on("storm of interprocessor interrupts", |guest, _| {
             let command = u64::from(layout::LAPIC) + 0x300;
             guest.repeat(500, |code| {
-                // To itself, to all, to others and to nobody, with fixed vectors.
+                // To this vCPU, to all vCPUs, to all other vCPUs and to APIC id 0, with fixed vectors.
                 [0x0004_0040, 0x0008_00ff, 0x000c_0020, 0x0000_0030]
                     .iter()
                     .for_each(|&value| code.store32(command, value));

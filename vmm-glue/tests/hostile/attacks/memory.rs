@@ -8,7 +8,7 @@ use crate::machine::MEMORY_MIB;
 const BLOCK: u64 = 2 << 20;
 /// Number of pages of the guest's memory.
 const PAGES: u32 = (MEMORY_MIB as u32) << 8;
-/// First page that the attacker does not use.
+/// Number of the first page that the attacker does not use.
 const FREE: u32 = 0x2000;
 
 pub fn attacks() -> Vec<Attack> {
@@ -40,7 +40,7 @@ pub fn attacks() -> Vec<Attack> {
             guest.publish(device, &queue);
             guest.settle(device, &queue);
         }),
-        Attack::on(BALLOON, "free page reports of the attacker itself", |guest, device| {
+        Attack::on(BALLOON, "free page reports for the attacker's own memory", |guest, device| {
             let mut queues = guest.start(device);
             let queue = &mut queues[2];
             let own = queue.desc;
@@ -102,7 +102,7 @@ pub fn attacks() -> Vec<Attack> {
             let mut queues = guest.start(device);
             guest.serve(device, &mut queues[0], &requests);
         }),
-        Attack::on(MEM, "plugged memory that is used, and given up while a device uses it", |guest, device| {
+        Attack::on(MEM, "memory that is plugged, used and unplugged", |guest, device| {
             let mut queues = guest.start(device);
             guest.serve(device, &mut queues[0], &[(mem_request(0, HOTPLUG, 1), 10)]);
             guest.store(Size::Quad, HOTPLUG + 8, 7);
@@ -116,7 +116,7 @@ pub fn attacks() -> Vec<Attack> {
     ]
 }
 
-/// Makes requests to inflate the balloon with these pages, and waits for the answers.
+/// Makes one request that inflates the balloon with these pages, and waits for the answer.
 fn inflate(guest: &mut Guest, device: &Device, pages: impl Iterator<Item = u32>) {
     let request: Vec<u8> = pages.flat_map(u32::to_le_bytes).collect();
     let mut queues = guest.start(device);

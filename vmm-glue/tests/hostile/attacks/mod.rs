@@ -1,4 +1,4 @@
-//! The table of attacks.
+//! The list of attacks, and the devices under attack.
 
 mod disk_and_net;
 mod files;
@@ -13,7 +13,7 @@ use husk_vmm::arch::layout;
 use crate::guest::{Device, Guest, INDIRECT_DESC, VERSION_1};
 use crate::machine::{Host, MAC};
 
-/// Maximum number of notices to the shim in a VM: boot steps, and a lack of fds.
+/// Maximum number of notices that the VMM may send to the shim in one attack: boot steps, and a lack of fds.
 pub const NOTICES: usize = 8;
 
 /// How an attack has to end.
@@ -21,19 +21,19 @@ pub const NOTICES: usize = 8;
 pub enum Expect {
     /// The VMM survives, and the device serves a valid request.
     Survives,
-    /// The VMM reports the end of the VM, with a text that contains this one.
+    /// The VMM reports the end of the VM, with a reason that contains this text.
     Ends(&'static str),
-    /// As `Survives` or as `Ends`. The host's KVM decides.
+    /// Either `Survives` or `Ends`. The result depends on the host's KVM.
     Either(&'static str),
 }
 
-/// Adds an attack on a device to the attacker.
+/// A function that adds an attack on a device to the attacker's code.
 pub type Build = fn(&mut Guest, &Device);
 
 /// An attack.
 pub struct Attack {
     pub name: &'static str,
-    /// The attacked devices, each in a VM of its own.
+    /// The devices to attack. The attack on each device runs in a separate VM.
     pub devices: Vec<Device>,
     pub build: Build,
     pub host: Host,
@@ -41,12 +41,12 @@ pub struct Attack {
 }
 
 impl Attack {
-    /// An attack that is made on every device.
+    /// Returns an attack on each kind of device.
     fn on_all(name: &'static str, build: Build) -> Self {
         Self { name, devices: DEVICES.to_vec(), build, host: Host::default(), expect: Expect::Survives }
     }
 
-    /// An attack on one device.
+    /// Returns an attack on one device.
     fn on(device: Device, name: &'static str, build: Build) -> Self {
         Self { devices: vec![device], ..Self::on_all(name, build) }
     }
@@ -145,7 +145,7 @@ pub const SPARE_PAGE: u32 = 0x3000;
 /// Start of hot-plugged memory.
 pub const HOTPLUG: u64 = layout::HOLE_END;
 
-/// Returns a packet of virtio-vsock from the guest.
+/// Returns a virtio-vsock packet from the guest to the host.
 pub fn vsock_packet(kind: u16, op: u16, src_port: u32, dst_port: u32, len: u32, payload: &[u8]) -> Vec<u8> {
     let mut packet = Vec::new();
     packet.extend(3u64.to_le_bytes());
@@ -177,7 +177,7 @@ pub fn fuse(opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
 
 pub fn fuse_init() -> Vec<u8> {
     let mut body = Vec::new();
-    // Version 7.38, readahead, FUSE_SUBMOUNTS.
+    // Version 7.38, a maximum readahead of 128 KiB, and the flag FUSE_SUBMOUNTS.
     for word in [7u32, 38, 0x2_0000, 1 << 27] {
         body.extend(word.to_le_bytes());
     }
@@ -190,7 +190,7 @@ pub fn disk_request(kind: u32, sector: u64) -> Vec<u8> {
     [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat()
 }
 
-/// Returns a request of virtio-mem.
+/// Returns a virtio-mem request.
 pub fn mem_request(kind: u16, address: u64, count: u16) -> Vec<u8> {
     let mut request = Vec::new();
     request.extend(kind.to_le_bytes());

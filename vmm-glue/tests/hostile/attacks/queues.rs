@@ -1,4 +1,4 @@
-//! Attacks with the content of a queue.
+//! Attacks with the contents of a virtqueue: its descriptors and rings.
 
 use super::{Attack, BALLOON, BLK, Build, FS, HOTPLUG, VSOCK};
 use crate::assembler::Size;
@@ -33,7 +33,7 @@ pub fn attacks() -> Vec<Attack> {
                 offer(guest, device, |_, buffer| vec![desc(buffer, length, WRITE, 0)]);
             }
         }),
-        Attack::on_all("chains without a byte", |guest, device| {
+        Attack::on_all("chains with a length of zero", |guest, device| {
             offer(guest, device, |_, buffer| vec![desc(buffer, 0, 0, 0)]);
             offer(guest, device, |_, buffer| vec![desc(buffer, 0, WRITE, 0)]);
             offer(guest, device, |_, _| vec![desc(u64::MAX, 0, NEXT, 1), desc(u64::MAX, 0, WRITE, 0)]);
@@ -65,7 +65,7 @@ pub fn attacks() -> Vec<Attack> {
                     let mut descs: Vec<_> = (1..queue.size).map(chain).collect();
                     descs.push(desc(0x100_0000, 16 << 20, flags, 0));
                     if flags == WRITE {
-                        // The attacker itself stays as it is.
+                        // The device must not overwrite the attacker, which is below this address.
                         descs.iter_mut().for_each(|desc| (desc.addr, desc.len) = (0x200_0000, 16 << 20));
                     }
                     descs
@@ -202,8 +202,9 @@ pub fn desc(addr: u64, len: u32, flags: u16, next: u16) -> Desc {
     Desc { addr, len, flags, next }
 }
 
-/// Activates the device, and offers a chain that begins with descriptor 0 of the returned descriptors. The closure gets
-/// the queue and a buffer whose content is a valid indirect table that refers to itself.
+/// Activates the device, and offers a chain that begins with the first descriptor that `descs` returns. `descs` gets
+/// the queue and the address of a buffer. The buffer contains an indirect table whose first descriptor refers to the
+/// table itself.
 pub fn offer(guest: &mut Guest, device: &Device, descs: impl FnOnce(&Queue, u64) -> Vec<Desc>) {
     let mut queues = guest.start(device);
     let queue = &mut queues[usize::from(device.queue)];

@@ -6,7 +6,7 @@ use super::Attack;
 use crate::assembler::Size;
 use crate::guest::{DRIVER_OK, Desc, Device, FEATURES_OK, Guest, Queue, WRITE, register};
 
-/// Values that a 32-bit register may handle badly.
+/// Values of a 32-bit register that a device may handle badly.
 const EXTREMES: [u32; 10] = [0, 1, 2, 3, 0x7fff, 0xffff, 0x1_0000, 0x7fff_ffff, 0x8000_0000, u32::MAX];
 
 pub fn attacks() -> Vec<Attack> {
@@ -57,7 +57,7 @@ pub fn attacks() -> Vec<Attack> {
         }),
         Attack::on_all("give all parts of a queue the same address", |guest, device| {
             with_queues(guest, device, |queue| (queue.avail, queue.used) = (queue.desc, queue.desc));
-            // The attacker's page tables and the boot data are memory like any other.
+            // A device accepts these addresses, because the VMM's boot data is in ordinary guest memory.
             with_queues(guest, device, |queue| (queue.desc, queue.avail, queue.used) = (0, 0x1000, 0x2000));
         }),
         Attack::on_all("give queues impossible sizes", |guest, device| {
@@ -70,7 +70,7 @@ pub fn attacks() -> Vec<Attack> {
             guest.write(device, register::STATUS, DRIVER_OK);
             (0..4).for_each(|queue| guest.write(device, register::QUEUE_NOTIFY, queue));
         }),
-        Attack::on_all("break the activation 500 times", |guest, device| {
+        Attack::on_all("set DRIVER_OK without queues, 500 times", |guest, device| {
             let body = Guest::fragment(|body| {
                 body.negotiate(device);
                 body.write(device, register::STATUS, DRIVER_OK);

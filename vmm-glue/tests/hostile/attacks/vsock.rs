@@ -11,7 +11,7 @@ use crate::machine::{Host, send};
 
 /// Port to which the host connects.
 const PORT: u32 = 9;
-/// The host's port of its first connection (`PORTS` in vmm-glue/src/virtio/vsock/mod.rs).
+/// The port on the host's side of the host's first connection (`PORTS` in vmm-glue/src/virtio/vsock/mod.rs).
 const HOST_PORT: u32 = 0x4000_0000;
 const STREAM: u16 = 1;
 
@@ -93,7 +93,7 @@ pub fn attacks() -> Vec<Attack> {
                     packets.push(credit(CREDIT_REQUEST, buf_alloc, fwd_cnt));
                 }
             }
-            // More than the credit that the device has granted.
+            // This data exceeds the credit that the device has granted.
             let data = vsock_packet(STREAM, READ_WRITE, PORT, HOST_PORT, 65_536, &vec![7; 65_536]);
             packets.extend(vec![data; 20]);
             packets.push(credit(CREDIT_UPDATE, u32::MAX, u32::MAX));
@@ -120,7 +120,8 @@ pub fn attacks() -> Vec<Attack> {
     ]
 }
 
-/// Connects to the guest, and sends as much as the connection takes. Keeps the connection until the VMM ends.
+/// Connects to the guest, and sends as much data as the connection accepts. A thread then reads until the
+/// connection ends.
 fn connect_and_write(vmm: &mut Vmm) {
     let mut stream = vmm.connect(PORT).expect("connect to the guest");
     stream.set_nonblocking(true).expect("make the stream non-blocking");
@@ -152,7 +153,7 @@ fn receive(guest: &mut Guest, device: &Device, queue: &mut Queue) {
     guest.publish(device, &queue);
 }
 
-/// Sends packets. The device drops or answers each.
+/// Sends packets. The device drops or answers each packet.
 fn transmit(guest: &mut Guest, device: &Device, buffers: bool, packets: &[Vec<u8>]) {
     let mut queues = guest.start(device);
     if buffers {

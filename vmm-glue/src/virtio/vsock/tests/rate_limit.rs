@@ -1,4 +1,4 @@
-//! Tests with a rate limit. The tests measure only minimum times, because a busy machine can delay anything.
+//! Tests of vsock with a rate limit. The tests check only minimum times, because a busy host can delay every step.
 
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
@@ -25,7 +25,7 @@ fn packets_from_the_guest_beyond_the_rate_wait() {
     for _ in 0..12 {
         guest.bench.queues[1].add(&[&header, &data], &[]);
     }
-    // `run` ends when there are no events. Therefore, the device does not poll while packets wait.
+    // `run` returns only when no event is pending. Therefore, the device does not busy-poll while packets wait.
     guest.bench.run();
     let mut received = Vec::new();
     guest.bench.run_until(|_| {
@@ -46,7 +46,7 @@ fn packets_to_the_guest_beyond_the_rate_wait() {
     let begin = Instant::now();
     stream.write_all(&pattern(40_000, 5)).unwrap();
     guest.bench.run();
-    // A buffer of the guest has space for 4052 bytes. Therefore, the data needs 10 packets.
+    // A receive buffer of the guest has space for 4052 bytes of data. Therefore, the data needs 10 packets.
     let mut received = Vec::new();
     while received.len() < 40_000 {
         assert!(begin.elapsed() < Duration::from_secs(60), "the device stopped after {} bytes", received.len());
