@@ -328,7 +328,7 @@ impl Session {
                 state.idle += 1;
                 return Ok(true);
             };
-            if let Err(delay) = handler.limiter().admit(handler.bytes(&request) as u64) {
+            if let Err(delay) = handler.limiter().admit(|| handler.bytes(&request) as u64) {
                 state.queue.undo_pop();
                 state.throttled = true;
                 (state, _) = wait_timeout(&self.changed, state, delay);

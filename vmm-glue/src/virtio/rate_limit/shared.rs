@@ -27,12 +27,12 @@ impl SharedLimiter {
         self.limits_bytes
     }
 
-    /// Admits one operation, as [`RateLimiter::admit`] does.
+    /// Admits one operation, as [`RateLimiter::admit`] does. Without a limit, `bytes` is not called.
     ///
     /// # Errors
     /// If there are too few tokens, returns the time after which the caller can retry.
-    pub fn admit(&self, bytes: u64) -> Result<(), Duration> {
-        self.limiter.as_ref().map_or(Ok(()), |limiter| lock(limiter).admit(bytes, Instant::now()))
+    pub fn admit(&self, bytes: impl FnOnce() -> u64) -> Result<(), Duration> {
+        self.limiter.as_ref().map_or(Ok(()), |limiter| lock(limiter).admit(bytes(), Instant::now()))
     }
 
     /// Takes tokens for bytes that the VMM has read or written in addition to the bytes of an admitted request.
