@@ -103,26 +103,15 @@ pub fn attacks() -> Vec<Attack> {
             guest.settle(device, &Queue { used: queue.used + 2, ..queue });
         }),
         Attack::on_all("same head many times", |guest, device| {
-            let mut queues = guest.start(device);
-            let (request, answer) = (device.request)();
-            let queue = &mut queues[usize::from(device.queue)];
-            guest.request(queue, 0, &request, answer);
-            (1..queue.size).for_each(|_| guest.offer(queue, 0));
-            let queue = *queue;
+            let queue = offer_one_head(guest, device);
             guest.publish(device, &queue);
             guest.settle(device, &queue);
         }),
         Attack::on_all("descriptors that change while the device reads them", |guest, device| {
-            let mut queues = guest.start(device);
-            let (request, answer) = (device.request)();
-            let queue = &mut queues[usize::from(device.queue)];
-            let size = queue.size;
-            guest.request(queue, 0, &request, answer);
-            (1..size).for_each(|_| guest.offer(queue, 0));
-            let queue = *queue;
+            let queue = offer_one_head(guest, device);
             let notify = device.register(register::QUEUE_NOTIFY);
             guest.repeat(200, |code| {
-                code.add16(queue.avail + 2, size);
+                code.add16(queue.avail + 2, queue.size);
                 code.store32(notify, device.queue.into());
                 for (length, flags, next) in [(u32::MAX, 1, 0), (16, 3, 1), (0, 1, 0xffff), (44, 1, 1), (16, 4, 0)] {
                     code.store32(queue.desc + 8, length);
@@ -134,12 +123,7 @@ pub fn attacks() -> Vec<Attack> {
         }),
     ];
     attacks.push(Attack::on_all("queue that a second vCPU overwrites while the device serves it", |guest, device| {
-        let mut queues = guest.start(device);
-        let (request, answer) = (device.request)();
-        let queue = &mut queues[usize::from(device.queue)];
-        guest.request(queue, 0, &request, answer);
-        (1..queue.size).for_each(|_| guest.offer(queue, 0));
-        let queue = *queue;
+        let queue = offer_one_head(guest, device);
         let notify = device.register(register::QUEUE_NOTIFY);
         let overwrite = Guest::fragment(|body| {
             body.repeat(3000, |code| {
@@ -196,6 +180,16 @@ pub fn attacks() -> Vec<Attack> {
     });
     attacks.push(queue.ends("accessed memory that does not exist"));
     attacks
+}
+
+/// Starts the device, and offers the same chain in each element of the queue that serves requests. Returns this queue.
+fn offer_one_head(guest: &mut Guest, device: &Device) -> Queue {
+    let mut queues = guest.start(device);
+    let (request, answer) = (device.request)();
+    let queue = &mut queues[usize::from(device.queue)];
+    guest.request(queue, 0, &request, answer);
+    (1..queue.size).for_each(|_| guest.offer(queue, 0));
+    *queue
 }
 
 pub fn desc(addr: u64, len: u32, flags: u16, next: u16) -> Desc {

@@ -78,38 +78,11 @@ pub fn attacks() -> Vec<Attack> {
             guest.repeat(500, |code| code.raw(&body));
         }),
         Attack::on_all("reset the device in the middle of requests, 100 times", |guest, device| {
-            let mut queues: Vec<Queue> =
-                (0..).zip(device.queues).map(|(index, &size)| guest.queue(index, size)).collect();
-            let (request, answer) = (device.request)();
-            let queue = &mut queues[usize::from(device.queue)];
-            for at in 0..queue.size / 2 {
-                guest.request(queue, 2 * at, &request, answer);
-            }
-            let queue = *queue;
-            let body = Guest::fragment(|body| {
-                body.activate(device, &queues);
-                body.publish(device, &queue);
-                body.write(device, register::STATUS, 0);
-            });
-            guest.repeat(100, |code| code.raw(&body));
+            let body = resets(guest, device);
+            guest.raw(&body);
         }),
         Attack::on_all("reset the device from two vCPUs at the same time, 100 times", |guest, device| {
-            let mut fragments = [(), ()].map(|()| {
-                let mut queues: Vec<Queue> =
-                    (0..).zip(device.queues).map(|(index, &size)| guest.queue(index, size)).collect();
-                let (request, answer) = (device.request)();
-                let queue = &mut queues[usize::from(device.queue)];
-                for at in 0..queue.size / 2 {
-                    guest.request(queue, 2 * at, &request, answer);
-                }
-                let queue = *queue;
-                let body = Guest::fragment(|body| {
-                    body.activate(device, &queues);
-                    body.publish(device, &queue);
-                    body.write(device, register::STATUS, 0);
-                });
-                Guest::fragment(|all| all.repeat(100, |code| code.raw(&body)))
-            });
+            let mut fragments = [(), ()].map(|()| resets(guest, device));
             let [first, second] = &mut fragments;
             let done = guest.on_second_vcpu(second);
             guest.raw(first);
@@ -189,6 +162,23 @@ pub fn attacks() -> Vec<Attack> {
             }
         }),
     ]
+}
+
+/// Returns code that activates the device, makes requests available and resets the device, 100 times.
+fn resets(guest: &mut Guest, device: &Device) -> Vec<u8> {
+    let mut queues: Vec<Queue> = (0..).zip(device.queues).map(|(index, &size)| guest.queue(index, size)).collect();
+    let (request, answer) = (device.request)();
+    let queue = &mut queues[usize::from(device.queue)];
+    for at in 0..queue.size / 2 {
+        guest.request(queue, 2 * at, &request, answer);
+    }
+    let queue = *queue;
+    let body = Guest::fragment(|body| {
+        body.activate(device, &queues);
+        body.publish(device, &queue);
+        body.write(device, register::STATUS, 0);
+    });
+    Guest::fragment(|all| all.repeat(100, |code| code.raw(&body)))
 }
 
 /// Activates the device with changed queues, and offers a chain in each queue.
