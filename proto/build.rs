@@ -14,8 +14,8 @@ fn main() -> std::io::Result<()> {
         .rust_protobuf()
         .customize(Customize { async_all: true, ..Default::default() })
         .run()?;
-    // `include!` does not accept inner attributes or inner doc comments. They are removed, because the module that
-    // includes the file has its own attributes.
+    // `include!` does not accept inner attributes or inner doc comments. Therefore, this program removes the attributes
+    // and turns the doc comments into comments. Each module that includes one of these files sets its own attributes.
     for file in ["agent.rs", "agent_ttrpc.rs", "cri_sandbox.rs"] {
         let path = Path::new(&out).join(file);
         let text: String =

@@ -8,5 +8,6 @@
 pub mod entropy;
 pub mod error;
 pub mod log;
+pub mod log_limit;
 pub mod sync;
 pub mod sys;

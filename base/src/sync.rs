@@ -2,7 +2,7 @@
 //!
 //! A lock is poisoned if a thread panics while it holds the lock. Husk ignores poisoning. In the release build, a panic
 //! aborts the process, so no thread ever sees a poisoned lock. In a test build, a panic unwinds. A second panic at the
-//! poisoned lock would then hide the first panic, which is the failure to report.
+//! poisoned lock would then hide the first panic. The first panic is the failure that the test must report.
 
 use std::sync::{
     Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, WaitTimeoutResult,

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::{Config, annotation, digest};
+use crate::{Config, RateLimit, annotation, digest};
 
 /// A key with an invalid value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +39,9 @@ impl Config {
         check_range("default_memory_mib", self.default_memory_mib, MIN_VM_MIB, MAX_VM_MIB)?;
         check_range("min_memory_mib", self.min_memory_mib, 1, MAX_VM_MIB)?;
         check_range("virtio_fs_workers", self.virtio_fs_workers, 1, 64)?;
+        for (key, limit) in self.rate_limits() {
+            limit.check().map_err(|message| InvalidValue { key, message })?;
+        }
         check_range("start_timeout_secs", self.start_timeout_secs, 1, 3600)?;
         if !self.timeline_log.as_os_str().is_empty() {
             check_absolute_path("timeline_log", &self.timeline_log)?;
@@ -50,6 +53,16 @@ impl Config {
             }
         }
         Ok(())
+    }
+
+    fn rate_limits(&self) -> [(&'static str, RateLimit); 5] {
+        [
+            ("disk_rate_limit", self.disk_rate_limit),
+            ("net_receive_rate_limit", self.net_receive_rate_limit),
+            ("net_transmit_rate_limit", self.net_transmit_rate_limit),
+            ("virtio_fs_rate_limit", self.virtio_fs_rate_limit),
+            ("vsock_rate_limit", self.vsock_rate_limit),
+        ]
     }
 }
 
@@ -117,6 +130,11 @@ mod tests {
         assert!(problem(|c| c.min_memory_mib = 0).starts_with("min_memory_mib: "));
         assert!(problem(|c| c.virtio_fs_workers = 0).starts_with("virtio_fs_workers: "));
         assert!(problem(|c| c.start_timeout_secs = 0).starts_with("start_timeout_secs: "));
+        let burst = RateLimit { burst_ops: 1, ..RateLimit::default() };
+        assert_eq!(
+            problem(|c| c.vsock_rate_limit = burst),
+            "vsock_rate_limit: burst_ops has no effect without ops_per_sec: set ops_per_sec, or remove burst_ops"
+        );
         assert!(problem(|c| c.timeline_log = "x".into()).starts_with("timeline_log: "));
         assert_eq!(
             problem(|c| c.kernel_sha256 = "00".into()),

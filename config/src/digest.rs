@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sha256_has_the_digest_of_the_blocks_that_it_passes_on() {
+    fn sha256_returns_the_digest_of_the_blocks_that_it_passes_on() {
         let data = vec![b'a'; 1_000_000];
         let mut copy = Vec::new();
         let digest = sha256(data.as_slice(), |block| {

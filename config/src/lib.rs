@@ -5,11 +5,13 @@
 pub mod check;
 pub mod digest;
 mod load;
+pub mod rate_limit;
 pub mod sandbox;
 pub mod timeline;
 
 pub use check::InvalidValue;
 pub use load::ConfigError;
+pub use rate_limit::RateLimit;
 
 use std::path::PathBuf;
 
@@ -29,10 +31,30 @@ pub mod annotation {
     pub const KERNEL_PARAMS: &str = "io.husk.kernel_params";
     /// Agent policy of the pod, in JSON.
     pub const POLICY: &str = "io.husk.policy";
+    /// Rate limit of each disk.
+    pub const DISK_RATE_LIMIT: &str = "io.husk.disk_rate_limit";
+    /// Rate limit of the frames that each interface receives.
+    pub const NET_RECEIVE_RATE_LIMIT: &str = "io.husk.net_receive_rate_limit";
+    /// Rate limit of the frames that each interface transmits.
+    pub const NET_TRANSMIT_RATE_LIMIT: &str = "io.husk.net_transmit_rate_limit";
+    /// Rate limit of the share.
+    pub const VIRTIO_FS_RATE_LIMIT: &str = "io.husk.virtio_fs_rate_limit";
+    /// Rate limit of each direction of vsock.
+    pub const VSOCK_RATE_LIMIT: &str = "io.husk.vsock_rate_limit";
     /// Common prefix of Husk's annotations.
     pub const PREFIX: &str = "io.husk.";
     /// All annotations.
-    pub const ALL: [&str; 4] = [VCPUS, MEMORY_MIB, KERNEL_PARAMS, POLICY];
+    pub const ALL: [&str; 9] = [
+        VCPUS,
+        MEMORY_MIB,
+        KERNEL_PARAMS,
+        POLICY,
+        DISK_RATE_LIMIT,
+        NET_RECEIVE_RATE_LIMIT,
+        NET_TRANSMIT_RATE_LIMIT,
+        VIRTIO_FS_RATE_LIMIT,
+        VSOCK_RATE_LIMIT,
+    ];
 }
 
 /// The operator's settings. `config.toml` documents each key. Absent keys have their defaults.
@@ -67,6 +89,16 @@ pub struct Config {
     pub free_page_reporting: bool,
     /// Whether the host's kernel forwards network frames if vhost-net is available.
     pub vhost_net: bool,
+    /// Rate limit of each disk.
+    pub disk_rate_limit: RateLimit,
+    /// Rate limit of the frames that each interface receives.
+    pub net_receive_rate_limit: RateLimit,
+    /// Rate limit of the frames that each interface transmits.
+    pub net_transmit_rate_limit: RateLimit,
+    /// Rate limit of the share.
+    pub virtio_fs_rate_limit: RateLimit,
+    /// Rate limit of each direction of vsock.
+    pub vsock_rate_limit: RateLimit,
     /// What happens when the VMM makes a system call that its seccomp filters do not allow.
     pub seccomp: Seccomp,
     /// Whether a pod fails to start if the host's kernel cannot restrict the VMM's access to files with landlock.
@@ -101,6 +133,11 @@ impl Default for Config {
             virtio_fs_workers: 2,
             free_page_reporting: true,
             vhost_net: true,
+            disk_rate_limit: RateLimit::default(),
+            net_receive_rate_limit: RateLimit::default(),
+            net_transmit_rate_limit: RateLimit::default(),
+            virtio_fs_rate_limit: RateLimit::default(),
+            vsock_rate_limit: RateLimit::default(),
             seccomp: Seccomp::Enforce,
             require_landlock: false,
             start_timeout_secs: 60,
@@ -118,7 +155,7 @@ impl Default for Config {
 pub enum Seccomp {
     /// The VM ends. The pod's error names the thread and the call.
     Enforce,
-    /// The host's kernel logs the call and makes it.
+    /// The host's kernel logs the call and allows it.
     Log,
 }
 

@@ -145,6 +145,12 @@ impl Netlink {
         Ok(Self { socket: socket(0, 0)?, sequence: AtomicU32::new(1) })
     }
 
+    /// Returns a client on a socket whose other end answers in the kernel's place.
+    #[cfg(feature = "testing")]
+    pub fn over(socket: OwnedFd) -> Self {
+        Self { socket, sequence: AtomicU32::new(1) }
+    }
+
     /// Sends a request and waits for its acknowledgement. The wait is short, because the kernel queues the reply before
     /// send(2) returns.
     ///

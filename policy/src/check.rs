@@ -9,7 +9,7 @@ use crate::{AtMost, Capability, Digest, ParseError, Policy};
 const STANDARD_MOUNTS: [&str; 5] =
     ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/dev/shm", "/dev/termination-log"];
 
-/// Maximum length in bytes of a quoted text in a refusal. A refusal has to fit into one log line.
+/// Maximum length, in bytes, of each text that a refusal quotes. The limit keeps a refusal short enough for a log line.
 const MAX_QUOTED: usize = 200;
 
 /// A rule of a policy.
@@ -67,13 +67,13 @@ impl fmt::Display for Origin {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what} is refused by the rule \"{rule}\" of {origin}: {reason}")]
 pub struct Refusal {
-    /// What is refused.
+    /// What the rule refuses.
     pub what: String,
     /// The rule.
     pub rule: Rule,
     /// Where the policy comes from.
     pub origin: Origin,
-    /// Why the rule refuses it.
+    /// Why the rule refuses the request.
     pub reason: &'static str,
 }
 
@@ -88,7 +88,7 @@ pub struct Container<'a> {
     pub input: Option<&'static str>,
     /// What makes the container privileged. `None` if the container is not privileged.
     pub privilege: Option<&'static str>,
-    /// Names of the capabilities in all sets of the container's process.
+    /// Names of the capabilities that are in any capability set of the container's process.
     pub capabilities: Vec<String>,
     /// Paths in the container at which volumes are mounted.
     pub mounts: Vec<&'a Path>,
@@ -101,14 +101,14 @@ pub struct Exec<'a> {
     pub container: &'a str,
     /// The program and its arguments.
     pub arguments: &'a [String],
-    /// A property in which the process differs from the container's process, apart from the arguments and the terminal.
-    /// `None` if there is no difference.
+    /// Text about a difference between the exec and the container's own process. Differences in the arguments or the
+    /// terminal do not count. `None` if there is no other difference.
     pub difference: Option<&'static str>,
-    /// Names of the capabilities in all sets of the process.
+    /// Names of the capabilities that are in any capability set of the exec's process.
     pub capabilities: Vec<String>,
 }
 
-/// The policies of a pod. A request is allowed if all of them allow it.
+/// The two policies that apply to a pod. A request is allowed if both policies allow the request.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Policies {
     /// The node's policy.
@@ -130,7 +130,7 @@ impl Policies {
     /// Checks whether a container may be created.
     ///
     /// # Errors
-    /// [`Refusal`] of the first rule that does not allow it.
+    /// [`Refusal`] of the first rule that does not allow the container.
     pub fn check_container(&self, container: &Container<'_>) -> Result<(), Refusal> {
         self.check(|policy| policy.check_container(container))
     }
@@ -138,7 +138,7 @@ impl Policies {
     /// Checks whether a command may be executed.
     ///
     /// # Errors
-    /// [`Refusal`] of the first rule that does not allow it.
+    /// [`Refusal`] of the first rule that does not allow the exec.
     pub fn check_exec(&self, exec: &Exec<'_>) -> Result<(), Refusal> {
         self.check(|policy| policy.check_exec(exec))
     }
@@ -146,11 +146,11 @@ impl Policies {
     /// Checks whether a connection to `address` may be forwarded.
     ///
     /// # Errors
-    /// [`Refusal`].
+    /// [`Refusal`] if a policy does not allow port forwarding.
     pub fn check_port_forward(&self, address: &str) -> Result<(), Refusal> {
         self.check(|policy| match policy.port_forward {
             true => Ok(()),
-            false => refuse(Rule::PortForward, format!("port forwarding to {address}"), "no connection is forwarded"),
+            false => refuse(Rule::PortForward, format!("port forwarding to {address}"), "forwarding is not allowed"),
         })
     }
 
@@ -235,14 +235,15 @@ impl Policy {
         let is_allowed = |name: &str| allowed.iter().map(Capability::name).any(|one| one == name);
         match names.iter().find(|name| !is_allowed(name)) {
             Some(name) => {
-                refuse(Rule::Capabilities, format!("{} of {}", quoted(name), of()), "the capability is not listed")
+                refuse(Rule::Capabilities, format!("{} for {}", quoted(name), of()), "the capability is not listed")
             }
             None => Ok(()),
         }
     }
 }
 
-/// Formats a text from a client for use in a message. Escapes the text unless it looks like a name, and shortens it.
+/// Formats a client's text for a message. If a string is short and has only letters, digits, `_`, `-`, `.` and `+`,
+/// returns it unchanged. Quotes and escapes any other text, and shortens a long text.
 fn quoted(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '+');
     if !text.is_empty() && text.len() <= MAX_QUOTED && text.chars().all(plain) {
@@ -251,13 +252,13 @@ fn quoted(text: &str) -> String {
     shortened(format!("{:?}", start(text)), "…\"")
 }
 
-/// Formats a list of texts from a client for use in a message. Escapes the texts, and shortens the list.
+/// Formats a list of strings from a client for a message. Quotes and escapes each text, and shortens a long list.
 fn quoted_list(texts: &[String]) -> String {
     let texts: Vec<&str> = texts.iter().take(MAX_QUOTED).map(|text| start(text)).collect();
     shortened(format!("{texts:?}"), "…]")
 }
 
-/// Replaces the end of a long text by `end`.
+/// If `text` has more than [`MAX_QUOTED`] bytes, truncates it and appends `end`. Otherwise returns `text` unchanged.
 fn shortened(mut text: String, end: &str) -> String {
     if text.len() > MAX_QUOTED {
         text.truncate(start(&text).len());
@@ -266,7 +267,7 @@ fn shortened(mut text: String, end: &str) -> String {
     text
 }
 
-/// Returns the longest start of `text` that has at most [`MAX_QUOTED`] bytes.
+/// Returns the longest prefix of `text` that has at most [`MAX_QUOTED`] bytes and ends at a character boundary.
 fn start(text: &str) -> &str {
     let end = (0..=MAX_QUOTED.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
     text.get(..end.unwrap_or_default()).unwrap_or_default()

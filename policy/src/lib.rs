@@ -1,7 +1,7 @@
 //! The agent policy of a pod: its rules, their parsing, and the decision whether a request is allowed.
 //!
-//! The shim reads policies from the node's configuration and from a pod's annotation. The agent decides. This crate
-//! does no I/O. `docs/policy.md` describes the rules for users.
+//! The shim reads policies from the node's configuration and from a pod's annotation. The agent checks each request
+//! against these policies. This crate does no I/O. `docs/policy.md` describes the rules for users.
 
 #![deny(clippy::indexing_slicing)]
 
@@ -30,7 +30,7 @@ pub struct Policy {
     pub port_forward: bool,
     /// Whether a container may be privileged.
     pub privileged: bool,
-    /// Digests that name the allowed images.
+    /// Digests of the allowed images.
     pub images: AtMost<Digest>,
     /// Capabilities that containers and execs may have.
     pub capabilities: AtMost<Capability>,
@@ -67,7 +67,7 @@ impl Policy {
     /// Parses a policy in JSON.
     ///
     /// # Errors
-    /// If the text is too long or not JSON, a rule is unknown or occurs twice, or a value is invalid.
+    /// If the text is too long, is not JSON, contains an unknown rule, repeats a rule, or has an invalid value.
     pub fn from_json(text: &[u8]) -> Result<Self, ParseError> {
         if text.len() > MAX_JSON {
             return Err(ParseError::Length(text.len()));
@@ -80,8 +80,8 @@ impl Policy {
         if *self == Self::default() {
             return Vec::new();
         }
-        // Serializing strings, booleans and lists cannot fail. An agent refuses an invalid policy and then allows
-        // nothing. Therefore, an invalid text is the safe result.
+        // Serializing strings, booleans and lists should never fail. If it fails, an invalid text is the safe result,
+        // because the agent allows nothing after it has received an invalid policy.
         serde_json::to_vec(self).unwrap_or_else(|_| b"invalid".to_vec())
     }
 }

@@ -1,4 +1,4 @@
-//! A list of what a policy allows at most.
+//! The value of a list rule: the text `any`, or a list of the allowed entries.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 /// Maximum number of entries of a list.
 pub const MAX_ENTRIES: usize = 64;
 
-/// The value that stands for [`AtMost::Any`].
+/// The text that stands for [`AtMost::Any`] in a policy.
 const ANY: &str = "any";
 
 /// What is allowed: everything, or at most the entries of a list. An empty list allows nothing.

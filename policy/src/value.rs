@@ -5,12 +5,12 @@ use std::path::{Component, Path};
 
 use serde::{Deserialize, Serialize};
 
-/// Maximum number of a command's arguments, the program included.
+/// Maximum number of a command's arguments, including the program.
 const MAX_ARGUMENTS: usize = 32;
 /// Maximum length of an argument or of a path, in bytes.
 const MAX_TEXT: usize = 4096;
 
-/// Prefix of the capabilities' names.
+/// Prefix of the names of capabilities.
 const CAPABILITY_PREFIX: &str = "CAP_";
 /// All capabilities of Linux 6.12 (include/uapi/linux/capability.h), without the prefix.
 const CAPABILITIES: [&str; 41] = [
@@ -63,14 +63,14 @@ pub enum InvalidEntry {
     /// A command is empty or too long.
     #[error("invalid command {0:?}: {1}")]
     Command(Vec<String>, &'static str),
-    /// A digest has another form than `sha256:` and 64 digits.
-    #[error("invalid digest {0:?}: must be sha256: and 64 lower-case hexadecimal digits")]
+    /// A digest does not have the form `sha256:<64 lower-case hexadecimal digits>`.
+    #[error("invalid digest {0:?}: must be \"sha256:\" followed by 64 lower-case hexadecimal digits")]
     Digest(String),
     /// A capability does not exist.
-    #[error("unknown capability {0:?}: names have the form CAP_NET_RAW")]
+    #[error("unknown capability {0:?}: must be the name of a Linux capability, for example CAP_NET_RAW")]
     Capability(String),
     /// A path is not absolute, not normalized or too long.
-    #[error("invalid path {0:?}: must be absolute, without . and .., and have at most {MAX_TEXT} bytes")]
+    #[error("invalid path {0:?}: must be absolute and normalized, and have at most {MAX_TEXT} bytes")]
     Path(String),
 }
 
@@ -99,20 +99,20 @@ impl TryFrom<Vec<String>> for Command {
         } else {
             return Ok(Self(arguments));
         };
-        // The error quotes only a part of the command, because a log line shows the error.
+        // The error quotes only a part of the command, because the error has to fit into a log line.
         let quoted = arguments.iter().take(4).map(|argument| argument.chars().take(64).collect()).collect();
         Err(InvalidEntry::Command(quoted, reason))
     }
 }
 
-/// A SHA-256 digest in the form `sha256:<64 hexadecimal digits>`.
+/// A SHA-256 digest in the form `sha256:<64 lower-case hexadecimal digits>`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String")]
 pub struct Digest(String);
 
 impl Digest {
-    /// Returns the digest that an image reference contains: `name@sha256:…`, or `sha256:…` for an image id. Returns
-    /// `None` if the reference has no valid digest.
+    /// Returns the digest in an image reference of the form `name@sha256:…`, or in an image id of the form `sha256:…`.
+    /// Returns `None` if the reference has no valid digest.
     pub fn of_reference(reference: &str) -> Option<Self> {
         let digest = reference.rsplit_once('@').map_or(reference, |(_, digest)| digest);
         Self::try_from(digest.to_owned()).ok()
@@ -146,7 +146,7 @@ impl Capability {
 impl TryFrom<String> for Capability {
     type Error = InvalidEntry;
 
-    /// Accepts lower case, and names without the prefix.
+    /// Accepts names in lower case, and names without the prefix.
     fn try_from(text: String) -> Result<Self, Self::Error> {
         let upper = text.to_ascii_uppercase();
         let name = upper.strip_prefix(CAPABILITY_PREFIX).unwrap_or(&upper);
@@ -170,8 +170,7 @@ impl fmt::Display for Capability {
 pub struct ContainerPath(String);
 
 impl ContainerPath {
-    /// Returns whether `path` is this path or a path below it. A path that is not absolute, or that contains `..`, is
-    /// never at or below this path.
+    /// Returns whether `path` is equal to or below this path. Returns false if `path` is relative or contains `..`.
     pub fn covers(&self, path: &Path) -> bool {
         let plain = |part: Component<'_>| matches!(part, Component::RootDir | Component::Normal(_));
         path.is_absolute() && path.components().all(plain) && path.starts_with(&self.0)
@@ -201,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn command_is_bounded() {
+    fn command_rejects_missing_program_and_exceeded_limits() {
         let command = |arguments: Vec<String>| Command::try_from(arguments).map_err(|error| error.to_string());
         assert!(command(vec!["a".into(); 32]).is_ok());
         assert!(command(vec!["a".into(); 33]).unwrap_err().contains("more than 32 arguments"));
@@ -248,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn container_path_covers_itself_and_what_is_below() {
+    fn container_path_covers_itself_and_paths_below() {
         let data = path("/data").unwrap();
         for inside in ["/data", "/data/", "/data/a/b", "/data//a"] {
             assert!(data.covers(Path::new(inside)), "{inside}");

@@ -34,8 +34,8 @@ pub mod agent_ttrpc {
 /// Type URL of [`agent::CreateOptions`] in the options of a create request.
 pub const CREATE_OPTIONS_TYPE_URL: &str = "husk.agent.v1.CreateOptions";
 
-/// Beginning of the message of a line in the agent's log that reports a refusal. The shim logs such a line as a
-/// warning.
+/// Prefix of an audit message. If the agent refuses a request, it logs a message with this prefix. The shim logs such a
+/// line as a warning.
 pub const AUDIT_PREFIX: &str = "audit: ";
 
 /// Guest mount point of the share, which the host serves over virtio-fs.

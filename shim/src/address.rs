@@ -97,7 +97,8 @@ impl Address {
         matches!(connected, Ok(()) | Err(Errno::EAGAIN))
     }
 
-    /// Binds the socket. Replaces an existing socket if no process listens on it.
+    /// Creates the socket and listens on it. Replaces an existing socket only if no process listens on the existing
+    /// socket.
     pub fn listen(&self) -> Result<Listen, ListenError> {
         let dir = self.path.parent().unwrap_or_else(|| Path::new("/"));
         std::fs::DirBuilder::new()
@@ -105,10 +106,11 @@ impl Address {
             .mode(0o711)
             .create(dir)
             .map_err(|source| ListenError::Directory { path: dir.into(), source })?;
-        // Without the lock, `start` processes would race, because each process removes a socket that looks dead. A new
-        // socket looks dead between bind(2) and listen(2). If two processes found the same dead socket, the slower
-        // process could remove the faster process's new socket. The lock is on the directory, because nobody would
-        // remove a separate lock file.
+        // A `start` process removes a socket on which no process listens. Without the lock, a `start` process could
+        // remove the new socket of another `start` process in two cases. First, no process listens on a new socket
+        // between bind(2) and listen(2). Second, two processes could find the same dead socket: the slower process
+        // could then remove the socket that the faster process has created. The lock is on the directory, because no
+        // process would remove a separate lock file.
         let _lock = lock(dir).map_err(|source| ListenError::Lock { path: dir.into(), source })?;
         let error = |source| ListenError::Bind { path: self.path.clone(), source };
         for _ in 0..3 {
@@ -137,7 +139,7 @@ impl Address {
     }
 }
 
-/// Locks a directory exclusively. The wait is short, because no process blocks while it holds the lock.
+/// Locks a directory exclusively. The wait is short, because a process that holds this lock does not block.
 fn lock(dir: &Path) -> std::io::Result<Flock<File>> {
     let mut file = File::open(dir)?;
     loop {
@@ -158,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn address_is_unique_per_containerd_namespace_and_sandbox() {
+    fn address_differs_between_containerd_instances_namespaces_and_sandboxes() {
         let a = Address::new(None, "/run/containerd/containerd.sock", "default", "a");
         assert_eq!(a, Address::new(None, "/run/containerd/containerd.sock", "default", "a"));
         assert_ne!(a, Address::new(None, "/run/containerd/containerd.sock", "default", "b"));
@@ -171,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn listen_keeps_live_sockets_and_replaces_dead_ones() {
+    fn listen_keeps_live_sockets_and_replaces_dead_sockets() {
         let dir = tempfile::tempdir().unwrap();
         let address = Address::new(dir.path().to_str(), "c", "n", "g");
         let Listen::Bound(listener) = address.listen().unwrap() else { panic!("the new socket is already in use") };

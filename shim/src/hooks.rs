@@ -1,4 +1,4 @@
-//! OCI hooks, which the shim runs on the host. nerdctl, for example, sets up a container's network in a hook.
+//! Runs OCI hooks on the host. For example, nerdctl sets up a container's network in a hook.
 
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::launcher::{LaunchError, Launcher, ProgramOptions};
 use crate::oci::Hook;
 use crate::oci::annotations::Annotations;
 
-/// Timeout of a hook if the specification does not set a timeout.
+/// Timeout of a hook if the specification sets no timeout or the timeout 0.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
 /// Maximum number of bytes that the shim keeps from each output stream of a hook (stdout and stderr).
 const MAX_OUTPUT: u64 = 4096;

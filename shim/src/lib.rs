@@ -29,24 +29,31 @@ pub mod volumes;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
 
-use husk_base::error::chain;
 use husk_base::sync::lock;
 
 use cli::Args;
+
+/// Maximum length of the text of an error and its causes, in bytes. A cause may contain a text from the agent.
+const MAX_ERROR_TEXT: usize = 16 << 10;
+
+/// Formats an error and its causes. Limits the length, and replaces control characters.
+fn chain(error: &dyn std::error::Error) -> String {
+    vm::agent::bounded(&husk_base::error::chain(error), MAX_ERROR_TEXT)
+}
 
 /// Runs the VMM if `argv[0]` is the VMM's name. Otherwise, runs the action that the command line names.
 pub fn main() -> ExitCode {
     let started_ns = sandbox::timeline::now();
     let mut args = std::env::args_os();
     if args.next().is_some_and(|name| name == husk_vmm::client::ARGV0) {
-        // SAFETY: only `husk_vmm::client::spawn` starts the program under this name, and places the control socket at
-        // this fd number. Nothing else in this process uses the fd.
+        // SAFETY: only `husk_vmm::client::spawn` starts this program under the VMM's name. `spawn` passes the control
+        // socket as fd `CONTROL_FD`. Nothing else in this process uses this fd.
         husk_vmm::process::main(unsafe { OwnedFd::from_raw_fd(husk_vmm::client::CONTROL_FD) });
     }
     match run(args, started_ns) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // containerd's error message contains the output of a failed shim.
+            // Write the error to stderr, because containerd's error message contains the output of a failed shim.
             eprintln!("husk: {error}");
             ExitCode::FAILURE
         }

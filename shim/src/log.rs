@@ -1,8 +1,6 @@
 //! The shim's log. As containerd's Go shims do, the shim writes logfmt lines to a fifo. containerd copies the lines to
 //! its own log.
 
-mod limit;
-
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Write as _;
@@ -13,15 +11,18 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use husk_base::log::{Sink, Value};
+use husk_base::log_limit::{Decision, Limiter};
 use husk_config::LogLevel;
 use tracing::callsite::Identifier;
 
 use crate::lock;
-use crate::log::limit::{Decision, Limiter};
 
 /// Maximum line length in bytes. Writes of at most this length to a pipe are atomic (PIPE_BUF in pipe(7)). Therefore,
 /// lines of several threads do not interleave.
 const MAX_LINE: usize = 4096;
+
+/// Maximum number of lines that a source may log at once.
+const BURST: u32 = 300;
 
 /// The current log level, from 1 (error) to 5 (trace).
 static LEVEL: AtomicU8 = AtomicU8::new(3);
@@ -32,7 +33,7 @@ struct Logger {
     namespace: String,
     dropped: AtomicU64,
     limiter: Mutex<Limiter<Identifier>>,
-    /// Limits the rate of records from the `log` crate. A record's source is its file and line.
+    /// Limits the rate of records from the `log` crate. A record's source is the file and line that logged the record.
     record_limiter: Mutex<Limiter<(Option<&'static str>, Option<u32>)>>,
 }
 
@@ -49,8 +50,8 @@ pub fn init(bundle: &Path, namespace: &str, sandbox: &str, debug: bool) {
         sandbox: sandbox.to_owned(),
         namespace: namespace.to_owned(),
         dropped: AtomicU64::new(0),
-        limiter: Mutex::default(),
-        record_limiter: Mutex::default(),
+        limiter: Mutex::new(Limiter::new(BURST)),
+        record_limiter: Mutex::new(Limiter::new(BURST)),
     };
     // The logger is leaked, because the crates `husk_base` and `log` need a `'static` logger. The process creates only
     // one logger.
@@ -200,7 +201,7 @@ fn truncate(line: &mut String, length: usize) {
             is_escaped = c == '\\' && !is_escaped;
         }
         if is_escaped {
-            // The cut is within an escape sequence. Remove its backslash, which would escape the ellipsis.
+            // The cut is within an escape sequence. Remove the backslash, which would otherwise escape the ellipsis.
             line.pop();
         }
         line.push_str(if is_quoted { MARK } else { "…" });
@@ -246,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn truncate_keeps_the_length_and_closes_quotes() {
+    fn truncate_limits_the_length_and_closes_quotes() {
         for (text, expected) in [("msg=\"a b c d e f\"", "msg=\"a …\""), ("msg=abcdefghijkl", "msg=abc…")] {
             let mut line = text.to_owned();
             truncate(&mut line, 11);
@@ -276,8 +277,8 @@ mod tests {
             sandbox: "s".into(),
             namespace: "n".into(),
             dropped: AtomicU64::new(0),
-            limiter: Mutex::default(),
-            record_limiter: Mutex::default(),
+            limiter: Mutex::new(Limiter::new(BURST)),
+            record_limiter: Mutex::new(Limiter::new(BURST)),
         };
         let record = log::Record::builder().level(log::Level::Warn).args(format_args!("text")).build();
         log::Log::log(&logger, &record);
@@ -286,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn quote_escapes_only_ambiguous_values() {
+    fn quote_adds_quotes_only_if_the_value_needs_quotes() {
         let quoted = |value: &str| {
             let mut out = String::new();
             quote(&mut out, value);

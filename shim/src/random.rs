@@ -7,7 +7,7 @@ use husk_base::entropy;
 /// Returns an unpredictable number that is never 0.
 ///
 /// # Errors
-/// If [`entropy::bytes`] fails.
+/// Fails if [`entropy::bytes`] fails.
 pub fn token() -> io::Result<u64> {
     Ok(u64::from_ne_bytes(entropy::bytes()?).max(1))
 }

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use husk_vmm::client::{ARGV0, CONTROL_FD, SpawnOptions, Vmm, spawn};
-use husk_vmm::config::{BlkConfig, FdIndex, SeccompMode, ShareConfig, VmConfig};
+use husk_vmm::config::{BlkConfig, FdIndex, RateLimit, SeccompMode, ShareConfig, VmConfig};
 use husk_vmm::control::{Call, ExitReason, Notice};
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -30,7 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--max-vcpus" => config.max_vcpus = value()?.parse()?,
             "--max-memory" => config.max_memory_mib = value()?.parse()?,
             "--params" => config.kernel_params = value()?,
-            "--share" => config.share = Some(ShareConfig { tag: "husk".to_owned(), root: value()?, workers: 1 }),
+            "--share" => config.share = Some(share(value()?)),
             "--connect" => port = Some(value()?.parse()?),
             "--attach" => disk = Some(File::options().read(true).write(true).open(value()?)?),
             "--pause" => pause = true,
@@ -60,7 +60,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     }
     if let Some(disk) = disk {
-        let config = BlkConfig { file: FdIndex(0), read_only: false, serial: "attached".to_owned() };
+        let serial = "attached".to_owned();
+        let config = BlkConfig { file: FdIndex(0), read_only: false, serial, rate_limit: RateLimit::default() };
         let (answer, _) = vmm.call(Call::AttachBlk(config), &[disk.as_fd()])?;
         eprintln!("[attached the disk: {answer:?}]");
     }
@@ -118,12 +119,17 @@ fn config() -> VmConfig {
         share: None,
         require_landlock: false,
         vsock_cid: 3,
+        vsock_rate_limit: RateLimit::default(),
         net: Vec::new(),
         blk: Vec::new(),
         balloon: false,
         spare_slots: 2,
         seccomp: SeccompMode::Enforce,
     }
+}
+
+fn share(root: String) -> ShareConfig {
+    ShareConfig { tag: "husk".to_owned(), root, workers: 1, rate_limit: RateLimit::default() }
 }
 
 fn now_ms() -> f64 {

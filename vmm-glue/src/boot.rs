@@ -35,7 +35,7 @@ use crate::virtio::fs::{Fs, FsError};
 use crate::virtio::rng::Rng;
 use crate::virtio::slots::{PlugError, Purpose, Slots};
 use crate::virtio::vsock::Vsock;
-use crate::vm::{Devices, HotplugMemory, Interfaces, Vm};
+use crate::vm::{Devices, HotplugMemory, InterfaceError, Interfaces, Vm};
 use crate::vmgenid::VmGenId;
 
 /// Kernel parameters that every guest gets:
@@ -107,6 +107,9 @@ pub enum BootError {
     /// The share could not be set up.
     #[error("failed to set up the share")]
     Share(#[source] FsError),
+    /// An interface could not be created.
+    #[error(transparent)]
+    Interface(#[from] InterfaceError),
     /// A device could not be plugged into a slot.
     #[error("failed to plug in {0}")]
     Plug(String, #[source] PlugError),
@@ -169,7 +172,8 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     timing.step("initrd read");
 
     // Create the devices, in the order in which the guest finds them, and the spare slots.
-    let vsock = Vsock::new(u64::from(config.vsock_cid)).map_err(|error| BootError::Host("the vsock device", error))?;
+    let vsock = Vsock::new(u64::from(config.vsock_cid), config.vsock_rate_limit)
+        .map_err(|error| BootError::Host("the vsock device", error))?;
     let vsock = Arc::new(Mutex::new(vsock));
     let mut devices: Vec<(&str, SharedDevice)> = vec![("vsock", vsock.clone())];
     if let Some(share) = &config.share {
@@ -179,11 +183,10 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     }
     let mut interfaces = Interfaces::new(Arc::clone(reporter));
     for (net, taps) in net {
-        let net = interfaces.create(&net, taps).map_err(|error| BootError::Host("the tap", error))?;
-        devices.push(("virtio-net", net));
+        devices.push(("virtio-net", interfaces.create(&net, taps)?));
     }
     for (blk, file) in blk {
-        let blk = Blk::new(file, blk.read_only, &blk.serial).map_err(BootError::Disk)?;
+        let blk = Blk::new(file, blk.read_only, &blk.serial, blk.rate_limit).map_err(BootError::Disk)?;
         devices.push(("virtio-blk", shared(blk)));
     }
     devices.push(("virtio-rng", shared(Rng::new().map_err(|error| BootError::Host("virtio-rng", error))?)));

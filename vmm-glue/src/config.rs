@@ -40,6 +40,8 @@ pub struct VmConfig {
     pub require_landlock: bool,
     /// The guest's vsock CID, 3 or more.
     pub vsock_cid: u32,
+    /// Rate limit of each direction of vsock.
+    pub vsock_rate_limit: RateLimit,
     /// Network interfaces at boot.
     pub net: Vec<NetConfig>,
     /// Disks at boot.
@@ -77,6 +79,8 @@ pub struct ShareConfig {
     pub root: String,
     /// Number of worker threads, 1 to 64.
     pub workers: u8,
+    /// Rate limit of the requests.
+    pub rate_limit: RateLimit,
 }
 
 /// A network interface backed by a tap. It has one queue pair for each queue of the tap.
@@ -95,6 +99,11 @@ pub struct NetConfig {
     pub mac: [u8; 6],
     /// MTU in bytes, 68 to 65535.
     pub mtu: u16,
+    /// Rate limit of the frames that the guest receives. An interface with a rate limit has one queue pair and no
+    /// vhost-net.
+    pub receive_rate_limit: RateLimit,
+    /// Rate limit of the frames that the guest transmits.
+    pub transmit_rate_limit: RateLimit,
 }
 
 /// A disk backed by a raw file or a block device.
@@ -107,4 +116,33 @@ pub struct BlkConfig {
     pub read_only: bool,
     /// Serial number of the disk in the guest, at most 20 bytes.
     pub serial: String,
+    /// Rate limit of the requests.
+    pub rate_limit: RateLimit,
+}
+
+/// Limits the rates of a device, or of one direction of a device. The default limits nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// Limits the bytes of requests, frames or packets. Headers of the device's protocol do not count.
+    pub bytes: Option<Rate>,
+    /// Limits the number of requests, frames or packets.
+    pub operations: Option<Rate>,
+}
+
+impl RateLimit {
+    /// Returns whether anything is limited.
+    pub fn is_limited(self) -> bool {
+        self.bytes.is_some() || self.operations.is_some()
+    }
+}
+
+/// The parameters of a token bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rate {
+    /// Average rate, at least 1.
+    pub per_second: u64,
+    /// Amount that may exceed the average rate at once, at least 1.
+    pub burst: u64,
 }

@@ -3,13 +3,13 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::sys::stat::fstat;
 
 use crate::arch::layout;
-use crate::config::{BlkConfig, FdIndex, NetConfig, ShareConfig, VmConfig};
+use crate::config::{BlkConfig, FdIndex, NetConfig, RateLimit, ShareConfig, VmConfig};
 use crate::virtio::net::{MAX_QUEUE_PAIRS, tap_flags};
 
 /// Minimum and maximum guest memory in MiB. The maximum, 4 TiB, is far below 64 TiB, the limit of 46 physical address
@@ -99,6 +99,7 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<CheckedConfig, Confi
     check_range(config.huge_mib <= *MEMORY_MIB.end(), "huge_mib", config.huge_mib, "at most 4194304")?;
     check_range(MEMORY_MIB.contains(&config.memory_mib), "memory_mib", config.memory_mib, "64 to 4194304")?;
     check_range((3..u32::MAX).contains(&config.vsock_cid), "vsock_cid", config.vsock_cid, "3 to 4294967294")?;
+    rate_limit("vsock_rate_limit", config.vsock_rate_limit)?;
     let printable = config.kernel_params.bytes().all(|byte| (b' '..=b'~').contains(&byte));
     check_range(printable, "kernel_params", &config.kernel_params, "printable ASCII")?;
     let devices = 2 + usize::from(config.share.is_some()) + usize::from(config.balloon);
@@ -149,6 +150,17 @@ pub fn net(config: &NetConfig, fds: &mut Fds) -> Result<Vec<File>, ConfigError> 
     check_range(unicast, "net.mac", format!("{:02x?}", config.mac), "a unicast address")?;
     let pairs = config.taps.len();
     check_range((1..=MAX_QUEUE_PAIRS).contains(&pairs), "number of net.taps", pairs, "1 to 8")?;
+    rate_limit("net.receive_rate_limit", config.receive_rate_limit)?;
+    rate_limit("net.transmit_rate_limit", config.transmit_rate_limit)?;
+    let limited = config.receive_rate_limit.is_limited() || config.transmit_rate_limit.is_limited();
+    // vhost-net does not apply rate limits. Queue pairs would not get equal shares of one limiter's tokens.
+    check_range(!limited || pairs == 1, "number of net.taps", pairs, "1, because the interface has a rate limit")?;
+    check_range(
+        !(limited && config.vhost),
+        "net.vhost",
+        config.vhost,
+        "false, because the interface has a rate limit",
+    )?;
     let several = if pairs > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
     let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several;
     let mut taps = Vec::with_capacity(pairs);
@@ -178,6 +190,7 @@ pub fn blk(config: &BlkConfig, file: OwnedFd) -> Result<File, ConfigError> {
     let serial = &config.serial;
     let plain = serial.len() <= SERIAL_MAX && serial.bytes().all(|byte| (b' '..=b'~').contains(&byte));
     check_range(plain, "blk.serial", serial, "at most 20 printable ASCII characters")?;
+    rate_limit("blk.rate_limit", config.rate_limit)?;
     let disk = has_file_type(&file, "blk.file", libc::S_IFREG)? || has_file_type(&file, "blk.file", libc::S_IFBLK)?;
     check_kind(disk, "blk.file", "a regular file or a block device")?;
     check_kind(config.read_only || writable(&file, "blk.file")?, "blk.file", "open for writing")?;
@@ -188,10 +201,19 @@ fn share(config: &ShareConfig) -> Result<(), ConfigError> {
     let tag = (1..=TAG_MAX).contains(&config.tag.len()) && !config.tag.contains('\0');
     check_range(tag, "share.tag", &config.tag, "1 to 36 bytes")?;
     check_range((1..=64).contains(&config.workers), "share.workers", config.workers, "1 to 64")?;
+    rate_limit("share.rate_limit", config.rate_limit)?;
     let root = Path::new(&config.root);
     let directory = root.is_absolute()
         && std::fs::metadata(root).map_err(|error| ConfigError::Examine("share.root", error))?.is_dir();
     check_range(directory, "share.root", &config.root, "the absolute path of a directory")
+}
+
+fn rate_limit(what: &'static str, limit: RateLimit) -> Result<(), ConfigError> {
+    for rate in [limit.bytes, limit.operations].into_iter().flatten() {
+        let valid = rate.per_second > 0 && rate.burst > 0;
+        check_range(valid, what, format!("{rate:?}"), "a rate and a burst of at least 1")?;
+    }
+    Ok(())
 }
 
 /// Received fds that have not been taken yet.
@@ -231,8 +253,9 @@ fn check_kind(valid: bool, what: &'static str, wanted: &'static str) -> Result<(
 }
 
 fn has_file_type(fd: impl AsFd, what: &'static str, format: libc::mode_t) -> Result<bool, ConfigError> {
-    let stat = fstat(fd).map_err(|errno| ConfigError::Examine(what, errno.into()))?;
-    Ok(stat.st_mode & libc::S_IFMT == format)
+    // The standard library calls statx. The control thread's filter has statx, but not the call of `nix`, newfstatat.
+    let metadata = fd.as_fd().try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
+    Ok(metadata.map_err(|error| ConfigError::Examine(what, error))?.mode() & libc::S_IFMT == format)
 }
 
 fn writable(fd: impl AsFd, what: &'static str) -> Result<bool, ConfigError> {

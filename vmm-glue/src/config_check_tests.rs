@@ -4,7 +4,7 @@
 use std::io;
 
 use super::*;
-use crate::config::SeccompMode;
+use crate::config::{Rate, SeccompMode};
 
 /// Returns a valid configuration and its fds: a character device, two files and a pipe.
 fn valid() -> (VmConfig, Vec<OwnedFd>, io::PipeReader) {
@@ -29,6 +29,7 @@ fn valid() -> (VmConfig, Vec<OwnedFd>, io::PipeReader) {
         share: None,
         require_landlock: false,
         vsock_cid: 3,
+        vsock_rate_limit: RateLimit::default(),
         net: Vec::new(),
         blk: Vec::new(),
         balloon: false,
@@ -45,6 +46,21 @@ fn check_error(change: impl FnOnce(&mut VmConfig, &mut Vec<OwnedFd>)) -> String 
     check(config, fds).unwrap_err().to_string()
 }
 
+fn disk(file: usize, read_only: bool, serial: &str) -> BlkConfig {
+    BlkConfig { file: FdIndex(file), read_only, serial: serial.to_owned(), rate_limit: RateLimit::default() }
+}
+
+fn tap() -> NetConfig {
+    NetConfig {
+        taps: vec![FdIndex(4)],
+        vhost: false,
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1500,
+        receive_rate_limit: RateLimit::default(),
+        transmit_rate_limit: RateLimit::default(),
+    }
+}
+
 #[test]
 fn check_accepts_valid_configuration() {
     let (config, fds, _reader) = valid();
@@ -59,7 +75,7 @@ fn check_rejects_values_out_of_range() {
     assert!(check_error(|config, _| config.memory_mib = 63).contains("memory_mib"));
     assert!(check_error(|config, _| config.memory_mib = u64::MAX).contains("memory_mib"));
     assert!(check_error(|config, _| config.vsock_cid = 2).contains("vsock_cid"));
-    let blk = BlkConfig { file: FdIndex(9), read_only: true, serial: String::new() };
+    let blk = disk(9, true, "");
     assert!(check_error(|config, _| config.blk = vec![blk; 17]).contains("virtio devices: 19"));
     assert!(check_error(|config, _| config.kernel_params = "a\nb".to_owned()).contains("printable"));
 }
@@ -77,26 +93,30 @@ fn check_rejects_missing_unused_and_wrong_fds() {
 
 #[test]
 fn check_rejects_invalid_devices() {
-    let share = |tag: &str, root: &str| ShareConfig { tag: tag.to_owned(), root: root.to_owned(), workers: 1 };
+    let share = |tag: &str, root: &str| ShareConfig {
+        tag: tag.to_owned(),
+        root: root.to_owned(),
+        workers: 1,
+        rate_limit: RateLimit::default(),
+    };
     assert!(check_error(|config, _| config.share = Some(share("", "/"))).contains("share.tag"));
     assert!(check_error(|config, _| config.share = Some(share("husk", "tmp"))).contains("share.root"));
     assert!(check_error(|config, _| config.share = Some(share("husk", "/nowhere"))).contains("share.root"));
-    let disk = |serial: &str| BlkConfig { file: FdIndex(4), read_only: false, serial: serial.to_owned() };
     assert!(
         check_error(|config, fds| {
-            config.blk.push(disk("s"));
+            config.blk.push(disk(4, false, "s"));
             fds.push(File::open("/dev/null").unwrap().into());
         })
         .contains("block device")
     );
     assert!(
         check_error(|config, fds| {
-            config.blk.push(disk("012345678901234567890"));
+            config.blk.push(disk(4, false, "012345678901234567890"));
             fds.push(tempfile::tempfile().unwrap().into());
         })
         .contains("blk.serial")
     );
-    let tap = NetConfig { taps: vec![FdIndex(4)], vhost: false, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
+    let tap = tap();
     assert!(
         check_error(|config, fds| {
             config.net.push(tap.clone());
@@ -104,4 +124,24 @@ fn check_rejects_invalid_devices() {
         })
         .contains("tap with")
     );
+}
+
+#[test]
+fn check_rejects_invalid_rate_limits() {
+    let limit = |per_second, burst| RateLimit { bytes: None, operations: Some(Rate { per_second, burst }) };
+    assert!(check_error(|config, _| config.vsock_rate_limit = limit(0, 1)).contains("vsock_rate_limit"));
+    let mut disk = disk(4, true, "");
+    disk.rate_limit = limit(1, 0);
+    assert!(
+        check_error(|config, fds| {
+            config.blk.push(disk);
+            fds.push(tempfile::tempfile().unwrap().into());
+        })
+        .contains("blk.rate_limit")
+    );
+    let limited = NetConfig { transmit_rate_limit: limit(1, 1), ..tap() };
+    let several = NetConfig { taps: vec![FdIndex(4), FdIndex(5)], ..limited.clone() };
+    assert!(check_error(|config, _| config.net.push(several)).contains("number of net.taps: 2, must be 1"));
+    let vhost = NetConfig { vhost: true, ..limited };
+    assert!(check_error(|config, _| config.net.push(vhost)).contains("net.vhost"));
 }

@@ -17,6 +17,7 @@ pub mod event_loop;
 pub mod guest_memory;
 pub mod jail;
 pub mod kvm_probe;
+mod last_words;
 pub mod memory;
 pub mod process;
 pub mod reporter;

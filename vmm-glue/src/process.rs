@@ -17,6 +17,7 @@ use crate::reporter::Reporter;
 use crate::vm::{Vm, VmError};
 
 mod log;
+mod memory_fault;
 mod pids;
 mod prepare;
 

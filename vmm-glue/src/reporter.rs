@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -17,12 +17,14 @@ pub struct Reporter {
     control: OwnedFd,
     console: OnceLock<Arc<Console>>,
     ending: AtomicBool,
+    /// The boot steps that were reported, one bit for each.
+    reported: AtomicU32,
 }
 
 impl Reporter {
     /// Creates the reporter for a control socket.
     pub fn new(control: OwnedFd) -> Self {
-        Self { control, console: OnceLock::new(), ending: AtomicBool::new(false) }
+        Self { control, console: OnceLock::new(), ending: AtomicBool::new(false), reported: AtomicU32::new(0) }
     }
 
     /// Receives the shim's next request.
@@ -30,8 +32,12 @@ impl Reporter {
         wire::recv(&self.control)
     }
 
-    /// Reports a boot step.
+    /// Reports a boot step, unless the step was reported before. A guest can repeat its boot marks without bound.
     pub fn report_boot_step(&self, step: BootStep) {
+        let bit = 1 << step as u32;
+        if self.reported.fetch_or(bit, Ordering::Relaxed) & bit != 0 {
+            return;
+        }
         self.send(&Reply::Notice(Notice::BootStep { step, at_ns: monotonic_ns() }), None);
     }
 
@@ -87,4 +93,25 @@ fn monotonic_ns() -> u64 {
     // CLOCK_MONOTONIC always exists.
     let now = ClockId::CLOCK_MONOTONIC.now().map_or(Duration::ZERO, Duration::from);
     now.as_nanos() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_boot_step_is_reported_once() {
+        let (control, shim) = wire::pair().unwrap();
+        let reporter = Reporter::new(control);
+        for _ in 0..100 {
+            reporter.report_boot_step(BootStep::AgentReady);
+            reporter.report_boot_step(BootStep::AgentStarted);
+        }
+        drop(reporter);
+        let mut steps = Vec::new();
+        while let Ok((Reply::Notice(Notice::BootStep { step, .. }), _)) = wire::recv::<Reply>(&shim) {
+            steps.push(step);
+        }
+        assert_eq!(steps, [BootStep::AgentReady, BootStep::AgentStarted]);
+    }
 }

@@ -47,9 +47,9 @@ pub enum VmError {
     /// The request for a disk does not carry exactly one fd.
     #[error("failed to attach the disk: exactly one fd is required, but {0} fds were received")]
     Fds(usize),
-    /// The tap could not be set up.
-    #[error("failed to set up the tap")]
-    Tap(#[source] io::Error),
+    /// The interface could not be created.
+    #[error(transparent)]
+    Interface(#[from] InterfaceError),
     /// No interface with this MAC address waits for vhost-net.
     #[error("failed to start vhost-net: no interface with MAC address {0:02x?} waits for it")]
     NoVhostRequest([u8; 6]),
@@ -100,6 +100,17 @@ pub struct Vm {
     pub(crate) _memory: GuestMemory,
 }
 
+/// Error of creating an interface.
+#[derive(Debug, thiserror::Error)]
+pub enum InterfaceError {
+    /// The tap could not be set up.
+    #[error("failed to set up the tap")]
+    Tap(#[source] io::Error),
+    /// The timer of the rate limits could not be created.
+    #[error("failed to create the timer of the interface's rate limits")]
+    RateLimits(#[source] io::Error),
+}
+
 /// The VM's network interfaces.
 pub(crate) struct Interfaces {
     reporter: Arc<Reporter>,
@@ -115,12 +126,14 @@ impl Interfaces {
     /// Creates an interface's device.
     ///
     /// # Errors
-    /// The errors of [`Net::new`].
-    pub fn create(&mut self, config: &NetConfig, taps: Vec<File>) -> io::Result<Arc<Mutex<Net>>> {
+    /// [`InterfaceError`].
+    pub fn create(&mut self, config: &NetConfig, taps: Vec<File>) -> Result<Arc<Mutex<Net>>, InterfaceError> {
         let (reporter, mac) = (Arc::clone(&self.reporter), config.mac);
         let request = move || reporter.request_vhost(mac);
         let vhost = config.vhost.then(|| Box::new(request) as RequestVhost);
-        let device = Arc::new(Mutex::new(Net::new(Backend { taps, vhost }, mac, config.mtu)?));
+        let mut net = Net::new(Backend { taps, vhost }, mac, config.mtu).map_err(InterfaceError::Tap)?;
+        net.limit_rates(config.receive_rate_limit, config.transmit_rate_limit).map_err(InterfaceError::RateLimits)?;
+        let device = Arc::new(Mutex::new(net));
         // Forget the devices that were hot-unplugged.
         self.devices.retain(|device| device.strong_count() > 0);
         self.devices.push(Arc::downgrade(&device));
@@ -196,7 +209,7 @@ impl Vm {
         let mut fds = config_check::Fds::new(fds);
         let taps = config_check::net(config, &mut fds)?;
         fds.reject_unused()?;
-        let device = self.interfaces.create(config, taps).map_err(VmError::Tap)?;
+        let device = self.interfaces.create(config, taps)?;
         self.devices.attach(device, Purpose::Any)
     }
 
@@ -210,7 +223,7 @@ impl Vm {
     /// Hot-plugs a disk into a spare slot and returns the slot's number.
     pub fn attach_blk(&mut self, config: &BlkConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
         let file = config_check::blk(config, single_fd(fds)?)?;
-        let device = Blk::new(file, config.read_only, &config.serial)?;
+        let device = Blk::new(file, config.read_only, &config.serial, config.rate_limit)?;
         self.devices.attach(Arc::new(Mutex::new(device)), Purpose::Any)
     }
 

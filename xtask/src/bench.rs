@@ -29,6 +29,15 @@ pub enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Measure whether each device holds its rate limits. Fail if a rate differs from its limit by more than 5 %.
+    Limits {
+        /// Build the programs in the quick profile.
+        #[arg(long)]
+        quick: bool,
+        /// Arguments of husk-bench.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Measure the throughput, round-trip time and start-up cost of a pod's network, with vhost-net and with the VMM's
     /// data path.
     Network {
@@ -46,6 +55,7 @@ pub fn bench(bench: &Bench) -> Result<u8> {
     let (what, quick, args) = match bench {
         Bench::Start { quick, args } => ("start", quick, args),
         Bench::Exec { quick, args } => ("exec", quick, args),
+        Bench::Limits { quick, args } => ("limits", quick, args),
         Bench::Network { quick, args } => ("network", quick, args),
     };
     setup::setup()?;

@@ -104,7 +104,7 @@ pub fn tests(package: &str) -> Result<Vec<Program>> {
 
 /// Runs cargo and returns the programs that its messages name. If `tests` is true, these are the test programs, and
 /// otherwise the binaries.
-fn run(mut command: Command, tests: bool) -> Result<Vec<Program>> {
+pub fn run(mut command: Command, tests: bool) -> Result<Vec<Program>> {
     command.arg("--message-format=json-render-diagnostics").stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = command.spawn().context("failed to start cargo")?;
     let stdout = child.stdout.take().context("failed to get cargo's stdout")?;

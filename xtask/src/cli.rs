@@ -7,7 +7,9 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::build::Profile;
 use crate::node::{Add, Limits, Line, Machine, Run, Seat};
-use crate::{bench, conformance, demo, deny, dist, image, imports, kernel, modules, node, setup, test, user_cache};
+use crate::{
+    bench, conformance, demo, deny, dist, fuzz, image, imports, kernel, modules, node, setup, test, user_cache,
+};
 
 /// Builds, runs and tests Husk.
 #[derive(Parser)]
@@ -45,6 +47,8 @@ enum Task {
     Demo(demo::Options),
     /// Run all checks and tests.
     Test(test::Options),
+    /// Run the fuzz targets. Exit with 1 if a target found a defect.
+    Fuzz(fuzz::Options),
     /// Check licences, duplicate versions and sources of the dependencies against deny.toml.
     Deny,
     /// Check that imports are grouped: the standard library, other crates, this crate.
@@ -156,6 +160,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         }
         Task::Demo(options) => return demo::demo(&options),
         Task::Test(options) => return test::test(&options),
+        Task::Fuzz(options) => return fuzz::fuzz(&options),
         Task::Deny => deny::deny()?,
         Task::Imports { fix } => imports::imports(fix)?,
         Task::Modules { shrink } => modules::modules(shrink)?,

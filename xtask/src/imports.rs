@@ -68,7 +68,6 @@ pub fn imports(fix: bool) -> Result<()> {
     if fix {
         ui::say("imports", format!("changed {fixed} files"));
         cmd::shown(cargo().current_dir(&root).args(["fmt", "--all"]))?;
-        cmd::shown(cargo().current_dir(root.join("tests/fuzz")).arg("fmt"))?;
     }
     match (wrong.is_empty(), fix) {
         (true, _) => Ok(()),

@@ -11,6 +11,7 @@ mod demo;
 mod deny;
 mod dist;
 mod files;
+mod fuzz;
 mod image;
 mod images;
 mod imports;

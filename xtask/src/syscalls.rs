@@ -1,7 +1,8 @@
-//! Compares the system calls that the VMM's threads make during the end-to-end suites with their seccomp filters.
+//! Compares the seccomp filters of the VMM's threads with the system calls that the threads make in the end-to-end
+//! suites.
 //!
-//! The node's kernel counts the calls with histogram triggers (Documentation/trace/histogram.rst). The filters only log
-//! calls that they do not allow, so that one run finds all calls that a filter lacks.
+//! The test node's kernel counts the calls with histogram triggers (Documentation/trace/histogram.rst). The filters
+//! only log calls that they do not allow, so that one run finds all calls that a filter lacks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -18,13 +19,13 @@ const THREADS: [&str; 7] = ["husk-vmm", "vcpu*", "devices", "virtio-fs*", "virti
 /// of the same name.
 const SHIM_THREADS: [&str; 5] = ["containerd-shim", "husk-shim", "launch", "mount", "pod-network"];
 const EVENT: &str = "/sys/kernel/tracing/events/raw_syscalls/sys_enter";
-/// Files in the node's /out.
+/// Names of the result files in /out of the test node.
 const COUNTS: &str = "syscalls.txt";
 const VIOLATIONS: &str = "violations.txt";
 
-/// Shell commands that write the counts and the violations to /out. They are part of the script that the test node runs.
-/// Each violation is a record of the audit subsystem with the
-/// thread's name and the number of the call (seccomp(2), SECCOMP_RET_LOG).
+/// Shell commands that write the counts and the violations to /out. They are part of the script that the test node
+/// runs. Each violation is a record of the audit subsystem with the thread's name and the number of the call
+/// (seccomp(2), SECCOMP_RET_LOG).
 pub const END: &str = "cat /sys/kernel/tracing/events/raw_syscalls/sys_enter/hist > /out/syscalls.txt\n\
                        dmesg | grep 'type=1326' > /out/violations.txt\n";
 
@@ -36,7 +37,7 @@ struct Rule {
     number: String,
 }
 
-/// Returns the lines of a node's script that start counting.
+/// Returns the shell commands that make the test node count calls. They are part of the script that the node runs.
 pub fn begin() -> String {
     let mut script = String::from(
         "echo 'seccomp = \"log\"' >> /etc/husk/config.toml\n\
@@ -49,7 +50,7 @@ pub fn begin() -> String {
     script
 }
 
-/// Copies the counts and the violations of one boot of the test node to the results.
+/// Copies the counts and the violations of one boot of the test node to the results directory.
 pub fn keep(out: &Path, boot: usize) -> Result<()> {
     let dir = dir()?;
     for name in [COUNTS, VIOLATIONS] {
@@ -108,7 +109,7 @@ fn count(text: &str, counts: &mut BTreeMap<(String, String), u64>) {
     }
 }
 
-/// Returns thread name and number of the call in a record of the audit subsystem.
+/// Returns the thread's name and the number of the call in a record of the audit subsystem.
 fn violation(line: &str) -> Option<(String, String)> {
     let field = |name: &str| line.split_whitespace().find_map(|word| word.strip_prefix(name)).map(str::to_owned);
     let thread = field("comm=")?.trim_matches('"').to_owned();

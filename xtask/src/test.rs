@@ -41,7 +41,8 @@ pub struct Options {
     /// Run only the checks and the unit tests.
     #[arg(long, conflicts_with = "e2e")]
     unit: bool,
-    /// Run only the end-to-end suites. With FILTER, run only the tests whose name contains FILTER.
+    /// Run only the end-to-end suites. With FILTER, run only the tests whose name contains FILTER. With @SUITE,SUITE…,
+    /// run only the tests of these suites.
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
     e2e: Option<String>,
     /// List the end-to-end suites, their tests and what each suite needs, and run nothing. With FILTER, list only the
@@ -185,7 +186,8 @@ fn runs(needs: &Needs, line: Line, extent: Extent, filtered: bool) -> bool {
     }
 }
 
-/// Returns the names of the suite's tests whose name contains `filter`. Long tests are included only if `long` is true.
+/// Returns the names of the suite's tests whose name contains `filter`. If `filter` has the form `@suite,suite…`, returns
+/// all tests of these suites. Long tests are included only if `long` is true.
 fn selected(suite: &Program, filter: &str, long: bool) -> Result<Vec<String>> {
     let list = |arg: Option<&str>| -> Result<Vec<String>> {
         let list = cmd::output(Command::new(&suite.path).arg("--list").args(arg))
@@ -193,8 +195,14 @@ fn selected(suite: &Program, filter: &str, long: bool) -> Result<Vec<String>> {
         Ok(list.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
     };
     let left_out = if long { Vec::new() } else { list(Some("--ignored"))? };
-    let tests = list(None)?.into_iter();
-    Ok(tests.filter(|name| name.contains(filter) && !left_out.contains(name)).collect())
+    let of_suite = filter.strip_prefix('@').map(|suites| suites.split(',').any(|name| name == suite.name));
+    let is_selected = |name: &String| of_suite.unwrap_or_else(|| name.contains(filter)) && !left_out.contains(name);
+    Ok(list(None)?.into_iter().filter(is_selected).collect())
+}
+
+/// Returns whether the filter is a part of test names. Otherwise, all tests of the suites run.
+fn is_part_of_name(filter: &str) -> bool {
+    !filter.is_empty() && !filter.starts_with('@')
 }
 
 /// The work that nodes running side by side share. Each node takes its boots from `plans`.
@@ -251,7 +259,7 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
         }
     }
     if named.is_empty() {
-        bail!("failed to find a test whose name contains `{filter}`; `cargo xtask test --list` lists the tests");
+        bail!("failed to find a test for the filter `{filter}`; `cargo xtask test --list` lists the tests");
     }
     // Suites are retried because QEMU's emulator has flaws. node/boot.rs avoids the worst flaw. Another flaw is in
     // helper_vmrun() of target/i386/tcg/system/svm_helper.c: in exception_index, QEMU keeps the vector of an interrupt
@@ -348,7 +356,7 @@ impl Selection<'_> {
     /// Returns the arguments for libtest.
     fn args(&self) -> Vec<String> {
         let long = self.long.then(|| "--include-ignored".to_owned());
-        long.into_iter().chain((!self.filter.is_empty()).then(|| self.filter.to_owned())).collect()
+        long.into_iter().chain(is_part_of_name(self.filter).then(|| self.filter.to_owned())).collect()
     }
 }
 

@@ -1,4 +1,4 @@
-//! The error log: a file to which all processes of a helper write libcontainer's error lines.
+//! The error log: a file to which a helper and the processes that it forks write libcontainer's error lines.
 //!
 //! libcontainer passes only the outermost message from process to process. The cause appears only in libcontainer's log
 //! lines. The error log may also contain the recorded reason. The recorded reason says why the container's init failed,

@@ -1,4 +1,4 @@
-//! Finds the properties of a container or exec on which an agent policy decides.
+//! Collects what the agent policy checks: the properties of a container or exec.
 
 use std::collections::BTreeSet;
 use std::path::{Component, Path};
@@ -12,9 +12,9 @@ use crate::helper::devices::allows_device_type;
 
 /// containerd's annotation with the image reference.
 const IMAGE_NAME: &str = "io.kubernetes.cri.image-name";
-/// File systems that show neither a device nor another file system of the guest.
+/// File system types that expose neither a device nor another file system of the guest.
 const HARMLESS_TYPES: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
-/// Files of proc that control the guest's kernel. Their owner can write to them without any capability.
+/// Paths in procfs with which root can control the guest's kernel, even without any capability.
 const KERNEL_CONTROLS: [&str; 2] = ["/proc/sys", "/proc/sysrq-trigger"];
 
 /// Returns the properties of the container that `request` creates.
@@ -35,7 +35,7 @@ pub fn container<'a>(spec: &'a Spec, request: &'a CreateTaskRequest, rootfs: &st
     }
 }
 
-/// Returns the capabilities of all sets of a process.
+/// Returns the names of the capabilities that are in any capability set of the process.
 pub fn capabilities(process: &Process) -> Vec<String> {
     let Some(all) = process.capabilities() else { return Vec::new() };
     let sets = [all.bounding(), all.effective(), all.permitted(), all.inheritable(), all.ambient()];
@@ -44,7 +44,8 @@ pub fn capabilities(process: &Process) -> Vec<String> {
     names.into_iter().collect()
 }
 
-/// Returns in what an exec differs from the container's own process, apart from arguments and terminal.
+/// Returns the first difference between an exec and the container's own process. Ignores arguments, terminal, `TERM`
+/// and OOM score.
 pub fn difference(own: &Process, exec: &Process) -> Option<&'static str> {
     // containerd's CRI sets TERM for an exec with a terminal.
     let environment = |process: &Process| -> Vec<String> {
@@ -53,20 +54,20 @@ pub fn difference(own: &Process, exec: &Process) -> Option<&'static str> {
     let rest = |process: &Process| {
         let mut rest = process.clone();
         rest.set_args(None).set_command_line(None).set_env(None).set_terminal(None).set_console_size(None);
-        // The OOM score is no privilege, and the agent itself sets a score that is absent.
+        // The OOM score is not a privilege. The agent itself sets the score if the request has none.
         rest.set_oom_score_adj(None);
         rest
     };
     if own.user() != exec.user() {
-        Some("it has another user than the container")
+        Some("the exec's user differs from the container's")
     } else if environment(own) != environment(exec) {
-        Some("it has other environment variables than the container")
+        Some("the exec's environment differs from the container's")
     } else if own.cwd() != exec.cwd() {
-        Some("it has another working directory than the container")
+        Some("the exec's working directory differs from the container's")
     } else if own.capabilities() != exec.capabilities() {
-        Some("it has other capabilities than the container")
+        Some("the exec's capabilities differ from the container's")
     } else if rest(own) != rest(exec) {
-        Some("it has other settings than the container")
+        Some("the exec's other settings differ from the container's")
     } else {
         None
     }
@@ -78,19 +79,19 @@ fn privilege(spec: &Spec, mounts: &[Mount], rootfs: &str) -> Option<&'static str
     let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_deref());
     let hooks = spec.hooks().as_ref().and_then(|hooks| hooks.create_container().as_ref());
     if rules.is_some_and(allows_device_type) {
-        return Some("it has access to all devices, or to all devices of a type");
+        return Some("the container has access to all devices, or to all devices of a type");
     }
     if hooks.is_some_and(|hooks| !hooks.is_empty()) {
-        return Some("it has a createContainer hook, which would run with the agent's privileges");
+        return Some("the container has a createContainer hook, which would run with the agent's privileges");
     }
     if !matches!(names_below(Path::new(rootfs), GUEST_SHARE).as_deref(), Some([_, "rootfs"])) {
-        return Some("its rootfs is a directory of the guest");
+        return Some("the container's rootfs is not at a path at which the share holds rootfs mounts");
     }
     let is_isolated = has_user_namespace(linux);
     mounts.iter().find_map(|mount| privilege_of_mount(mount, is_isolated)).or_else(|| {
         let has_proc = mounts.iter().any(|mount| mount.typ().as_deref() == Some("proc"));
         let protected = [linux.readonly_paths(), linux.masked_paths()];
-        // A read-only bind mount of `/` would not include the mount at /proc.
+        // A read-only `/` does not make /proc read-only, because /proc is a separate mount.
         let covers = |one: &String, path: &str| one.starts_with("/proc") && Path::new(path).starts_with(one);
         let is_protected = |path: &str| protected.iter().copied().flatten().flatten().any(|one| covers(one, path));
         (has_proc && !is_isolated && !KERNEL_CONTROLS.iter().all(|path| is_protected(path)))
@@ -107,16 +108,16 @@ fn privilege_of_mount(mount: &Mount, is_isolated: bool) -> Option<&'static str> 
     if is_bind(mount) {
         let source = mount.source().as_deref().unwrap_or_else(|| Path::new(""));
         if !is_volume(source) {
-            return Some("it mounts a directory or device of the guest");
+            return Some("the container mounts a directory or device of the guest");
         }
     } else if !HARMLESS_TYPES.contains(&kind) {
-        return Some("it mounts a file system that may be on a device");
+        return Some("the container mounts a file system that may be on a device");
     }
-    // libcontainer treats some types specially even if an option says that the mount is a bind mount.
+    // The type counts even if the mount has the option `bind`, because libcontainer handles some types specially.
     match kind {
         _ if is_isolated => None,
-        "proc" if mount.destination() != Path::new("/proc") => Some("it mounts proc at another path than /proc"),
-        "sysfs" | "cgroup" | "cgroup2" if !is_read_only => Some("it mounts sysfs or a cgroup file system writable"),
+        "proc" if mount.destination() != Path::new("/proc") => Some("proc is mounted at a path other than /proc"),
+        "sysfs" | "cgroup" | "cgroup2" if !is_read_only => Some("sysfs or a cgroup file system is writable"),
         _ => None,
     }
 }
@@ -125,14 +126,15 @@ fn has_user_namespace(linux: &Linux) -> bool {
     linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::User)
 }
 
-/// Returns whether a mount is a bind mount, by the rule of libcontainer.
+/// Returns whether a mount is a bind mount. libcontainer uses the same rule.
 fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind")
         || mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind")
 }
 
-/// Returns whether `path` is the path of a volume. A path in a volume could lead through a symbolic link, which a
-/// container or client has made, to any file of the guest. A volume's path itself is never a symbolic link of theirs.
+/// Returns whether `path` is the path of a volume, not a path inside a volume. Inside a volume, a container or client
+/// can create a symbolic link to any file of the guest. They cannot replace the path of the volume itself by a symbolic
+/// link.
 fn is_volume(path: &Path) -> bool {
     let names = |directory| names_below(path, directory);
     let is_number = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());
@@ -140,12 +142,13 @@ fn is_volume(path: &Path) -> bool {
         || matches!(names(GUEST_SHARE).as_deref(), Some([SHARED_VOLUMES, _]))
         || matches!(names(GUEST_VOLUMES).as_deref(), Some([_]))
         || matches!(names(GUEST_SUBPATHS).as_deref(), Some([_, _]))
-        // The other names in a container's directory belong to temporary files.
+        // In a container's directory of mirrored volumes, each volume has a number as its name. Temporary files have
+        // other names.
         || matches!(names(GUEST_MIRRORS).as_deref(), Some([_, number]) if is_number(number))
 }
 
-/// Returns the names in the rest of `path` below `directory`. Returns `None` if the path is not below the directory, or
-/// has a component that is not a name.
+/// Returns the components of `path` below `directory`. Returns `None` if `path` is not below `directory`, or if a
+/// component is not a normal UTF-8 name.
 fn names_below<'a>(path: &'a Path, directory: &str) -> Option<Vec<&'a str>> {
     let name = |part| match part {
         Component::Normal(name) => name.to_str(),
@@ -205,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn container_has_image_input_capabilities_and_volumes() {
+    fn container_returns_image_input_capabilities_and_volumes() {
         let spec = parse(|_| {});
         let mut request = CreateTaskRequest { id: "c".into(), ..Default::default() };
         let found = container(&spec, &request, ROOTFS);
@@ -234,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn mounts_of_the_guest_are_a_privilege() {
+    fn mounting_guest_directories_or_devices_is_a_privilege() {
         let with = |mount: Value| privilege_of(|value| value["mounts"].as_array_mut().unwrap().push(mount));
         let bind = |source: &str| with(json!({ "destination": "/x", "type": "bind", "source": source }));
         for source in [
@@ -261,20 +264,20 @@ mod tests {
             "/run/husk/share/.volumes/..",
             "/run/husk/share/../tasks",
             "/run/husk/share/.volumes/../../tasks",
-            // A path in a volume may lead through a symbolic link.
+            // A path inside a volume may lead through a symbolic link.
             "/run/husk/share/.volumes/1/link",
             "/run/husk/mirrors/c/1/link",
             "/run/husk/mirrors/c/1.new",
             "/run/husk/volumes/v/link",
             "/run/husk/subpaths/c/1/link",
         ] {
-            assert_eq!(bind(source), Some("it mounts a directory or device of the guest"), "{source}");
+            assert_eq!(bind(source), Some("the container mounts a directory or device of the guest"), "{source}");
         }
         let option = json!({ "destination": "/x", "type": "proc", "source": "/", "options": ["bind"] });
         assert!(with(option).is_some());
         for kind in ["ext4", "overlay", "virtiofs", "devtmpfs", "", "bpf"] {
             let mount = json!({ "destination": "/x", "type": kind, "source": "husk" });
-            assert_eq!(with(mount), Some("it mounts a file system that may be on a device"), "{kind}");
+            assert_eq!(with(mount), Some("the container mounts a file system that may be on a device"), "{kind}");
         }
         assert!(with(json!({ "destination": "/x", "type": "proc", "source": "proc" })).is_some());
         assert_eq!(with(json!({ "destination": "/x", "type": "tmpfs", "source": "tmpfs" })), None);
@@ -311,12 +314,16 @@ mod tests {
     }
 
     #[test]
-    fn rootfs_outside_the_share_and_agent_hooks_are_privileges() {
+    fn rootfs_outside_the_share_and_create_container_hook_make_a_container_privileged() {
         let spec = parse(|_| {});
         for rootfs in ["/", "/run/husk/share", "/run/husk/share/../rootfs", "/run/husk/share/c/rootfs/x", "rootfs", ""]
         {
             let found = container(&spec, &CreateTaskRequest::default(), rootfs).privilege;
-            assert_eq!(found, Some("its rootfs is a directory of the guest"), "{rootfs}");
+            assert_eq!(
+                found,
+                Some("the container's rootfs is not at a path at which the share holds rootfs mounts"),
+                "{rootfs}"
+            );
         }
         let hook = json!({ "createContainer": [{ "path": "/bin/x" }] });
         assert!(privilege_of(|value| value["hooks"] = hook).unwrap().contains("createContainer"));
@@ -325,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn exec_differs_in_everything_but_arguments_and_terminal() {
+    fn difference_ignores_only_arguments_terminal_and_oom_score() {
         let own = parse(|_| {}).process().clone().unwrap();
         let with = |change: &dyn Fn(&mut Value)| {
             let exec = parse(|value| change(&mut value["process"])).process().clone().unwrap();
@@ -341,8 +348,8 @@ mod tests {
         };
         assert_eq!(with(&allowed), None);
         for (key, value, expected) in [
-            ("user", json!({ "uid": 1, "gid": 0 }), "another user"),
-            ("user", json!({ "uid": 0, "gid": 0, "additionalGids": [7] }), "another user"),
+            ("user", json!({ "uid": 1, "gid": 0 }), "the exec's user"),
+            ("user", json!({ "uid": 0, "gid": 0, "additionalGids": [7] }), "the exec's user"),
             ("env", json!(["A=1", "B=2", "LD_PRELOAD=/x"]), "environment"),
             ("env", json!(["A=1"]), "environment"),
             ("cwd", json!("/tmp"), "working directory"),

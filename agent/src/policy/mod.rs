@@ -1,4 +1,5 @@
-//! Enforces the pod's agent policy. The first Setup request contains the policy, and no later request changes it.
+//! Enforces the agent policies of the node and the pod. The first Setup request contains both policies, and no later
+//! request changes them.
 
 mod facts;
 
@@ -12,8 +13,8 @@ use libcontainer::oci_spec::runtime::{Process, Spec};
 use crate::error::{ServiceError, malformed};
 use crate::log::audit;
 
-/// The policies of the pod, which are set once. `None` if the first Setup request contained an invalid policy. Then
-/// nothing is allowed.
+/// The policies of the node and the pod, which the first Setup request sets. The inner value is `None` if this request
+/// contained an invalid policy. Then every check fails.
 #[derive(Debug, Default)]
 pub struct Guard(OnceLock<Option<Policies>>);
 
@@ -21,18 +22,19 @@ impl Guard {
     /// Accepts the policies of the first Setup request.
     ///
     /// # Errors
-    /// If a policy is invalid or an earlier request has set the policies. After an invalid policy, nothing is allowed.
+    /// If a policy is invalid, or if an earlier request has set the policies. After an invalid policy, every check
+    /// fails.
     pub fn accept(&self, node: &[u8], pod: &[u8]) -> Result<(), ServiceError> {
         let (policies, parsed) = match Policies::from_json(node, pod) {
             Ok(policies) => (Some(policies), Ok(())),
             Err(error) => (None, Err(error)),
         };
         self.0.set(policies).map_err(|_| {
-            audit("a second Setup request is refused: the policy of a pod is set once");
+            audit("refused a second Setup request: the policies of a pod can be set only once");
             ServiceError::FailedPrecondition("the sandbox has already been set up".into())
         })?;
         parsed.map_err(|error: ParseError| {
-            audit("the policy of the Setup request is invalid: nothing is allowed");
+            audit("a policy in the Setup request is invalid: all containers are refused");
             malformed("invalid policy")(error)
         })
     }
@@ -42,7 +44,8 @@ impl Guard {
         self.check(|policies| policies.check_container(&facts::container(spec, request, rootfs)))
     }
 
-    /// Checks whether `process` may be executed in a container whose own process is `own`.
+    /// Checks whether an exec of `process` is allowed in a container. `own` is the process of the container's
+    /// specification.
     pub fn check_exec(&self, container: &str, own: &Process, process: &Process) -> Result<(), ServiceError> {
         let exec = Exec {
             container,
@@ -64,7 +67,7 @@ impl Guard {
                 audit(&refusal.to_string());
                 ServiceError::Refused(refusal)
             }),
-            Some(None) => Err(ServiceError::FailedPrecondition("the policy of the pod is invalid".into())),
+            Some(None) => Err(ServiceError::FailedPrecondition("the Setup request contained an invalid policy".into())),
             None => Err(ServiceError::FailedPrecondition("the sandbox has not been set up yet".into())),
         }
     }
@@ -79,18 +82,18 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_allowed_before_setup_and_after_an_invalid_policy() {
+    fn check_fails_before_setup_and_after_an_invalid_policy() {
         let guard = Guard::default();
         assert_eq!(forwarded(&guard).unwrap_err(), "the sandbox has not been set up yet");
         let error = guard.accept(b"", br#"{"port_foward": true}"#).unwrap_err();
         assert!(husk_base::error::chain(&error).contains("unknown field `port_foward`"), "{error:?}");
-        assert_eq!(forwarded(&guard).unwrap_err(), "the policy of the pod is invalid");
+        assert_eq!(forwarded(&guard).unwrap_err(), "the Setup request contained an invalid policy");
         guard.accept(b"", b"").unwrap_err();
-        assert_eq!(forwarded(&guard).unwrap_err(), "the policy of the pod is invalid");
+        assert_eq!(forwarded(&guard).unwrap_err(), "the Setup request contained an invalid policy");
     }
 
     #[test]
-    fn accept_refuses_a_second_policy() {
+    fn accept_refuses_a_second_setup() {
         let guard = Guard::default();
         guard.accept(br#"{"port_forward": false}"#, b"").unwrap();
         for (node, pod) in [(&b""[..], &b""[..]), (b"{}", b"{}"), (b"no", b"")] {

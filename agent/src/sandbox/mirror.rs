@@ -1,12 +1,12 @@
-//! Mirrored volumes are copies of volumes in the guest. The shim keeps the copies up to date. It sends entries. An
-//! entry is a file, a directory or a symbolic link.
+//! Mirrored volumes are volumes of the host that are copied to the guest. To keep the copies up to date, the shim sends
+//! entries. Each entry describes a file, a directory or a symbolic link.
 //!
 //! A round consists of one or more messages that together contain all entries of a volume. At the end of a round, the
-//! agent removes everything from the copy that the round has not named.
+//! agent removes from the copy every path that was not in the round.
 //!
-//! The copies are on a file system of the guest. Therefore inotify(7) reports changes to containers as usual. Unchanged
-//! entries are not touched. New and changed files are written to a temporary path and renamed, so that a reader sees
-//! either the old or the new version.
+//! The copies are on a file system of the guest. Therefore a container can watch the copies with inotify(7). The agent
+//! does not write unchanged entries again. It writes a new or changed file to a temporary path, and then renames the
+//! file. Therefore a reader sees either the old or the new version.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
@@ -26,7 +26,8 @@ use husk_proto::agent::{MirrorEntry, UpdateMirrorRequest};
 /// The mirrored volumes of all containers.
 pub struct Mirrors {
     root: PathBuf,
-    /// Unfinished rounds by container and mount. The value contains the paths that the round has named so far.
+    /// Unfinished rounds. The key is the container id and the mount's number. The value contains the paths of the round
+    /// so far.
     rounds: Mutex<HashMap<(String, u32), BTreeSet<PathBuf>>>,
 }
 
@@ -37,14 +38,15 @@ impl Default for Mirrors {
 }
 
 impl Mirrors {
-    fn at(root: PathBuf) -> Self {
+    /// Mirrored volumes below another directory, for tests.
+    pub(crate) fn at(root: PathBuf) -> Self {
         Self { root, rounds: Mutex::default() }
     }
 
-    /// Removes a container's mirrored volumes and the state of its unfinished rounds. Blocks.
+    /// Removes a container's mirrored volumes and the state of its unfinished rounds. Does blocking I/O.
     pub fn remove(&self, container: &str) {
         let Ok(name) = path_component(OsStr::new(container)) else { return };
-        // The lock is held during the removal. Therefore no message can be applied at the same time.
+        // The lock is held during the removal. Therefore no entry can be applied at the same time.
         let mut rounds = lock(&self.rounds);
         rounds.retain(|(of, _), _| of != container);
         let path = self.root.join(name);
@@ -56,17 +58,18 @@ impl Mirrors {
         }
     }
 
-    /// Applies one message. Blocks.
+    /// Applies the entries of one message. Does blocking I/O.
     ///
     /// # Errors
-    /// The error names the failed path and contains the kernel's error. Entries applied before the error stay.
+    /// If a path in the message is invalid, or if a file operation fails. Entries that were applied before the error
+    /// stay in the copy.
     pub fn apply(&self, request: &UpdateMirrorRequest) -> io::Result<()> {
         let container = self.root.join(path_component(OsStr::new(&request.container_id))?);
         let (root, temporary) =
             (container.join(request.mount.to_string()), container.join(format!("{}.new", request.mount)));
         fs::create_dir_all(&container)?;
         // All users get search permission, because a container that mounts a volume from here can run as any user.
-        // They get no read permission and cannot list the directory.
+        // Only the owner gets read permission, so that no other user can list the directory.
         fs::set_permissions(&self.root, Permissions::from_mode(0o711))?;
         let key = (request.container_id.clone(), request.mount);
         let mut rounds = lock(&self.rounds);
@@ -74,7 +77,7 @@ impl Mirrors {
         for entry in &request.entries {
             let path = relative_path(OsStr::from_bytes(&entry.path))?;
             if path.as_os_str().is_empty() {
-                // The entry of the volume's root begins a new round. Forget the paths of an unfinished round.
+                // The entry of the volume's root begins a new round. Forget the paths of an earlier, unfinished round.
                 named.clear();
             }
             apply_entry(&root, &path, &temporary, entry).map_err(|error| {
@@ -120,7 +123,8 @@ fn apply_entry(root: &Path, path: &Path, temporary: &Path, entry: &MirrorEntry) 
     }
     let kind = entry.kind.enum_value_or_default();
     if path.as_os_str().is_empty() && kind != Kind::DIRECTORY {
-        // A container that mounts the volume would follow a symbolic link to any directory of the guest.
+        // The root must be a directory. If the root were a symbolic link, a container could mount any directory of the
+        // guest.
         return Err(io::ErrorKind::NotADirectory.into());
     }
     let target = root.join(path);
@@ -166,11 +170,11 @@ fn apply_entry(root: &Path, path: &Path, temporary: &Path, entry: &MirrorEntry) 
     }
 }
 
-/// Opens the temporary file for appending at `offset`. If `offset` is 0, replaces a file that an earlier round left at
-/// this path.
+/// Opens the temporary file for appending at `offset`. If `offset` is 0, removes whatever an earlier round left at
+/// this path, and creates the file.
 fn open_temporary(temporary: &Path, offset: u64) -> io::Result<File> {
     if offset > 0 {
-        // A symbolic link that could not be renamed may be at this path.
+        // This path can be a symbolic link whose rename failed. O_NOFOLLOW makes the open fail in this case.
         let file = OpenOptions::new().append(true).custom_flags(libc::O_NOFOLLOW).open(temporary)?;
         return if file.metadata()?.len() == offset { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) };
     }
@@ -191,7 +195,7 @@ fn set_owner_and_mode(path: &Path, entry: &MirrorEntry) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether the file already has the entry's owner, mode and content.
+/// Returns whether the file already has the entry's owner, mode and content.
 fn is_unchanged(target: &Path, present: Option<&Metadata>, entry: &MirrorEntry) -> bool {
     present.is_some_and(|meta| {
         meta.is_file()
@@ -297,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn abandoned_round_leaves_no_files() {
+    fn next_round_removes_files_of_an_abandoned_round() {
         let dir = tempfile::tempdir().unwrap();
         let mirrors = Mirrors::at(dir.path().join("m"));
         let piece = MirrorEntry { more: true, ..entry(Kind::FILE, "..1/large", "half of it") };
@@ -355,7 +359,7 @@ mod tests {
         }
         let victim = dir.path().join("victim");
         fs::write(&victim, "four").unwrap();
-        // The name is too long for rename(2).
+        // The name is too long for rename(2). Therefore the link stays at the temporary path.
         let link = entry(Kind::SYMLINK, &"x".repeat(256), victim.to_str().unwrap());
         let rest = MirrorEntry { offset: 4, ..entry(Kind::FILE, "f", "more") };
         assert!(round(&mirrors, vec![entry(Kind::DIRECTORY, "", ""), link]).is_err());

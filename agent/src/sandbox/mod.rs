@@ -6,10 +6,10 @@ mod link_notifications;
 pub mod loopback;
 pub mod mirror;
 pub mod namespaces;
-mod network;
+pub(crate) mod network;
 pub mod port_forwarding;
 pub mod service;
-mod setup;
+pub(crate) mod setup;
 mod slots;
 pub mod volume;
 
@@ -61,7 +61,7 @@ impl Sandbox {
         self.prepare_with(id_mappings, namespaces::create)
     }
 
-    fn prepare_with(
+    pub(crate) fn prepare_with(
         &self,
         id_mappings: Option<IdMappings>,
         create: impl FnOnce(Option<&IdMappings>) -> Result<(), NamespaceError>,

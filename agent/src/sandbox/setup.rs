@@ -2,7 +2,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use husk_proto::agent::Mount;
 use nix::mount::MsFlags;
@@ -36,7 +36,8 @@ pub fn mount(request: &Mount) -> io::Result<()> {
     Ok(())
 }
 
-fn options(options: &[String]) -> (MsFlags, String) {
+/// Splits mount options into flags and the data argument of mount(2).
+pub fn options(options: &[String]) -> (MsFlags, String) {
     let mut flags = MsFlags::empty();
     let mut data: Vec<&str> = Vec::new();
     for option in options {
@@ -60,12 +61,17 @@ fn options(options: &[String]) -> (MsFlags, String) {
 
 /// Writes a sysctl. The separators in `name` may be dots or slashes.
 pub fn set_sysctl(name: &str, value: &str) -> io::Result<()> {
+    fs::write(sysctl_path(name)?, value)
+}
+
+/// Returns the path of a sysctl's file.
+pub fn sysctl_path(name: &str) -> io::Result<PathBuf> {
     // If the separators are slashes, a dot is part of a component, as in net/ipv4/conf/eth0.5/forwarding.
     let path = if name.contains('/') { name.to_owned() } else { name.replace('.', "/") };
     if path.split('/').any(|part| part.is_empty() || part == "..") {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    fs::write(Path::new("/proc/sys").join(path), value)
+    Ok(Path::new("/proc/sys").join(path))
 }
 
 #[cfg(test)]

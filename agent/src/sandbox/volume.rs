@@ -146,7 +146,7 @@ pub fn remove_subpaths(container: &str) -> HashSet<PathBuf> {
 
 /// Opens a path below `root` and creates missing components as directories. If the last component already exists, it
 /// may be a file.
-fn open_subpath(root: &Path, directories: &[VolumeDirectory]) -> Result<OwnedFd, VolumeError> {
+pub(crate) fn open_subpath(root: &Path, directories: &[VolumeDirectory]) -> Result<OwnedFd, VolumeError> {
     let open_error = |name: &str| {
         let name = name.to_owned();
         move |error| VolumeError::OpenSubpath(name, error)

@@ -35,7 +35,8 @@ impl Tasks {
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
         };
-        // The streams are taken first. Otherwise, the streams of a request that fails would stay in the table.
+        // The streams are taken first. Otherwise, if the request failed, its streams would stay in the table of
+        // `Streams`.
         let streams = self.take_streams(&tokens).await?;
         check_id(&request.id)?;
         let options = CreateOptions::parse_from_bytes(&request.options.value)
@@ -47,7 +48,8 @@ impl Tasks {
         }
         self.sandbox.policy.check_container(&spec, &request, &options.rootfs)?;
         let cgroup = Cgroup::for_container(&request.id);
-        // The cgroup is created first, because its files show which limits the guest kernel supports.
+        // The cgroup is created before the specification is adapted, because the cgroup's files show which limits the
+        // guest kernel supports.
         let container = {
             let oom = Arc::new(OomWatch::new(&request.id, cgroup.clone(), self.hub.clone()));
             self.sandbox.prepare(None).map_err(failed("prepare the pod's namespaces"))?;
@@ -165,7 +167,7 @@ impl Tasks {
 
     /// Takes the streams that a request names.
     pub(super) async fn take_streams(&self, tokens: &StreamTokens) -> Result<StdioStreams, ServiceError> {
-        let invalid = |error| malformed("failed to take the streams")(error);
+        let invalid = |error| malformed("failed to get the streams for the stream tokens of the request")(error);
         if tokens.terminal && tokens.stdin == tokens.stdout {
             return Ok(StdioStreams {
                 stdout: self.streams.take(&tokens.stdout).await.map_err(invalid)?,

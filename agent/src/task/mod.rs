@@ -8,7 +8,7 @@ mod helper;
 mod kill;
 mod process;
 pub mod service;
-mod spec;
+pub(crate) mod spec;
 mod time_namespace;
 
 use std::collections::HashMap;
@@ -47,7 +47,7 @@ pub struct Container {
     /// First process of the container.
     pub init: Arc<Process>,
     dir: PathBuf,
-    /// Process of the specification, with which the policy compares an exec.
+    /// The object `process` of the specification. The agent policy compares each exec with this object.
     process: ProcessSpec,
     seccomp: Option<LinuxSeccomp>,
     oom_score_adj: Option<i32>,
@@ -150,7 +150,7 @@ impl Tasks {
 }
 
 /// Checks that a container id can be used as a file name.
-fn check_id(id: &str) -> Result<(), ServiceError> {
+pub(crate) fn check_id(id: &str) -> Result<(), ServiceError> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '+');
     let ok = !id.is_empty() && id.len() <= 128 && id.chars().all(allowed) && id != "." && id != "..";
     if ok {
@@ -162,7 +162,7 @@ fn check_id(id: &str) -> Result<(), ServiceError> {
     }
 }
 
-fn shares_pid_namespace(spec: &Spec) -> bool {
+pub(crate) fn shares_pid_namespace(spec: &Spec) -> bool {
     use libcontainer::oci_spec::runtime::LinuxNamespaceType::Pid;
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
     namespaces.iter().any(|namespace| namespace.typ() == Pid && namespace.path().is_some())

@@ -1,8 +1,7 @@
 //! The kernel's fd-based mount calls, which neither libc nor nix wraps.
 //!
 //! Numbers and structures are those of linux/mount.h. `mount_setattr` needs Linux 5.12, and Linux 5.14 for the
-//! attribute
-//! `MOUNT_ATTR_NOSYMFOLLOW`. The other calls need Linux 5.2.
+//! attribute `MOUNT_ATTR_NOSYMFOLLOW`. The other calls need Linux 5.2.
 
 use std::fs;
 use std::io;

@@ -91,7 +91,7 @@ fn landlock(landlock: Landlock, required: bool) -> Finding {
         None => Finding::ok(name, landlock.to_string()),
         Some(missing) if required && !landlock.is_usable() => Finding::fail(
             name,
-            format!("{missing}, but the configuration requires it"),
+            format!("{missing}; require_landlock = true in the configuration requires landlock"),
             format!("{}, or set require_landlock = false", landlock.remedy()),
         ),
         Some(missing) => Finding::warn(name, missing, landlock.remedy()),

@@ -9,7 +9,7 @@ use procfs::{
 };
 use serde::Serialize;
 
-/// Kinds of namespaces, with the names of /proc/PID/ns.
+/// Kinds of namespaces, by their names in /proc/PID/ns.
 const NAMESPACES: [&str; 7] = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"];
 
 /// What confines a process.
@@ -17,8 +17,10 @@ const NAMESPACES: [&str; 7] = ["cgroup", "ipc", "mnt", "net", "pid", "user", "ut
 pub struct Jail {
     /// Kinds of namespaces that the process does not share with this command.
     own_namespaces: Vec<&'static str>,
-    /// The mounted directory that is the process's root directory: its path in its file system.
+    /// The process's root directory, as a path in the directory's file system (field `root` of mountinfo).
     root: Option<String>,
+    /// The source of the mount at the process's root directory (field `mount source` of mountinfo).
+    root_source: Option<String>,
     /// Number of mounts that the process can see.
     mounts: usize,
     /// Maximum size of a core dump in bytes. `None` means no limit.
@@ -30,7 +32,7 @@ pub struct Jail {
 /// What confines a thread.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 struct Thread {
-    /// Name of the thread. The name of the main thread is that of the process.
+    /// Name of the thread. The main thread has the name of the process.
     name: String,
     /// Whether `no_new_privs` is set.
     no_new_privs: bool,
@@ -40,7 +42,8 @@ struct Thread {
     capabilities: Vec<String>,
 }
 
-/// Returns the jail of process `pid`, or `None` if the process has ended or must not be inspected.
+/// Returns the jail of process `pid`. Returns `None` if the process has ended, or if this command cannot read the
+/// process's files in /proc.
 pub fn of(proc: &Path, pid: u32) -> Option<Jail> {
     inspect(proc, pid).ok()
 }
@@ -56,7 +59,9 @@ fn inspect(proc: &Path, pid: u32) -> ProcResult<Jail> {
         }
     }
     let MountInfos(mounts) = process.mountinfo()?;
-    let root = mounts.iter().find(|mount| mount.mount_point == Path::new("/")).map(|mount| mount.root.clone());
+    let root = mounts.iter().find(|mount| mount.mount_point == Path::new("/"));
+    let root_source = root.and_then(|mount| mount.mount_source.clone());
+    let root = root.map(|mount| mount.root.clone());
     let core_limit = match process.limits()?.max_core_file_size.soft_limit {
         LimitValue::Unlimited => None,
         LimitValue::Value(bytes) => Some(bytes),
@@ -64,9 +69,9 @@ fn inspect(proc: &Path, pid: u32) -> ProcResult<Jail> {
     let mut ids: Vec<u32> =
         fs::read_dir(dir.join("task"))?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
     ids.sort_unstable();
-    // A thread may end at any time.
+    // A thread that has ended in the meantime is left out.
     let threads = ids.iter().filter_map(|id| thread(&dir.join("task").join(id.to_string())).ok()).collect();
-    Ok(Jail { own_namespaces, root, mounts: mounts.len(), core_limit, threads })
+    Ok(Jail { own_namespaces, root, root_source, mounts: mounts.len(), core_limit, threads })
 }
 
 fn thread(dir: &Path) -> ProcResult<Thread> {

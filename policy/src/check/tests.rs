@@ -1,4 +1,4 @@
-//! Tests of the decisions.
+//! Tests that policies allow or refuse requests as specified.
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -12,7 +12,7 @@ fn policy(value: &Value) -> Policy {
     Policy::from_json(value.to_string().as_bytes()).unwrap()
 }
 
-/// Policies in which the node has the rules of `value`.
+/// Returns a [`Policies`] whose field `node` has the rules in `value`. The pod's policy allows everything.
 fn node(value: &Value) -> Policies {
     Policies { node: policy(value), pod: Policy::default() }
 }
@@ -50,7 +50,7 @@ fn exec_is_refused_unless_the_command_is_listed() {
     for other in [&["ls"][..], &["ls", "-l", "x"], &["ls -l"], &["date", ""], &[]] {
         assert!(executed(&some, other, None).ends_with("the command is not listed"), "{other:?}");
     }
-    assert!(executed(&some, &["date"], Some("it has another user")).ends_with("policy: it has another user"));
+    assert!(executed(&some, &["date"], Some("another user")).ends_with("policy: another user"));
 }
 
 #[test]
@@ -60,7 +60,7 @@ fn refusal_is_short_and_escaped() {
         let refusal = executed(&json!({ "exec": [] }), &list, None);
         assert!(refusal.len() < 400 && !refusal.contains(['\n', '\x1b']) && refusal.contains("…]"), "{refusal}");
     }
-    // The start of the text has at most 200 bytes, but it is longer when it is escaped.
+    // A text of at most 200 bytes can have more than 200 bytes after it is escaped.
     for id in ["\x1b".repeat(200), "\x1b".repeat(500), "c".repeat(500)] {
         let refusal = created(&json!({ "attach": false }), &Container { id: &id, input: Some("stdin"), ..container() });
         assert!(!refusal.contains('\x1b') && refusal.len() < 400 && refusal.contains("…\""), "{refusal}");
@@ -81,12 +81,13 @@ fn attach_refuses_containers_with_input() {
 
 #[test]
 fn privileged_refuses_privileged_containers() {
-    let privileged = Container { privilege: Some("it has access to all devices"), ..container() };
+    let privileged = Container { privilege: Some("the container has access to all devices"), ..container() };
     assert_eq!(created(&json!({ "privileged": true }), &privileged), "");
     assert_eq!(created(&json!({ "privileged": false }), &container()), "");
     assert_eq!(
         created(&json!({ "privileged": false }), &privileged),
-        "container c1 is refused by the rule \"privileged\" of the node's policy: it has access to all devices"
+        "container c1 is refused by the rule \"privileged\" of the node's policy: the container has access to all \
+         devices"
     );
 }
 
@@ -119,15 +120,15 @@ fn capabilities_are_limited_for_containers_and_execs() {
     assert_eq!(with(&["CAP_KILL", "CAP_CHOWN"]), "");
     assert_eq!(
         with(&["CAP_KILL", "CAP_SYS_ADMIN"]),
-        "CAP_SYS_ADMIN of container c1 is refused by the rule \"capabilities\" of the node's policy: the capability is \
-         not listed"
+        "CAP_SYS_ADMIN for container c1 is refused by the rule \"capabilities\" of the node's policy: the capability \
+         is not listed"
     );
     let list = arguments(&["id"]);
     let mut exec = Exec { container: "c1", arguments: &list, capabilities: arguments(&["CAP_KILL"]), difference: None };
     node(&rules).check_exec(&exec).unwrap();
     exec.capabilities.push("CAP_BPF".into());
     let refusal = node(&rules).check_exec(&exec).unwrap_err().to_string();
-    assert!(refusal.starts_with("CAP_BPF of exec of [\"id\"] in container c1 is refused by the rule"), "{refusal}");
+    assert!(refusal.starts_with("CAP_BPF for exec of [\"id\"] in container c1 is refused by the rule"), "{refusal}");
 }
 
 #[test]
@@ -151,18 +152,18 @@ fn mounts_are_limited_to_listed_and_standard_paths() {
 }
 
 #[test]
-fn port_forwarding_is_refused() {
+fn port_forwarding_is_refused_if_the_rule_is_false() {
     let refusal = node(&json!({ "port_forward": false })).check_port_forward("127.0.0.1:80").unwrap_err();
     assert_eq!(
         refusal.to_string(),
-        "port forwarding to 127.0.0.1:80 is refused by the rule \"port_forward\" of the node's policy: no connection \
-         is forwarded"
+        "port forwarding to 127.0.0.1:80 is refused by the rule \"port_forward\" of the node's policy: forwarding \
+         is not allowed"
     );
     node(&json!({})).check_port_forward("127.0.0.1:80").unwrap();
 }
 
 #[test]
-fn refusal_names_the_policy_of_the_pod() {
+fn refusal_names_the_first_policy_that_refuses() {
     let rules = json!({ "port_forward": false });
     let policies = Policies { node: Policy::default(), pod: policy(&rules) };
     assert_eq!(policies.check_port_forward("[::1]:1").unwrap_err().origin, Origin::Pod);
@@ -184,7 +185,7 @@ const PATHS: [&str; 6] = ["/", "/a", "/a/b", "/ab", "/c", "/etc/hosts"];
 const NAMES: [&str; 3] = ["CAP_CHOWN", "CAP_KILL", "CAP_SYS_ADMIN"];
 const IMAGES: [&str; 3] = ["app:1", DIGEST, "sha256:0000000000000000000000000000000000000000000000000000000000000000"];
 
-/// A value of a list rule: `"any"`, or some of `entries`.
+/// Generates a value of a list rule: `"any"`, or a list of some of `entries`.
 fn some_of(entries: Vec<Value>) -> impl Strategy<Value = Value> {
     let count = entries.len();
     prop_oneof![Just(json!("any")), prop::sample::subsequence(entries, 0..=count).prop_map(Value::from)]
@@ -248,7 +249,7 @@ proptest! {
         };
         let both = request.is_allowed(&Policies { node: node.clone(), pod: pod.clone() });
         prop_assert_eq!(both, alone(&node) && alone(&pod));
-        // The order has no influence, so neither policy can loosen the other.
+        // The result is the same if the node's and the pod's policy are swapped.
         prop_assert_eq!(both, request.is_allowed(&Policies { node: pod, pod: node }));
     }
 
@@ -271,7 +272,7 @@ proptest! {
     }
 
     #[test]
-    fn policy_survives_json(policy in any_policy()) {
+    fn policy_is_unchanged_after_conversion_to_json_and_back(policy in any_policy()) {
         let text = policy.to_json();
         prop_assert!(text.len() < MAX_JSON);
         prop_assert_eq!(Policies::from_json(&text, b"").unwrap().node, policy);

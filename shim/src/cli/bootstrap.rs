@@ -9,11 +9,11 @@
 //! containerd 1.7 rejects JSON with a version above 2. Every containerd since 1.6 accepts a plain address, which means
 //! version 2 of the task API. Therefore, the plain address is the default.
 //!
-//! If the environment variable `MAX_SHIM_VERSION` is 3 or more, containerd accepts version 3. A value of 2 does not show
-//! that containerd rejects version 3, because containerd 2.0 and later accept version 3, but set the variable to 2
-//! (containerd 2.1, pkg/shim/util.go). In this case, the shim checks the bundle's path. If containerd's sandbox controller plugin made the bundle, the path contains the plugin's name.
-//! containerd 2.0 changed this name from `local` to `shim`. Therefore, a path with the name `shim` shows that
-//! containerd accepts version 3.
+//! If the environment variable `MAX_SHIM_VERSION` is 3 or more, containerd accepts version 3. If the value is 2,
+//! containerd may still accept version 3: containerd 2.0 and later accept version 3, but set the variable to 2
+//! (containerd 2.1, pkg/shim/util.go). Therefore, if the value is less than 3, the shim checks the bundle's path. If
+//! containerd's sandbox controller plugin made the bundle, the path contains the plugin's name. containerd 2.0 changed
+//! this name from `local` to `shim`. Therefore, a path with the name `shim` shows that containerd accepts version 3.
 
 use std::path::Path;
 
@@ -83,8 +83,8 @@ impl Env {
 impl Params {
     /// Merges the parameters from stdin, flags and environment.
     ///
-    /// `input` counts as `BootstrapParams` only if the instance id and namespace match `args`. Without this check,
-    /// runtime options (an `Any`) could be taken for `BootstrapParams`. The type URL of the options would then become
+    /// `input` counts as `BootstrapParams` only if the instance id and namespace match `args`. Without this check, the
+    /// shim could take runtime options (an `Any`) for `BootstrapParams`. The type URL of the options would then become
     /// the instance id.
     pub fn new(input: &[u8], args: &Args, env: &Env) -> Self {
         if !input.is_empty()

@@ -1,4 +1,4 @@
-//! The action `delete`. containerd usually runs it to clean up after a shim that has died or is unreachable.
+//! The action `delete`. containerd usually runs this action to clean up after a shim that has died or is unreachable.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -21,12 +21,12 @@ const EXIT_STATUS_KILLED: u32 = 128 + 9;
 /// Timeout of each request to the sandbox's shim.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Cleans up the container's sandbox, unless the sandbox's shim is alive and needed. Always writes a DeleteResponse to
-/// stdout.
+/// Cleans up the container's sandbox, unless the sandbox's shim is alive and needed. Writes a DeleteResponse to stdout
+/// even if no cleanup is necessary.
 pub fn delete(args: &Args) -> std::io::Result<()> {
     let bundle = if args.bundle.as_os_str().is_empty() { std::env::current_dir()? } else { args.bundle.clone() };
-    // If the bundle has no config.json, the container's id is used as the sandbox's id. The file is missing if
-    // containerd has removed the bundle, or if containerd's sandbox controller plugin made the bundle.
+    // If the bundle has no config.json, use the container's id as the sandbox's id. The file is missing if containerd
+    // has removed the bundle, or if containerd's sandbox controller plugin made the bundle.
     let spec = Bundle::read(&bundle).ok().map(|bundle| bundle.spec);
     let group = spec.as_ref().and_then(|spec| spec.group(&args.id).ok().map(str::to_owned));
     let group = group.unwrap_or_else(|| args.id.clone());
@@ -61,7 +61,8 @@ pub fn delete(args: &Args) -> std::io::Result<()> {
 
 /// Returns whether the shim has containers, but does not have container `id`.
 ///
-/// Sends a Shutdown request, which a shim with containers ignores. A shim without containers ends.
+/// If the shim does not have container `id`, sends a Shutdown request. A shim with containers ignores this request. A
+/// shim without containers ends.
 fn has_other_containers(address: &Address, id: &str) -> bool {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return false };
     let probe = async {
@@ -75,7 +76,7 @@ fn has_other_containers(address: &Address, id: &str) -> bool {
         }
         let shutdown = ShutdownRequest { id: id.to_owned(), ..Default::default() };
         task.shutdown(context(), &shutdown).await.ok()?;
-        // If the shim has no containers, it ends and removes its socket. In this case, `is_live` below returns false.
+        // A shim without containers now ends and removes its socket. In this case, `is_live` below returns false.
         Some(())
     };
     runtime.block_on(probe).is_some() && address.is_live()

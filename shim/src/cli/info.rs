@@ -14,8 +14,8 @@ pub fn version() {
 
 /// Returns the shim's features in the OCI format (features.md of the OCI runtime specification).
 ///
-/// containerd 2.x tells the kubelet which features the handler supports (internal/cri/server/service.go). The handler
-/// supports user namespaces if the result contains the namespace `user` and id-mapped mounts. The handler supports
+/// containerd 2.x tells the kubelet which features the handler supports (internal/cri/server/service.go). containerd
+/// reports user namespaces if the result contains the namespace `user` and id-mapped mounts. containerd reports
 /// recursive read-only mounts if the result contains the mount option `rro`.
 fn features() -> Any {
     let features = serde_json::json!({
@@ -39,7 +39,7 @@ fn features() -> Any {
     }
 }
 
-/// Writes the RuntimeInfo message to stdout. Ignores the runtime options on stdin, because Husk has no options.
+/// Writes the RuntimeInfo message to stdout. Ignores the runtime options on stdin, because Husk has no runtime options.
 pub fn info() -> std::io::Result<()> {
     let mut options = Vec::new();
     std::io::stdin().lock().take(super::bootstrap::MAX_INPUT).read_to_end(&mut options)?;

@@ -20,7 +20,7 @@ pub struct Args {
     pub publish_binary: String,
     /// The bundle directory. Empty if the bundle is the working directory.
     pub bundle: PathBuf,
-    /// Socket to serve on. Ignored, because the shim chooses its own socket.
+    /// Socket on which the shim is to serve. The shim ignores this value, because it chooses its own socket.
     pub socket: String,
     /// Whether to log at debug level.
     pub debug: bool,
@@ -65,8 +65,8 @@ pub enum ArgsError {
 impl Args {
     /// Parses the arguments after the program name, as Go's `flag` package does.
     ///
-    /// A flag has one or two dashes and the form `-flag value` or `-flag=value`. A boolean flag does not need a value.
-    /// The first argument that is not a flag is the action. The arguments after the action are ignored.
+    /// A flag has one or two dashes and the form `-flag value` or `-flag=value`. A boolean flag has the form `-flag` or
+    /// `-flag=value`. The first argument that is not a flag is the action. The arguments after the action are ignored.
     ///
     /// # Errors
     /// [`ArgsError`] for an unknown flag, a flag without its value, or an invalid boolean.

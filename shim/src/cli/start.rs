@@ -1,5 +1,5 @@
-//! The action `start`: binds the sandbox's socket, forks the shim's daemon, and replies. The daemon boots the VM. The
-//! reply does not wait for the VM.
+//! The action `start`: binds the sandbox's socket, forks the shim's daemon, and replies to containerd. The daemon boots
+//! the VM. `start` replies without waiting for the VM.
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -47,10 +47,10 @@ pub enum StartError {
     NoSandbox(String),
 }
 
-/// Starts the sandbox's shim if none is running. Writes the shim's address to stdout.
+/// Starts the sandbox's shim if the sandbox has no running shim. Writes the shim's address to stdout.
 ///
 /// # Errors
-/// [`StartError`]. After `NoSandbox`, `AddressFile` or `Fork`, the socket that this call has bound is removed.
+/// [`StartError`]. Before returning `NoSandbox`, `AddressFile` or `Fork`, removes the socket if this call has bound it.
 pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     let dir = std::env::current_dir().map_err(StartError::WorkingDirectory)?;
     let mut input = Vec::new();
@@ -72,8 +72,8 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
         Listen::InUse => None,
         Listen::Bound(listener) => Some(listener),
     };
-    // A shim may be started only for the sandbox container, because the VM's size comes from the sandbox container's
-    // bundle.
+    // A container that belongs to another container's sandbox must not start the shim, because the VM's size comes from
+    // the sandbox container's bundle.
     if listener.is_some() && group != args.id {
         address.remove();
         return Err(StartError::NoSandbox(group));
@@ -113,7 +113,8 @@ fn write_reply(address: &Address, reply_format: bootstrap::ReplyFormat) -> Resul
     out.write_all(&bootstrap::reply(&address.uri(), reply_format)).and_then(|()| out.flush()).map_err(StartError::Reply)
 }
 
-/// Writes the bundle's `address` file. If the write fails and `bound` is true, removes the socket.
+/// Writes the bundle's `address` file. If the write fails, removes the socket, but only if this process has bound the
+/// socket (`bound`).
 fn publish(bundle: &Path, address: &Address, bound: bool) -> Result<(), StartError> {
     let written = write_address(bundle, address);
     if written.is_err() && bound {
@@ -132,7 +133,7 @@ fn write_address(bundle: &Path, address: &Address) -> Result<(), StartError> {
 
 /// Sets the shim's `oom_score_adj` to containerd's value plus one, as containerd's own shims do.
 ///
-/// Therefore, the kernel's OOM killer kills the shim rather than containerd.
+/// With the higher value, the kernel's OOM killer kills the shim rather than containerd.
 fn adjust_oom_score() {
     let parent = nix::unistd::getppid();
     let score = std::fs::read_to_string(format!("/proc/{parent}/oom_score_adj"));

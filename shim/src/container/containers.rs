@@ -55,7 +55,7 @@ impl Container {
         }
     }
 
-    /// Returns the init process if `exec` is empty, otherwise the process of the exec with this id.
+    /// Returns the init process if `exec` is empty. Otherwise, returns the process of the exec with the id `exec`.
     ///
     /// # Errors
     /// [`ServiceError::NoProcess`] if the container has no exec with this id.
@@ -165,7 +165,7 @@ impl Containers {
         lock(&self.slots).is_empty()
     }
 
-    /// Returns true if `id` is the only id, reserved or not.
+    /// Returns true if `id` is the only id. Reserved ids count.
     pub fn is_only(&self, id: &str) -> bool {
         let slots = lock(&self.slots);
         slots.len() == 1 && slots.contains_key(id)

@@ -72,8 +72,9 @@ impl Shim {
                 let started = self.sandbox.start_propagation();
                 started.map_err(|error| ServiceError::failed(format!("failed to watch the host's mounts: {error}")))?;
             }
-            // The hooks may run CNI plugins, which find the network namespace through the VMM process. The VMM process
-            // exists, because `create` has checked that the sandbox is launched.
+            // The hooks may run CNI plugins, which open the pod's network namespace as /proc/PID/ns/net. The PID
+            // belongs to the VMM, which does not exist before the launch. `create` has checked that the sandbox is
+            // launched.
             self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
             self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
             Ok::<_, ServiceError>(prepared)
@@ -124,27 +125,27 @@ impl Shim {
         Ok(())
     }
 
-    /// After a failed creation, tells the agent to delete the container and the copies of its volumes.
+    /// After a failed creation, tells the agent to delete the container and the copies of its mirrored volumes.
     ///
-    /// If the agent is still creating the container, the agent deletes the container afterwards. The agent does so even
-    /// if the Delete request has timed out.
+    /// If the agent is still creating the container, the agent deletes the container after the creation. The agent
+    /// deletes the container even if the Delete request has timed out.
     async fn delete_in_guest(&self, id: &str) {
         let Ok(agent) = self.agent() else { return };
         let request = DeleteRequest { id: id.to_owned(), ..Default::default() };
         match agent.task.delete(within(timeouts::QUICK), &request).await {
-            Ok(_) => tracing::info!(container = id, "deleted the container in the guest after a failed create"),
+            Ok(_) => tracing::info!(container = id, "deleted the container in the guest after its creation failed"),
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
             Err(error) => {
                 tracing::warn!(
                     container = id,
                     %error,
-                    "failed to delete the container in the guest after a failed create"
+                    "failed to delete the container in the guest after its creation failed"
                 );
             }
         }
     }
 
-    /// Hot-plugs `disks`. Returns `spec` with the guest's device numbers instead of the host's.
+    /// Hot-plugs `disks`. Returns `spec` with the guest's device numbers instead of the host's numbers.
     async fn plug_disks(&self, agent: &Agent, spec: Vec<u8>, disks: &[Disk]) -> Result<Vec<u8>, ServiceError> {
         if disks.is_empty() {
             return Ok(spec);
@@ -198,7 +199,7 @@ impl Shim {
             if let Some(files) = files {
                 pod::add_mounts(&mut bundle, &files);
             }
-            // A failed unmount may have left mounts of an earlier container with this id.
+            // Remove the mounts that an earlier container with this id may have left behind after a failed unmount.
             volumes::teardown(&share, &id).map_err(|e| crate::chain(&e))?;
             let request = prepare::Request { id: &id, share: &share, rootfs: &rootfs, pids: &pids };
             prepare::prepare(&bundle, &request).map_err(|e| crate::chain(&e))
@@ -264,7 +265,7 @@ impl Shim {
     }
 }
 
-/// Reads the bundle's specification. Runs on a blocking thread, because a file system can block.
+/// Reads the bundle's specification. Runs on a blocking thread, because reading a file can block.
 async fn read(dir: String) -> Result<Bundle, ServiceError> {
     match tokio::task::spawn_blocking(move || Bundle::read(Path::new(&dir))).await {
         Ok(bundle) => bundle.map_err(ServiceError::failed),

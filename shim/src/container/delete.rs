@@ -13,10 +13,11 @@ use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::vm::agent::{timeouts, within};
 
-/// After a container's exit, the shim copies the remaining output. If nothing is copied for this duration, the output
-/// counts as complete.
+/// After a container's exit, the shim copies the remaining output. If the shim copies no byte for this duration, the
+/// output counts as complete.
 ///
-/// Only a client that does not read can delay the copying, because all processes of the container have ended.
+/// All processes of the container have ended. Therefore, only a client that does not read the output can delay the
+/// copying.
 const INIT_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The counterpart of [`INIT_OUTPUT_IDLE_TIMEOUT`] for an exec. This timeout is shorter, because a child of the exec
 /// can hold the exec's stdout open forever. runc's shim also waits 2 s.
@@ -29,9 +30,10 @@ impl Shim {
             return Err(ServiceError::Invalid(format!("signal {}", request.signal)).into());
         }
         let process = container.process(&request.exec_id)?;
-        // Do not signal a finished exec, because children that outlive the exec must not be killed. containerd sends a
-        // Kill request after every exec's exit (1.7 and 2.1, WithProcessKill in process.go). containerd sends the same
-        // request if an exec exceeds its timeout. The shim cannot distinguish the two requests.
+        // A Kill request for a finished exec must not kill the children that have outlived the exec. containerd sends a
+        // Kill request after every exec's exit (1.7 and 2.1, WithProcessKill in process.go). containerd sends an
+        // identical request if an exec exceeds its timeout. The shim distinguishes the two requests by the exec's
+        // state.
         match process.state() {
             State::Stopped | State::Deleted => return Err(ServiceError::Finished.into()),
             State::Created if !process.exec.is_empty() => return Err(ServiceError::NotStarted.into()),
@@ -118,7 +120,7 @@ impl Shim {
             if let Ok(agent) = self.agent() {
                 let request =
                     DeleteRequest { id: container.id.clone(), exec_id: process.exec.clone(), ..Default::default() };
-                // Best effort, because the agent does not know an exec that it failed to start.
+                // Only log a failure, because the agent does not know an exec whose start has failed.
                 if let Err(error) = agent.task.delete(within(timeouts::QUICK), &request).await {
                     tracing::debug!(container = container.id, exec = process.exec, %error, "failed to delete the exec");
                 }

@@ -48,7 +48,8 @@ pub struct Shim {
     pub(crate) oom_scores: Scores,
     pub(crate) events: Events,
     pub(crate) launcher: Launcher,
-    /// Whether the VM has ended and all reports from the agent have been handled. All processes then count as exited.
+    /// Whether the VM has ended and the shim has handled all reports from the agent. If true, all processes count as
+    /// exited.
     pub(crate) vm_ended: AtomicBool,
     pub(crate) finishing: AtomicBool,
     pub(crate) finished: watch::Sender<bool>,
@@ -72,7 +73,7 @@ impl Shim {
         sandbox: Arc<Sandbox>,
         events: Events,
         launcher: Launcher,
-        reports: mpsc::UnboundedReceiver<Report>,
+        reports: mpsc::Receiver<Report>,
         pending: Option<DeferredLaunch>,
     ) -> Arc<Self> {
         let shim = Arc::new(Self {
@@ -117,9 +118,9 @@ impl Shim {
         self.wait_finished().await;
     }
 
-    /// Records the exits that the agent reports, and publishes the events for containerd. When the VM ends, marks each
-    /// process as killed unless it has exited.
-    async fn handle_reports(self: Arc<Self>, mut reports: mpsc::UnboundedReceiver<Report>) {
+    /// Records the exits that the agent reports, and publishes the events for containerd. When the VM has ended, marks
+    /// each process as killed, unless the process has exited.
+    async fn handle_reports(self: Arc<Self>, mut reports: mpsc::Receiver<Report>) {
         while let Some(report) = reports.recv().await {
             match report {
                 Report::Oom { container } => match self.containers.get(&container) {
@@ -128,7 +129,7 @@ impl Shim {
                 },
                 Report::Exit { container, exec, status, at, oom } => {
                     let Ok(container) = self.containers.get(&container) else {
-                        tracing::warn!(container, exec, status, "the agent reported the exit of an unknown container");
+                        tracing::warn!(container, exec, status, "the agent reported an exit in an unknown container");
                         continue;
                     };
                     let Ok(process) = container.process(&exec) else {
@@ -198,7 +199,8 @@ impl Shim {
     /// Returns the agent.
     ///
     /// # Errors
-    /// [`ServiceError::Gone`] if the VM has ended, and [`ServiceError::NotReady`] if the agent is not ready.
+    /// [`ServiceError::Gone`] if the VM has ended or was never started. [`ServiceError::NotReady`] if the agent is not
+    /// ready.
     pub(crate) fn agent(&self) -> Result<Agent, ServiceError> {
         if self.sandbox.is_dead() {
             return Err(ServiceError::Gone);
@@ -206,7 +208,7 @@ impl Shim {
         self.sandbox.agent().ok_or(ServiceError::NotReady)
     }
 
-    /// Converts an error from a call to the agent into an error for containerd. If the VM has ended, the new error
+    /// Converts an error from a call to the agent into an error for containerd. If the VM has ended, the returned error
     /// contains the last lines of the guest's console. `what` is the name of the call.
     pub(crate) fn agent_error(&self, what: &str, error: ttrpc::Error) -> ttrpc::Error {
         if self.sandbox.is_dead() {
@@ -221,8 +223,8 @@ impl Shim {
         crate::vm::agent::error(what, error)
     }
 
-    /// Opens the streams for a process's stdio, and starts a relay between streams and stdio. Returns the relay, and
-    /// the stream tokens for the request to the agent.
+    /// Opens the streams for a process's stdio, and starts a relay between the streams and the stdio. Returns the relay
+    /// and the stream tokens. The request to the agent must contain the tokens.
     pub(crate) async fn connect_stdio(&self, stdio: Stdio) -> Result<(Relay, StreamTokens), ServiceError> {
         let needed = stdio.needed_streams();
         let open = async |wanted: bool| match wanted {
@@ -259,7 +261,7 @@ impl Shim {
     }
 }
 
-/// The tokens of a process's streams. The token is empty for a stream that is not needed.
+/// The tokens of a process's streams. If the process does not need a stream, the stream's token is empty.
 #[derive(Debug, Default)]
 pub(crate) struct StreamTokens {
     stdin: String,

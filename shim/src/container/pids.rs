@@ -1,8 +1,8 @@
 //! PIDs that the shim reports to containerd for containers.
 //!
-//! A sandbox container or a container outside a pod has the VMM's PID. Every other container has its own PID.
-//! Therefore, the path `/proc/PID/ns/pid` in a container's specification can name the PID namespace of another
-//! container.
+//! A sandbox container or a container outside a pod has the VMM's PID. Every other container has its own PID. If a
+//! container joins the PID namespace of another container, the specification contains the path `/proc/PID/ns/pid`. The
+//! shim identifies the other container by the PID in this path.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -29,8 +29,8 @@ impl Shim {
         lock(&self.pids.0).iter().map(|(id, pid)| (*pid, id.clone())).collect()
     }
 
-    /// Acquires a PID for a container. Does nothing for a sandbox container or a container outside a pod. Best effort.
-    /// The caller must later call [`Shim::release_pid`].
+    /// Acquires a PID for a container. Does nothing for a sandbox container or a container outside a pod. After a
+    /// failure, the container has the VMM's PID. The caller must later call [`Shim::release_pid`].
     pub(crate) async fn acquire_pid(&self, container: &str, spec: &Spec) {
         if !spec.group(container).is_ok_and(|group| group != container) {
             return;
@@ -42,7 +42,7 @@ impl Shim {
                 tracing::warn!(
                     container,
                     error,
-                    "failed to acquire a PID for the container; no other container can join its PID namespace"
+                    "failed to acquire a PID for the container; no container can join this container's PID namespace"
                 );
             }
         }

@@ -39,16 +39,16 @@ pub struct Prepared {
     pub spec: Vec<u8>,
     /// Path of the rootfs in the guest.
     pub rootfs: String,
-    /// Notes for the log about settings that the guest does not support.
+    /// Notes for the log about settings and mounts of the specification that the container does not get.
     pub notes: Vec<String>,
-    /// Whether mounts that the host makes later must propagate to a volume ([`crate::volumes::propagate`]).
+    /// Whether a volume must receive the mounts that the host makes later ([`crate::volumes::propagate`]).
     pub needs_propagation: bool,
-    /// AppArmor profile, which the guest must load before it creates the container.
+    /// AppArmor profile. The guest must load the profile before the agent creates the container.
     pub profile: String,
-    /// Volumes that must be set up in the guest before the container is created.
+    /// Volumes that the agent must set up before the agent creates the container.
     pub volumes: GuestVolumes,
-    /// Block devices on the host, which must be attached to the VM before the guest creates the container. `spec`
-    /// contains the host's device numbers, which [`crate::oci::replace_disk_numbers`] replaces.
+    /// Block devices on the host. The shim must attach these devices to the VM before the agent creates the container.
+    /// `spec` contains the host's device numbers, which [`crate::oci::replace_disk_numbers`] replaces.
     pub disks: Vec<Disk>,
 }
 
@@ -68,7 +68,7 @@ pub enum PrepareError {
     #[error(transparent)]
     Volume(#[from] VolumeError),
     /// The host-only file systems cannot be determined.
-    #[error("failed to determine which file systems are host-only and must not get into the share {}", share.display())]
+    #[error("failed to determine the host-only file systems, which must not be in the share {}", share.display())]
     HostOnly {
         /// Path of the sandbox's share.
         share: PathBuf,
@@ -87,10 +87,10 @@ pub enum PrepareError {
     },
 }
 
-/// Creates the container's mounts in the share, and its specification for the guest.
+/// Creates the container's mounts in the share, and the container's specification for the guest.
 ///
 /// # Errors
-/// [`PrepareError`]. The mounts that this call made are removed.
+/// [`PrepareError`]. Before returning an error, removes the mounts that this call has made.
 pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, PrepareError> {
     let Request { id, share, .. } = *request;
     // The id becomes a directory name in the share.
@@ -106,7 +106,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     }
     let create = |path: PathBuf| fs::create_dir(&path).map_err(|source| PrepareError::Create { path, source });
     // If the directory exists, another container with this id uses the directory. In this case, return before the
-    // cleanup below, which would remove the mounts of that container.
+    // cleanup below, because the cleanup would remove the other container's mounts.
     create(share.join(id))?;
     let mounted = (|| {
         create(share.join(id).join("rootfs"))?;
@@ -114,7 +114,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         mount(bundle, request, &mut raw, &mut notes, &mut volumes)
     })();
     if let Err(error) = mounted {
-        // Best effort, because the caller gets the first error.
+        // Ignore an error of the teardown, because the caller gets the error that caused the teardown.
         let _ = teardown(share, id);
         return Err(error);
     }

@@ -48,7 +48,7 @@ impl State {
 
 struct Inner {
     state: State,
-    /// Exit that was reported before the start event was published.
+    /// Exit that was recorded before the shim published the start event.
     deferred_exit: Option<Exit>,
     relay: Option<Arc<Relay>>,
 }
@@ -70,7 +70,7 @@ pub struct Process {
 pub enum ExitReport {
     /// Publish the exit event.
     Publish,
-    /// Do not publish the exit event. [`Process::confirm_start`] returns the exit after the start event.
+    /// Do not publish the exit event yet. [`Process::confirm_start`] returns the exit after the start event.
     Deferred,
     /// Ignore the exit, because an exit of this process has already been recorded.
     Duplicate,
@@ -142,8 +142,8 @@ impl Process {
         Ok(())
     }
 
-    /// Records that the start event was published. Returns the deferred exit, if there is one. The caller must publish
-    /// this exit.
+    /// Records that the shim has published the start event. Returns the deferred exit, if there is one. The caller must
+    /// publish this exit.
     pub fn confirm_start(&self) -> Option<Exit> {
         let mut inner = lock(&self.inner);
         match inner.deferred_exit.take() {
@@ -162,7 +162,7 @@ impl Process {
         }
     }
 
-    /// Records that the agent could not start the process.
+    /// Records that the start of the process has failed.
     ///
     /// As in runc's shim, the process then counts as stopped. Clients get `exit` as the exit of the process.
     pub fn start_failed(&self, exit: Exit) {
@@ -209,7 +209,7 @@ impl Process {
         }
     }
 
-    /// Restores the state that the process had before a failed deletion, so that the deletion can be retried.
+    /// Restores the state that the process had before a failed deletion. The client can then retry the deletion.
     pub fn delete_failed(&self, before: State) {
         lock(&self.inner).state = before;
     }

@@ -19,21 +19,23 @@ pub(crate) struct ResourceLimits {
 }
 
 impl Shim {
-    /// Grows the pod for a new container. Does not resize for a container outside a pod, because its VM boots with its
-    /// full size.
+    /// Grows the pod for a new container. A container outside a pod needs no growth, because the VM of such a container
+    /// boots with its full size.
     pub(crate) async fn reserve_resources(&self, id: &str, limits: Limits) -> Result<(), ServiceError> {
         let (before, huge) = (self.pod_size(), limits.huge_page_bytes > 0 || self.sandbox.huge_mib() > 0);
         lock(&self.limits.pod).insert(id.to_owned(), limits);
         let after = self.pod_size();
         self.log_vcpu_shortage();
-        // A creation must not shrink the pod, because the boot size covers containers that do not exist yet.
+        // Creating a container must not shrink the pod. The size before the creation may also cover containers that do
+        // not exist yet.
         match before.zip(after) {
             Some((before, after)) if before.max(after) != before || huge => self.resize(before).await,
             _ => Ok(()),
         }
     }
 
-    /// Releases the resources of a container that was deleted or could not be created. Does not wait for the resize.
+    /// Releases the resources of a container that was deleted or could not be created. Does not wait for the resize of
+    /// the pod.
     pub(crate) fn release_resources(&self, id: &str) {
         self.release_oom_score(id);
         let removed = lock(&self.limits.pod).remove(id).is_some();
@@ -43,7 +45,8 @@ impl Shim {
         }
     }
 
-    /// Queues a resize to the size and the host limits that the pod's containers need. Does not wait for the resize.
+    /// Queues a resize of the pod, and does not wait for the resize. The containers' limits determine the pod's size
+    /// and the pod's limits on the host.
     pub(crate) fn queue_resize(&self) {
         if let Some((resizer, target)) = self.sandbox.resizer().zip(self.target(None)) {
             resizer.queue(target);
@@ -71,8 +74,8 @@ impl Shim {
         Ok(change)
     }
 
-    /// If `done` is true, keeps the new limits. Otherwise, restores the old limits. Then shrinks the pod to what its
-    /// containers need.
+    /// Keeps the new limits if `done` is true. Otherwise, restores the old limits. In both cases, the pod then shrinks
+    /// to the size that its containers need.
     pub(crate) async fn finish_update(&self, id: &str, change: &LimitsUpdate, done: bool) {
         if change.before == change.after {
             return;
@@ -104,7 +107,7 @@ impl Shim {
         Some(growth.size(lock(&self.limits.pod).values(), !self.limits.updated.load(Ordering::Relaxed)))
     }
 
-    /// Resizes the pod to what its containers need, but at least to `min_size`.
+    /// Resizes the pod to the size that its containers need, but at least to `min_size`.
     async fn resize(&self, min_size: Size) -> Result<(), ServiceError> {
         match self.sandbox.resizer().zip(self.target(Some(min_size))) {
             Some((resizer, target)) => resizer.resize(target).await.map_err(ServiceError::failed),

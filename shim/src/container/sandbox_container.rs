@@ -1,7 +1,7 @@
 //! The sandbox container of a Kubernetes pod. Its program, `pause`, only waits for signals.
 //!
 //! Husk does not run `pause`. If a signal would end `pause`, the shim ends the VM. The shim then reports the exit
-//! status of `pause`.
+//! status that `pause` would have after this signal.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -16,7 +16,7 @@ use crate::error::ServiceError;
 use crate::oci::Spec;
 
 impl Shim {
-    /// Waits until the agent is ready, and then adds the sandbox container without a process in the guest.
+    /// Waits until the agent is ready, runs the hooks, and adds the sandbox container without a process in the guest.
     pub(crate) async fn create_sandbox_container(&self, request: &CreateTaskRequest, spec: Spec) -> ttrpc::Result<()> {
         self.sandbox.ready().await.map_err(|error| ServiceError::failed(error.to_string()))?;
         self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
@@ -30,7 +30,7 @@ impl Shim {
         Ok(())
     }
 
-    /// Handles a signal to the sandbox container. A signal that would end the pause program ends the pod's VM.
+    /// Handles a signal to the sandbox container. If the signal would end the pause program, ends the pod's VM.
     pub(crate) async fn kill_sandbox_container(&self, container: &Container, request: &KillRequest) {
         let Some(status) = status_after(request.signal) else { return };
         self.sandbox.flush_disks().await;

@@ -17,8 +17,8 @@ use crate::pod;
 use crate::sandbox::launch::DeferredLaunch;
 use crate::sandbox::launch::hostname;
 
-/// Timeout for the arrival of the CreateSandbox request. containerd sends this request right after the reply to
-/// `start`.
+/// Timeout for the arrival of the CreateSandbox request. containerd sends this request as soon as the shim's
+/// `start` action has replied.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// State of the sandbox for containerd's Sandbox service.
@@ -98,10 +98,10 @@ impl SandboxState {
 }
 
 impl Shim {
-    /// Creates the sandbox from the pod's configuration and launches its VM.
+    /// Creates the sandbox from the pod's configuration, and launches the sandbox's VM.
     ///
-    /// If the bundle has a specification, the shim's daemon has already launched the VM. This function then only
-    /// records the creation.
+    /// If the bundle has a specification, this process has launched the VM before it accepted requests. In this case,
+    /// this function only records the creation.
     pub(crate) async fn create_sandbox(&self, config: &PodSandboxConfig, netns: &str) -> Result<(), ServiceError> {
         let pending = lock(&self.sandbox_state.pending).take();
         let (created, launch) = match pending {

@@ -25,8 +25,8 @@ impl Shim {
     pub(crate) async fn start_init(&self, container: &Container) -> ttrpc::Result<()> {
         let process = &container.init;
         let agent = self.agent()?;
-        // The pod's network may have been configured after the sandbox was created. Therefore, the first container
-        // waits until the guest has the network configuration.
+        // A CNI plugin may configure the pod's network after the creation of the sandbox. Therefore, before the start
+        // of the first container, wait until the guest has the network configuration.
         if container.is_sandbox_container() || self.containers.is_only(&container.id) {
             self.sandbox.settle_network().await.map_err(ServiceError::failed)?;
         }
@@ -51,8 +51,8 @@ impl Shim {
         Ok(())
     }
 
-    /// Adds an exec. The agent gets the exec only when a Start request arrives. Therefore, an invalid exec makes the
-    /// Start request fail, as in runc's shim.
+    /// Adds an exec. The agent gets the exec only when a Start request arrives. Therefore, an error
+    /// that only the agent finds, such as a missing program, makes the Start request fail. runc's shim does the same.
     pub(crate) fn add_exec(&self, container: &Container, request: &ExecProcessRequest) -> Result<(), ServiceError> {
         if !crate::ids::is_name(&request.exec_id) {
             return Err(ServiceError::Invalid(format!("exec id {:?}", request.exec_id)));
@@ -134,7 +134,8 @@ impl Shim {
         Ok(())
     }
 
-    /// Publishes an exit that was reported before the start event. If the VM has ended, marks all processes as killed.
+    /// Publishes an exit that was recorded before the start event. If the VM has ended, marks each process of the
+    /// container as killed, unless the process has exited.
     fn publish_early_exit(&self, container: &Container, process: &Process) {
         if let Some(exit) = process.confirm_start() {
             self.publish_exit(process, exit);

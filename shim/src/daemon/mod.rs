@@ -1,4 +1,4 @@
-//! The shim's daemon. It lives from the fork in `start` to the end of the sandbox.
+//! Runs the shim's daemon, which lives from the fork in `start` to the end of the sandbox.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -31,15 +31,18 @@ use crate::sandbox::{LaunchInput, Sandbox};
 const EVENT_FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout for sending the last responses when the daemon ends.
 const SERVER_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
-/// Maximum number of threads for blocking calls. An idle thread ends after a short time.
+/// Maximum number of threads for blocking calls. A thread ends after it has been idle for one second.
 ///
 /// Each call that hangs in a file system occupies a thread. If all threads are occupied, Create and Delete requests
 /// wait.
 const MAX_BLOCKING_THREADS: usize = 64;
+/// Maximum number of reports from the agent that wait until they are handled. If this number of reports is waiting, the
+/// agent has to wait before it can send another report.
+const MAX_REPORTS: usize = 64;
 
 /// Arguments of [`run`].
 pub struct DaemonArgs {
-    /// containerd's namespace.
+    /// The containerd namespace of the sandbox.
     pub namespace: String,
     /// The sandbox's id.
     pub sandbox: String,
@@ -53,7 +56,7 @@ pub struct DaemonArgs {
     pub debug: bool,
     /// The address of this shim.
     pub address: Address,
-    /// The bound socket.
+    /// The listening socket at `address`.
     pub listener: UnixListener,
     /// Time of the monotonic clock, in nanoseconds, at which `start` began.
     pub started_ns: u64,
@@ -61,7 +64,8 @@ pub struct DaemonArgs {
 
 /// Runs the daemon and returns its exit code.
 pub fn run(args: DaemonArgs) -> i32 {
-    // Each sandbox has a daemon, which is idle most of the time. Therefore, the daemon's heap must stay small.
+    // A node runs one daemon for each sandbox, and most daemons are idle. Therefore, each daemon's heap must stay
+    // small.
     heap::keep_small();
     let vmm_log = detach();
     // The launcher is forked first. It has this process's rights, mounts and cgroup at this point, and a small heap.
@@ -80,7 +84,8 @@ pub fn run(args: DaemonArgs) -> i32 {
     timeline.mark_at("shim start", args.started_ns);
     timeline.mark("shim daemon");
     let (context, share) = prepare(&args, state, timeline);
-    // `launch::prepare` spawns the VMM process first. The VMM then starts while this process reads the configuration.
+    // `launch::prepare` first spawns the VMM process, and then connects the pod's network. Therefore, the VMM process
+    // starts while this process connects the network.
     let mut launch = match (&args.bundle, share) {
         (None, share) => Launch::Deferred(share),
         (Some(_), Err(error)) => Launch::Immediate(Box::new(launch::failed(error))),
@@ -116,8 +121,8 @@ pub fn run(args: DaemonArgs) -> i32 {
 
 /// Leaves containerd's session. Closes the pipes to containerd, because containerd waits for EOF on these pipes.
 ///
-/// Replaces stderr, which the VMM inherits, with a pipe. Returns the pipe's read end, from which the shim copies lines
-/// to its log. Returns `None` if `/dev/null` cannot be opened or the pipe cannot be created.
+/// Replaces stderr with a pipe, which the VMM inherits. The shim copies the VMM's lines from this pipe to the log.
+/// Returns the pipe's read end, or `None` if `/dev/null` cannot be opened or the pipe cannot be created.
 fn detach() -> Option<OwnedFd> {
     let _ = nix::unistd::setsid();
     let null = std::fs::File::options().read(true).write(true).open("/dev/null").ok()?;
@@ -132,7 +137,7 @@ fn detach() -> Option<OwnedFd> {
 }
 
 /// Creates the mount namespace and the state directory. Must run before the process has other threads, because
-/// unshare(2) moves only the calling thread.
+/// unshare(2) moves only the calling thread to the new namespace.
 ///
 /// Returns the launch context, and the directory that the VMM serves to the guest. After a failure, the second value is
 /// the error. The shim returns this error to a later request.
@@ -193,7 +198,7 @@ async fn serve(
 ) -> i32 {
     let DaemonArgs { namespace, mut destination, address, listener, dir, .. } = args;
     destination.set_launcher(launcher.clone());
-    let (reports, reported) = mpsc::unbounded_channel();
+    let (reports, reported) = mpsc::channel(MAX_REPORTS);
     let sandbox = Sandbox::new(&context.sandbox, context.dir.clone(), Arc::clone(&context.timeline), vmm_log);
     let pending = match launch {
         Launch::Immediate(input) => {
@@ -221,7 +226,7 @@ async fn serve(
             0
         }
         Err(error) => {
-            tracing::error!(error, "failed to serve the sandbox's socket");
+            tracing::error!(error, "failed to serve requests on the sandbox's socket");
             shim.finish().await;
             address.remove();
             1

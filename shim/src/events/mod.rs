@@ -17,7 +17,7 @@ pub use publish::{Destination, PublishError};
 /// Maximum number of queued events. This maximum limits the shim's memory use while containerd is down.
 const MAX_QUEUED: usize = 4096;
 
-/// Delivers one event.
+/// Delivers events to containerd. Tests implement this trait without containerd.
 #[async_trait::async_trait]
 pub trait Publish: Send {
     /// Makes one attempt to deliver the event.
@@ -40,7 +40,7 @@ pub struct Events {
 /// Timeout and backoff for the delivery of one event.
 #[derive(Debug, Clone, Copy)]
 pub struct RetryPolicy {
-    /// Time after which the event is dropped.
+    /// Timeout for the delivery of an event. If the next retry would start after this timeout, the event is dropped.
     pub timeout: Duration,
     /// Delay before the first retry. The delay doubles with each retry, up to two seconds.
     pub initial_backoff: Duration,
@@ -198,6 +198,19 @@ mod tests {
         events.publish("/tasks/exit", &TaskExit::new());
         events.flush(Duration::from_secs(60)).await;
         assert_eq!(*delivered.lock().unwrap(), ["/tasks/exit containerd.events.TaskExit"]);
+    }
+
+    /// The events are published before the runtime delivers the first one.
+    #[tokio::test(start_paused = true)]
+    async fn number_of_queued_events_is_bounded() {
+        let delivered = Arc::new(Mutex::new(Vec::new()));
+        let events =
+            Events::start("default", Flaky { fails: 0, delivered: Arc::clone(&delivered) }, RetryPolicy::default());
+        for _ in 0..MAX_QUEUED + 100 {
+            events.publish("/tasks/exit", &TaskExit::new());
+        }
+        events.flush(Duration::from_secs(60)).await;
+        assert_eq!(delivered.lock().unwrap().len(), MAX_QUEUED);
     }
 
     #[tokio::test(start_paused = true)]

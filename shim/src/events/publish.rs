@@ -22,7 +22,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// A failed delivery attempt.
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
-    /// Neither the socket nor the binary is known.
+    /// containerd passed neither the address of its ttrpc socket nor the path of its binary to the shim.
     #[error("containerd passed neither a ttrpc socket nor the path of its binary")]
     NoDestination,
     /// The connection to containerd's socket failed.
@@ -70,11 +70,11 @@ pub enum PublishError {
 
 /// The containerd instance that receives the events.
 pub struct Destination {
-    /// containerd's ttrpc socket. Empty if it is not known.
+    /// Address of containerd's ttrpc socket. Empty if the address is not known.
     pub ttrpc_address: String,
-    /// containerd's gRPC socket, to which the binary connects.
+    /// Address of containerd's gRPC socket, to which `containerd publish` connects.
     pub address: String,
-    /// Path of containerd's binary. Empty if it is not known.
+    /// Path of containerd's binary. Empty if the path is not known.
     pub binary: String,
     client: Option<EventsClient>,
     launcher: Option<Launcher>,

@@ -1,13 +1,14 @@
-//! The pod's network: connects the guest to the network namespace that CNI set up on the host.
+//! Connects the guest to the pod's network namespace, which CNI sets up on the host.
 //!
-//! Each interface of the namespace gets a tap. tc filters redirect every frame from the interface to the tap, and from
-//! the tap to the interface. The interface keeps its name and addresses, because statistics and CNI's checks expect
-//! both. The guest gets an interface with the same name, MAC address and addresses. The guest also gets the namespace's
-//! routes, rules and neighbours. A tap exists as long as one of its fds is open. Therefore, the tap disappears when the
-//! VMM ends.
+//! Each Ethernet interface of the namespace gets a tap. tc filters redirect frames from the interface to the tap, and
+//! from the tap to the interface. The interface keeps its name and IP addresses, because statistics and CNI's checks
+//! expect this name and these addresses. The guest gets an interface with the same name, MAC address and IP addresses.
+//! The guest also gets the namespace's routes, rules and neighbours. A tap exists as long as one of its fds is open.
+//! Therefore, the tap disappears when the VMM ends.
 //!
-//! While [`connect`] runs, the calling thread is in the pod's network namespace. Therefore, the shim's daemon calls
-//! `connect` before it starts other threads, or in a thread that only launches the sandbox.
+//! While [`connect`] runs, the calling thread is in the pod's network namespace. No other work of the shim may run in
+//! this namespace. Therefore, the shim's daemon calls `connect` before the async runtime starts, or in a thread that
+//! only launches the sandbox.
 
 pub mod port_forwarding;
 mod read;
@@ -26,15 +27,22 @@ use husk_proto::agent::UpdateNetworkRequest;
 use husk_vmm::control::wire;
 use nix::sched::{CloneFlags, setns};
 
+use crate::resources::rate_limits::NetRateLimits;
 use read::Link;
 
 pub use sk_lookup::PortForwarding;
 pub use watcher::{NetworkChange, NetworkWatcher};
 
+/// Private parts that the fuzz targets use.
+#[cfg(feature = "testing")]
+pub mod testing {
+    pub use super::read::{links, network};
+}
+
 /// Maximum number of fds in the message that creates a VM, not counting the fds of the taps.
 const VM_FDS: usize = 4;
 
-/// The pod's network, connected to taps for the VM.
+/// The taps of a pod's interfaces, and the network configuration for the guest.
 #[derive(Debug, Default)]
 pub struct Network {
     /// The taps, one for each interface.
@@ -56,6 +64,8 @@ pub struct TapOptions {
     pub queue_pairs: usize,
     /// Whether to use vhost-net if the host has it.
     pub vhost: bool,
+    /// Rate limits of each tap.
+    pub rate_limits: NetRateLimits,
 }
 
 impl TapOptions {
@@ -72,8 +82,8 @@ impl TapOptions {
 pub struct Tap {
     /// The open device, one fd per queue pair.
     pub fds: Vec<OwnedFd>,
-    /// Whether vhost-net may carry the frames. If true, traffic control on the host does the MAC anti-spoofing. If
-    /// false, the VMM does it.
+    /// Whether vhost-net may carry the frames. If true, tc filters on the host do the MAC anti-spoofing. If false,
+    /// the VMM does the MAC anti-spoofing.
     pub vhost: bool,
     /// The interface's index in the namespace.
     pub link: i32,
@@ -83,6 +93,8 @@ pub struct Tap {
     pub mac: [u8; 6],
     /// The interface's MTU in bytes.
     pub mtu: u16,
+    /// The interface's rate limits.
+    pub rate_limits: NetRateLimits,
 }
 
 /// A failure to connect a pod's network.
@@ -136,9 +148,9 @@ pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError
         let links = list()?;
         let each = options.per_interface(links.len());
         let taps = links.iter().map(|link| tap::create(&netlink, link, each)).collect::<Result<Vec<_>, _>>()?;
-        // `before` contains messages about the new taps, which would wake the watcher without need. `after` contains no
-        // such messages. If no interface has changed since the first listing, `after` misses no change. In this case,
-        // use `after`.
+        // `before` contains messages about the new taps. These messages would wake the watcher unnecessarily. `after`
+        // contains no such messages. If no interface has changed since the first listing, `after` misses no change. In
+        // this case, use `after`.
         let after = watcher::subscribe();
         let notices = if without_taps(list()?, &taps) == links { after } else { before };
         let (config, unsupported) = read::network(&netlink, &links)?;
@@ -167,9 +179,7 @@ fn without_taps(mut links: Vec<Link>, taps: &[Tap]) -> Vec<Link> {
 /// Starts port forwarding for the current network namespace. After a failure, logs the error and returns `None`.
 fn start_port_forwarding() -> Option<PortForwarding> {
     sk_lookup::attach_to_current_namespace()
-        .inspect_err(
-            |error| tracing::warn!(%error, "failed to steer connections to the shim; port forwarding is not available"),
-        )
+        .inspect_err(|error| tracing::warn!(%error, "failed to set up port forwarding for the pod"))
         .ok()
 }
 
@@ -216,7 +226,8 @@ mod tests {
 
     #[test]
     fn without_taps_removes_only_the_taps() {
-        let tap = Tap { fds: Vec::new(), vhost: false, link: 2, index: 7, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
+        let (mac, rate_limits) = ([2, 0, 0, 0, 0, 1], NetRateLimits::default());
+        let tap = Tap { fds: Vec::new(), vhost: false, link: 2, index: 7, mac, mtu: 1500, rate_limits };
         let before = vec![link(2)];
         assert_eq!(without_taps(vec![link(2), link(7)], &[tap]), before);
         assert_ne!(without_taps(vec![link(2), link(3)], &[]), before);
@@ -225,7 +236,7 @@ mod tests {
 
     #[test]
     fn per_interface_fits_all_fds_into_one_message() {
-        let options = TapOptions { queue_pairs: 8, vhost: true };
+        let options = TapOptions { queue_pairs: 8, vhost: true, rate_limits: NetRateLimits::default() };
         assert_eq!(options.per_interface(1).queue_pairs, 8);
         for interfaces in 1..=wire::MAX_FDS - VM_FDS {
             let each = options.per_interface(interfaces).queue_pairs;

@@ -27,7 +27,7 @@ const ACCEPT_BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duratio
 /// Why forwarding a connection failed.
 #[derive(Debug, thiserror::Error)]
 enum ForwardError {
-    /// The stream to the guest could not be opened.
+    /// The vsock connection to the guest could not be opened.
     #[error("failed to connect to the guest")]
     Guest(#[source] VmmError),
     /// The guest could not connect, usually because nothing listens on the address.
@@ -42,7 +42,7 @@ enum ForwardError {
     /// The guest did not answer before the timeout.
     #[error("the guest did not answer within {CONNECT_TIMEOUT:?}")]
     Timeout,
-    /// The client's connection or the stream to the guest failed.
+    /// The client's connection or the vsock connection to the guest failed.
     #[error("failed to copy data between client and guest")]
     Stream(#[from] std::io::Error),
 }

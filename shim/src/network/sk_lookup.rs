@@ -1,8 +1,8 @@
 //! Port forwarding on the host: steers TCP connections in the pod's network namespace to the shim's listeners.
 //!
 //! Only host processes open connections in the namespace. For example, containerd's port forwarding connects to
-//! localhost there. The namespace has no servers, because the pod's servers run in the guest. Frames that arrive at an
-//! interface never reach the namespace's network stack, because tc filters redirect the frames to the tap.
+//! localhost in the namespace. The namespace has no servers, because the pod's servers run in the guest. Frames that
+//! arrive at an interface never reach the namespace's network stack, because tc filters redirect the frames to the tap.
 //!
 //! A BPF program (BPF_PROG_TYPE_SK_LOOKUP, Linux 5.9) selects the listener by the connection's address family. The
 //! program ignores the connection's destination address and port. The local address of an accepted connection is the
@@ -15,7 +15,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use husk_base::sys::bpf::{self, Instruction, SocketMap};
 
-/// The listeners, and the BPF link that steers connections to them.
+/// The listeners, and the BPF link that steers connections to the listeners.
 #[derive(Debug)]
 pub struct PortForwarding {
     /// Non-blocking listeners: one for IPv4, and one for IPv6 if the namespace supports IPv6.
@@ -94,7 +94,7 @@ fn program(map: i32) -> Vec<Instruction> {
         Instruction::new(MOV, 2, 7, 0, 0),
         Instruction::new(MOV_VALUE, 3, 0, 0, 0),
         Instruction::new(CALL, 0, 0, 0, FUNC_SK_ASSIGN),
-        // Release the reference to the listener. r7 contains the listener's address.
+        // Release the reference to the listener's socket. r7 contains the pointer to this socket.
         Instruction::new(MOV, 1, 7, 0, 0),
         Instruction::new(CALL, 0, 0, 0, FUNC_SK_RELEASE),
         Instruction::new(MOV_VALUE, 0, 0, 0, SK_PASS),

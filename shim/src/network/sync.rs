@@ -93,8 +93,8 @@ impl NetworkSync {
     /// The text of the error that prevented the update.
     pub async fn settle(&self) -> Result<(), String> {
         let (request, answer) = oneshot::channel();
-        // While this handle exists, the task ends only if the VM ends. Return no error in this case, because the caller
-        // separately detects that the VM has ended.
+        // While this handle exists, the task ends only if the VM ends. If the task has ended, return no error, because
+        // the caller detects the end of the VM separately.
         if self.0.send(request).is_ok() { answer.await.unwrap_or(Ok(())) } else { Ok(()) }
     }
 }
@@ -158,7 +158,7 @@ async fn watch(
             };
         }
         if let Some(request) = request {
-            // Ignore an error: the caller may have stopped waiting.
+            // Ignore an error, because the caller may have stopped waiting.
             let _ = request.send(retry.as_ref().map_or(Ok(()), |retry| Err(retry.error.clone())));
         }
     }
@@ -264,13 +264,13 @@ fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
     }
 }
 
-/// Reads the pod's network in a new thread, because the read permanently moves its thread to the pod's network
-/// namespace.
+/// Reads the pod's network in a new thread, because [`NetworkWatcher::read_change`] permanently moves the calling
+/// thread to the pod's network namespace.
 async fn read_change(watcher: &Arc<Mutex<NetworkWatcher>>) -> Result<Option<NetworkChange>, NetworkSyncError> {
     let (done, changes) = oneshot::channel();
     let watcher = Arc::clone(watcher);
     let thread = std::thread::Builder::new().name("pod-network".into()).spawn(move || {
-        // Ignore an error: if the sandbox has ended, nothing waits for the result.
+        // Ignore an error, because nothing waits for the result if the sandbox has ended.
         let _ = done.send(lock(&watcher).read_change());
     });
     thread.map_err(NetworkSyncError::Thread)?;
@@ -284,7 +284,14 @@ pub fn net_config<'a>(tap: &'a Tap, fds: &mut Vec<BorrowedFd<'a>>) -> NetConfig 
         FdIndex(fds.len() - 1)
     };
     let taps = tap.fds.iter().map(add).collect();
-    NetConfig { taps, vhost: tap.vhost, mac: tap.mac, mtu: tap.mtu }
+    NetConfig {
+        taps,
+        vhost: tap.vhost,
+        mac: tap.mac,
+        mtu: tap.mtu,
+        receive_rate_limit: tap.rate_limits.receive,
+        transmit_rate_limit: tap.rate_limits.transmit,
+    }
 }
 
 #[cfg(test)]
@@ -304,7 +311,7 @@ mod tests {
     impl Apply for FailingGuest {
         async fn apply(&mut self) -> Result<(), NetworkSyncError> {
             self.tries.send(Instant::now()).unwrap();
-            // Every attempt causes a notification, like the creation of a tap.
+            // Every attempt causes a notification, as the creation of a tap does.
             self.notices.write_all(b"x").unwrap();
             match self.left {
                 0 => Ok(()),

@@ -46,7 +46,7 @@ pub fn create(netlink: &Netlink, link: &Link, options: TapOptions) -> Result<Tap
     let fds = fds.map_err(kernel_error(format!("create the tap of {}", link.name)))?;
     let index = index(&name).map_err(kernel_error(format!("find the index of the tap of {}", link.name)))?;
     // Disable the tap's link-local address. With such an address, the host's kernel would send IPv6 messages through
-    // the tap.
+    // the tap to the guest.
     let addr_gen_mode = nest(&[(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE])]);
     let addr_gen_mode = nest(&[(libc::AF_INET6 as u16, &addr_gen_mode)]);
     let header = link_header(index, 0, 0);
@@ -73,11 +73,12 @@ pub fn create(netlink: &Netlink, link: &Link, options: TapOptions) -> Result<Tap
         from_guest().map_err(kernel_error(format!("redirect frames to {}", link.name)))
     };
     let vhost = connect().inspect_err(|_| {
-        // Closing the fds removes the tap, but not the interface's tc filter. Ignore an error from the removal, because
+        // Closing the fds removes the tap, but not the interface's tc filter. Ignore an error from `remove`, because
         // the caller gets the error from `connect`.
         let _ = remove(netlink, link.index, index);
     })?;
-    Ok(Tap { fds, vhost, link: link.index, index, mac: link.mac, mtu: link.mtu })
+    let Link { index: link, mac, mtu, .. } = *link;
+    Ok(Tap { fds, vhost, link, index, mac, mtu, rate_limits: options.rate_limits })
 }
 
 /// Removes a tap, and the tc filter that redirects frames from the interface `link` to the tap. Removes the tap even if
@@ -100,7 +101,7 @@ pub fn remove(netlink: &Netlink, link: i32, tap: i32) -> io::Result<()> {
 fn has_vhost() -> bool {
     let exists = Path::new(vhost::DEVICE).exists();
     if !exists {
-        tracing::debug!("{} does not exist: the VMM forwards frames", vhost::DEVICE);
+        tracing::debug!("{} does not exist; the VMM forwards the frames", vhost::DEVICE);
     }
     exists
 }

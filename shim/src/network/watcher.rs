@@ -69,9 +69,9 @@ pub struct NetworkChange {
 impl NetworkChange {
     /// Returns `current` without the new interfaces, and without the new interfaces' routes and neighbours.
     ///
-    /// The guest gets this configuration before the new interfaces' devices are hot-plugged, and removes the
-    /// configuration of removed interfaces. This order is needed, because a new interface may have a removed
-    /// interface's name or MAC address.
+    /// The agent applies this configuration before the new interfaces' devices are hot-plugged. The agent thereby
+    /// removes the configuration of removed interfaces. This order is needed, because a new interface may have a
+    /// removed interface's name or MAC address.
     pub fn without_new(&self) -> UpdateNetworkRequest {
         let mut rest = self.current.clone();
         let is_new = |mac: &str| self.taps.iter().any(|tap| read::format_mac(&tap.mac) == mac);
@@ -106,10 +106,11 @@ impl NetworkWatcher {
 
     /// Reads the namespace and creates taps for new interfaces. Returns `None` if nothing has changed.
     ///
-    /// Blocks, and moves the calling thread to the namespace permanently. Therefore, use a separate thread.
+    /// Blocks, and moves the calling thread to the namespace permanently. Therefore, call this function in a
+    /// separate thread.
     ///
     /// # Errors
-    /// [`NetworkError`]. The failed call loses no changes: the next call reports them.
+    /// [`NetworkError`]. A failed call loses no changes, because the next call reports these changes.
     pub fn read_change(&mut self) -> Result<Option<NetworkChange>, NetworkError> {
         setns(self.namespace.as_fd(), CloneFlags::CLONE_NEWNET)
             .map_err(|error| kernel_error("enter the network namespace")(error.into()))?;

@@ -23,12 +23,12 @@ pub const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 pub const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 /// CPU shares, the sum of the containers' CPU requests.
 pub const CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
-/// Memory in bytes, the sum of the containers' limits.
+/// Memory in bytes, the sum of the containers' memory limits.
 pub const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
-/// containerd's keys, each with the key that CRI-O uses for the same value. CRI-O itself defines its keys in the first
-/// two pairs (pkg/annotations/internal.go). In the other pairs, CRI-O's keys are names of labels that the kubelet sets.
-/// CRI-O has no keys for the pod's CPU and memory.
+/// containerd's keys, each with the key that CRI-O uses for the same value. CRI-O itself defines the CRI-O keys of the
+/// first two pairs (pkg/annotations/internal.go). The CRI-O keys of the other pairs are names of labels that the
+/// kubelet sets. CRI-O has no keys for the pod's CPU and memory.
 const CRIO: [(&str, &str); 5] = [
     (SANDBOX_ID, "io.kubernetes.cri-o.SandboxID"),
     (CONTAINER_TYPE, "io.kubernetes.cri-o.ContainerType"),

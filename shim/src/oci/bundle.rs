@@ -23,7 +23,7 @@ pub struct Bundle {
     pub dir: PathBuf,
     /// The whole `config.json`.
     pub raw: Value,
-    /// The parts that the shim reads.
+    /// The parts of `config.json` that the shim reads.
     pub spec: Spec,
 }
 
@@ -103,7 +103,7 @@ impl Spec {
     /// Returns the id of the container's sandbox. If the container has no pod, returns `id`, the container's id.
     ///
     /// # Errors
-    /// [`BundleError::SandboxId`] if the sandbox id in the annotations is not a plain file name.
+    /// [`BundleError::SandboxId`] if the sandbox id in the annotations is not a valid id.
     pub fn group<'a>(&'a self, id: &'a str) -> Result<&'a str, BundleError> {
         match self.annotations.cri(SANDBOX_ID) {
             None => Ok(id),
@@ -244,12 +244,12 @@ impl Bundle {
         if linux.namespaces.iter().any(|ns| ns.kind == "time" && ns.joined().is_some()) {
             return invalid("a time namespace cannot be joined: it is on the host, but the container runs in a VM");
         }
-        // Check the mappings even if the user namespace has a path. The guest does not use the path, but creates a user
-        // namespace from the mappings.
+        // Check the id mappings even if the user namespace has a path. The guest does not use the path, but creates a
+        // user namespace from the id mappings.
         self.id_mappings().map(drop)
     }
 
-    /// Rejects the network namespace of this process, because the shim runs in the host's network namespace.
+    /// Rejects a path to the host's network namespace, in which this process runs.
     fn check_network(&self) -> Result<(), BundleError> {
         let Network::Path(path) = self.spec.network()? else { return Ok(()) };
         let stat = |path: &Path| {
@@ -368,7 +368,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn ctr_specification_is_accepted() {
+    fn specification_from_ctr_is_accepted() {
         let bundle = bundle(|_| ()).unwrap();
         assert_eq!((bundle.spec.network().unwrap(), bundle.spec.hostname.as_str()), (Network::New, ""));
         assert_eq!(bundle.spec.process.args, ["true"]);

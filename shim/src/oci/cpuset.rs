@@ -11,7 +11,7 @@ const WORDS: usize = MAX_CPUS / 64;
 #[derive(Clone, PartialEq, Eq)]
 pub struct CpuSet(Box<[u64; WORDS]>);
 
-/// The text is not a list of CPUs.
+/// The text is not a valid list of CPUs.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("invalid list of CPUs {0:?}: expected a list such as 0-3,7")]
 pub struct CpuSetError(String);
@@ -44,7 +44,8 @@ impl CpuSet {
 impl FromStr for CpuSet {
     type Err = CpuSetError;
 
-    /// Parses the kernel's list format (`Documentation/admin-guide/cgroup-v2.rst`, `cpuset.cpus`). Rejects strides.
+    /// Parses the kernel's list format (`Documentation/admin-guide/cgroup-v2.rst`, `cpuset.cpus`). Rejects a range that
+    /// is split into groups, such as `0-9:2/4`.
     fn from_str(text: &str) -> Result<Self, CpuSetError> {
         let error = || CpuSetError(text.to_owned());
         let mut words = Box::new([0; WORDS]);

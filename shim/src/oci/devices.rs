@@ -1,4 +1,8 @@
-//! Character devices that the guest itself has. A container cannot use any other character device.
+//! Character devices that every guest has.
+//!
+//! If a specification names one of these devices, the container gets the guest's device. The shim rejects a
+//! specification that names another character device. Before this check, the shim removes the host devices that a
+//! client lists for a privileged container (host_devices.rs).
 
 /// A character device that every guest has.
 struct Standard {
@@ -41,8 +45,8 @@ pub fn guest_path(character: bool, major: u64, minor: u64) -> Result<&'static st
     match STANDARD.iter().find(|d| character && (d.major, d.minor) == (major, minor)) {
         Some(device) => Ok(device.path),
         None => Err(format!(
-            "{} device {major}:{minor} belongs to the host and is not available in the VM; remove it from the container, \
-             or run the container with another runtime",
+            "{} device {major}:{minor} belongs to the host and is not available in the VM; remove the device from the \
+             container, or run the container with another runtime",
             if character { "character" } else { "block" }
         )),
     }

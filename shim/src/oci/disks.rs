@@ -1,4 +1,4 @@
-//! Finds the host's block devices in a specification, and inserts the device numbers that the guest uses.
+//! Finds the host's block devices in a specification, and replaces their device numbers with the guest's numbers.
 
 use serde_json::Value;
 

@@ -1,4 +1,5 @@
-//! OCI hooks of a specification. The guest runs `startContainer` hooks, and the shim runs most other hooks on the host.
+//! OCI hooks of a specification. The guest runs `startContainer` hooks. The shim rejects `createContainer` hooks, and
+//! runs all other hooks on the host.
 
 use serde_json::{Map, Value};
 

@@ -23,8 +23,8 @@ use crate::oci::json::{TranslateError, array, object};
 /// Devices that are below /dev on every host. If a list contains all of these devices, the client listed all devices of
 /// the host. A user does not ask for these devices, because every container has them anyway.
 ///
-/// The list is not compared with the devices that the host has now, because devices can appear and disappear at any
-/// time.
+/// This check does not compare the list with the devices that the host has now, because devices can appear and
+/// disappear at any time.
 const ON_EVERY_HOST: [(&str, Number); 6] = [
     ("/dev/null", Number::character(1, 3)),
     ("/dev/zero", Number::character(1, 5)),
@@ -71,9 +71,12 @@ enum OnHost {
 /// Removes the devices of the host from `linux.devices` if the container is privileged and the list contains all
 /// devices of the host. A container is privileged if its device rules allow all devices.
 ///
-/// A device stays if the user asked for the device. The user asked for the device if a device rule names the device, or
-/// if the list contains the device twice. The user also asked for the device if the host does not have the device at
-/// the listed path.
+/// A device stays if the user asked for the device. The user asked for the device if one of these statements is true:
+/// - A device rule names the device.
+/// - The list contains the device twice at the same path.
+/// - The listed path is not below `/dev`.
+/// - The host has something else at the listed path.
+/// - The host has nothing at the listed path, and the list also contains the device at another path.
 pub fn remove(linux: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
     remove_from(linux, notes, on_host)
 }
@@ -120,7 +123,7 @@ fn remove_from(
     let kept: Vec<Value> =
         devices.iter().zip(kept).filter(|(_, is_kept)| *is_kept).map(|(device, _)| device.clone()).collect();
     notes.push(format!(
-        "the container gets the guest's devices in place of the host's: {} of {} listed devices were omitted",
+        "the container gets the guest's devices in place of the host's devices: {} of {} listed devices were omitted",
         devices.len() - kept.len(),
         devices.len()
     ));
@@ -129,7 +132,7 @@ fn remove_from(
 }
 
 fn on_host(path: &str) -> OnHost {
-    // containerd does not list symlinks.
+    // Do not follow a symlink, because containerd does not list symlinks.
     let Ok(metadata) = fs::symlink_metadata(Path::new(path)) else { return OnHost::Nothing };
     let (kind, device) = (metadata.file_type(), metadata.rdev());
     if !kind.is_char_device() && !kind.is_block_device() {
@@ -243,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_of_this_machine_are_removed() {
+    fn devices_of_the_real_host_are_removed() {
         let list = fs::read_dir("/dev").unwrap().filter_map(|entry| {
             let path = entry.unwrap().path().to_str().unwrap().to_owned();
             match on_host(&path) {

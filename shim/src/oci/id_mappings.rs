@@ -217,7 +217,7 @@ struct Holder(libc::pid_t);
 
 impl Holder {
     fn new() -> io::Result<Self> {
-        // The child has no exit signal. Therefore, a waitpid(2) call for any child does not reap this child.
+        // The child has no exit signal. Therefore, a waitpid(-1) call in another thread does not reap the child.
         // SAFETY: without a stack and without CLONE_VM, this clone(2) call is equivalent to fork(2). The child has one
         // thread. The child calls only prctl(2) and pause(2), which take no lock that another thread may have held.
         let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_NEWUSER, 0, 0, 0, 0) };

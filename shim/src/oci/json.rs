@@ -22,7 +22,7 @@ pub enum TranslateError {
     Unsupported {
         /// Field of the specification.
         field: String,
-        /// Reason why the field is not supported, and the remedy.
+        /// Reason why the field is not supported, and a remedy, if any.
         message: String,
     },
 }

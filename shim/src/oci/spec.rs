@@ -1,8 +1,8 @@
 //! The parts of the OCI runtime specification that the shim reads. The shim passes all other fields to the guest as
 //! JSON.
 //!
-//! Most fields have a default, even required fields. [`crate::oci::bundle`] later rejects a specification without a
-//! required field, with a clearer error than the parser's.
+//! Most fields have a default, even fields that OCI requires. If a required field is missing, [`crate::oci::bundle`]
+//! later rejects the specification. The error of `bundle` is clearer than the parser's error.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -133,7 +133,8 @@ pub struct Linux {
     pub gid_mappings: Vec<IdMapping>,
 }
 
-/// A namespace of the container. If the namespace has a path, the container joins it. Otherwise, the namespace is new.
+/// A namespace of the container. If `path` is set, the container joins the namespace at this path. Otherwise, the
+/// namespace is new.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Namespace {
     /// Type, such as `network` or `pid`.
@@ -145,7 +146,7 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    /// Returns the path of the namespace to join, or `None` if the namespace is created.
+    /// Returns the path of the namespace to join, or `None` if the namespace is new.
     pub fn joined(&self) -> Option<&str> {
         self.path.as_deref().filter(|path| !path.is_empty())
     }
@@ -186,7 +187,7 @@ pub struct HugepageLimit {
 /// CPU limits.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct Cpu {
-    /// Quota in microseconds per period. A value of 0 or less means unlimited.
+    /// Quota in microseconds per period. A negative value means unlimited. A value of 0 counts as absent.
     pub quota: Option<i64>,
     /// Period in microseconds.
     pub period: Option<u64>,
@@ -206,7 +207,7 @@ fn cpu_list<'de, D: Deserializer<'de>>(from: D) -> Result<Option<CpuSet>, D::Err
 /// Memory limit.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct Memory {
-    /// Limit in bytes. A value of 0 or less means unlimited.
+    /// Limit in bytes. A negative value means unlimited. A value of 0 counts as absent.
     pub limit: Option<i64>,
 }
 

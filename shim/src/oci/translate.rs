@@ -9,8 +9,8 @@ use serde_json::{Map, Value};
 use crate::oci::json::{TranslateError, array, object, present, unsupported};
 use crate::oci::{devices, hooks, host_devices, update};
 
-/// Translates a specification, except for mount sources, which [`crate::volumes::plan`] translates. `pids` maps PIDs to
-/// the ids of the pod's containers. Adds texts for the log to `notes`, for example about omitted fields.
+/// Translates a specification, except for mount sources, which [`crate::volumes::plan`] translates. `pids` maps PIDs on
+/// the host to ids of the pod's containers. Adds texts for the log to `notes`, for example about omitted fields.
 pub fn spec(
     raw: &mut Value,
     id: &str,
@@ -100,7 +100,7 @@ fn linux(
         let kind = device.get("type").and_then(Value::as_str).unwrap_or_default();
         let path = device.get("path").and_then(Value::as_str).unwrap_or_default();
         if kind == "p" || kind == "b" {
-            continue; // The guest creates a FIFO. A disk is hot-plugged.
+            continue; // The guest creates a FIFO itself. The shim hot-plugs a disk.
         }
         devices::guest_path(kind == "c" || kind == "u", number("major"), number("minor"))
             .map_err(|message| unsupported(format!("linux.devices: {path}"), message))?;
@@ -111,7 +111,7 @@ fn linux(
     Ok(())
 }
 
-/// Replaces the paths of host namespaces with paths in the guest. The new path leads to the sandbox's namespace
+/// Replaces the paths of host namespaces with paths in the guest. Each new path leads to the sandbox's namespace
 /// (`husk_proto::GUEST_NAMESPACES`) or to a container's PID namespace (`husk_proto::GUEST_PID_NAMESPACES`).
 fn namespaces(
     linux: &mut Map<String, Value>,
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn pid_namespace_path_is_translated_by_its_pid() {
+    fn pid_in_a_namespace_path_is_translated_to_the_container_id() {
         let pid = |path: &str| {
             let (value, _) = translated(|v| v["linux"]["namespaces"][0]["path"] = path.into()).unwrap();
             value["linux"]["namespaces"][0]["path"].clone()

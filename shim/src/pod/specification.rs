@@ -37,8 +37,8 @@ pub fn config(options: Option<&Any>) -> Result<PodSandboxConfig, PodError> {
 
 /// Makes the sandbox's specification.
 ///
-/// If the pod shares a namespace with the node, the specification lacks this namespace. `Bundle::check` later rejects
-/// the specification.
+/// If the pod shares the node's network, PID or IPC namespace, the specification lacks a namespace of this type.
+/// `Bundle::check` later rejects the specification.
 pub fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value {
     let options = &config.linux.security_context.namespace_options;
     let mut namespaces = vec![json!({ "type": "mount" }), json!({ "type": "uts" })];

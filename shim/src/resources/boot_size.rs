@@ -248,8 +248,8 @@ mod tests {
         assert_eq!(pod("0", "2"), Ok(1));
         assert_eq!(pod("0", "2048"), Ok(2));
         assert_eq!(pod("-1", "2500"), Ok(3));
-        assert_eq!(pod("0", "262144"), Ok(8), "the number of vCPUs is not limited to the host's CPUs");
-        assert_eq!(pod("100000", "2048"), Ok(1), "the request takes precedence over the limit");
+        assert_eq!(pod("0", "262144"), Ok(8), "the VM has more vCPUs than the host has CPUs");
+        assert_eq!(pod("100000", "2048"), Ok(1), "the CPU request takes precedence over the CPU limit");
         assert!(pod("0", "x").is_err());
         let alone = sized(|v| v["linux"]["resources"] = json!({ "cpu": { "shares": 4096 } }));
         assert_eq!(alone, Ok((4, 1024)));
@@ -265,7 +265,7 @@ mod tests {
         };
         assert_eq!(max(json!({}), 3), (4, 16 << 10));
         assert_eq!(max(json!({}), 0), (1, 16 << 10));
-        assert_eq!(max(json!({}), 63), (8, 16 << 10), "the number of vCPUs is not limited to the host's CPUs");
+        assert_eq!(max(json!({}), 63), (8, 16 << 10), "the VM can grow to more vCPUs than the host has CPUs");
         assert_eq!(max(json!({ annotation::VCPUS: "3" }), 3), (3, 16 << 10));
         assert_eq!(max(json!({ annotation::MEMORY_MIB: "512" }), 3), (4, 512));
     }

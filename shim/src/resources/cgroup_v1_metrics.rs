@@ -7,7 +7,7 @@ use protobuf::MessageField;
 
 use crate::resources::cgroup::CgroupLocation;
 
-/// Without a limit, cgroup v1 shows a very large number. A number of at least this value counts as no limit.
+/// A memory limit of at least this value counts as no limit. If no limit is set, cgroup v1 shows a very large number.
 const NO_LIMIT: u64 = 1 << 62;
 
 /// Reads the cgroup's metrics. The values of an absent controller are zero. Without the memory controller, the memory

@@ -14,11 +14,13 @@ const SHARES_PER_CPU: u64 = 1024;
 const MIB: u64 = 1 << 20;
 /// CFS period in microseconds, for a quota without a period.
 const DEFAULT_PERIOD: u64 = 100_000;
-/// Host memory in MiB that the VMM and the shim may use in addition to guest memory.
+/// Host memory in MiB that a pod may use in addition to guest memory and page tables.
 ///
-/// This covers the VMM and the shim (5 MiB), the kernel's buffers and sockets, and some page cache for shared files.
+/// This memory covers the VMM and the shim (5 MiB), buffers and sockets of the host's kernel, and some page cache for
+/// files that virtio-fs serves.
 const HOST_MIB: u64 = 32;
-/// Minimum host memory in MiB that the VMM and the shim need. The rest of [`HOST_MIB`] is page cache.
+/// Minimum host memory in MiB that a pod needs in addition to guest memory and page tables. The rest of
+/// [`HOST_MIB`] is page cache.
 const MIN_HOST_MIB: u64 = 12;
 /// Guest memory divided by the size of the host's page tables for this memory. The VMM's page tables take 1/512 of the
 /// guest memory in use. KVM's page tables take another 1/512.
@@ -87,7 +89,7 @@ impl Limits {
     /// value.
     ///
     /// # Errors
-    /// If the request is not `LinuxResources`.
+    /// Fails if the request is not `LinuxResources`.
     pub fn with_update(mut self, raw: &[u8]) -> Result<Self, serde_json::Error> {
         #[derive(Deserialize)]
         struct UpdateRequest(Option<Resources>);
@@ -119,8 +121,8 @@ impl Limits {
 }
 
 impl Limits {
-    /// Returns the CPU time that the container may use, in millicores. This is the lower of the quota and the cpuset's
-    /// CPU time. Returns `None` if the container has neither a quota nor a cpuset.
+    /// Returns the CPU time that the container may use, in millicores. The result is the quota or 1000 millicores for
+    /// each CPU of the cpuset, whichever is lower. Returns `None` if the container has neither a quota nor a cpuset.
     fn usable_millis(&self) -> Option<u64> {
         let set = self.cpus.as_ref().map(|cpus| cpus.count().saturating_mul(1000));
         self.cpu_millis.into_iter().chain(set).min()
@@ -176,7 +178,7 @@ impl Growth {
         let millis = containers.clone().filter_map(Limits::usable_millis).fold(0u64, u64::saturating_add);
         let mut unlimited = containers.filter(|limits| limits.usable_millis().is_none()).map(|limits| limits.shares);
         let free = match unlimited.next() {
-            // Together, containers without a limit get the sum of their requested vCPUs, but at least the default
+            // Together, containers without a limit get one vCPU for each requested CPU, but at least the default
             // number of vCPUs.
             Some(first) => {
                 let shares = unlimited.fold(first, u64::saturating_add);
@@ -192,8 +194,8 @@ impl Growth {
         containers.map(|limits| limits.huge_page_bytes).fold(0, u64::saturating_add).div_ceil(MIB)
     }
 
-    /// Returns the host's limits for these containers. Limits a resource only if every container has a limit for the
-    /// resource.
+    /// Returns the limits that the host applies to the pod's processes. These are computed from the containers' limits.
+    /// A resource has a limit only if every container has a limit for the resource.
     pub fn host_limits<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone) -> HostLimits {
         let some = containers.clone().next().is_some();
         let all = containers
@@ -224,7 +226,7 @@ pub fn page_metadata_mib(mib: u64) -> u64 {
     mib.div_ceil(128).saturating_mul(2)
 }
 
-/// Returns the host's memory limit in bytes for a pod whose guest has `guest_mib` of memory.
+/// Returns the memory limit in bytes that the host applies to a pod whose guest has `guest_mib` MiB of memory.
 ///
 /// The limit covers all memory that the guest can use. Therefore, the guest's memory use never makes the host's kernel
 /// kill the VMM.
@@ -308,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn cpusets_limit_the_vcpus_and_the_host_gets_the_union_of_cpusets() {
+    fn cpusets_limit_the_vcpus_and_host_limits_contain_the_union_of_cpusets() {
         let on = |cpus: &str, millis| Limits {
             cpu_millis: millis,
             cpus: Some(cpus.parse().unwrap()),

@@ -14,6 +14,9 @@ const PERIOD: u64 = 100_000;
 /// Above `memory.high`, the kernel only throttles the sandbox. The memory limit includes at least 12 MiB for the VMM
 /// and the shim. The distance is a third of these 12 MiB.
 const THROTTLE_MARGIN: u64 = 4 << 20;
+/// Memory in bytes by which the memory limit is higher if a container has no memory limit. The host's kernel uses about
+/// 2 KiB for each file that the VMM has open for the guest, and the VMM can open a million files.
+const UNLIMITED_EXTRA: u64 = 2 << 30;
 /// Limits of at least this value count as no limit. If no limit is set, cgroup v1 shows a value slightly below 2^63.
 const NO_LIMIT: u64 = 1 << 62;
 
@@ -69,9 +72,9 @@ pub fn reclaim_threshold(location: &CgroupLocation) -> Option<u64> {
 /// out of memory before the sandbox reaches the memory limit. The guest's kernel then kills a process in the guest, and
 /// the host's kernel does not kill the VMM.
 ///
-/// If the cgroup is a systemd scope, this function first writes the limits to the cgroup's files. Then this
-/// function sends the limits to systemd. Only the write to the files waits until the kernel has reclaimed memory.
-/// Therefore, systemd does not block.
+/// This function first writes the limits to the cgroup's files, and may block during this write. If the cgroup is a
+/// systemd scope, this function then sends the same limits to systemd. systemd does not block, because the kernel has
+/// already reclaimed the memory.
 pub fn set(location: &CgroupLocation, unit: Option<&Unit>, limits: &HostLimits, guest_mib: u64) {
     let cpu_millis = limits.cpu_millis.map(|millis| round_cpu_millis(unit, millis));
     let cpus = limits.cpus.clone().or_else(|| all_cpus(location));
@@ -103,24 +106,24 @@ fn all_cpus(location: &CgroupLocation) -> Option<CpuSet> {
 /// Converts the limits to properties of a systemd scope (org.freedesktop.systemd1(5), systemd.resource-control(5)).
 fn properties(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) -> Vec<Property> {
     let number = |value: Option<u64>| Value::U64(value.unwrap_or(u64::MAX));
-    let memory = limits.has_memory_limit.then(|| host_bytes(guest_mib));
+    let memory = memory_max(limits, guest_mib);
     let quota = limits.cpu_millis.map(|millis| millis.saturating_mul(1000));
     let mut all = vec![("CPUQuotaPerSecUSec", number(quota))];
     match location {
         CgroupLocation::V2(_) => {
-            all.push(("MemoryMax", number(memory)));
-            all.push(("MemoryHigh", number(memory.map(|max| memory_high(location, max)))));
+            all.push(("MemoryMax", Value::U64(memory)));
+            all.push(("MemoryHigh", Value::U64(memory_high(location, memory))));
             // systemd supports `AllowedCPUs` since version 244.
             all.extend(limits.cpus.as_ref().map(|cpus| ("AllowedCPUs", Value::Bytes(cpus.mask()))));
         }
         // systemd does not support cpusets in cgroup v1.
-        CgroupLocation::V1(_) => all.push(("MemoryLimit", number(memory))),
+        CgroupLocation::V1(_) => all.push(("MemoryLimit", Value::U64(memory))),
     }
     all
 }
 
 fn write(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) {
-    let memory = limits.has_memory_limit.then(|| host_bytes(guest_mib).to_string());
+    let memory = memory_max(limits, guest_mib);
     let quota = limits.cpu_millis.map(|millis| (millis.saturating_mul(PERIOD) / 1000).to_string());
     let cpus = limits.cpus.as_ref().map(ToString::to_string);
     let write = |dir: Option<&Path>, file: &str, value: &str| {
@@ -132,9 +135,8 @@ fn write(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) {
     let cpuset = location.controller_dir("cpuset");
     match location {
         CgroupLocation::V2(path) => {
-            write(Some(path), "memory.max", memory.as_deref().unwrap_or("max"));
-            let high = limits.has_memory_limit.then(|| memory_high(location, host_bytes(guest_mib)).to_string());
-            write(Some(path), "memory.high", high.as_deref().unwrap_or("max"));
+            write(Some(path), "memory.max", &memory.to_string());
+            write(Some(path), "memory.high", &memory_high(location, memory).to_string());
             write(Some(path), "cpu.max", &format!("{} {PERIOD}", quota.as_deref().unwrap_or("max")));
             // A cgroup without a list of CPUs can use all CPUs of its parent.
             if let Some(cpus) = cpus {
@@ -142,7 +144,7 @@ fn write(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) {
             }
         }
         CgroupLocation::V1(_) => {
-            write(location.controller_dir("memory"), "memory.limit_in_bytes", memory.as_deref().unwrap_or("-1"));
+            write(location.controller_dir("memory"), "memory.limit_in_bytes", &memory.to_string());
             write(location.controller_dir("cpu"), "cpu.cfs_period_us", &PERIOD.to_string());
             write(location.controller_dir("cpu"), "cpu.cfs_quota_us", quota.as_deref().unwrap_or("-1"));
             let all = || std::fs::read_to_string(cpuset?.parent()?.join("cpuset.cpus")).ok();
@@ -151,6 +153,15 @@ fn write(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) {
             }
         }
     }
+}
+
+/// Returns the sandbox's memory limit in bytes. `guest_mib` is the guest's memory in MiB.
+///
+/// The sandbox has a limit even if its containers have none, because the VMM and the host's kernel need memory for the
+/// pod in addition to the guest's memory.
+fn memory_max(limits: &HostLimits, guest_mib: u64) -> u64 {
+    let extra = if limits.has_memory_limit { 0 } else { UNLIMITED_EXTRA };
+    host_bytes(guest_mib).saturating_add(extra)
 }
 
 /// Returns the value of `memory.high`, above which the kernel throttles the sandbox. The value is below `max` and below
@@ -165,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pids_max_returns_the_lowest_limit_of_the_parents() {
+    fn pids_max_returns_the_lowest_limit_of_the_ancestors() {
         let dir = tempfile::tempdir().unwrap();
         let sandbox = dir.path().join("kubepods/pod/sandbox");
         std::fs::create_dir_all(&sandbox).unwrap();
@@ -177,6 +188,20 @@ mod tests {
         assert_eq!(pids_max(&CgroupLocation::V2(sandbox.clone())), Some(5000));
         limit("kubepods/pod", "100\n");
         assert_eq!(pids_max(&CgroupLocation::V2(sandbox.clone())), Some(100));
+    }
+
+    #[test]
+    fn memory_has_a_limit_on_the_host_even_if_the_containers_have_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = dir.path().join("pod");
+        std::fs::create_dir(&pod).unwrap();
+        let location = CgroupLocation::V2(pod.clone());
+        let read = |file: &str| std::fs::read_to_string(pod.join(file)).unwrap().parse::<u64>().unwrap();
+        for (has_memory_limit, extra) in [(false, 2 << 30), (true, 0)] {
+            set(&location, None, &HostLimits { has_memory_limit, ..HostLimits::default() }, 1024);
+            assert_eq!(read("memory.max"), host_bytes(1024) + extra);
+            assert_eq!(read("memory.high"), host_bytes(1024) + extra - THROTTLE_MARGIN);
+        }
     }
 
     #[test]
@@ -200,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn parent_limits_are_read_in_cgroup_v1_and_v2() {
+    fn max_guest_mib_reads_the_parent_limit_in_cgroup_v1_and_v2() {
         let dir = tempfile::tempdir().unwrap();
         let pod = dir.path().join("pod");
         let v1 = CgroupLocation::V1(vec![(vec!["memory".to_owned()], pod.clone())]);
@@ -233,7 +258,8 @@ mod tests {
         assert_eq!([read("cpu.cfs_quota_us"), read("cpuset.cpus")], ["150000", "1-3"]);
         assert_eq!(read("memory.limit_in_bytes"), host_bytes(100).to_string());
         set(&location, None, &HostLimits::default(), 100);
-        assert_eq!([read("cpu.cfs_quota_us"), read("memory.limit_in_bytes"), read("cpuset.cpus")], ["-1", "-1", "0-7"]);
+        assert_eq!([read("cpu.cfs_quota_us"), read("cpuset.cpus")], ["-1", "0-7"]);
+        assert_eq!(read("memory.limit_in_bytes"), (host_bytes(100) + UNLIMITED_EXTRA).to_string());
     }
 
     #[test]
@@ -253,8 +279,12 @@ mod tests {
             ("AllowedCPUs", Value::Bytes(vec![0b1110, 0b10])),
         ];
         assert_eq!(properties(&location, &limits, 128), expected);
-        let none = properties(&location, &HostLimits::default(), 128);
-        assert!(none.len() == 3 && none.iter().all(|(_, value)| *value == Value::U64(u64::MAX)));
+        let expected = vec![
+            ("CPUQuotaPerSecUSec", Value::U64(u64::MAX)),
+            ("MemoryMax", Value::U64(host_bytes(128) + UNLIMITED_EXTRA)),
+            ("MemoryHigh", Value::U64(96 << 20)),
+        ];
+        assert_eq!(properties(&location, &HostLimits::default(), 128), expected);
         let v1 = properties(&CgroupLocation::V1(Vec::new()), &limits, 128);
         assert_eq!(v1.last(), Some(&("MemoryLimit", Value::U64(host_bytes(128)))));
     }

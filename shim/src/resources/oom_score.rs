@@ -1,5 +1,5 @@
-//! Computes and sets the VMM's `oom_score_adj`. If the node runs out of memory, the OOM killer uses this value to
-//! select a process.
+//! Computes and sets the VMM's `oom_score_adj`, which this module calls the score. If the node runs out of memory, the
+//! OOM killer uses the scores to select a process.
 //!
 //! Under runc, a container's processes get the score from the container's specification. Under Husk, killing the VMM
 //! ends all containers of the pod. Therefore, the VMM gets the lowest score of these containers.
@@ -42,7 +42,7 @@ fn lowest(scores: &HashMap<String, i32>) -> Option<i32> {
 /// Sets the `oom_score_adj` of a process to `score`, which must be in the range -1000 to 1000.
 ///
 /// # Errors
-/// If the process has ended, or `score` is out of range (EINVAL).
+/// Fails if the process has ended, or if `score` is out of range (EINVAL).
 pub fn set(pid: u32, score: i32) -> io::Result<()> {
     std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string())
 }

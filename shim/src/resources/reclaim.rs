@@ -6,9 +6,10 @@
 //! kernel does not know about these inodes. Without this module, a guest that reads many files would exhaust the pod's
 //! memory, and the host's kernel would kill the VMM.
 //!
-//! In cgroup v2, the kernel modifies `memory.events` when the kernel throttles processes at `memory.high`
-//! (Documentation/admin-guide/cgroup-v2.rst). In cgroup v1, `memory.pressure_level` reports that the kernel reclaims
-//! memory (Documentation/admin-guide/cgroup-v1/memory.rst).
+//! In cgroup v2, this module watches `memory.events`. The kernel modifies this file when the kernel throttles processes
+//! at `memory.high` (Documentation/admin-guide/cgroup-v2.rst). In cgroup v1, this module watches
+//! `memory.pressure_level`, which reports that the kernel reclaims memory
+//! (Documentation/admin-guide/cgroup-v1/memory.rst).
 
 use std::fs::{self, File};
 use std::io;
@@ -36,8 +37,8 @@ use crate::vm::vmm::Vmm;
 const MIN_INTERVAL: Duration = Duration::from_secs(1);
 /// If the guest must drop caches twice within this time, the second drop includes the page cache.
 ///
-/// The first drop includes only unused inodes. This drop may free too little memory, because an inode with cached pages
-/// stays in the guest's memory.
+/// The first drop includes only unused inodes. The first drop may free too little memory, because an inode with cached
+/// pages stays in the guest's memory.
 const PAGE_CACHE_WINDOW: Duration = Duration::from_secs(15);
 /// Memory counts as nearly exhausted if the unreclaimable memory is at most this many bytes below the limit.
 const MARGIN: u64 = 2 << 20;

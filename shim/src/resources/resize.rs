@@ -1,10 +1,10 @@
 //! Resizes a running VM. One task handles all requests in sequence.
 //!
-//! For a larger target, the task first raises the host's limits. Then memory, huge pages and vCPUs grow, in this order.
-//! The task answers the request when all resources have grown.
+//! For a larger target, the task first raises the sandbox's limits on the host. Then memory, huge pages and vCPUs grow,
+//! in this order. The task answers the request when all resources have grown.
 //!
 //! For a smaller target, the task answers before the guest returns memory. When the guest has returned memory, the task
-//! lowers the host's memory limit.
+//! lowers the memory limit on the host.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -28,10 +28,10 @@ const MEMORY_TIMEOUT: Duration = Duration::from_secs(60);
 /// A failure to resize a VM.
 #[derive(Debug, thiserror::Error)]
 pub enum ResizeError {
-    /// The VMM rejected a request.
+    /// A request to the VMM failed.
     #[error("failed to resize the VM")]
     Vmm(#[source] VmmError),
-    /// The agent rejected a request.
+    /// A request to the agent failed.
     #[error("failed to set up the {0} in the guest")]
     Agent(&'static str, #[source] ttrpc::Error),
     /// The number of vCPUs that are online in the guest differs from the requested number.
@@ -47,7 +47,7 @@ pub enum ResizeError {
     Memory {
         /// Hot-plugged memory that the guest accepted.
         plugged_mib: u64,
-        /// Hot-plugged memory that was offered.
+        /// Hot-plugged memory that the shim requested.
         wanted_mib: u64,
     },
     /// The node has too few free huge pages.
@@ -76,7 +76,8 @@ pub enum ResizeError {
 pub struct Target {
     /// Size of the VM.
     pub size: Size,
-    /// Total size of the huge pages in MiB. This size never decreases, because a volume may use the huge pages.
+    /// Total size of the huge pages in MiB. The task never reduces the pod's huge pages, because a volume may use the
+    /// huge pages.
     pub huge_mib: u64,
     /// Limits on the host.
     pub host: HostLimits,
@@ -130,7 +131,8 @@ impl Resizer {
     /// Resizes the pod to `target`. Waits until all resources that must grow have grown.
     ///
     /// # Errors
-    /// [`ResizeError`]. Resources that grew before the error keep the new size until another resize.
+    /// Fails with the [`ResizeError`] of the first step that fails. Resources that grew before the error keep the new
+    /// size until another resize.
     pub async fn resize(&self, target: Target) -> Result<(), ResizeError> {
         let (done, wait) = oneshot::channel();
         self.jobs.send(Job { target, done }).map_err(|_| ResizeError::Gone)?;
@@ -172,6 +174,8 @@ struct Slots {
 
 impl ResizeTask {
     async fn run(mut self, mut jobs: mpsc::UnboundedReceiver<Job>) {
+        // Set the limits before the first job. If no container has limits, there may never be a job.
+        self.set_host_limits().await;
         loop {
             let shrinking = async {
                 match self.shrinking.as_mut() {
@@ -215,8 +219,8 @@ impl ResizeTask {
         self.plugged_mib = self.plugged_mib.max(wanted_mib);
         self.set_host_limits().await;
         if wanted_mib > previous_mib || (retry && wanted_mib > 0 && wanted_mib == previous_mib) {
-            // The new request makes the VMM answer a pending request to shrink early. Ignore this answer, because its
-            // amount of memory becomes outdated when memory grows.
+            // When the new request arrives, the VMM immediately answers a pending request to shrink memory. Ignore this
+            // answer, because its amount of memory becomes outdated when memory grows.
             self.shrinking = None;
             self.grow_memory(PageKind::Ordinary, wanted_mib).await?;
         } else if wanted_mib < previous_mib {
@@ -230,7 +234,7 @@ impl ResizeTask {
         }
         if target.huge_mib > huge_before || (retry && target.huge_mib > 0) {
             // If the guest does not get the huge pages, the container is not created. Therefore, count the container's
-            // huge pages only after they have been allocated.
+            // huge pages only after the guest has allocated them.
             self.current.huge_mib = huge_before;
             self.grow_huge_pages(target.huge_mib, huge_before).await?;
             self.current.huge_mib = target.huge_mib;

@@ -34,7 +34,7 @@ pub enum AppArmorError {
     /// The node has no profile with this name.
     #[error("AppArmor profile {0:?} is not loaded on the node; load it with apparmor_parser")]
     Missing(String),
-    /// The node's kernel does not export the policy.
+    /// The policy cannot be read from the node's kernel.
     #[error(
         "failed to read the policy of AppArmor profile {profile:?} from {path} (if the node's kernel lacks \
          CONFIG_SECURITY_APPARMOR_EXPORT_BINARY, use the profile type Unconfined)"
@@ -66,7 +66,7 @@ impl Sandbox {
     /// Loads the node's current version of a profile into the guest, unless the guest already has this version.
     ///
     /// # Errors
-    /// `AppArmorError`.
+    /// Fails with an [`AppArmorError`] that names the profile.
     pub async fn load_profile(&self, agent: &Agent, profile: &str) -> Result<(), AppArmorError> {
         if profile.is_empty() || profile == UNCONFINED {
             return Ok(());

@@ -1,4 +1,4 @@
-//! Boots a guest: calls the VMM and the agent in order, until the agent accepts containers.
+//! Boots a guest: sends requests to the VMM and then to the agent, until the agent accepts containers.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -22,6 +22,7 @@ use crate::oci;
 use crate::oci::IdMappings;
 use crate::resources::BootSize;
 use crate::resources::hugepages;
+use crate::resources::rate_limits::RateLimits;
 use crate::sandbox::guest_image::GuestImages;
 use crate::sandbox::policy::PodPolicies;
 use crate::sandbox::timeline::Timeline;
@@ -47,12 +48,14 @@ pub struct Pod {
     pub sysctls: HashMap<String, String>,
     /// Maximum number of tasks in all containers together. `None` if unlimited.
     pub pids_max: Option<u64>,
-    /// Id mappings of the pod's user namespace, if it has one.
+    /// Id mappings of the pod's user namespace. `None` if the pod has no user namespace.
     pub id_mappings: Option<IdMappings>,
     /// Network interfaces, with their addresses, routes, neighbours and rules.
     pub network: Network,
     /// Agent policies.
     pub policies: PodPolicies,
+    /// Rate limits of the devices.
+    pub rate_limits: RateLimits,
 }
 
 /// Everything that a boot needs.
@@ -65,7 +68,7 @@ pub struct BootPlan {
     pub boot_size: BootSize,
     /// Directory on the host that the VMM serves to the guest as the share.
     pub share: PathBuf,
-    /// `/dev/kvm`.
+    /// The opened device `/dev/kvm`.
     pub kvm: File,
     /// Guest kernel and initrd.
     pub images: GuestImages,
@@ -80,7 +83,7 @@ pub enum BootError {
     /// The pipe for the console could not be created.
     #[error("failed to create a pipe for the guest's console")]
     Console(#[source] std::io::Error),
-    /// The VMM refused a call or has ended.
+    /// A request to the VMM failed.
     #[error("failed to {step}")]
     Vmm {
         /// The operation that failed.
@@ -89,12 +92,12 @@ pub enum BootError {
         #[source]
         source: VmmError,
     },
-    /// The guest ended before its agent was ready.
+    /// The guest ended before the boot was complete.
     #[error("the guest ended during its boot: {reason}{console}")]
     Ended {
         /// Cause.
         reason: String,
-        /// Last lines of the console.
+        /// Last lines of the guest's console.
         console: String,
     },
     /// The agent was not ready before the timeout.
@@ -102,7 +105,7 @@ pub enum BootError {
     Timeout {
         /// Timeout in seconds.
         secs: u64,
-        /// Last lines of the console.
+        /// Last lines of the guest's console.
         console: String,
     },
     /// The connection to the agent cannot be registered with the async runtime.
@@ -130,7 +133,7 @@ impl BootPlan {
     /// Opens `/dev/kvm` and returns the plan.
     ///
     /// # Errors
-    /// [`BootError::Kvm`].
+    /// Fails with [`BootError::Kvm`] if `/dev/kvm` cannot be opened.
     pub fn new(
         pod: Pod,
         config: Config,
@@ -153,11 +156,11 @@ struct Progress {
 /// Boots the guest and connects to its agent.
 ///
 /// # Errors
-/// [`BootError`]. If the guest ended or the boot timed out, the error contains the console's last lines.
+/// Fails with a [`BootError`]. If the guest ended or the boot timed out, the error contains the console's last lines.
 pub async fn boot(
     plan: BootPlan,
     vmm: &Vmm,
-    notices: mpsc::UnboundedReceiver<Notice>,
+    notices: mpsc::Receiver<Notice>,
     timeline: &Arc<Timeline>,
     tail: &LogTail,
 ) -> Result<Agent, BootError> {
@@ -181,7 +184,8 @@ pub async fn boot(
         }
         Ok(Err(error)) => {
             // If the guest has ended, return `BootError::Ended` instead of `error`, because `error` is only a
-            // consequence. First wait until the VMM has ended, because the console's output is incomplete until then.
+            // consequence. First kill the VMM and wait until the VMM has ended. Only then is the console's output
+            // complete.
             let ended = matches!(error, BootError::Ended { .. })
                 || matches!(error, BootError::Vmm { source: VmmError::Gone, .. });
             if ended || progress.borrow().ended.is_some() {
@@ -196,7 +200,7 @@ pub async fn boot(
     }
 }
 
-/// Tells the VMM to create the VM and to start it.
+/// Tells the VMM to create and start the VM.
 async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
     let huge_mib = hugepages::pool_mib();
     let mut fds = vec![plan.kvm.as_fd(), plan.images.kernel.as_fd(), plan.images.initrd.as_fd(), console.as_fd()];
@@ -218,9 +222,11 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
             tag: SHARE_TAG.to_owned(),
             root: plan.share.display().to_string(),
             workers: plan.config.virtio_fs_workers,
+            rate_limit: plan.pod.rate_limits.virtio_fs,
         }),
         require_landlock: plan.config.require_landlock,
         vsock_cid: 3,
+        vsock_rate_limit: plan.pod.rate_limits.vsock,
         net,
         blk: Vec::new(),
         balloon: plan.config.free_page_reporting,
@@ -301,7 +307,7 @@ fn console_suffix(tail: &LogTail) -> String {
 }
 
 /// Adds the boot steps from the VMM's notices to the timeline. Returns the progress of the boot.
-fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Timeline>) -> watch::Receiver<Progress> {
+fn watch_notices(mut notices: mpsc::Receiver<Notice>, timeline: Arc<Timeline>) -> watch::Receiver<Progress> {
     let (update, progress) = watch::channel(Progress::default());
     let task = async move {
         while let Some(notice) = notices.recv().await {
@@ -387,7 +393,7 @@ fn log_agent_line(line: &str) {
 /// Returns the read end and the write end of a new pipe.
 ///
 /// # Errors
-/// If the pipe cannot be created, for example because the fd limit is reached.
+/// Fails if the pipe cannot be created, for example because the fd limit is reached.
 pub fn pipe_pair() -> std::io::Result<(OwnedFd, OwnedFd)> {
     let (out, input) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
     // tokio requires a non-blocking read end.

@@ -34,7 +34,7 @@ pub struct AttachedDisk {
 
 impl AttachedDisk {
     /// Returns the disk's device numbers in the guest. `attach` hot-plugs the disk and returns the disk's slot. `find`
-    /// asks the guest for the device numbers of this slot.
+    /// asks the guest for the device numbers of the disk in this slot.
     async fn get_or_attach<E, F: Future<Output = Result<DeviceNumbers, E>>>(
         &self,
         attach: impl Future<Output = Result<u32, E>>,
@@ -85,7 +85,8 @@ impl Sandbox {
     /// Returns the device numbers that `disk` has in the guest. Hot-plugs `disk` if it is not attached.
     ///
     /// # Errors
-    /// [`DiskError`]. The next call retries the step that failed.
+    /// Fails with a [`DiskError`] if the disk cannot be hot-plugged or found in the guest. The next call retries the
+    /// step that failed.
     pub async fn disk(&self, agent: &Agent, disk: Disk) -> Result<DeviceNumbers, DiskError> {
         let attached = Arc::clone(lock(&self.disks).entry(disk).or_default());
         attached.get_or_attach(self.attach(disk), |slot| find_in_guest(agent, slot)).await
@@ -93,8 +94,8 @@ impl Sandbox {
 
     /// If the VM has disks, tells the guest to write its dirty pages to the disks. Waits at most ten seconds.
     ///
-    /// Without the flush, killing the VM would lose data in the guest's page cache. Under runc, the node's page cache
-    /// keeps this data after the pod has ended.
+    /// Without the flush, killing the VM would lose data in the guest's page cache. Under runc, such data stays in the
+    /// node's page cache after the pod has ended.
     pub async fn flush_disks(&self) {
         let some = lock(&self.disks).values().any(|plug| plug.slot.initialized());
         let agent = self.agent().filter(|_| some && !self.is_dead());
@@ -115,7 +116,8 @@ impl Sandbox {
         let file = file.map_err(|source| DiskError::Open { major, minor, source })?;
         let plug = |source| DiskError::Plug { major, minor, source };
         let vmm = self.vmm().ok_or_else(|| plug(VmmError::Gone))?;
-        let config = BlkConfig { file: FdIndex(0), read_only, serial: format!("{major}:{minor}") };
+        let (serial, rate_limit) = (format!("{major}:{minor}"), self.disk_rate_limit());
+        let config = BlkConfig { file: FdIndex(0), read_only, serial, rate_limit };
         match vmm.call(Call::AttachBlk(config), &[file.as_fd()]).await.map_err(plug)? {
             (Answer::Attached { slot }, _) => Ok(slot),
             _ => Err(plug(VmmError::Unexpected)),
@@ -133,7 +135,7 @@ async fn find_in_guest(agent: &Agent, slot: u32) -> Result<DeviceNumbers, DiskEr
     }
 }
 
-/// Opens a block device by its number. Blocks.
+/// Opens a block device by its device numbers. Blocks.
 fn open(disk: Disk) -> io::Result<File> {
     let Disk { major, minor, read_only } = disk;
     // `uevent` contains the name of the device's file in /dev (Linux, Documentation/ABI/testing/sysfs-dev).

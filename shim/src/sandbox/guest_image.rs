@@ -5,8 +5,8 @@
 //!
 //! If the shim hashed the files at each start, starts would take too long. Therefore, the shim keeps the copies in a
 //! directory on a tmpfs. Only root can access this directory. The name of a copy contains the digest, and the original
-//! file's inode, size and times. If one of these values changes, the shim copies and hashes the file again. If these
-//! values do not show a change, the VM boots from the old copy. The bytes of this copy still match the digest.
+//! file's device, inode, size and times. If one of these values changes, the shim copies and hashes the file again.
+//! Otherwise, the VM boots from the existing copy. This copy matches the digest even if the original file has changed.
 
 use std::fs::{DirBuilder, File, Metadata};
 use std::io::{self, Write};
@@ -89,11 +89,11 @@ struct Image<'a> {
 impl GuestImages {
     /// Opens the files that the configuration names.
     ///
-    /// New copies are charged to this process's cgroup. Therefore, the process must not have entered the sandbox's
-    /// cgroup yet.
+    /// New copies are charged to this process's cgroup, and outlive the sandbox. Therefore, the process must not have
+    /// entered the sandbox's cgroup yet.
     ///
     /// # Errors
-    /// [`ImageError`] with the file that cannot be used.
+    /// Fails with an [`ImageError`] that names the file that cannot be used.
     pub fn open(config: &Config) -> Result<Self, ImageError> {
         Self::open_with(config, Path::new(COPIES))
     }
@@ -140,8 +140,8 @@ impl Image<'_> {
     }
 }
 
-/// Returns the name of a file's copy. The name begins with the digest. The rest of the name differs if the file has
-/// been changed or replaced.
+/// Returns the name of a file's copy. The name begins with the digest. The rest of the name changes if the file is
+/// changed or replaced.
 fn copy_name(digest: &str, file: &Metadata) -> String {
     format!(
         "{digest}-{}-{}-{}-{}.{:09}-{}.{:09}",
@@ -221,7 +221,7 @@ impl Copies {
     /// Gives a complete copy its name, and removes other copies with the same digest. Best effort.
     fn keep(&self, copy: &File, digest: &str, name: &str) {
         let path = format!("/proc/self/fd/{}", copy.as_raw_fd());
-        // If a copy with this name exists, another shim has made this copy at the same time.
+        // Ignore a failure, because another shim may have made the same copy at the same time.
         let _ = linkat(AT_FDCWD, path.as_str(), &self.dir, name, AtFlags::AT_SYMLINK_FOLLOW);
         self.remove(|other| is_copy_of(other, digest) && other != name);
     }
@@ -312,8 +312,8 @@ mod tests {
         let found = std::mem::replace(&mut node.config.kernel_sha256, "0".repeat(64));
         let (path, zeros) = (node.config.kernel.display().to_string(), "0".repeat(64));
         let expected = format!(
-            "failed to verify the guest kernel {path}: expected SHA-256 {zeros}, found {found}; install the right file, or \
-             correct kernel_sha256 in the configuration"
+            "failed to verify the guest kernel {path}: expected SHA-256 {zeros}, found {found}; install the right \
+             file, or correct kernel_sha256 in the configuration"
         );
         assert_eq!(node.error(), expected);
         assert!(node.names().is_empty());

@@ -19,6 +19,7 @@ use crate::resources::BootSize;
 use crate::resources::cgroup::Cgroup;
 use crate::resources::limits;
 use crate::resources::oom_score;
+use crate::resources::rate_limits::RateLimits;
 use crate::sandbox::boot::{BootPlan, Pod};
 use crate::sandbox::guest_image::GuestImages;
 use crate::sandbox::policy::PodPolicies;
@@ -55,7 +56,7 @@ pub struct DeferredLaunch {
     /// Starts the VMM process.
     pub launcher: Launcher,
     /// Channel to which the agent's reports are sent.
-    pub reports: mpsc::UnboundedSender<Report>,
+    pub reports: mpsc::Sender<Report>,
 }
 
 impl DeferredLaunch {
@@ -63,8 +64,8 @@ impl DeferredLaunch {
     /// spawned it.
     ///
     /// # Errors
-    /// Fails if `share` is an error, if the specification is invalid, or if a thread cannot be started. The text contains
-    /// the error and its causes. [`Sandbox::ready`] reports later failures.
+    /// Fails if `share` is an error, if the specification is invalid, or if a thread cannot be started or panics. The
+    /// returned text contains the error and its causes. [`Sandbox::ready`] reports later failures.
     pub async fn launch(self, spec: serde_json::Value, sandbox: &Sandbox) -> Result<(), String> {
         let Self { context, share, dir, launcher, reports } = self;
         let share = share?;
@@ -199,14 +200,19 @@ impl PartialLaunch {
         let boot_size = resources::boot_size(spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
         let policies = PodPolicies::new(&spec.annotations, &config).map_err(|e| chain(&e))?;
         record_sandbox(context, spec, &boot_size, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
+        let rate_limits = resources::rate_limits(spec, &config).map_err(|e| chain(&e))?;
+        // vhost-net does not apply rate limits. Without vhost-net, several queue pairs are not faster than one, because
+        // the VMM moves all frames in one thread.
+        let limited = rate_limits.net.is_limited();
         let tap_options = network::TapOptions {
-            queue_pairs: usize::from(boot_size.vcpus).min(MAX_QUEUE_PAIRS),
-            vhost: config.vhost_net,
+            queue_pairs: if limited { 1 } else { usize::from(boot_size.vcpus).min(MAX_QUEUE_PAIRS) },
+            vhost: config.vhost_net && !limited,
+            rate_limits: rate_limits.net,
         };
         let network = match &network {
-            // CNI sets up a new network namespace later, in hooks or between Create and Start. `ctr run --cni` runs CNI
-            // between Create and Start. If the pod has a user namespace, containerd 1.7 also runs CNI between Create
-            // and Start. The reason is that the user namespace must own the network namespace
+            // CNI configures a new network namespace later, in OCI hooks or between Create and Start. `ctr run --cni`
+            // runs CNI between Create and Start. If the pod has a user namespace, containerd 1.7 also runs CNI between
+            // Create and Start. The reason is that the user namespace must own the network namespace
             // (pkg/cri/server/sandbox_run.go).
             Network::New => match &self.new_network {
                 Some(namespace) => network::watch_new(
@@ -220,7 +226,7 @@ impl PartialLaunch {
             Network::Path(path) => network::connect(path, tap_options).map_err(|e| chain(&e))?,
         };
         context.timeline.mark("network connected");
-        let pod = pod(context, spec, id_mappings, network, policies);
+        let pod = pod(context, spec, id_mappings, network, policies, rate_limits);
         BootPlan::new(pod, config, images, boot_size, share.to_owned()).map_err(|e| chain(&e))
     }
 }
@@ -245,19 +251,31 @@ fn record_sandbox(context: &LaunchContext, spec: &Spec, boot_size: &BootSize, vm
 
 /// Returns the part of the guest's configuration that depends on the pod.
 ///
-/// The guest never creates a sandbox container. Therefore, the sysctls of a sandbox container are part of `Pod`, and the
-/// agent applies them at `Setup`. The sysctls of a container without a pod are applied when the container is created.
+/// The guest never creates a sandbox container. Therefore, the sysctls of a sandbox container are part of `Pod`, and
+/// the agent applies them at `Setup`. The sysctls of a container without a pod are applied when the container is
+/// created.
 fn pod(
     context: &LaunchContext,
     spec: &Spec,
     id_mappings: Option<IdMappings>,
     network: network::Network,
     policies: PodPolicies,
+    rate_limits: RateLimits,
 ) -> Pod {
     let is_sandbox = spec.annotations.is_sandbox();
     let sysctls = if is_sandbox { spec.linux.sysctl.clone() } else { Default::default() };
     let (id, hostname) = (context.sandbox.clone(), hostname(&spec.hostname));
-    Pod { id, hostname, shared_memory: is_sandbox, sysctls, pids_max: None, id_mappings, network, policies }
+    Pod {
+        id,
+        hostname,
+        shared_memory: is_sandbox,
+        sysctls,
+        pids_max: None,
+        id_mappings,
+        network,
+        policies,
+        rate_limits,
+    }
 }
 
 /// Returns `name`, the host name from the specification. If `name` is empty, returns the node's host name, as under
@@ -272,7 +290,8 @@ pub fn hostname(name: &str) -> String {
 /// Records process `pid` in the file `name` of the state directory.
 ///
 /// # Errors
-/// If the process has ended, or the file cannot be written. The text contains the error and its causes.
+/// Fails if the process has ended, or if the file cannot be written. The returned text contains the error and its
+/// causes.
 pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String> {
     let process =
         ProcessId::read(pid).ok_or_else(|| format!("failed to record process {pid}: it has already ended"))?;

@@ -17,6 +17,7 @@ use std::sync::{Arc, OnceLock};
 
 use husk_proto::{ports, stream};
 use husk_vmm::client::Spawned;
+use husk_vmm::config::RateLimit;
 use tokio::sync::mpsc;
 
 use crate::network::port_forwarding;
@@ -33,6 +34,13 @@ use crate::vm::vmm::{Vmm, VmmError};
 use crate::vm::{State, StateCell, agent};
 use boot::BootPlan;
 use timeline::Timeline;
+
+#[cfg(feature = "testing")]
+pub use policy::PodPolicies;
+
+/// Maximum number of notices from the VMM that wait until they are handled. If this number of notices is waiting, the
+/// VMM has to wait before it can send another notice.
+const MAX_NOTICES: usize = 64;
 
 /// Input of [`Sandbox::launch`].
 pub struct LaunchInput {
@@ -67,6 +75,7 @@ struct Launched {
     cgroup: Option<Cgroup>,
     vmm: Option<Vmm>,
     resizer: Option<Resizer>,
+    disk_rate_limit: RateLimit,
     timeline_log: PathBuf,
 }
 
@@ -76,7 +85,7 @@ pub enum StreamError {
     /// The vsock connection failed.
     #[error("failed to open a stream to the guest")]
     Connect(#[source] VmmError),
-    /// The kernel did not return a random token.
+    /// The kernel did not return random bytes for the token.
     #[error("failed to get a random token for a stream to the guest")]
     Token(#[source] std::io::Error),
     /// The header could not be written.
@@ -107,12 +116,12 @@ impl Sandbox {
 
     /// Starts the boot. A second call does nothing. The agent's reports go to `reports`, which is closed when the VM
     /// ends.
-    pub fn launch(&self, input: LaunchInput, reports: mpsc::UnboundedSender<Report>) {
+    pub fn launch(&self, input: LaunchInput, reports: mpsc::Sender<Report>) {
         if !self.state.enter(State::Booting) {
             return;
         }
         let LaunchInput { cgroup, vmm, plan, timeline_log } = input;
-        let (notify, notices) = mpsc::unbounded_channel();
+        let (notify, notices) = mpsc::channel(MAX_NOTICES);
         let attached = vmm.map(|spawned| Vmm::attach(spawned, notify).map_err(|e| crate::chain(&e))).transpose();
         let (vmm, plan) = match attached {
             Ok(vmm) => (vmm, plan),
@@ -124,7 +133,8 @@ impl Sandbox {
         };
         let location = cgroup.as_ref().map(|cgroup| cgroup.location().clone());
         let pids_max = cgroup.as_ref().and_then(|cgroup| limits::pids_max(cgroup.location()));
-        let _ = self.launched.set(Launched { cgroup, vmm: vmm.clone(), resizer, timeline_log });
+        let disk_rate_limit = plan.as_ref().map(|plan| plan.pod.rate_limits.disk).unwrap_or_default();
+        let _ = self.launched.set(Launched { cgroup, vmm: vmm.clone(), resizer, disk_rate_limit, timeline_log });
         let (handle, timeline, console) = (vmm, Arc::clone(&self.timeline), self.log_tail.clone());
         let (network_sync, state) = (Arc::clone(&self.network_sync), self.state.clone());
         tokio::spawn(async move {
@@ -199,13 +209,18 @@ impl Sandbox {
         }
     }
 
-    /// Returns the sandbox's cgroup on the host, if it has one.
+    /// Returns the sandbox's cgroup on the host, or `None` if the sandbox has no cgroup.
     pub fn cgroup(&self) -> Option<&Cgroup> {
         self.launched.get()?.cgroup.as_ref()
     }
 
     fn vmm(&self) -> Option<&Vmm> {
         self.launched.get()?.vmm.as_ref()
+    }
+
+    /// Returns the rate limit of each disk.
+    fn disk_rate_limit(&self) -> RateLimit {
+        self.launched.get().map(|launched| launched.disk_rate_limit).unwrap_or_default()
     }
 
     /// Returns the VMM's PID on the host, or 0 if the VMM was not started. The VMM runs in the sandbox's network
@@ -217,7 +232,7 @@ impl Sandbox {
     /// Acquires a PID on the host for one container. The caller must release the PID with [`Sandbox::release_pid`].
     ///
     /// # Errors
-    /// [`VmmError`] if the VMM cannot provide a PID.
+    /// Fails with a [`VmmError`] if the VMM cannot provide a PID.
     pub async fn acquire_pid(&self) -> Result<u32, VmmError> {
         self.vmm().ok_or(VmmError::Gone)?.acquire_pid().await
     }
@@ -242,7 +257,7 @@ impl Sandbox {
     /// Waits until the agent accepts containers.
     ///
     /// # Errors
-    /// If the boot has failed, or the VM has ended. The text contains the error and its causes.
+    /// Fails if the boot has failed, or if the VM has ended. The returned text contains the error and its causes.
     pub async fn ready(&self) -> Result<Agent, Arc<str>> {
         self.state.wait_running().await
     }
@@ -255,7 +270,7 @@ impl Sandbox {
     /// Waits until the guest has the host's current network configuration.
     ///
     /// # Errors
-    /// If the guest's network cannot be updated. The text contains the error and its causes.
+    /// Fails if the guest's network cannot be updated. The returned text contains the error and its causes.
     pub async fn settle_network(&self) -> Result<(), String> {
         match self.network_sync.get() {
             Some(network_sync) => network_sync.settle().await,
@@ -271,7 +286,7 @@ impl Sandbox {
     /// Opens a stream for a container's stdio. Returns the stream token and the stream.
     ///
     /// # Errors
-    /// [`StreamError`] if the stream cannot be opened.
+    /// Fails with a [`StreamError`] if the stream cannot be opened.
     pub async fn open_stream(&self) -> Result<(u64, tokio::net::UnixStream), StreamError> {
         let vmm = self.vmm().ok_or(StreamError::Connect(VmmError::Gone))?;
         // The token must be unpredictable, because any request that contains it gets the stream.
@@ -287,7 +302,7 @@ impl Sandbox {
     /// Starts to propagate the host's new mounts to the pod's volumes.
     ///
     /// # Errors
-    /// If the mount list cannot be opened or polled.
+    /// Fails if the mount list cannot be opened or polled.
     pub fn start_propagation(&self) -> std::io::Result<()> {
         self.propagation.start(&self.share())
     }
@@ -336,7 +351,7 @@ impl Sandbox {
 }
 
 /// Sets the state to running, and forwards the agent's events until the VM ends.
-async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mpsc::UnboundedSender<Report>) {
+async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mpsc::Sender<Report>) {
     let mut events = match agent.events().await {
         Ok(events) => events,
         Err(error) => {
@@ -349,11 +364,11 @@ async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mp
     loop {
         match events.recv().await {
             Ok(Some(event)) => match agent::check(event) {
-                Some(report) => drop(reports.send(report)),
-                None => tracing::warn!("the agent sent an unknown event"),
+                Some(report) => drop(reports.send(report).await),
+                None => tracing::warn!("the agent sent an unknown or invalid event"),
             },
-            // Without the event stream, the shim would not notice when processes exit. Therefore, a guest that closes
-            // the stream is treated as dead.
+            // Without the event stream, the shim would not notice when processes exit. Therefore, if the guest
+            // closes the stream, the shim kills the VM.
             Ok(None) => return vmm.kill(),
             Err(error) => {
                 tracing::debug!(%error, "the agent's event stream failed");

@@ -1,4 +1,4 @@
-//! The agent policies of a pod, which the shim passes to the agent when it sets up the guest.
+//! The agent policies of a pod. The shim passes these policies to the agent in the `Setup` request.
 
 use husk_config::{Config, annotation};
 use husk_policy::{ParseError, Policy};
@@ -24,7 +24,7 @@ impl PodPolicies {
     /// use the policy annotation.
     ///
     /// # Errors
-    /// [`PolicyError`].
+    /// Fails with a [`PolicyError`] if the annotation does not contain a valid policy.
     pub fn new(annotations: &Annotations, config: &Config) -> Result<Self, PolicyError> {
         let pod = match annotations.get(annotation::POLICY) {
             Some(text) => Policy::from_json(text.as_bytes()).map_err(PolicyError)?.to_json(),
@@ -51,7 +51,7 @@ mod tests {
     }
 
     #[test]
-    fn policies_of_node_and_pod_reach_the_agent_unchanged() {
+    fn new_returns_the_policies_of_node_and_pod_unchanged() {
         assert_eq!(policies("{}", None).unwrap(), Policies::default());
         let (node, pod) = (r#"{"exec": []}"#, r#"{"exec": [["ls"]], "attach": false}"#);
         let parse = |text: &str| Policy::from_json(text.as_bytes()).unwrap();

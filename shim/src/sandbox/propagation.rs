@@ -37,7 +37,7 @@ struct Running {
     task: JoinHandle<()>,
     /// Number of the latest request for an update.
     requested: watch::Sender<u64>,
-    /// Number of the latest request that an update has served.
+    /// Number of the latest request that the updates have served.
     served: watch::Receiver<u64>,
 }
 
@@ -45,7 +45,7 @@ impl Propagation {
     /// Starts the updates. A second call does nothing. Must be called in an async runtime.
     ///
     /// # Errors
-    /// If the mount list cannot be opened or polled.
+    /// Fails if the mount list cannot be opened or polled.
     pub fn start(&self, share: &Path) -> io::Result<()> {
         if self.running.get().is_some() {
             return Ok(());
@@ -132,7 +132,7 @@ async fn run(list: AsyncFd<File>, share: PathBuf, mut requests: watch::Receiver<
     }
 }
 
-/// Returns the names of the volumes that need updates.
+/// Returns the names of the volumes with `rslave` propagation.
 async fn volumes_of(share: PathBuf) -> Result<Vec<OsString>, String> {
     match tokio::task::spawn_blocking(move || propagate::volumes(&share)).await {
         Ok(volumes) => volumes.map_err(|error| crate::chain(&error)),

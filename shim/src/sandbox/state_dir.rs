@@ -80,7 +80,7 @@ impl StateDir {
     /// Creates the directory and mounts the share in it. The mount is visible only in the shim's mount namespace.
     ///
     /// # Errors
-    /// [`StateError`] if the directory cannot be created, or the share cannot be mounted.
+    /// Fails with a [`StateError`] if the directory cannot be created, or if the share cannot be mounted.
     pub fn create(&self) -> Result<Share, StateError> {
         // Retry once, because the shim of another sandbox may remove the parent directory at the same time.
         let make = || std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&self.path);
@@ -88,10 +88,10 @@ impl StateDir {
         Share::mount(&self.path).map_err(StateError::Share)
     }
 
-    /// Records a process under `name`.
+    /// Records `process` in the file `name`.
     ///
     /// # Errors
-    /// [`StateError::Write`].
+    /// Fails with [`StateError::Write`] if the file cannot be written.
     pub fn write_process(&self, name: &str, process: ProcessId) -> Result<(), StateError> {
         self.write(name, &format!("{} {}\n", process.pid, process.start))
     }
@@ -99,7 +99,7 @@ impl StateDir {
     /// Writes `text` to the file `name`.
     ///
     /// # Errors
-    /// [`StateError::Write`].
+    /// Fails with [`StateError::Write`] if the file cannot be written.
     pub fn write(&self, name: &str, text: &str) -> Result<(), StateError> {
         let path = self.path.join(name);
         std::fs::write(&path, text).map_err(|source| StateError::Write { path, source })
@@ -108,7 +108,7 @@ impl StateDir {
     /// Records the sandbox for `husk ps`. The record is replaced atomically.
     ///
     /// # Errors
-    /// [`StateError::Write`].
+    /// Fails with [`StateError::Write`] if the record cannot be written.
     pub fn record(&self, sandbox: &husk_config::sandbox::Sandbox) -> Result<(), StateError> {
         let path = self.path.join(RECORD);
         let write = |source| StateError::Write { path: path.clone(), source };
@@ -120,7 +120,7 @@ impl StateDir {
     /// Updates vCPUs and memory in the record. Does nothing if the record does not exist.
     ///
     /// # Errors
-    /// [`StateError::Write`].
+    /// Fails with [`StateError::Write`] if the record cannot be written.
     pub fn record_size(&self, vcpus: u8, memory_mib: u64) -> Result<(), StateError> {
         let record =
             self.read(RECORD).and_then(|text| serde_json::from_str::<husk_config::sandbox::Sandbox>(&text).ok());
@@ -132,7 +132,7 @@ impl StateDir {
         }
     }
 
-    /// Returns the process that was recorded under `name`, or `None` if there is no valid record.
+    /// Returns the process that the file `name` records, or `None` if the file is missing or invalid.
     pub fn read_process(&self, name: &str) -> Option<ProcessId> {
         let text = self.read(name)?;
         let (pid, start) = text.trim().split_once(' ')?;

@@ -28,7 +28,7 @@ pub fn now() -> u64 {
 }
 
 impl Timeline {
-    /// Returns an empty timeline that is saved in `file`.
+    /// Returns an empty timeline. [`Timeline::save`] saves the timeline in `file`.
     pub fn new(namespace: &str, sandbox: &str, file: PathBuf) -> Self {
         let record = Record { sandbox: sandbox.to_owned(), namespace: namespace.to_owned(), steps: Vec::new() };
         Self { record: Mutex::new(record), file }
@@ -57,7 +57,7 @@ impl Timeline {
         }
     }
 
-    /// Logs the timeline, and appends it to the file that the configuration names.
+    /// Logs the timeline, and appends the timeline to the file `log`. If `log` is empty, only logs the timeline.
     pub fn finish(&self, log: &Path) {
         let record = lock(&self.record).clone();
         let first = record.steps.first().map_or(0, |step| step.at_ns);
@@ -77,5 +77,23 @@ impl Timeline {
         if let Err(error) = written {
             tracing::warn!(%error, path = %log.display(), "failed to append the timeline to the timeline log");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn number_of_steps_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("timeline.json");
+        let timeline = Timeline::new("default", "one", file.clone());
+        for at in 0..10 * MAX_STEPS as u64 {
+            timeline.mark_at("first guest instruction", at);
+        }
+        timeline.save();
+        let saved = Record::from_lines(&std::fs::read_to_string(file).unwrap()).unwrap();
+        assert_eq!(saved[0].steps.len(), MAX_STEPS);
     }
 }

@@ -10,6 +10,9 @@ use ttrpc::r#async::Service;
 
 use crate::container::Shim;
 
+#[cfg(test)]
+pub(crate) use task::checked_stats;
+
 /// Returns all ttrpc services of the shim.
 pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
     let mut all = task::services(shim);

@@ -49,7 +49,8 @@ impl Handler {
         self.shim.containers.get(id)
     }
 
-    /// Returns a container. Fails for a sandbox container, because a sandbox container has no processes in the guest.
+    /// Returns the container `id`. Fails for a sandbox container, because a sandbox container has no processes in the
+    /// guest.
     fn guest_container(&self, id: &str) -> Result<Arc<Container>, ServiceError> {
         self.container(id).and_then(|container| {
             if container.is_sandbox_container() { Err(ServiceError::Sandbox) } else { Ok(container) }
@@ -190,7 +191,7 @@ impl Task for Handler {
         let process = container.process(&request.exec_id)?;
         match process.state() {
             State::Stopped | State::Deleted => return Err(ServiceError::Resize.into()),
-            // The agent does not know the exec yet. At this point, runc's shim ignores the request, too.
+            // The agent may not know the exec before the exec has started. As runc's shim does, ignore the request.
             State::Created | State::Starting if !process.exec.is_empty() => return Ok(Empty::new()),
             _ => {}
         }
@@ -247,15 +248,7 @@ impl Task for Handler {
         let guest = StatsRequest { id: container.id.clone(), ..Default::default() };
         let answer = self.shim.agent()?.task.stats(within(timeouts::QUICK), &guest).await;
         let answer = answer.map_err(|error| self.shim.agent_error("stats", error))?;
-        let stats = answer
-            .stats
-            .into_option()
-            .filter(|any| any.type_url == metrics::TYPE_URL && any.value.len() <= MAX_METRICS);
-        let stats = stats.ok_or_else(|| {
-            let text = "failed to get the container's statistics: the agent's answer has a wrong type or is too large";
-            ServiceError::failed(text.to_owned())
-        })?;
-        Ok(StatsResponse { stats: Some(stats).into(), ..Default::default() })
+        Ok(checked_stats(answer)?)
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
@@ -274,4 +267,18 @@ impl Task for Handler {
         }
         Ok(Empty::new())
     }
+}
+
+/// Returns only the statistics of the agent's answer. Fails if the statistics have a wrong type or are too large.
+pub(crate) fn checked_stats(answer: StatsResponse) -> Result<StatsResponse, ServiceError> {
+    let stats = answer
+        .stats
+        .into_option()
+        .filter(|any| any.type_url == metrics::TYPE_URL && any.value.len() <= MAX_METRICS)
+        .map(|any| Any { type_url: any.type_url, value: any.value, ..Default::default() });
+    let stats = stats.ok_or_else(|| {
+        let text = "failed to get the container's statistics: the agent's answer has a wrong type or is too large";
+        ServiceError::failed(text.to_owned())
+    })?;
+    Ok(StatsResponse { stats: Some(stats).into(), ..Default::default() })
 }

@@ -1,8 +1,9 @@
 //! Copies data between a stream to the guest and the fifo, pipe or file that containerd or a logger uses.
 //!
-//! Large amounts of data are moved with splice(2), without a copy through this process.
+//! The shim moves stdin with splice(2). The shim also uses splice(2) for large amounts of output to a fifo or pipe.
+//! With splice(2), the data is not copied to the shim's memory.
 //!
-//! Small amounts of output are copied with read(2) and write(2) instead of splice(2). A spliced fragment occupies a
+//! For small amounts of output, the shim uses read(2) and write(2) instead of splice(2). A spliced fragment occupies a
 //! whole pipe buffer, and a pipe has only 16 buffers by default. With splice(2) alone, a container whose output nobody
 //! reads would block after a few lines. With write(2), the container blocks after 64 KiB.
 
@@ -27,7 +28,7 @@ use tokio::{
     net::UnixStream,
 };
 
-/// Minimum number of bytes in the socket's receive queue for which splice(2) is used.
+/// The shim splices output if the socket's receive queue contains at least this many bytes.
 const SPLICE_THRESHOLD: usize = 16 << 10;
 /// Maximum number of bytes per splice: the default capacity of a pipe.
 const SPLICE_MAX: usize = 64 << 10;
@@ -76,7 +77,7 @@ async fn to_pipe(stream: &UnixStream, pipe: &AsyncFd<OwnedFd>, copied: &AtomicU6
                 Ok(0) => return Ok(()),
                 Ok(count) => write_all(pipe, buffer.get(..count).unwrap_or_default(), copied).await?,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // The guest has ended, which counts as EOF.
+                // Treat a read error as EOF. For example, the VM may have ended.
                 Err(_) => return Ok(()),
             }
             continue;
@@ -166,8 +167,8 @@ async fn write_all(pipe: &AsyncFd<OwnedFd>, mut bytes: &[u8], copied: &AtomicU64
     Ok(())
 }
 
-/// Copies to a file. Writes run in the runtime's blocking pool, because a write to a file blocks and never returns
-/// EAGAIN.
+/// Copies output from `stream` to a file. The writes run in the runtime's blocking pool, because a write to a file
+/// blocks and never returns EAGAIN.
 async fn to_file(stream: &UnixStream, file: Arc<File>, copied: &AtomicU64) -> io::Result<()> {
     let mut buffer = vec![0; SPLICE_MAX];
     loop {

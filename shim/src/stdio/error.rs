@@ -39,7 +39,7 @@ pub enum StdioError {
     Logger {
         /// The program.
         path: PathBuf,
-        /// Why the start failed, for example the operation that failed.
+        /// The operation that failed, or the reason why the start failed.
         message: String,
         /// The cause.
         #[source]

@@ -25,13 +25,12 @@ use crate::launcher::{LaunchError, Program, ProgramOptions};
 
 /// Timeout for a logger to become ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout for a logger to exit after its handle is dropped. After this timeout, the logger gets SIGTERM.
+/// Timeout for a logger to exit after its handle is dropped. After this timeout, the shim sends SIGTERM.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout for a logger to end after SIGTERM. After this timeout, the logger gets SIGKILL.
+/// Timeout for a logger to exit after SIGTERM. After this timeout, the shim sends SIGKILL.
 const SIGTERM_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Handle to a running logger. If the logger does not exit within `EXIT_TIMEOUT` after the handle is dropped, the
-/// logger gets SIGTERM.
+/// Handle to a running logger. `EXIT_TIMEOUT` begins when the handle is dropped.
 #[derive(Debug)]
 pub struct LoggerHandle {
     _released: oneshot::Sender<()>,
@@ -95,8 +94,8 @@ async fn spawn(path: &Path, args: &[String], context: &LoggerContext<'_>, ends: 
     })
 }
 
-/// Reaps the logger when it ends. If the logger does not end after the handle is dropped, sends SIGTERM, and later
-/// SIGKILL.
+/// Waits until the logger exits, and reaps the logger. If the logger does not exit within `EXIT_TIMEOUT` after the
+/// handle is dropped, sends SIGTERM. If the logger then does not exit within `SIGTERM_TIMEOUT`, sends SIGKILL.
 async fn supervise(path: PathBuf, program: Program, release: oneshot::Receiver<()>) {
     tokio::select! {
         () = program.ended() => {}

@@ -1,12 +1,17 @@
 //! Relays a process's stdin, stdout and stderr between containerd's ends (fifos, files, loggers) and the guest.
 //!
 //! ```text
-//! let stdio = Stdio::open(&paths, &logger).await?; // before the request goes to the guest
-//! let needed = stdio.needed_streams();             // open these vsock streams; a terminal needs one stream
-//! let relay = stdio.start(streams)?;               // copies until the streams end
-//! relay.close_stdin();                             // CloseIO
-//! relay.drain(quiet).await;                        // before Delete
-//! drop(relay);                                     // stops the remaining copies, closes containerd's ends
+//! // Before the shim sends a Create or Exec request to the agent:
+//! let stdio = Stdio::open(&paths, &logger).await?;
+//! let needed = stdio.needed_streams();
+//! // The shim opens the needed streams. Then the shim starts the copying.
+//! let relay = stdio.start(streams)?;
+//! // On a CloseIO request:
+//! relay.close_stdin();
+//! // On a Delete request:
+//! relay.drain(quiet).await;
+//! // Dropping the relay stops all copy tasks and closes containerd's ends.
+//! drop(relay);
 //! ```
 
 mod copy;
@@ -26,15 +31,15 @@ use crate::launcher::Launcher;
 use logger::LoggerHandle;
 use target::{Input, Output};
 
-/// The targets of a process's streams in a Create or Exec request. Stdin's target is a path. An output's target is a
-/// path or a URI (`fifo://`, `file://` or `binary://`). Each target can be empty.
+/// containerd's ends of a process's streams, as named in a Create or Exec request. `stdin` is a path. `stdout` and
+/// `stderr` are paths or URIs (`fifo://`, `file://` or `binary://`). Each of the three strings can be empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Paths {
     /// Stdin.
     pub stdin: String,
     /// Stdout, or the output of the terminal.
     pub stdout: String,
-    /// Stderr. Ignored for a terminal.
+    /// Stderr. Ignored if the process has a terminal.
     pub stderr: String,
     /// Whether the process has a terminal.
     pub terminal: bool,
@@ -45,13 +50,13 @@ pub struct Paths {
 pub struct LoggerContext<'a> {
     /// The container's id.
     pub id: &'a str,
-    /// containerd's namespace.
+    /// The containerd namespace of the container.
     pub namespace: &'a str,
     /// Starts the logger.
     pub launcher: &'a Launcher,
 }
 
-/// The streams to the guest that a process needs.
+/// The streams that a process needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NeededStreams {
     /// A stream for stdin.
@@ -69,7 +74,7 @@ pub struct NeededStreams {
 pub enum Streams {
     /// The bidirectional stream of a terminal.
     Terminal(UnixStream),
-    /// A stream for each standard stream.
+    /// Separate streams for stdin, stdout and stderr.
     Pipes {
         /// Stdin.
         stdin: Option<UnixStream>,
@@ -80,7 +85,7 @@ pub enum Streams {
     },
 }
 
-/// The opened ends of the streams on containerd's side.
+/// The opened fifos, files and logger pipes on containerd's side.
 #[derive(Debug)]
 pub struct Stdio {
     terminal: bool,
@@ -91,12 +96,12 @@ pub struct Stdio {
 }
 
 impl Stdio {
-    /// Opens containerd's ends. Starts the logger if a target in `paths` is a logger.
+    /// Opens containerd's ends. Starts the logger if `paths.stdout` names a logger.
     pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Self, StdioError> {
         target::open(paths, context).await
     }
 
-    /// Returns the streams to the guest that the process needs.
+    /// Returns the streams that the process needs.
     pub fn needed_streams(&self) -> NeededStreams {
         NeededStreams {
             stdin: self.stdin.is_some(),

@@ -1,4 +1,4 @@
-//! The running copy tasks of one process's streams.
+//! The tasks that copy the streams of one process.
 
 use std::{
     os::fd::OwnedFd,
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::async_fd::register;
 
-/// The copy tasks. Dropping the relay stops the tasks and closes containerd's ends.
+/// The copy tasks of one process. Dropping the relay stops the tasks and closes containerd's ends.
 #[derive(Debug)]
 pub struct Relay {
     tasks: Vec<AbortHandle>,
@@ -28,8 +28,7 @@ pub struct Relay {
     /// Bytes of output copied so far.
     copied: Arc<AtomicU64>,
     write_end: Mutex<Option<OwnedFd>>,
-    /// Must be the last field. Fields are dropped in order, and the logger's input must end before the logger's handle
-    /// is dropped.
+    /// The logger's handle. When the relay drops the handle, the timeout for the logger's exit begins.
     _logger: Option<LoggerHandle>,
 }
 
@@ -91,7 +90,7 @@ impl Relay {
         let mut open = self.open.clone();
         loop {
             let before = self.copied.load(Ordering::Relaxed);
-            // An error means that all copy tasks have ended.
+            // An error from `wait_for` means that all copy tasks have ended.
             if tokio::time::timeout(quiet, open.wait_for(|open| *open == 0)).await.is_ok() {
                 return;
             }

@@ -1,6 +1,6 @@
 //! Opens containerd's ends of the streams.
 //!
-//! As in runc's shim, the shim keeps both ends of an output fifo open. Therefore, a client can disconnect and
+//! As runc's shim does, the shim keeps both ends of an output fifo open. Therefore, a client can disconnect and
 //! reconnect. The container does not get SIGPIPE, and no output is lost.
 //!
 //! Until CloseIO, the shim keeps a write end of the stdin fifo open. Therefore, stdin does not end when a client
@@ -49,7 +49,7 @@ pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Stdio, S
     };
     let stderr_path = if paths.terminal { "" } else { paths.stderr.as_str() };
     let (stdout, stderr, logger) = match Target::parse(&paths.stdout, "stdout")? {
-        // The logger gets both streams, even if the request names another target for stderr.
+        // The logger gets stdout and stderr, even if the request names another target for stderr.
         Some(Target::Binary { path, args }) => {
             let (stdout, stderr, handle) = logger::start(&path, &args, context).await?;
             let stderr = (!paths.terminal).then_some(Output::Pipe(stderr));
@@ -60,7 +60,7 @@ pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Stdio, S
             let stderr = match Target::parse(stderr_path, "stderr")? {
                 _ if paths.terminal => None,
                 Some(Target::File(other)) if other != path => Some(file(&other, true, "stderr")?),
-                // Use one open file for both streams, so that lines keep their order.
+                // As runc's shim does, write both streams to one open file.
                 _ => Some(Output::File(Arc::clone(&stdout_file(&stdout, &path)?))),
             };
             (Some(stdout), stderr, None::<LoggerHandle>)
@@ -95,7 +95,7 @@ fn stdout_file(output: &Output, path: &Path) -> Result<Arc<File>, StdioError> {
     }
 }
 
-/// A parsed path or URI of a stream.
+/// The parsed path or URI of a stream.
 #[derive(Debug, PartialEq, Eq)]
 enum Target {
     Path(PathBuf),
@@ -125,7 +125,7 @@ impl Target {
                     let (Some(key), Some(value)) = (decode(key, true), decode(value, true)) else {
                         return fail("invalid percent encoding");
                     };
-                    // containerd passes two arguments per key: the key and its first value.
+                    // As containerd does, pass the key and the value as two arguments.
                     args.extend([key, value]);
                 }
                 Ok(Some(Self::Binary { path: path.into(), args }))
@@ -166,7 +166,8 @@ fn input(path: &Path) -> Result<Input, StdioError> {
 
 fn output(path: &Path, stream: &'static str) -> Result<Output, StdioError> {
     let fail = |source: nix::Error| StdioError::Open { stream, path: path.into(), source: source.into() };
-    // Open one fd for both ends, so that opening the fifo does not need a reader.
+    // Open the read end and the write end with one fd, because opening only the write end fails if the fifo has no
+    // reader.
     let fd = open_fd(path, OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty()).map_err(fail)?;
     if is_fifo(&fd).map_err(fail)? {
         return Ok(Output::Pipe(fd));
@@ -178,8 +179,8 @@ fn is_fifo(fd: &OwnedFd) -> nix::Result<bool> {
     Ok(SFlag::from_bits_truncate(fstat(fd)?.st_mode) & SFlag::S_IFMT == SFlag::S_IFIFO)
 }
 
-/// Opens a file for appending. If `truncate` is true, first creates or truncates the file, as containerd does for a
-/// `file://` URI.
+/// Opens a file for appending. If `truncate` is true, first truncates the file, or creates the file and its parent
+/// directories.
 fn file(path: &Path, truncate: bool, stream: &'static str) -> Result<Output, StdioError> {
     let fail = |source| StdioError::Open { stream, path: path.into(), source };
     if truncate {

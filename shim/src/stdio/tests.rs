@@ -52,7 +52,7 @@ async fn pipes(paths: &Paths) -> (Relay, [Option<UnixStream>; 3]) {
 }
 
 #[tokio::test]
-async fn large_output_and_many_short_lines_are_complete() {
+async fn large_output_and_many_short_lines_arrive_completely() {
     let dir = tempfile::tempdir().unwrap();
     let paths = Paths { stdout: fifo(dir.path(), "out"), stderr: fifo(dir.path(), "err"), ..Paths::default() };
     let (relay, [_, out, err]) = pipes(&paths).await;
@@ -73,7 +73,7 @@ async fn large_output_and_many_short_lines_are_complete() {
 }
 
 #[tokio::test]
-async fn large_stdin_is_complete_and_ends_with_close_io() {
+async fn large_stdin_arrives_completely_and_ends_after_close_io() {
     let dir = tempfile::tempdir().unwrap();
     let paths = Paths { stdin: fifo(dir.path(), "in"), ..Paths::default() };
     let (relay, [guest, _, _]) = pipes(&paths).await;

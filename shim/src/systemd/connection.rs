@@ -86,6 +86,11 @@ impl Connection {
         let deadline = Instant::now() + timeout;
         let stream = connect(path, deadline)
             .map_err(|source| CallError::Connect { path: path.display().to_string(), source })?;
+        Self::over(stream, deadline)
+    }
+
+    /// Authenticates on a connected socket.
+    pub fn over(stream: UnixStream, deadline: Instant) -> Result<Self, CallError> {
         let mut connection = Self { stream, deadline, serial: 0, ended_jobs: Vec::new() };
         connection.authenticate()?;
         Ok(connection)

@@ -4,12 +4,12 @@
 /// Maximum size of a received message, in bytes. The limit is large, because a signal may carry all properties of a
 /// unit.
 pub const MAX_MESSAGE: usize = 16 << 20;
-/// Length of a header's fixed part in bytes. The last value in the fixed part is the length of the header fields.
+/// Length of a header's fixed part, in bytes. The last value in the fixed part is the length of the header fields.
 pub const FIXED_HEADER: usize = 16;
-/// Alignment of a structure and of the header, in bytes.
+/// Alignment of a structure and of a message's body, in bytes.
 const STRUCT: usize = 8;
 
-/// The value of a property, by D-Bus type.
+/// The value of a property. Each variant represents one D-Bus type.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Value {
     /// `b`
@@ -94,7 +94,7 @@ impl Body {
     }
 
     fn length(&mut self, length: usize) {
-        // The length never saturates, because the shim's messages have at most a few hundred bytes.
+        // The conversion never fails, because the shim's messages have at most a few hundred bytes.
         self.u32(u32::try_from(length).unwrap_or(u32::MAX));
     }
 
@@ -117,7 +117,7 @@ impl Body {
     }
 
     fn signature(&mut self, signature: &str) {
-        // The length never saturates, because the shim's signatures have only a few letters.
+        // The conversion never fails, because the shim's signatures have only a few letters.
         self.0.push(u8::try_from(signature.len()).unwrap_or(u8::MAX));
         self.0.extend(signature.as_bytes());
         self.0.push(0);

@@ -16,6 +16,13 @@ use message::Body;
 pub use connection::CallError;
 pub use message::{Property, Value};
 
+/// Private parts that the fuzz targets use.
+#[cfg(feature = "testing")]
+pub mod testing {
+    pub use super::connection::Connection;
+    pub use super::message::Body;
+}
+
 /// systemd's private socket. Only root can use this socket. Unlike the system bus, the socket needs no D-Bus daemon.
 const SOCKET: &str = "/run/systemd/private";
 /// Timeout for starting a scope, as in runc.
@@ -38,6 +45,8 @@ pub struct Scope {
     pub slice: String,
     /// The scope's name, with the suffix `.scope`.
     pub unit: Unit,
+    /// Maximum number of its threads.
+    pub max_tasks: u64,
 }
 
 /// Error of a request to systemd.
@@ -84,7 +93,7 @@ impl Scope {
     }
 
     fn start_at(&self, socket: &Path, pid: u32) -> Result<(), UnitError> {
-        let Self { slice, unit: Unit(unit) } = self;
+        let Self { slice, unit: Unit(unit), .. } = self;
         let properties = self.properties(pid);
         let start = |connection: &mut Connection| {
             let body = Body::default().text(unit).text("replace").properties(&properties).empty_structures();
@@ -123,6 +132,7 @@ impl Scope {
             ("CPUAccounting", Value::Bool(true)),
             ("IOAccounting", Value::Bool(true)),
             ("TasksAccounting", Value::Bool(true)),
+            ("TasksMax", Value::U64(self.max_tasks)),
             ("DefaultDependencies", Value::Bool(false)),
             // If the OOM killer kills the VMM, the scope fails. With this mode, systemd removes the failed scope.
             ("CollectMode", Value::Text("inactive-or-failed".into())),
@@ -141,7 +151,7 @@ impl Unit {
         &self.0
     }
 
-    /// Sets properties of the unit until the node reboots. Blocks.
+    /// Sets properties of the unit. The properties are lost when the node reboots. Blocks.
     ///
     /// systemd writes the properties to the cgroup at once. When another property of the same controller changes, for
     /// example through `systemctl set-property`, systemd writes the properties again.
@@ -179,8 +189,8 @@ fn is_member(pid: u32, unit: &str) -> bool {
     text.lines().any(|line| line.rsplit('/').next() == Some(unit))
 }
 
-/// Resets the failed state of `unit`. Succeeds if systemd rejects the request, for example because the unit does not
-/// exist.
+/// Resets the failed state of `unit`. Ignores an error reply from systemd, for example if the unit does not exist.
+/// Fails only if systemd sends no valid reply.
 fn reset_failed(connection: &mut Connection, unit: &str) -> Result<(), CallError> {
     match connection.call("ResetFailedUnit", "s", Body::default().text(unit)) {
         Err(CallError::Failed { .. }) => Ok(()),
@@ -213,8 +223,9 @@ mod tests {
     use super::message::tests::{failed, removed, returned};
     use super::*;
 
-    /// Starts a fake systemd with a socket in `dir`. Each element of `connections` contains the answers that the fake
-    /// sends on one connection before it closes the connection. The thread returns the calls that the fake received.
+    /// Starts a thread that runs a fake systemd with a socket in `dir`. Each element of `connections` describes one
+    /// connection. For each call on this connection, the element contains the messages that the fake sends. After the
+    /// last call, the fake closes the connection. The thread returns the calls that the fake received.
     fn peer(dir: &Path, connections: Vec<Vec<Vec<Vec<u8>>>>) -> JoinHandle<Vec<Vec<u8>>> {
         let listener = UnixListener::bind(dir.join("socket")).unwrap();
         std::thread::spawn(move || {
@@ -235,7 +246,7 @@ mod tests {
                     call.resize(message::FIXED_HEADER + rest, 0);
                     stream.read_exact(&mut call[message::FIXED_HEADER..]).unwrap();
                     calls.push(call);
-                    // A socket may deliver a message in pieces.
+                    // Send the answer in pieces, because a socket may deliver a message in pieces.
                     for bytes in answer.concat().chunks(7) {
                         stream.get_mut().write_all(bytes).unwrap();
                     }
@@ -246,7 +257,7 @@ mod tests {
     }
 
     fn scope() -> Scope {
-        Scope { slice: "pods.slice".into(), unit: Unit::new("p-n.scope") }
+        Scope { slice: "pods.slice".into(), unit: Unit::new("p-n.scope"), max_tasks: 100 }
     }
 
     fn has(call: &[u8], text: &str) -> bool {
@@ -264,7 +275,9 @@ mod tests {
         scope().start_at(&socket, 77).unwrap();
         scope().unit.stop_at(&socket).unwrap();
         let calls = calls.join().unwrap();
-        assert!(has(&calls[0], "StartTransientUnit") && has(&calls[0], "pods.slice") && has(&calls[0], "Delegate"));
+        for text in ["StartTransientUnit", "pods.slice", "Delegate", "TasksMax"] {
+            assert!(has(&calls[0], text), "the first call does not contain {text}");
+        }
         assert!(has(&calls[1], "StopUnit") && has(&calls[1], "p-n.scope"));
     }
 

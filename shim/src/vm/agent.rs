@@ -3,6 +3,7 @@
 //! The agent is not trusted. Therefore, each call except [`Agent::events`] has a timeout.
 
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use husk_proto::agent::{Event, EventsRequest, SetupRequest, event};
@@ -11,7 +12,8 @@ use husk_proto::containerd::shim_async::{Client, TaskClient};
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
-use crate::vm::throttle::Throttled;
+use crate::ids::is_name;
+use crate::vm::agent_stream::{AgentStream, UnhandledEvents};
 
 /// Maximum length of an error text from the agent, in bytes.
 const MAX_ERROR: usize = 4096;
@@ -23,6 +25,26 @@ pub struct Agent {
     pub task: TaskClient,
     /// Husk's Sandbox service.
     pub sandbox: SandboxClient,
+    unhandled: Arc<UnhandledEvents>,
+}
+
+/// The agent's events.
+pub struct Events {
+    stream: ttrpc::r#async::ClientStreamReceiver<Event>,
+    unhandled: Arc<UnhandledEvents>,
+}
+
+impl Events {
+    /// Receives the next event, which then no longer counts as unhandled. Returns `None` if the agent has closed the
+    /// stream.
+    ///
+    /// # Errors
+    /// If the connection or the stream fails.
+    pub async fn recv(&mut self) -> ttrpc::Result<Option<Event>> {
+        let event = self.stream.recv().await;
+        self.unhandled.handled();
+        event
+    }
 }
 
 /// A validated event from the agent.
@@ -70,8 +92,10 @@ impl Agent {
     /// If the stream cannot be registered with the async runtime.
     pub fn new(stream: UnixStream) -> std::io::Result<Self> {
         stream.set_nonblocking(true)?;
-        let client = Client::new(Socket::new(Throttled::new(tokio::net::UnixStream::from_std(stream)?)));
-        Ok(Self { task: TaskClient::new(client.clone()), sandbox: SandboxClient::new(client) })
+        let unhandled = Arc::<UnhandledEvents>::default();
+        let stream = AgentStream::new(tokio::net::UnixStream::from_std(stream)?, Arc::clone(&unhandled));
+        let client = Client::new(Socket::new(stream));
+        Ok(Self { task: TaskClient::new(client.clone()), sandbox: SandboxClient::new(client), unhandled })
     }
 
     /// Sends `request`, with which the agent sets up the guest. Returns the guest kernel's release.
@@ -87,18 +111,22 @@ impl Agent {
     ///
     /// # Errors
     /// If the connection is closed.
-    pub async fn events(&self) -> ttrpc::Result<ttrpc::r#async::ClientStreamReceiver<Event>> {
-        self.sandbox.events(Context::default(), &EventsRequest::new()).await
+    pub async fn events(&self) -> ttrpc::Result<Events> {
+        let stream = self.sandbox.events(Context::default(), &EventsRequest::new()).await?;
+        Ok(Events { stream, unhandled: Arc::clone(&self.unhandled) })
     }
 }
 
-/// Validates an event. Returns `None` if the kind of the event is unknown.
+/// Validates an event. Returns `None` if the kind of the event is unknown, or if an id is invalid.
 ///
 /// The guest's clock is not trusted. If the exit time in the event is not within the last 60 seconds, the report
 /// contains the host's current time.
 pub fn check(event: Event) -> Option<Report> {
     match event.kind? {
         event::Kind::Exit(exit) => {
+            if !is_name(&exit.container_id) || !(exit.exec_id.is_empty() || is_name(&exit.exec_id)) {
+                return None;
+            }
             let now = SystemTime::now();
             let reported =
                 u64::try_from(exit.exited_at_ns).ok().map(|ns| SystemTime::UNIX_EPOCH + Duration::from_nanos(ns));
@@ -112,14 +140,14 @@ pub fn check(event: Event) -> Option<Report> {
                 oom: exit.oom,
             })
         }
-        event::Kind::Oom(oom) => Some(Report::Oom { container: oom.container_id }),
+        event::Kind::Oom(oom) => is_name(&oom.container_id).then_some(Report::Oom { container: oom.container_id }),
         _ => None,
     }
 }
 
 /// Converts `error`, which a call to the agent returned, to an error for containerd. `what` is the name of the call.
 ///
-/// Limits the text's length, and replaces control characters.
+/// Shortens the agent's error text if the text is too long, and replaces control characters in the text.
 pub fn error(what: &str, error: ttrpc::Error) -> ttrpc::Error {
     match error {
         ttrpc::Error::RpcStatus(status) => {
@@ -139,10 +167,14 @@ pub fn error(what: &str, error: ttrpc::Error) -> ttrpc::Error {
 }
 
 /// Shortens `text` to at most `limit` bytes, then replaces control characters.
-fn bounded(text: &str, limit: usize) -> String {
+pub(crate) fn bounded(text: &str, limit: usize) -> String {
     let end = (0..=limit.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
     crate::vm::console::clean(text.get(..end).unwrap_or_default())
 }
+
+#[cfg(test)]
+#[path = "hostile_agent_tests.rs"]
+mod hostile_agent_tests;
 
 #[cfg(test)]
 mod tests {

@@ -22,7 +22,7 @@ pub struct LogTail {
 }
 
 impl LogTail {
-    /// Adds a line. If there are `MAX_LINES` lines, drops the oldest line.
+    /// Adds a line. If there are already `MAX_LINES` lines, first drops the oldest line.
     pub fn push(&self, line: String) {
         let mut lines = lock(&self.lines);
         if lines.len() == MAX_LINES {

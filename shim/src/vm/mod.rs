@@ -1,6 +1,7 @@
 //! The state of a sandbox's VM, the client of the VMM, and the client of the agent.
 
 pub mod agent;
+mod agent_stream;
 pub mod console;
 pub mod state;
 mod thread_id;

@@ -9,13 +9,13 @@ use super::agent::Agent;
 /// State of a sandbox's VM.
 #[derive(Clone)]
 pub enum State {
-    /// The VM has not been launched, because containerd has not sent the specification.
+    /// The VM has not been launched, because containerd has not sent the sandbox's specification yet.
     Pending,
     /// The guest is booting.
     Booting,
     /// The VM is running, and the agent can create containers.
     Running(Agent),
-    /// The launch or the boot failed, and the shim has killed the VM. The text contains the error and its causes.
+    /// The launch or the boot failed, and the shim kills the VM. The text contains the error and its causes.
     Failed(Arc<str>),
     /// The VM has ended.
     Gone,
@@ -99,8 +99,8 @@ impl StateCell {
     /// Waits until the VM is running, has failed or has ended. Returns the agent of the running VM.
     ///
     /// # Errors
-    /// If the launch or the boot failed, or the VM has ended. After a failure, the text contains the error and its
-    /// causes.
+    /// If the launch or the boot failed, or the VM has ended. After a failure, the returned text contains the error and
+    /// its causes.
     pub async fn wait_running(&self) -> Result<Agent, Arc<str>> {
         let mut state = self.0.subscribe();
         let decided = state.wait_for(|state| !matches!(state.phase(), Phase::Pending | Phase::Booting)).await;

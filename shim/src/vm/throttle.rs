@@ -1,8 +1,7 @@
 //! Limits the rate of bytes from the agent.
 //!
-//! ttrpc's client queues the messages of a stream without a limit. The tasks of the async runtime take turns, and the
-//! task that reads the connection can queue many small messages in one turn. Without this limit, an agent that floods
-//! the event stream could make the shim's memory grow.
+//! The shim reads and decodes each message of the agent. Without this limit, an agent that sends messages without a pause
+//! could keep a CPU of the node busy.
 
 use std::io;
 use std::pin::Pin;

@@ -15,7 +15,8 @@ use crate::lock;
 /// Device node of vhost-net.
 pub const DEVICE: &str = "/dev/vhost-net";
 
-/// The interfaces that may still get vhost-net. Maps each interface's MAC address to the number of its queue pairs.
+/// The interfaces that may still get vhost-net. Maps each interface's MAC address to the interface's number of
+/// queue pairs.
 #[derive(Debug, Default)]
 pub struct VhostPermits(Mutex<HashMap<[u8; 6], usize>>);
 
@@ -46,25 +47,32 @@ impl VhostPermits {
 /// # Errors
 /// The error of open(2), for example if the kernel module is missing.
 pub async fn open(pairs: usize) -> io::Result<Vec<File>> {
-    // The first open(2) may load the kernel module. This can take long, and must not block the async runtime.
+    // The first open(2) may load the kernel module. The load can take long, and must not block the async runtime.
     let open = move || (0..pairs).map(|_| File::options().read(true).write(true).open(DEVICE)).collect();
     tokio::task::spawn_blocking(open).await.unwrap_or_else(|error| Err(io::Error::other(error)))
 }
 
 #[cfg(test)]
 mod tests {
-    use husk_vmm::config::FdIndex;
+    use husk_vmm::config::{FdIndex, RateLimit};
 
     use super::*;
 
     const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
     fn net(vhost: bool) -> NetConfig {
-        NetConfig { taps: vec![FdIndex(0), FdIndex(1)], vhost, mac: MAC, mtu: 1500 }
+        NetConfig {
+            taps: vec![FdIndex(0), FdIndex(1)],
+            vhost,
+            mac: MAC,
+            mtu: 1500,
+            receive_rate_limit: RateLimit::default(),
+            transmit_rate_limit: RateLimit::default(),
+        }
     }
 
     #[test]
-    fn interface_gets_vhost_once_until_it_is_attached_again() {
+    fn take_succeeds_once_after_each_allow() {
         let permits = VhostPermits::default();
         assert_eq!(permits.take(MAC), None);
         for _ in 0..2 {

@@ -23,7 +23,7 @@ use crate::oci::Network;
 use crate::vm::thread_id;
 use crate::vm::vhost::{self, VhostPermits};
 
-/// Error of starting or calling the VMM.
+/// Error from starting or calling the VMM.
 #[derive(Debug, thiserror::Error)]
 pub enum VmmError {
     /// The process cannot be started.
@@ -56,7 +56,7 @@ pub enum VmmError {
     /// The VMM has ended.
     #[error("the VMM process has ended")]
     Gone,
-    /// The host PID of the thread that the VMM reported cannot be determined.
+    /// The VMM reported a thread for the container, but the thread's PID on the host cannot be determined.
     #[error("failed to determine the host PID of the VMM thread that represents the container")]
     Thread(#[source] std::io::Error),
     /// vhost-net cannot be opened.
@@ -78,8 +78,8 @@ struct Inner {
     dead: watch::Receiver<Option<ExitStatus>>,
     fd_shortage: Notify,
     vhost: VhostPermits,
-    /// For each container, the VMM has a thread whose id on the host is the container's PID for containerd. Maps this id
-    /// to the thread's id in the VMM's PID namespace.
+    /// For each container, the VMM has a thread. The shim reports the thread's id on the host to containerd as the
+    /// container's PID. Maps this PID to the thread's id in the VMM's PID namespace.
     threads: Mutex<HashMap<u32, u32>>,
 }
 
@@ -147,7 +147,7 @@ impl Vmm {
     /// # Errors
     /// [`VmmError::Watch`] if the fds cannot be registered. This function waits until the process has exited
     /// before it returns the error.
-    pub fn attach(spawned: Spawned, notices: mpsc::UnboundedSender<Notice>) -> Result<Self, VmmError> {
+    pub fn attach(spawned: Spawned, notices: mpsc::Sender<Notice>) -> Result<Self, VmmError> {
         let Spawned { pid, pidfd, control } = spawned;
         let watch = || -> std::io::Result<_> {
             nix::fcntl::fcntl(&control, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
@@ -164,26 +164,41 @@ impl Vmm {
             }
         };
         let (died, dead) = watch::channel(None);
-        let pending = Mutex::new(Some(PendingCalls::new()));
-        let inner = Arc::new(Inner {
+        let vmm = Self::new(control, pid, dead);
+        let inner = Arc::clone(&vmm.inner);
+        tokio::spawn(async move {
+            read_all(&inner, notices).await;
+            let _ = pidfd.readable().await;
+            died.send_replace(Some(reap(pid)));
+        });
+        Ok(vmm)
+    }
+
+    fn new(control: AsyncFd<OwnedFd>, pid: u32, dead: watch::Receiver<Option<ExitStatus>>) -> Self {
+        let inner = Inner {
             control,
             next: AtomicU64::new(1),
-            pending,
+            pending: Mutex::new(Some(PendingCalls::new())),
             pid,
             dead,
             fd_shortage: Notify::new(),
             vhost: VhostPermits::default(),
             threads: Mutex::default(),
-        });
-        let vmm = Self { inner: Arc::clone(&inner) };
-        tokio::spawn(async move {
-            read(&inner, &notices).await;
-            // The VMM has closed the socket. Therefore, no further answer can arrive.
-            lock(&inner.pending).take();
-            drop(notices);
-            let _ = pidfd.readable().await;
-            died.send_replace(Some(reap(pid)));
-        });
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Starts to read from a non-blocking control socket whose other end answers in the place of a VMM. The shim's own
+    /// process counts as the VMM.
+    ///
+    /// # Errors
+    /// If the socket cannot be registered with the async runtime.
+    #[cfg(feature = "testing")]
+    pub fn over(control: OwnedFd, notices: mpsc::Sender<Notice>) -> std::io::Result<Self> {
+        let (_, dead) = watch::channel(None);
+        let vmm = Self::new(register(control, Interest::READABLE | Interest::WRITABLE)?, std::process::id(), dead);
+        let inner = Arc::clone(&vmm.inner);
+        tokio::spawn(async move { read_all(&inner, notices).await });
         Ok(vmm)
     }
 
@@ -233,8 +248,8 @@ impl Vmm {
         self.inner.vhost.revoke(mac);
     }
 
-    /// Starts a task that opens vhost-net for an interface, and passes the fds to the VMM. If the interface has no permit,
-    /// only logs a warning.
+    /// Starts a task that opens vhost-net for an interface and passes the fds to the VMM. If the interface has no
+    /// permit, only logs a warning.
     fn start_vhost(&self, mac: [u8; 6]) {
         let Some(pairs) = self.inner.vhost.take(mac) else {
             let mac = format!("{mac:02x?}");
@@ -247,7 +262,7 @@ impl Vmm {
                 tracing::warn!(
                     mac,
                     error,
-                    "failed to start vhost-net for an interface; the VMM goes on transferring its frames"
+                    "failed to start vhost-net for an interface; the VMM continues to transfer the interface's frames"
                 );
             }
         });
@@ -296,7 +311,7 @@ impl Vmm {
         if self.inner.dead.borrow().is_none()
             && let Ok(pid) = i32::try_from(self.inner.pid)
         {
-            // `dead` is set when the process is reaped. Until then, the PID belongs to the VMM.
+            // Until the process is reaped, the PID belongs to the VMM. `dead` is set immediately after the reaping.
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
         }
     }
@@ -310,8 +325,8 @@ impl Vmm {
         }
     }
 
-    /// Waits until the VMM reports that the number of its open files is near its fd limit. If the guest then drops its
-    /// caches, the VMM can close files.
+    /// Waits until the VMM reports that it has nearly reached its fd limit. When the guest drops its caches, the VMM
+    /// can close files.
     pub async fn wait_for_fd_shortage(&self) {
         self.inner.fd_shortage.notified().await;
     }
@@ -322,8 +337,15 @@ impl Vmm {
     }
 }
 
+/// Reads until the socket is closed. Then ends all calls that wait for an answer.
+async fn read_all(inner: &Arc<Inner>, notices: mpsc::Sender<Notice>) {
+    read(inner, &notices).await;
+    // The VMM has closed the socket. Therefore, no further answer can arrive.
+    lock(&inner.pending).take();
+}
+
 /// Reads answers and notices until the socket is closed.
-async fn read(inner: &Arc<Inner>, notices: &mpsc::UnboundedSender<Notice>) {
+async fn read(inner: &Arc<Inner>, notices: &mpsc::Sender<Notice>) {
     loop {
         match inner.control.async_io(Interest::READABLE, |socket| wire::recv::<Reply>(socket)).await {
             Ok((Reply::Answer { seq, result }, fds)) => {
@@ -337,7 +359,7 @@ async fn read(inner: &Arc<Inner>, notices: &mpsc::UnboundedSender<Notice>) {
             Ok((Reply::Notice(Notice::VhostRequested { mac }), _)) => {
                 Vmm { inner: Arc::clone(inner) }.start_vhost(mac);
             }
-            Ok((Reply::Notice(notice), _)) => drop(notices.send(notice)),
+            Ok((Reply::Notice(notice), _)) => drop(notices.send(notice).await),
             Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
                 tracing::warn!(%error, "the VMM sent an unknown message");
             }

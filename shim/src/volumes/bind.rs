@@ -1,5 +1,5 @@
-//! Binds host directories and files into the share. Containers of a pod that use the same source with the same options
-//! share one mount.
+//! Binds host directories and files into the share. If several containers of a pod use the same source with the same
+//! options, these containers share one mount.
 //!
 //! The virtio-fs server identifies a file by its inode and mount id (virtiofsd, `passthrough::InodeIds`). With two
 //! mounts of one directory, the guest would see two inodes for each file. A fifo, a socket or a lock would then not
@@ -31,7 +31,7 @@ pub struct Source<'a> {
     pub id_mappings: Option<&'a IdMappings>,
     /// Mount options that the host applies.
     pub flags: Flags,
-    /// Whether sources with different mount ids share a mount if they are the same file or directory.
+    /// Whether sources that are the same file or directory share a mount even if their mount ids differ.
     pub ignores_mount_id: bool,
     /// Whether the host's later mounts propagate to the guest.
     pub receives_mounts: bool,
@@ -79,8 +79,8 @@ pub fn bind(
     Ok(format!("{}/{VOLUMES}/{name}", husk_proto::GUEST_SHARE))
 }
 
-/// Returns a detached copy of the source's mount tree. The copy has the source's flags and id mappings. Also returns
-/// the paths of the omitted mounts.
+/// Returns a detached, private copy of the source's mount tree. The copy has the source's id mappings and read-only
+/// flags. Also returns the path of each omitted mount, with the reason.
 fn copy(source: &Source<'_>, host_only: &HostOnly, stage: &StagingDir) -> Result<(OwnedFd, Vec<String>), Step> {
     let (at, flags) = (|step| move |error| (step, error), &source.flags);
     // A file has no submounts.
@@ -97,7 +97,7 @@ fn copy(source: &Source<'_>, host_only: &HostOnly, stage: &StagingDir) -> Result
             .map_err(at("set the id mappings"))?;
     }
     if flags.read_only {
-        // The guest makes the mount read-only, too. But a compromised guest kernel must not be able to write.
+        // The guest makes the mount read-only, too. But a compromised guest kernel could ignore this restriction.
         mount_api::set_attributes(tree.as_fd(), mount_api::MOUNT_ATTR_RDONLY, 0, flags.read_only_submounts)
             .map_err(at("make the mount read-only"))?;
     }

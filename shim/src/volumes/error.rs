@@ -1,10 +1,10 @@
-//! Error of making a volume available to the guest.
+//! Error that occurs while the shim makes a volume available to the guest.
 
 use std::io;
 
 use crate::volumes::memory_volume;
 
-/// Error of making a volume available to the guest.
+/// Error that occurs while the shim makes a volume available to the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
     /// The mount is not supported.
@@ -17,7 +17,7 @@ pub enum VolumeError {
         /// The reason, and the remedy.
         message: String,
     },
-    /// A memory volume cannot be prepared for the guest.
+    /// The shim failed to prepare a memory volume.
     #[error("error mounting {mount_source:?} to rootfs at {destination:?}")]
     Memory {
         /// The mount's source.

@@ -18,8 +18,8 @@ const BATCH_FORGET: u32 = 42;
 /// File name. A lookup of this name is the last request that the file system answers.
 const LAST: &str = "last";
 
-/// A FUSE file system that answers no requests after [`Self::mount`] has returned. A tmpfs is mounted on its directory
-/// `dir`. When this value is dropped, all requests fail.
+/// A FUSE file system that answers no requests after [`Self::mount`] has returned. A tmpfs is mounted on the directory
+/// `dir` of the FUSE file system. After this value is dropped, the kernel fails all requests.
 pub struct HangingFileSystem {
     connection: File,
 }
@@ -41,7 +41,7 @@ impl HangingFileSystem {
         Self { connection: server.join().unwrap() }
     }
 
-    /// Waits until the kernel sends a request, which then hangs.
+    /// Waits for a request from the kernel, and does not answer the request.
     pub fn wait_for_request(&mut self) {
         // Each read returns one request.
         let length = self.connection.read(&mut [0; 1 << 16]).unwrap();

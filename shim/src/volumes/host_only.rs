@@ -61,7 +61,7 @@ const TYPES: [(&str, Option<i64>); 32] = [
     ("xenfs", Some(0xabba_1974)),
 ];
 
-/// Name of the sandbox's own file systems in error messages.
+/// Name that error messages use for the sandbox's own file systems.
 const SANDBOX: &str = "the sandbox's share";
 
 /// Recognizes host-only file systems.
@@ -135,8 +135,8 @@ impl HostOnly {
         }
     }
 
-    /// Variant of [`HostOnly::type_of`] for an overlay's layer. Reads the mount list only for the `f_type` of tmpfs,
-    /// which devtmpfs has, too.
+    /// Variant of [`HostOnly::type_of`] for an overlay's layer. Reads the mount list only if the `f_type` is that of
+    /// tmpfs, because devtmpfs has the same `f_type`.
     ///
     /// # Errors
     /// The errors of [`HostOnly::type_of`].
@@ -152,10 +152,9 @@ impl HostOnly {
 /// `/dev` and the directories below `/dev` that exist in every guest.
 const GUEST_DEV_DIRS: [&str; 5] = ["/dev", "/dev/mqueue", "/dev/net", "/dev/pts", "/dev/shm"];
 
-/// Returns the guest path for `path`, a host path on a host-only file system. If every guest has its own file system at
-/// `path`, the guest path is `path`.
+/// Returns `path`, a host path on a host-only file system, if every guest has its own file system at this path.
 ///
-/// Returns `None` if a guest may lack this path, for example `/dev/dri`. Also returns `None` for the directory of a
+/// Returns `None` if a guest may lack the path, for example `/dev/dri`. Also returns `None` for the directory of a
 /// process, because the PID identifies a different process in the guest.
 pub fn guest_path(path: &Path) -> Option<PathBuf> {
     let in_guest = match path.strip_prefix("/proc") {

@@ -29,7 +29,7 @@ pub struct DiskEmptyDir {
 }
 
 /// Finds the emptyDir that contains `source`, a file or directory opened at `path`. Returns `None` if `source` is not
-/// in an emptyDir of the pod with uid `pod`, or if the emptyDir is a memory volume.
+/// in an emptyDir of the pod with uid `pod`, or if the emptyDir is a tmpfs (medium Memory).
 ///
 /// An emptyDir belongs to a single pod. Therefore, the caller can bind the whole volume into the share. For each
 /// container, the guest selects the subdirectory and applies the read-only option. With a separate mount for each
@@ -58,8 +58,8 @@ pub fn disk_empty_dir(
     if device_and_inode(&volume)? == device_and_inode(source)? {
         return Ok(Some(DiskEmptyDir { root: volume, subdirectory: Vec::new() }));
     }
-    // The kubelet binds a subPath to a mount point outside the volume. Therefore, compare the paths of volume and
-    // source relative to the root of their file system.
+    // The kubelet binds a subPath to a mount point outside the volume. Therefore, the shim compares the volume's
+    // path and the source's path, both relative to the root of the file system.
     let (all, part) = (path_in_filesystem(&volume)?, path_in_filesystem(source)?);
     let Ok(subdirectory) = part.strip_prefix(&all) else { return Ok(None) };
     // If the source was renamed or removed, or a mount covers a part of the path, the path does not lead to the source.
@@ -119,7 +119,7 @@ pub fn path_in_filesystem(source: &OwnedFd) -> io::Result<PathBuf> {
 /// Returns the name, mode and owner of each component of `subdirectory`, a path below `volume`. Also returns the device
 /// and inode of the final component.
 ///
-/// Does not follow symlinks, because a guest may write to the volume at the same time.
+/// Does not follow symlinks, because a guest that can write to the volume may have created them.
 ///
 /// # Errors
 /// If a component does not exist, or is not a plain UTF-8 name.
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn is_sub_path_recognizes_the_directory_of_the_kubelet() {
+    fn is_sub_path_recognizes_the_mount_point_of_a_sub_path() {
         assert!(is_sub_path(Path::new("/var/lib/kubelet/pods/u/volume-subpaths/data/web/0")));
         assert!(!is_sub_path(Path::new("/var/lib/kubelet/pods/u/volumes/kubernetes.io~csi/data/mount")));
     }

@@ -1,6 +1,6 @@
 //! Memory volumes: emptyDirs of medium `Memory` and `HugePages` (Kubernetes, pkg/volume/emptydir).
 //!
-//! For each memory volume, the guest creates a file system with the size and owner of the kubelet's volume. This file
+//! For each memory volume, the agent creates a file system with the size and owner of the kubelet's volume. This file
 //! system exists as long as the pod. As under runc, its contents count as the container's memory. If virtio-fs shared
 //! the kubelet's volume, the contents would count as the VMM's memory. virtio-fs cannot share huge pages at all.
 
@@ -31,15 +31,15 @@ pub enum MemoryVolumeError {
     /// The volume cannot be inspected.
     #[error("failed to {0}")]
     Inspect(&'static str, #[source] io::Error),
-    /// Huge pages outside an emptyDir.
+    /// The source has huge pages, but is not in an emptyDir.
     #[error("huge pages of the host cannot be shared with a VM; use an emptyDir of medium HugePages-2Mi")]
     Shared,
-    /// Huge pages of an unsupported size.
+    /// The huge pages of the volume have an unsupported size.
     #[error("huge pages of {0} bytes are not supported; use huge pages of 2 MiB (medium HugePages-2Mi)")]
     Size(u64),
 }
 
-/// Returns the request with which the agent creates the memory volume that contains `source`. Returns `None` if
+/// Returns the request that tells the agent to create the memory volume that contains `source`. Returns `None` if
 /// `source` is not in a memory volume.
 ///
 /// `source` must have been opened at `path`. `mount` is the mount's index in the specification of `container`.
@@ -91,8 +91,8 @@ pub fn request_for(
     }))
 }
 
-/// Returns the request with which the agent bind-mounts a subdirectory of a volume. `root` is the volume's path in the
-/// guest. `mount` is the mount's index in the specification of `container`.
+/// Returns the request that tells the agent to bind-mount a subdirectory of a volume. `root` is the volume's path in
+/// the guest. `mount` is the mount's index in the specification of `container`.
 pub fn subdirectory_request(
     root: &str,
     subdirectory: Vec<VolumeDirectory>,

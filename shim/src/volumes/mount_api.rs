@@ -24,8 +24,8 @@ pub fn open_path(path: &Path, follow: bool) -> io::Result<OwnedFd> {
 }
 
 /// Attributes of every mount in the share. The attributes restrict only processes of the host: no device can be opened,
-/// no program can be executed or gain privileges, and no symlink is followed. Otherwise, a guest could make the host's
-/// processes do these things with files that the guest has created.
+/// no program can be executed or gain privileges, and no symlink is followed. Without the attributes, a guest could
+/// make the host's processes do these things with files that the guest has created.
 ///
 /// The guest does not see these attributes. The flags of the guest's own mounts decide what a container may do.
 const SHARED_ATTRIBUTES: u64 =
@@ -39,7 +39,7 @@ pub const SHARED_FLAGS: MsFlags = MsFlags::MS_NOSUID
 /// Sets [`SHARED_ATTRIBUTES`] on all mounts of the detached tree `tree`, and attaches the tree at `target` in the
 /// share.
 ///
-/// The attributes are set first, because the VMM sees a mount as soon as it is attached.
+/// The function sets the attributes first, because the VMM sees a mount as soon as the mount is attached.
 ///
 /// # Errors
 /// The errors of mount_setattr(2) and move_mount(2). MOUNT_ATTR_NOSYMFOLLOW needs Linux 5.14.

@@ -24,8 +24,8 @@ pub struct Submount<'a> {
 }
 
 impl<'a> Tree<'a> {
-    /// Returns the tree whose root is mount `id`. If mount `id` covers other mounts on the same mount point, the root
-    /// is the bottom mount. Returns `None` if `entries` does not contain mount `id`.
+    /// Returns the tree at the mount point of mount `id`. If several mounts are stacked at this mount point, the tree's
+    /// root is the bottom mount. Returns `None` if `entries` does not contain mount `id`.
     pub fn of(entries: &'a [Entry], id: u64) -> Option<Self> {
         let by_id: HashMap<u64, &Entry> = entries.iter().map(|entry| (entry.id, entry)).collect();
         let mut base = *by_id.get(&id)?;
@@ -37,7 +37,7 @@ impl<'a> Tree<'a> {
         for entry in entries.iter().filter(|entry| entry.id != entry.parent) {
             children.entry(entry.parent).or_default().push(entry);
         }
-        // Sort by path components, so that a mount point comes directly before all mount points below it.
+        // Sort by path components, so that the mount points below a mount point directly follow this mount point.
         children.values_mut().for_each(|mounts| mounts.sort_by(|a, b| a.point.cmp(&b.point)));
         Some(Self { base, children })
     }
@@ -46,8 +46,8 @@ impl<'a> Tree<'a> {
     /// `excluded` returns true. The first list has all other submounts. In the first list, parents come before their
     /// submounts.
     ///
-    /// Both lists omit all mounts below an excluded submount. A path lookup does not reach a mount if another mount
-    /// covers its root or a directory above its mount point.
+    /// Both lists omit all mounts below an excluded submount. A path lookup does not reach a mount if the mount's root,
+    /// or a directory above the mount point, is covered by another mount.
     pub fn reachable(&self, excluded: impl Fn(&Entry) -> bool) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
         let (mut found, mut left_out) = (Vec::new(), Vec::new());
         let top = self.top(self.base);
@@ -79,12 +79,12 @@ impl<'a> Tree<'a> {
         top
     }
 
-    /// Adds to `into` the children of `parent` that a path lookup reaches. If a mount covers a child's root, adds the
-    /// topmost mount instead.
+    /// Adds to `into` the children of `parent` that a path lookup reaches. If other mounts cover a child's root, adds
+    /// the topmost of these mounts instead of the child.
     fn push_children(&self, parent: &'a Entry, into: &mut Vec<&'a Entry>) {
         let mut last: Option<&Path> = None;
         for child in self.children(parent) {
-            // Skip a child whose mount point is below another child's mount point.
+            // Skip a child if another child covers the mount point.
             if !last.is_some_and(|last| child.point.starts_with(last)) {
                 last = Some(&child.point);
                 into.push(self.top(child));
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn differences_compares_path_and_file_system() {
+    fn differences_lists_only_submounts_that_differ() {
         let entries = tree();
         let all = || Tree::of(&entries, 2).unwrap().reachable(|_| false).0;
         assert_eq!(differences(all(), all()), (vec![], vec![]));

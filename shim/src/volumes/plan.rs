@@ -25,7 +25,7 @@ use crate::volumes::{bind, host_only, kubelet_paths, memory_volume, mount_api};
 enum Plan {
     /// The guest makes the mount as specified.
     Keep,
-    /// The guest binds the file or directory at this guest path.
+    /// The guest binds the file or directory at this guest path into the container.
     GuestPath(String),
     /// The shim binds this directory or file into the share.
     Bind { source: OwnedFd, directory: bool, id_mappings: Option<IdMappings>, ignores_mount_id: bool },
@@ -58,7 +58,7 @@ pub struct PlanContext<'a> {
     pub container: &'a str,
     /// Whether containerd's CRI created the specification.
     pub kubernetes: bool,
-    /// The pod's uid. Empty if the specification does not contain it.
+    /// The pod's uid. Empty if the specification does not contain the uid.
     pub pod: &'a str,
 }
 
@@ -139,16 +139,16 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
         return reject(message);
     }
     let path = context.bundle.join(source);
-    // For a host-only file system, use the guest's instance. The VMM would open files of the host's instance with the
-    // VMM's permissions.
+    // If the source is on a host-only file system, use the guest's instance of the file system. The VMM would open
+    // files of the host's instance with the VMM's permissions.
     let guest_instance = |path: &Path, kind: &str, notes: &mut Vec<String>| match host_only::guest_path(path) {
         Some(guest) => {
-            notes.push(format!("the mount of {} shows the guest's instance instead of the host's", path.display()));
+            notes.push(format!("the mount of {} shows the guest's file system instead of the host's", path.display()));
             Ok(Plan::GuestPath(guest.to_string_lossy().into_owned()))
         }
         None => reject(format!(
-            "{} is on a host-only file system ({kind}) and cannot be shared with a VM; to get the guest's instance, \
-             mount /proc, /sys or /dev; to use a single device, add it to the container's devices",
+            "{} is on a host-only file system ({kind}) and cannot be shared with a VM; to get the guest's file \
+             system, mount /proc, /sys or /dev; to use a single device, add the device to the container's devices",
             path.display()
         )),
     };
@@ -300,10 +300,11 @@ mod tests {
         let of = |path: &Path, options: &[&str]| plan_for(&mount(path.to_str().unwrap(), "/x", options));
         assert!(matches!(of(&volume, &["rbind", "ro"]), Ok(Plan::Mirror { source, .. }) if source.path() == volume));
         assert!(matches!(of(&volume, &["rbind", "rw"]), Ok(Plan::Bind { directory: true, .. })));
-        // A symlink at a volume's path is not mirrored. A volume of another pod is not mirrored either.
+        // The target of this symlink is not a volume.
         let link = volume.with_file_name("link");
         std::os::unix::fs::symlink("/etc", &link).unwrap();
         assert!(matches!(of(&link, &["rbind", "ro"]), Ok(Plan::Bind { directory: true, .. })));
+        // This volume belongs to another pod.
         let other = dir.path().join("other-uid/volumes/kubernetes.io~configmap/a");
         fs::create_dir_all(&other).unwrap();
         assert!(matches!(of(&other, &["rbind", "ro"]), Ok(Plan::Bind { directory: true, .. })));

@@ -14,12 +14,12 @@ use crate::volumes::staging_dir::StagingDir;
 use crate::volumes::submounts::{attach_copy, detach, first_error, mounted, open_below};
 use crate::volumes::{mount_api, mountinfo};
 
-/// Error of updating the share's mounts.
+/// Error from updating the share's mounts.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {step} {}", path.display())]
 pub struct SyncError {
     step: &'static str,
-    /// The mount point in the share.
+    /// The mount point or directory on which the step failed.
     path: PathBuf,
     #[source]
     source: io::Error,
@@ -34,8 +34,8 @@ pub fn volumes(share: &Path) -> Result<Vec<OsString>, SyncError> {
     stage.receiving().map_err(|source| SyncError { step: "list the volumes in", path: stage.dir().to_owned(), source })
 }
 
-/// Makes the submounts of volume `name` in the share match the volume's receiving tree. Two calls for one volume must
-/// not run at the same time.
+/// Mounts and unmounts submounts of volume `name` in the share, until the submounts match the volume's receiving tree.
+/// Two calls for one volume must not run at the same time.
 ///
 /// Another thread may remove the volume during the call. The call looks up only mount points. Therefore, a hanging file
 /// system blocks the call only if this file system contains a mount point.
@@ -73,8 +73,8 @@ fn update_from(
     let (received, _) = received.reachable(|entry| host_only.contains(entry));
     let (shared, _) = shared.reachable(|_| false);
     let (removed, added) = differences(shared, received);
-    // Each unmount includes the mounts below the submount. `removed` does not contain these mounts, because a lookup of
-    // their paths might hang.
+    // Each unmount includes the mounts below the submount. Therefore, `removed` omits these mounts. A lookup of their
+    // paths might hang.
     let unmounted = removed.iter().map(|submount| detach(&to.file, submount).map_err(error("unmount", &submount.path)));
     let unmounted = first_error(unmounted);
     let mounted = copy_new(&from.file, target, &added, host_only);
@@ -82,8 +82,8 @@ fn update_from(
     mounted.map_err(|(path, source)| error("mount", &path)(source))
 }
 
-/// Copies the mounts in `added` from the tree at `from` to the mount at `to`. Returns the first error with the mount's
-/// path.
+/// Copies the submounts in `added` from the tree at `from` to the mount at `to`. Returns the first error, with the path
+/// of the submount.
 fn copy_new(
     from: &OwnedFd,
     to: &Path,
@@ -94,9 +94,9 @@ fn copy_new(
         return Ok(());
     }
     let opened: Vec<_> = added.iter().map(|submount| (submount, open_below(from, &submount.path))).collect();
-    // The kernel reuses mount ids after an unmount. Therefore, an id in the caller's list may belong to a different
-    // mount now. While the fds are open, the kernel does not reuse their mounts' ids. Therefore, the ids in this new
-    // list are reliable.
+    // The kernel reuses mount ids after an unmount. Therefore, an id in `added` may belong to a different mount now.
+    // The fds in `opened` keep their mounts alive, so that the kernel does not reuse the ids of these mounts.
+    // Therefore, the ids in this new mount list are reliable.
     let entries = mountinfo::read().map_err(|error| (PathBuf::new(), error))?;
     let results = opened.into_iter().map(|(submount, source)| {
         let copied = source.and_then(|source| {

@@ -40,7 +40,7 @@ impl From<&husk_proto::containerd::types::mount::Mount> for RootMount {
     }
 }
 
-/// Error of mounting a rootfs.
+/// Error from mounting a rootfs.
 #[derive(Debug, thiserror::Error)]
 pub enum RootfsError {
     /// A mount failed.
@@ -61,7 +61,7 @@ pub enum RootfsError {
     Unsupported(String),
 }
 
-/// What [`mount_all`] needs to clone the mount trees of bind mounts.
+/// Values that [`mount_all`] needs to copy the mount trees of bind mounts.
 #[derive(Clone, Copy)]
 pub struct CopyContext<'a> {
     /// The staging directory.
@@ -112,7 +112,7 @@ fn mount_one(root: &RootMount, target: &Path, context: CopyContext<'_>) -> Resul
 fn reject_host_only(kind: &str, options: &Options<'_>, host_only: &HostOnly) -> Result<(), RootfsError> {
     let reject = |what: &str, kind: &str| {
         Err(RootfsError::Unsupported(format!(
-            "{what} is a host-only file system ({kind}), which cannot be shared with a VM"
+            "{what} is on a host-only file system ({kind}), which cannot be shared with a VM"
         )))
     };
     if HostOnly::is_type(kind) {
@@ -180,7 +180,7 @@ fn bind(
 
 fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> io::Result<()> {
     let mut source = PathBuf::from(&root.source);
-    let _device; // keeps the loop device attached until it is mounted
+    let _device; // keeps the loop device attached until mount(2) has returned
     if options.loop_device {
         let (path, file) = crate::volumes::loop_device::attach(&source, options.flags.contains(MsFlags::MS_RDONLY))?;
         _device = file;
@@ -194,8 +194,8 @@ fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> 
         let message = format!("the options have {} bytes, but the kernel accepts only {}", data.len(), PAGE_SIZE - 1);
         return Err(io::Error::other(message));
     };
-    // The shortened options contain paths relative to the working directory. Threads share their working directory
-    // until they call unshare(CLONE_FS). Therefore, a new thread makes this mount.
+    // The shortened options contain paths relative to the working directory. A thread has its own working directory
+    // only after unshare(CLONE_FS). Therefore, a new thread makes this mount.
     let (target, kind, flags) = (target.to_path_buf(), root.kind.clone(), options.flags);
     let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
@@ -207,13 +207,13 @@ fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> 
 
 /// Mounts an overlay at `target`. Each lower directory of the overlay is an id-mapped mount of a layer.
 ///
-/// The upper directory is not id-mapped, because containerd created it with the mapped ids. The id-mapped mounts exist
-/// as long as the overlay.
+/// The upper directory is not id-mapped, because containerd created this directory with the mapped ids. The id-mapped
+/// mounts exist as long as the overlay.
 fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappings) -> io::Result<()> {
     let lower = options.data.iter().find_map(|option| option.strip_prefix("lowerdir="));
     let lower = lower.ok_or_else(|| io::Error::other("the overlay has no option lowerdir"))?;
     if lower.contains('\\') || lower.contains("::") {
-        return Err(io::Error::other("layers with escaped characters in their paths cannot be id-mapped"));
+        return Err(io::Error::other("layers cannot be id-mapped if lowerdir contains a backslash or \"::\""));
     }
     let namespace = id_mappings.namespace()?;
     let layers = lower.split(':').map(|layer| {
@@ -227,8 +227,8 @@ fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappi
     let names: Vec<String> = (0..layers.len()).map(|layer| layer.to_string()).collect();
     data.push(format!("lowerdir={}", names.join(":")));
     let (stage, flags) = (target.to_path_buf(), options.flags);
-    // overlayfs accepts only layers in the caller's mount namespace. Therefore, a thread mounts the layers in a new
-    // mount namespace, which disappears with the thread.
+    // overlayfs accepts only layers that are attached in the caller's mount namespace. A thread attaches the layers in
+    // a new mount namespace, because no other process may see them. The new namespace disappears with the thread.
     let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
         let none = None::<&Path>;
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS | nix::sched::CloneFlags::CLONE_NEWNS)?;
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn mount_all_rejects_inner_targets_and_incomplete_id_mappings() {
+    fn mount_all_rejects_targets_inside_the_rootfs_and_incomplete_id_mappings() {
         let inside = RootMount { kind: "bind".into(), target: "/etc".into(), ..RootMount::default() };
         let (stage, host_only) = (StagingDir::for_share(Path::new("/x/share")), HostOnly::new([]).unwrap());
         let context = CopyContext { stage: &stage, host_only: &host_only };

@@ -28,7 +28,7 @@ pub struct Share {
     pub guest: PathBuf,
 }
 
-/// Error of mounting the share.
+/// Error from mounting the share.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {step} {}", path.display())]
 pub struct ShareError {
@@ -91,7 +91,8 @@ impl Share {
         mount(none, guest, none, read_only, none).map_err(fail("set the read-only flag of", guest))
     }
 
-    /// Unmounts the share with all submounts, and removes the share's directories. May be called repeatedly.
+    /// Unmounts the share and the staging directory with all submounts, and removes the directories. May be called
+    /// repeatedly.
     pub fn unmount(&self) {
         for path in [&self.guest, &self.host, &self.stage()] {
             // A lazy unmount (MNT_DETACH) includes all submounts. Ignore an error, because there may be nothing to

@@ -30,8 +30,8 @@ struct Mounts {
 
 /// State of all mounts. Several threads create and delete containers. The lock keeps markers and mounts consistent.
 ///
-/// Do not hold the lock during a request to a file system of the host. If the request hung, it would block the whole
-/// pod.
+/// Do not hold the lock during a request to a file system of the host. If the request hung, every thread that needs the
+/// lock would hang, too.
 static MOUNTS: Mutex<Mounts> = Mutex::new(Mounts { next_number: 0, retired: BTreeSet::new() });
 
 fn lock_mounts() -> MutexGuard<'static, Mounts> {
@@ -85,8 +85,8 @@ pub fn acquire(
     let attached = opened
         .and_then(|target| mount_api::attach_to_share(tree.as_fd(), target.as_fd()).map_err(at("attach the mount")));
     if attached.is_err() {
-        // No container may use the empty mount point. `release` removes the mount point, because container `id` has a
-        // marker for the mount.
+        // No container may use the empty mount point. `release` later removes the mount point, because container `id`
+        // has a marker for the mount.
         mounts.retired.insert(target);
     }
     attached.map(|()| name)
@@ -106,8 +106,8 @@ pub fn add_receiving((share, id): (&Path, &str), name: &str, directory: bool, tr
     stage.attach_receiving(tree, directory, name).map(|()| true)
 }
 
-/// Removes the markers of container `id`, and the mounts that no other container uses. May be repeated. Passes the
-/// result of each step to `report`.
+/// Removes the markers of container `id`, and each marked mount that no other container uses. Passes the result of each
+/// step to `report`. May be called repeatedly.
 pub fn release(share: &Path, id: &str, mut report: impl FnMut(&Path, io::Result<()>)) {
     let markers = markers_dir(share, id);
     let names = fs::read_dir(&markers)
@@ -130,7 +130,7 @@ fn release_mount(share: &Path, id: &str, name: &OsStr, report: &mut impl FnMut(&
         Err(error) => return report(&marker, Err(error)),
     }
     mounts.retired.insert(target.clone());
-    // Release the lock before the unmount. An unmount can hang if the file system's server hangs.
+    // Release the lock before the unmount, because an unmount can hang if the file system's server hangs.
     drop(mounts);
     let stage = StagingDir::for_share(share);
     let unmounted = unmount(&target).and_then(|()| remove(&target));

@@ -5,9 +5,9 @@
 //! reaches.
 //!
 //! A volume with `rslave` propagation has a receiving tree here. The host's later mounts propagate to this tree, and
-//! [`crate::volumes::propagate`] copies these mounts to the share. With propagation directly to the share, host-only
-//! file systems would get into the share. In addition, the host's umount(2) would fail with EBUSY while the guest has
-//! open files on the mount.
+//! [`crate::volumes::propagate`] copies these mounts to the share. If the host's mounts propagated directly to the
+//! share, host-only file systems would get into the share. In addition, the host's umount(2) would fail with EBUSY
+//! while the guest has open files on the mount.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -24,10 +24,10 @@ use crate::volumes::{mount_api, mountinfo, unmount};
 
 /// Subdirectory of the receiving trees. A receiving tree has the same name as its volume in the share.
 const RECEIVING: &str = "receiving";
-/// Subdirectory in which trees are copied.
+/// Subdirectory in which the shim copies mount trees.
 const COPYING: &str = "copying";
 
-/// Directory name of the next copy in `COPYING`.
+/// Name of the directory in `COPYING` for the next copy.
 static NEXT_COPY: AtomicU64 = AtomicU64::new(0);
 
 /// The staging directory of a sandbox.
@@ -104,7 +104,7 @@ impl StagingDir {
     /// [`crate::volumes::propagate::update`] excludes these copies.
     ///
     /// Host-only mounts of the host, such as `/proc`, stay attached. Otherwise, the receiving tree would not receive
-    /// mounts that the host later makes on a host-only mount.
+    /// mounts with which the host later covers a host-only mount.
     pub fn detach_sandbox_mounts(&self, name: &str, host_only: &HostOnly) {
         if let (Ok(entries), Ok(Some(base))) = (mountinfo::read(), mounted(&self.receiving_point(name.as_ref())))
             && let Some(tree) = Tree::of(&entries, base.id)

@@ -40,8 +40,10 @@ pub fn first_error<E>(steps: impl Iterator<Item = Result<(), E>>) -> Result<(), 
     errors.into_iter().next().map_or(Ok(()), Err)
 }
 
-/// Copies one mount of the tree at `from`, which is in the staging directory, to the same path below `to`. The tree at
-/// `from` is private. Therefore, no mount was propagated into this tree after the mount list was read.
+/// Copies `submount` from the tree at `from` to the same path below `to`.
+///
+/// The tree at `from` is in the staging directory and is private. Therefore, no mount has propagated into this tree
+/// since the caller read the mount list.
 pub fn copy_staged(from: &OwnedFd, to: &Path, submount: &Submount<'_>) -> io::Result<()> {
     let source = open_below(from, &submount.path)?;
     // If a guest renamed a directory of the path, the path may lead to a different mount.
@@ -114,7 +116,7 @@ mod tests {
                 tmpfs(&at(path));
             }
             fs::write(at("outside/b/file"), "").unwrap();
-            // In `to`, the directory `a` of the path `a/b` is a symlink.
+            // In `to`, the component `a` of the path `a/b` is a symlink.
             std::os::unix::fs::symlink(at("outside"), at("to/a")).unwrap();
             let entries = mountinfo::read().unwrap();
             let entry = |id: u64| -> &Entry { entries.iter().find(|entry| entry.id == id).unwrap() };

@@ -8,7 +8,7 @@ use std::{
 use crate::volumes::shared_mounts;
 use crate::volumes::unmount::{remove, unmount};
 
-/// Error of removing a container's files and mounts.
+/// Error from removing a container's files and mounts.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to remove {}", path.display())]
 pub struct TeardownError {

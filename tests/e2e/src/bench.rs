@@ -1,5 +1,6 @@
 //! Statistics and report of the benchmark.
 
+pub mod limits;
 pub mod network;
 
 use std::fmt::Write as _;

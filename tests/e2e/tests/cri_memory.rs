@@ -206,7 +206,7 @@ fn container_with_a_huge_page_limit_gets_exactly_that_many_pages() {
         let seen = "cat /sys/fs/cgroup/hugetlb.2MB.max; awk '/HugePages_Total/ {print $2}' /proc/meminfo";
         run(seen, "2MB", 8).expect_clean().expect_out("8388608\n4\n");
         run(seen, "2MB", 0).expect_clean().expect_out("0\n0\n");
-        run("true", "2MB", 64).expect_error(&["64 MiB of huge pages of 2 MiB: the node has 16 MiB available"]);
+        run("true", "2MB", 64).expect_error(&["64 MiB of 2 MiB huge pages: the node has 16 MiB available"]);
         run("true", "1GB", 1024).expect_error(&["huge pages of 1GB"]);
     });
     pool.wait_for(8);

@@ -33,7 +33,7 @@ fn has_open(pid: i32, disk: &Disk) -> bool {
 }
 
 #[test]
-fn start_rejects_disk_if_no_slot_is_free_but_memory_still_grows() {
+fn disk_without_free_slot_is_rejected_and_memory_can_still_be_hot_plugged() {
     pods("husk-disk-slots", |pods| {
         let new = |number| Disk::new(&pods.dir().join(format!("disk{number}")), 1 + number as u64);
         let disks: Vec<Disk> = (0..MAX_DISKS).map(new).collect();
@@ -52,7 +52,7 @@ fn start_rejects_disk_if_no_slot_is_free_but_memory_still_grows() {
             assert!(error.contains(part), "{error}");
         }
         rejected.remove();
-        assert!(!has_open(pod.pid(), &extra_disk[0]), "the VMM has the refused disk open");
+        assert!(!has_open(pod.pid(), &extra_disk[0]), "the VMM has the rejected disk open");
         // A disk that is already attached needs no further slot.
         let second = pod.start(&config_with_disks(&pod, &disks[2..3]));
         assert_eq!(second.sh("blockdev --getsize64 /dev/xvda"), (3 << 20).to_string());
@@ -78,7 +78,8 @@ fn written_data_is_on_disk_after_vm_ends() {
         config["devices"] = config_with_disks(&pod, &disks)["devices"].clone();
         let writer = pod.start(&config);
         writer.wait_for("written");
-        // SIGTERM ends the shim, as a shutdown of the node does. The container does not end before its VM does.
+        // SIGTERM ends the shim, as a shutdown of the node does. The container runs until its VM ends. Therefore, no
+        // exit of the container writes the data to the disk earlier.
         let shims = vm::shim_pids_of(&pod.id);
         assert_eq!(shims.len(), 1);
         // SAFETY: kill takes two integers.
@@ -86,7 +87,8 @@ fn written_data_is_on_disk_after_vm_ends() {
         let gone = node::eventually(Duration::from_secs(30), || vm::shim_pids_of(&pod.id).is_empty().then_some(()));
         assert!(gone.is_some(), "the shim did not exit");
         assert_eq!(disks[0].read_written(), "changed");
-        // containerd 1.7 first calls the shim that has ended, and accepts the exit only when it retries.
+        // containerd 1.7 first sends a request to the shim that has ended. containerd records the container's exit only
+        // when it retries this request.
         writer.wait();
         pod.stop();
     });

@@ -1,5 +1,5 @@
-//! Landlock rules of the VMM: what a container notices of them, and what happens on a node whose kernel lacks them. On
-//! such a node, the tests check that this is reported.
+//! Tests of the VMM's landlock rules: their effects on containers, and the reports about restrictions that the node's
+//! kernel lacks.
 
 use std::fs;
 use std::path::Path;
@@ -36,7 +36,7 @@ fn mount_tmpfs(at: &Path) {
     mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
 }
 
-/// File systems that are unmounted at the end.
+/// File systems that are unmounted at the end of the test.
 struct Mounts<'a>(&'a [&'a Path]);
 
 impl Drop for Mounts<'_> {
@@ -47,7 +47,7 @@ impl Drop for Mounts<'_> {
     }
 }
 
-/// What a file server does, in the directory `$1`.
+/// A script that makes the file server perform its usual operations in the directory `$1`.
 const USE_FILES: &str = r#"set -e
 cd "$1" && mkdir one two
 echo content > one/file && : > one/file && echo again >> one/file
@@ -67,7 +67,7 @@ fn landlock_allows_files_of_later_mount_but_not_of_unmounted_volume() {
         let _mounts = Mounts(&mounts);
         fs::write(gone.join("file"), "content\n").unwrap();
         let flags = format!("type=bind,src={},dst=/v,options=rbind:rslave:rw", dir.display());
-        // The working directory stays in the file system that the node unmounts.
+        // The container's working directory is in the file system that the test unmounts later.
         let script = "cd /v/gone && cat file && echo up; until [ -e /v/go ]; do sleep 0.1; done; cat file; echo end $?";
         let container = case.container(case.sh(script).flags(&["--mount", &flags]));
         for (number, directory) in ["/", "/v", "/v/gone"].iter().enumerate() {
@@ -93,7 +93,7 @@ fn landlock_allows_files_of_later_mount_but_not_of_unmounted_volume() {
 }
 
 #[test]
-fn gap_of_landlock_is_reported_once_for_each_pod() {
+fn missing_restrictions_are_reported_once_for_each_pod() {
     let (status, detail) = finding();
     assert_eq!(status, if abi() >= COMPLETE { "ok" } else { "warn" }, "{detail}");
     assert!(abi() == 0 || detail.contains(&format!("landlock ABI {}", abi())), "{detail}");
@@ -107,7 +107,7 @@ fn gap_of_landlock_is_reported_once_for_each_pod() {
 }
 
 #[test]
-fn pod_needs_landlock_if_configuration_requires_it() {
+fn pod_starts_only_with_landlock_if_configuration_requires_landlock() {
     let _config = node::Config::set("require_landlock = true\n");
     let status = finding().0;
     assert_eq!(status == "fail", abi() < USABLE, "{status}");

@@ -1,4 +1,4 @@
-//! The agent policy of node and pod, and the digests of guest kernel and initrd.
+//! Tests of the node's and the pod's agent policy, and of the configured digests of guest kernel and initrd.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -22,7 +22,7 @@ fn context(config: &mut Value) -> &mut Value {
     &mut config["linux"]["security_context"]
 }
 
-/// Returns the configuration of a container as the kubelet makes it for an unprivileged container with one capability.
+/// Returns the configuration that the kubelet makes for an unprivileged container with one capability.
 fn plain(pod: &Pod, script: &str) -> Value {
     let mut config = pod.sh(script);
     context(&mut config)["readonly_paths"] = json!(READ_ONLY);
@@ -30,7 +30,7 @@ fn plain(pod: &Pod, script: &str) -> Value {
     config
 }
 
-/// Requires that a container is refused with an error that contains `expected`.
+/// Asserts that the agent refuses a container, and that the error contains `expected`.
 #[track_caller]
 fn assert_refused(pod: &Pod, config: &Value, expected: &str) {
     let container = pod.create(config);
@@ -39,7 +39,7 @@ fn assert_refused(pod: &Pod, config: &Value, expected: &str) {
     container.remove();
 }
 
-/// Requires that an exec is refused with an error that contains `expected`.
+/// Asserts that the agent refuses an exec, and that the error contains `expected`.
 #[track_caller]
 fn assert_exec_refused(container: &PodContainer, command: &[&str], expected: &str) {
     let error = container.try_exec(command).unwrap_err().message;
@@ -47,7 +47,7 @@ fn assert_exec_refused(container: &PodContainer, command: &[&str], expected: &st
     assert!(error.contains(expected), "expected {expected:?} in: {error}");
 }
 
-/// Runs a command as `kubectl exec -it` does. Returns its output and the status.
+/// Runs a command as `kubectl exec -it` does. Returns the command's output and status.
 #[track_caller]
 fn exec_on_terminal(container: &PodContainer, command: &[&str]) -> (String, String) {
     let request = json!({
@@ -57,7 +57,7 @@ fn exec_on_terminal(container: &PodContainer, command: &[&str]) -> (String, Stri
     (String::from_utf8(out).unwrap(), status)
 }
 
-/// Runs a command with `ctr`, as a client that bypasses the CRI.
+/// Runs a command in the container with `ctr`, which is a client that bypasses the CRI.
 #[track_caller]
 fn exec_by_ctr(container: &PodContainer, options: &[&str], command: &[&str]) -> Output {
     let mut ctr = Command::new("ctr");
@@ -65,7 +65,7 @@ fn exec_by_ctr(container: &PodContainer, options: &[&str], command: &[&str]) -> 
     Running::start(ctr, Input::Null).wait()
 }
 
-/// Waits until containerd's log has a line of the pod's shim that contains all `parts`.
+/// Waits until containerd's log has a warning that contains the pod's id and all `parts`.
 #[track_caller]
 fn assert_logged(pod: &Pod, parts: &[&str]) {
     let found = node::eventually(Duration::from_secs(10), || {
@@ -79,7 +79,8 @@ fn assert_logged(pod: &Pod, parts: &[&str]) {
 #[track_caller]
 fn assert_port_forward_refused(pod: &Pod, port: u16) {
     let answer = call("PortForward", &json!({ "pod_sandbox_id": pod.id, "port": [] }));
-    let connection = PortForward::connect(answer["url"].as_str().unwrap()).open(port, 0);
+    let session = PortForward::connect(answer["url"].as_str().unwrap());
+    let connection = session.open(port, 0);
     assert!(connection.read_to_end().is_empty());
 }
 
@@ -91,7 +92,7 @@ fn policy_of_the_node_is_enforced() {
     );
     pods("policy-node", |pods| {
         let mut config = pods.config();
-        // containerd refuses a privileged container in an unprivileged pod.
+        // The pod is privileged, because containerd itself refuses a privileged container in an unprivileged pod.
         context(&mut config)["privileged"] = json!(true);
         let pod = pods.run(config);
         let dir = pods.dir().join("volume");
@@ -117,9 +118,9 @@ fn policy_of_the_node_is_enforced() {
         assert_logged(&pod, &["audit: exec of", "the node's policy: the command is not listed"]);
         exec_by_ctr(&container, &[], &["id", "-u"]).expect_out("0");
         exec_by_ctr(&container, &["--user", "1000"], &["id", "-u"])
-            .expect_error(&[rule, "it has another user than the container"]);
+            .expect_error(&[rule, "the exec's user differs from the container's"]);
         exec_by_ctr(&container, &["--cwd", "/tmp"], &["id", "-u"])
-            .expect_error(&[rule, "it has another working directory than the container"]);
+            .expect_error(&[rule, "the exec's working directory differs from the container's"]);
 
         assert_port_forward_refused(&pod, 8099);
         assert_logged(&pod, &["audit: port forwarding to", ":8099 is refused by the rule"]);
@@ -136,12 +137,14 @@ fn policy_of_the_node_is_enforced() {
         let rule = "is refused by the rule \"capabilities\" of the node's policy";
         let add =
             |config: &mut Value| context(config)["capabilities"]["add_capabilities"] = json!(["CHOWN", "NET_RAW"]);
-        refused(&add, "CAP_NET_RAW of container");
+        refused(&add, "CAP_NET_RAW for container");
         refused(&|config| context(config)["capabilities"] = json!({}), rule);
         let rule = "is refused by the rule \"privileged\" of the node's policy: ";
-        refused(&|config| context(config)["privileged"] = json!(true), &format!("{rule}it has access to all devices"));
+        let expected = format!("{rule}the container has access to all devices");
+        refused(&|config| context(config)["privileged"] = json!(true), &expected);
         refused(&|config| context(config)["readonly_paths"] = json!([]), &format!("{rule}/proc/sys or /proc/sysrq"));
-        assert_refused(&pod, &with_volume("/proc", "/data/proc"), &format!("{rule}it mounts a directory or device"));
+        let expected = format!("{rule}the container mounts a directory or device");
+        assert_refused(&pod, &with_volume("/proc", "/data/proc"), &expected);
         let rule = "is refused by the rule \"mounts\" of the node's policy: the path is not listed";
         assert_refused(&pod, &with_volume(volume, "/database"), "the volume at \"/database\" of container");
         assert_refused(&pod, &with_volume(volume, "/data/../etc"), rule);
@@ -165,7 +168,7 @@ fn policy_of_the_pod_can_only_forbid_more() {
         let pod = pods.run(config);
         let container = pod.sleeper();
         assert_eq!(container.exec(&["id", "-u"]).out, "0\n");
-        // The node forbids the first command, and the pod forbids the second one.
+        // The node's policy forbids `date`, and the pod's policy forbids `id -g`.
         assert_exec_refused(&container, &["date"], "by the rule \"exec\" of the node's policy");
         assert_exec_refused(&container, &["id", "-g"], "by the rule \"exec\" of the pod's policy");
         assert_port_forward_refused(&pod, 8098);
@@ -207,7 +210,7 @@ fn images_are_allowed_by_digest_only() {
         let other = format!("example.com/app@{}", digest.replace("0123", "4567"));
         run(&other).expect_error(&["is refused by the rule \"images\" of the node's policy: the digest is not listed"]);
     });
-    // containerd 1.7 names the image by its tag.
+    // The reference of the image has a tag, but no digest.
     pods("policy-image-tag", |pods| {
         let pod = pods.pod();
         let expected = format!("image \"{BUSYBOX}\" of container");
@@ -226,14 +229,15 @@ fn sha256(path: impl AsRef<Path>) -> String {
     Running::start(command, Input::Null).wait().expect_code(0).out().split_whitespace().next().unwrap().to_owned()
 }
 
-/// Returns names and inodes of the checked copies.
+/// Returns the names and inode numbers of the files in `COPIES`, which are copies of a guest kernel and of an initrd.
+/// The name of a copy begins with the copy's digest.
 fn copies() -> BTreeMap<String, u64> {
     let entries = fs::read_dir(COPIES).into_iter().flatten().map(Result::unwrap);
     entries.map(|entry| (entry.file_name().into_string().unwrap(), entry.metadata().unwrap().ino())).collect()
 }
 
 #[test]
-fn vm_boots_only_with_the_kernel_and_initrd_of_the_configuration() {
+fn vm_boots_only_if_kernel_and_initrd_have_the_configured_digests() {
     let (kernel, initrd) = (sha256(KERNEL), sha256(INITRD));
     case("digests", |case| {
         {

@@ -1,5 +1,5 @@
-//! The files of a guest on the node: device nodes, programs and symbolic links in the share have no effect there, and of
-//! the users of a guest, only root fills the blocks that are reserved for root.
+//! Files that a guest creates in the share. Device nodes, programs and symbolic links have no effect on the node. Root
+//! is the only user of a guest that can use the blocks that are reserved for root.
 
 use std::fs::{self, File};
 use std::io;
@@ -12,7 +12,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{major, minor, stat};
 use nix::sys::statvfs::statvfs;
 
-/// A tmpfs. Dropping it unmounts the tmpfs.
+/// A mounted tmpfs. `drop` unmounts the tmpfs.
 struct Tmpfs(PathBuf);
 
 impl Tmpfs {
@@ -29,8 +29,9 @@ impl Drop for Tmpfs {
     }
 }
 
-/// Creates files in each directory of `DIRECTORIES`, and uses them as a container may: writes to the device, reads
-/// through the symbolic link, and runs the set-user-ID program as an ordinary user.
+/// A Python program that creates device nodes, a symbolic link and a set-user-ID program in each directory of
+/// `DIRECTORIES`. Then the Python program writes to the null device, reads through the symbolic link, and runs the
+/// set-user-ID program as an ordinary user. In a container, all of these actions must succeed.
 const MAKE: &str = r#"
 import os, shutil, stat, subprocess, sys
 for directory in DIRECTORIES:
@@ -49,7 +50,8 @@ for directory in DIRECTORIES:
     print(directory)
 "#;
 
-/// Returns the lines of a mount list that lack one of the share's mount flags. `is_listed` selects mount points.
+/// Reads the mounts of process `pid` whose mount points `is_listed` selects. Returns the number of these mounts, and
+/// the lines of mountinfo that lack one of the share's mount flags.
 fn lines_without_flags(pid: i32, is_listed: impl Fn(&str) -> bool) -> (usize, Vec<String>) {
     let list = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
     let lines: Vec<&str> = list.lines().filter(|line| is_listed(line.split(' ').nth(4).unwrap())).collect();
@@ -70,7 +72,7 @@ fn devices_programs_and_symlinks_of_a_guest_have_no_effect_on_the_node() {
         let program = "import time; print('up', flush=True); time.sleep(1000)";
         let container = case.container(case.python(program).flags(&["--allow-new-privs", "--mount", &flag]));
         let _later = Tmpfs::new(&volume.join("later"));
-        // The block device of the node's root directory.
+        // The block device that contains the node's root directory.
         let disk = stat("/").unwrap().st_dev;
         let directories = ["/", "/v", "/v/before", "/v/later"];
         let make = format!("DIRECTORIES = {directories:?}\nDISK = ({}, {})\n{MAKE}", major(disk), minor(disk));
@@ -84,7 +86,8 @@ fn devices_programs_and_symlinks_of_a_guest_have_no_effect_on_the_node() {
         let in_share =
             |point: &str| ["share", "guest"].iter().any(|name| point.starts_with(&format!("{sandbox}/{name}")));
         let (mounts, lacking) = lines_without_flags(*shim, in_share);
-        // The two directories themselves, and in each of them the rootfs and three mounts of the volume.
+        // At least 10 mounts: the directories `share` and `guest`, and in each directory the rootfs and three mounts of
+        // the volume.
         assert!(mounts >= 10 && lacking.is_empty(), "{mounts} mounts, of which these lack a flag: {lacking:#?}");
         let (mounts, lacking) = lines_without_flags(*vmm, |_| true);
         assert!(mounts >= 5 && lacking.is_empty(), "{mounts} mounts, of which these lack a flag: {lacking:#?}");
@@ -128,7 +131,7 @@ fn only_root_of_a_container_fills_blocks_that_are_reserved_for_root() {
         let flag = format!("type=bind,src={},dst=/v,options=rbind:rw", point.display());
         let container = case.container(case.sh("echo up; exec sleep 1000").flags(&["--mount", &flag]));
         for user in ["0", "1000"] {
-            // The shell reports that the disk is full.
+            // The error output of the command says that the disk is full.
             let fill = ["sh", "-c", "cat /dev/zero > /v/large; sync; wc -c < /v/large"];
             let filled = container.exec_with(&format!("fill-{user}"), &["--user", user], &fill);
             assert!(filled.err().contains("No space left on device"), "{}", filled.describe());

@@ -13,15 +13,15 @@ fn create_sets_cgroup_limits() {
             spec["linux"]["resources"]["pids"] = json!({ "limit": 42 });
             spec::mount_cgroup(spec);
         });
-        // 2048 CPU shares are weight 79 with runc 1.1, which the node has, and weight 174 since runc 1.3.2.
+        // The node's runc 1.1 converts 2048 CPU shares to weight 79. runc 1.3.2 and later versions compute weight 174.
         // Husk's libcontainer crate converts like runc 1.3.2.
         let weight = if husk_e2e::runtime() == "io.containerd.runc.v2" { 79 } else { 174 };
         run.output().expect_clean().expect_out(&format!("134217728\n33554432\n150000 100000\n{weight}\n42\n0::/"));
     });
 }
 
-// The test sets the specification directly, because containerd's CRI passes swap limits on only if containerd's own
-// cgroup has swap.
+// The test sets the limits in the specification, because containerd's CRI sets swap limits only if containerd's own
+// cgroup has the file memory.swap.max.
 #[test]
 fn memory_swap_max_is_the_swap_limit_minus_the_memory_limit() {
     case("swap", |case| {

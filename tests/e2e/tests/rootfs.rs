@@ -153,7 +153,7 @@ fn bind_mounts_have_their_options() {
         }
         assert!(output.err().contains("Read-only file system"), "{}", output.describe());
         assert!(output.err().contains("/noexec/tool: Permission denied"), "{}", output.describe());
-        // Files that the container wrote are on the node, with their owner.
+        // The files that the container has written are on the node, and have the owner that the container gave them.
         assert_eq!(fs::read_to_string(dir.join("from-container")).unwrap(), "container\n");
         assert_eq!(fs::metadata(dir.join("from-container")).unwrap().uid(), 0);
         assert_eq!(fs::read_to_string(&file).unwrap(), "a single file\nmore\n");
@@ -184,7 +184,7 @@ fn tmpfs_mounts_have_their_options() {
                     json!({ "destination": "/scratch", "type": "tmpfs", "source": "tmpfs",
                             "options": ["nosuid", "noexec", "nodev", "size=8m", "mode=1750", "uid=1000", "gid=44"] }),
                 );
-                // With tmpcopyup, the tmpfs starts with the image's content.
+                // With tmpcopyup, the tmpfs starts with the files that the image has at the mount point.
                 spec::push(
                     spec,
                     "",
@@ -288,8 +288,8 @@ fn mounts_have_their_propagation() {
         });
         let output = run.output().expect_clean();
         assert!(output.out().contains("/private private"), "{}", output.describe());
-        // If the root is a private mount on the node, the container's root cannot be a slave of a peer group. In that
-        // case, mountinfo shows no tag.
+        // If the node's root mount is private, the container's root mount cannot be a slave of a peer group. mountinfo
+        // then shows no propagation tag for the container's root mount.
         let script = "awk '$5 == \"/\" {print $7}' /proc/self/mountinfo | cut -d: -f1";
         let run = case.with_spec(script, |spec| spec["linux"]["rootfsPropagation"] = json!("rslave"));
         let output = run.output();
@@ -313,8 +313,8 @@ fn husk_rejects_shared_rootfs_propagation() {
 #[test]
 fn containers_see_only_their_own_processes_and_interfaces() {
     case("namespaces", |case| {
-        // The namespaces' inode numbers are not compared, because containers in different VMs may have the same
-        // numbers.
+        // The test does not compare the inode numbers of the namespaces, because containers in different VMs may have
+        // the same numbers.
         let script = "echo started; exec sleep 1000";
         let mut one = case.sh(script).start(Input::Pipe);
         let mut two = case.sh(script).start(Input::Pipe);

@@ -73,15 +73,15 @@ impl<T: Send + 'static> Jail<T> {
     }
 }
 
-/// Forwards panics of other threads to the thread that calls this function. libFuzzer saves the input on the thread
-/// that panics. That thread must have the host's root directory, as the calling thread does.
+/// Forwards panics of the jail's threads to the thread that waits for the jail. libFuzzer saves the input on the thread
+/// that panics. That thread must have the host's root directory, as the waiting thread does.
 fn forward_panics(to: SyncSender<Result<(), String>>) {
-    let (this_thread, hook) = (thread::current().id(), std::panic::take_hook());
+    let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
-        if thread::current().id() == this_thread || to.send(Err(info.to_string())).is_err() {
+        if !is_inside() || to.send(Err(info.to_string())).is_err() {
             return hook(info);
         }
-        // The process will exit, because the thread that gets the message panics.
+        // The process or its test will end, because the thread that gets the message panics.
         loop {
             thread::park();
         }
@@ -110,8 +110,12 @@ fn enter() {
     // SAFETY: the path is NUL-terminated.
     check("chroot", unsafe { libc::chroot(root.as_ptr()) });
     std::env::set_current_dir("/").expect("change to the root directory");
-    let host = fs::metadata("/etc").map_err(|error| error.kind());
-    assert!(matches!(host, Err(ErrorKind::NotFound)), "the jail's thread can still reach the host's files");
+    assert!(is_inside(), "the jail's thread can still reach the host's files");
+}
+
+/// Whether this thread's root directory is the jail's tmpfs.
+fn is_inside() -> bool {
+    matches!(fs::metadata("/etc").map_err(|error| error.kind()), Err(ErrorKind::NotFound))
 }
 
 fn path(path: &Path) -> CString {
@@ -126,5 +130,5 @@ fn mount(source: &CStr, target: &Path, kind: &CStr, flags: libc::c_ulong, data: 
 }
 
 fn check(what: &str, result: libc::c_int) {
-    assert!(result == 0, "{what} failed: {}", Error::last_os_error());
+    assert!(result == 0, "{what} failed: {}; the jail needs root, because it mounts", Error::last_os_error());
 }

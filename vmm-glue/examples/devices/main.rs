@@ -15,7 +15,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use husk_vmm::client::{ARGV0, CONTROL_FD, CallError, SpawnOptions, Vmm, spawn};
-use husk_vmm::config::{BlkConfig, FdIndex, NetConfig, SeccompMode, ShareConfig, VmConfig};
+use husk_vmm::config::{BlkConfig, FdIndex, NetConfig, RateLimit, SeccompMode, ShareConfig, VmConfig};
 use husk_vmm::control::{Call, Notice};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -231,9 +231,15 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
         initrd: FdIndex(2),
         kernel_params: std::env::var("DEVICES_KERNEL_PARAMS").unwrap_or_default(),
         console: FdIndex(3),
-        share: Some(ShareConfig { tag: "husk".into(), root: root.display().to_string(), workers: 2 }),
+        share: Some(ShareConfig {
+            tag: "husk".into(),
+            root: root.display().to_string(),
+            workers: 2,
+            rate_limit: RateLimit::default(),
+        }),
         require_landlock: false,
         vsock_cid: 3,
+        vsock_rate_limit: RateLimit::default(),
         net: vec![NetConfig {
             taps: vec![FdIndex(4)],
             // Use vhost-net if the host has it. vhost-net does not check source MACs, and this example does not need
@@ -241,8 +247,15 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
             vhost: std::fs::exists(VHOST_NET)?,
             mac: MAC,
             mtu: 1400,
+            receive_rate_limit: RateLimit::default(),
+            transmit_rate_limit: RateLimit::default(),
         }],
-        blk: vec![BlkConfig { file: FdIndex(5), read_only: false, serial: "disk-0".into() }],
+        blk: vec![BlkConfig {
+            file: FdIndex(5),
+            read_only: false,
+            serial: "disk-0".into(),
+            rate_limit: RateLimit::default(),
+        }],
         balloon: true,
         spare_slots: 0,
         seccomp: SeccompMode::Enforce,

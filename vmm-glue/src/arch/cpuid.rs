@@ -57,7 +57,8 @@ pub fn normalise(supported: &[kvm_cpuid_entry2], config: CpuidConfig, id: u8) ->
             0x8000_0001 => entry.ecx &= !EXT1_ECX_SVM,
             // This leaf has the number of cores, and the number of APIC id bits that identify a core.
             0x8000_0008 => entry.ecx = id_bits << 12 | (vcpus - 1),
-            // This leaf has the APIC id. It describes cores with one thread each, and a single node.
+            // This leaf has the APIC id. Its values describe one thread for each core, and a single processor node
+            // (NUMA).
             0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (id, id, 0),
             _ => {}
         }

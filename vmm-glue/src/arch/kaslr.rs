@@ -1,12 +1,14 @@
 //! Moves the guest kernel to a random virtual address (KASLR).
 //!
-//! In a compressed kernel, the decompressor does this (arch/x86/boot/compressed/kaslr.c and misc.c of Linux). Husk boots
-//! an uncompressed ELF image, which has no decompressor. Therefore, `cargo xtask kernel` adds the decompressor's table of
-//! relocations to the image, as the section [`SECTION`], and the VMM applies the table. The kernel's physical address
-//! stays the same. The kernel finds the distance between both addresses itself (`__startup_64`).
+//! The decompressor of a compressed kernel moves the kernel (arch/x86/boot/compressed/kaslr.c and misc.c of Linux).
+//! Husk boots an uncompressed ELF image, which has no decompressor. Therefore, `cargo xtask kernel` adds the
+//! decompressor's table of relocations to the image, as the section [`SECTION`]. The VMM applies the table. The
+//! kernel's physical address stays the same. The kernel itself computes the difference between its virtual and its
+//! physical address (`__startup_64`).
 //!
-//! The table contains little-endian 32-bit integers: three lists, each with a zero before its first element. Each element
-//! is the sign-extended virtual address of a number that depends on the kernel's virtual address.
+//! The table contains little-endian 32-bit integers: three lists, each with a zero before its first element. Each
+//! element, sign-extended to 64 bits, is the virtual address of a number. This number depends on the kernel's virtual
+//! address.
 
 use std::fs::File;
 use std::io;
@@ -18,7 +20,7 @@ use crate::guest_memory::GuestMemory;
 
 /// Name of the section that contains the table of relocations.
 const SECTION: &[u8] = b".husk.relocs\0";
-/// Virtual address of physical address 0 in a kernel that was not moved (`__START_KERNEL_map`).
+/// Virtual address at which a kernel that was not moved maps physical address 0 (`__START_KERNEL_map`).
 const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 /// Size of the range of virtual addresses for the kernel (`KERNEL_IMAGE_SIZE` with CONFIG_RANDOMIZE_BASE).
 const IMAGE_RANGE: u64 = 1 << 30;
@@ -29,7 +31,7 @@ const SECTION_HEADER: u64 = 64;
 /// Number of bytes of the table that are read at once.
 const CHUNK: usize = 1 << 16;
 
-/// Error of moving the kernel.
+/// Error from moving the kernel.
 #[derive(Debug, thiserror::Error)]
 pub enum KaslrError {
     /// The image could not be read.
@@ -50,7 +52,7 @@ pub enum KaslrError {
 }
 
 /// Moves the loaded kernel, which ends at the guest-physical address `end`, to a random virtual address. `random` is a
-/// random number. Returns false if the image has no table of relocations, and the kernel therefore cannot be moved.
+/// random number. If the image has no table of relocations, the function does not move the kernel, and returns false.
 ///
 /// No other thread may access the kernel during the call.
 pub fn randomize(memory: &GuestMemory, image: &File, end: u64, random: u64) -> Result<bool, KaslrError> {
@@ -124,14 +126,16 @@ impl Relocator {
         if is_in_kernel { Ok(()) } else { Err(KaslrError::Address { address }) }
     }
 
-    /// Changes the bytes at offset `at`. Returns false if the kernel ends before them.
+    /// Changes the N bytes at offset `at` of guest memory. Returns false if these bytes are not in the kernel.
     ///
-    /// `VolatileSlice` would take ten times as long, and the kernel has 80 000 relocations.
+    /// The function uses a raw pointer, because `VolatileSlice` takes ten times as long. The kernel has 80 000
+    /// relocations.
     fn change<const N: usize>(&self, at: usize, change: impl Fn([u8; N]) -> [u8; N]) -> bool {
         let is_in_kernel = at.checked_add(N).is_some_and(|end| end <= self.len);
         if is_in_kernel {
-            // SAFETY: the slice of guest memory from `start` has `len` bytes, and the caller of `randomize` keeps it
-            // mapped. No vCPU exists yet, and no other thread accesses the kernel. An array of bytes has no alignment.
+            // SAFETY: the slice of guest memory from `start` has `len` bytes, and the caller of `randomize` keeps the
+            // slice mapped. No vCPU exists yet, and no other thread accesses the kernel. Every address is aligned for
+            // a byte array.
             unsafe {
                 let pointer = self.start.add(at).cast::<[u8; N]>();
                 pointer.write(change(pointer.read()));
@@ -176,7 +180,7 @@ fn find_section(image: &File) -> io::Result<Option<(u64, u64)>> {
     Ok(None)
 }
 
-/// Returns the bytes of a field at `at`. Returns zeros if the field is not in `bytes`.
+/// Returns the field of N bytes at offset `at`. Returns zeros if the field is not in `bytes`.
 fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     bytes.get(at..at + N).map_or([0; N], array)
 }
@@ -230,14 +234,14 @@ mod tests {
     }
 
     #[test]
-    fn randomize_moves_the_numbers_of_each_list() {
+    fn randomize_changes_the_numbers_of_each_list() {
         let memory = memory();
         let at = [16 << 20, (16 << 20) + 8, (16 << 20) + 13].map(GuestAddress);
         memory.write_obj(0xffff_ffff_8100_0000u64, at[0]).unwrap();
         memory.write_obj(0x8100_0000u32, at[1]).unwrap();
         memory.write_obj(0x8100_0000u32, at[2]).unwrap();
         let table = relocations(&[0, 0x8100_0000, 0, 0x8100_0008, 0, 0x8100_000d]);
-        // There are 504 positions.
+        // The kernel has 504 possible positions.
         assert!(randomize(&memory, &table, END, 504 * 7 + 3).unwrap());
         assert_eq!(memory.read_obj::<u64>(at[0]).unwrap(), 0xffff_ffff_8160_0000);
         assert_eq!(memory.read_obj::<u32>(at[1]).unwrap(), 0x80a0_0000);
@@ -257,13 +261,13 @@ mod tests {
     }
 
     #[test]
-    fn randomize_reads_a_table_that_exceeds_a_chunk() {
+    fn randomize_reads_a_table_that_is_longer_than_a_chunk() {
         let memory = memory();
         let at = |index: usize| (16 << 20) + index as u32 * 4 % 0x1000;
         let mut elements = vec![0, 0, 0];
         elements.extend((0..2 * CHUNK / 4).map(|index| 0x8000_0000 + at(index)));
         assert!(randomize(&memory, &relocations(&elements), END, 1).unwrap());
-        // Each of the 1024 numbers has been moved by 2 MiB 32 times.
+        // Each of the 1024 numbers has been increased 32 times, each time by 2 MiB.
         assert_eq!(memory.read_obj::<u32>(GuestAddress(16 << 20)).unwrap(), 32 * ALIGN as u32);
     }
 
@@ -275,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn randomize_rejects_addresses_outside_the_kernel_and_other_formats() {
+    fn randomize_rejects_addresses_outside_the_kernel_and_invalid_lists() {
         let of = |elements: &[u32]| randomize(&memory(), &relocations(elements), END, 5);
         for address in [0x8100_1000, 0x8100_0ff9, 0x7fff_ffff, 1, 0xffff_ffff] {
             assert!(matches!(of(&[0, address]), Err(KaslrError::Address { .. })), "{address:#x}");

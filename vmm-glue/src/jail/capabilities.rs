@@ -9,12 +9,12 @@ use husk_base::sys::process::{secure_bits, set_secure_bits};
 /// Keeps a thread's capabilities when the thread switches to another user (include/uapi/linux/securebits.h).
 const SECBIT_NO_SETUID_FIXUP: libc::c_int = 1 << 2;
 
-/// The capabilities that a thread of the file server keeps if the process has them. Each entry has the Linux number
-/// (include/uapi/linux/capability.h) and the reason.
+/// The capabilities that a thread of the file server keeps if the process has them. Each entry has the capability's
+/// number (include/uapi/linux/capability.h), its name, and the reason why the file server needs it.
 ///
-/// The other capabilities are dropped, because a hostile guest could use them. CAP_DAC_READ_SEARCH can open any inode
-/// of a file system by its file handle. CAP_SYS_RESOURCE allows writes beyond quotas and into reserved blocks.
-/// CAP_SYS_PTRACE and CAP_SYS_RAWIO can open files of other processes in /proc.
+/// The other capabilities are dropped, because a hostile guest could use them. With CAP_DAC_READ_SEARCH, a thread can
+/// open any inode of a file system by its file handle. CAP_SYS_RESOURCE allows writes beyond quotas and into reserved
+/// blocks. CAP_SYS_PTRACE and CAP_SYS_RAWIO allow access to files of other processes in /proc.
 const KEPT: [(u32, &str); 9] = [
     (0, "CAP_CHOWN: SETATTR gives files to other users"),
     (1, "CAP_DAC_OVERRIDE: the guest's kernel has already checked a user's permissions"),
@@ -29,15 +29,16 @@ const KEPT: [(u32, &str); 9] = [
 
 /// Drops every capability of this thread that is not in [`KEPT`].
 ///
-/// The thread keeps the remaining capabilities when it switches to a user of the guest. It switches to create files as
-/// the requesting user, so that the files have the right owner. The guest's kernel has already decided whether that
-/// user has permission. The host could not decide this, because a request does not carry the user's capabilities in the
-/// guest. For example, root in a user namespace of the guest is an ordinary user on the host, but may write to a
-/// directory although the directory's mode forbids an ordinary user to do so.
+/// To create a file, the thread switches to the user of the FUSE request, so that the file has the right owner. The
+/// thread keeps the remaining capabilities during the switch, because the guest's kernel has already checked the user's
+/// permissions. The host's kernel cannot check the permissions, because a request does not contain the user's
+/// capabilities in the guest. For example, root in a user namespace of the guest may write to a directory although the
+/// directory's mode denies the write. On the host, the same user is an ordinary user, and the mode would deny the
+/// write.
 pub fn keep_for_files() -> io::Result<()> {
     match secure_bits().and_then(|bits| set_secure_bits(bits | SECBIT_NO_SETUID_FIXUP)) {
-        // Setting the bit requires CAP_SETPCAP. A thread without this capability does not need the bit, because it
-        // cannot switch to another user either.
+        // Setting the bit requires CAP_SETPCAP. A thread without CAP_SETPCAP does not run as root. Such a thread does
+        // not need the bit, because it cannot switch to another user.
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => {}
         result => result?,
     }
@@ -77,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn keep_for_files_drops_other_capabilities_of_only_this_thread() {
+    fn keep_for_files_changes_only_the_capabilities_of_this_thread() {
         let before = sets();
         let limited = std::thread::spawn(|| {
             keep_for_files().unwrap();
@@ -89,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn kept_has_no_capability_twice() {
+    fn kept_lists_each_capability_once() {
         assert_eq!(kept().count_ones() as usize, KEPT.len());
         assert!(KEPT.iter().all(|(_, reason)| reason.starts_with("CAP_")));
     }

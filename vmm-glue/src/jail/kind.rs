@@ -5,13 +5,13 @@
 pub enum Kind {
     /// The main thread, which serves the control socket.
     Control,
-    /// A vCPU.
+    /// The thread of a vCPU.
     Vcpu,
     /// The device loop.
     DeviceLoop,
-    /// A worker of the file server.
+    /// A worker thread of the file server.
     FileServer,
-    /// The worker of a disk.
+    /// The worker thread of a disk.
     Disk,
     /// The thread that faults in guest memory.
     Prefault,
@@ -24,7 +24,7 @@ impl Kind {
     pub const ALL: [Self; 7] =
         [Self::Control, Self::Vcpu, Self::DeviceLoop, Self::FileServer, Self::Disk, Self::Prefault, Self::Pid];
 
-    /// Returns the beginning of the names of these threads (comm in proc(5)).
+    /// Returns the prefix of the names of these threads (comm in proc(5)).
     pub fn thread_name(self) -> &'static str {
         match self {
             Self::Control => "husk-vmm",

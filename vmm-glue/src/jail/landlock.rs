@@ -1,10 +1,12 @@
-//! Landlock rules of the VMM process (landlock(7)): a second wall around the share. The rules also restrict what a root
+//! Landlock rules of the VMM process (landlock(7)). Like the root directory, the rules confine the process's access to
+//! files to the share. The rules also restrict what a root
 //! directory cannot restrict: TCP, device ioctls, abstract UNIX sockets and signals.
 //!
-//! The rules allow what a file server needs beneath the share, and nothing elsewhere. Later mounts beneath the share
-//! are covered, because the kernel looks for rules on the way from a file up to the root directory, across mount
-//! points. If a file is opened again through `/proc/self/fd`, the kernel checks the file's own path, not the path of the
-//! link. Therefore, `/proc/self/fd` needs no rule. The kernel refuses all later mount calls of the process.
+//! The rules allow what a file server needs beneath the share, and no access to files elsewhere. The rules also apply
+//! to mounts that appear beneath the share later: the kernel looks for rules in all directories from a file up to the
+//! root directory, across mount points. If a file is opened again through `/proc/self/fd`, the kernel checks the file's
+//! own path, not the path of the link. Therefore, `/proc/self/fd` needs no rule. Once the rules are set, the kernel
+//! refuses all mount calls of the process.
 
 use std::fmt;
 use std::fs::File;
@@ -18,12 +20,13 @@ use landlock::{
     RulesetStatus, Scope,
 };
 
-/// The newest version whose restrictions are used. On older kernels, the crate leaves out what the kernel lacks.
+/// The newest landlock ABI whose restrictions the jail uses. The crate `landlock` omits restrictions that the kernel
+/// lacks.
 const NEWEST: ABI = ABI::V10;
-/// The oldest version that does not break the share. With version 1, no file can move to another directory.
+/// The oldest ABI version that the jail uses. With version 1, no file in the share could move to another directory.
 const OLDEST: u32 = 2;
-/// What the jail restricts with landlock, and the first version that can restrict it. Restrictions of
-/// newer versions are used if the kernel has them. If they are missing, nothing is reported.
+/// The restrictions that the jail reports as missing if the kernel lacks them. Each entry has the first ABI version
+/// with the restriction. The jail also uses the restrictions of newer versions, but does not report their absence.
 const RESTRICTIONS: [(u32, &str); 5] = [
     (OLDEST, "access to files"),
     (3, "truncation of files"),
@@ -32,23 +35,24 @@ const RESTRICTIONS: [(u32, &str); 5] = [
     (6, "abstract UNIX sockets and signals"),
 ];
 
-/// What this kernel's landlock can do.
+/// The support for landlock in this kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Landlock {
     /// The kernel was built without landlock.
     NotBuilt,
     /// Landlock is not among the enabled security modules.
     NotEnabled,
-    /// The ABI version.
+    /// Landlock is enabled and has this ABI version.
     Abi(u32),
 }
 
-/// Error of restricting the process.
+/// Error from restricting the process.
 #[derive(Debug, thiserror::Error)]
 pub enum LandlockError {
     /// The configuration requires landlock, but the kernel cannot restrict access to files.
     #[error(
-        "failed to confine the VMM, because require_landlock is true and {0}: {remedy}, or set require_landlock = false",
+        "failed to confine the VMM: require_landlock is true, but {0}, which is not enough; {remedy}, or set \
+         require_landlock = false",
         remedy = .0.remedy()
     )]
     Required(Landlock),
@@ -64,7 +68,7 @@ pub enum LandlockError {
 }
 
 impl Landlock {
-    /// Returns what this kernel has.
+    /// Returns the support for landlock in the running kernel.
     pub fn of_kernel() -> Self {
         match sys::landlock::abi() {
             Ok(version) => Self::Abi(version),
@@ -73,12 +77,12 @@ impl Landlock {
         }
     }
 
-    /// Returns whether the jail can use this landlock.
+    /// Returns whether the jail can use landlock on this kernel.
     pub fn is_usable(self) -> bool {
         matches!(self, Self::Abi(OLDEST..))
     }
 
-    /// Returns a text with the restrictions that this kernel's landlock lacks. Returns `None` if nothing is missing.
+    /// Returns a text with the restrictions that this kernel lacks. Returns `None` if no restriction is missing.
     pub fn missing(self) -> Option<String> {
         let version = match self {
             Self::Abi(version @ OLDEST..) => version,
@@ -89,7 +93,7 @@ impl Landlock {
         (!missing.is_empty()).then(|| format!("{self}, so landlock does not restrict {}", missing.join(", ")))
     }
 
-    /// Returns how to get a landlock without gaps.
+    /// Returns what the user can do to get all restrictions.
     pub fn remedy(self) -> &'static str {
         match self {
             Self::NotBuilt => "use Linux 6.12 or later with CONFIG_SECURITY_LANDLOCK",
@@ -109,11 +113,11 @@ impl fmt::Display for Landlock {
     }
 }
 
-/// Restricts this thread, and all threads that it starts later, to the directory `share`. Without a share, no file can
-/// be opened any more. Returns what the kernel cannot restrict, as text.
+/// Restricts this thread, and all threads that it starts later, to the directory `share`. Without a share, these
+/// threads can open no file. Returns a text with the restrictions that the kernel lacks, if any.
 ///
 /// # Errors
-/// [`LandlockError`]. With `required`, it is an error if the kernel cannot restrict access to files.
+/// [`LandlockError`]. If `required` is true, a kernel that cannot restrict access to files is an error.
 pub fn restrict(share: Option<&Path>, required: bool) -> Result<Option<String>, LandlockError> {
     let landlock = Landlock::of_kernel();
     if !landlock.is_usable() {
@@ -124,8 +128,8 @@ pub fn restrict(share: Option<&Path>, required: bool) -> Result<Option<String>, 
         .handle_access(AccessNet::from_all(NEWEST))?
         .scope(Scope::from_all(NEWEST))?
         .create()?
-        // A guest can cause denials, for example in a volume that the host has unmounted. They must not fill the
-        // node's audit log.
+        // A guest can cause denials, for example in a volume that the host has unmounted. These denials must not fill
+        // the node's audit log.
         .log_same_exec(false)?;
     let rules = match share {
         Some(share) => {
@@ -140,8 +144,8 @@ pub fn restrict(share: Option<&Path>, required: bool) -> Result<Option<String>, 
     Ok(landlock.missing())
 }
 
-/// Returns what the file server may do beneath the share: everything except to execute a file, to control a device and
-/// to connect to a socket.
+/// Returns what the file server may do beneath the share. The file server may not execute files, make ioctls on devices
+/// or connect to UNIX sockets.
 fn file_server() -> BitFlags<AccessFs> {
     AccessFs::from_all(NEWEST) & !(AccessFs::Execute | AccessFs::IoctlDev | AccessFs::ResolveUnix)
 }

@@ -1,5 +1,5 @@
-//! Tests of the rules from inside, on a thread that restricts itself. On a kernel without landlock, they check instead
-//! that its absence is reported.
+//! Tests of the landlock rules. A test starts a thread that restricts itself, and then checks what this thread can do.
+//! The expected results depend on the landlock ABI of the running kernel.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -25,7 +25,7 @@ use super::*;
 /// Runs `test` on a thread that has a mount namespace of its own.
 fn with_mounts(test: impl FnOnce() + Send + 'static) {
     let thread = thread::spawn(|| {
-        unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).expect("this test needs root: it mounts");
+        unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).expect("this test needs root for its mounts");
         let none = None::<&Path>;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
         test();
@@ -33,7 +33,7 @@ fn with_mounts(test: impl FnOnce() + Send + 'static) {
     thread.join().unwrap();
 }
 
-/// Does what the file server does in a directory, and removes everything again.
+/// Performs the operations of the file server in `directory`, and then removes all files that it has made.
 fn use_as_file_server(directory: &Path) {
     let (one, two) = (directory.join("one"), directory.join("two"));
     fs::create_dir(&one).unwrap();
@@ -97,12 +97,13 @@ fn only_files_beneath_share_and_its_later_mounts_are_accessible() {
             denied(fs::read_dir(&outside).map(drop));
             denied(fs::write(outside.join("new"), ""));
             denied(fs::rename(outside.join("file"), inside.join("file")));
-            // Only the right to move the file is missing here. The kernel then answers as for another file system.
+            // The thread lacks only the right to move or link a file from `outside` to another directory. In this case,
+            // the kernel returns EXDEV.
             let link = fs::hard_link(outside.join("file"), inside.join("file"));
             assert_eq!(link.unwrap_err().kind(), ErrorKind::CrossesDevices);
             denied(fs::read_dir("/proc/self/fd").map(drop));
             denied(Command::new(&program).status().map(drop));
-            // The host has unmounted this file's mount, which is therefore not beneath the share any more.
+            // The test has unmounted the file's mount. Therefore the file is no longer beneath the share.
             denied(reopen(&gone));
             let none = None::<&Path>;
             let bind = mount(Some(&inside), &inside.join("before"), none, MsFlags::MS_BIND, none);
@@ -138,7 +139,7 @@ fn tcp_abstract_sockets_and_other_processes_are_not_reachable() {
     let pid = Pid::from_raw(other.id().cast_signed());
     let reached = thread::spawn(move || {
         restrict(None, false).unwrap();
-        // A pair of sockets needs no address.
+        // Landlock does not restrict a pair of connected sockets, because the pair has no address.
         UnixStream::pair().unwrap();
         let tcp = TcpStream::connect(tcp_address).is_ok() || TcpListener::bind("127.0.0.1:0").is_ok();
         (tcp, UnixStream::connect_addr(&abstract_address).is_ok(), kill(pid, Signal::SIGCONT).is_ok())

@@ -9,9 +9,10 @@ use virtiofsd::limits::setup_rlimit_nofile;
 /// The limits to set. Each entry has a resource, the value of both its soft and its hard limit, and the reason.
 ///
 /// A limit of 1 byte prevents core dumps. A limit of 0 would not always prevent them, because the kernel ignores all
-/// limits except 1 if it pipes core dumps to a program (fs/coredump.c, `do_coredump`). The dumpable flag alone is not
-/// sufficient either, because each switch to a guest's user sets the flag to fs.suid_dumpable (kernel/cred.c,
-/// `commit_creds`).
+/// limits except 1 if it pipes core dumps to a program (fs/coredump.c, `do_coredump`).
+///
+/// The dumpable flag alone is not sufficient. When a VMM thread changes to the user id of a guest's user, the kernel
+/// sets the flag to the value of fs.suid_dumpable (kernel/cred.c, `commit_creds`).
 const LIMITS: [(Resource, u64, &str); 3] = [
     (Resource::RLIMIT_CORE, 1, "a core dump would hold guest memory"),
     (Resource::RLIMIT_MEMLOCK, 0, "the VMM locks no memory"),
@@ -35,7 +36,7 @@ pub fn max_fds() -> io::Result<u64> {
 }
 
 /// Sets the limits, and raises the maximum number of open fds as far as the system allows. The VMM needs many fds,
-/// because each file that the guest knows is open in the VMM. Returns the maximum number of open fds.
+/// because it holds an open fd for each file that the guest has looked up. Returns the maximum number of open fds.
 pub fn set() -> Result<u64, LimitError> {
     let max_fds = setup_rlimit_nofile(None).map_err(LimitError::Fds)?;
     for (resource, limit, reason) in LIMITS {

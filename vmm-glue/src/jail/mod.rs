@@ -1,8 +1,8 @@
 //! The jail of the VMM process limits what the process can see and do once it runs a guest.
 //!
-//! [`enter`] confines the whole process. It is called once, when the configuration is known and before there is a
-//! second thread. Later, each thread first calls [`confine`], which drops every right that the thread's kind does not
-//! need.
+//! [`enter`] confines the whole process. The VMM calls [`enter`] once, after it has received its configuration and
+//! before it starts a second thread. Later, each thread first calls [`confine`], which drops every right that the
+//! thread's kind does not need.
 
 mod capabilities;
 mod kind;
@@ -37,7 +37,7 @@ pub const UNJAILED: bool = cfg!(feature = "unjailed");
 /// What the process opened or read before it entered the jail.
 #[derive(Debug)]
 pub struct Belongings {
-    /// `/proc/self/fd`, the process's directory of open fds. No directory above it can be reached.
+    /// `/proc/self/fd`, the process's directory of open fds. `..` does not lead out of this directory.
     pub fd_directory: File,
     /// `/dev/null`, opened for writing.
     pub dev_null: File,
@@ -66,7 +66,7 @@ pub enum JailError {
     /// A namespace could not be created.
     #[error("failed to create the VMM's mount, IPC, UTS and cgroup namespaces")]
     Namespaces(#[source] io::Error),
-    /// /proc or /dev is not mounted. Only with [`UNJAILED`].
+    /// /proc or /dev is not mounted. This error occurs only if [`UNJAILED`] is true.
     #[error("failed to open /proc/self/fd and /dev/null")]
     Belongings(#[source] io::Error),
     /// The root directory could not be changed.
@@ -89,18 +89,18 @@ pub enum JailError {
 /// Result of entering the jail.
 #[derive(Debug)]
 pub struct Entered {
-    /// What the process keeps.
+    /// What the process opened or read before.
     pub belongings: Belongings,
-    /// What the jail does not restrict, because the host's kernel cannot restrict it, as text.
+    /// A text with the restrictions that the host's kernel lacks. `None` if no restriction is missing.
     pub unrestricted: Option<String>,
 }
 
 /// Confines the process. Sets resource limits and no_new_privs, creates namespaces, makes the share the root directory,
-/// limits the capability bounding set to the file server's capabilities, and sets landlock rules. With
-/// `require_landlock`, it is an error if the host's kernel cannot restrict access to files with landlock.
+/// limits the capability bounding set to the file server's capabilities, and sets landlock rules. If
+/// `require_landlock` is true, a host kernel that cannot restrict access to files with landlock is an error.
 ///
-/// Without a share, the root is an empty, read-only directory. The PID and network namespaces are set when the process
-/// is spawned ([`crate::client::spawn`]).
+/// Without a share, the root is an empty, read-only directory. The shim sets the PID and network namespaces when it
+/// spawns the process ([`crate::client::spawn`]).
 ///
 /// # Errors
 /// [`JailError`]. After an error the process may be confined only in part, and must end.
@@ -116,7 +116,7 @@ pub fn enter(share: Option<&Path>, require_landlock: bool, seccomp: SeccompMode)
     let (fd_directory, dev_null) = root::enter(share)?;
     capabilities::bound().map_err(JailError::Bounding)?;
     prctl::set_no_new_privs().map_err(|errno| JailError::NoNewPrivileges(errno.into()))?;
-    // The rules come last, because they forbid to mount.
+    // The landlock rules forbid mounts. Therefore the root directory is set up before the rules.
     let unrestricted = landlock::restrict(share.map(|_| Path::new("/")), require_landlock)?;
     seccomp::prepare(seccomp)?;
     Ok(Entered { belongings: Belongings { fd_directory, dev_null, max_fds }, unrestricted })

@@ -1,4 +1,5 @@
-//! The mount namespace and the root directory of the VMM process. They contain the share and nothing else of the host.
+//! The mount namespace and the root directory of the VMM process. The root directory is the share. No other file of the
+//! host has a path in the namespace.
 
 use std::fs::File;
 use std::io;
@@ -34,8 +35,8 @@ fn error<E: Into<io::Error>>(step: &'static str, path: impl AsRef<Path>) -> impl
 /// and `/dev/null`, because these paths do not exist under the new root. Without a share the root is an empty,
 /// read-only directory.
 ///
-/// Mounts that the host adds to the share later appear in this namespace too, because the root is a slave of the share.
-/// No mount propagates to the host.
+/// Mounts that the host adds to the share later appear in this namespace too, because the root is a slave mount of the
+/// share. No mount in this namespace propagates to the host.
 pub fn enter(share: Option<&Path>) -> Result<(File, File), RootError> {
     let none = None::<&Path>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
@@ -62,7 +63,7 @@ pub fn enter(share: Option<&Path>) -> Result<(File, File), RootError> {
     // pivot_root stacks the old root on the new root, and umount2 then removes the old root (pivot_root(2), NOTES).
     chdir(root).map_err(error("enter", root))?;
     pivot_root(".", ".").map_err(error("change the root to", root))?;
-    umount2(".", MntFlags::MNT_DETACH).map_err(error("unmount the old root of", root))?;
+    umount2(".", MntFlags::MNT_DETACH).map_err(error("unmount the old root from", root))?;
     chdir("/").map_err(error("enter", "/"))?;
     Ok((fd_directory.into(), dev_null))
 }

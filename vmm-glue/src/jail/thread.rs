@@ -8,7 +8,7 @@ use super::kind::Kind;
 use super::seccomp::{self, FilterError};
 use super::{UNJAILED, capabilities};
 
-/// Error of confining a thread.
+/// Error from confining a thread.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfineError {
     /// The thread still has more rights than its kind needs.

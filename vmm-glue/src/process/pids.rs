@@ -65,4 +65,13 @@ mod tests {
         }
         assert!(std::fs::exists(format!("/proc/{b}")).unwrap());
     }
+
+    #[test]
+    fn number_of_pids_is_bounded() {
+        let mut pids = Pids::default();
+        let acquired: Vec<u32> = (0..MAX_PIDS).map(|_| pids.acquire().unwrap()).collect();
+        assert!(pids.acquire().is_err());
+        pids.release(acquired[0]);
+        pids.acquire().unwrap();
+    }
 }

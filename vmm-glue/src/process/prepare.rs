@@ -7,6 +7,8 @@ use husk_base::sys::heap;
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 
+use super::memory_fault;
+
 /// Error from preparing the process.
 #[derive(Debug, thiserror::Error)]
 pub enum PrepareError {
@@ -16,6 +18,9 @@ pub enum PrepareError {
     /// `prctl(PR_SET_DUMPABLE)` failed.
     #[error("failed to disable core dumps")]
     Dump(#[source] io::Error),
+    /// The handler of memory faults could not be installed.
+    #[error("failed to install the handler of memory faults")]
+    Fault(#[source] io::Error),
     /// The signal mask could not be cleared.
     #[error("failed to unblock signals")]
     Signals(#[source] io::Error),
@@ -30,6 +35,7 @@ pub fn prepare() -> Result<(), PrepareError> {
     // A guest can crash the VMM by placing a virtqueue in hot-pluggable memory that is not plugged. The host must not
     // store a core dump of such a crash.
     prctl::set_dumpable(false).map_err(|errno| PrepareError::Dump(errno.into()))?;
+    memory_fault::handle().map_err(PrepareError::Fault)?;
     let _ = prctl::set_name(c"husk-vmm");
     heap::keep_small();
     SigSet::empty().thread_set_mask().map_err(|errno| PrepareError::Signals(errno.into()))

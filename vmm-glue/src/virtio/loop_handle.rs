@@ -4,7 +4,7 @@ use event_manager::RemoteEndpoint;
 
 use super::device::SharedDevice;
 
-/// A handle to the device loop, for any thread.
+/// A handle to the device loop that every thread can use.
 #[derive(Clone)]
 pub struct LoopHandle(RemoteEndpoint<SharedDevice>);
 

@@ -1,7 +1,7 @@
 //! The virtio-mmio transport, version 2: registers, interrupt and notifications of one device.
 //!
 //! See Virtual I/O Device (VIRTIO) 1.2, section 4.2 "Virtio Over MMIO". Every write comes from the guest, which is not
-//! trusted. Therefore, writes that the protocol does not allow in the current state are ignored. The queue
+//! trusted. Therefore, the transport ignores writes that the protocol does not allow in the current state. The queue
 //! configuration cannot change after DRIVER_OK.
 
 use std::io;
@@ -44,7 +44,7 @@ const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
     /// The device has a queue of an invalid size.
-    #[error("invalid queue size: it is not a power of two")]
+    #[error("invalid queue size: must be a power of two")]
     QueueSize(#[source] virtio_queue::Error),
     /// An eventfd could not be created.
     #[error("failed to create an eventfd for the notifications of a queue")]
@@ -56,9 +56,15 @@ pub struct Transport {
     device: SharedDevice,
     device_type: u32,
     memory: GuestMemory,
-    interrupt: Arc<MmioInterrupt>,
     notify: Vec<EventFd>,
     device_loop: LoopHandle,
+    state: Arc<State>,
+}
+
+/// What a thread of the device needs to complete a reset. It does not own the device: the device joins its threads when
+/// it is dropped, and a thread must not join itself.
+struct State {
+    interrupt: Arc<MmioInterrupt>,
     registers: Mutex<Registers>,
     /// Signals that a reset is complete.
     reset_complete: Condvar,
@@ -83,11 +89,10 @@ struct Registers {
 pub struct MmioInterrupt {
     status: AtomicU32,
     generation: AtomicU32,
-    /// Whether the device has failed and the driver sees DEVICE_NEEDS_RESET. This flag cannot be in [`Registers`],
-    /// because a device is already locked when it sets the flag. The lock of the registers must be taken before the
-    /// lock of the device.
+    /// Whether the device has failed, so that the driver sees DEVICE_NEEDS_RESET. This flag is not in [`Registers`],
+    /// because a device sets the flag through [`Interrupt`], without the lock of the registers.
     needs_reset: AtomicBool,
-    /// Whether vhost also writes to `irq` when vhost has used buffers (see [`Interrupt::share_irq`]).
+    /// Whether vhost also writes to `irq`, after it has used buffers (see [`Interrupt::share_irq`]).
     shared: AtomicBool,
     irq: EventFd,
 }
@@ -122,8 +127,9 @@ impl MmioInterrupt {
         if self.needs_reset.load(Ordering::SeqCst) { NEEDS_RESET } else { 0 }
     }
 
-    /// Returns the causes of an interrupt. Drivers read the causes first. Without the VRING bit, Linux's driver does
-    /// not look at its queues (`vm_interrupt` in drivers/virtio/virtio_mmio.c).
+    /// Returns the causes of an interrupt. If vhost shares the eventfd, the VRING bit is always set, because vhost
+    /// cannot set it. Without the VRING bit, Linux's driver does not look at its queues (`vm_interrupt` in
+    /// drivers/virtio/virtio_mmio.c).
     fn causes(&self) -> u32 {
         let shared = if self.shared.load(Ordering::SeqCst) { VIRTIO_MMIO_INT_VRING } else { 0 };
         self.status.load(Ordering::SeqCst) | shared
@@ -158,27 +164,29 @@ impl Transport {
             device,
             device_type,
             memory,
-            interrupt: Arc::new(MmioInterrupt {
-                status: AtomicU32::new(0),
-                generation: AtomicU32::new(0),
-                needs_reset: AtomicBool::new(false),
-                shared: AtomicBool::new(false),
-                irq,
-            }),
             notify,
             device_loop,
-            registers: Mutex::new(Registers {
-                status: 0,
-                device_features,
-                device_features_sel: 0,
-                driver_features: 0,
-                driver_features_sel: 0,
-                queue_sel: 0,
-                queues,
-                resetting: false,
-                resets: 0,
+            state: Arc::new(State {
+                interrupt: Arc::new(MmioInterrupt {
+                    status: AtomicU32::new(0),
+                    generation: AtomicU32::new(0),
+                    needs_reset: AtomicBool::new(false),
+                    shared: AtomicBool::new(false),
+                    irq,
+                }),
+                registers: Mutex::new(Registers {
+                    status: 0,
+                    device_features,
+                    device_features_sel: 0,
+                    driver_features: 0,
+                    driver_features_sel: 0,
+                    queue_sel: 0,
+                    queues,
+                    resetting: false,
+                    resets: 0,
+                }),
+                reset_complete: Condvar::new(),
             }),
-            reset_complete: Condvar::new(),
         })
     }
 
@@ -188,7 +196,7 @@ impl Transport {
         &self.notify
     }
 
-    /// Returns the device ID of the virtio specification, section 5.
+    /// Returns the device's ID from section 5 of the virtio specification.
     pub fn device_type(&self) -> u32 {
         self.device_type
     }
@@ -200,7 +208,7 @@ impl Transport {
 
     /// Returns the eventfd that interrupts the guest.
     pub fn irq_fd(&self) -> &EventFd {
-        &self.interrupt.irq
+        &self.state.interrupt.irq
     }
 
     /// Serves a read by the driver.
@@ -216,7 +224,7 @@ impl Transport {
     /// Serves a write by the driver. A write that resets the device returns when the reset is complete.
     pub fn write(self: &Arc<Self>, offset: u64, data: &[u8]) {
         if let Some(config) = offset.checked_sub(u64::from(VIRTIO_MMIO_CONFIG)) {
-            let status = self.registers().status | self.interrupt.status();
+            let status = self.registers().status | self.state.interrupt.status();
             if status & VIRTIO_CONFIG_S_DRIVER != 0 && status & (VIRTIO_CONFIG_S_FAILED | NEEDS_RESET) == 0 {
                 lock(&self.device).write_config(config, data);
             }
@@ -228,15 +236,15 @@ impl Transport {
     fn read_register(&self, register: u32) -> u32 {
         match register {
             // Read these two registers without a lock, because the driver reads them at every interrupt.
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.causes(),
-            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation.load(Ordering::SeqCst),
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.state.interrupt.causes(),
+            VIRTIO_MMIO_CONFIG_GENERATION => self.state.interrupt.generation.load(Ordering::SeqCst),
             VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
             VIRTIO_MMIO_VERSION => VERSION,
             VIRTIO_MMIO_DEVICE_ID => self.device_type,
             VIRTIO_MMIO_VENDOR_ID => VENDOR,
             // All ones in length and base mean that the device does not have the selected shared memory region.
             VIRTIO_MMIO_SHM_LEN_LOW..=VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
-            VIRTIO_MMIO_STATUS => self.registers().status | self.interrupt.status(),
+            VIRTIO_MMIO_STATUS => self.registers().status | self.state.interrupt.status(),
             _ => self.registers().read(register),
         }
     }
@@ -244,7 +252,7 @@ impl Transport {
     fn write_register(self: &Arc<Self>, register: u32, value: u32) {
         match register {
             VIRTIO_MMIO_INTERRUPT_ACK => {
-                self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
+                self.state.interrupt.status.fetch_and(!value, Ordering::SeqCst);
             }
             // KVM consumes the write if the value is a queue's number. Other values have no effect.
             VIRTIO_MMIO_QUEUE_NOTIFY => {}
@@ -266,13 +274,13 @@ impl Transport {
     fn reset(self: &Arc<Self>, mut registers: MutexGuard<'_, Registers>) {
         if registers.status & VIRTIO_CONFIG_S_DRIVER_OK == 0 {
             registers.reset();
-            return self.interrupt.reset();
+            return self.state.interrupt.reset();
         }
-        // Only the first of several vCPUs starts the reset, and all of them wait for it.
+        // If several vCPUs write 0, only the first write starts the reset. All these vCPUs wait for the reset.
         registers.resetting = registers.resetting || self.run(Self::start_reset);
         let before = registers.resets;
         while registers.resetting && registers.resets == before {
-            registers = sync::wait(&self.reset_complete, registers);
+            registers = sync::wait(&self.state.reset_complete, registers);
         }
     }
 
@@ -295,7 +303,7 @@ impl Transport {
         let activated = self.activation().and_then(|activation| lock(&self.device).activate(activation));
         if let Err(error) = activated {
             log::warn!("failed to activate virtio device of type {}: {}", self.device_type, chain(&error));
-            if let Err(error) = self.interrupt.needs_reset() {
+            if let Err(error) = self.state.interrupt.needs_reset() {
                 log::warn!("failed to interrupt the driver of virtio device of type {}: {error}", self.device_type);
             }
         }
@@ -320,30 +328,32 @@ impl Transport {
             memory: self.memory.clone(),
             features: registers.driver_features,
             queues,
-            interrupt: self.interrupt.clone(),
+            interrupt: self.state.interrupt.clone(),
         })
     }
 
     /// Resets the device. Runs on the device loop.
     fn start_reset(self: &Arc<Self>) {
-        let transport = Arc::clone(self);
+        let state = Arc::clone(&self.state);
         let mut device = lock(&self.device);
         device.reset();
-        device.when_idle(Box::new(move || transport.complete_reset()));
+        device.when_idle(Box::new(move || state.complete_reset()));
     }
 
+    fn registers(&self) -> MutexGuard<'_, Registers> {
+        sync::lock(&self.state.registers)
+    }
+}
+
+impl State {
     /// Lets the driver see that the reset is complete. Runs on the device loop or on a thread of the device.
     fn complete_reset(&self) {
-        let mut registers = self.registers();
+        let mut registers = sync::lock(&self.registers);
         registers.reset();
         self.interrupt.reset();
         registers.resetting = false;
         registers.resets = registers.resets.wrapping_add(1);
         self.reset_complete.notify_all();
-    }
-
-    fn registers(&self) -> MutexGuard<'_, Registers> {
-        sync::lock(&self.registers)
     }
 }
 
@@ -398,7 +408,7 @@ impl Registers {
     fn advance(&mut self, value: u32) -> bool {
         let current = self.status;
         if value & current != current || self.status & VIRTIO_CONFIG_S_FAILED != 0 || self.resetting {
-            return false; // a driver may only add bits, and nothing follows FAILED or a reset that is not complete
+            return false; // a driver may only add bits, and may add none after FAILED or during a reset
         }
         match value & !current & !NEEDS_RESET {
             0 => {}
@@ -453,7 +463,7 @@ fn configure(queue: &mut Queue, register: u32, value: u32) {
 }
 
 /// Copies a queue's configuration. The device takes over the copy. The transport keeps the original, because the driver
-/// can still read its registers.
+/// can still read the queue's registers.
 fn copy(from: &Queue, to: &mut Queue) {
     let halves = |address: u64| (Some(half(address, 0)), Some(half(address, 1)));
     to.set_size(from.size());

@@ -9,7 +9,7 @@ fn status() -> impl Strategy<Value = u32> {
     prop::sample::select(vec![0, VIRTIO_CONFIG_S_ACKNOWLEDGE, ACK_DRIVER, FEATURES_OK, DRIVER_OK, DRIVER_OK, 0x8f])
 }
 
-/// Generates a write that changes queues, features or selectors, if the driver may do that.
+/// Generates a write that changes queues, features or selectors if the status permits the change.
 fn configuration() -> impl Strategy<Value = (u32, u32)> {
     let registers = vec![
         VIRTIO_MMIO_DRIVER_FEATURES_SEL,
@@ -26,8 +26,8 @@ fn configuration() -> impl Strategy<Value = (u32, u32)> {
     (prop::sample::select(registers), value)
 }
 
-/// Does what a driver does up to FEATURES_OK, but does not reset the device first and checks nothing, because other
-/// vCPUs may write in between.
+/// Negotiates features and sets up a queue, as a driver does. Omits the reset of the device and the checks of the
+/// status, because other vCPUs may write at the same time.
 fn negotiate_among_others(transport: &Arc<Transport>) {
     for value in [VIRTIO_CONFIG_S_ACKNOWLEDGE, ACK_DRIVER] {
         set(transport, VIRTIO_MMIO_STATUS, value);
@@ -60,7 +60,7 @@ fn reset_waits_for_paused_device_loop() {
         while !transport.registers().resetting {
             thread::yield_now();
         }
-        // The driver cannot do anything before the reset is complete.
+        // The driver cannot change the status before the reset is complete.
         for value in [VIRTIO_CONFIG_S_ACKNOWLEDGE, DRIVER_OK, DRIVER_OK | VIRTIO_CONFIG_S_FAILED] {
             set(&transport, VIRTIO_MMIO_STATUS, value);
             assert_eq!(get(&transport, VIRTIO_MMIO_STATUS), DRIVER_OK);
@@ -99,7 +99,7 @@ fn reset_waits_for_last_request_but_device_loop_does_not() {
 }
 
 #[test]
-fn status_writes_to_paused_device_loop_queue_at_most_two_jobs() {
+fn at_most_two_jobs_of_a_transport_wait_for_paused_device_loop() {
     let (mut device_loop, handle) = start_loop();
     let (transport, probe) = transport_on(&handle);
     negotiate(&transport);
@@ -121,7 +121,7 @@ fn status_writes_to_paused_device_loop_queue_at_most_two_jobs() {
             thread::yield_now();
         }
         for _ in 0..1000 {
-            // A job holds a reference to the transport.
+            // Each job that waits for the device loop holds a reference to the transport.
             assert!(Arc::strong_count(&transport) <= 1 + 2);
             thread::yield_now();
         }
@@ -156,7 +156,8 @@ proptest! {
         prop_assert_eq!(&probe.lock().unwrap().activations, &vec![(FEATURES, vec![(128, 0x1_0000), (16, 0)])]);
     }
 
-    /// The probe fails if it is activated twice without a reset, or reset again before a reset is complete.
+    /// The probe fails the test if the transport activates the probe twice without a reset, or starts a reset before
+    /// the previous reset is complete.
     #[test]
     fn writes_of_several_vcpus_keep_activations_and_resets_in_order(
         vcpus in prop::collection::vec(prop::collection::vec((status(), any::<bool>()), 1..40), 2..4),
@@ -192,4 +193,18 @@ proptest! {
         settle(&transport);
         prop_assert_eq!(Arc::strong_count(&transport), 1);
     }
+}
+
+#[test]
+fn thread_that_completes_a_reset_does_not_own_the_device() {
+    let (transport, probe) = transport();
+    probe.lock().unwrap().busy = true;
+    transport.start_reset();
+    let complete = probe.lock().unwrap().on_idle.take().unwrap();
+    let device = Arc::downgrade(&probe);
+    drop((transport, probe));
+    // The hot-unplug of a device can drop all other references while the closure runs. A last reference in the closure
+    // would make the device join the thread that drops it.
+    assert!(device.upgrade().is_none());
+    complete();
 }

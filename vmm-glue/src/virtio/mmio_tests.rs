@@ -227,7 +227,7 @@ fn failed_device_sets_needs_reset() {
     let (transport, probe) = transport();
     negotiate(&transport);
     set(&transport, VIRTIO_MMIO_STATUS, DRIVER_OK);
-    transport.interrupt.needs_reset().unwrap();
+    transport.state.interrupt.needs_reset().unwrap();
     assert_eq!(get(&transport, VIRTIO_MMIO_STATUS), DRIVER_OK | NEEDS_RESET);
     negotiate(&transport);
     assert_eq!(probe.lock().unwrap().resets, 1);
@@ -237,8 +237,8 @@ fn failed_device_sets_needs_reset() {
 fn interrupt_causes_stay_until_acknowledged() {
     let (transport, _) = transport();
     let generation = get(&transport, VIRTIO_MMIO_CONFIG_GENERATION);
-    transport.interrupt.queue(0).unwrap();
-    transport.interrupt.config().unwrap();
+    transport.state.interrupt.queue(0).unwrap();
+    transport.state.interrupt.config().unwrap();
     assert_ne!(get(&transport, VIRTIO_MMIO_CONFIG_GENERATION), generation);
     assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), 3);
     set(&transport, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING);
@@ -331,7 +331,7 @@ fn shared_interrupt_always_reports_used_buffers() {
     let (transport, _probe) = transport();
     negotiate(&transport);
     assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), 0);
-    let irq = transport.interrupt.share_irq().unwrap();
+    let irq = transport.state.interrupt.share_irq().unwrap();
     // vhost signals the interrupt, and does not set a cause.
     irq.write(1).unwrap();
     assert_eq!(transport.irq_fd().read().unwrap(), 1);
@@ -339,7 +339,7 @@ fn shared_interrupt_always_reports_used_buffers() {
         assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
         set(&transport, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING);
     }
-    transport.interrupt.config().unwrap();
+    transport.state.interrupt.config().unwrap();
     assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG);
     set(&transport, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG);
     assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);

@@ -10,6 +10,7 @@ pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod queue;
+pub mod rate_limit;
 pub mod rng;
 pub(crate) mod slot_eventfds;
 pub mod slots;

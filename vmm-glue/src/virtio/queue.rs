@@ -4,8 +4,6 @@
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, Events};
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -24,6 +22,8 @@ pub const MAX_SEGMENTS: usize = 1024;
 
 /// Event token of a device's own eventfd. Queue events have the queue's index as token.
 pub const WAKE_TOKEN: u32 = u32::MAX;
+/// Event token of the timer of a device with a rate limit.
+pub const TIMER_TOKEN: u32 = u32::MAX - 1;
 
 /// A fault that breaks the whole queue and not only one chain. After this fault, the device stops until the driver
 /// resets the device.
@@ -414,33 +414,12 @@ pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
     }
 }
 
-/// Logs a guest's fault, unless the rate limit of [`may_log`] is reached.
+/// Logs a guest's fault. The process's log limits the rate of such lines.
 pub fn log_guest_fault(queue: u16, fault: &dyn std::fmt::Display) {
-    if may_log() {
-        log::warn!("guest fault on queue {queue}: {fault}");
-    }
+    log::warn!("guest fault on queue {queue}: {fault}");
 }
 
-/// Logs that the host failed to serve a guest's request, unless the rate limit of [`may_log`] is reached.
+/// Logs that the host failed to serve a guest's request. The process's log limits the rate of such lines.
 pub fn log_host_failure(failure: &dyn std::fmt::Display) {
-    if may_log() {
-        log::warn!("{failure}");
-    }
-}
-
-/// Returns whether another message about a guest's request may be logged. The rate limit is a few messages per second
-/// for the whole process, because a guest can cause faults and failures very often.
-fn may_log() -> bool {
-    static WINDOW: AtomicU64 = AtomicU64::new(0);
-    static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
-    const PER_SECOND: u64 = 5;
-    let elapsed: Duration = START.get_or_init(Instant::now).elapsed();
-    // The upper half contains the current second. The lower half contains the number of messages in this second.
-    let second = elapsed.as_secs() << 32;
-    let before = WINDOW
-        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |window| {
-            Some(if window & !0xffff_ffff == second { window.saturating_add(1) } else { second | 1 })
-        })
-        .unwrap_or(0);
-    before & !0xffff_ffff != second || before & 0xffff_ffff < PER_SECOND
+    log::warn!("{failure}");
 }

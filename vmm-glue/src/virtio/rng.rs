@@ -3,43 +3,37 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use husk_base::entropy;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
-use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::timerfd::TimerFd;
 
 use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
-use super::queue::{Iov, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent};
+use super::queue::{Iov, QueueFault, TIMER_TOKEN, Virtqueue, WAKE_TOKEN, WakeEvent};
+use super::rate_limit::{Direction, Throttle};
+use crate::config::{Rate, RateLimit};
 use crate::guest_memory::GuestMemory;
 
 /// Maximum size of the queue. A small queue is sufficient, because Linux has at most one request in flight.
 const QUEUE_SIZES: [u16; 1] = [8];
 const QUEUE: u32 = 0;
-const TIMER: u32 = 1;
 /// Maximum number of bytes that one request gets. The driver sends another request for the remaining bytes.
 const MAX_REQUEST: usize = 4096;
-/// Number of bytes that a guest may read without a pause.
-const BURST: usize = 64 * 1024;
-/// Rate limit after the burst, in bytes per second. This is sufficient, because a seed has only 32 bytes.
-const RATE: usize = 64 * 1024;
-/// Time for which the device serves no requests after it has reached the rate limit.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Rate limit of the device. The rate of bytes is sufficient, because a seed has only 32 bytes. The rate of operations
+/// limits requests that have no space for bytes.
+const RATE_LIMIT: RateLimit = RateLimit {
+    bytes: Some(Rate { per_second: 64 << 10, burst: 64 << 10 }),
+    operations: Some(Rate { per_second: 1024, burst: 1024 }),
+};
 
 /// The entropy device.
 pub struct Rng {
     wake: WakeEvent,
-    timer: TimerFd,
-    timer_registered: bool,
+    throttle: Throttle,
     active: Option<Active>,
-    /// Number of bytes that the rate limit allows now.
-    tokens: usize,
-    refilled: Instant,
 }
 
 struct Active {
@@ -51,50 +45,34 @@ struct Active {
 impl Rng {
     /// Creates the device.
     pub fn new() -> io::Result<Self> {
-        Ok(Self {
-            wake: WakeEvent::new()?,
-            timer: TimerFd::new().map_err(|error| io::Error::from_raw_os_error(error.errno()))?,
-            timer_registered: false,
-            active: None,
-            tokens: BURST,
-            refilled: Instant::now(),
-        })
-    }
-
-    fn refill(&mut self) {
-        let elapsed = usize::try_from(self.refilled.elapsed().as_millis()).unwrap_or(usize::MAX);
-        let refill = elapsed.saturating_mul(RATE) / 1000;
-        if refill > 0 {
-            self.tokens = self.tokens.saturating_add(refill).min(BURST);
-            self.refilled = Instant::now();
-        }
+        Ok(Self { wake: WakeEvent::new()?, throttle: Throttle::new(RATE_LIMIT, RateLimit::default())?, active: None })
     }
 
     fn serve(&mut self) -> Result<(), QueueFault> {
-        self.refill();
-        let Some(active) = &mut self.active else { return Ok(()) };
-        let memory = Arc::clone(&active.memory);
-        let mut rounds = 0..active.queue.size() * 2;
+        let Self { wake, throttle, active: Some(Active { memory, interrupt, queue }) } = self else { return Ok(()) };
+        throttle.begin_turn();
         let mut more = true;
-        while self.tokens > 0 && rounds.next().is_some() {
-            if let Some(mut chain) = active.queue.pop(&memory)? {
-                chain.writable.truncate(MAX_REQUEST.min(self.tokens));
+        for _ in 0..queue.size() * 2 {
+            if let Some(mut chain) = queue.pop(memory)? {
+                chain.writable.truncate(MAX_REQUEST);
+                if !throttle.admit(Direction::Receive, chain.writable.len()) {
+                    queue.undo_pop();
+                    more = false;
+                    break;
+                }
                 let written = fill(&chain.writable);
-                self.tokens -= written;
                 // `written` is at most MAX_REQUEST.
-                active.queue.push(&memory, chain.head, written as u32)?;
-            } else if !active.queue.enable_notification(&memory)? {
+                queue.push(memory, chain.head, written as u32)?;
+            } else if !queue.enable_notification(memory)? {
                 more = false;
                 break;
             }
         }
+        throttle.end_turn();
         if more {
-            // Serve the remaining requests after the pause.
-            if let Err(error) = self.timer.reset(PAUSE, None) {
-                log::error!("virtio-rng: failed to set the timer: {error}");
-            }
+            wake.wake();
         }
-        active.queue.flush(&memory, &*active.interrupt)
+        queue.flush(memory, &**interrupt)
     }
 }
 
@@ -113,10 +91,7 @@ fn fill(buffer: &Iov<'_>) -> usize {
 impl MutEventSubscriber for Rng {
     fn init(&mut self, ops: &mut EventOps) {
         self.wake.init(ops);
-        self.timer_registered = ops.add(Events::with_data(&self.timer, TIMER, EventSet::IN)).is_ok();
-        if !self.timer_registered {
-            log::error!("virtio-rng: failed to register the timer");
-        }
+        self.throttle.init(ops);
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
@@ -132,10 +107,8 @@ impl MutEventSubscriber for Rng {
                     active.queue.clear_notification();
                 }
             }
-            _ => {
-                // This event arrives only when the timer has expired. Therefore, the call does not block.
-                let _ = self.timer.wait();
-            }
+            TIMER_TOKEN => self.throttle.clear_timer(),
+            _ => {}
         }
         if let Err(fault) = self.serve() {
             let interrupt = self.active.as_ref().map(|active| Arc::clone(&active.interrupt));
@@ -179,6 +152,8 @@ impl VirtioDevice for Rng {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
     use crate::virtio::testing::Bench;
 
@@ -193,12 +168,13 @@ mod tests {
         assert_ne!(bytes, [0; 32]);
         let start = Instant::now();
         let mut total = 0;
-        while total < BURST + RATE / 4 {
+        let bytes = RATE_LIMIT.bytes.unwrap();
+        while total < bytes.burst + bytes.per_second / 4 {
             bench.queues[0].add(&[], &[100_000]);
             bench.run_until(|queues| match queues[0].poll() {
                 Some((_, bytes)) => {
                     assert!(!bytes.is_empty() && bytes.len() <= MAX_REQUEST);
-                    total += bytes.len();
+                    total += bytes.len() as u64;
                     true
                 }
                 None => false,

@@ -1,12 +1,17 @@
 //! Worker threads of a device whose requests can block. A worker pops a request, calls the handler and returns the
 //! result.
 //!
-//! The threads start when the device is created, because then the process can still give them the rights that they
-//! need. They end when the device is dropped. Until then they serve one activation after another.
+//! The threads start when the device is created. The device loop, which activates the device, could not start the
+//! threads, because its seccomp filter does not allow new threads. The worker threads serve one activation after
+//! another, and end when the device is dropped.
 //!
-//! Idle workers wait for the queue's notification, and the kernel wakes one of them (EPOLLEXCLUSIVE). If a worker takes
-//! a request while other workers are idle, it enables the next notification. If there is another request already, this
-//! worker signals the notification itself.
+//! Idle workers wait for the queue's notification, and the kernel wakes only one of these workers (EPOLLEXCLUSIVE). A
+//! worker that takes a request while other workers are idle enables the next notification. If the queue already has
+//! another request, this worker signals the notification itself.
+//!
+//! If a rate limit does not admit the next request, one worker waits until the request is admitted. The request stays
+//! in the queue, and the other workers are idle meanwhile. Therefore, requests are admitted in their order. A pause or
+//! the end of the activation only has to wait for requests that are being served.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -15,12 +20,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use husk_base::error::chain;
-use husk_base::sync::{lock, wait};
+use husk_base::sync::{lock, wait, wait_timeout};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{Interrupt, OnIdle};
 use super::queue::{Chain, QueueFault, Virtqueue};
+use super::rate_limit::SharedLimiter;
 use crate::guest_memory::GuestMemory;
 use crate::jail::{Kind, confine};
 
@@ -33,6 +39,10 @@ pub trait Handler: Send + Sync + 'static {
     const NAME: &'static str;
     /// Kind of the threads.
     const KIND: Kind;
+    /// Returns the limiter of the requests.
+    fn limiter(&self) -> &SharedLimiter;
+    /// Returns the number of bytes for which a request needs tokens.
+    fn bytes(&self, request: &Chain<'_>) -> usize;
     /// Serves one request. Returns the number of bytes written to the chain.
     fn serve(&self, memory: &GuestMemory, request: Chain<'_>) -> u32;
 }
@@ -56,7 +66,7 @@ struct PoolState {
     /// Number of workers that are in a session. If `session` is `None`, these workers are about to leave an earlier
     /// session.
     inside: usize,
-    /// Called when the last worker leaves the earlier session.
+    /// Closures to call when the last worker has left the earlier session.
     when_idle: Vec<OnIdle>,
     paused: bool,
     /// Whether the threads must end.
@@ -79,6 +89,8 @@ struct State {
     idle: usize,
     /// Number of requests that are being served.
     busy: usize,
+    /// Whether a worker waits until the next request is admitted.
+    throttled: bool,
     paused: bool,
     stopped: bool,
     /// Whether the driver broke the queue. No more requests are taken from a broken queue.
@@ -86,7 +98,8 @@ struct State {
 }
 
 impl<H: Handler> Workers<H> {
-    /// Starts `count` threads. Returns when each thread is confined. The threads wait until [`Workers::activate`].
+    /// Starts `count` threads. Returns when all threads are confined. The threads wait until [`Workers::activate`] is
+    /// called.
     ///
     /// # Errors
     /// If a thread cannot be started or confined.
@@ -105,7 +118,7 @@ impl<H: Handler> Workers<H> {
         Ok(this)
     }
 
-    /// Makes the workers serve a queue. The device must not be active, and must be idle.
+    /// Makes the workers serve a queue. Before the call, the device must be inactive, and its workers must be idle.
     ///
     /// # Errors
     /// If an eventfd cannot be created.
@@ -119,7 +132,8 @@ impl<H: Handler> Workers<H> {
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let mut pool = lock(&self.pool.state);
         let paused = pool.paused;
-        let state = Mutex::new(State { queue, idle: 0, busy: 0, paused, stopped: false, failed: false });
+        let state = State { queue, idle: 0, busy: 0, throttled: false, paused, stopped: false, failed: false };
+        let state = Mutex::new(state);
         let session = Session { memory, interrupt, notify, stop, state, changed: Condvar::new() };
         pool.session = Some(Arc::new(session));
         self.pool.changed.notify_all();
@@ -133,7 +147,7 @@ impl<H: Handler> Workers<H> {
         }
     }
 
-    /// Calls `idle` when no request of an earlier activation is being served any more. To be called after
+    /// Calls `idle` when no request of an earlier activation is being served any more. The caller must have called
     /// [`Workers::deactivate`].
     pub fn when_idle(&self, idle: OnIdle) {
         let mut pool = lock(&self.pool.state);
@@ -144,7 +158,8 @@ impl<H: Handler> Workers<H> {
         idle();
     }
 
-    /// Pauses serving. Returns when no request is being served. No request is served until [`Workers::resume`].
+    /// Pauses the workers. Returns when no request is being served. No request is served until [`Workers::resume`] is
+    /// called.
     pub fn pause(&self) {
         let mut pool = lock(&self.pool.state);
         pool.paused = true;
@@ -161,7 +176,7 @@ impl<H: Handler> Workers<H> {
         }
     }
 
-    /// Resumes serving.
+    /// Resumes the workers.
     pub fn resume(&self) {
         let session = {
             let mut pool = lock(&self.pool.state);
@@ -171,7 +186,8 @@ impl<H: Handler> Workers<H> {
         let Some(session) = session else { return };
         session.lock().paused = false;
         session.changed.notify_all();
-        // A thread that waits for a notification may have missed a notification during the pause.
+        // A worker may have cleared the notification during the pause, and then waited for the end of the pause.
+        // Therefore, one worker checks the queue again.
         session.notify_one(H::NAME);
     }
 }
@@ -194,7 +210,7 @@ impl<H: Handler> Pool<H> {
     fn run(&self, confined: Sender<io::Result<()>>) {
         let result = confine(H::KIND).map_err(io::Error::other);
         let failed = result.is_err();
-        // This call cannot fail, because the receiver waits for the results of all threads.
+        // The send fails only if the start of another thread has failed. Then nobody needs this result.
         let _ = confined.send(result);
         drop(confined);
         if failed {
@@ -208,7 +224,7 @@ impl<H: Handler> Pool<H> {
         }
     }
 
-    /// Counts this worker as outside of a session.
+    /// Records that this worker has left its session. The last worker to leave calls the closures of `when_idle`.
     fn leave(&self) {
         let mut pool = lock(&self.state);
         pool.inside -= 1;
@@ -288,8 +304,8 @@ impl Session {
         Ok(epoll)
     }
 
-    /// Serves requests until the queue is empty, and then counts this thread as idle. Returns false if the session has
-    /// ended.
+    /// Serves requests until the queue is empty or another worker waits for the next request's admission, and then
+    /// counts this thread as idle. Returns false if the session has ended.
     fn serve_until_empty<H: Handler>(&self, handler: &H) -> Result<bool, QueueFault> {
         let mut state = self.lock();
         loop {
@@ -299,6 +315,11 @@ impl Session {
             if state.stopped {
                 return Ok(false);
             }
+            if state.throttled {
+                // The throttled worker wakes an idle worker when the next request has been admitted.
+                state.idle += 1;
+                return Ok(true);
+            }
             let popped = if state.failed { None } else { state.queue.pop(&self.memory)? };
             let Some(request) = popped else {
                 if !state.failed && state.queue.enable_notification(&self.memory)? {
@@ -307,6 +328,13 @@ impl Session {
                 state.idle += 1;
                 return Ok(true);
             };
+            if let Err(delay) = handler.limiter().admit(|| handler.bytes(&request) as u64) {
+                state.queue.undo_pop();
+                state.throttled = true;
+                (state, _) = wait_timeout(&self.changed, state, delay);
+                state.throttled = false;
+                continue;
+            }
             if state.idle > 0 && state.queue.enable_notification(&self.memory)? {
                 self.notify_one(H::NAME);
             }

@@ -12,15 +12,24 @@ use crate::virtio::activation::{self, OpenedActivation};
 use crate::virtio::device::{ActivateError, Activation, VirtioDevice};
 use crate::virtio::testing::Bench;
 
-/// Reports the start of each request, and serves the request until it is told to end it.
+/// A handler that reports the start of each request, and then waits until the test ends the request.
 struct Held {
     started: Mutex<Sender<()>>,
     end: Mutex<Receiver<()>>,
+    limiter: SharedLimiter,
 }
 
 impl Handler for Held {
     const NAME: &'static str = "held";
     const KIND: Kind = Kind::Disk;
+
+    fn limiter(&self) -> &SharedLimiter {
+        &self.limiter
+    }
+
+    fn bytes(&self, _request: &Chain<'_>) -> usize {
+        0
+    }
 
     fn serve(&self, _memory: &GuestMemory, _request: Chain<'_>) -> u32 {
         lock(&self.started).send(()).unwrap();
@@ -57,10 +66,12 @@ impl VirtioDevice for Device {
     }
 }
 
-/// Returns a device whose worker is serving a request, with the sender that ends a request.
+/// Returns a device whose worker is serving a request. Also returns the sender that ends a request, and the receiver
+/// that reports the start of a request.
 fn serving() -> (Bench<Device>, Sender<()>, Receiver<()>) {
     let ((started, starts), (end, ends)) = (channel(), channel());
-    let handler = Arc::new(Held { started: Mutex::new(started), end: Mutex::new(ends) });
+    let handler =
+        Arc::new(Held { started: Mutex::new(started), end: Mutex::new(ends), limiter: SharedLimiter::default() });
     let mut bench = Bench::new(Device(Workers::start(2, handler).unwrap()));
     bench.activate(0);
     bench.queues[0].add(&[b"request"], &[1]);
@@ -89,7 +100,7 @@ fn workers_become_idle_after_reset_when_request_ends() {
     starts.recv().unwrap();
     end.send(()).unwrap();
     bench.run_until(|queues| queues[0].poll().is_some());
-    // Idle workers report at once.
+    // If the workers are idle, `when_idle` calls the closure at once.
     bench.lock().reset();
     let (now_idle, wait) = channel();
     bench.lock().0.when_idle(Box::new(move || now_idle.send(()).unwrap()));

@@ -8,16 +8,16 @@ use syscalls::{Errno, Sysno, syscall};
 use crate::payload::Inside;
 
 /// Why sockets do no harm without the filters.
-const EMPTY_NETWORK: &str = "it reaches only the pod's network";
-/// Why a thread of the file server could do this without the filters.
+const EMPTY_NETWORK: &str = "the socket reaches only the pod's network";
+/// Why a thread of the file server may make such a call without the filters.
 const FILE_SERVER: &str =
     "the file server needs CAP_SYS_ADMIN for trusted.* attributes, and this capability allows the call";
-const OWN_KEYS: &str = "the keys are those of the process";
+const OWN_KEYS: &str = "the process gets access only to its own keys";
 
 /// An attempt.
 pub struct Attempt {
     pub name: &'static str,
-    /// Makes the attempt. Returns what the process has got, or the error.
+    /// Makes the attempt. Returns what the process has gained, or the error.
     pub make: fn(&Inside) -> Result<String, String>,
     /// The reason why no other wall has to stop the attempt. `None` if another wall has to stop it.
     pub without_filters: Option<&'static str>,
@@ -184,10 +184,10 @@ pub const ATTEMPTS: &[Attempt] = &[
     filtered(
         "new user namespace",
         call!(unshare, libc::CLONE_NEWUSER),
-        "its capabilities apply only in the new namespace, which owns no resources of the host",
+        "the capabilities apply only in the new namespace, which owns no resources of the host",
     ),
-    filtered("new mount namespace", call!(unshare, libc::CLONE_NEWNS), "it has the same mounts"),
-    filtered("new process", call!(clone, libc::SIGCHLD, 0, 0, 0, 0), "it is in the same jail"),
+    filtered("new mount namespace", call!(unshare, libc::CLONE_NEWNS), "the new namespace has the same mounts"),
+    filtered("new process", call!(clone, libc::SIGCHLD, 0, 0, 0, 0), "the new process is in the same jail"),
     never("new process by clone3", |_| {
         let mut arguments = [0u64; 11];
         arguments[4] = libc::SIGCHLD as u64;
@@ -212,7 +212,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     filtered(
         "map executable memory",
         call!(mmap, 0, 4096, libc::PROT_EXEC, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1i32, 0),
-        "it is memory of the same process",
+        "the memory belongs to the same process",
     ),
     never("raise capabilities", |_| {
         let header = [0x2008_0522u32, 0];
@@ -274,7 +274,7 @@ fn inherited_fds(inside: &Inside) -> Result<String, String> {
     Err("no other fd is open".to_owned())
 }
 
-/// Makes a node of the host's first memory device (/dev/mem), which every host has, in the share.
+/// Makes a device node for /dev/mem in the share, and opens the node. Every host has this device.
 fn device_node(_: &Inside) -> Result<String, String> {
     // SAFETY: the path is a static text.
     unsafe { syscall!(Sysno::mknodat, AT_FDCWD, text(c"/mem"), libc::S_IFCHR | 0o666, libc::makedev(1, 1)) }

@@ -1,11 +1,11 @@
-//! A program that takes the VMM's place in its jail and tries to get out.
+//! A program that takes the place of the VMM in the VMM's jail, and tries to get out.
 //!
 //! For each attempt and kind of thread, the program starts itself in the same way as the shim starts the VMM process.
-//! The process enters the jail, and a thread of this kind makes the attempt. Each attempt is made twice: with enforced seccomp
-//! filters, and with filters that only log, so that the other walls have to hold alone. The program prints a table of
-//! the results, and fails if an attempt succeeds.
+//! The process enters the jail, and a thread of this kind makes the attempt. Each attempt is made twice: with enforced
+//! seccomp filters, and with filters that only log, so that the other walls have to hold alone. The program prints a
+//! table of the results. It fails if an attempt succeeds that a wall has to stop.
 //!
-//! It needs root, as the shim does.
+//! The program needs root, as the shim does.
 
 #![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by a panic")]
 
@@ -51,7 +51,7 @@ struct Order {
 enum Outcome {
     /// The attempt failed with this error.
     Failed(String),
-    /// The attempt succeeded. The text says what the process has got.
+    /// The attempt succeeded. The text says what the process has gained.
     Escaped(String),
 }
 
@@ -79,10 +79,10 @@ fn main() -> ExitCode {
         println!("| {} | {enforced} | {logged} | {} |", attempt.name, attempt.without_filters.unwrap_or_default());
     }
     if escapes == 0 {
-        println!("no attempt succeeded");
+        println!("no attempt succeeded that a wall has to stop");
         return ExitCode::SUCCESS;
     }
-    println!("{escapes} attempts succeeded");
+    println!("{escapes} attempts succeeded that a wall has to stop");
     ExitCode::FAILURE
 }
 
@@ -116,7 +116,7 @@ fn run(order: &Order) -> String {
     match serde_json::from_value(answer.clone()) {
         Ok(Outcome::Failed(error)) => error,
         Ok(Outcome::Escaped(what)) => format!("{ESCAPED}: {what}"),
-        // The SIGSYS handler has sent a notice.
+        // The answer can also be a notice from the SIGSYS handler, if the filter stopped the attempt.
         Err(_) => match answer.pointer("/Notice/Exited/reason/Failed").and_then(serde_json::Value::as_str) {
             Some(text) => killed(text),
             None => format!("unexpected answer: {answer}"),

@@ -1,4 +1,4 @@
-//! `cargo xtask deny`: checks the dependencies of the workspace and of the fuzz targets against deny.toml.
+//! `cargo xtask deny`: checks the dependencies of the workspace against deny.toml.
 //!
 //! deny.toml is written for cargo-deny, which few machines have. The checks here need only cargo. They cover licences,
 //! duplicate versions, wildcards and sources. They are stricter than cargo-deny in one respect: an entry of deny.toml
@@ -25,9 +25,6 @@ use crate::build::cargo;
 use crate::{cmd, paths, ui};
 use expression::Expression;
 use rules::{Clarification, Rules, Spec};
-
-/// The directories of the workspaces' manifests, relative to the repository.
-const WORKSPACES: [&str; 2] = ["", "tests/fuzz"];
 
 /// Crates of rust-vmm whose types the other rust-vmm crates use in their interfaces. Two versions of such a crate are
 /// incompatible. Therefore `skip` in deny.toml must not list these crates.
@@ -73,8 +70,7 @@ pub fn deny() -> Result<()> {
     let path = root.join("deny.toml");
     let rules =
         Rules::parse(&fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?)?;
-    let graphs: Vec<Graph> =
-        WORKSPACES.iter().map(|dir| graph(&root, dir, &rules.graph.targets)).collect::<Result<_>>()?;
+    let graphs = [graph(&root, &rules.graph.targets)?];
     let mut violations = violations(&rules, &graphs)?;
     if let Err(reason) = advisories(&root)? {
         let found = status::read(graphs.iter().flat_map(|graph| &graph.packages))?;
@@ -109,16 +105,12 @@ fn advisories(root: &Path) -> Result<Result<(), &'static str>> {
     if !succeeds(&["deny", "--locked", "fetch", "db"]) {
         return Ok(Err("`cargo deny fetch db` failed to fetch the advisory database"));
     }
-    for dir in WORKSPACES {
-        let mut command = cargo();
-        command.args(["deny", "--locked", "--manifest-path"]).arg(root.join(dir).join("Cargo.toml"));
-        cmd::shown(command.args(["check", "advisories"]))?;
-    }
+    cmd::shown(cargo().current_dir(root).args(["deny", "--locked", "check", "advisories"]))?;
     Ok(Ok(()))
 }
 
-/// Reads the workspace in `dir`. Cargo downloads crates that are missing on this machine.
-fn graph(root: &Path, dir: &str, targets: &[String]) -> Result<Graph> {
+/// Reads the workspace, with all features. Cargo downloads crates that are missing on this machine.
+fn graph(root: &Path, targets: &[String]) -> Result<Graph> {
     #[derive(Deserialize)]
     struct Metadata {
         packages: Vec<Package>,
@@ -129,7 +121,7 @@ fn graph(root: &Path, dir: &str, targets: &[String]) -> Result<Graph> {
     }
     let run = |args: &[&str], target_option: &str| {
         let mut command = cargo();
-        command.args(args).arg("--locked").arg("--manifest-path").arg(root.join(dir).join("Cargo.toml"));
+        command.current_dir(root).args(args).args(["--locked", "--all-features"]);
         for target in targets {
             command.args([target_option, target]);
         }
@@ -146,7 +138,7 @@ fn graph(root: &Path, dir: &str, targets: &[String]) -> Result<Graph> {
     if packages.len() != compiled.len() {
         bail!("`cargo tree` lists {} packages, but `cargo metadata` only {} of them", compiled.len(), packages.len());
     }
-    let lock_file = Path::new(dir).join("Cargo.lock").display().to_string();
+    let lock_file = "Cargo.lock".to_owned();
     let text = fs::read_to_string(root.join(&lock_file)).with_context(|| format!("failed to read {lock_file}"))?;
     let Lock { package } = toml::from_str(&text).with_context(|| format!("failed to parse {lock_file}"))?;
     Ok(Graph { lock_file, packages, sources: package })

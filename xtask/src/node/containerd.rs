@@ -1,4 +1,5 @@
-//! Provides containerd 2.x for the node: the programs of Debian's package, unpacked once, and their configuration.
+//! Provides containerd 2.x for the test node: the programs of Debian's package and their configuration. The package is
+//! unpacked only once.
 
 use std::fs;
 use std::path::Path;
@@ -38,24 +39,25 @@ pub enum Line {
 }
 
 impl Line {
-    /// Returns the name by which `--containerd` selects this line.
+    /// Returns the name by which the option `--containerd` selects this containerd line.
     pub fn name(self) -> String {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
 
-    /// Returns the parameters of the kernel's command line for this line. They include the parameters that the node's
-    /// init reads.
+    /// Returns what this containerd line adds to the kernel command line of the node. The node's init reads the
+    /// parameters that begin with `husk.`.
     pub fn parameters(self) -> &'static str {
         match self {
             Line::One | Line::Two => "",
             Line::Legacy => "husk.cgroups=1",
-            // The BPF LSM is left out, because an emulated node needs seconds to load systemd's program for it.
+            // `lsm` omits the BPF LSM. With the BPF LSM, systemd would load a BPF program, which takes seconds on an
+            // emulated node.
             Line::Systemd => "husk.systemd lsm=apparmor",
         }
     }
 }
 
-/// Returns the files to add to the node for this line. containerd 1.7 needs no files.
+/// Returns the files that this containerd line adds to the node. containerd 1.7 is already part of the node.
 pub fn files(line: Line) -> Result<Vec<Add>> {
     if matches!(line, Line::One | Line::Legacy) {
         return Ok(Vec::new());
@@ -68,8 +70,8 @@ pub fn files(line: Line) -> Result<Vec<Add>> {
     add.push(Add::new(paths::root().join("deploy/containerd/husk-2.toml"), "/etc/containerd/conf.d/husk.toml"));
     add.push(Add::new(paths::root().join("tests/node/containerd-2"), "/"));
     if line == Line::Systemd {
-        // These files only configure the node. Its tree already has systemd, because Debian's packages depend on
-        // systemd.
+        // These files configure systemd. The node's root file system already has systemd, because some of the node's
+        // Debian packages depend on systemd.
         add.push(Add::new(paths::root().join("tests/node/systemd"), "/"));
     }
     Ok(add)
@@ -90,7 +92,8 @@ fn unpack(dir: &Path) -> Result<()> {
     files::remove(&tree)?;
     files::make_dir(&paths::node())?;
     ui::say("node", format!("unpacking containerd of Debian {SUITE}"));
-    // apt also fetches and verifies the package's dependencies. They are not kept, because the node already has them.
+    // apt also fetches and verifies the package's dependencies. The function does not keep these dependencies, because
+    // the node already has them.
     let mut command = Command::new("mmdebstrap");
     command.args(["--variant=extract", "--include=containerd"]);
     // The package lists of the unstable release expire after a week. apt must not check their age, because a mirror may

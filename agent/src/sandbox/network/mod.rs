@@ -179,6 +179,17 @@ fn add(
     Ok(())
 }
 
+/// Adds all parts of `config`. Each address goes to the interface with index 2.
+#[cfg(feature = "testing")]
+pub fn add_all(config: &NetworkConfig, pod: &Netlink) -> Result<(), NetworkError> {
+    for address in config.interfaces.iter().flat_map(|interface| &interface.addresses) {
+        address::change(pod, Operation::Add, 2, address)?;
+    }
+    let routes = changed_keys(&[], &config.routes, true, route::key);
+    let rules = changed_keys(&[], &config.rules, true, rule::key);
+    add(config, (&routes, &config.neighbours.iter().collect::<Vec<_>>(), &rules), pod)
+}
+
 /// Returns the keys of the parts that differ between `before` and `after`, in content or in order. All parts with a
 /// returned key have to be recreated together. If `complete` is false, returns all keys.
 fn changed_keys<'a, T: PartialEq, P: Eq + Hash>(

@@ -29,7 +29,8 @@ fn mounts_without_attributes(dir: &Path) -> Vec<String> {
     text.lines().filter(lacks).map(Into::into).collect()
 }
 
-/// Mounts a new ext4 file system at `point`, with shared propagation. ext4 supports id-mapped mounts.
+/// Mounts a new ext4 file system at `point`, with shared propagation. The tests use ext4, because ext4 supports
+/// id-mapped mounts.
 fn ext4(dir: &Path, point: &Path) {
     let image = dir.join("image");
     File::create(&image).unwrap().set_len(8 << 20).unwrap();
@@ -43,8 +44,8 @@ fn ext4(dir: &Path, point: &Path) {
     mount(None::<&Path>, point, None::<&Path>, MsFlags::MS_SHARED, None::<&Path>).unwrap();
 }
 
-/// Prepares containers with each kind of rootfs, and with each kind of mount of the directory `source`. Returns the
-/// writable directories that the guest sees.
+/// Prepares one container for each kind of rootfs. Each container mounts the directory `source` in every supported way.
+/// Returns the containers' writable directories, as paths below `share.guest`.
 fn prepare_every_kind(dir: &Path, share: &Share, source: &Path) -> Vec<PathBuf> {
     let id_mappings = json!([{ "containerID": 0, "hostID": 0, "size": 1000 }]);
     let bundle = bundle(dir, |spec| {
@@ -131,8 +132,8 @@ fn devices_and_symlinks_can_be_created_in_the_share_but_not_used_on_the_host() {
             }
             assert_eq!(Command::new(at("program")).status().unwrap_err().raw_os_error(), Some(libc::EACCES));
             assert_eq!(fs::read_link(at("link")).unwrap(), Path::new("/etc/passwd"));
-            // The symlink itself can be opened with O_PATH. The VMM opens such an fd for each inode that the guest
-            // uses.
+            // O_PATH with O_NOFOLLOW must open the symlink itself, because the VMM opens an O_PATH fd for each inode
+            // that the guest uses.
             File::options().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(at("link")).unwrap();
             for name in ["device", "program", "link"] {
                 fs::remove_file(at(name)).unwrap();

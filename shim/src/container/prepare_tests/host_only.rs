@@ -13,7 +13,7 @@ use crate::container::prepare::*;
 use crate::container::prepare_tests::*;
 use crate::volumes::*;
 
-/// Pairs of a host-only file system type, and the directory on which a test mounts a file system of this type.
+/// Each entry has a host-only file system type, and the directory on which a test mounts a file system of this type.
 const HOST_ONLY: [(&str, &str); 6] = [
     ("proc", "proc"),
     ("sysfs", "sys"),
@@ -32,14 +32,14 @@ fn mount_host_only(dir: &Path) -> PathBuf {
         let options = (kind == "devpts").then_some("newinstance");
         mount(Some(kind), &root.join(name), Some(kind), MsFlags::empty(), options).unwrap();
     }
-    // Mount a tmpfs on `dev/shm`, which is inside a host-only mount. Mount another tmpfs on `sys`, which covers a
-    // host-only mount. The guest must see neither tmpfs.
+    // Mount a tmpfs on `dev/shm`, which is inside the devtmpfs. The guest must not see this tmpfs.
     mount(Some("t"), &root.join("dev/shm"), Some("tmpfs"), MsFlags::empty(), none)
         .or_else(|_| {
             fs::create_dir(root.join("dev/shm"))?;
             mount(Some("t"), &root.join("dev/shm"), Some("tmpfs"), MsFlags::empty(), none).map_err(std::io::Error::from)
         })
         .unwrap();
+    // Cover the sysfs with an empty tmpfs. The guest may see this tmpfs, but must not see the sysfs.
     tmpfs(&root.join("sys"));
     fs::create_dir(root.join("data")).unwrap();
     tmpfs(&root.join("data"));
@@ -79,7 +79,7 @@ fn volumes_exclude_host_only_file_systems() {
 }
 
 #[test]
-fn a_host_only_rootfs_or_layer_is_rejected() {
+fn prepare_rejects_a_host_only_rootfs_or_layer() {
     isolated(|dir| {
         let share = share(dir);
         let rejected = |rootfs: RootMount| {

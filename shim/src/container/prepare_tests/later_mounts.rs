@@ -16,7 +16,7 @@ fn later_mounts_propagate_to_slave_volumes_only() {
         let none = None::<&Path>;
         let source = dir.join("source");
         fs::create_dir(&source).unwrap();
-        // The source has shared propagation, as mounts on a host usually have.
+        // Give the source shared propagation, because most mounts of a host have shared propagation.
         tmpfs(&source);
         mount(none, &source, none, MsFlags::MS_SHARED, none).unwrap();
         fs::create_dir(source.join("later")).unwrap();
@@ -43,7 +43,7 @@ fn later_mounts_propagate_to_slave_volumes_only() {
             "the private mount received the later mount"
         );
         teardown(&share.host, "c1").unwrap();
-        assert!(source.join("later/x").exists(), "the teardown has unmounted a mount of the host");
+        assert!(source.join("later/x").exists(), "the teardown has unmounted a file system of the host");
         share.unmount();
     });
 }
@@ -70,7 +70,7 @@ fn sync_propagates_later_mounts_except_host_only_mounts() {
         let before = mounts_below(&share.guest);
         sync_mounts(&share.host).unwrap();
         assert_eq!(mounts_below(&share.guest), before);
-        // The host can unmount a file system on which a guest has an open file.
+        // The host can unmount a file system although the guest has an open file on this file system.
         let held = fs::File::open(seen.join("late/below/file")).unwrap();
         for path in ["late/below", "late", "proc"] {
             nix::mount::umount(&root.join(path)).unwrap();

@@ -1,4 +1,4 @@
-//! Tests [`prepare`] with real mounts. Each test has its own mount namespace. The tests need root.
+//! Tests [`prepare`] with real mounts. Each test has its own mount namespace. The tests need root privileges.
 
 mod attributes;
 mod host_only;
@@ -21,7 +21,7 @@ use crate::volumes::test_support::{isolated, shared_mount, tmpfs};
 use crate::volumes::*;
 
 fn mounts_below(dir: &Path) -> Vec<String> {
-    // Read the thread's mount list, because the main thread is in a different mount namespace.
+    // Read the mount list of this thread, because the main thread is in a different mount namespace.
     let text = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     let dir = dir.to_str().unwrap();
     text.lines().filter_map(|line| line.split(' ').nth(4)).filter(|at| at.starts_with(dir)).map(Into::into).collect()
@@ -57,14 +57,14 @@ fn guest_source(share: &Share, prepared: &Prepared, index: usize) -> PathBuf {
     share.guest.join(Path::new(&path).strip_prefix(husk_proto::GUEST_SHARE).unwrap())
 }
 
-/// Returns the number of directories and files in the share.
+/// Returns the number of entries in the share's root and in the directory of volumes.
 fn entries_in_share(share: &Share) -> usize {
     let count = |path: &Path| fs::read_dir(path).unwrap().count();
-    // The directory of volumes does not count, but its entries do.
+    // Subtract 1 for the directory of volumes, because only its entries count.
     count(&share.host) - 1 + count(&share.host.join(shared_mounts::VOLUMES))
 }
 
-/// Returns the number of trees in the staging directory.
+/// Returns the number of mount trees in the staging directory.
 fn staged_trees(share: &Share) -> usize {
     let dirs = fs::read_dir(staging_dir::StagingDir::for_share(&share.host).dir()).unwrap();
     dirs.map(|dir| fs::read_dir(dir.unwrap().path()).unwrap().count()).sum()

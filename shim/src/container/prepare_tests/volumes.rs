@@ -43,7 +43,7 @@ fn prepare_makes_mounts_and_teardown_removes_them() {
         for refused in [fs::write(&third, "no"), fs::write(guest.join("x"), "no"), fs::remove_dir(&guest)] {
             assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EROFS));
         }
-        // A second container with the same id is rejected, and the first container is unchanged.
+        // `prepare` rejects a second container with the same id, and does not change the first container.
         assert!(matches!(prepare(&bundle, &request), Err(PrepareError::Create { .. })));
         assert!(guest.join("rootfs/new").exists());
 
@@ -66,7 +66,7 @@ fn prepare_makes_mounts_and_teardown_removes_them() {
 }
 
 #[test]
-fn prepare_unmounts_after_a_failure() {
+fn prepare_removes_mounts_after_a_failure() {
     isolated(|dir| {
         let share = share(dir);
         let bundle = bundle(dir, |spec| {

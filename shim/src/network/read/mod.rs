@@ -20,7 +20,7 @@ enum Entry<T> {
     /// The guest does not need the entry. Either the guest's kernel creates the same entry, or the entry has no meaning
     /// in a guest.
     Implicit,
-    /// The guest needs the entry, but Husk does not support such entries. The text describes the entry for the log.
+    /// The guest needs the entry, but Husk does not support such entries. The text describes such entries for the log.
     Unsupported(String),
 }
 
@@ -136,7 +136,8 @@ fn parse_address(body: &[u8]) -> Option<(i32, String)> {
     Some((index, format!("{address}/{prefix}")))
 }
 
-/// Reads the permanent neighbours. Only configured neighbours are permanent, and the kernel discovers all others.
+/// Reads the permanent neighbours. Only configured neighbours are permanent. The guest's kernel itself discovers all
+/// other neighbours.
 fn neighbours(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Neighbour>> {
     let mut neighbours = Vec::new();
     // The request's body is a struct ndmsg.

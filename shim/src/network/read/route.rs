@@ -31,7 +31,7 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
         libc::RTN_UNREACHABLE => Kind::UNREACHABLE,
         libc::RTN_PROHIBIT => Kind::PROHIBIT,
         libc::RTN_THROW => Kind::THROW,
-        // The kernel itself creates routes of all other types, when interfaces and addresses are configured.
+        // The kernel itself creates all other routes when interfaces and addresses are configured.
         _ => return Some(Entry::Implicit),
     };
     let mut route = Route {
@@ -87,7 +87,7 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
     let has_next_hop = matches!(kind, Kind::UNICAST | Kind::LOCAL);
     if !has_next_hop || hops.is_some() {
         // The kernel reports `lo` as the interface of an IPv6 route without a next hop. A request to add such a route
-        // needs no interface.
+        // needs no interface. In a multipath route, each next hop has its own interface and gateway.
         (route.interface, route.gateway, route.onlink) = Default::default();
     }
     if let Some(bytes) = hops {
@@ -99,7 +99,8 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
     } else if !has_next_hop || !route.interface.is_empty() || !route.next_hops.is_empty() {
         Entry::Supported(route)
     } else if has_nexthop_object {
-        // The kernel reported the object's id without the object's next hops (sysctl net.ipv4.nexthop_compat_mode).
+        // If the sysctl net.ipv4.nexthop_compat_mode is 0, the kernel reports a nexthop object's id without the
+        // object's next hops.
         Entry::Unsupported("routes with nexthop objects".to_owned())
     } else {
         // The route uses only interfaces that the guest does not get.
@@ -141,8 +142,8 @@ fn via(value: &[u8]) -> Option<IpAddr> {
 
 /// Returns the name of the interface with this index, or `None` if the guest does not get the interface.
 ///
-/// If the host's kernel created the route (`by_kernel`), the result for `lo` is `None`. In the guest, the guest's
-/// kernel itself creates such a route.
+/// If the host's kernel created the route (`by_kernel`), the result for `lo` is `None`. The guest's kernel itself
+/// creates the same route in the guest.
 fn interface_name(index: u32, names: &HashMap<u32, &str>, by_kernel: bool) -> Option<String> {
     // The loopback interface always has index 1 (LOOPBACK_IFINDEX in include/net/flow.h).
     if index == 1 && !by_kernel {
@@ -265,7 +266,7 @@ mod tests {
         let main = |list: &[(u16, &[u8])]| parse_route(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, list);
         let (oif, id) = (2u32.to_ne_bytes(), 7u32.to_ne_bytes());
         assert!(matches!(main(&[(RTA_NH_ID, &id)]), Some(Entry::Unsupported(what)) if what.contains("nexthop")));
-        // The kernel reported the object's next hop.
+        // If the kernel also reports the object's next hop, the route is supported.
         assert_eq!(supported(main(&[(RTA_NH_ID, &id), (libc::RTA_OIF, &oif)])).interface, "eth0");
         let encapsulated = main(&[(libc::RTA_OIF, &oif), (libc::RTA_ENCAP, &[0; 4])]);
         assert!(matches!(encapsulated, Some(Entry::Unsupported(what)) if what.contains("encapsulation")));

@@ -18,6 +18,11 @@ const MOUNT: &str = "/sys/fs/cgroup";
 /// Maximum number of attempts to create a cgroup.
 const ATTEMPTS: u32 = 10;
 
+/// Maximum number of threads of a sandbox's processes on the host. The VMM has at most 64 vCPUs, 64 virtio-fs workers,
+/// one thread for each disk, 1024 threads whose ids are the pids of containers, and 128 threads of vhost-net. The shim
+/// has at most 64 threads for blocking calls, and a thread for each volume with propagation.
+pub const MAX_TASKS: u64 = 2048;
+
 /// Location of a sandbox's cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CgroupLocation {
@@ -31,8 +36,8 @@ pub enum CgroupLocation {
 #[derive(Debug)]
 pub struct Cgroup {
     location: CgroupLocation,
-    /// Cgroups that this process was in before, in the order of [`CgroupLocation::dirs`]. This process returns to these
-    /// cgroups before the sandbox's cgroup is removed.
+    /// Original cgroups of this process, in the order of [`CgroupLocation::dirs`]. This process returns to these
+    /// cgroups before it removes the sandbox's cgroup.
     origins: Vec<PathBuf>,
     namespace: String,
     /// The cgroup's systemd scope, if systemd created the cgroup.
@@ -42,7 +47,7 @@ pub struct Cgroup {
 /// Why the cgroup cannot be created or entered.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    /// The specification names a path outside the hierarchy.
+    /// The specification's `cgroupsPath` is empty, malformed or outside the hierarchy.
     #[error("invalid cgroupsPath {0:?}: expected a path within the cgroup hierarchy, or slice:prefix:name")]
     Path(String),
     /// systemd could not create the scope.
@@ -81,7 +86,7 @@ impl Cgroup {
     /// has created the scope.
     ///
     /// # Errors
-    /// [`CgroupError`]. After an error, removes everything that this function has created.
+    /// [`CgroupError`]. After an error, stops the systemd scope and removes the cgroup's directories.
     pub fn enter(cgroups_path: &str, namespace: &str) -> Result<Self, CgroupError> {
         let path::CgroupsPath { relative, scope } = path::parse(cgroups_path)?;
         let proc_cgroup = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
@@ -128,6 +133,7 @@ impl Cgroup {
                 }
             }
         }
+        self.location.set_max_tasks();
         for path in self.location.dirs() {
             std::fs::write(path.join("cgroup.procs"), "0")
                 .map_err(|source| CgroupError::Enter { path: path.to_owned(), source })?;
@@ -152,7 +158,7 @@ impl Cgroup {
     fn leave(&self) {
         for (path, origin) in self.location.dirs().zip(&self.origins) {
             if std::fs::write(origin.join("cgroup.procs"), "0").is_err() {
-                // The original cgroup has been removed. Move the process to the root of the hierarchy, which always
+                // The original cgroup no longer exists. Move the process to the root of the hierarchy, which always
                 // exists.
                 let root = path.ancestors().skip(1).take_while(|parents| parents.join("cgroup.procs").exists()).last();
                 let _ = root.map(|root| std::fs::write(root.join("cgroup.procs"), "0"));
@@ -188,6 +194,16 @@ impl CgroupLocation {
         }
     }
 
+    /// Limits the number of threads of the sandbox's processes to [`MAX_TASKS`].
+    ///
+    /// Best effort, because the pids controller may be unavailable.
+    fn set_max_tasks(&self) {
+        let Some(dir) = self.controller_dir("pids") else { return };
+        if let Err(error) = std::fs::write(dir.join("pids.max"), MAX_TASKS.to_string()) {
+            tracing::warn!(%error, "failed to limit the number of the sandbox's threads on the host");
+        }
+    }
+
     /// Returns all directories of the cgroup.
     pub fn dirs(&self) -> impl Iterator<Item = &Path> {
         let (one, all): (Option<&Path>, &[_]) = match self {
@@ -219,7 +235,8 @@ fn create(path: &Path) -> std::io::Result<()> {
 /// Enables all controllers in all ancestors of `path`, as runc does. Without controllers, the cgroup at `path` would
 /// not account for resources.
 ///
-/// Best effort, because a controller cannot be enabled in a cgroup that itself has processes.
+/// Ignores errors. The kernel does not let an ancestor that itself has processes enable a domain controller
+/// (cgroup-v2.rst, "No Internal Process Constraint").
 fn delegate(mount: &Path, path: &Path) {
     let mut parents: Vec<&Path> = path.ancestors().skip(1).take_while(|parent| parent.starts_with(mount)).collect();
     parents.reverse();
@@ -236,6 +253,20 @@ fn delegate(mount: &Path, path: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn set_max_tasks_writes_the_limit_in_the_hierarchy_with_the_pids_controller() {
+        let dir = tempfile::tempdir().unwrap();
+        let [memory, pids] = ["memory", "pids"].map(|name| {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+            (vec![name.to_owned()], dir.path().join(name))
+        });
+        let limit = |path: &Path| std::fs::read_to_string(path.join("pids.max")).ok();
+        CgroupLocation::V1(vec![memory.clone(), pids.clone()]).set_max_tasks();
+        assert_eq!((limit(&memory.1), limit(&pids.1).as_deref()), (None, Some("2048")));
+        CgroupLocation::V2(memory.1.clone()).set_max_tasks();
+        assert_eq!(limit(&memory.1).as_deref(), Some("2048"));
+    }
 
     #[test]
     fn delegate_enables_controllers_in_all_parents() {

@@ -2,7 +2,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use crate::resources::cgroup::CgroupError;
+use crate::resources::cgroup::{CgroupError, MAX_TASKS};
 use crate::systemd::{Scope, Unit};
 
 /// A parsed `cgroupsPath`.
@@ -25,14 +25,15 @@ pub fn parse(cgroups_path: &str) -> Result<CgroupsPath, CgroupError> {
         [path] => ((*path).to_owned(), None),
         [slice, prefix, name] => {
             let slice = if slice.is_empty() { "system.slice" } else { slice };
-            // The unit has the same name as under runc (libcontainer/cgroups/systemd/common.go, getUnitName). Reject a
-            // name that ends in `.slice`, because a slice cannot contain processes directly.
+            // The unit has the same name as under runc (libcontainer/cgroups/systemd/common.go, getUnitName). In
+            // runc, a name that ends in `.slice` is the name of a slice. Reject such a name, because a slice cannot
+            // contain processes directly.
             let unit = format!("{prefix}-{name}.scope");
             if name.is_empty() || name.ends_with(".slice") || unit.contains('/') {
                 return Err(error());
             }
             let text = format!("{}/{unit}", expand_slice(slice).ok_or_else(error)?);
-            (text, Some(Scope { slice: slice.to_owned(), unit: Unit::new(unit) }))
+            (text, Some(Scope { slice: slice.to_owned(), unit: Unit::new(unit), max_tasks: MAX_TASKS }))
         }
         _ => return Err(error()),
     };
@@ -95,6 +96,7 @@ mod tests {
     fn parse_returns_a_scope_only_for_slice_prefix_name() {
         let scope = |text: &str| parse(text).unwrap().scope;
         assert_eq!(scope("/kubepods.slice/x.scope"), None);
-        assert_eq!(scope(":p:n"), Some(Scope { slice: "system.slice".into(), unit: Unit::new("p-n.scope") }));
+        let (slice, unit) = ("system.slice".into(), Unit::new("p-n.scope"));
+        assert_eq!(scope(":p:n"), Some(Scope { slice, unit, max_tasks: MAX_TASKS }));
     }
 }

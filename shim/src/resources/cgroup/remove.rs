@@ -11,13 +11,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::resources::cgroup::{MOUNT, v1};
 use crate::systemd::Unit;
 
-/// Removes a sandbox's cgroup with all child cgroups. If the parent has the name `namespace` and is empty, removes the
-/// parent, too.
+/// Removes a sandbox's cgroup with all child cgroups. If the parent cgroup has the name `namespace` and is empty,
+/// removes the parent cgroup, too.
 ///
 /// With cgroup v2, `dirs` has one directory. With cgroup v1, `dirs` has a directory for each hierarchy.
 ///
 /// Waits until the cgroup is empty, for at most a second. Then stops the systemd scope `unit`, and removes the cgroup.
-/// The scope is stopped first, because systemd might keep the unit if the cgroup were already removed.
+/// Stops the scope first, because systemd might keep the unit if the cgroup were already removed.
 pub fn remove(dirs: &[&Path], unit: Option<&Unit>, namespace: &str) {
     let dirs: Vec<&Path> = dirs.iter().copied().filter(|path| is_within(path)).collect();
     let deadline = Instant::now() + EXIT_TIMEOUT;
@@ -40,7 +40,7 @@ fn is_within(path: &Path) -> bool {
     path.starts_with(MOUNT) && path != Path::new(MOUNT) && path.components().all(|c| c != Component::ParentDir)
 }
 
-/// Timeout for killed processes to leave a cgroup.
+/// Timeout of the wait until killed processes have left a cgroup.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Removes a cgroup and the cgroups below it.
@@ -65,7 +65,7 @@ fn remove_directories(path: &Path) -> io::Result<()> {
 /// The kernel reports a change of `cgroup.events` as POLLPRI (cgroup-v2.rst, "Basic Operations").
 fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
     let mut events = match File::open(path.join("cgroup.events")) {
-        // The host uses cgroup v1, which does not have this file, or the cgroup does not exist.
+        // The cgroup does not exist, or the host uses cgroup v1, which does not have this file.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return v1::wait_until_empty(path, deadline),
         other => other?,
     };

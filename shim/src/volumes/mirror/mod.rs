@@ -1,9 +1,9 @@
 //! Mirrored volumes: ConfigMaps, Secrets, projected and downward API volumes, which the shim copies to the guest.
 //!
-//! In the share, inotify(7) would not report the host's changes to the guest. Therefore, these volumes are not in the
-//! share. The agent keeps a copy on a file system of the guest. After each change on the host, the shim sends the
-//! volume to the agent. No pod writes to these volumes. Therefore, the shim copies nothing from the guest to the host.
-//! Only the guest's memory limits the number and size of the files.
+//! These volumes are not in the share, because inotify(7) in the guest does not report the host's changes to files in
+//! the share. Instead, the agent keeps a copy on a file system of the guest. After each change on the host, the shim
+//! sends the volume to the agent. The shim mirrors only read-only mounts. Therefore, the shim copies nothing from the
+//! guest to the host. Only the guest's memory limits the number and size of the files.
 
 mod walk;
 mod watch;
@@ -26,8 +26,8 @@ use crate::vm::agent::{Agent, timeouts, within};
 use crate::volumes::mirror::watch::Watch;
 use crate::volumes::mount_api;
 
-/// Directories that contain mirrored volumes, below a pod's directory `volumes`. Their names are escaped plugin names
-/// (Kubernetes, pkg/volume/{configmap,secret,projected,downwardapi}).
+/// Names of the directories that contain mirrored volumes, below a pod's directory `volumes`. Each name is an escaped
+/// plugin name (Kubernetes, pkg/volume/{configmap,secret,projected,downwardapi}).
 const PLUGIN_DIRS: [&str; 4] =
     ["kubernetes.io~configmap", "kubernetes.io~secret", "kubernetes.io~projected", "kubernetes.io~downward-api"];
 
@@ -40,7 +40,7 @@ const RETRY_DELAY: Duration = Duration::from_secs(10);
 /// A volume's directory on the host.
 ///
 /// The shim opens the directory once, before it checks the mount. After the check, the shim does not open the path
-/// again. A tenant with write access to a parent directory could have put another directory there.
+/// again, because a tenant with write access to a parent directory could have replaced the directory.
 #[derive(Debug, Clone)]
 pub struct Volume {
     /// A detached mount of the directory. An fd on the host's mount would make the host's umount(2) fail with EBUSY.
@@ -64,7 +64,7 @@ impl Volume {
         &self.path
     }
 
-    /// Opens a file or directory of the volume at `path`, relative to the volume's root. Does not follow symlinks, and
+    /// Opens the file or directory at `path`, which is relative to the volume's root. Does not follow symlinks, and
     /// does not enter other mounts.
     fn open(&self, path: &Path, flags: OFlag) -> io::Result<OwnedFd> {
         // openat2(2) does not accept an empty path.
@@ -92,7 +92,7 @@ pub struct Mirror {
     pub mount: u32,
 }
 
-/// Error of mirroring a volume.
+/// Error from mirroring a volume.
 #[derive(Debug, thiserror::Error)]
 pub enum MirrorError {
     /// The volume cannot be read.
@@ -113,7 +113,7 @@ pub enum MirrorError {
         #[source]
         source: io::Error,
     },
-    /// The agent rejected the copy.
+    /// A request to the agent failed.
     #[error("failed to copy the volume {path} to the guest")]
     Send {
         /// Path of the volume.
@@ -186,7 +186,8 @@ pub async fn start(agent: &Agent, container: &str, mirrors: Vec<Mirror>) -> Resu
     Ok(tasks)
 }
 
-/// Copies a volume after each change, until the volume is removed or cannot be watched.
+/// Copies a volume after each change. Returns after the volume is removed, or if the shim cannot read the volume's
+/// inotify events.
 async fn keep_updated(agent: Agent, container: String, mirror: Mirror, mut watch: Watch) {
     let volume = mirror.source.path.display().to_string();
     let mut failures: u32 = 0;
@@ -266,7 +267,7 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
     send(Vec::new(), true).await
 }
 
-/// Replaces the owner of `entry` by the owner that an id-mapped mount would show.
+/// Replaces the owner of `entry` with the owner that an id-mapped mount would show.
 fn map_owner(entry: &mut MirrorEntry, id_mappings: &IdMappings) {
     (entry.uid, entry.gid) = id_mappings.owner(entry.uid, entry.gid);
 }
@@ -295,7 +296,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let volume = |path: &Path| Volume::new(mount_api::open_path(path, false).unwrap(), path.to_owned()).unwrap();
         let watch = Watch::new(&volume(dir.path())).await.unwrap();
-        // This volume is a file instead of a directory. Therefore, the shim can neither watch nor copy it.
+        // This volume is a file instead of a directory. Therefore, the shim can neither watch nor copy the volume.
         let path = dir.path().join("file");
         std::fs::write(&path, "").unwrap();
         let mirror = Mirror { source: volume(&path), id_mappings: None, mount: 0 };

@@ -35,7 +35,7 @@ pub fn walk(volume: &Volume, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::
     walk.directory(Path::new(""), 0)?;
     // To publish a new version, the kubelet replaces the symlink to the current version's directory. Then, the kubelet
     // removes the old version's directory. The walk reads a directory's symlinks before its subdirectories. Therefore,
-    // the entries are consistent if no symlink has changed since the walk read the symlink.
+    // the entries are consistent if every symlink still has the same target and every version still exists.
     let unchanged = |link: &MirrorEntry| {
         let current = OpenEntry::at(volume, Path::new(OsStr::from_bytes(&link.path))).and_then(|found| found.target());
         current.is_ok_and(|target| target.as_os_str().as_bytes() == link.content)
@@ -80,8 +80,8 @@ struct Walk<'a, F> {
     batch: Vec<MirrorEntry>,
     batch_bytes: usize,
     links: Vec<MirrorEntry>,
-    /// Directories to which a symlink in the same parent directory points, as paths relative to the volume. For
-    /// example, the kubelet's symlink `..data` points to the directory of the current version.
+    /// Paths of directories that are the target of a symlink in their parent directory. The paths are relative to the
+    /// volume. For example, the kubelet's symlink `..data` points to the directory of the current version.
     versions: Vec<PathBuf>,
 }
 
@@ -272,7 +272,7 @@ mod tests {
         fs::write(path.join("key"), "").unwrap();
         symlink(outside.join("volume"), path.join("link")).unwrap();
         let volume = volume(&path);
-        // Replace the parent directory with a symlink, so that the volume's path leads to `outside`.
+        // Replace the parent directory with a symlink, so that the volume's path leads to `outside/volume`.
         fs::rename(dir.path().join("pods"), dir.path().join("moved")).unwrap();
         symlink(&outside, dir.path().join("pods")).unwrap();
         assert!(path.join("secret").exists());

@@ -15,7 +15,7 @@ use tokio::io::unix::AsyncFd;
 use crate::async_fd::register;
 use crate::volumes::mirror::Volume;
 
-/// Events that count as a change. Reads do not count. Otherwise, each copy of the volume would cause another copy.
+/// Events that count as a change. Reads do not count, because each copy reads the volume and would cause another copy.
 const CHANGES: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE
     .union(AddWatchFlags::IN_ATTRIB)
     .union(AddWatchFlags::IN_CREATE)
@@ -29,7 +29,7 @@ const CHANGES: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE
 /// A watched volume.
 pub struct Watch {
     inotify: Arc<Inotify>,
-    /// A second fd of the inotify instance, registered with the runtime.
+    /// A second fd of the inotify instance, registered with the async runtime.
     events: AsyncFd<File>,
 }
 
@@ -76,7 +76,7 @@ impl Watch {
     }
 }
 
-/// Watches the directory `path` of the volume, and all directories below it. Blocks.
+/// Watches the directory `path` of the volume, and all directories below `path`. Blocks.
 fn watch_tree(inotify: &Inotify, volume: &Volume, path: &Path) -> io::Result<()> {
     let directory = volume.open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
     // inotify_add_watch(2) takes a path instead of an fd. The path in `/proc` leads to the open directory.

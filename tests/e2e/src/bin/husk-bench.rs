@@ -2,6 +2,7 @@
 //!
 //! - `husk-bench start`: wall-clock time of a container's run under runc, runsc and Husk, in one boot of the node.
 //! - `husk-bench exec`: throughput of a command's output through the CRI's Exec.
+//! - `husk-bench limits`: rates of each device under a rate limit.
 //! - `husk-bench network`: throughput and latency of a pod's network, with vhost-net and with the VMM's data path.
 
 use std::fs;
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use husk_config::timeline::Timeline;
-use husk_e2e::bench::{MemoryUse, Series, network, report, step_times};
+use husk_e2e::bench::{MemoryUse, Series, limits, network, report, step_times};
 use husk_e2e::command::{Input, Running, ctr};
 use husk_e2e::cri::pod::pods_with_handler;
 use husk_e2e::cri::stream::{Stream, channel};
@@ -49,6 +50,12 @@ enum Command {
         /// Size of each run's output, in MiB.
         #[arg(long, default_value_t = 128)]
         mib: u64,
+    },
+    /// Measures whether each device holds its rate limits. Fails if a rate differs from its limit by more than 5 %.
+    Limits {
+        /// Duration of each measurement, in seconds.
+        #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..))]
+        seconds: u64,
     },
     /// Measures throughput, round-trip time and start-up cost of a pod's network, with vhost-net and the VMM in turn.
     Network {
@@ -95,6 +102,12 @@ fn main() -> Result<()> {
         Command::Start { runs, runtimes, out } => measure_starts(runs, &runtimes, &out),
         Command::Exec { runs, mib } => {
             exec(runs, mib);
+            Ok(())
+        }
+        Command::Limits { seconds } => {
+            if !limits::measure(seconds) {
+                bail!("a device does not hold a rate limit within 5 %");
+            }
             Ok(())
         }
         Command::Network { runs, mib, vcpus } => {

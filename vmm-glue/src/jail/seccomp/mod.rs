@@ -1,5 +1,5 @@
 //! seccomp filters of the VMM's threads (seccomp(2)). Each kind of thread has a filter that allows only the system
-//! calls in its table. The tables are data with a reason for each call.
+//! calls in its table. Each entry of a table contains the reason why the thread needs the call.
 
 mod rule;
 mod tables;
@@ -17,12 +17,13 @@ use syscalls::Sysno;
 
 use super::kind::Kind;
 use crate::config::SeccompMode;
+use crate::last_words;
 
-/// The mode of this process. It is set once, when the process enters the jail. The threads of a process that has not
-/// entered the jail get no filter. Only unit tests run without a jail.
+/// The mode of this process, which [`prepare`] sets when the process enters the jail. The mode is missing only
+/// in unit tests, which run without a jail. Then [`load`] loads no filter.
 static MODE: OnceLock<SeccompMode> = OnceLock::new();
 
-/// Error of loading a filter.
+/// Error from loading a filter.
 #[derive(Debug, thiserror::Error)]
 pub enum FilterError {
     /// The table could not be compiled.
@@ -43,7 +44,7 @@ pub fn prepare(mode: SeccompMode) -> Result<(), ViolationError> {
 /// Loads the filter for this thread. Threads that this thread starts later inherit the filter.
 pub fn load(kind: Kind) -> Result<(), FilterError> {
     let Some(&mode) = MODE.get() else { return Ok(()) };
-    violation::remember_thread();
+    last_words::remember_thread();
     apply(rules(kind), mode)
 }
 
@@ -54,23 +55,52 @@ pub fn apply<'a>(rules: impl Iterator<Item = &'a Rule>, mode: SeccompMode) -> Re
     Ok(apply_filter(&compile(rules, mode)?)?)
 }
 
-/// Compiles a filter. If no rule allows a call, the kernel sends SIGSYS, or logs the call and executes it.
+/// Compiles a filter. If no rule allows a call, the kernel sends SIGSYS instead of executing the call. In mode
+/// [`SeccompMode::Log`], the kernel logs the call and executes the call.
 fn compile<'a>(rules: impl Iterator<Item = &'a Rule>, mode: SeccompMode) -> Result<BpfProgram, BackendError> {
     let other = match mode {
         SeccompMode::Enforce => SeccompAction::Trap,
         SeccompMode::Log => SeccompAction::Log,
     };
-    let mut calls: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    let mut calls: BTreeMap<i64, Vec<&Rule>> = BTreeMap::new();
     for rule in rules {
-        calls.entry(rule.call.id().into()).or_default().extend(rule.compile()?);
+        calls.entry(rule.call.id().into()).or_default().push(rule);
     }
+    let compiled = calls.into_iter().map(|(call, rules)| Ok((call, compile_call(&rules)?)));
+    let calls = compiled.collect::<Result<BTreeMap<_, _>, BackendError>>()?;
     SeccompFilter::new(calls, other, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
 }
 
+/// Compiles the rules of one call. Without a rule, seccompiler allows every call. Therefore a rule without conditions
+/// makes the other rules of the same call superfluous.
+fn compile_call(rules: &[&Rule]) -> Result<Vec<SeccompRule>, BackendError> {
+    if rules.iter().any(|rule| rule.when.is_empty()) {
+        return Ok(Vec::new());
+    }
+    let compiled = rules.iter().map(|rule| rule.compile()).collect::<Result<Vec<_>, _>>()?;
+    Ok(compiled.into_iter().flatten().collect())
+}
+
 /// Compiles a filter that makes clone3 fail with ENOSYS. glibc then calls clone. A filter can check the flags of clone,
-/// but not those of clone3, because clone3 gets them in memory.
+/// but not the flags of clone3, because the flags of clone3 are in memory.
 fn refuse_clone3() -> Result<BpfProgram, BackendError> {
     let calls = BTreeMap::from([(i64::from(Sysno::clone3.id()), Vec::new())]);
     let refuse = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
     SeccompFilter::new(calls, SeccompAction::Allow, refuse, TargetArch::x86_64)?.try_into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rule::{allow, allow_if, is};
+    use super::*;
+
+    #[test]
+    fn rule_without_conditions_allows_the_call_whatever_the_other_rules_say() {
+        const ALWAYS: Rule = allow(Sysno::fcntl, "a");
+        const SOMETIMES: Rule = allow_if(Sysno::fcntl, &[is(1, 1)], "b");
+        for rules in [[&ALWAYS, &SOMETIMES], [&SOMETIMES, &ALWAYS]] {
+            assert!(compile_call(&rules).unwrap().is_empty());
+        }
+        assert_eq!(compile_call(&[&SOMETIMES, &SOMETIMES]).unwrap().len(), 2);
+    }
 }

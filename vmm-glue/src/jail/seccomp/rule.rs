@@ -8,7 +8,7 @@ use syscalls::Sysno;
 pub struct Rule {
     /// The system call.
     pub call: Sysno,
-    /// Alternative conditions. At least one must hold. If the list is empty, the call is allowed with all arguments.
+    /// Conditions, of which at least one must hold. If the list is empty, the call is allowed with any arguments.
     pub when: &'static [Condition],
     /// Why the thread needs the call.
     pub reason: &'static str,
@@ -37,7 +37,7 @@ impl Rule {
     }
 }
 
-/// Allows a system call with all arguments.
+/// Allows a system call with any arguments.
 pub const fn allow(call: Sysno, reason: &'static str) -> Rule {
     Rule { call, when: &[], reason }
 }

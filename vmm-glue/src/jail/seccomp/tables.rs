@@ -2,7 +2,7 @@
 
 use libc::{
     AF_UNIX, CLONE_CHILD_CLEARTID, CLONE_FILES, CLONE_FS, CLONE_PARENT_SETTID, CLONE_SETTLS, CLONE_SIGHAND,
-    CLONE_SYSVSEM, CLONE_THREAD, CLONE_VM, FIONBIO, PR_CAP_AMBIENT, PR_CAPBSET_READ, PR_GET_NAME, PR_SET_NAME,
+    CLONE_SYSVSEM, CLONE_THREAD, CLONE_VM, F_GETFD, FIONBIO, PR_CAP_AMBIENT, PR_CAPBSET_READ, PR_GET_NAME, PR_SET_NAME,
     PR_SET_NO_NEW_PRIVS, PROT_EXEC,
 };
 use syscalls::Sysno;
@@ -10,7 +10,7 @@ use syscalls::Sysno;
 use super::rule::{Rule, allow, allow_if, is, lacks};
 use crate::jail::kind::Kind;
 
-/// PID of the VMM in its PID namespace (pid_namespaces(7)): it is the namespace's first process.
+/// PID of the VMM in its PID namespace (pid_namespaces(7)). The VMM is the namespace's first process.
 const OWN_PID: u32 = 1;
 /// Flags with which glibc starts a thread (`create_thread` in nptl/pthread_create.c).
 const THREAD_FLAGS: u32 = (CLONE_VM
@@ -58,7 +58,7 @@ const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
 const TUNGETIFF: u32 = 0x8004_54d2;
 const TUNSETQUEUE: u32 = 0x4004_54d9;
 
-/// Calls of every thread.
+/// Calls that every thread may make.
 const EVERY_THREAD: &[Rule] = &[
     allow(Sysno::futex, "locks, condition variables and channels"),
     allow(Sysno::sched_yield, "a channel of the standard library waits for another sender or receiver"),
@@ -94,6 +94,12 @@ const WORKER: &[Rule] = &[
     allow(Sysno::epoll_wait, "waits for notifications"),
     allow(Sysno::read, "clears a notification"),
     allow(Sysno::close, "closes files, and the epoll instance after an activation"),
+    allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait for a rate limit or for a free fd"),
+    allow_if(
+        Sysno::fcntl,
+        &[is(1, F_GETFD as u32)],
+        "the standard library of debug builds checks that an fd is open before it closes the fd",
+    ),
 ];
 
 const DISK: &[Rule] = &[
@@ -104,9 +110,8 @@ const DISK: &[Rule] = &[
 ];
 
 const FILE_SERVER: &[Rule] = &[
-    allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait for a free fd"),
     allow(Sysno::mremap, "the allocator resizes large blocks"),
-    allow(Sysno::openat, "opens files by O_PATH fds and their entries in /proc/self/fd"),
+    allow(Sysno::openat, "opens files relative to O_PATH fds, or by their paths in /proc/self/fd"),
     allow(Sysno::openat2, "opens files below the share, and follows no symlink"),
     allow(Sysno::statx, "GETATTR, LOOKUP, STATX"),
     allow(Sysno::readlinkat, "READLINK"),
@@ -154,8 +159,8 @@ const FILE_SERVER: &[Rule] = &[
         &[is(0, PR_CAPBSET_READ as u32), is(0, PR_CAP_AMBIENT as u32)],
         "libcap-ng asks which sets of capabilities the kernel has",
     ),
-    allow(Sysno::fcntl, "OPEN and CREATE change flags, and files are duplicated"),
-    allow(Sysno::dup, "duplicates files"),
+    allow(Sysno::fcntl, "changes file flags for OPEN and CREATE, and duplicates fds"),
+    allow(Sysno::dup, "duplicates fds"),
     allow(Sysno::getrandom, "seeds the keys of hash tables"),
 ];
 
@@ -164,7 +169,7 @@ const DEVICE_LOOP: &[Rule] = &[
     allow(Sysno::epoll_ctl, "registers the events of devices and connections"),
     allow(Sysno::epoll_wait, "waits for events"),
     allow(Sysno::eventfd2, "creates eventfds when a device is activated again"),
-    allow(Sysno::read, "eventfds, and streams of vsock connections"),
+    allow(Sysno::read, "eventfds, timers of rate limits, and streams of vsock connections"),
     allow(Sysno::readv, "frames from the tap"),
     allow(Sysno::writev, "frames to the tap"),
     allow(Sysno::close, "closes streams and eventfds"),
@@ -200,7 +205,7 @@ const DEVICE_LOOP: &[Rule] = &[
     allow(Sysno::shutdown, "half-closes streams of vsock connections"),
     allow(Sysno::fcntl, "duplicates eventfds"),
     allow(Sysno::getrandom, "virtio-rng"),
-    allow(Sysno::timerfd_settime, "virtio-rng pauses when the guest has read much entropy"),
+    allow(Sysno::timerfd_settime, "wakes the device loop when a rate limit admits the next request, frame or packet"),
 ];
 
 const CONTROL: &[Rule] = &[
@@ -209,9 +214,9 @@ const CONTROL: &[Rule] = &[
     allow(Sysno::close, "closes fds"),
     allow(Sysno::eventfd2, "eventfds of hot-plugged devices"),
     allow(Sysno::fcntl, "duplicates eventfds"),
+    allow(Sysno::timerfd_create, "creates the timer of a hot-plugged interface that has rate limits"),
     allow(Sysno::read, "clears eventfds"),
     allow(Sysno::lseek, "determines the size of a hot-plugged disk"),
-    allow(Sysno::newfstatat, "checks the fds of hot-plugged devices"),
     allow(Sysno::statx, "checks the fds of hot-plugged devices"),
     allow_if(Sysno::clone, &[is(0, THREAD_FLAGS)], "starts threads of hot-plugged devices and vCPUs, but no process"),
     allow(Sysno::clone3, "fails with ENOSYS, so that glibc calls clone"),
@@ -228,6 +233,7 @@ const CONTROL: &[Rule] = &[
     allow(Sysno::capset, "confines a thread"),
     allow(Sysno::seccomp, "confines a thread"),
     allow_if(Sysno::tgkill, &[is(0, OWN_PID)], "interrupts vCPUs"),
+    allow(Sysno::getpid, "glibc passes the process's id to tgkill (`pthread_kill`)"),
     allow_if(
         Sysno::ioctl,
         &[
@@ -254,7 +260,8 @@ const PID: &[Rule] = &[allow(Sysno::gettid, "the container's PID on the host is 
 /// Returns the tables of a kind of thread. A call may be in several tables.
 fn tables(kind: Kind) -> &'static [&'static [Rule]] {
     match kind {
-        // The thread starts threads, which inherit its filter.
+        // The control thread starts other threads, which inherit its filter. Therefore the filter also allows their
+        // calls.
         Kind::Control => &[EVERY_THREAD, CONTROL, THREAD_END, VCPU, WORKER, DISK],
         Kind::Vcpu => &[EVERY_THREAD, VCPU],
         Kind::DeviceLoop => &[EVERY_THREAD, DEVICE_LOOP],
@@ -306,19 +313,19 @@ mod tests {
     }
 
     #[test]
-    fn powerful_calls_are_allowed_with_certain_arguments_only() {
+    fn powerful_calls_are_allowed_only_with_certain_arguments() {
         use Sysno::{clone, ioctl, mmap, mprotect, prctl, socket, socketpair, tgkill};
         for (kind, _) in KINDS {
             for rule in rules(kind) {
                 let filtered = !rule.when.is_empty();
                 let powerful = [clone, ioctl, mmap, mprotect, prctl, socket, socketpair, tgkill].contains(&rule.call);
-                assert!(filtered || !powerful, "{} is not filtered for {kind:?}", rule.call);
+                assert!(filtered || !powerful, "{} is allowed with any arguments for {kind:?}", rule.call);
             }
         }
     }
 
     #[test]
-    fn handler_of_violations_may_make_its_calls() {
+    fn every_kind_allows_the_calls_of_the_violation_handler() {
         for (kind, _) in KINDS {
             let unconditional = |call| rules(kind).any(|rule| rule.call == call && rule.when.is_empty());
             assert!([Sysno::write, Sysno::sendmsg, Sysno::exit_group].into_iter().all(unconditional), "{kind:?}");

@@ -2,6 +2,8 @@
 //!
 //! A worker thread of the device serves one request at a time, with plain system calls on guest memory.
 
+#[cfg(test)]
+mod rate_limit_tests;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -22,7 +24,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use self::request::{Disk, MAX_RANGES, MAX_ZEROES};
 use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, OnIdle, VirtioDevice};
+use super::rate_limit::SharedLimiter;
 use super::workers::Workers;
+use crate::config::RateLimit;
 
 /// Maximum size of the single request queue.
 const QUEUE_SIZES: [u16; 1] = [128];
@@ -56,7 +60,7 @@ pub struct Blk {
 
 impl Blk {
     /// Creates a disk with the file's size, rounded down to whole sectors.
-    pub fn new(mut file: File, read_only: bool, serial: &str) -> Result<Self, BlkError> {
+    pub fn new(mut file: File, read_only: bool, serial: &str, rate_limit: RateLimit) -> Result<Self, BlkError> {
         if serial.len() > SERIAL_LEN {
             return Err(BlkError::Serial(serial.to_owned()));
         }
@@ -66,7 +70,8 @@ impl Blk {
         }
         // Seek to the end, because the length in the metadata of a block device is 0.
         let sectors = file.seek(SeekFrom::End(0)).map_err(BlkError::Size)? / SECTOR;
-        let disk = Arc::new(Disk { file, sectors, read_only, serial: bytes });
+        let limiter = SharedLimiter::new(rate_limit);
+        let disk = Arc::new(Disk { file, sectors, read_only, serial: bytes, limiter });
         let workers = Workers::start(1, Arc::clone(&disk)).map_err(BlkError::Thread)?;
         Ok(Self { disk, workers })
     }
@@ -83,17 +88,22 @@ impl Blk {
         config.extend((SECTOR as u32).to_le_bytes());
         // The device does not offer topology, writeback and several queues.
         config.extend([0; 12]);
-        let zeroes = u32::try_from(MAX_ZEROES / SECTOR).unwrap_or(u32::MAX);
         // These fields are max_discard_sectors, max_discard_seg and discard_sector_alignment.
-        for word in [zeroes, MAX_RANGES as u32, 1] {
+        for word in [sectors(MAX_ZEROES), MAX_RANGES as u32, 1] {
             config.extend(word.to_le_bytes());
         }
         // These fields are max_write_zeroes_sectors, max_write_zeroes_seg and write_zeroes_may_unmap.
-        for word in [zeroes, MAX_RANGES as u32, 1] {
+        let (ranges, zeroes) = self.disk.max_write_zeroes();
+        for word in [sectors(zeroes), ranges as u32, 1] {
             config.extend(word.to_le_bytes());
         }
         config
     }
+}
+
+/// Returns the number of sectors in `bytes`.
+fn sectors(bytes: u64) -> u32 {
+    u32::try_from(bytes / SECTOR).unwrap_or(u32::MAX)
 }
 
 impl MutEventSubscriber for Blk {

@@ -16,6 +16,7 @@ use super::{SECTOR, SERIAL_LEN};
 use crate::guest_memory::GuestMemory;
 use crate::jail::Kind;
 use crate::virtio::queue::{Chain, Iov, log_guest_fault, log_host_failure};
+use crate::virtio::rate_limit::SharedLimiter;
 use crate::virtio::workers::Handler;
 
 /// Length of a request's header in bytes.
@@ -27,6 +28,11 @@ pub const MAX_RANGES: usize = 16;
 /// Maximum length of a range in bytes. This maximum bounds the duration of a request for which the host has to write
 /// zeroes.
 pub const MAX_ZEROES: u64 = 64 << 20;
+/// Maximum number of bytes that a request may zero if the disk's bytes are limited. The tokens of these bytes are taken
+/// after the request. Therefore, one request must not zero many more bytes than one write request can write.
+const MAX_LIMITED_ZEROES: u64 = 1 << 20;
+/// Length of the status in bytes.
+const STATUS: usize = 1;
 
 /// The file behind the device.
 pub struct Disk {
@@ -34,6 +40,7 @@ pub struct Disk {
     pub sectors: u64,
     pub read_only: bool,
     pub serial: [u8; SERIAL_LEN],
+    pub limiter: SharedLimiter,
 }
 
 /// Reason why a request failed.
@@ -59,10 +66,18 @@ impl Handler for Disk {
     const KIND: Kind = Kind::Disk;
     const NAME: &'static str = "virtio-blk";
 
+    fn limiter(&self) -> &SharedLimiter {
+        &self.limiter
+    }
+
+    fn bytes(&self, request: &Chain<'_>) -> usize {
+        request.readable.len().saturating_sub(HEADER) + request.writable.len().saturating_sub(STATUS)
+    }
+
     fn serve(&self, _memory: &GuestMemory, chain: Chain<'_>) -> u32 {
         let Chain { mut readable, mut writable, .. } = chain;
         // The status is the last writable byte of the chain. It may be in any descriptor.
-        let Some(data_len) = writable.len().checked_sub(1) else {
+        let Some(data_len) = writable.len().checked_sub(STATUS) else {
             log_guest_fault(0, &"the disk request has no space for the status byte");
             return 0;
         };
@@ -111,13 +126,15 @@ impl Disk {
             }
             VIRTIO_BLK_T_GET_ID => Ok(writable.copy_from(&self.serial)),
             VIRTIO_BLK_T_DISCARD => {
-                self.ranges(readable, |offset, length, _| {
+                self.ranges(readable, (MAX_RANGES, MAX_ZEROES), |offset, length, _| {
                     self.fallocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, length)
                 })?;
                 Ok(0)
             }
             VIRTIO_BLK_T_WRITE_ZEROES => {
-                self.ranges(readable, |offset, length, flags| {
+                self.ranges(readable, self.max_write_zeroes(), |offset, length, flags| {
+                    // The host may have to write these zeroes, although the request does not contain them.
+                    self.limiter.charge_bytes(length);
                     let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
                     let mode = if unmap { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
                     match self.fallocate(mode | libc::FALLOC_FL_KEEP_SIZE, offset, length) {
@@ -131,6 +148,11 @@ impl Disk {
             }
             _ => Err(Failure::Unsupported),
         }
+    }
+
+    /// Returns the maximum number of ranges in a write-zeroes request, and the maximum length of a range in bytes.
+    pub fn max_write_zeroes(&self) -> (usize, u64) {
+        if self.limiter.limits_bytes() { (1, MAX_LIMITED_ZEROES) } else { (MAX_RANGES, MAX_ZEROES) }
     }
 
     fn check_writable(&self) -> Result<(), Failure> {
@@ -182,17 +204,22 @@ impl Disk {
     }
 
     /// Calls `each` for each range of a discard or write-zeroes request, with its offset in bytes, its length in bytes
-    /// and its flags.
-    fn ranges(&self, list: &mut Iov<'_>, mut each: impl FnMut(u64, u64, u32) -> io::Result<()>) -> Result<(), Failure> {
+    /// and its flags. Rejects more than `max_ranges` ranges, and ranges of more than `max_length` bytes.
+    fn ranges(
+        &self,
+        list: &mut Iov<'_>,
+        (max_ranges, max_length): (usize, u64),
+        mut each: impl FnMut(u64, u64, u32) -> io::Result<()>,
+    ) -> Result<(), Failure> {
         self.check_writable()?;
-        if list.is_empty() || !list.len().is_multiple_of(RANGE) || list.len() / RANGE > MAX_RANGES {
+        if list.is_empty() || !list.len().is_multiple_of(RANGE) || list.len() / RANGE > max_ranges {
             return Err(Failure::Guest("the disk request has an invalid list of ranges"));
         }
         while let Ok(bytes) = list.take::<RANGE>() {
             let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, f0, f1, f2, f3] = bytes;
             let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
             let length = u64::from(u32::from_le_bytes([n0, n1, n2, n3])) * SECTOR;
-            if length > MAX_ZEROES {
+            if length > max_length {
                 return Err(Failure::Guest("the disk request has a range that is too long"));
             }
             let offset = self.offset(sector, length)?;

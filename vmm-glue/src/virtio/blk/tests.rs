@@ -8,21 +8,21 @@ use super::*;
 use crate::virtio::testing::Bench;
 
 const SECTORS: usize = 64;
-const IN: u32 = 0;
+pub const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
-const DISCARD: u32 = 11;
-const WRITE_ZEROES: u32 = 13;
+pub const DISCARD: u32 = 11;
+pub const WRITE_ZEROES: u32 = 13;
 
-fn header(kind: u32, sector: u64) -> Vec<u8> {
+pub fn header(kind: u32, sector: u64) -> Vec<u8> {
     let mut bytes = kind.to_le_bytes().to_vec();
     bytes.extend([0; 4]);
     bytes.extend(sector.to_le_bytes());
     bytes
 }
 
-fn range(sector: u64, count: u32, flags: u32) -> Vec<u8> {
+pub fn range(sector: u64, count: u32, flags: u32) -> Vec<u8> {
     let mut bytes = sector.to_le_bytes().to_vec();
     bytes.extend(count.to_le_bytes());
     bytes.extend(flags.to_le_bytes());
@@ -30,16 +30,20 @@ fn range(sector: u64, count: u32, flags: u32) -> Vec<u8> {
 }
 
 fn disk(read_only: bool) -> (File, Bench<Blk>) {
+    limited_disk(read_only, RateLimit::default())
+}
+
+pub fn limited_disk(read_only: bool, rate_limit: RateLimit) -> (File, Bench<Blk>) {
     let file = tempfile::tempfile().unwrap();
     let content: Vec<u8> = (0..SECTORS * 512).map(|at| (at / 512 + 1) as u8).collect();
     file.write_all_at(&content, 0).unwrap();
     file.write_all_at(b"not a whole sector", (SECTORS * 512) as u64).unwrap();
-    let mut bench = Bench::new(Blk::new(file.try_clone().unwrap(), read_only, "serial-1").unwrap());
+    let mut bench = Bench::new(Blk::new(file.try_clone().unwrap(), read_only, "serial-1", rate_limit).unwrap());
     bench.activate(0);
     (file, bench)
 }
 
-fn call(bench: &mut Bench<Blk>, readable: &[&[u8]], writable: &[usize]) -> Vec<u8> {
+pub fn call(bench: &mut Bench<Blk>, readable: &[&[u8]], writable: &[usize]) -> Vec<u8> {
     bench.queues[0].add(readable, writable);
     let mut answer = None;
     bench.run_until(|queues| {
@@ -134,7 +138,7 @@ fn configuration_space_has_size_and_limits() {
     let word = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
     assert_eq!((word(0), word(4), word(12), word(20)), (SECTORS as u32, 0, 126, 512));
     assert_eq!((word(36), word(40), word(44), word(48), word(52), config[56]), (131072, 16, 1, 131072, 16, 1));
-    assert!(Blk::new(tempfile::tempfile().unwrap(), false, "a serial that is too long").is_err());
+    assert!(Blk::new(tempfile::tempfile().unwrap(), false, "a serial that is too long", RateLimit::default()).is_err());
 }
 
 proptest! {

@@ -1,5 +1,5 @@
 //! Wraps virtiofsd's file system. Rejects hostile requests ([`request_checks`]), reports short writes, and observes the
-//! fd limit.
+//! fd limit and the rate limit.
 //!
 //! virtiofsd 1.14 continues after a short write (`ZcReader` in its server.rs). If the next write fails, for example
 //! because of a full disk or a quota, virtiofsd answers with only the error, although the file has grown. A local
@@ -22,6 +22,12 @@ use virtiofsd::soft_idmap::GuestUid;
 
 use super::fd_limit::FdLimit;
 use super::{request_checks, writer};
+use crate::virtio::rate_limit::SharedLimiter;
+
+/// Maximum number of bytes that one COPY_FILE_RANGE request copies if the share's bytes are limited. The tokens of
+/// these bytes are taken after the request. Therefore, one request must not copy much more than a WRITE request can
+/// write. The guest continues after a short copy.
+const MAX_LIMITED_COPY: u64 = 1 << 20;
 
 /// A node id of FUSE.
 pub type Inode = <PassthroughFs as FileSystem>::Inode;
@@ -34,12 +40,18 @@ pub struct CheckedFs {
     fs: Arc<PassthroughFs>,
     fd_limit: Arc<FdLimit>,
     dev_null: Arc<File>,
+    limiter: SharedLimiter,
 }
 
 impl CheckedFs {
     /// Wraps a file system. `dev_null` is /dev/null, opened for writing.
-    pub fn new(fs: PassthroughFs, fd_limit: FdLimit, dev_null: File) -> Self {
-        Self { fs: Arc::new(fs), fd_limit: Arc::new(fd_limit), dev_null: Arc::new(dev_null) }
+    pub fn new(fs: PassthroughFs, fd_limit: FdLimit, dev_null: File, limiter: SharedLimiter) -> Self {
+        Self { fs: Arc::new(fs), fd_limit: Arc::new(fd_limit), dev_null: Arc::new(dev_null), limiter }
+    }
+
+    /// Returns the limiter of the requests.
+    pub fn limiter(&self) -> &SharedLimiter {
+        &self.limiter
     }
 
     /// Waits until an fd is available. Called before a request that may open a file.
@@ -187,7 +199,13 @@ impl FileSystem for CheckedFs {
         flags: u64,
     ) -> io::Result<usize> {
         let _writer = writer::act_as(ctx.uid)?;
-        self.fs.copyfilerange(ctx, inode_in, handle_in, offset_in, inode_out, handle_out, offset_out, len, flags)
+        let len = if self.limiter.limits_bytes() { len.min(MAX_LIMITED_COPY) } else { len };
+        let copied = self
+            .fs
+            .copyfilerange(ctx, inode_in, handle_in, offset_in, inode_out, handle_out, offset_out, len, flags)?;
+        // The host copies these bytes, although neither the request nor its answer contains them.
+        self.limiter.charge_bytes(copied as u64);
+        Ok(copied)
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
@@ -200,9 +218,16 @@ impl FileSystem for CheckedFs {
         self.fd_limit.released();
     }
 
+    /// Rejects clients that cannot tell mounts apart, which virtiofsd would only warn about. Linux 5.10 and later can.
+    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        if !capable.contains(FsOptions::SUBMOUNTS) {
+            return Err(io::Error::from_raw_os_error(libc::EPROTO));
+        }
+        self.fs.init(capable)
+    }
+
     // These are the other methods that PassthroughFs implements. For all further methods, the trait's defaults apply.
     forward! {
-        fn init(capable: FsOptions) -> io::Result<FsOptions>;
         fn destroy() -> ();
         fn statfs(ctx: Context, inode: Inode) -> io::Result<libc::statvfs64>;
         #[wait_for_fd]

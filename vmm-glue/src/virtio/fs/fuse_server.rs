@@ -24,6 +24,7 @@ use super::checked_fs::{CheckedFs, Inode};
 use super::descriptor_table::DescriptorTable;
 use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::{Chain, Iov, log_guest_fault};
+use crate::virtio::rate_limit::SharedLimiter;
 
 // FUSE operations without an answer (include/uapi/linux/fuse.h, `enum fuse_opcode`).
 const FORGET: u32 = 2;
@@ -32,6 +33,9 @@ const DESTROY: u32 = 38;
 const BATCH_FORGET: u32 = 42;
 /// Size of `struct fuse_out_header`, in bytes.
 const OUT_HEADER: usize = 16;
+/// Total size of `struct fuse_in_header` and `struct fuse_write_in`, in bytes. These structures precede the data of a
+/// WRITE request. A READ request has the same size, but no data.
+const WRITE_HEADERS: usize = 80;
 /// Maximum number of nodes in one BATCH_FORGET. Linux does not send BATCH_FORGET over virtio-fs, but one FORGET per
 /// node (`virtio_fs_send_forget()` in fs/fuse/virtio_fs.c).
 const MAX_BATCH: usize = 4096;
@@ -53,6 +57,11 @@ impl FuseServer {
     /// Creates a server. Fails if memory for the descriptor table cannot be mapped.
     pub fn new(fs: CheckedFs) -> io::Result<Self> {
         Ok(Self { server: Server::new(fs.clone()), fs, table: Mutex::new(DescriptorTable::new()?) })
+    }
+
+    /// Returns the limiter of the request queue.
+    pub fn limiter(&self) -> &SharedLimiter {
+        self.fs.limiter()
     }
 
     /// Serves a request of the request queue, which may block. Returns the number of bytes written.
@@ -130,6 +139,12 @@ impl FuseServer {
             log_guest_fault(queue, &fault);
         }
     }
+}
+
+/// Returns the maximum number of data bytes that a request and its answer can have: the bytes after the headers of a
+/// WRITE request, and the bytes after the header of an answer. For requests without file data, this number is small.
+pub fn data_len(chain: &Chain<'_>) -> usize {
+    chain.readable.len().saturating_sub(WRITE_HEADERS) + chain.writable.len().saturating_sub(OUT_HEADER)
 }
 
 /// Copies a value out of guest memory. Returns `None` if the chain is too short.

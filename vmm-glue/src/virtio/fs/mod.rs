@@ -14,6 +14,8 @@ mod landlock_tests;
 mod names_tests;
 #[cfg(test)]
 mod race_tests;
+#[cfg(test)]
+mod rate_limit_tests;
 mod request_checks;
 #[cfg(test)]
 mod requests_tests;
@@ -44,6 +46,7 @@ use self::fuse_server::{FuseServer, HIGH_PRIORITY_QUEUE};
 use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, OnIdle, VirtioDevice};
 use super::queue::{Chain, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
+use super::rate_limit::SharedLimiter;
 use super::workers::{Handler, Workers};
 use crate::config::ShareConfig;
 use crate::guest_memory::GuestMemory;
@@ -103,6 +106,14 @@ impl Handler for FuseServer {
     const KIND: Kind = Kind::FileServer;
     const NAME: &'static str = "virtio-fs";
 
+    fn limiter(&self) -> &SharedLimiter {
+        FuseServer::limiter(self)
+    }
+
+    fn bytes(&self, request: &Chain<'_>) -> usize {
+        fuse_server::data_len(request)
+    }
+
     fn serve(&self, memory: &GuestMemory, chain: Chain<'_>) -> u32 {
         FuseServer::serve(self, memory, chain)
     }
@@ -146,7 +157,9 @@ impl Fs {
         let fd_limit = fd_directory.try_clone().map_err(FsError::Event)?;
         let fd_limit = FdLimit::new(fd_limit, threshold, Box::new(request_forget));
         let fs = PassthroughFs::new(passthrough_config(share.root.clone(), fd_directory, guest_fd_limit));
-        let server = fs.and_then(|fs| FuseServer::new(CheckedFs::new(fs, fd_limit, dev_null))).map_err(root_error)?;
+        let limiter = SharedLimiter::new(share.rate_limit);
+        let server = fs.and_then(|fs| FuseServer::new(CheckedFs::new(fs, fd_limit, dev_null, limiter)));
+        let server = server.map_err(root_error)?;
         let server = Arc::new(server);
         Ok(Self {
             config,

@@ -1,4 +1,4 @@
-//! Tests that, of the users of a guest, only root can use the blocks that a file system reserves for root.
+//! Tests that root is the only user of a guest that can use the blocks that a file system reserves for root.
 
 use std::os::unix::fs::chown;
 use std::path::Path;
@@ -12,15 +12,15 @@ use nix::sys::statvfs::statvfs;
 use super::test_guest::*;
 
 const CHUNK: usize = 16384;
-/// Flag of a WRITE request that writes dirty pages of a mapped file (`FUSE_WRITE_CACHE`).
+/// Flag of a WRITE request with which the guest kernel writes back dirty pages of a mapped file (`FUSE_WRITE_CACHE`).
 const WRITE_CACHE: u32 = 1;
-/// The body of a request that takes a file handle, an offset and flags.
+/// A function that returns a request's body for a file handle, an offset and flags.
 type Request = fn(u64, u64, u32) -> Vec<u8>;
 
-/// Runs `test` with a new, small ext4, in a separate mount namespace.
+/// Runs `test` with a new, small ext4 file system, in a separate mount namespace.
 fn with_ext4(test: impl FnOnce(&Path) + Send + 'static) {
     let thread = thread::spawn(move || {
-        unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root: it mounts");
+        unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root, because it mounts");
         let none = None::<&str>;
         mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).unwrap();
         let dir = tempfile::tempdir().unwrap();
@@ -28,7 +28,7 @@ fn with_ext4(test: impl FnOnce(&Path) + Send + 'static) {
         fs::create_dir(&point).unwrap();
         fs::File::create(&image).unwrap().set_len(8 << 20).unwrap();
         let run = |program: &str, arguments: &[&str], last: &[&Path]| {
-            assert!(Command::new(program).args(arguments).args(last).status().unwrap().success(), "{program}");
+            assert!(Command::new(program).args(arguments).args(last).status().unwrap().success(), "{program} failed");
         };
         run("mkfs.ext4", &["-q", "-F", "-m", "20", "-O", "^has_journal"], &[&image]);
         run("mount", &["-o", "loop"], &[&image, &point]);
@@ -57,7 +57,7 @@ fn call_as(guest: &mut Guest, uid: u32, opcode: u32, node: u64, body: &[u8]) -> 
     i32::from_le_bytes(answer.unwrap().1[4..8].try_into().unwrap())
 }
 
-/// Calls `request` with increasing offsets until it fails. Returns the error.
+/// Calls `request` with increasing offsets until a call fails. Returns the error.
 fn fill(mut request: impl FnMut(u64) -> i32) -> i32 {
     let mut offset = 0;
     loop {
@@ -68,20 +68,20 @@ fn fill(mut request: impl FnMut(u64) -> i32) -> i32 {
     }
 }
 
-/// struct fuse_write_in and the data
+/// Returns the body of a WRITE request: `struct fuse_write_in` and the data.
 fn write_request(handle: u64, offset: u64, flags: u32) -> Vec<u8> {
     [longs([handle, offset]), words([CHUNK as u32, flags, 0, 0, 0, 0]), vec![7; CHUNK]].concat()
 }
 
-/// struct fuse_fallocate_in
+/// Returns the body of a FALLOCATE request: `struct fuse_fallocate_in`.
 fn fallocate_request(handle: u64, offset: u64, _flags: u32) -> Vec<u8> {
     [longs([handle, offset, CHUNK as u64]), words([0, 0])].concat()
 }
 
-/// Fills the disk with a file of the user `uid`, and empties the file, once for each kind of request. Returns how many
-/// blocks were free each time.
+/// Fills the disk with a file of the user `uid`, and empties the file, once for each kind of request. Returns, for
+/// each kind of request, the number of free blocks when the disk was full.
 fn fill_disk_as(uid: u32, guest: &mut Guest, point: &Path) -> Vec<u64> {
-    // Delayed writes come from the kernel, as user 0.
+    // Writeback of a mapped file (`WRITE_CACHE`) comes from the guest kernel, as user 0.
     let kinds: [(u32, Request, u32, u32); 3] = [
         (WRITE, write_request, 0, uid),
         (WRITE, write_request, WRITE_CACHE, 0),
@@ -110,11 +110,14 @@ fn only_root_of_the_guest_can_use_reserved_blocks() {
         let mut guest = Guest::with_share(point, 1);
         guest.init();
         let free = fill_disk_as(1000, &mut guest, point);
-        assert!(free.iter().all(|free| *free >= reserved), "{free:?} of {reserved} reserved blocks are free");
+        assert!(
+            free.iter().all(|free| *free >= reserved),
+            "user 1000 used reserved blocks: {free:?} blocks are free, but {reserved} are reserved"
+        );
         let free = fill_disk_as(0, &mut guest, point);
         assert!(
             free.iter().all(|free| *free < reserved),
-            "root could not use the {reserved} reserved blocks: {free:?}"
+            "root could not use the {reserved} reserved blocks: {free:?} blocks are free"
         );
     });
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use super::Fs;
-use crate::config::ShareConfig;
+use crate::config::{RateLimit, ShareConfig};
 use crate::jail::Belongings;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::testing::Bench;
@@ -22,7 +22,7 @@ pub struct Guest {
 }
 
 pub fn share(root: &Path, workers: u8) -> ShareConfig {
-    ShareConfig { tag: "husk".into(), root: root.to_str().unwrap().into(), workers }
+    ShareConfig { tag: "husk".into(), root: root.to_str().unwrap().into(), workers, rate_limit: RateLimit::default() }
 }
 
 pub fn belongings() -> Belongings {
@@ -45,23 +45,37 @@ impl Drop for Guest {
 impl Guest {
     /// Creates a guest whose share is a new directory with the file `hello`.
     pub fn new(workers: u8) -> Self {
+        Self::with_limit(workers, RateLimit::default())
+    }
+
+    /// Creates a guest like [`Guest::new`], whose share has a rate limit.
+    pub fn with_limit(workers: u8, rate_limit: RateLimit) -> Self {
         let root = tempfile::tempdir().unwrap();
         fs::write(root.path().join("hello"), b"content").unwrap();
-        let mut guest = Self::with_share(root.path(), workers);
+        let mut guest = Self::with_config(&ShareConfig { rate_limit, ..share(root.path(), workers) }, belongings());
         guest.root = Some(root);
         guest
     }
 
     /// Creates a guest whose share is the directory `root`.
     pub fn with_share(root: &Path, workers: u8) -> Self {
-        Self::with_belongings(root, workers, belongings())
+        Self::with_config(&share(root, workers), belongings())
     }
 
     /// Serves the directory `root`. This thread may open no other files.
     pub fn with_belongings(root: &Path, workers: u8, belongings: Belongings) -> Self {
-        let mut bench = Bench::new(Fs::new(&share(root, workers), belongings, || {}).unwrap());
+        Self::with_config(&share(root, workers), belongings)
+    }
+
+    fn with_config(share: &ShareConfig, belongings: Belongings) -> Self {
+        let mut bench = Bench::new(Fs::new(share, belongings, || {}).unwrap());
         bench.activate(0);
         Self { bench, unique: 0, root: None }
+    }
+
+    /// Returns the share's directory.
+    pub fn root(&self) -> &Path {
+        self.root.as_ref().unwrap().path()
     }
 
     pub fn header(&mut self, opcode: u32, node: u64, body: usize) -> Vec<u8> {

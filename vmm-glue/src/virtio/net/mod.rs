@@ -11,6 +11,8 @@ mod control;
 mod load;
 mod offload;
 mod pump;
+#[cfg(test)]
+mod rate_limit_tests;
 mod tap;
 #[cfg(test)]
 mod tests;
@@ -41,7 +43,9 @@ use self::pump::{FrameRules, QueuePair};
 use self::vhost::VhostError;
 use super::activation;
 use super::device::{ActivateError, Activation, VirtioDevice};
-use super::queue::{QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
+use super::queue::{QueueFault, TIMER_TOKEN, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
+use super::rate_limit::Throttle;
+use crate::config::RateLimit;
 
 pub use self::offload::{OfferError, RequestVhost};
 pub use self::tap::flags as tap_flags;
@@ -90,6 +94,7 @@ pub struct Net {
     switchable: bool,
     offload: Offload,
     active: Option<Active>,
+    throttle: Throttle,
 }
 
 /// The host's side of a queue pair.
@@ -133,7 +138,17 @@ impl Net {
             switchable,
             offload: backend.vhost.map_or(Offload::Never, Offload::Possible),
             active: None,
+            throttle: Throttle::default(),
         })
+    }
+
+    /// Limits the rates of the frames that the guest receives and transmits.
+    ///
+    /// # Errors
+    /// If the timer of the limits cannot be created.
+    pub fn limit_rates(&mut self, receive: RateLimit, transmit: RateLimit) -> io::Result<()> {
+        self.throttle = Throttle::new(receive, transmit)?;
+        Ok(())
     }
 
     /// Takes over the queues.
@@ -260,6 +275,7 @@ impl Net {
                     active.register(ops);
                 }
             }
+            TIMER_TOKEN => self.throttle.clear_timer(),
             TAP_TOKEN.. if token & FAULT_TOKEN != 0 => {
                 let Some((_, fault)) = self.tap_queues.get(index).and_then(|tap_queue| tap_queue.vhost.as_ref()) else {
                     return Ok(());
@@ -294,7 +310,7 @@ impl Net {
     }
 
     fn pump(&mut self) -> Result<(), QueueFault> {
-        let Self { active: Some(active), tap_queues, switchable, wake, .. } = self else { return Ok(()) };
+        let Self { active: Some(active), tap_queues, switchable, wake, throttle, .. } = self else { return Ok(()) };
         let memory = Arc::clone(&active.memory);
         let interrupt = Arc::clone(&active.interrupt);
         let mut more = false;
@@ -314,9 +330,11 @@ impl Net {
             more |= active.control_waiting;
         }
         if active.data_path == DataPath::DeviceLoop {
+            throttle.begin_turn();
             for (pair, tap_queue) in active.queue_pairs.iter_mut().zip(tap_queues).take(active.active_pairs) {
-                more |= pair.pump(&memory, &*interrupt, &tap_queue.tap, &active.rules, &mut active.load)?;
+                more |= pair.pump(&memory, &*interrupt, &tap_queue.tap, &active.rules, &mut active.load, throttle)?;
             }
+            throttle.end_turn();
         }
         if more {
             wake.wake();
@@ -386,6 +404,7 @@ fn switch_active_pairs(tap_queues: &mut [TapQueue], switchable: bool, before: us
 impl MutEventSubscriber for Net {
     fn init(&mut self, ops: &mut EventOps) {
         self.wake.init(ops);
+        self.throttle.init(ops);
         for (index, tap_queue) in (0..).zip(&mut self.tap_queues) {
             tap_queue.init(index, ops);
         }

@@ -7,7 +7,7 @@ use std::fs::File;
 /// Requests open files of `/dev/vhost-net`, one for each queue pair. Does not wait for them.
 pub type RequestVhost = Box<dyn Fn() + Send>;
 
-/// Error of offering vhost-net to an interface.
+/// Error from offering vhost-net to an interface.
 #[derive(Debug, thiserror::Error)]
 pub enum OfferError {
     /// The interface did not request vhost-net, or already has it.

@@ -12,6 +12,7 @@ use super::{MAX_PACKET, NUM_BUFFERS_OFFSET, VNET_HEADER_LEN};
 use crate::guest_memory::GuestMemory;
 use crate::virtio::device::Interrupt;
 use crate::virtio::queue::{Chain, Iov, MAX_SEGMENTS, QueueFault, Virtqueue, log_guest_fault};
+use crate::virtio::rate_limit::{Direction, Throttle};
 
 /// Length of an Ethernet header up to the end of the source address, in bytes.
 const MAC_ADDRESSES_LEN: usize = 12;
@@ -32,7 +33,7 @@ pub struct FrameRules {
 pub struct QueuePair {
     pub rx: Virtqueue,
     pub tx: Virtqueue,
-    /// Whether there may be frames to transmit.
+    /// Whether there may be frames to transmit. These frames may be waiting for the rate limit.
     pub tx_waiting: bool,
     /// Whether the receive queue must be served, because there may be frames or new buffers.
     pub rx_waiting: bool,
@@ -57,15 +58,15 @@ impl QueuePair {
         tap: &File,
         rules: &FrameRules,
         load: &mut Load,
+        throttle: &mut Throttle,
     ) -> Result<bool, QueueFault> {
         let mut more = false;
         let mut frames = 0;
         if self.tx_waiting {
-            self.tx_waiting = self.transmit(memory, tap, rules.mac, &mut frames)?;
-            more |= self.tx_waiting;
+            more |= self.transmit(memory, tap, rules.mac, throttle, &mut frames)?;
         }
         if self.rx_waiting {
-            more |= self.receive(memory, tap, rules, &mut frames)?;
+            more |= self.receive(memory, tap, rules, throttle, &mut frames)?;
         }
         if frames > 0 {
             load.add(frames, Instant::now());
@@ -75,12 +76,14 @@ impl QueuePair {
         Ok(more)
     }
 
-    /// Sends frames from the guest to the tap. Returns true if there may be more frames.
+    /// Sends frames from the guest to the tap. Returns true if there may be more frames. Clears `tx_waiting` if the
+    /// guest has no more frames. If the rate limit does not admit a frame, returns false and leaves `tx_waiting` set.
     fn transmit(
         &mut self,
         memory: &GuestMemory,
         tap: &File,
         mac: [u8; 6],
+        throttle: &mut Throttle,
         frames: &mut u32,
     ) -> Result<bool, QueueFault> {
         self.tx.disable_notification(memory)?;
@@ -88,10 +91,15 @@ impl QueuePair {
         for _ in 0..self.tx.size() {
             if let Some(chain) = self.tx.pop(memory)? {
                 let head = chain.head;
+                if !throttle.admit(Direction::Transmit, chain.readable.len().saturating_sub(VNET_HEADER_LEN)) {
+                    self.tx.undo_pop();
+                    return Ok(false);
+                }
                 send(tap, mac, chain.readable, &mut parts);
                 self.tx.push(memory, head, 0)?;
                 *frames += 1;
             } else if !self.tx.enable_notification(memory)? {
+                self.tx_waiting = false;
                 return Ok(false);
             }
         }
@@ -99,12 +107,14 @@ impl QueuePair {
     }
 
     /// Receives frames from the tap for the guest. Returns true if there may be more frames. Clears `rx_waiting` if the
-    /// tap has no frames. If the guest has no buffers, returns false and leaves `rx_waiting` set.
+    /// tap has no frames. If the guest has no buffers, or the rate limit admits no frame, returns false and leaves
+    /// `rx_waiting` set.
     fn receive(
         &mut self,
         memory: &GuestMemory,
         tap: &File,
         rules: &FrameRules,
+        throttle: &mut Throttle,
         frames: &mut u32,
     ) -> Result<bool, QueueFault> {
         self.rx.disable_notification(memory)?;
@@ -113,6 +123,11 @@ impl QueuePair {
         let mut parts: Vec<libc::iovec> = Vec::new();
         let mut more = true;
         for _ in 0..self.rx.size() {
+            // Until a frame is admitted, it waits in the tap's queue.
+            if !throttle.admit_up_to(Direction::Receive, rules.max_len) {
+                more = false;
+                break;
+            }
             let mut capacity: usize = buffers.iter().map(|chain| chain.writable.len()).sum();
             while capacity < rules.max_len && (rules.mergeable || buffers.is_empty()) {
                 match self.rx.pop_any(memory)? {
@@ -153,6 +168,7 @@ impl QueuePair {
             match usize::try_from(result) {
                 Ok(count) => {
                     *frames += 1;
+                    throttle.charge(Direction::Receive, count.saturating_sub(VNET_HEADER_LEN));
                     let taken = fill(&buffers, count);
                     if let Some(first) = buffers.front() {
                         let mut header = first.writable.clone();

@@ -11,11 +11,23 @@ use proptest::prelude::*;
 use super::*;
 use crate::virtio::testing::Bench;
 
-const MAC: [u8; 6] = [2, 0, 0, 1, 2, 3];
+pub const MAC: [u8; 6] = [2, 0, 0, 1, 2, 3];
 
 fn interface(without: u64) -> (UnixDatagram, Bench<Net>) {
     let (mut sockets, bench) = interfaces(1, without);
     (sockets.remove(0), bench)
+}
+
+/// Creates an interface with one queue pair and rate limits.
+pub fn limited_interface(receive: RateLimit, transmit: RateLimit) -> (UnixDatagram, Bench<Net>) {
+    let (tap, socket) = UnixDatagram::pair().unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let backend = Backend { taps: vec![File::from(OwnedFd::from(tap))], vhost: None };
+    let mut device = Net::new(backend, MAC, 1500).unwrap();
+    device.limit_rates(receive, transmit).unwrap();
+    let mut bench = Bench::new(device);
+    bench.activate_with_socket(0);
+    (socket, bench)
 }
 
 /// Creates an interface with `pairs` queue pairs, and one socket for each pair. The driver acknowledges all features
@@ -34,7 +46,7 @@ fn interfaces(pairs: usize, without: u64) -> (Vec<UnixDatagram>, Bench<Net>) {
     (sockets, bench)
 }
 
-fn frame(source: [u8; 6], payload: usize) -> Vec<u8> {
+pub fn frame(source: [u8; 6], payload: usize) -> Vec<u8> {
     let mut bytes = vec![0; VNET_HEADER_LEN];
     bytes.extend([0xff; 6]);
     bytes.extend(source);

@@ -23,11 +23,13 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
-use self::connection::Connection;
+use self::connection::{Connection, NextPacket};
 use self::packet::Header;
 use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
-use super::queue::{QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
+use super::queue::{QueueFault, TIMER_TOKEN, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
+use super::rate_limit::Throttle;
+use crate::config::RateLimit;
 use crate::guest_memory::GuestMemory;
 
 pub use self::connection::Reply;
@@ -44,7 +46,7 @@ const MAX_CONNECTIONS: usize = 1024;
 /// take packets from the guest.
 const MAX_RESET_PACKETS: usize = 64;
 /// Ports of the host's side. A connection's port is also its event token. The range contains neither the tokens of
-/// queues nor [`WAKE_TOKEN`].
+/// queues nor [`WAKE_TOKEN`] and [`TIMER_TOKEN`].
 const PORTS: std::ops::Range<u32> = 0x4000_0000..0xffff_0000;
 
 /// The vsock device.
@@ -58,11 +60,13 @@ pub struct Vsock {
     ready: VecDeque<u32>,
     /// Connections whose watched events may have changed in this iteration of the device loop.
     changed: Vec<u32>,
-    /// RST packets that answer packets without a connection.
+    /// RST packets that do not belong to a connection of the device.
     reset_packets: VecDeque<Header>,
-    /// Whether there may be packets from the guest.
+    /// Whether there may be packets from the guest. These packets may be waiting for the rate limit.
     tx_waiting: bool,
-    /// Connections of an earlier activation. They are kept until the device loop has unregistered their sockets.
+    throttle: Throttle,
+    /// Connections that have ended outside of the device loop. They are kept until the device loop has unregistered
+    /// their sockets.
     stale: Vec<Connection>,
     next_port: u32,
 }
@@ -76,9 +80,10 @@ struct Active {
 }
 
 impl Vsock {
-    /// Creates a device for a guest with this CID.
-    pub fn new(guest_cid: u64) -> io::Result<Self> {
+    /// Creates a device for a guest with this CID. `rate_limit` limits each direction.
+    pub fn new(guest_cid: u64, rate_limit: RateLimit) -> io::Result<Self> {
         Ok(Self {
+            throttle: Throttle::new(rate_limit, rate_limit)?,
             guest_cid,
             wake: WakeEvent::new()?,
             active: None,
@@ -111,15 +116,23 @@ impl Vsock {
         self.connections.len()
     }
 
-    /// Resets a connection that only waits for the guest's answer to SHUTDOWN. Returns true if there was such a
+    /// Removes a connection that only waits for the guest's answer to SHUTDOWN. Returns true if there was such a
     /// connection.
+    ///
+    /// The connection is removed before RST is sent. Otherwise, a guest that offers no receive buffers could make the
+    /// number of connections grow without bound.
     fn evict(&mut self) -> bool {
-        let Some((&port, connection)) = self.connections.iter_mut().find(|(_, connection)| connection.is_orphan())
-        else {
-            return false;
-        };
+        let orphan = self.connections.iter().find(|(_, connection)| connection.is_orphan()).map(|(&port, _)| port);
+        let Some(mut connection) = orphan.and_then(|port| self.connections.remove(&port)) else { return false };
         connection.reset();
-        self.mark_changed(port);
+        // If too many RST packets are waiting, this RST is left out. When the guest next sends a packet of the
+        // connection, the device answers with RST.
+        if self.reset_packets.len() < MAX_RESET_PACKETS
+            && let NextPacket::Control(reset) = connection.next()
+        {
+            self.reset_packets.push_back(reset);
+        }
+        self.stale.push(connection);
         true
     }
 
@@ -203,6 +216,7 @@ impl Vsock {
 impl MutEventSubscriber for Vsock {
     fn init(&mut self, ops: &mut EventOps) {
         self.wake.init(ops);
+        self.throttle.init(ops);
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
@@ -224,6 +238,7 @@ impl MutEventSubscriber for Vsock {
                 self.tx_waiting = true;
                 self.start_pending();
             }
+            TIMER_TOKEN => self.throttle.clear_timer(),
             queue @ (RX | TX | EVENT) => {
                 if let Some(active) = &mut self.active {
                     match queue {

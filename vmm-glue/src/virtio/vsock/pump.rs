@@ -8,6 +8,7 @@ use super::packet::{HEADER_LEN, HOST_CID, Header, MAX_PAYLOAD, Op, TYPE_STREAM};
 use super::{MAX_RESET_PACKETS, Vsock};
 use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::{Chain, Iov, QueueFault, log_guest_fault};
+use crate::virtio::rate_limit::Direction;
 
 impl Vsock {
     /// Takes packets from the guest, passes packets to the guest, and interrupts the guest once per queue.
@@ -15,11 +16,11 @@ impl Vsock {
         let Some(active) = &self.active else { return Ok(()) };
         let memory = Arc::clone(&active.memory);
         let interrupt = Arc::clone(&active.interrupt);
-        if self.tx_waiting {
-            self.pump_tx(&memory)?;
-        }
+        self.throttle.begin_turn();
+        let more = self.tx_waiting && self.pump_tx(&memory)?;
         self.pump_rx(&memory)?;
-        if self.tx_waiting && self.reset_packets.len() < MAX_RESET_PACKETS {
+        self.throttle.end_turn();
+        if more && self.reset_packets.len() < MAX_RESET_PACKETS {
             // Either there are more packets than one call may take, or `reset_packets` was full and has space again.
             self.wake.wake();
         }
@@ -30,16 +31,22 @@ impl Vsock {
         Ok(())
     }
 
-    fn pump_tx(&mut self, memory: &GuestMemory) -> Result<(), QueueFault> {
-        let Some(active) = &mut self.active else { return Ok(()) };
+    /// Takes packets from the guest. Returns true if there may be more packets. Clears `tx_waiting` if the guest has no
+    /// more packets. If the rate limit does not admit a packet, returns false and leaves `tx_waiting` set.
+    fn pump_tx(&mut self, memory: &GuestMemory) -> Result<bool, QueueFault> {
+        let Some(active) = &mut self.active else { return Ok(false) };
         active.tx.disable_notification(memory)?;
         for _ in 0..active.tx.size() {
             if self.reset_packets.len() >= MAX_RESET_PACKETS {
-                return Ok(());
+                return Ok(true);
             }
-            let Some(active) = &mut self.active else { return Ok(()) };
+            let Some(active) = &mut self.active else { return Ok(false) };
             match active.tx.pop(memory)? {
                 Some(Chain { head, readable, .. }) => {
+                    if !self.throttle.admit(Direction::Transmit, readable.len().saturating_sub(HEADER_LEN)) {
+                        active.tx.undo_pop();
+                        return Ok(false);
+                    }
                     self.receive_packet(readable);
                     if let Some(active) = &mut self.active {
                         active.tx.push(memory, head, 0)?;
@@ -48,11 +55,11 @@ impl Vsock {
                 None if active.tx.enable_notification(memory)? => {}
                 None => {
                     self.tx_waiting = false;
-                    return Ok(());
+                    return Ok(false);
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Handles one packet from the guest.
@@ -88,8 +95,13 @@ impl Vsock {
         let Some(active) = &mut self.active else { return Ok(()) };
         // A chain that was popped but has not been used yet.
         let mut buffer: Option<Chain<'_>> = None;
+        let mut admitted = true;
         for _ in 0..u32::from(active.rx.size()) * 2 {
             if self.reset_packets.is_empty() && self.ready.is_empty() {
+                break;
+            }
+            admitted = self.throttle.admit_up_to(Direction::Receive, MAX_PAYLOAD as usize);
+            if !admitted {
                 break;
             }
             let Some(chain) = (match buffer.take() {
@@ -124,7 +136,7 @@ impl Vsock {
                         NextPacket::Data(credit) => {
                             let mut payload = chain.writable.clone();
                             payload.skip(HEADER_LEN);
-                            payload.truncate(credit);
+                            payload.truncate(credit.min(MAX_PAYLOAD as usize));
                             connection.read(&payload)
                         }
                         NextPacket::Nothing => None,
@@ -139,6 +151,7 @@ impl Vsock {
             };
             match header {
                 Some(header) => {
+                    self.throttle.charge(Direction::Receive, header.len as usize);
                     chain.writable.copy_from(&header.to_bytes());
                     // Header and payload together have less than 2^32 bytes, because they are in one chain.
                     active.rx.push(memory, chain.head, (HEADER_LEN as u32).saturating_add(header.len))?;
@@ -149,7 +162,7 @@ impl Vsock {
         if buffer.is_some() {
             active.rx.undo_pop();
         }
-        if !self.ready.is_empty() || !self.reset_packets.is_empty() {
+        if admitted && (!self.ready.is_empty() || !self.reset_packets.is_empty()) {
             self.wake.wake();
         }
         Ok(())

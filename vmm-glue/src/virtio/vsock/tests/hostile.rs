@@ -52,7 +52,7 @@ fn invalid_lengths_reset_connection() {
 
 #[test]
 fn resets_are_sent_when_there_are_receive_buffers() {
-    let mut bench = Bench::new(Vsock::new(CID).unwrap());
+    let mut bench = Bench::new(Vsock::new(CID, RateLimit::default()).unwrap());
     bench.activate(0);
     let mut guest = Guest { bench };
     for port in 0..100 {
@@ -93,6 +93,29 @@ fn device_reset_ends_connections_and_attempts() {
         assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0);
         guest.refill(16);
     }
+}
+
+/// Without a receive buffer, the device cannot tell the guest that the orphan was reset. The orphan must be removed
+/// nevertheless.
+#[test]
+fn connections_stay_bounded_if_the_guest_offers_no_receive_buffers() {
+    let mut bench = Bench::new(Vsock::new(CID, RateLimit::default()).unwrap());
+    bench.activate(0);
+    let mut guest = Guest { bench };
+    guest.refill(1);
+    let mut streams: Vec<_> = (0..MAX_CONNECTIONS as u32).map(|port| guest.open(port).1).collect();
+    let refused = guest.connect(1).try_recv().unwrap();
+    assert!(refused.is_err(), "one more connection than the maximum was opened");
+    // SHUTDOWN uses the only buffer. The connection is an orphan now, but the device keeps it until another connection
+    // needs its place.
+    streams.pop();
+    assert_eq!(guest.connections(), MAX_CONNECTIONS);
+    let replies: Vec<_> = (0..10).map(|port| guest.connect(port)).collect();
+    let refused = replies.iter().filter(|reply| matches!(reply.try_recv(), Ok(Err(_)))).count();
+    assert_eq!((guest.connections(), refused), (MAX_CONNECTIONS, 9));
+    guest.refill(8);
+    assert_eq!(guest.ops(), [Op::Shutdown, Op::Reset, Op::Request]);
+    assert_eq!(guest.connections(), MAX_CONNECTIONS);
 }
 
 proptest! {

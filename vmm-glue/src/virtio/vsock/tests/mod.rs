@@ -1,6 +1,7 @@
 //! Tests of the connection state machine with a scripted guest.
 
 mod hostile;
+mod rate_limit;
 mod streams;
 
 use std::os::fd::OwnedFd;
@@ -29,7 +30,7 @@ struct Side {
 
 impl Guest {
     fn new(without: u64) -> Self {
-        let mut bench = Bench::new(Vsock::new(CID).unwrap());
+        let mut bench = Bench::new(Vsock::new(CID, RateLimit::default()).unwrap());
         bench.activate(without);
         let mut this = Self { bench };
         this.refill(64);

@@ -21,7 +21,7 @@ fn connect_reports_refusal_and_acceptance() {
 
 #[test]
 fn connect_waits_for_driver_and_buffers() {
-    let mut bench = Bench::new(Vsock::new(CID).unwrap());
+    let mut bench = Bench::new(Vsock::new(CID, RateLimit::default()).unwrap());
     let (sender, receiver) = channel();
     bench.lock().connect(5, Box::new(move |result| sender.send(result).unwrap()));
     bench.run();

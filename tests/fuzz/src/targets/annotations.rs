@@ -1,0 +1,89 @@
+//! Fuzzes a pod's annotations: annotations of Husk, of containerd's CRI plugin and of CRI-O.
+
+use std::collections::BTreeMap;
+
+use husk_config::{Config, annotation};
+use husk_shim::oci::Spec;
+use husk_shim::oci::annotations::Annotations;
+use husk_shim::resources::boot_size;
+use husk_shim::sandbox::PodPolicies;
+
+use crate::input::input;
+
+const KEYS: [&str; 20] = [
+    annotation::VCPUS,
+    annotation::MEMORY_MIB,
+    annotation::KERNEL_PARAMS,
+    annotation::POLICY,
+    "io.husk.other",
+    "io.kubernetes.cri.sandbox-id",
+    "io.kubernetes.cri.container-type",
+    "io.kubernetes.cri.sandbox-namespace",
+    "io.kubernetes.cri.sandbox-name",
+    "io.kubernetes.cri.sandbox-uid",
+    "io.kubernetes.cri.sandbox-cpu-period",
+    "io.kubernetes.cri.sandbox-cpu-quota",
+    "io.kubernetes.cri.sandbox-cpu-shares",
+    "io.kubernetes.cri.sandbox-memory",
+    "io.kubernetes.cri-o.SandboxID",
+    "io.kubernetes.cri-o.ContainerType",
+    "io.kubernetes.pod.namespace",
+    "io.kubernetes.pod.name",
+    "io.kubernetes.pod.uid",
+    "",
+];
+
+#[derive(arbitrary::Arbitrary, Debug)]
+enum Value {
+    Text(String),
+    Number(i64),
+    Sandbox,
+    /// An agent policy with a list of allowed commands and a list of allowed capabilities.
+    Policy(Vec<Vec<String>>, Vec<String>),
+}
+
+impl Value {
+    fn text(&self) -> String {
+        match self {
+            Value::Text(text) => text.clone(),
+            Value::Number(number) => number.to_string(),
+            Value::Sandbox => "sandbox".to_owned(),
+            Value::Policy(exec, capabilities) => {
+                serde_json::json!({ "exec": exec, "capabilities": capabilities }).to_string()
+            }
+        }
+    }
+}
+
+#[derive(arbitrary::Arbitrary, Debug)]
+struct Input {
+    all_allowed: bool,
+    max_guest_mib: u64,
+    annotations: Vec<(u8, Value)>,
+    others: Vec<(String, String)>,
+}
+
+/// Runs one input.
+pub fn run(bytes: &[u8]) {
+    let Some(input) = input::<Input>(bytes) else { return };
+    let known =
+        input.annotations.iter().map(|(key, value)| (KEYS[usize::from(*key) % KEYS.len()].into(), value.text()));
+    let annotations: BTreeMap<String, String> = known.chain(input.others).collect();
+    let mut config = Config::default();
+    if input.all_allowed {
+        config.allowed_annotations = annotation::ALL.map(Into::into).into();
+    }
+    let spec = Spec { annotations: Annotations(annotations), ..Default::default() };
+    let _ = spec.annotations.pod();
+    if let Ok(group) = spec.group("id") {
+        assert!(husk_shim::ids::is_name(group), "the sandbox id {group:?} is not a file name");
+    }
+    let _ = PodPolicies::new(&spec.annotations, &config);
+    if let Ok(size) = boot_size(&spec, &config, input.max_guest_mib) {
+        assert!((1..=config.max_vcpus).contains(&size.vcpus), "the boot size has {} vCPUs", size.vcpus);
+        assert!(size.kernel_params.bytes().all(|byte| (b' '..=b'~').contains(&byte)), "{:?}", size.kernel_params);
+        for key in spec.annotations.0.keys().filter(|key| key.starts_with(annotation::PREFIX)) {
+            assert!(config.allowed_annotations.contains(key), "the annotation {key} is not allowed, but was accepted");
+        }
+    }
+}

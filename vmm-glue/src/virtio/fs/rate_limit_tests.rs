@@ -1,0 +1,66 @@
+//! Tests of a share with a rate limit. The tests check only minimum times, because a busy host can delay every step.
+
+use std::fs::File;
+use std::time::{Duration, Instant};
+
+use super::test_guest::*;
+use crate::config::{Rate, RateLimit};
+
+#[test]
+fn requests_beyond_the_rate_wait_and_succeed_with_any_number_of_workers() {
+    for workers in [1, 4] {
+        let limit = RateLimit { bytes: None, operations: Some(Rate { per_second: 300, burst: 3 }) };
+        let mut guest = Guest::with_limit(workers, limit);
+        let begin = Instant::now();
+        guest.init();
+        for _ in 0..29 {
+            let header = guest.header(LOOKUP, ROOT, 6);
+            guest.bench.queues[1].add(&[&header, b"hello\0"], &[16, 128]);
+        }
+        let mut answers = 0;
+        guest.bench.run_until(|queues| {
+            while let Some((_, bytes)) = queues[1].poll() {
+                assert_eq!(bytes[4..8], [0; 4], "LOOKUP failed");
+                answers += 1;
+            }
+            answers == 29
+        });
+        assert!(begin.elapsed() >= Duration::from_millis(90), "30 requests took only {:?}", begin.elapsed());
+    }
+}
+
+#[test]
+fn file_data_counts_as_bytes_in_both_directions() {
+    let limit = RateLimit { bytes: Some(Rate { per_second: 100_000, burst: 1 }), operations: None };
+    let mut guest = Guest::with_limit(1, limit);
+    guest.init();
+    let node = guest.lookup(ROOT, "hello");
+    let handle = guest.open(OPEN, node, libc::O_RDWR);
+    for (opcode, data, answer) in [(WRITE, 5000, 8), (READ, 0, 5000)] {
+        let mut body = [longs([handle, 0]), words([5000, 0, 0, 0, 0, 0])].concat();
+        body.resize(40 + data, 7);
+        let begin = Instant::now();
+        assert_eq!(guest.call(opcode, node, &body, answer).0, 0);
+        assert_eq!(guest.call(GETATTR, node, &longs([0, 0]), 104).0, 0);
+        assert!(begin.elapsed() >= Duration::from_millis(40), "opcode {opcode} was not limited: {:?}", begin.elapsed());
+    }
+}
+
+#[test]
+fn bytes_that_the_host_copies_count_as_bytes() {
+    let limit = RateLimit { bytes: Some(Rate { per_second: 20 << 20, burst: 1 }), operations: None };
+    let mut guest = Guest::with_limit(1, limit);
+    let hello = guest.root().join("hello");
+    File::options().write(true).open(hello).unwrap().set_len(3 << 20).unwrap();
+    File::create(guest.root().join("copy")).unwrap();
+    guest.init();
+    let [from, to] = ["hello", "copy"].map(|name| guest.lookup(ROOT, name));
+    let [from_handle, to_handle] = [from, to].map(|node| guest.open(OPEN, node, libc::O_RDWR));
+    let body = longs([from_handle, 0, to, to_handle, 0, 3 << 20, 0]);
+    let begin = Instant::now();
+    let (error, answer) = guest.call(COPY_FILE_RANGE, from, &body, 8);
+    let copied = u32::from_le_bytes(answer[..4].try_into().unwrap());
+    assert_eq!((error, copied), (0, 1 << 20), "one request has to copy 1 MiB");
+    assert_eq!(guest.call(GETATTR, to, &longs([0, 0]), 104).0, 0);
+    assert!(begin.elapsed() >= Duration::from_millis(45), "copies were not limited: {:?}", begin.elapsed());
+}

@@ -1,0 +1,126 @@
+//! Hostile guests: attacks from inside a VM on every device and protocol of the VMM.
+//!
+//! The attacker is machine code without a kernel. Each attack runs in a separate VM. This program spawns, jails and
+//! controls the VMM process as the shim does. The program prints a table of the attacks, and fails unless each attack
+//! meets these conditions:
+//!
+//! - The VMM survives, serves a valid request to the attacked device, and then answers requests of the shim. Some
+//!   attacks may or must end the VM instead (`Expect`). In this case, the VMM reports the end of the VM.
+//! - No file outside the share changes. The VMM leaves no process and no core dump. No thread of the VMM panics.
+//! - The VMM writes few lines to its log.
+//!
+//! The program needs root and KVM, as the shim does. Each argument selects the attacks whose names contain the
+//! argument.
+
+#![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by a panic")]
+
+mod assembler;
+mod attacks;
+#[allow(dead_code, missing_docs, reason = "the module belongs to the library's tests")]
+#[path = "../../src/virtio/testing/fuse.rs"]
+mod fuse;
+mod guest;
+mod machine;
+#[expect(clippy::unwrap_used, reason = "a test fails by a panic")]
+#[path = "../../src/virtio/fs/test_tree.rs"]
+mod tree;
+
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::process::ExitCode;
+
+use husk_vmm::client::{ARGV0, CONTROL_FD};
+
+use crate::attacks::{Attack, Expect};
+use crate::guest::{Device, Guest};
+use crate::machine::{End, Node, Outcome};
+
+/// Maximum number of log lines of an attack: the bursts of several call sites.
+const LOG_LINES: usize = 150;
+/// Maximum number of further log lines per second.
+const LOG_RATE: usize = 20;
+
+fn main() -> ExitCode {
+    if std::env::args().next().is_some_and(|name| name == ARGV0) {
+        // SAFETY: only `spawn` starts the program under this name, and `spawn` has put the control socket at
+        // CONTROL_FD. Nothing else owns that fd.
+        husk_vmm::process::main(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
+    }
+    let filters: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    let selected = |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
+    let node = Node::new();
+    let surroundings = node.surroundings();
+    let mut failures = Vec::new();
+    println!("| attack | result | log lines |");
+    println!("| --- | --- | --- |");
+    for attack in attacks::all().into_iter().filter(|attack| selected(attack.name)) {
+        let mut results: Vec<(String, Vec<&str>)> = Vec::new();
+        let mut lines = 0;
+        for device in &attack.devices {
+            let outcome = run(&node, &attack, device);
+            lines = lines.max(outcome.log.len());
+            let mut faults = faults(&attack, &outcome);
+            faults.extend(tree::differences(&surroundings, &node.surroundings()));
+            faults.extend(machine::leftovers().into_iter().map(|process| format!("the VMM left process {process}")));
+            for fault in faults {
+                failures.push(format!("{} on {}: {fault}", attack.name, device.name));
+            }
+            let result = describe(&outcome);
+            match results.iter_mut().find(|(known, _)| *known == result) {
+                Some((_, devices)) => devices.push(device.name),
+                None => results.push((result, vec![device.name])),
+            }
+        }
+        let cells: Vec<_> =
+            results.into_iter().map(|(result, devices)| format!("{}: {result}", devices.join(", "))).collect();
+        println!("| {} | {} | {lines} |", attack.name, cells.join("; "));
+    }
+    for failure in &failures {
+        println!("FAILED: {failure}");
+    }
+    println!("{} attacks had an unexpected result", failures.len());
+    if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn run(node: &Node, attack: &Attack, device: &Device) -> Outcome {
+    let mut guest = Guest::new();
+    (attack.build)(&mut guest, device);
+    if !matches!(attack.expect, Expect::Ends(_)) {
+        guest.check(device);
+    }
+    node.run(guest, attack.host)
+}
+
+/// Returns the differences between an outcome and what the attack expects.
+fn faults(attack: &Attack, outcome: &Outcome) -> Vec<String> {
+    let mut faults = Vec::new();
+    match (attack.expect, &outcome.end) {
+        (Expect::Survives | Expect::Either(_), End::Survived) => {}
+        (Expect::Ends(text) | Expect::Either(text), End::Ended(reason)) if reason.contains(text) => {}
+        (expected, end) => faults.push(format!("{end:?}, expected {expected:?}")),
+    }
+    let panics = outcome.log.iter().filter(|line| line.contains("panicked"));
+    faults.extend(panics.map(|line| format!("a thread panicked: {line}")));
+    let limit = LOG_LINES + LOG_RATE * (outcome.duration.as_secs() as usize + 1);
+    if outcome.log.len() > limit {
+        let lines = outcome.log.iter().take(3).cloned().collect::<Vec<_>>().join("\n");
+        faults.push(format!("{} log lines in {:?}, for example:\n{lines}", outcome.log.len(), outcome.duration));
+    }
+    if outcome.notices > attacks::NOTICES {
+        faults.push(format!("the shim got {} notices", outcome.notices));
+    }
+    faults
+}
+
+fn describe(outcome: &Outcome) -> String {
+    let end = match &outcome.end {
+        End::Survived => "still works".to_owned(),
+        // The thread that ends the VM can differ from run to run. Therefore, the table does not show its name.
+        End::Ended(reason) if reason.starts_with("thread ") => {
+            format!("the VM ends: a thread {}", reason.splitn(3, ' ').last().unwrap_or_default())
+        }
+        End::Ended(reason) => format!("the VM ends: {reason}"),
+        End::Died(status) => format!("the VMM dies: {status}"),
+        End::Hung(what) => format!("the VMM hangs: {what}"),
+    };
+    if outcome.reaction.is_empty() { end } else { format!("{}, {end}", outcome.reaction) }
+}
