@@ -86,7 +86,7 @@ impl Driver {
         updated?;
         ensure(
             text == "67108864\n50000 100000\n77\n1024\n" && ran.out == "33554432\n20000 100000\n",
-            format!("{text:?} {:?}", ran.out),
+            format!("limits at create {text:?}, after the update {:?}", ran.out),
         )
     }
 
@@ -105,7 +105,10 @@ impl Driver {
         self.task.resume(ctx(), &ResumeRequest { id: id.clone(), ..Default::default() }).await?;
         let after = self.task.state(ctx(), &StateRequest { id: id.clone(), ..Default::default() }).await?;
         self.end(&id).await?;
-        ensure(state.status() == Status::PAUSED && after.status() == Status::RUNNING && refused, format!("{state:?}"))
+        ensure(
+            state.status() == Status::PAUSED && after.status() == Status::RUNNING && refused,
+            format!("state while paused {state:?}, state after resume {after:?}, exec refused: {refused}"),
+        )
     }
 
     pub async fn pids_and_stats(&self) -> Outcome {
@@ -130,7 +133,7 @@ impl Driver {
         );
         ensure(
             count == 3 && metrics.memory.usage > 0 && metrics.cpu.usage_usec > 0 && metrics.pids.current == 3,
-            format!("{count} {metrics:?}"),
+            format!("{count} processes instead of 3, or a metric of 0: {metrics:?}"),
         )
     }
 
@@ -141,7 +144,10 @@ impl Driver {
         let again = self.signal(&id, 9, false).await.map(|_| ()).err().map(|e| e.to_string()).unwrap_or_default();
         self.delete(&id, "").await?;
         let gone = self.delete(&id, "").await.is_err();
-        ensure(status == 137 && again.contains("NOT_FOUND") && gone, format!("{status} {again}"))
+        ensure(
+            status == 137 && again.contains("NOT_FOUND") && gone,
+            format!("exit status {status}, error of the second kill {again:?}, second delete failed: {gone}"),
+        )
     }
 
     pub async fn twenty_containers(&self) -> Outcome {
@@ -180,7 +186,10 @@ impl Driver {
         let also = self.exec_in(&id, "b", &privileged).await?;
         self.end(&id).await?;
         let good = |out: &str| out.contains("Permission denied") && out.contains("Seccomp:\t2");
-        ensure(good(&ran.out) && good(&also.out), format!("{} {}", ran.out, also.out))
+        ensure(
+            good(&ran.out) && good(&also.out),
+            format!("output with no_new_privs {:?}, without {:?}", ran.out, also.out),
+        )
     }
 
     pub async fn shared_pids(&self) -> Outcome {
@@ -197,7 +206,10 @@ impl Driver {
         self.wait(&id, "").await?;
         self.delete(&id, "").await?;
         let left = self.run(&shared(&["sh", "-c", "ps | grep -c 'sleep 424[2]'"])).await?;
-        ensure(other.out.contains("pod-init") && left.out == "0\n", format!("{} {}", other.out, left.out))
+        ensure(
+            other.out.contains("pod-init") && left.out == "0\n",
+            format!("processes {:?}, left after the kill {:?}", other.out, left.out),
+        )
     }
 
     pub async fn no_leftovers(&self) -> Outcome {

@@ -63,15 +63,18 @@ impl Driver {
             // The stream stays open until the container has ended.
             input.read(&mut [0]).map(|_| ())
         });
-        let status = timed("64 MiB in", self.wait(&id, "")).await?;
+        let status = timed("64 MiB of input", self.wait(&id, "")).await?;
         let out = out.join().unwrap_or_default();
         self.delete(&id, "").await?;
         drop(writing);
-        ensure(status == 0 && out == b"67108864\n", format!("{status} {}", String::from_utf8_lossy(&out)))
+        ensure(
+            status == 0 && out == b"67108864\n",
+            format!("exit status {status}, output {:?}", String::from_utf8_lossy(&out)),
+        )
     }
 
     pub async fn large_output(&self) -> Outcome {
-        let ran = timed("64 MiB out", self.sh("dd if=/dev/zero bs=1M count=64 2>/dev/null")).await?;
+        let ran = timed("64 MiB of output", self.sh("dd if=/dev/zero bs=1M count=64 2>/dev/null")).await?;
         ensure(ran.out.len() == 64 << 20, format!("received {} bytes instead of 64 MiB", ran.out.len()))
     }
 
