@@ -9,7 +9,7 @@ pub const MOUNT: &str = "/sys/fs/cgroup";
 /// Parent cgroup of all containers.
 const PARENT: &str = "husk";
 
-/// Creates the parent cgroup of all containers and enables all controllers in it.
+/// Creates the parent cgroup of all containers and enables all controllers for it and its children.
 pub fn init_root() -> io::Result<()> {
     let root = Path::new(MOUNT);
     let parent = root.join(PARENT);
@@ -20,7 +20,7 @@ pub fn init_root() -> io::Result<()> {
     fs::write(parent.join("cgroup.subtree_control"), &all)
 }
 
-/// Limits the number of tasks that all containers may have together.
+/// Limits the total number of processes and threads in all containers.
 pub fn limit_pids(max: u64) -> io::Result<()> {
     fs::write(Path::new(MOUNT).join(PARENT).join("pids.max"), max.to_string())
 }

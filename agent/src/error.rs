@@ -25,7 +25,7 @@ pub enum ServiceError {
     /// A part of the request is invalid. The cause says why.
     #[error("{0}")]
     Malformed(&'static str, #[source] Cause),
-    /// The pod's agent policy does not allow the request.
+    /// The agent policy does not allow the request.
     #[error(transparent)]
     Refused(#[from] husk_policy::Refusal),
     /// This runtime does not support the request.

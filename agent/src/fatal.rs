@@ -1,4 +1,4 @@
-//! Fatal errors of PID 1: writes the reason to the console, then resets the VM.
+//! Handles fatal errors of PID 1: writes the reason to the console, then resets the VM.
 
 use std::io::Write;
 

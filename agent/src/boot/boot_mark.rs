@@ -5,7 +5,7 @@ use husk_proto::boot_mark::{BootMark, PORT};
 
 /// Writes `mark`. Best effort: if the kernel lacks ioperm(2), no mark is written.
 pub fn write(mark: BootMark) {
-    // Access to this port is harmless, because only the VMM's boot mark device uses the port.
+    // Access to `PORT` is harmless, because only the VMM's boot mark device uses the port.
     if io_port::set_permission(PORT, true).is_err() {
         return;
     }

@@ -6,7 +6,7 @@ use nix::sys::stat::{Mode, umask};
 
 /// Paths under `/proc/sys` and their values. A setting that the kernel does not have is skipped.
 const SETTINGS: &[(&str, &str)] = &[
-    // Without this, tunnel fallback devices (tunl0, sit0 …) appear in every new network namespace.
+    // Without this setting, tunnel fallback devices (tunl0, sit0 …) appear in every new network namespace.
     ("net/core/fb_tunnels_only_for_init_net", "1"),
     // A panic of the guest kernel resets the VM at once. The VMM reports the reset.
     ("kernel/panic", "-1"),
@@ -18,7 +18,7 @@ const SETTINGS: &[(&str, &str)] = &[
     ("fs/inotify/max_user_watches", "524288"),
 ];
 
-/// Applies the settings and brings `lo` up.
+/// Applies the settings, brings `lo` up and sets the umask.
 pub fn apply() {
     for (path, value) in SETTINGS {
         if let Err(error) = fs::write(format!("/proc/sys/{path}"), value) {

@@ -38,7 +38,7 @@ enum BootError {
     Serve(#[source] ttrpc::Error),
 }
 
-/// Runs PID 1. Returns only if this process is not PID 1.
+/// Runs the agent. Returns only if this process is not PID 1.
 pub fn main() -> ExitCode {
     boot_mark::write(BootMark::AgentStarted);
     if std::process::id() != 1 {
@@ -84,8 +84,8 @@ async fn serve() -> Result<std::convert::Infallible, BootError> {
     tokio::spawn(port_forwarding::serve(forward_port, sandbox.clone()));
     boot_mark::write(BootMark::AgentReady);
 
-    // The namespaces are created while the shim connects, to save time in Setup. If creating them fails, Setup retries
-    // and reports the error.
+    // The agent creates the pod's namespaces while the shim connects, so that Setup takes less time. If the creation
+    // fails, Setup retries it and reports the error.
     if let Err(error) = sandbox.prepare(None) {
         tracing::error!("{}", chain(&error));
     }

@@ -6,17 +6,17 @@ use husk_proto::{GUEST_SHARE, SHARE_TAG};
 use nix::mount::{MsFlags, mount};
 use nix::unistd::{chdir, chroot};
 
-/// Reason why the guest's file systems were not set up.
+/// Reason why the agent failed to set up the guest's file systems.
 #[derive(Debug, thiserror::Error)]
 pub enum MountError {
-    /// A mount point was not created.
+    /// Failed to create a mount point.
     #[error("failed to create directory {path}")]
     Create {
         path: String,
         #[source]
         source: std::io::Error,
     },
-    /// A mount failed.
+    /// Failed to mount a file system.
     #[error("failed to mount {fs} at {path}")]
     Mount {
         /// File system type.
@@ -26,7 +26,7 @@ pub enum MountError {
         #[source]
         source: nix::Error,
     },
-    /// The root directory was not moved.
+    /// Failed to move the root directory.
     #[error("failed to move the root away from the initial rootfs, at step {step}")]
     Root {
         /// Step that failed.

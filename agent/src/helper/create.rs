@@ -47,8 +47,8 @@ pub fn run(request: &CreateRequest) -> Result<i32, String> {
             builder.as_init(request.bundle.clone()).with_systemd(false).with_detach(true).as_sibling(true).build()
         });
     let container = built.map_err(|error| match error_log::read_reason() {
-        // runc looks up the program before the step that it calls "container init". Therefore runc reports a failed
-        // lookup without the prefix.
+        // runc looks up the program before the step that it calls "container init". Therefore runc's message about a
+        // failed lookup does not have the prefix "error during container init".
         Some(reason) if reason.starts_with("exec: ") => reason,
         Some(reason) => format!("error during container init: {reason}"),
         None => chain(&error),
@@ -58,7 +58,7 @@ pub fn run(request: &CreateRequest) -> Result<i32, String> {
     let devices_of_spec = spec.linux().as_ref().and_then(|linux| linux.devices().as_deref()).unwrap_or_default();
     let rules = rules.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
     devices::attach_rules(&request.cgroup, rules, devices_of_spec).map_err(|error| {
-        // `pid` is the container's init, which has just been created and waits for Start.
+        // A container without device rules must not start. Therefore kill its init, which waits for Start.
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         format!("error setting cgroup config for procHooks process: failed to restrict devices: {error}")
     })?;

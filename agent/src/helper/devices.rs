@@ -54,7 +54,8 @@ pub fn attach_rules(cgroup: &Path, rules: &[LinuxDeviceCgroup], devices: &[Linux
     let all: Vec<Rule> =
         rules.iter().filter_map(from_spec).chain(DEFAULTS.iter().copied()).chain(named.take(64)).collect();
     if allows_all(&all) {
-        // A cgroup without a program also allows all access, and the kernel then runs no program for each access.
+        // A cgroup without a program also allows all access. Without a program, the kernel has less work at each
+        // access.
         return Ok(());
     }
     let cgroup = File::open(cgroup)?;
@@ -62,12 +63,12 @@ pub fn attach_rules(cgroup: &Path, rules: &[LinuxDeviceCgroup], devices: &[Linux
     bpf::attach(program.as_fd(), cgroup.as_fd(), BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI)
 }
 
-/// Whether these rules allow all devices, as the rules of a privileged container do.
+/// Whether `rules` allow access to all devices, as the rules of a privileged container do.
 pub fn allows_all_devices(rules: &[LinuxDeviceCgroup]) -> bool {
     allows_all(&rules.iter().filter_map(from_spec).collect::<Vec<_>>())
 }
 
-/// Whether these rules allow reading or writing all devices, or all devices of a type.
+/// Whether `rules` allow reading or writing all devices, or all devices of a type.
 pub fn allows_device_type(rules: &[LinuxDeviceCgroup]) -> bool {
     let rules: Vec<Rule> = rules.iter().filter_map(from_spec).collect();
     let any = |r: &Rule| r.allow && r.major.is_none() && r.access & (READ | WRITE) != 0;
@@ -167,7 +168,7 @@ fn compile(rules: &[Rule]) -> io::Result<Vec<Instruction>> {
         }
         program.extend(verdict);
         if unconditional {
-            // This rule decides every access. The verifier would reject the rest of the program as unreachable.
+            // A rule without tests decides every access. The verifier would reject later instructions as unreachable.
             return Ok(program);
         }
     }
@@ -179,8 +180,10 @@ fn compile(rules: &[Rule]) -> io::Result<Vec<Instruction>> {
 /// truncated offset, the program could reach a rule's verdict without the rule's tests.
 fn jump_offset(skipped: usize) -> io::Result<i16> {
     i16::try_from(skipped).map_err(|_| {
-        let text =
-            format!("failed to compile the device rules: a jump over {skipped} instructions exceeds {}", i16::MAX);
+        let text = format!(
+            "failed to compile the device rules: a jump over {skipped} instructions exceeds the maximum of {}",
+            i16::MAX
+        );
         io::Error::new(io::ErrorKind::InvalidInput, text)
     })
 }

@@ -1,8 +1,8 @@
 //! The error log: a file to which a helper and the processes that it forks write libcontainer's error lines.
 //!
 //! libcontainer passes only the outermost message from process to process. The cause appears only in libcontainer's log
-//! lines. The error log may also contain the recorded reason. The recorded reason says why the container's init failed,
-//! in the wording of runc's errors.
+//! lines. Therefore the helper collects these lines. The error log may also contain a recorded reason: a line that says
+//! why the container's init failed, in the wording of runc's errors.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};

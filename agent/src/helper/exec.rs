@@ -46,7 +46,7 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
     let namespaces =
         namespaces_to_join(request.init_pid).map_err(io("failed to read the namespaces of the container"))?;
     unshare_time();
-    // setns(2) with a PID namespace takes effect only for children that are created later.
+    // setns(2) with a PID namespace takes effect only for children that the caller creates later.
     set_namespaces(&init, namespaces & CloneFlags::CLONE_NEWPID).map_err(io("failed to enter the PID namespace"))?;
     let pid = match clone_into(&cgroups).map_err(io("failed to clone the process"))? {
         0 => {
@@ -65,9 +65,9 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
     if reason.is_empty() { Ok(pid) } else { Err(reason) }
 }
 
-/// Puts the next child into a new time namespace. Its clocks equal those of the current time namespace, so that the
-/// container sees no difference. The child's descendants inherit the namespace. Therefore the agent can identify them
-/// (`crate::task::time_namespace`).
+/// Puts the next child into a new time namespace. The clocks of the new namespace equal those of the current namespace,
+/// so that the container sees no difference. The child's descendants inherit the namespace. Therefore the agent can
+/// identify the descendants by their time namespace (`crate::task::time_namespace`).
 fn unshare_time() {
     // The calling process itself stays in its time namespace (time_namespaces(7)).
     if let Err(errno) = unshare(CLONE_NEWTIME) {
@@ -149,8 +149,8 @@ fn prepare(
 fn set_user_and_groups(process: &Process) -> Result<(), String> {
     let user = process.user();
     let groups: Vec<Gid> = user.additional_gids().iter().flatten().copied().map(Gid::from_raw).collect();
-    // A user namespace can deny setgroups(2). If the request then names no groups, the call is skipped, because there
-    // are no groups to drop.
+    // A user namespace can deny setgroups(2). In this case, a request without groups needs no call, because the helper
+    // has no supplementary groups to drop.
     let denied = std::fs::read_to_string("/proc/self/setgroups").is_ok_and(|text| text.trim() == "deny");
     if !denied || !groups.is_empty() {
         setgroups(&groups).map_err(|errno| format!("failed to set the supplementary groups: {}", errno_text(errno)))?;

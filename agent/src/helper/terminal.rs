@@ -20,8 +20,8 @@ pub fn attach(console: &UnixStream, process: &Process) -> io::Result<()> {
     let master: OwnedFd = OpenOptions::new().read(true).write(true).custom_flags(flags).open("/dev/pts/ptmx")?.into();
     check_devpts(&master)?;
     terminal::unlock(&master)?;
-    // The slave is opened without a path. Therefore files that the image has put into /dev/pts cannot redirect the
-    // call.
+    // `open_slave` uses the master's fd and no path. Therefore files that the image has put into /dev/pts cannot
+    // redirect the call.
     let slave = terminal::open_slave(&master, libc::O_RDWR | libc::O_NOCTTY)?;
     if let Some(size) = process.console_size() {
         let clamp = |n: u64| u16::try_from(n).unwrap_or(u16::MAX);

@@ -1,7 +1,7 @@
 //! Copies a directory of a container's image into a tmpfs.
 //!
-//! The image is untrusted. No symbolic link in it is followed, and only regular files are opened for reading. The depth
-//! of a directory tree affects neither the stack size nor the number of open fds.
+//! The image is untrusted. This module follows no symbolic link of the image, and opens only regular files for reading.
+//! The depth of a directory tree affects neither the stack size nor the number of open fds.
 
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File};
@@ -16,22 +16,23 @@ use nix::libc;
 use nix::sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmodat, fstat, mkdirat, mknodat};
 use nix::unistd::{Gid, Uid, fchownat, symlinkat};
 
-/// Reason why a directory was not copied. Each variant contains the failed path, relative to the directory.
+/// Reason why copying a directory failed. Each variant contains the path of the file for which the copy failed,
+/// relative to the directory.
 #[derive(Debug, thiserror::Error)]
 pub enum CopyUpError {
-    /// A file or directory of the image was not read.
+    /// Failed to read a file or directory of the image.
     #[error("failed to read {}", .0.display())]
     Read(PathBuf, #[source] io::Error),
-    /// A file was not created in the tmpfs, which may be full.
+    /// Failed to create a file in the tmpfs. The tmpfs may be full.
     #[error("failed to create {}", .0.display())]
     Create(PathBuf, #[source] io::Error),
-    /// A file's content was not copied. The tmpfs may be full.
+    /// Failed to copy a file's content. The tmpfs may be full.
     #[error("failed to copy {}", .0.display())]
     Copy(PathBuf, #[source] io::Error),
-    /// Owner or mode was not set.
+    /// Failed to set a file's owner or mode.
     #[error("failed to set owner and mode of {}", .0.display())]
     Owner(PathBuf, #[source] Errno),
-    /// Extended attributes were not copied.
+    /// Failed to copy a file's extended attributes.
     #[error("failed to copy the extended attributes of {}", .0.display())]
     Attributes(PathBuf, #[source] io::Error),
 }
@@ -135,8 +136,8 @@ fn copy_xattrs(object: BorrowedFd<'_>, target: BorrowedFd<'_>, name: &OsStr) -> 
     Ok(())
 }
 
-/// Whether an extended attribute is copied. Security labels are not copied, because the policy assigns them. `trusted`
-/// attributes are not copied, because they describe the image's layers.
+/// Whether an extended attribute is copied. Security labels are not copied, because the guest's security module
+/// assigns them. `trusted` attributes are not copied, because they describe the image's layers.
 fn is_copied(attribute: &[u8]) -> bool {
     attribute == b"security.capability"
         || attribute.starts_with(b"user.")

@@ -24,32 +24,32 @@ use copy_up::CopyUpError;
 /// Mount option of runc that the kernel does not know.
 const COPY_UP: &str = "tmpcopyup";
 
-/// Reason why a tmpfs was not prepared.
+/// Reason why preparing a tmpfs failed.
 #[derive(Debug, thiserror::Error)]
 pub enum TmpfsError {
-    /// The directory at the mount point was not opened.
+    /// Failed to open the directory at the mount point.
     #[error("failed to open the directory at the mount point")]
     Underneath(#[source] io::Error),
-    /// The helper's private mount namespace was not created.
+    /// Failed to create the helper's private mount namespace.
     #[error("failed to create a private mount namespace")]
     Namespace(#[source] Errno),
-    /// The staging directory was not created.
+    /// Failed to create or open the staging directory.
     #[error("failed to create the staging directory")]
     Directory(#[source] io::Error),
-    /// The tmpfs was not mounted.
+    /// Failed to mount the tmpfs.
     #[error("failed to mount the tmpfs at the staging directory")]
     Mount(#[source] Errno),
     /// The helper failed to enter or to leave the container's cgroup.
     #[error("failed to move the helper to another cgroup")]
     Cgroup(#[source] io::Error),
-    /// The image's directory was not copied.
+    /// Failed to copy the image's directory.
     #[error("failed to copy the image's directory ({COPY_UP})")]
     CopyUp(#[source] CopyUpError),
 }
 
-/// Where tmpfs mounts are staged, and which cgroup is charged for their content.
+/// The directory in which tmpfs mounts are prepared, and the cgroup that is charged for their content.
 pub struct Staging<'a> {
-    /// Directory of the container that only the agent can access.
+    /// The container's bundle, which only the agent can access.
     pub dir: &'a Path,
     /// Directory of the container's cgroup, which is charged for the memory of the copied content.
     pub cgroup: &'a Path,
@@ -162,9 +162,9 @@ fn current_cgroup() -> io::Result<PathBuf> {
 
 /// The image, and the mounts that precede the current mount in the specification.
 ///
-/// Destinations are compared as strings. If a symbolic link of the image leads from a destination into an earlier
-/// mount, the image's directory is found instead of the mount's directory. A directory outside the image and the mounts
-/// is never found.
+/// [`EarlierMounts::directory`] compares destinations as strings. If a symbolic link of the image leads from a
+/// destination into an earlier mount, the function opens the image's directory instead of the mount's directory. The
+/// function never opens a directory outside the image and the mounts.
 struct EarlierMounts<'a> {
     root: PathBuf,
     mounts: Vec<(PathBuf, Content)>,
@@ -173,7 +173,8 @@ struct EarlierMounts<'a> {
 }
 
 impl EarlierMounts<'_> {
-    /// Opens the directory at `path` in the container. Returns `None` if no directory exists there.
+    /// Opens the directory at `path` in the container. Returns `None` if no directory exists there, or if the mount
+    /// there has no [`Content`].
     fn directory(&self, path: &Path) -> io::Result<Option<OwnedFd>> {
         let covering = self.mounts.iter().rev().find_map(|(at, content)| Some((content, path.strip_prefix(at).ok()?)));
         let (base, relative) = match covering {
