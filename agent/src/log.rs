@@ -89,7 +89,7 @@ async fn send_lines(stream: OwnedFd) -> std::io::Result<()> {
     }
 }
 
-/// Records that something was refused. The line does not go to the kernel log, because a client can cause many such
+/// Records a refusal. The line does not go to the kernel log, because a client can cause many such
 /// lines.
 pub fn audit(message: &str) {
     record(Level::INFO, &format!("{AUDIT_PREFIX}{message}"));
@@ -123,8 +123,8 @@ struct Events;
 
 impl Sink for Events {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        // Libraries log warnings for conditions that are normal in a guest. Real failures are returned as errors of the
-        // request. Therefore warnings of libraries are recorded only if debug lines are enabled.
+        // Libraries log warnings for conditions that are normal in a guest, and return real failures as errors to the
+        // agent. Therefore warnings of libraries are recorded only if debug lines are enabled.
         let level = *metadata.level();
         let from_husk = metadata.target().starts_with("husk") || level == Level::ERROR;
         LOG.get().is_some_and(|log| level <= log.level && (from_husk || log.level == Level::DEBUG))

@@ -28,7 +28,8 @@ impl FileWatch {
         Ok(Self { inotify: crate::async_fd::register(File::from(inotify), Interest::READABLE)? })
     }
 
-    /// Waits for a change. Returns false if the kernel has removed the watch (IN_IGNORED) or if reading it fails.
+    /// Waits for a change. Returns false if the kernel has removed the watch (IN_IGNORED), or if the
+    /// inotify fd cannot be read.
     pub async fn changed(&self) -> bool {
         let mut bytes = [0u8; 1024];
         let Ok(read) = self.inotify.async_io(Interest::READABLE, |mut file| file.read(&mut bytes)).await else {
@@ -44,7 +45,8 @@ impl FileWatch {
     /// Waits until `condition` is true. Checks the condition now and after every change of the file.
     ///
     /// # Errors
-    /// [`io::ErrorKind::TimedOut`] if the condition is false until `deadline`. Another error if the watch fails.
+    /// Fails with [`io::ErrorKind::TimedOut`] if the condition is still false at `deadline`. Fails with another error if
+    /// the watch fails.
     pub async fn wait_until(&self, deadline: Instant, condition: impl Fn() -> bool) -> io::Result<()> {
         while !condition() {
             match timeout_at(deadline, self.changed()).await {
@@ -64,7 +66,7 @@ pub struct OomWatch {
     id: String,
     cgroup: Cgroup,
     hub: EventHub,
-    /// Number of OOM kills that have been published as events.
+    /// Total number of OOM kills at the time of the last published event.
     reported: AtomicU64,
 }
 
@@ -83,7 +85,8 @@ impl OomWatch {
         self.reported.load(Ordering::Relaxed) > 0
     }
 
-    /// Checks for OOM kills at every change of `memory.events`, until the task is aborted or the watch fails.
+    /// Checks for OOM kills at every change of `memory.events`, until the watch fails or the async task
+    /// that runs this function is aborted.
     pub async fn run(self: std::sync::Arc<Self>) {
         match FileWatch::new(&self.cgroup.path().join("memory.events")) {
             Ok(watch) => {

@@ -35,8 +35,8 @@ pub struct Reaper {
     inner: Arc<Mutex<Inner>>,
 }
 
-/// While a guard lives, the reaper keeps the exits of unclaimed processes. A guard must be taken before a helper is
-/// spawned, because the helper's child may exit before the agent knows the child's PID.
+/// While a guard lives, the reaper keeps the exits of unclaimed processes. The agent must take a guard before it spawns
+/// a helper, because the helper's child may exit before the agent knows the child's PID.
 pub struct UnclaimedExitsGuard(Reaper);
 
 impl Drop for UnclaimedExitsGuard {

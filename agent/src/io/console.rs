@@ -32,7 +32,7 @@ impl Console {
         &self.path
     }
 
-    /// Waits until the helper sends the terminal's master. Fails if the connection ends before that.
+    /// Waits until the helper sends the terminal's master. Fails if the connection ends before the master arrives.
     pub async fn receive(self) -> io::Result<Endpoint> {
         let (stream, _) = self.listener.accept().await?;
         let fd = loop {
@@ -59,7 +59,7 @@ fn receive_fd(socket: &UnixStream) -> io::Result<OwnedFd> {
 
 /// Sets the terminal's window size. A size of 0 x 0 means that the size is unknown.
 ///
-/// runc's shim sets any size too (containerd, `Init.Resize` in cmd/containerd-shim-runc-v2/process/init.go).
+/// containerd's shim for runc also sets any size (`Init.Resize` in cmd/containerd-shim-runc-v2/process/init.go).
 /// containerd's CRI does not pass a size that contains a zero to the shim (`handleResizing` of the CRI server).
 pub fn resize(master: &Endpoint, width: u32, height: u32) -> io::Result<()> {
     let clamp = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);

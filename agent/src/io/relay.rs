@@ -13,7 +13,8 @@ use tokio::sync::Notify;
 
 /// Size of one read, in bytes. The kernel's vsock packets carry at most 64 KiB.
 const CHUNK: usize = 64 * 1024;
-/// Capacity of a pipe, in bytes. It is larger than a chunk, so that the process can write while a chunk is sent.
+/// Capacity of a pipe, in bytes. The capacity exceeds a chunk, so that the process can write while the agent sends a
+/// chunk.
 pub const PIPE_BYTES: libc::c_int = 256 * 1024;
 
 /// Either side of a relay, registered with the async runtime.
@@ -75,8 +76,8 @@ pub async fn copy(from: &Endpoint, to: &Endpoint, close: &Notify) -> io::Result<
     }
 }
 
-/// Relays a process's output to its stream. If the host closes the stream, the output is read and discarded, because
-/// the process would otherwise block on a full pipe.
+/// Relays a process's output to its stream. If the host closes the stream, the agent reads and discards the output,
+/// because the process would otherwise block on a full pipe.
 pub async fn output(from: Endpoint, to: Endpoint) {
     if let Err(error) = copy(&from, &to, &Notify::new()).await {
         tracing::debug!("failed to relay output: {error}");
@@ -141,7 +142,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn close_writes_input_that_has_arrived() {
+    async fn input_copies_data_that_arrived_before_close() {
         let (mut host, guest) = UnixStream::pair().unwrap();
         let (mut reader, writer) = io::pipe().unwrap();
         host.write_all(b"last words").unwrap();

@@ -28,7 +28,7 @@ pub struct ChildIo {
     pub stderr: OwnedFd,
 }
 
-/// Relays between streams and a process, before they are started.
+/// Relays between streams and a process. The relays do not run before [`Relays::start`].
 #[derive(Default)]
 pub struct Relays {
     input: Option<(Endpoint, Endpoint)>,
@@ -90,7 +90,7 @@ impl Relays {
     }
 }
 
-/// Opens `/dev/null` three times, for a process that replaces fds 0 to 2 by a terminal.
+/// Opens `/dev/null` three times, for a process that replaces fds 0 to 2 with a terminal.
 pub fn null_stdio() -> io::Result<ChildIo> {
     Ok(ChildIo { stdin: open_null()?, stdout: open_null()?, stderr: open_null()? })
 }
@@ -103,7 +103,7 @@ fn open_null() -> io::Result<OwnedFd> {
 fn pipe(uid: u32) -> io::Result<(OwnedFd, OwnedFd)> {
     let (reader, writer) = io::pipe()?;
     let (reader, writer): (File, OwnedFd) = (File::from(OwnedFd::from(reader)), writer.into());
-    // If this fails, the pipe keeps the default size.
+    // If the call fails, the pipe keeps the default size.
     let _ = fcntl(&reader, FcntlArg::F_SETPIPE_SZ(relay::PIPE_BYTES));
     std::os::unix::fs::fchown(&reader, Some(uid), None)?;
     Ok((reader.into(), writer))

@@ -132,9 +132,8 @@ fn is_bind(mount: &Mount) -> bool {
         || mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind")
 }
 
-/// Returns whether `path` is the path of a volume, not a path inside a volume. Inside a volume, a container or client
-/// can create a symbolic link to any file of the guest. They cannot replace the path of the volume itself by a symbolic
-/// link.
+/// Returns whether `path` is the path of a volume, not a path inside a volume. A container or client can create a
+/// symbolic link to any file of the guest inside a volume, but not at the path of the volume.
 fn is_volume(path: &Path) -> bool {
     let names = |directory| names_below(path, directory);
     let is_number = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());
@@ -314,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn rootfs_outside_the_share_and_create_container_hook_make_a_container_privileged() {
+    fn wrong_rootfs_path_or_create_container_hook_is_a_privilege() {
         let spec = parse(|_| {});
         for rootfs in ["/", "/run/husk/share", "/run/husk/share/../rootfs", "/run/husk/share/c/rootfs/x", "rootfs", ""]
         {

@@ -14,7 +14,7 @@ use crate::error::{ServiceError, malformed};
 use crate::log::audit;
 
 /// The policies of the node and the pod, which the first Setup request sets. The inner value is `None` if this request
-/// contained an invalid policy. Then every check fails.
+/// contained an invalid policy. In this case, every check fails.
 #[derive(Debug, Default)]
 pub struct Guard(OnceLock<Option<Policies>>);
 
@@ -22,7 +22,7 @@ impl Guard {
     /// Accepts the policies of the first Setup request.
     ///
     /// # Errors
-    /// If a policy is invalid, or if an earlier request has set the policies. After an invalid policy, every check
+    /// Fails if a policy is invalid, or if an earlier request has set the policies. After an invalid policy, every check
     /// fails.
     pub fn accept(&self, node: &[u8], pod: &[u8]) -> Result<(), ServiceError> {
         let (policies, parsed) = match Policies::from_json(node, pod) {
