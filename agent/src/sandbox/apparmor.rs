@@ -11,18 +11,18 @@ const SECURITYFS: &str = "/sys/kernel/security";
 /// (security/apparmor/apparmorfs.c, `profile_replace`).
 const REPLACE: &str = "/sys/kernel/security/apparmor/.replace";
 
-/// Reason why the policy was not loaded.
+/// Reason why loading the policy failed.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// securityfs was not mounted. The kernel may not support it.
+    /// Failed to mount securityfs. The guest kernel may not support securityfs.
     #[error("failed to mount securityfs at {SECURITYFS}")]
     Mount(#[source] nix::Error),
-    /// The policy was not written. The guest kernel rejects a policy in a format that only newer kernels support.
+    /// Failed to write the policy. The guest kernel rejects a policy in a format that only newer kernels support.
     #[error("failed to write the policy to {REPLACE}: the guest kernel may not support the policy's format")]
     Refused(#[source] io::Error),
 }
 
-/// Loads a policy. Blocks.
+/// Loads a policy. Blocks the calling thread.
 pub fn load(policy: &[u8]) -> Result<(), LoadError> {
     if !Path::new(REPLACE).exists() {
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;

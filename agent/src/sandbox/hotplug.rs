@@ -15,7 +15,7 @@ const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages
 /// Reason why bringing CPUs online or taking CPUs offline failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CpuError {
-    /// The kernel's CPU lists were not read.
+    /// Failed to read the kernel's CPU lists.
     #[error("failed to read the lists of present and online CPUs")]
     List(#[source] io::Error),
     /// Fewer CPUs are present than requested.
@@ -26,7 +26,7 @@ pub enum CpuError {
         /// Number of present CPUs.
         present: u32,
     },
-    /// Bringing a CPU online or taking it offline failed.
+    /// Failed to bring a CPU online or to take it offline.
     #[error("failed to write the online state of CPU {number}")]
     SetOnline {
         /// CPU number.

@@ -14,7 +14,7 @@ pub struct LinkNotifications {
 }
 
 impl LinkNotifications {
-    /// Subscribes in the current network namespace.
+    /// Subscribes to notifications of the current network namespace.
     pub fn subscribe() -> io::Result<Self> {
         let socket = socket(libc::RTMGRP_LINK as u32, libc::SOCK_NONBLOCK)?;
         Ok(Self { socket: crate::async_fd::register(socket, Interest::READABLE)? })

@@ -38,7 +38,7 @@ impl Default for Mirrors {
 }
 
 impl Mirrors {
-    /// Mirrored volumes below another directory, for tests.
+    /// Keeps the mirrored volumes below `root`. Tests pass a temporary directory.
     pub(crate) fn at(root: PathBuf) -> Self {
         Self { root, rounds: Mutex::default() }
     }
@@ -46,7 +46,7 @@ impl Mirrors {
     /// Removes a container's mirrored volumes and the state of its unfinished rounds. Does blocking I/O.
     pub fn remove(&self, container: &str) {
         let Ok(name) = path_component(OsStr::new(container)) else { return };
-        // The lock is held during the removal. Therefore no entry can be applied at the same time.
+        // This thread holds the lock during the removal. Therefore no other thread can apply an entry at the same time.
         let mut rounds = lock(&self.rounds);
         rounds.retain(|(of, _), _| of != container);
         let path = self.root.join(name);
@@ -61,7 +61,7 @@ impl Mirrors {
     /// Applies the entries of one message. Does blocking I/O.
     ///
     /// # Errors
-    /// If a path in the message is invalid, or if a file operation fails. Entries that were applied before the error
+    /// Fails if a path in the message is invalid, or if a file operation fails. Entries that were applied before the error
     /// stay in the copy.
     pub fn apply(&self, request: &UpdateMirrorRequest) -> io::Result<()> {
         let container = self.root.join(path_component(OsStr::new(&request.container_id))?);
@@ -123,7 +123,7 @@ fn apply_entry(root: &Path, path: &Path, temporary: &Path, entry: &MirrorEntry) 
     }
     let kind = entry.kind.enum_value_or_default();
     if path.as_os_str().is_empty() && kind != Kind::DIRECTORY {
-        // The root must be a directory. If the root were a symbolic link, a container could mount any directory of the
+        // The volume's root must be a directory. If the root were a symbolic link, a container could mount any directory of the
         // guest.
         return Err(io::ErrorKind::NotADirectory.into());
     }
@@ -174,7 +174,7 @@ fn apply_entry(root: &Path, path: &Path, temporary: &Path, entry: &MirrorEntry) 
 /// this path, and creates the file.
 fn open_temporary(temporary: &Path, offset: u64) -> io::Result<File> {
     if offset > 0 {
-        // This path can be a symbolic link whose rename failed. O_NOFOLLOW makes the open fail in this case.
+        // This path can be a symbolic link that the agent failed to rename. O_NOFOLLOW makes the open fail in this case.
         let file = OpenOptions::new().append(true).custom_flags(libc::O_NOFOLLOW).open(temporary)?;
         return if file.metadata()?.len() == offset { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) };
     }
@@ -280,7 +280,7 @@ mod tests {
         round(&mirrors, projected("..2", "new")).unwrap();
         assert_eq!(fs::read_to_string(volume.join("key")).unwrap(), "new");
         assert!(!volume.join("..1").exists());
-        // Unchanged entries are not touched.
+        // The agent does not write unchanged entries again.
         let inode = fs::metadata(volume.join("key")).unwrap().ino();
         round(&mirrors, projected("..2", "new")).unwrap();
         assert_eq!(fs::metadata(volume.join("key")).unwrap().ino(), inode);

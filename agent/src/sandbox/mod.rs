@@ -47,13 +47,13 @@ pub struct Sandbox {
     state: Mutex<State>,
     /// Mirrored volumes.
     pub mirrors: Mirrors,
-    /// The pod's agent policy.
+    /// The agent policies of the node and the pod.
     pub policy: Guard,
 }
 
 impl Sandbox {
     /// Creates the pod's namespaces if they do not exist. If `id_mappings` is given, a new user namespace owns these
-    /// namespaces. The new namespaces then replace namespaces that an earlier call created without id mappings.
+    /// namespaces. In this case, the new namespaces replace namespaces that an earlier call created without id mappings.
     ///
     /// # Errors
     /// After an error, the next call retries.

@@ -17,34 +17,34 @@ use nix::sched::{CloneFlags, setns, unshare};
 use super::{IPC_NAMESPACE, NET_NAMESPACE, USER_NAMESPACE, UTS_NAMESPACE, loopback};
 use crate::id_mappings::IdMappings;
 
-/// Reason why namespaces were not created or entered.
+/// Reason why creating or entering namespaces failed.
 #[derive(Debug, thiserror::Error)]
 pub enum NamespaceError {
-    /// A file of a namespace was not opened.
+    /// Failed to open a namespace's file.
     #[error("failed to open {path}")]
     Open {
         path: String,
         #[source]
         source: io::Error,
     },
-    /// A file or directory for a pinned namespace was not created.
+    /// Failed to create a file or directory for a pinned namespace.
     #[error("failed to create {path}")]
     Create {
         path: String,
         #[source]
         source: io::Error,
     },
-    /// The id mappings of the user namespace were not written.
+    /// Failed to write the id mappings of the user namespace.
     #[error("failed to write the id mappings to {path}")]
     Write {
         path: String,
         #[source]
         source: io::Error,
     },
-    /// The process that holds the namespaces was not started.
+    /// Failed to start the process that holds the namespaces.
     #[error("failed to start the process that holds the pod's namespaces")]
     Spawn(#[source] io::Error),
-    /// A namespace was not created, entered or pinned.
+    /// Failed to create, enter or pin a namespace.
     #[error("failed to {action}")]
     Kernel {
         /// Action that failed: verb and object.
@@ -147,7 +147,7 @@ fn spawn_holder(enter: impl FnMut() -> nix::Result<()> + Send + Sync + 'static) 
 
 fn pin_namespace(namespace: &str, pin: &str) -> Result<(), NamespaceError> {
     match umount2(pin, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-        // Nothing is pinned at this path yet.
+        // EINVAL and ENOENT mean that nothing is pinned at this path yet.
         Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
         Err(error) => return Err(kernel_error("unmount a pinned namespace")(error)),
     }
@@ -193,8 +193,8 @@ pub fn create_shared_pid(pin: &Path, user_namespace: Option<&Path>) -> io::Resul
 
 /// Creates the shared PID namespace in a user namespace.
 ///
-/// unshare(2) puts only children into the new PID namespace. An intermediate process therefore forks the namespace's
-/// PID 1, reports the child's PID and exits.
+/// unshare(2) puts only children into the new PID namespace. Therefore an intermediate process forks a child, which is
+/// the namespace's PID 1. The intermediate process reports the child's PID and exits.
 fn create_shared_pid_in(pin: &Path, user_namespace: &Path) -> io::Result<()> {
     let user_namespace = File::open(user_namespace)?;
     let (mut pid_reader, pid_writer) = io::pipe()?;

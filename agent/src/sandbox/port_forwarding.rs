@@ -23,7 +23,7 @@ use crate::vsock::Listener;
 const MAX_CONNECTIONS: usize = 1024;
 /// Timeout for each of two steps: reading the header, and connecting.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// Reply to a connection that the pod's policy does not allow.
+/// Reply to a connection that the agent policy does not allow.
 const REFUSED: u8 = libc::EACCES as u8;
 
 /// Accepts connections until the listener fails.

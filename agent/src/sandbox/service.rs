@@ -39,7 +39,7 @@ impl SandboxService {
 #[async_trait]
 impl agent_ttrpc::Sandbox for SandboxService {
     async fn setup(&self, _: &TtrpcContext, request: SetupRequest) -> ttrpc::Result<SetupResponse> {
-        // The policy comes first, so that it is in force even if a later step fails.
+        // Setup sets the policies first, so that they are in force even if a later step fails.
         self.sandbox.policy.accept(&request.node_policy, &request.pod_policy)?;
         if request.clock_ns > 0
             && let Err(error) = setup::set_clock(request.clock_ns)
@@ -52,7 +52,7 @@ impl agent_ttrpc::Sandbox for SandboxService {
             tracing::warn!("failed to add entropy: {error}");
         }
         if request.pids_max > 0 {
-            crate::cgroup::limit_pids(request.pids_max).map_err(failed("limit the number of tasks"))?;
+            crate::cgroup::limit_pids(request.pids_max).map_err(failed("limit the number of processes and threads"))?;
         }
         self.sandbox.prepare(IdMappings::from_setup(&request)).map_err(failed("prepare the pod's namespaces"))?;
         namespaces::run_in_pod(|| -> io::Result<()> {

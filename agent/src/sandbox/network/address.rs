@@ -15,7 +15,7 @@ pub fn change(pod: &Netlink, op: Operation, index: i32, cidr: &str) -> Result<()
     let bytes = octets(address);
     let family = family(address);
     // NODAD is set because the CNI plugin that assigned the address is responsible for its uniqueness. NOPREFIXROUTE is
-    // set because routes are requested explicitly, and some networks have no route to their own subnet.
+    // set because the request contains all routes, and some networks have no route to their own subnet.
     let flags = libc::IFA_F_NOPREFIXROUTE | if address.is_ipv6() { libc::IFA_F_NODAD } else { 0 };
     let scope = if address.is_loopback() { libc::RT_SCOPE_HOST } else { libc::RT_SCOPE_UNIVERSE };
     // struct ifaddrmsg

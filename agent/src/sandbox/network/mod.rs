@@ -29,7 +29,7 @@ use operation::Operation;
 /// Maximum time to wait for an interface. The shim hot-plugs the device before it sends the request.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Reason why the network was not set up or changed.
+/// Reason why setting up or changing the network failed.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
     /// A value of the request is malformed. The fields are the value and the kind of value that was expected.
@@ -48,7 +48,7 @@ pub enum NetworkError {
     /// The kernel rejected a netlink request or a system call.
     #[error("failed to {0}")]
     Kernel(String, #[source] io::Error),
-    /// The pod's namespaces were not entered.
+    /// Failed to enter the pod's namespaces.
     #[error(transparent)]
     Namespace(#[from] namespaces::NamespaceError),
 }
@@ -71,8 +71,8 @@ pub struct NetworkConfig {
 }
 
 impl NetworkConfig {
-    /// Returns all parts that may exist after a failed change from `self` to `config`. Contains only the interfaces of
-    /// `self`, because the next change has to add the other interfaces of `config` again.
+    /// Returns all parts that may exist after a failed change from `self` to `config`. The result contains only the
+    /// interfaces of `self`, because the next change has to add the new interfaces of `config` again.
     fn merge(mut self, config: Self) -> Self {
         fn add_missing<T: PartialEq>(all: &mut Vec<T>, new: Vec<T>) {
             let new: Vec<T> = new.into_iter().filter(|part| !all.contains(part)).collect();
@@ -243,8 +243,8 @@ fn remove(
         }
         if current.is_none() {
             let down = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0, libc::IFF_UP as u32));
-            // The interface is not removed here. The shim hot-unplugs its device before it adds another device with the
-            // same name or MAC address.
+            // The agent only brings the interface down. The interface disappears when the shim hot-unplugs its device.
+            // The shim does so before it adds another device with the same name or MAC address.
             pod.change(down).map_err(kernel_error(format!("bring down interface {}", interface.name)))?;
         }
     }

@@ -50,8 +50,8 @@ pub fn change(
     };
     let done = match op.change(pod, parsed.message(op, false)) {
         // When the kernel adds a route, it checks that another route leads to the gateway. The kernel never repeats
-        // the check. On the host, that other route may have been removed since then, or a rule may select its table.
-        // Therefore retry with RTNH_F_ONLINK, which skips the check.
+        // the check. On the host, the other route may have been removed since then, or a rule may select the other
+        // route's table. Therefore retry with RTNH_F_ONLINK, which skips the check.
         Err(error) if unreachable(&error) && has_gateway(route) => op.change(pod, parsed.message(op, true)),
         done => done,
     };
