@@ -45,8 +45,8 @@ impl FileWatch {
     /// Waits until `condition` is true. Checks the condition now and after every change of the file.
     ///
     /// # Errors
-    /// Fails with [`io::ErrorKind::TimedOut`] if the condition is still false at `deadline`. Fails with another error if
-    /// the watch fails.
+    /// Fails with [`io::ErrorKind::TimedOut`] if the condition is still false at `deadline`. Fails with another error
+    /// if the watch fails.
     pub async fn wait_until(&self, deadline: Instant, condition: impl Fn() -> bool) -> io::Result<()> {
         while !condition() {
             match timeout_at(deadline, self.changed()).await {

@@ -2,8 +2,8 @@
 //! submounts, fs/fuse/dir.c, `fuse_dentry_automount`).
 //!
 //! The agent accesses the volumes first, in its own mount namespace. An automount in a container's mount namespace
-//! would be a separate file system. Containers could then not share fifos, sockets or locks. The agent also has to
-//! unmount the volumes. Otherwise the host's mounts would stay in use until the VM ends.
+//! would be a separate file system. In this case, containers could not share fifos, sockets or locks. The agent
+//! also has to unmount the volumes. Otherwise the host's mounts would stay in use until the VM ends.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
@@ -21,15 +21,15 @@ pub fn of_spec(spec: &Spec) -> Vec<PathBuf> {
     sources.chain(root).filter_map(|path| volume::shared_volume_of(path)).collect()
 }
 
-/// Triggers the automount of each path. Blocks. Ignores errors, because libcontainer reports an error when it mounts
-/// the path.
+/// Triggers the automount of each path. Blocks the calling thread. Ignores errors, because libcontainer reports an
+/// error when it mounts the path.
 pub fn trigger_automounts(paths: &[PathBuf]) {
     for path in paths {
         let _ = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NONBLOCK).open(path);
     }
 }
 
-/// Unmounts the automounts at `paths`. Blocks. Best effort.
+/// Unmounts the automounts at `paths`. Blocks the calling thread. Best effort.
 pub fn unmount(paths: &[PathBuf]) {
     for path in paths {
         match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {

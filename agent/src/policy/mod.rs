@@ -22,8 +22,8 @@ impl Guard {
     /// Accepts the policies of the first Setup request.
     ///
     /// # Errors
-    /// Fails if a policy is invalid, or if an earlier request has set the policies. After an invalid policy, every check
-    /// fails.
+    /// Fails if a policy is invalid, or if an earlier request has set the policies. After an invalid policy, every
+    /// check fails.
     pub fn accept(&self, node: &[u8], pod: &[u8]) -> Result<(), ServiceError> {
         let (policies, parsed) = match Policies::from_json(node, pod) {
             Ok(policies) => (Some(policies), Ok(())),

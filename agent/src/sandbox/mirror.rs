@@ -61,8 +61,8 @@ impl Mirrors {
     /// Applies the entries of one message. Does blocking I/O.
     ///
     /// # Errors
-    /// Fails if a path in the message is invalid, or if a file operation fails. Entries that were applied before the error
-    /// stay in the copy.
+    /// Fails if a path in the message is invalid, or if a file operation fails. Entries that were applied before the
+    /// error stay in the copy.
     pub fn apply(&self, request: &UpdateMirrorRequest) -> io::Result<()> {
         let container = self.root.join(path_component(OsStr::new(&request.container_id))?);
         let (root, temporary) =
@@ -123,8 +123,8 @@ fn apply_entry(root: &Path, path: &Path, temporary: &Path, entry: &MirrorEntry) 
     }
     let kind = entry.kind.enum_value_or_default();
     if path.as_os_str().is_empty() && kind != Kind::DIRECTORY {
-        // The volume's root must be a directory. If the root were a symbolic link, a container could mount any directory of the
-        // guest.
+        // The volume's root must be a directory. If the root were a symbolic link, a container could mount any
+        // directory of the guest.
         return Err(io::ErrorKind::NotADirectory.into());
     }
     let target = root.join(path);
@@ -174,7 +174,8 @@ fn apply_entry(root: &Path, path: &Path, temporary: &Path, entry: &MirrorEntry) 
 /// this path, and creates the file.
 fn open_temporary(temporary: &Path, offset: u64) -> io::Result<File> {
     if offset > 0 {
-        // This path can be a symbolic link that the agent failed to rename. O_NOFOLLOW makes the open fail in this case.
+        // This path can be a symbolic link that the agent failed to rename. In this case, O_NOFOLLOW makes the open
+        // fail.
         let file = OpenOptions::new().append(true).custom_flags(libc::O_NOFOLLOW).open(temporary)?;
         return if file.metadata()?.len() == offset { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) };
     }

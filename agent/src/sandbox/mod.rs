@@ -53,7 +53,8 @@ pub struct Sandbox {
 
 impl Sandbox {
     /// Creates the pod's namespaces if they do not exist. If `id_mappings` is given, a new user namespace owns these
-    /// namespaces. In this case, the new namespaces replace namespaces that an earlier call created without id mappings.
+    /// namespaces. In this case, the new namespaces replace namespaces that an earlier call created without id
+    /// mappings.
     ///
     /// # Errors
     /// After an error, the next call retries.

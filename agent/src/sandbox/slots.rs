@@ -9,10 +9,10 @@ const DEVICES: &str = "/sys/bus/platform/devices";
 const BIND: &str = "/sys/bus/platform/drivers/virtio-mmio/bind";
 const UNBIND: &str = "/sys/bus/platform/drivers/virtio-mmio/unbind";
 
-/// Reason why a slot's device was not bound or unbound.
+/// Failure to bind a slot's device, to unbind it, or to read its device numbers.
 #[derive(Debug, thiserror::Error)]
 pub enum SlotError {
-    /// The device was not bound to the driver.
+    /// Failed to bind the device to the driver.
     #[error("failed to bind {device} to the virtio-mmio driver")]
     Bind {
         /// The platform device.
@@ -20,7 +20,7 @@ pub enum SlotError {
         #[source]
         source: io::Error,
     },
-    /// The device was not unbound from the driver.
+    /// Failed to unbind the device from the driver.
     #[error("failed to unbind {device} from the virtio-mmio driver")]
     Unbind {
         /// The platform device.
@@ -28,8 +28,8 @@ pub enum SlotError {
         #[source]
         source: io::Error,
     },
-    /// The device's directory was not read.
-    #[error("failed to read the block device of {device} from sysfs")]
+    /// Failed to read the device numbers of a block device.
+    #[error("failed to read the block device numbers of {device} from sysfs")]
     Inspect {
         /// The platform device.
         device: String,
@@ -39,7 +39,7 @@ pub enum SlotError {
 }
 
 /// Makes the kernel probe a slot that was empty. If the device in the slot is a block device, returns its major and
-/// minor number. Blocks.
+/// minor number. Blocks the calling thread.
 pub fn bind_device(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
     let device = husk_proto::mmio_slots::device_name(slot);
     match write_driver_file(BIND, &device) {
@@ -51,7 +51,7 @@ pub fn bind_device(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
     find_disk(&Path::new(DEVICES).join(&device)).map_err(|source| SlotError::Inspect { device, source })
 }
 
-/// Unbinds a slot's device from its driver, even while the device is in use. Blocks.
+/// Unbinds a slot's device from its driver, even while the device is in use. Blocks the calling thread.
 pub fn unbind_device(slot: u32) -> Result<(), SlotError> {
     let device = husk_proto::mmio_slots::device_name(slot);
     match write_driver_file(UNBIND, &device) {

@@ -2,9 +2,9 @@
 //!
 //! A memory volume is a tmpfs or hugetlbfs that the pod's containers share. It stays mounted as long as the pod lives.
 //!
-//! Containers can write to volumes. A subpath is therefore opened component by component without following symbolic
-//! links, and the container gets a bind mount of the opened file. A symbolic link that is created later cannot redirect
-//! this mount.
+//! Containers can write to volumes. Therefore the agent opens a subpath component by component without following
+//! symbolic links, and bind-mounts the opened file for the container. A symbolic link that is created later cannot
+//! redirect this mount.
 
 use std::collections::HashSet;
 use std::fs;
@@ -27,7 +27,7 @@ use crate::shared_volumes;
 /// Supported file systems of memory volumes.
 const KINDS: [&str; 2] = ["tmpfs", "hugetlbfs"];
 
-/// Reason why a volume or its subpath was not mounted.
+/// Reason why mounting a volume or its subpath failed.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
     /// A name is not a single path component.
@@ -36,19 +36,19 @@ pub enum VolumeError {
     /// The file system type is not supported.
     #[error("unsupported file system type {0:?}: it must be tmpfs or hugetlbfs")]
     Type(String),
-    /// A mount point was not created.
+    /// Failed to create a mount point.
     #[error("failed to create directory {0}")]
     Directory(PathBuf, #[source] io::Error),
-    /// The mount point for a file of a volume was not created.
+    /// Failed to create the mount point for a file of a volume.
     #[error("failed to create file {0}")]
     File(PathBuf, #[source] io::Error),
-    /// A mount failed.
+    /// Failed to mount a volume or subpath.
     #[error("failed to mount at {0}")]
     Mount(PathBuf, #[source] nix::Error),
-    /// A component of the subpath was not opened.
+    /// Failed to open a component of the subpath.
     #[error("failed to open {0:?} in the volume")]
     OpenSubpath(String, #[source] nix::Error),
-    /// A directory of the subpath was not created.
+    /// Failed to create a directory of the subpath.
     #[error("failed to create directory {0:?} in the volume")]
     CreateSubpath(String, #[source] nix::Error),
 }
@@ -59,7 +59,7 @@ pub struct Volumes(Mutex<HashSet<String>>);
 
 impl Volumes {
     /// Mounts a volume unless it is already mounted. If the request has a subpath, bind-mounts the subpath for the
-    /// container. Blocks.
+    /// container. Blocks the calling thread.
     ///
     /// # Errors
     /// After an error, a volume that has been mounted stays mounted.
@@ -70,7 +70,7 @@ impl Volumes {
         }
         let root = volume::root_path(request);
         if !shared {
-            // Containers are created concurrently. The first container that needs the volume mounts it.
+            // The agent creates containers concurrently. The first request for the volume mounts it.
             let mut mounted = lock(&self.0);
             if !mounted.contains(&request.name) {
                 let kind = request.fs_type.as_str();
@@ -93,16 +93,17 @@ impl Volumes {
     }
 }
 
-/// Lock that is held while a subpath is bound, and while unused volumes of the share are unmounted. Containers are
-/// created and deleted concurrently. Without the lock, a volume could be unmounted while one of its subpaths is being
-/// bound.
+/// Lock that a thread holds while it binds a subpath or unmounts unused volumes of the share. The agent creates and
+/// deletes containers concurrently. Without the lock, one thread could unmount a volume while another thread binds a
+/// subpath of the volume.
 static SHARED_VOLUMES_LOCK: Mutex<()> = Mutex::new(());
 
 fn lock_shared_volumes() -> MutexGuard<'static, ()> {
     lock(&SHARED_VOLUMES_LOCK)
 }
 
-/// Unmounts the volumes of the share in `paths`, except volumes with a subpath that a container uses. Blocks.
+/// Unmounts the volumes of the share in `paths`, except volumes with a subpath that a container uses. Blocks the
+/// calling thread.
 pub fn unmount_unused(mut paths: Vec<PathBuf>) {
     let _guard = lock_shared_volumes();
     if !paths.is_empty() {
@@ -246,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn bind_reports_that_the_target_was_not_created() {
+    fn bind_fails_if_the_target_cannot_be_created() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), "x").unwrap();
         let source = OwnedFd::from(fs::File::open(dir.path().join("file")).unwrap());
