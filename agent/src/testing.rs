@@ -27,7 +27,7 @@ impl PreparedSandbox {
     /// Checks a Setup request.
     ///
     /// # Errors
-    /// If the node's policy or the pod's policy is invalid.
+    /// Fails if the node's policy or the pod's policy is invalid.
     pub fn new(request: &SetupRequest) -> Result<Self, String> {
         let sandbox = Sandbox::default();
         sandbox.policy.accept(&request.node_policy, &request.pod_policy).map_err(|error| chain(&error))?;
@@ -41,14 +41,14 @@ impl PreparedSandbox {
     /// Checks a Create request. Returns the specification, adapted to the guest.
     ///
     /// # Errors
-    /// If the agent rejects the request, or would create the pod's shared PID namespace.
+    /// Fails if the agent rejects the request, or if the agent would create the pod's shared PID namespace.
     pub fn create(&self, request: &CreateTaskRequest) -> Result<Spec, String> {
         check_id(&request.id).map_err(|error| chain(&error))?;
         let options = CreateOptions::parse_from_bytes(&request.options.value).map_err(|error| chain(&error))?;
         let mut spec: Spec = serde_json::from_slice(&options.spec).map_err(|error| chain(&error))?;
         self.0.policy.check_container(&spec, request, &options.rootfs).map_err(|error| chain(&error))?;
         if shares_pid_namespace(&spec) && !pid_namespaces_of_containers(&spec) {
-            return Err("the request has an effect on the guest".to_owned());
+            return Err("the request would create the shared PID namespace of the pod".to_owned());
         }
         let cgroup = Cgroup::for_container(&request.id);
         spec::adapt(&mut spec, &options.rootfs, &cgroup, &self.0, |_| Ok(PathBuf::from("/proc/1/ns/pid")))
@@ -61,7 +61,7 @@ impl PreparedSandbox {
     /// specification.
     ///
     /// # Errors
-    /// If the agent refuses the request.
+    /// Fails if the agent refuses the request.
     pub fn exec(&self, own: &Process, process: &[u8]) -> Result<(), String> {
         let mut process: Process = serde_json::from_slice(process).map_err(|error| chain(&error))?;
         spec::adapt_process(&mut process);
@@ -85,7 +85,7 @@ pub fn update(resources: &[u8]) {
 /// Adds the interfaces, routes, neighbours and rules of a pod through `netlink`.
 ///
 /// # Errors
-/// If the request is malformed, or a netlink request fails.
+/// Fails if the request is malformed, or if a netlink request fails.
 pub fn add_network(request: UpdateNetworkRequest, netlink: &Netlink) -> Result<(), String> {
     let UpdateNetworkRequest { interfaces, routes, neighbours, rules, .. } = request;
     let config = NetworkConfig { interfaces, routes, neighbours, rules };
@@ -109,7 +109,7 @@ pub fn open_subpath(root: &Path, directories: &[VolumeDirectory]) {
 /// Returns the path of a sysctl's file in /proc/sys.
 ///
 /// # Errors
-/// If the name is invalid.
+/// Fails if the name is invalid.
 pub fn sysctl_path(name: &str) -> io::Result<PathBuf> {
     setup::sysctl_path(name)
 }

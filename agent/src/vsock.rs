@@ -56,7 +56,8 @@ impl Listener {
         }
     }
 
-    /// Converts to a stream of connections for a ttrpc server. An error of [`Listener::accept`] ends the stream.
+    /// Converts the listener to a stream of connections for a ttrpc server. An error of [`Listener::accept`]
+    /// ends the stream.
     pub fn into_ttrpc(self) -> ttrpc::asynchronous::transport::Listener {
         let connections = futures::stream::try_unfold(self, |listener| async {
             loop {

@@ -35,8 +35,8 @@ impl Tasks {
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
         };
-        // The streams are taken first. Otherwise, if the request failed, its streams would stay in the table of
-        // `Streams`.
+        // Take the streams first, so that a request that fails closes its streams. Otherwise, the streams would stay
+        // in the table of `Streams`.
         let streams = self.take_streams(&tokens).await?;
         check_id(&request.id)?;
         let options = CreateOptions::parse_from_bytes(&request.options.value)

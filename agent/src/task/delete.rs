@@ -24,7 +24,7 @@ impl Tasks {
         let container = match self.get(id) {
             Err(error) if exec_id.is_empty() => {
                 // The container was never created, or creating it failed. Its volumes may exist nevertheless, because
-                // they are mounted before Create.
+                // the agent mounts volumes before Create.
                 self.remove_volumes(id, Vec::new()).await;
                 return Err(error);
             }
@@ -61,7 +61,7 @@ impl Tasks {
     /// Kills the processes of a container and removes its cgroup, volumes and directories. Best effort.
     pub(super) async fn cleanup(&self, container: &Arc<Container>) {
         if let Some(watch_task) = lock(&container.oom_task).take() {
-            // The task would never end, because inotify does not report the removal of a cgroup file.
+            // The async task would never end, because inotify does not report the removal of a cgroup file.
             watch_task.abort();
         }
         if let Err(error) = remove_cgroup(container).await {

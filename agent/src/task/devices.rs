@@ -21,8 +21,8 @@ const LOOP_DEVICES: i64 = 8;
 
 /// Adds all present devices of the guest that the specification does not name, and loop devices.
 ///
-/// The guest's kernel creates a loop device only when a process opens it or requests it. After that, it would be too
-/// late to add the device to the container.
+/// The guest's kernel creates a loop device only when a process opens or requests the device. The agent cannot add a
+/// device to a container that already runs.
 pub fn add_all(linux: &mut Linux) -> io::Result<()> {
     let mut devices = linux.devices().clone().unwrap_or_default();
     let mut found = Vec::new();
@@ -63,8 +63,8 @@ fn collect(dir: &Path, depth: usize, found: &mut Vec<LinuxDevice>) -> io::Result
     Ok(())
 }
 
-/// Returns whether the container has a user namespace. If so, libcontainer cannot create devices, and can only
-/// bind-mount the guest's present devices.
+/// Returns whether the container has a user namespace. In a user namespace, libcontainer cannot create devices, and can
+/// only bind-mount the guest's present devices.
 fn has_user_namespace(linux: &Linux) -> bool {
     linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::User)
 }

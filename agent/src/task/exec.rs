@@ -25,7 +25,8 @@ impl Tasks {
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
         };
-        // The streams are taken first. Otherwise, the streams of a request that fails would stay in the table.
+        // Take the streams first, so that a request that fails closes its streams. Otherwise, the streams would stay
+        // in the table of `Streams`.
         let streams = self.take_streams(&tokens).await?;
         let container = self.get(&request.id)?;
         if request.exec_id.is_empty() || request.exec_id.len() > 100 {

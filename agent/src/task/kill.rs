@@ -1,8 +1,8 @@
 //! Sends signals to several processes: to all processes of a container, or to an exec with all its descendants.
 //!
-//! runc kills only the first process of an exec. The descendants keep running. Therefore each probe that times out
-//! leaks a process in the container. The agent also kills the descendants, which it identifies by the exec's time
-//! namespace.
+//! runc kills only the first process of an exec, and the descendants keep running. Therefore, with runc, each probe
+//! that times out can leak a process in the container. The agent also kills the descendants. Each exec has its own time
+//! namespace, which its descendants inherit. The agent identifies the descendants by this namespace.
 
 use std::collections::HashSet;
 use std::fs;
@@ -19,7 +19,8 @@ use crate::error::{ServiceError, failed};
 
 /// Number of scans for newly forked processes before the container is frozen.
 const SCANS_BEFORE_FREEZE: usize = 4;
-/// Maximum number of scans. Frozen processes do not fork, so more scans would not find more processes.
+/// Maximum number of scans. After the freeze, a few scans find all processes. The limit ends the loop if the container
+/// cannot be frozen.
 const MAX_SCANS: usize = 64;
 
 /// Signals all processes of a container.
@@ -28,8 +29,9 @@ pub fn all(container: &Container, signal: i32) -> Result<(), ServiceError> {
         return container.cgroup.kill().map_err(failed("kill the processes of the container"));
     }
     for pid in container.cgroup.pids() {
-        // The agent's only async thread reaps no process between reading the PIDs and sending the signals. Therefore no
-        // PID of a child has been reused.
+        // The agent's only async thread reaps no child between reading the PIDs and sending the signals. Therefore the
+        // PIDs of the agent's children, such as the container's init, cannot have been reused. The PID of another
+        // process can be reused, because that process has another parent, which can reap it at any time.
         let _ = husk_base::sys::process::kill(pid, signal);
     }
     Ok(())

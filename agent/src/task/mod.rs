@@ -130,8 +130,8 @@ impl Tasks {
         self.reaper.on_exit(pid, move |exit: ProcessExit| {
             let oom = container.oom.check();
             if process.exec_id.is_empty() && container.shares_pid_namespace {
-                // The shared PID namespace outlives this init. Therefore the kernel does not kill the container's other
-                // processes.
+                // The shared PID namespace outlives this init. Therefore the agent, not the kernel, kills the
+                // container's other processes.
                 let _ = container.cgroup.kill();
             }
             process.advance(Phase::Stopped(pid, exit));

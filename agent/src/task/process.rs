@@ -121,7 +121,7 @@ impl Process {
         *io = Io { close: Some(close), master };
     }
 
-    /// Closes standard input after all data that has already arrived has been written.
+    /// Closes standard input after the agent has written all data that has already arrived.
     pub fn close_stdin(&self) {
         if let Some(close) = &lock(&self.io).close {
             close.notify_one();

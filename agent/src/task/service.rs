@@ -206,7 +206,7 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // Nothing has to be done, because the VM ends with the VMM process.
+        // This request needs no action, because the VM ends with the VMM process.
         Ok(Empty::new())
     }
 }

@@ -112,8 +112,8 @@ fn namespaces(
             None => sandbox.shared_pid().map_err(failed("create the shared PID namespace"))?,
         }),
     };
-    // A container without its own UTS namespace joins the pod's UTS namespace. The agent's UTS namespace does not have
-    // the pod's host name.
+    // A container without its own UTS namespace joins the pod's UTS namespace. Otherwise the container would have the
+    // agent's UTS namespace, which does not have the pod's host name.
     let new_uts = find(LinuxNamespaceType::Uts).is_some_and(|namespace| namespace.path().is_none());
     let mut all = vec![
         make(LinuxNamespaceType::Pid, pid)?,
@@ -149,7 +149,8 @@ fn check_id_mappings(requested: Option<&IdMappings>, pod: Option<&IdMappings>) -
 
 /// Adapts the process of a container or of an exec.
 pub fn adapt_process(process: &mut Process) {
-    // If a capability set is absent, libcontainer leaves the process's set unchanged. runc empties the set.
+    // If a capability set is absent, libcontainer leaves the process's set unchanged, but runc empties the
+    // set. Therefore add an empty set.
     let mut capabilities = process.capabilities().clone().unwrap_or_else(no_capabilities);
     let empty = || Some(Default::default());
     if capabilities.bounding().is_none() {
@@ -182,8 +183,10 @@ fn no_capabilities() -> LinuxCapabilities {
     none
 }
 
-/// Removes limits that make sense only on the host, such as limits for CPUs and huge pages that the guest lacks. The
-/// shim rejects limits for the host's devices.
+/// Removes limits that make sense only on the host, such as limits for CPUs and huge pages that the guest lacks.
+///
+/// Limits for the host's block and RDMA devices do not reach the agent, because the shim rejects such limits. If a
+/// request contains such limits nevertheless, this function removes them.
 pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
     resources.set_block_io(None).set_rdma(None).set_network(None);
     if let Some(pages) = resources.hugepage_limits().clone() {
@@ -194,7 +197,7 @@ pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
         resources.set_hugepage_limits(Some(known));
     }
     // If the memory and swap limits are equal, the container must not use swap. libcontainer would allow unlimited
-    // swap.
+    // swap. Therefore set `memory.swap.max` to 0.
     let memory = resources.memory().as_ref().map(|memory| (memory.limit(), memory.swap()));
     if let Some((Some(limit), Some(swap))) = memory
         && limit == swap

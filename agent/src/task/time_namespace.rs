@@ -19,7 +19,7 @@ pub struct TimeNamespace {
 
 impl TimeNamespace {
     /// Opens the time namespace of the exec `pid` in the container with init `init`. Returns `None` if the exec has
-    /// already exited, or if the exec has no time namespace of its own because it joined that of the container.
+    /// already exited, or if the exec does not have its own time namespace.
     pub fn of_exec(pid: i32, init: i32) -> Option<Self> {
         let file = File::open(path(pid)).ok()?;
         let id = namespace_id(&file.metadata().ok()?);
