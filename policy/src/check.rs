@@ -5,7 +5,8 @@ use std::path::Path;
 
 use crate::{AtMost, Capability, Digest, ParseError, Policy};
 
-/// Paths of the files that Kubernetes and containerd mount in each container. The rule `mounts` always allows them.
+/// Paths of the files that Kubernetes and containerd mount in each container. The rule `mounts` always allows these
+/// paths.
 const STANDARD_MOUNTS: [&str; 5] =
     ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/dev/shm", "/dev/termination-log"];
 
@@ -63,7 +64,7 @@ impl fmt::Display for Origin {
     }
 }
 
-/// A policy does not allow a request.
+/// Error: a policy does not allow a request.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what} is refused by the rule \"{rule}\" of {origin}: {reason}")]
 pub struct Refusal {
@@ -121,7 +122,7 @@ impl Policies {
     /// Parses the policies, as [`Policy::to_json`] writes them.
     ///
     /// # Errors
-    /// [`ParseError`] of the first invalid policy.
+    /// Returns the [`ParseError`] of the first invalid policy.
     pub fn from_json(node: &[u8], pod: &[u8]) -> Result<Self, ParseError> {
         let parse = |text: &[u8]| if text.is_empty() { Ok(Policy::default()) } else { Policy::from_json(text) };
         Ok(Self { node: parse(node)?, pod: parse(pod)? })
@@ -130,7 +131,7 @@ impl Policies {
     /// Checks whether a container may be created.
     ///
     /// # Errors
-    /// [`Refusal`] of the first rule that does not allow the container.
+    /// Returns the [`Refusal`] of the first rule that does not allow the container.
     pub fn check_container(&self, container: &Container<'_>) -> Result<(), Refusal> {
         self.check(|policy| policy.check_container(container))
     }
@@ -138,7 +139,7 @@ impl Policies {
     /// Checks whether a command may be executed.
     ///
     /// # Errors
-    /// [`Refusal`] of the first rule that does not allow the exec.
+    /// Returns the [`Refusal`] of the first rule that does not allow the exec.
     pub fn check_exec(&self, exec: &Exec<'_>) -> Result<(), Refusal> {
         self.check(|policy| policy.check_exec(exec))
     }
@@ -146,7 +147,7 @@ impl Policies {
     /// Checks whether a connection to `address` may be forwarded.
     ///
     /// # Errors
-    /// [`Refusal`] if a policy does not allow port forwarding.
+    /// Returns a [`Refusal`] if a policy does not allow port forwarding.
     pub fn check_port_forward(&self, address: &str) -> Result<(), Refusal> {
         self.check(|policy| match policy.port_forward {
             true => Ok(()),
@@ -242,8 +243,8 @@ impl Policy {
     }
 }
 
-/// Formats a client's text for a message. If a string is short and has only letters, digits, `_`, `-`, `.` and `+`,
-/// returns it unchanged. Quotes and escapes any other text, and shortens a long text.
+/// Formats a client's text for a message. If the text is short and has only letters, digits, `_`, `-`, `.` and `+`,
+/// returns the text unchanged. Quotes and escapes any other text, and shortens a long text.
 fn quoted(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '+');
     if !text.is_empty() && text.len() <= MAX_QUOTED && text.chars().all(plain) {

@@ -1,4 +1,4 @@
-//! The agent policy of a pod: its rules, their parsing, and the decision whether a request is allowed.
+//! The agent policy: its rules, their parsing, and the decision whether a request is allowed.
 //!
 //! The shim reads policies from the node's configuration and from a pod's annotation. The agent checks each request
 //! against these policies. This crate does no I/O. `docs/policy.md` describes the rules for users.
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 /// Maximum length of a policy in JSON, in bytes.
 pub const MAX_JSON: usize = 64 * 1024;
 
-/// Rules for the requests of a pod. The default allows everything.
+/// Rules that decide which requests for a pod and its containers the agent allows. The default allows everything.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Policy {
@@ -52,7 +52,7 @@ impl Default for Policy {
     }
 }
 
-/// A policy cannot be parsed.
+/// Reason why parsing a policy failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ParseError {
     /// The text is too long.
@@ -67,7 +67,7 @@ impl Policy {
     /// Parses a policy in JSON.
     ///
     /// # Errors
-    /// If the text is too long, is not JSON, contains an unknown rule, repeats a rule, or has an invalid value.
+    /// Fails if the text is too long, is not JSON, contains an unknown rule, repeats a rule, or has an invalid value.
     pub fn from_json(text: &[u8]) -> Result<Self, ParseError> {
         if text.len() > MAX_JSON {
             return Err(ParseError::Length(text.len()));

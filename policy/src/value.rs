@@ -57,7 +57,7 @@ const CAPABILITIES: [&str; 41] = [
     "WAKE_ALARM",
 ];
 
-/// An entry of a list is invalid.
+/// Reason why an entry of a list is invalid.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidEntry {
     /// A command is empty or too long.
