@@ -91,7 +91,7 @@ impl Sandbox {
     }
 }
 
-/// Returns the policy blob that contains `profile`. Blocks.
+/// Returns the policy blob that contains `profile`. Blocks the calling thread.
 fn policy(profiles: &Path, profile: &str) -> Result<Vec<u8>, AppArmorError> {
     // Search for the parent profile, because the parent's policy contains its child profiles and hats.
     let parent = profile.split_once("//").map_or(profile, |(parent, _)| parent);

@@ -135,7 +135,7 @@ async fn find_in_guest(agent: &Agent, slot: u32) -> Result<DeviceNumbers, DiskEr
     }
 }
 
-/// Opens a block device by its device numbers. Blocks.
+/// Opens a block device by its device numbers. Blocks the calling thread.
 fn open(disk: Disk) -> io::Result<File> {
     let Disk { major, minor, read_only } = disk;
     // `uevent` contains the name of the device's file in /dev (Linux, Documentation/ABI/testing/sysfs-dev).

@@ -103,9 +103,9 @@ struct Installation {
 }
 
 impl Installation {
-    /// Reads the configuration, and opens guest kernel and initrd. Must be called before [`enter_cgroup`]. Otherwise,
-    /// the copies that [`GuestImages::open`] makes would be charged to the sandbox's cgroup. These copies outlive the
-    /// sandbox.
+    /// Reads the configuration, and opens the guest kernel and the initrd. Must be called before [`enter_cgroup`].
+    /// Otherwise, the copies that [`GuestImages::open`] makes would be charged to the sandbox's cgroup. These copies
+    /// outlive the sandbox.
     fn open(context: &LaunchContext) -> Result<Self, String> {
         let config = config()?;
         if !context.debug {

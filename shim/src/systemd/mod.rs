@@ -151,7 +151,8 @@ impl Unit {
         &self.0
     }
 
-    /// Sets properties of the unit. The properties are lost when the node reboots. Blocks.
+    /// Sets properties of the unit. The properties are lost when the node reboots. Blocks the calling
+    /// thread.
     ///
     /// systemd writes the properties to the cgroup at once. When another property of the same controller changes, for
     /// example through `systemctl set-property`, systemd writes the properties again.
@@ -165,7 +166,8 @@ impl Unit {
             .map_err(|source| UnitError::Set { unit: unit.clone(), source })
     }
 
-    /// Stops the unit and terminates its processes. Succeeds if the unit does not exist. Blocks.
+    /// Stops the unit and terminates its processes. Succeeds if the unit does not exist. Blocks the calling
+    /// thread.
     pub fn stop(&self) -> Result<(), UnitError> {
         self.stop_at(Path::new(SOCKET))
     }

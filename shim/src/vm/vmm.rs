@@ -134,7 +134,7 @@ pub fn spawn_by_launcher(launcher: &Launcher, namespace: &OwnedFd, cgroups: &[Ow
     launcher.start_vmm(mounts.as_fd(), namespace.as_fd(), cgroups).map_err(VmmError::Launch)
 }
 
-/// Waits until the child `pid` exits, and returns its exit status. Blocks.
+/// Waits until the child `pid` exits, and returns its exit status. Blocks the calling thread.
 fn reap(pid: u32) -> ExitStatus {
     // The wait does not fail, because no other code waits for this child.
     let status = process::wait(pid.cast_signed(), 0).ok().flatten().map_or(0, |(_, status)| status);

@@ -21,7 +21,7 @@ const ENTRY_OVERHEAD: usize = 128;
 /// Maximum depth of directories. The volumes that the kubelet creates have far fewer levels.
 const MAX_DEPTH: usize = 64;
 
-/// Passes all entries of `volume` to `send`, in batches, until `send` returns false. Blocks.
+/// Passes all entries of `volume` to `send`, in batches, until `send` returns false. Blocks the calling thread.
 ///
 /// # Errors
 /// - If an entry cannot be read.

@@ -76,7 +76,7 @@ impl Watch {
     }
 }
 
-/// Watches the directory `path` of the volume, and all directories below `path`. Blocks.
+/// Watches the directory `path` of the volume, and all directories below `path`. Blocks the calling thread.
 fn watch_tree(inotify: &Inotify, volume: &Volume, path: &Path) -> io::Result<()> {
     let directory = volume.open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
     // inotify_add_watch(2) takes a path instead of an fd. The path in `/proc` leads to the open directory.
