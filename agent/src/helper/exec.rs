@@ -177,9 +177,9 @@ fn change_directory(cwd: &Path) -> Result<(), String> {
         .map_err(|error| format!("chdir to cwd ({:?}) set in config.json failed: {}", cwd, io_error_text(&error)))
 }
 
-/// Opens the cgroups that the process can join, in order of preference: the container's cgroup, then the cgroup of its
-/// init. The container's cgroup accepts no process if the container has enabled controllers for child cgroups
-/// (cgroups(7)).
+/// Opens the cgroups that the process can join, in order of preference: the container's cgroup, then the cgroup of the
+/// container's init. The container's cgroup accepts no process if the container has enabled controllers for child
+/// cgroups (cgroups(7)).
 fn open_cgroups(request: &ExecRequest) -> io::Result<Vec<File>> {
     let container = File::open(&request.cgroup)?;
     let line = std::fs::read_to_string(format!("/proc/{}/cgroup", request.init_pid))?;

@@ -1,4 +1,5 @@
-//! Standard streams: the table of vsock streams, the pipes or the terminal of a process, and the relays between them.
+//! Standard streams: the table of vsock streams, the pipes or the terminal of a process, and the relays between streams
+//! and processes.
 
 pub mod console;
 pub mod relay;

@@ -132,8 +132,8 @@ fn is_bind(mount: &Mount) -> bool {
         || mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind")
 }
 
-/// Returns whether `path` is the path of a volume, not a path inside a volume. A container or client can create a
-/// symbolic link to any file of the guest inside a volume, but not at the path of the volume.
+/// Returns whether `path` is the path of a volume, not a path inside a volume. Inside a volume, a container or client
+/// can create a symbolic link to any file of the guest. At the path of the volume itself, neither can create a link.
 fn is_volume(path: &Path) -> bool {
     let names = |directory| names_below(path, directory);
     let is_number = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());

@@ -38,7 +38,7 @@ impl Default for Mirrors {
 }
 
 impl Mirrors {
-    /// Keeps the mirrored volumes below `root`. Tests pass a temporary directory.
+    /// Returns [`Mirrors`] that keep the copies below `root`. Tests pass a temporary directory.
     pub(crate) fn at(root: PathBuf) -> Self {
         Self { root, rounds: Mutex::default() }
     }

@@ -113,8 +113,9 @@ pub fn create(id_mappings: Option<&IdMappings>) -> Result<(), NamespaceError> {
     Ok(())
 }
 
-/// Creates the namespaces in another process, the holder, which keeps them alive until they are pinned. The agent
-/// does not enter the user namespace itself, because it would lose its privileges outside that namespace.
+/// Creates the namespaces in another process, the holder, which keeps the namespaces alive until the agent has pinned
+/// them. The agent does not enter the user namespace itself, because it would lose its privileges outside that
+/// namespace.
 fn create_in_user_namespace(id_mappings: &IdMappings) -> Result<(), NamespaceError> {
     let all = KINDS.iter().fold(CloneFlags::CLONE_NEWUSER, |all, kind| all | kind.1);
     let mut holder = spawn_holder(move || unshare(all)).map_err(NamespaceError::Spawn)?;

@@ -30,7 +30,7 @@ pub fn mount(request: &Mount) -> io::Result<()> {
     let data = Some(data.as_str()).filter(|data| !data.is_empty());
     nix::mount::mount(Some(request.source.as_str()), target, Some(request.fs_type.as_str()), flags, data)?;
     if flags.contains(MsFlags::MS_BIND) && flags.contains(MsFlags::MS_RDONLY) {
-        // When mount(2) creates a bind mount, it ignores the other flags. Only a remount applies them.
+        // When mount(2) creates a bind mount, it ignores flags such as MS_RDONLY. Only a remount applies these flags.
         nix::mount::mount(None::<&str>, target, None::<&str>, flags | MsFlags::MS_REMOUNT, None::<&str>)?;
     }
     Ok(())

@@ -65,8 +65,8 @@ fn write_driver_file(file: &str, device: &str) -> io::Result<()> {
     OpenOptions::new().write(true).open(file)?.write_all(device.as_bytes())
 }
 
-/// Returns the major and minor number of a platform device's disk. Reads them from `virtio<n>/block/vd<x>/dev` below
-/// `device`.
+/// Returns the major and minor number of a platform device's disk. Reads the numbers from
+/// `virtio<n>/block/vd<x>/dev` below `device`.
 fn find_disk(device: &Path) -> io::Result<Option<(u32, u32)>> {
     for entry in fs::read_dir(device)? {
         let entry = entry?;

@@ -22,7 +22,7 @@ const LOOP_DEVICES: i64 = 8;
 /// Adds all present devices of the guest that the specification does not name, and loop devices.
 ///
 /// The guest's kernel creates a loop device only when a process opens or requests the device. The agent cannot add a
-/// device to a container that already runs.
+/// device to a running container. Therefore this function also adds loop devices that do not exist yet.
 pub fn add_all(linux: &mut Linux) -> io::Result<()> {
     let mut devices = linux.devices().clone().unwrap_or_default();
     let mut found = Vec::new();
