@@ -64,7 +64,7 @@ impl fmt::Display for Origin {
     }
 }
 
-/// Error: a policy does not allow a request.
+/// Reason why a policy does not allow a request.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what} is refused by the rule \"{rule}\" of {origin}: {reason}")]
 pub struct Refusal {

@@ -80,7 +80,7 @@ impl Policy {
         if *self == Self::default() {
             return Vec::new();
         }
-        // Serializing strings, booleans and lists should never fail. If it fails, an invalid text is the safe result,
+        // Serializing strings, booleans and lists should never fail. If serializing fails, an invalid text is safe,
         // because the agent allows nothing after it has received an invalid policy.
         serde_json::to_vec(self).unwrap_or_else(|_| b"invalid".to_vec())
     }
