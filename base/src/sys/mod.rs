@@ -1,7 +1,7 @@
 //! Safe wrappers for system calls that nix lacks, or that nix offers only in a form that Husk cannot use.
 //!
-//! For all other system calls, Husk uses nix's functions directly. The wrappers of this module borrow fds and slices, so
-//! that no caller can pass a closed fd or a wrong length.
+//! For all other system calls, Husk uses nix's functions directly. The wrappers of this module borrow fds and slices,
+//! so that no caller can pass a closed fd or a wrong length.
 
 pub mod bpf;
 pub mod capabilities;
