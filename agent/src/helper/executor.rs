@@ -76,7 +76,8 @@ pub fn exec_program(process: &Process, home: Option<&str>) -> String {
 
 /// Returns the home directory of `uid` according to the container's `/etc/passwd`. The fallback is `/`.
 ///
-/// The image is untrusted. Therefore this function reads the file only if it is a regular file, and reads at most 1 MiB.
+/// The image is untrusted. Therefore this function reads the file only if it is a regular file. The function
+/// reads at most 1 MiB.
 pub fn home_directory(uid: u32) -> String {
     use std::io::Read;
     use std::os::unix::fs::OpenOptionsExt;
