@@ -1,4 +1,4 @@
-//! Runs a fuzz target in a private root file system, so that no path leads to the host's files.
+//! Runs a fuzz target in a private root file system, so that the target cannot change the host's files.
 
 use std::ffi::{CStr, CString};
 use std::fs;
@@ -9,8 +9,8 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 
-/// Mount point of the private root file system, before chroot(2) makes it the root. The mount exists only in a private
-/// mount namespace. Therefore it disappears when the process ends.
+/// Mount point of the private root file system. chroot(2) then makes this mount point the root directory. The mount
+/// exists only in a private mount namespace. Therefore the mount disappears when the process ends.
 const AT: &str = "/tmp";
 /// Paths that are bind-mounted from the host. The check for changed files must skip these paths.
 pub const OF_THE_HOST: [&str; 2] = ["/dev/null", "/proc/self/fd"];
@@ -18,7 +18,7 @@ pub const OF_THE_HOST: [&str; 2] = ["/dev/null", "/proc/self/fd"];
 /// If the user is not root, enters a user namespace in which the process is root. The process must be single-threaded.
 ///
 /// # Panics
-/// If this user may not create user namespaces.
+/// Panics if the user may not create user namespaces.
 pub fn prepare() {
     // SAFETY: geteuid(2) and getegid(2) take no arguments and always succeed.
     let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
@@ -32,8 +32,8 @@ pub fn prepare() {
     fs::write("/proc/self/gid_map", format!("0 {group} 1")).expect("write /proc/self/gid_map");
 }
 
-/// A thread whose root directory is a tmpfs. The threads that it starts inherit this root directory. The thread calls
-/// `work` for each input.
+/// A thread whose root directory is a tmpfs. Threads that this thread starts inherit the root directory. The thread
+/// calls `work` for each input.
 ///
 /// libFuzzer's thread keeps the host's root directory, because it reads the corpus and writes artifacts.
 pub struct Jail<T> {
@@ -63,7 +63,7 @@ impl<T: Send + 'static> Jail<T> {
     /// Passes one input to the thread, and waits until the thread has processed the input.
     ///
     /// # Panics
-    /// If a thread of the jail panics.
+    /// Panics if a thread of the jail panics.
     pub fn run(&self, input: T) {
         let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
         self.inputs.send(input).expect("pass the input to the jail's thread");
@@ -73,22 +73,23 @@ impl<T: Send + 'static> Jail<T> {
     }
 }
 
-/// Forwards panics of the jail's threads to the thread that waits for the jail. libFuzzer saves the input on the thread
-/// that panics. That thread must have the host's root directory, as the waiting thread does.
+/// Forwards panics of the jail's threads to the thread that waits in [`Jail::run`]. The thread that panics runs
+/// libFuzzer's code, which saves the input to a file of the host. Therefore the waiting thread has to panic, because
+/// its root directory is the host's.
 fn forward_panics(to: SyncSender<Result<(), String>>) {
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         if !is_inside() || to.send(Err(info.to_string())).is_err() {
             return hook(info);
         }
-        // The process or its test will end, because the thread that gets the message panics.
+        // The waiting thread panics when it receives the message. This panic ends the process or its test.
         loop {
             thread::park();
         }
     }));
 }
 
-/// The only jail of the process. The first input starts it.
+/// The only jail of the process. The first input starts the jail.
 pub type Only<T> = OnceLock<Jail<T>>;
 
 fn enter() {
@@ -97,7 +98,7 @@ fn enter() {
     // SAFETY: unshare(2) takes only flags. The new mount namespace, root and working directory affect only this thread.
     check("unshare", unsafe { libc::unshare(libc::CLONE_NEWNS) });
     mount(c"none", Path::new("/"), c"", libc::MS_REC | libc::MS_PRIVATE, c"");
-    // MS_NODEV: device nodes that a guest creates cannot be opened, even by mistake.
+    // With MS_NODEV, no thread can open the device nodes that fuzzed requests create.
     mount(c"tmpfs", Path::new(AT), c"tmpfs", libc::MS_NODEV | libc::MS_NOSUID, c"size=64m,mode=755");
     for directory in ["dev", "proc/self/fd", "proc/sys/fs"] {
         fs::create_dir_all(at(directory)).expect("create a directory in the jail");
@@ -130,5 +131,9 @@ fn mount(source: &CStr, target: &Path, kind: &CStr, flags: libc::c_ulong, data: 
 }
 
 fn check(what: &str, result: libc::c_int) {
-    assert!(result == 0, "{what} failed: {}; the jail needs root, because it mounts", Error::last_os_error());
+    assert!(
+        result == 0,
+        "{what} failed: {}; the jail mounts file systems, which needs root or a user namespace",
+        Error::last_os_error()
+    );
 }

@@ -99,9 +99,15 @@ impl Frame {
 }
 
 fn check_error(failure: ttrpc::Error) {
-    let ttrpc::Error::RpcStatus(status) = error("setup", failure) else { panic!("the error has no status") };
-    assert!(status.message.len() < 16 << 10, "the error text has {} bytes", status.message.len());
-    assert!(!status.message.contains('\x1b'), "the error text has an escape character");
+    let ttrpc::Error::RpcStatus(status) = error("setup", failure) else {
+        panic!("the error of a call is not an RpcStatus")
+    };
+    assert!(
+        status.message.len() < 16 << 10,
+        "the error text has {} bytes, but must have fewer than 16 KiB",
+        status.message.len()
+    );
+    assert!(!status.message.contains('\x1b'), "the error text contains an escape character, which is not allowed");
 }
 
 /// Runs one input.
@@ -113,10 +119,10 @@ pub fn run(bytes: &[u8]) {
         for socket in [&ours, &theirs] {
             socket.set_nonblocking(true).expect("set non-blocking mode");
         }
-        let agent = Agent::new(ours).expect("watch the stream");
+        let agent = Agent::new(ours).expect("create the agent's ttrpc client");
         let setup = SetupRequest::new();
         let answer = async {
-            // Wait until the calls below are sent, because ttrpc drops answers to calls that were not sent.
+            // Wait until ttrpc has sent the calls below, because ttrpc drops answers to calls that it has not sent.
             for _ in 0..8 {
                 tokio::task::yield_now().await;
             }
@@ -142,7 +148,11 @@ pub fn run(bytes: &[u8]) {
             answer
         );
         match setup {
-            Ok(kernel) => assert!(kernel.len() <= 3 * 256, "the kernel's release has {} bytes", kernel.len()),
+            Ok(kernel) => assert!(
+                kernel.len() <= 3 * 256,
+                "the kernel's release has {} bytes, but at most 768 are allowed",
+                kernel.len()
+            ),
             Err(failure) => check_error(failure),
         }
         let _ = pids.map_err(check_error);

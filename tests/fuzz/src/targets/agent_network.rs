@@ -9,10 +9,12 @@ use husk_netlink::{Message, Netlink, link_header};
 use husk_proto::agent::UpdateNetworkRequest;
 use protobuf::Message as _;
 
-/// Maximum number of netlink requests of one input. The socket buffer has space for this number of answers.
+/// Maximum number of netlink requests that the agent sends for one input. The socket buffer has space for the answers
+/// to this number of requests.
 const MAX_REQUESTS: usize = 128;
 
-/// Encodes an answer in the place of the kernel: an interface, and an acknowledgement. Each request gets this answer.
+/// Encodes the kernel's answer to a netlink request: an interface and an acknowledgement. The target sends the same
+/// answer to each request.
 fn answer(sequence: u32, mac: &[u8]) -> Vec<u8> {
     let link = Message::new(libc::RTM_NEWLINK, 0, &link_header(2, 0, 0)).attribute(libc::IFLA_ADDRESS, mac);
     let done = Message::new(libc::NLMSG_ERROR as u16, 0, &[0; 20]);
@@ -46,6 +48,10 @@ pub fn run(bytes: &[u8]) {
     while let Ok(length) = theirs.recv(&mut buffer) {
         let message = &buffer[..length];
         let stated = message.first_chunk::<4>().map(|bytes| u32::from_ne_bytes(*bytes) as usize);
-        assert_eq!(stated, Some(length), "a netlink message has a wrong length");
+        assert_eq!(
+            stated,
+            Some(length),
+            "the length field of a netlink message differs from the length of the message"
+        );
     }
 }

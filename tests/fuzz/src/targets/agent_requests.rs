@@ -135,7 +135,10 @@ struct Input {
 pub fn run(bytes: &[u8]) {
     let Some(input) = input::<Input>(bytes) else { return };
     if let Ok(path) = sysctl_path(&input.sysctl) {
-        assert!(path.components().all(|part| part.as_os_str() != "..") && path.starts_with("/proc/sys"), "{path:?}");
+        assert!(
+            path.components().all(|part| part.as_os_str() != "..") && path.starts_with("/proc/sys"),
+            "the sysctl path {path:?} leads out of /proc/sys"
+        );
     }
     let policy = |which: u8| POLICIES[usize::from(which) % POLICIES.len()].as_bytes().to_vec();
     let mapping = |(container, host, size): &(u32, u32, u32)| IdMapping {

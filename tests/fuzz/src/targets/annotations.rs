@@ -80,8 +80,17 @@ pub fn run(bytes: &[u8]) {
     }
     let _ = PodPolicies::new(&spec.annotations, &config);
     if let Ok(size) = boot_size(&spec, &config, input.max_guest_mib) {
-        assert!((1..=config.max_vcpus).contains(&size.vcpus), "the boot size has {} vCPUs", size.vcpus);
-        assert!(size.kernel_params.bytes().all(|byte| (b' '..=b'~').contains(&byte)), "{:?}", size.kernel_params);
+        assert!(
+            (1..=config.max_vcpus).contains(&size.vcpus),
+            "the boot size has {} vCPUs, but 1 to {} are allowed",
+            size.vcpus,
+            config.max_vcpus
+        );
+        assert!(
+            size.kernel_params.bytes().all(|byte| (b' '..=b'~').contains(&byte)),
+            "the kernel parameters {:?} are not printable ASCII",
+            size.kernel_params
+        );
         for key in spec.annotations.0.keys().filter(|key| key.starts_with(annotation::PREFIX)) {
             assert!(config.allowed_annotations.contains(key), "the annotation {key} is not allowed, but was accepted");
         }

@@ -11,9 +11,9 @@ use crate::input::input;
 #[derive(arbitrary::Arbitrary, Debug)]
 struct Input {
     read_only: bool,
-    /// The device-readable buffers of each request, and the lengths of its device-writable buffers.
+    /// For each request, the device-readable buffers and the lengths of the device-writable buffers.
     requests: Vec<(Vec<Vec<u8>>, Vec<u16>)>,
-    /// Arbitrary descriptors. After the requests, each is made available as the head of a chain.
+    /// Arbitrary descriptors. After the requests, each of these descriptors is made available as the head of a chain.
     descriptors: Vec<(u8, u64, u32, u8, u16)>,
 }
 

@@ -1,5 +1,6 @@
 //! Fuzzes the data that the VMM writes for the guest kernel: the device tree, the memory map and the command line. A
-//! tenant chooses the sizes. The node's configuration can permit tenants to choose kernel parameters too.
+//! tenant chooses the VM's number of vCPUs and its memory size. The node's configuration can also permit tenants to
+//! choose kernel parameters.
 
 use husk_vmm::arch::{boot_params, device_tree, layout};
 use husk_vmm::guest_memory::GuestMemory;
@@ -21,8 +22,8 @@ struct Input {
 /// Runs one input.
 pub fn run(bytes: &[u8]) {
     let Some(mut input) = input::<Input>(bytes) else { return };
-    // Apply the limits of the VMM. `config_check` limits the sizes, and the characters of the kernel parameters.
-    // `boot::build` limits the length of the command line.
+    // Apply the VMM's limits to the input. In the VMM, `config_check` limits the number of vCPUs, the memory size and
+    // the characters of the kernel parameters. `boot::build` limits the length of the command line.
     input.parameters.retain(|char| (' '..='~').contains(&char));
     input.parameters.truncate(layout::CMDLINE_MAX - 1);
     let memory_mib = 64 + input.memory_mib % (4 << 20);
@@ -45,11 +46,14 @@ pub fn run(bytes: &[u8]) {
     let end: u8 = memory
         .read_obj(GuestAddress(layout::CMDLINE + input.parameters.len() as u64))
         .expect("read the end of the command line");
-    assert_eq!(end, 0);
+    assert_eq!(end, 0, "the command line does not end with a NUL byte");
     let mut total = 0;
     for (start, len) in layout::ram(memory_mib << 20) {
-        assert!(start + len <= layout::HOLE_START || start >= layout::HOLE_END, "RAM at {start:#x} overlaps the hole");
+        assert!(
+            start + len <= layout::HOLE_START || start >= layout::HOLE_END,
+            "the RAM range at {start:#x} overlaps the hole"
+        );
         total += len;
     }
-    assert_eq!(total, memory_mib << 20);
+    assert_eq!(total, memory_mib << 20, "the RAM ranges do not have the size of the VM's memory");
 }

@@ -1,4 +1,4 @@
-//! Fuzzes the bootstrap parameters that containerd writes to the stdin of the shim's `start`.
+//! Fuzzes the bootstrap parameters that containerd writes to the stdin of the shim's action `start`.
 
 use husk_shim::cli::Args;
 use husk_shim::cli::bootstrap::{Env, Params, reply};

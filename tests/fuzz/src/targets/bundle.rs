@@ -1,5 +1,5 @@
-//! Fuzzes a bundle's `config.json`, which the shim reads at `start` and at Create. The target also parses each input as
-//! the JSON of an Exec request and of an Update request.
+//! Fuzzes a bundle's `config.json`, which the shim reads in its action `start` and for each Create request. The target
+//! also parses each input as the JSON of an Exec request and of an Update request.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -57,8 +57,8 @@ fn check_sizes(spec: &Spec, update: &[u8]) {
     if let Ok(BootSize { growth, .. }) = boot_size(spec, &Config::default(), u64::MAX) {
         for start in [false, true] {
             let size = growth.size(containers.iter(), start);
-            assert!((1..=growth.max.vcpus).contains(&size.vcpus), "{size:?}");
-            assert!(size.memory_mib <= growth.max.memory_mib, "{size:?}");
+            assert!((1..=growth.max.vcpus).contains(&size.vcpus), "the number of vCPUs is out of range: {size:?}");
+            assert!(size.memory_mib <= growth.max.memory_mib, "the memory exceeds its maximum: {size:?}");
             let _ = host_bytes(size.memory_mib);
         }
         let _ = growth.huge_mib(containers.iter());
@@ -77,7 +77,10 @@ fn check_id_mappings(bundle: &Bundle) {
     for mappings in of_mounts.chain([bundle.id_mappings().ok().flatten()]).flatten() {
         let _ = (mappings.owner(0, u32::MAX), mappings.tag());
         for mapping in mappings.mappings().0 {
-            assert!(mappings.uid(mapping.container).is_some(), "{mappings:?}");
+            assert!(
+                mappings.uid(mapping.container).is_some(),
+                "the first uid of a mapping has no host uid: {mappings:?}"
+            );
         }
     }
 }
@@ -88,6 +91,9 @@ fn assert_no_host_namespace(bundle: &Bundle) {
     for namespace in namespaces.into_iter().flatten() {
         let path = namespace.get("path").and_then(|path| path.as_str()).unwrap_or_default();
         let of_guest = [husk_proto::GUEST_NAMESPACES, husk_proto::GUEST_PID_NAMESPACES];
-        assert!(path.is_empty() || of_guest.iter().any(|of_guest| path.starts_with(of_guest)), "{path}");
+        assert!(
+            path.is_empty() || of_guest.iter().any(|of_guest| path.starts_with(of_guest)),
+            "{path} is not a namespace path of the guest"
+        );
     }
 }

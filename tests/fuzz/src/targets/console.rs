@@ -36,8 +36,11 @@ pub fn run(bytes: &[u8]) {
     std::io::Read::read_to_end(&mut reader, &mut output).expect("read the console's output");
     let tail = LogTail::default();
     block_on(read_lines(&output[..], |line| {
-        assert!(line.len() <= 3 * 1024, "a line has {} bytes", line.len());
-        assert!(!line.chars().any(|char| char.is_control() && char != '\t'), "a line has control characters");
+        assert!(line.len() <= 3 * 1024, "a log line has {} bytes, but at most 3072 are allowed", line.len());
+        assert!(
+            !line.chars().any(|char| char.is_control() && char != '\t'),
+            "a log line has a control character other than a tab"
+        );
         tail.push(line);
     }));
     let _ = tail.console_tail();

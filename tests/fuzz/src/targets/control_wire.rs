@@ -14,8 +14,8 @@ pub fn run(bytes: &[u8]) {
     let (ours, theirs) = wire::pair().expect("create a socket pair");
     husk_base::sys::fd::set_nonblocking(&ours).expect("set non-blocking mode");
     let send = |fds: &[BorrowedFd<'_>]| scm_rights::send(&ours, bytes, fds).is_ok();
-    // The list of fds consists of /dev/kvm, a kernel, an initrd and a console. /dev/null replaces /dev/kvm, because
-    // `check` accepts any character device.
+    // The list of fds consists of /dev/kvm, a kernel, an initrd and a console. `check` accepts any character device, so
+    // /dev/null can replace /dev/kvm.
     let device = std::fs::File::open("/dev/null").expect("open /dev/null");
     let (file, (_reader, console)) = (memory_file(1), std::io::pipe().expect("create a pipe"));
     let console = OwnedFd::from(console);

@@ -1,4 +1,4 @@
-//! Fuzzes the bytes that systemd sends on its private socket: the reply to AUTH, and D-Bus messages.
+//! Fuzzes the bytes that systemd sends to the shim on its private socket: the reply to AUTH, and D-Bus messages.
 
 use std::io::Write;
 use std::net::Shutdown;

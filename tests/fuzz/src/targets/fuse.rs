@@ -17,7 +17,7 @@ use crate::input::input;
 use crate::jail::{Jail, OF_THE_HOST, Only};
 
 const SHARE: &str = "/top/share";
-/// Maximum time of a request. No request may block, not even to wait for the other end of a fifo.
+/// Maximum duration of a request. A request must not block, for example to wait for the other end of a FIFO.
 const TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_REQUESTS: usize = 48;
 
@@ -124,9 +124,9 @@ enum Operation {
 struct Request {
     operation: Operation,
     user: (u16, u16),
-    /// The number that is added to the correct length in the header. A value other than 0 makes that length wrong.
+    /// Difference between the length in the header and the correct length.
     len: i8,
-    /// Sizes of the buffers for the answer. If `None`, the buffers suffice for any answer.
+    /// Sizes of the buffers for the answer. If `None`, the buffers are large enough for any answer.
     writable: Option<Vec<u16>>,
     /// Whether the request is sent on the high-priority queue, which is for FORGET.
     high_priority: bool,
@@ -144,7 +144,8 @@ fn long_at(bytes: &[u8], at: usize) -> u64 {
     bytes.get(at..at + 8).map_or(0, |bytes| u64::from_le_bytes(bytes.try_into().expect("convert 8 bytes")))
 }
 
-/// The files around the share, by path: the metadata of each file, except its access time, and its content.
+/// Maps the path of each file around the share to the file's metadata, without the access time, and to the file's
+/// content.
 type Around = BTreeMap<PathBuf, (String, Vec<u8>)>;
 
 fn read_around(path: &Path, around: &mut Around, inodes: &mut BTreeSet<u64>) {
@@ -177,7 +178,7 @@ fn make_surroundings() {
 fn make_share() {
     let share = Path::new(SHARE);
     if share.exists() {
-        fs::remove_dir_all(share).expect("remove the share of the last input");
+        fs::remove_dir_all(share).expect("remove the share of the previous input");
     }
     for directory in ["dir", "hollow"] {
         fs::create_dir_all(share.join(directory)).expect("create a directory in the share");
@@ -311,7 +312,10 @@ impl Guest {
             self.bench.run();
         }
         let answer = self.answer(queue, opcode);
-        assert!(!request.high_priority || answer.len() <= 16, "the high-priority queue served request {opcode}");
+        assert!(
+            !request.high_priority || answer.len() <= 16,
+            "the high-priority queue returned data for request {opcode}"
+        );
         if unanswered || long_at(&answer, 4) as u32 != 0 || answer.len() < 24 {
             return;
         }
@@ -334,7 +338,7 @@ impl Guest {
         let entry = matches!(opcode, LOOKUP | SYMLINK | MKNOD | MKDIR | LINK | CREATE) && answer.len() >= 128;
         let mut opened = matches!(opcode, OPEN | OPENDIR).then(|| (node, long_at(answer, 0)));
         if entry {
-            // struct fuse_entry_out: 40 bytes, then struct fuse_attr.
+            // In a `struct fuse_entry_out`, the `struct fuse_attr` begins at byte 40.
             let (node, inode, mode) = (long_at(answer, 0), long_at(answer, 40), long_at(answer, 100) as u32);
             assert!(!self.inodes.contains(&inode), "request {opcode} returned node {node}, which is outside the share");
             self.nodes.push(node);
@@ -350,7 +354,7 @@ impl Guest {
 }
 
 fn init(flags: u64) -> Vec<u8> {
-    // The share rejects clients without FUSE_SUBMOUNTS.
+    // The virtio-fs server rejects clients that do not offer FUSE_SUBMOUNTS (bit 27).
     let mut body = words([7, 36, 65536, flags as u32 | 1 << 27, (flags >> 32) as u32]);
     body.resize(64, 0);
     body

@@ -116,7 +116,7 @@ fn serve(input: &Input) {
     open_subpath(Path::new(VOLUME), &directories);
     assert!(before == state(), "a file outside of the volumes changed");
     let top = fs::read_dir("/top").expect("list /top").count();
-    assert_eq!(top, 4, "a file appeared outside of the volumes");
+    assert_eq!(top, 4, "a file outside of the volumes appeared or disappeared in /top");
     for dir in [MIRRORS, VOLUME] {
         fs::remove_dir_all(dir).expect("remove a directory");
         fs::create_dir_all(dir).expect("create a directory");

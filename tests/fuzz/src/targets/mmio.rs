@@ -157,7 +157,7 @@ pub fn run(bytes: &[u8]) {
         }
     }
     set(&transport, STATUS, 0);
-    assert_eq!(get(&transport, STATUS), 0, "the reset is not complete");
+    assert_eq!(get(&transport, STATUS), 0, "the device status is not 0 after the reset");
     assert_eq!(get(&transport, 0x00), u32::from_le_bytes(*b"virt"));
     assert_eq!(get(&transport, 0x60), 0, "the reset left an interrupt pending");
     for queue in 0..8 {

@@ -67,7 +67,7 @@ pub fn run(bytes: &[u8]) {
         set_nonblocking(&ours);
         set_nonblocking(&theirs);
         let (sender, mut notices) = mpsc::channel(64);
-        let vmm = Vmm::over(ours, sender).expect("watch the socket");
+        let vmm = Vmm::over(ours, sender).expect("create the shim's VMM client");
         let file = memory_file(0);
         let answer = async {
             // `join!` polls the four calls below before this future. Therefore, each call already waits for its answer.
@@ -89,7 +89,7 @@ pub fn run(bytes: &[u8]) {
             // `Vmm::over` uses the PID of this process as the VMM's PID.
             assert!(
                 std::path::Path::new(&format!("/proc/self/task/{pid}")).exists(),
-                "{pid} is not a thread of the VMM"
+                "the PID {pid} is not a thread of the VMM"
             );
         }
         drop((done, connected, attached));

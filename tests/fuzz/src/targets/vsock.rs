@@ -67,7 +67,7 @@ pub fn run(bytes: &[u8]) {
     bench.lock().connect(PORTS.0, Box::new(move |result| drop(sender.send(result))));
     let mut stream: Option<UnixStream> = None;
     for action in input.actions.iter().take(64) {
-        // Makes the descriptors of completed chains available for new chains.
+        // Free the descriptors of completed chains, so that new chains can use these descriptors.
         while bench.queues[1].poll().is_some() {}
         while bench.queues[0].poll().is_some() {}
         match action {
