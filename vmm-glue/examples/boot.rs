@@ -2,7 +2,8 @@
 //! [--share DIR] [--connect PORT] [--attach DISK] [--params TEXT] [--pause]`. The program copies the guest's console to
 //! standard output, and prints boot steps to standard error.
 //!
-//! With `--connect`, standard input and output are connected to a vsock connection once the guest accepts it.
+//! With `--connect`, the program opens a vsock connection to the guest's port PORT. The program copies standard input
+//! to the connection, and the connection's data to standard output.
 
 use std::error::Error;
 use std::fs::File;
@@ -72,7 +73,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     loop {
         match vmm.notice()? {
             Notice::BootStep { step, at_ns } => eprintln!("[{step:?} at {} ms]", at_ns as f64 / 1e6 - started),
-            Notice::VhostRequested { .. } => eprintln!("[an interface has much traffic]"),
+            Notice::VhostRequested { .. } => eprintln!("[the VMM requests vhost-net for an interface]"),
             Notice::FdShortage => eprintln!("[the VMM is close to its fd limit: the guest should forget unused files]"),
             Notice::Exited { reason } => {
                 eprintln!("[exited: {reason:?} at {} ms]", now_ms() - started);

@@ -1,5 +1,6 @@
-//! Prints the rules of the VMM's seccomp filters: kind of thread, thread name, call and number, separated by tabs.
-//! `cargo xtask test --e2e --syscalls` compares them with the calls that the suites make.
+//! Prints the rules of the VMM's seccomp filters: kind of thread, thread name, and the system call's name and
+//! number, separated by tabs. `cargo xtask test --e2e --syscalls` compares the rules with the system calls that the
+//! suites make.
 
 use std::collections::BTreeMap;
 

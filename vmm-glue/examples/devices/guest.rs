@@ -121,12 +121,12 @@ fn test(name: &str) -> Result<bool> {
             let meta = fs::metadata("/share/mine")?;
             let before = (meta.uid(), meta.gid(), meta.mode()) == (1000, 1001, 0o104_755);
             let set = xattr::set(Path::new("/share/mine"), c"user.husk", b"value");
-            println!("result of setting user.husk on /share/mine: {set:?}");
-            // Create a file as another user. The file server must act as that user, and not as root.
+            println!("result of setting the attribute user.husk of /share/mine: {set:?}");
+            // Create a file as another user. The VMM's virtio-fs server must act as that user, and not as root.
             fs::create_dir("/share/open")?;
             fs::set_permissions("/share/open", fs::Permissions::from_mode(0o1777))?;
-            // SAFETY: the calls take no pointers. Raw system calls change only this thread, and nothing else in this
-            // thread depends on its ids.
+            // SAFETY: the calls take no pointers. A raw system call changes only the ids of this thread, and nothing
+            // else in this thread depends on these ids.
             unsafe {
                 libc::syscall(libc::SYS_setresgid, 2000, 2000, 2000);
                 libc::syscall(libc::SYS_setresuid, 2000, 2000, 2000);
@@ -145,7 +145,7 @@ fn test(name: &str) -> Result<bool> {
             disk.write_all(&data()[..8 * MIB])?;
             disk.sync_all()?;
             drop(disk);
-            // Read without the page cache.
+            // Read without the page cache, so that the data comes from the device.
             let mut direct = File::options().read(true).custom_flags(libc::O_DIRECT).open("/dev/vda")?;
             let layout = std::alloc::Layout::from_size_align(MIB, 4096).map_err(std::io::Error::other)?;
             // SAFETY: the layout is not empty. The memory is zeroed, has the given length and alignment, and is never

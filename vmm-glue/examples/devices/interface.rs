@@ -30,7 +30,7 @@ pub fn up(name: &str, address: Ipv4Addr) -> Result<()> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as libc::c_char;
     }
-    // The kernel reads this as a sockaddr_in: port, address, padding.
+    // The kernel reads these 14 bytes as fields of a sockaddr_in: port, address, padding.
     let mut data = [0; 14];
     for (to, from) in data.iter_mut().skip(2).zip(address.octets()) {
         *to = from as libc::c_char;

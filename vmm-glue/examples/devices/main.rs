@@ -128,7 +128,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Answers the VMM's request for vhost-net, which arrives before the answer to a later call.
+/// Answers the VMM's notice that requests vhost-net. The notice arrives before the answer to the call `FindNet`.
 fn start_vhost(vmm: &mut Vmm) -> Result<()> {
     vmm.call(Call::FindNet(MAC), &[])?;
     let requests = vmm.take_notices();
@@ -146,7 +146,7 @@ fn step(name: &str, run: impl FnOnce() -> Result<()>) -> Result<()> {
 }
 
 fn check(condition: bool) -> Result<()> {
-    if condition { Ok(()) } else { Err("the data that the guest sent or wrote differ from the expected data".into()) }
+    if condition { Ok(()) } else { Err("the step's result differs from the expected result".into()) }
 }
 
 fn pattern(length: usize) -> Vec<u8> {
@@ -180,7 +180,7 @@ fn open(vmm: &mut Vmm, command: &[u8]) -> Result<UnixStream> {
     Ok(stream)
 }
 
-/// Receives 16 MiB from each client, and sends them back.
+/// Receives 16 MiB from each client. If these bytes are equal to the start of `data`, sends the bytes back.
 fn serve_tcp(listener: &std::net::TcpListener, data: &[u8]) -> std::io::Result<()> {
     for stream in listener.incoming() {
         let mut stream = stream?;
@@ -264,7 +264,8 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
     vmm.call(Call::Create(Box::new(config)), &fds)?;
     println!("{:8.1} ms  VM created", start.elapsed().as_secs_f64() * 1e3);
     vmm.call(Call::Resume, &[])?;
-    // The first connection waits for the driver. Connections are refused until the guest listens.
+    // The first call of `connect` waits for the guest's vsock driver. The guest refuses connections until its program
+    // listens on the port.
     loop {
         match vmm.connect(PORT) {
             Ok(_) => break,
