@@ -47,8 +47,8 @@ use crate::vmgenid::VmGenId;
 /// - `swiotlb=noforce`: the kernel does not allocate bounce buffers, because virtio does not need them. The buffers
 ///   would occupy 64 MiB in a guest with more than 3 GiB;
 /// - `noreplace-smp`: the kernel keeps its ten thousand lock prefixes. Otherwise, a kernel with one vCPU would remove
-///   them one at a time, which takes a seventh of the boot time in the test node. The kernel would restore them when a
-///   second vCPU is hot-plugged;
+///   the prefixes one at a time, which takes a seventh of the boot time in the test node. The kernel would restore the
+///   prefixes when a second vCPU is hot-plugged;
 /// - `tsc=reliable`: the kernel does not check the TSC against slower clocks, because this VM does not have any.
 ///   `kvm-clock` stays the clock source if the TSC is not stable.
 const CMDLINE: &str =
@@ -143,7 +143,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     vm.create_pit2(pit).map_err(|error| BootError::Kvm("KVM_CREATE_PIT2", error))?;
     timing.step("interrupt controllers");
 
-    // Map guest memory, and load the kernel and then the initrd into it.
+    // Map guest memory. Load the kernel, and then the initrd, into guest memory.
     let ram = memory::map(memory_size)?;
     let kernel_len = kernel.metadata().map_err(|error| BootError::Host("the kernel file", error))?.len();
     let ram_end = memory_size.min(layout::HOLE_START);
@@ -219,7 +219,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     timing.step("console");
 
     // Write the data that the kernel reads when it starts. The device tree lists as many vCPUs as the VM can ever have.
-    // `maxcpus` limits how many of them the kernel brings up at boot.
+    // `maxcpus` limits how many of these vCPUs the kernel brings up at boot.
     let maxcpus = if config.vcpus < config.max_vcpus { format!(" maxcpus={}", config.vcpus) } else { String::new() };
     let cmdline = format!("{CMDLINE}{maxcpus} {}", config.kernel_params);
     if cmdline.len() >= layout::CMDLINE_MAX {
@@ -276,10 +276,10 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     })
 }
 
-/// Returns the ranges of guest memory (start, end) that the boot fills almost completely, in the order in which they
-/// are needed:
-/// - the second half of the kernel, the initrd and the files unpacked after it. While the prefault thread faults in
-///   this range, the first half of the kernel is read;
+/// Returns the ranges of guest memory (start, end) that the boot fills almost completely, in the order in which the
+/// prefault thread faults in the ranges:
+/// - the second half of the kernel, the initrd and the initrd's unpacked files. While the prefault thread faults in
+///   this range, the VMM reads the first half of the kernel;
 /// - the end of RAM, where the kernel makes its first allocations: 64 bytes for each page, and hash tables;
 /// - the first half of the kernel;
 /// - all memory below the kernel, which the kernel's page allocator hands out first.

@@ -1,4 +1,4 @@
-//! Measures the duration of each boot step and logs it at debug level.
+//! Measures the duration of each step of [`crate::boot::build`], and logs the duration at debug level.
 
 use std::time::Instant;
 

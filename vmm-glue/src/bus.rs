@@ -1,5 +1,5 @@
-//! Dispatches the guest's port and memory accesses to devices. A `match` is sufficient, and needs neither a table nor a
-//! lock.
+//! Dispatches the guest's port and memory accesses to devices. The dispatcher is a `match`, which needs neither a table
+//! nor a lock.
 
 use std::sync::Arc;
 
@@ -33,7 +33,7 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// Serves an IN instruction: fills `data`.
+    /// Fills `data` with the result of an IN instruction.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
         for byte in data.iter_mut() {
             *byte = match port {

@@ -47,8 +47,8 @@ pub struct BootData<'a> {
     pub device_tree: &'a [u8],
     /// Fresh entropy for the kernel's random number generator.
     pub seed: [u8; SEED_LEN],
-    /// Whether the kernel was moved to a random virtual address. If so, the kernel also chooses random virtual addresses
-    /// for the direct mapping of memory, vmalloc and the `struct page` array (arch/x86/mm/kaslr.c).
+    /// Whether the VMM has moved the kernel to a random virtual address. If so, the kernel also chooses random virtual
+    /// addresses for the direct mapping of memory, vmalloc and the `struct page` array (arch/x86/mm/kaslr.c).
     pub kaslr: bool,
 }
 
@@ -57,8 +57,8 @@ pub fn write(memory: &GuestMemory, data: &BootData<'_>) -> Result<(), vm_memory:
     memory.write_slice(data.cmdline.as_bytes(), GuestAddress(layout::CMDLINE))?;
     memory.write_obj(0u8, GuestAddress(layout::CMDLINE + data.cmdline.len() as u64))?;
 
-    // The kernel credits the seed as entropy and wipes the seed. Therefore, the generator is ready before the first
-    // process needs random numbers.
+    // The kernel credits the seed as entropy. Therefore, the generator is ready before the first process needs random
+    // numbers. The kernel then wipes the seed from memory.
     write_setup_data(memory, layout::SETUP_DATA, layout::DEVICE_TREE, SETUP_RNG_SEED, &data.seed)?;
     write_setup_data(memory, layout::DEVICE_TREE, 0, SETUP_DTB, data.device_tree)?;
 

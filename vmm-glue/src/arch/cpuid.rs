@@ -12,8 +12,8 @@ const ECX1_TSC_DEADLINE: u32 = 1 << 24;
 const ECX1_HYPERVISOR: u32 = 1 << 31;
 const EDX1_HTT: u32 = 1 << 28;
 const EXT1_ECX_SVM: u32 = 1 << 2;
-/// The three bits that offer asynchronous page faults. This feature helps only if the host swaps guest memory, and it
-/// causes an exit storm on older hosts.
+/// The three bits that offer asynchronous page faults. This feature helps only if the host swaps guest memory. On older
+/// host kernels, the feature causes a storm of VM exits.
 const KVM_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
 /// Properties of the VM with which CPUID has to agree.
@@ -55,10 +55,10 @@ pub fn normalise(supported: &[kvm_cpuid_entry2], config: CpuidConfig, id: u8) ->
             0x4000_0001 => entry.eax &= !KVM_ASYNC_PF,
             // A pod's guest does not get nested virtualization.
             0x8000_0001 => entry.ecx &= !EXT1_ECX_SVM,
-            // This leaf has the number of cores, and the number of APIC id bits that identify a core.
+            // This leaf contains the number of cores, and the number of APIC id bits that identify a core.
             0x8000_0008 => entry.ecx = id_bits << 12 | (vcpus - 1),
-            // This leaf has the APIC id. Its values describe one thread for each core, and a single processor node
-            // (NUMA).
+            // This leaf contains the APIC id. The values say that each core has one thread, and that the VM has one
+            // NUMA node.
             0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (id, id, 0),
             _ => {}
         }
@@ -88,7 +88,7 @@ fn keep(function: u32) -> bool {
         function,
         0x5                 // MONITOR
         | 0xa               // performance counters: a side channel from the host to the guest
-        | 0xb | 0x1f        // topology: `normalise` adds these leaves itself
+        | 0xb | 0x1f        // topology: `normalise` adds its own leaf 0xb
         | 0x12              // SGX
         | 0x14              // processor trace
         | 0x15 | 0x16       // clock frequencies of the host: wrong in an emulated node, where kvmclock is correct

@@ -9,7 +9,7 @@ use vm_fdt::{Error, FdtWriter};
 
 use super::layout;
 
-/// Phandle of the I/O APIC, the parent of all interrupts.
+/// Phandle of the I/O APIC, which is the interrupt parent of all nodes.
 const IOAPIC_HANDLE: u32 = 1;
 /// Second interrupt cell: edge-triggered, active high (index into `of_ioapic_type` of devicetree.c). Edge-triggered is
 /// correct, because KVM's irqfd raises edges.

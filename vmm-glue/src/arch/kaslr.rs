@@ -37,7 +37,7 @@ pub enum KaslrError {
     /// The image could not be read.
     #[error("failed to read the relocations of the guest kernel")]
     Read(#[source] io::Error),
-    /// The table has more than three lists, or does not begin with a list.
+    /// The table has more than three lists, or its first integer is not zero.
     #[error("invalid relocations of the guest kernel: the section .husk.relocs does not contain three lists")]
     Format,
     /// An element refers to memory outside of the kernel.
@@ -256,7 +256,10 @@ mod tests {
             memory.write_obj(0xffff_ffff_8100_0000u64, start).unwrap();
             randomize(&memory, &relocations(&[0, 0x8100_0000, 0, 0]), END, random).unwrap();
             let moved = memory.read_obj::<u64>(start).unwrap() - KERNEL_MAP;
-            assert!(moved.is_multiple_of(ALIGN) && moved >= 16 << 20 && moved + 0x1000 <= IMAGE_RANGE, "{moved:#x}");
+            assert!(
+                moved.is_multiple_of(ALIGN) && moved >= 16 << 20 && moved + 0x1000 <= IMAGE_RANGE,
+                "the kernel's new offset {moved:#x} is not aligned, or is outside of the kernel's range"
+            );
         }
     }
 
@@ -282,7 +285,7 @@ mod tests {
     fn randomize_rejects_addresses_outside_the_kernel_and_invalid_lists() {
         let of = |elements: &[u32]| randomize(&memory(), &relocations(elements), END, 5);
         for address in [0x8100_1000, 0x8100_0ff9, 0x7fff_ffff, 1, 0xffff_ffff] {
-            assert!(matches!(of(&[0, address]), Err(KaslrError::Address { .. })), "{address:#x}");
+            assert!(matches!(of(&[0, address]), Err(KaslrError::Address { .. })), "{address:#x} was accepted");
         }
         assert!(matches!(of(&[0x8100_0000]), Err(KaslrError::Format)));
         assert!(matches!(of(&[0, 0, 0, 0]), Err(KaslrError::Format)));
