@@ -1,5 +1,5 @@
-//! The typed configuration of one VM. The shim sends the configuration. The VMM validates all of it before the VMM
-//! creates anything.
+//! The typed configuration of one VM. The shim sends the configuration. The VMM validates the whole configuration
+//! before it creates anything.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
-    /// Sandbox id. It is used only in logs and thread names.
+    /// Sandbox id, which is used only in logs and thread names.
     pub id: String,
     /// Number of vCPUs at boot, 1 to 64.
     pub vcpus: u8,
@@ -83,7 +83,7 @@ pub struct ShareConfig {
     pub rate_limit: RateLimit,
 }
 
-/// A network interface backed by a tap. It has one queue pair for each queue of the tap.
+/// A network interface backed by a tap. The interface has one queue pair for each queue of the tap.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
@@ -131,7 +131,7 @@ pub struct RateLimit {
 }
 
 impl RateLimit {
-    /// Returns whether anything is limited.
+    /// Returns whether the rate of bytes or of operations is limited.
     pub fn is_limited(self) -> bool {
         self.bytes.is_some() || self.operations.is_some()
     }

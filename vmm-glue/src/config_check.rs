@@ -1,4 +1,4 @@
-//! Validates a VM configuration. Checks the kind of each fd, and resolves each position in the list of fds to the fd.
+//! Validates a VM configuration. [`check`] checks the kind of each fd, and finds the fd for each [`FdIndex`].
 
 use std::fs::File;
 use std::io;
@@ -153,7 +153,7 @@ pub fn net(config: &NetConfig, fds: &mut Fds) -> Result<Vec<File>, ConfigError> 
     rate_limit("net.receive_rate_limit", config.receive_rate_limit)?;
     rate_limit("net.transmit_rate_limit", config.transmit_rate_limit)?;
     let limited = config.receive_rate_limit.is_limited() || config.transmit_rate_limit.is_limited();
-    // vhost-net does not apply rate limits. Queue pairs would not get equal shares of one limiter's tokens.
+    // vhost-net does not apply rate limits. Several queue pairs would not get equal shares of one token bucket.
     check_range(!limited || pairs == 1, "number of net.taps", pairs, "1, because the interface has a rate limit")?;
     check_range(
         !(limited && config.vhost),
@@ -253,7 +253,8 @@ fn check_kind(valid: bool, what: &'static str, wanted: &'static str) -> Result<(
 }
 
 fn has_file_type(fd: impl AsFd, what: &'static str, format: libc::mode_t) -> Result<bool, ConfigError> {
-    // The standard library calls statx. The control thread's filter has statx, but not the call of `nix`, newfstatat.
+    // Use the standard library, which calls statx. The control thread's seccomp filter allows statx, but not
+    // newfstatat, which `nix` calls.
     let metadata = fd.as_fd().try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
     Ok(metadata.map_err(|error| ConfigError::Examine(what, error))?.mode() & libc::S_IFMT == format)
 }

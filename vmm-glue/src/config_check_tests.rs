@@ -1,5 +1,4 @@
-//! Tests of the configuration check. The check must reject configurations that violate a rule before anything is
-//! created.
+//! Tests of the configuration check, which must reject every configuration that violates a rule.
 
 use std::io;
 

@@ -30,8 +30,8 @@ pub enum Call {
     /// Stops the vCPUs, and stops the device loop when it has served its current event. The answer is sent when the
     /// vCPUs and the device loop have stopped.
     Pause,
-    /// Opens a vsock connection to a port in the guest. When the guest has accepted the connection, the answer is sent
-    /// and carries one connected stream socket. If the guest refuses the connection, the answer is an error.
+    /// Opens a vsock connection to a port in the guest. When the guest has accepted the connection, the VMM sends the
+    /// answer with one connected stream socket. If the guest refuses the connection, the answer is an error.
     Connect {
         /// Port in the guest.
         port: u32,
@@ -60,8 +60,8 @@ pub enum Call {
         /// Target in MiB.
         mib: u64,
     },
-    /// Hot-plugs vCPUs until there are `count`, at most the configuration's `max_vcpus`. The guest then has to bring
-    /// them online. vCPUs are never removed.
+    /// Hot-plugs vCPUs until the VM has `count` vCPUs, at most the configuration's `max_vcpus`. The guest then has to
+    /// bring the new vCPUs online. vCPUs are never removed.
     HotplugVcpus {
         /// Total number of vCPUs.
         count: u8,
@@ -123,7 +123,8 @@ pub enum Answer {
     Done,
     /// The VM has been created.
     Created {
-        /// What the jail of the VMM does not restrict, because the host's kernel cannot restrict it, as text.
+        /// A text with the restrictions that the VMM's jail lacks, because the host's kernel does not support these
+        /// restrictions. `None` if no restriction is missing.
         unrestricted: Option<String>,
     },
     /// The requested item does not exist.
@@ -135,7 +136,7 @@ pub enum Answer {
         /// MiB in addition to the memory at boot.
         plugged_mib: u64,
     },
-    /// The id of the VMM thread whose id is the container's PID on the host.
+    /// The VMM thread that represents the container on the host.
     Pid {
         /// The thread's id in the VMM's own PID namespace.
         pid: u32,

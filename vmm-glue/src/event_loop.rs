@@ -37,13 +37,14 @@ pub enum LoopError {
     NotPaused,
 }
 
-/// A device loop whose thread has not been started. What other threads run on it waits for the start.
+/// A device loop whose thread has not been started. Closures that other threads send to the loop run after the start.
 pub struct PreparedLoop(EventManager<SharedDevice>);
 
-/// Controls the device loop, from another thread.
+/// Controls the device loop from another thread.
 pub struct EventLoop {
     endpoint: RemoteEndpoint<SharedDevice>,
-    /// Receives the ids of the boot devices, in the order of the devices. The channel is read when an id is needed.
+    /// Receives the ids of the boot devices, in the order of the devices. [`Self::remove_boot_device`] reads the
+    /// channel.
     boot_ids: Receiver<SubscriberId>,
     boot_devices: Vec<SubscriberId>,
     /// The device loop is paused while this sender exists. Dropping the sender resumes the loop.
@@ -119,7 +120,7 @@ impl EventLoop {
         self.endpoint.call_blocking(closure).map_err(LoopError::Gone)
     }
 
-    /// Pauses `devices` between two events, and then the device loop. Returns when all have paused.
+    /// Pauses `devices` between two events, and then pauses the device loop. Returns when the device loop has paused.
     pub fn pause(&mut self, devices: Vec<SharedDevice>) -> Result<(), LoopError> {
         if self.paused.is_some() {
             return Ok(());
@@ -129,7 +130,7 @@ impl EventLoop {
         let closure = move |_: &mut dyn SubscriberOps<Subscriber = SharedDevice>| {
             devices.iter().for_each(|device| device::lock(device).pause());
             let _ = paused_tx.send(());
-            // The device loop resumes when `recv` returns. `recv` returns an error when `paused` is dropped.
+            // The device loop resumes when `recv` returns. `recv` returns an error when [`Self::paused`] is dropped.
             let _ = resume_rx.recv();
             devices.iter().for_each(|device| device::lock(device).resume());
         };
@@ -144,7 +145,7 @@ impl EventLoop {
         self.paused.is_some()
     }
 
-    /// Resumes the devices and the device loop. Does not wait until they have resumed.
+    /// Starts to resume the devices and the device loop. Returns before the devices and the device loop have resumed.
     pub fn resume(&mut self) {
         self.paused = None;
     }

@@ -36,8 +36,8 @@ pub struct SpawnOptions {
     pub mount_namespace: Option<OwnedFd>,
     /// The files `cgroup.procs` of the cgroups that the process enters, opened for writing.
     pub cgroups: Vec<OwnedFd>,
-    /// Whether the process becomes a child of the caller's parent. The parent then takes the caller's place in
-    /// [`Spawned`].
+    /// Whether the process becomes a child of the caller's parent. If so, the caller's parent has to reap the process,
+    /// and the process ends when the caller's parent ends.
     pub sibling: bool,
 }
 
@@ -55,7 +55,7 @@ impl Default for SpawnOptions {
 }
 
 /// A running VMM process. The process ends when the thread that started it ends, or when the control socket is closed.
-/// The parent has to reap the process.
+/// The process's parent has to reap the process.
 #[derive(Debug)]
 pub struct Spawned {
     /// The process id.
@@ -163,8 +163,9 @@ pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
         FailedStep::Close => SpawnError::Close(error),
         FailedStep::Exec => SpawnError::Exec(error),
     };
-    // The pid cannot have been reused, because nobody has waited for the child. A sibling is reaped by the parent when
-    // the parent ends, because the parent does not learn its pid.
+    // The pid cannot have been reused, because nobody has waited for the child. The call fails for a sibling, which
+    // is a child of the caller's parent. A failed sibling stays a zombie until the parent ends, because the parent does
+    // not learn the sibling's pid.
     let _ = husk_base::sys::process::wait(pid.cast_signed(), 0);
     Err(error)
 }
@@ -228,7 +229,8 @@ extern "C" fn child(plan: *mut c_void) -> c_int {
         if placed < 0 {
             return fail(plan, FailedStep::Control);
         }
-        // The child has its own copy of the fd table, because the clone does not have CLONE_FILES.
+        // The call does not close the parent's fds. The child has its own copy of the fd table, because the clone does
+        // not have CLONE_FILES.
         if libc::syscall(libc::SYS_close_range, CONTROL_FD + 1, c_int::MAX, 0) != 0 {
             return fail(plan, FailedStep::Close);
         }

@@ -1,4 +1,4 @@
-//! A blocking client of the VMM. It sends one request at a time and keeps notices in order.
+//! A blocking client of the VMM. The client sends one request at a time and keeps notices in order.
 
 use std::collections::VecDeque;
 use std::io;
@@ -57,7 +57,7 @@ impl Vmm {
     /// Waits for the next notice.
     ///
     /// # Errors
-    /// [`CallError::Receive`], also when the VMM has ended.
+    /// [`CallError::Receive`] if the control socket fails, or if the VMM has ended.
     pub fn notice(&mut self) -> Result<Notice, CallError> {
         loop {
             if let Some(notice) = self.notices.pop_front() {

@@ -1,7 +1,7 @@
 //! Sends and receives messages on the control socket. Each message is one `SOCK_SEQPACKET` packet with JSON, and fds as
 //! ancillary data.
 //!
-//! `send` and `recv` make one system call each and keep the socket's blocking mode. On a non-blocking socket, they fail
+//! `send` and `recv` make one system call each and keep the socket's blocking mode. On a non-blocking socket, both fail
 //! with [`io::ErrorKind::WouldBlock`] instead of waiting. Therefore, an asynchronous caller can wrap these functions.
 
 use std::io;
