@@ -12,23 +12,25 @@ use husk_vmm::jail::seccomp::{Rule, rules};
 const HEAD: &str = "# seccomp filters of the VMM
 
 The code's tables are the source of this page (`vmm-glue/src/jail/seccomp/tables.rs`). After a change of a table,
-`HUSK_UPDATE_DOCS=1 cargo test -p husk-vmm --test filters_page` writes the page. A test fails if the page is out of date.
+`HUSK_UPDATE_DOCS=1 cargo test -p husk-vmm --test filters_page` writes the page. Without the variable, this test fails
+if the page is out of date.
 
 Each thread of the VMM has the filter of its kind. A call that is not in the filter ends the VM, and the pod's error
-names the thread and the call. Threads inherit the filter of the thread that starts them. The control thread starts the
-threads of hot-plugged vCPUs and disks. Therefore its filter contains their calls, too.
+names the thread and the call. A new thread inherits the filter of the thread that starts it. The control thread starts
+the threads of hot-plugged vCPUs and disks, and the threads whose ids are the PIDs of containers. Therefore, the control
+thread's filter also contains the calls of these threads.
 
 A cell lists the conditions on the arguments of a call, which count from 1: `2 = 0xae80` means that the second argument
 is 0xae80, and `3 lacks 0x4` means that the third argument does not have this bit.
 
 ";
 
-/// The kinds and the title of their columns.
+/// The kinds of threads, each with the title of its column.
 const KINDS: [(Kind, &str); 7] = [
     (Kind::Control, "control"),
     (Kind::Vcpu, "vCPU"),
     (Kind::DeviceLoop, "device loop"),
-    (Kind::FileServer, "file server"),
+    (Kind::FileServer, "virtio-fs"),
     (Kind::Disk, "disk"),
     (Kind::Prefault, "prefault"),
     (Kind::Pid, "pid"),

@@ -20,7 +20,7 @@ use crate::config::SeccompMode;
 use crate::last_words;
 
 /// The mode of this process, which [`prepare`] sets when the process enters the jail. The mode is missing only
-/// in unit tests, which run without a jail. Then [`load`] loads no filter.
+/// in unit tests, which run without a jail. Without a mode, [`load`] loads no filter.
 static MODE: OnceLock<SeccompMode> = OnceLock::new();
 
 /// Error from loading a filter.
@@ -48,8 +48,9 @@ pub fn load(kind: Kind) -> Result<(), FilterError> {
     apply(rules(kind), mode)
 }
 
-/// Loads a filter that allows only the calls in `rules`, and that makes clone3 fail with ENOSYS. Threads that this thread
-/// starts later inherit the filter. For any other call, the kernel sends SIGSYS or logs the call, as `mode` says.
+/// Loads a filter that allows only the calls in `rules`, and a filter that makes clone3 fail with ENOSYS. Threads that
+/// this thread starts later inherit both filters. For a call that is not in `rules`, the kernel sends SIGSYS or logs
+/// the call, as `mode` says.
 pub fn apply<'a>(rules: impl Iterator<Item = &'a Rule>, mode: SeccompMode) -> Result<(), FilterError> {
     apply_filter(&refuse_clone3()?)?;
     Ok(apply_filter(&compile(rules, mode)?)?)
@@ -71,8 +72,8 @@ fn compile<'a>(rules: impl Iterator<Item = &'a Rule>, mode: SeccompMode) -> Resu
     SeccompFilter::new(calls, other, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
 }
 
-/// Compiles the rules of one call. Without a rule, seccompiler allows every call. Therefore a rule without conditions
-/// makes the other rules of the same call superfluous.
+/// Compiles the rules of one call. If the result is empty, seccompiler allows the call with any arguments. Therefore,
+/// the result is empty if one of the rules has no conditions.
 fn compile_call(rules: &[&Rule]) -> Result<Vec<SeccompRule>, BackendError> {
     if rules.iter().any(|rule| rule.when.is_empty()) {
         return Ok(Vec::new());

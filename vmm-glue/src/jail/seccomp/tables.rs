@@ -78,8 +78,11 @@ const EVERY_THREAD: &[Rule] = &[
     allow(Sysno::clock_gettime, "timestamps, if the host's clock source has no vDSO"),
 ];
 
-const VCPU: &[Rule] =
-    &[allow_if(Sysno::ioctl, &[is(1, KVM_RUN), is(1, KVM_KVMCLOCK_CTRL)], "runs the guest, and reports a pause to it")];
+const VCPU: &[Rule] = &[allow_if(
+    Sysno::ioctl,
+    &[is(1, KVM_RUN), is(1, KVM_KVMCLOCK_CTRL)],
+    "runs the guest, and tells the guest about a pause",
+)];
 
 /// Calls of a thread that ends before the process ends.
 const THREAD_END: &[Rule] = &[
@@ -89,11 +92,11 @@ const THREAD_END: &[Rule] = &[
 ];
 
 const WORKER: &[Rule] = &[
-    allow(Sysno::epoll_create1, "waits for notifications: a new instance for each activation of the device"),
+    allow(Sysno::epoll_create1, "creates an epoll instance at each activation of the device"),
     allow(Sysno::epoll_ctl, "waits for notifications"),
     allow(Sysno::epoll_wait, "waits for notifications"),
     allow(Sysno::read, "clears a notification"),
-    allow(Sysno::close, "closes files, and the epoll instance after an activation"),
+    allow(Sysno::close, "closes files, and closes the epoll instance when the device's activation ends"),
     allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait for a rate limit or for a free fd"),
     allow_if(
         Sysno::fcntl,
@@ -137,15 +140,30 @@ const FILE_SERVER: &[Rule] = &[
     allow(Sysno::preadv2, "READ"),
     allow(Sysno::pwritev2, "WRITE"),
     allow(Sysno::fgetxattr, "GETXATTR"),
-    allow(Sysno::getxattr, "GETXATTR of a file that cannot be opened, by its path in /proc/self/fd"),
+    allow(
+        Sysno::getxattr,
+        "GETXATTR by the path in /proc/self/fd, for files that are not safe to open, such as device nodes",
+    ),
     allow(Sysno::fsetxattr, "SETXATTR"),
-    allow(Sysno::setxattr, "SETXATTR of a file that cannot be opened, by its path in /proc/self/fd"),
+    allow(
+        Sysno::setxattr,
+        "SETXATTR by the path in /proc/self/fd, for files that are not safe to open, such as device nodes",
+    ),
     allow(Sysno::flistxattr, "LISTXATTR"),
-    allow(Sysno::listxattr, "LISTXATTR of a file that cannot be opened, by its path in /proc/self/fd"),
+    allow(
+        Sysno::listxattr,
+        "LISTXATTR by the path in /proc/self/fd, for files that are not safe to open, such as device nodes",
+    ),
     allow(Sysno::fremovexattr, "REMOVEXATTR"),
-    allow(Sysno::removexattr, "REMOVEXATTR of a file that cannot be opened, by its path in /proc/self/fd"),
-    allow(Sysno::fchdir, "extended attributes of files that cannot be opened"),
-    allow(Sysno::umask, "creates files with the mode that the guest asks for"),
+    allow(
+        Sysno::removexattr,
+        "REMOVEXATTR by the path in /proc/self/fd, for files that are not safe to open, such as device nodes",
+    ),
+    allow(
+        Sysno::fchdir,
+        "changes to /proc/self/fd before getxattr and similar calls, because these calls take no directory fd",
+    ),
+    allow(Sysno::umask, "creates files with the mode that the guest requests"),
     allow(Sysno::geteuid, "checks whether the thread has to switch to the uid of the FUSE request"),
     allow(Sysno::getegid, "checks whether the thread has to switch to the gid of the FUSE request"),
     allow(Sysno::setresuid, "switches to the uid of the FUSE request to create a file"),
@@ -157,7 +175,7 @@ const FILE_SERVER: &[Rule] = &[
     allow_if(
         Sysno::prctl,
         &[is(0, PR_CAPBSET_READ as u32), is(0, PR_CAP_AMBIENT as u32)],
-        "libcap-ng asks which sets of capabilities the kernel has",
+        "libcap-ng checks which capability sets the kernel supports",
     ),
     allow(Sysno::fcntl, "changes file flags for OPEN and CREATE, and duplicates fds"),
     allow(Sysno::dup, "duplicates fds"),
@@ -200,11 +218,11 @@ const DEVICE_LOOP: &[Rule] = &[
             is(1, TUNSETQUEUE),
             is(1, FIONBIO as u32),
         ],
-        "hands queues over to vhost-net, sets the tap's offloads, makes the streams of vsock connections non-blocking",
+        "hands queues over to vhost-net, sets the tap's offloads, and makes streams of vsock connections non-blocking",
     ),
     allow(Sysno::shutdown, "half-closes streams of vsock connections"),
     allow(Sysno::fcntl, "duplicates eventfds"),
-    allow(Sysno::getrandom, "virtio-rng"),
+    allow(Sysno::getrandom, "gets random numbers for virtio-rng"),
     allow(Sysno::timerfd_settime, "wakes the device loop when a rate limit admits the next request, frame or packet"),
 ];
 
@@ -219,10 +237,13 @@ const CONTROL: &[Rule] = &[
     allow(Sysno::lseek, "determines the size of a hot-plugged disk"),
     allow(Sysno::statx, "checks the fds of hot-plugged devices"),
     allow_if(Sysno::clone, &[is(0, THREAD_FLAGS)], "starts threads of hot-plugged devices and vCPUs, but no process"),
-    allow(Sysno::clone3, "fails with ENOSYS, so that glibc calls clone"),
+    allow(
+        Sysno::clone3,
+        "another filter makes the call fail with ENOSYS, so that glibc calls clone; SIGSYS would end the VMM",
+    ),
     allow(Sysno::set_robust_list, "starts a thread"),
     allow(Sysno::rseq, "starts a thread"),
-    allow(Sysno::gettid, "a thread whose id is a container's PID on the host reads this id"),
+    allow(Sysno::gettid, "a new thread reads its own id, which is a container's PID on the host"),
     allow(Sysno::sched_getaffinity, "starts a thread"),
     allow_if(
         Sysno::prctl,
@@ -255,13 +276,13 @@ const CONTROL: &[Rule] = &[
     ),
 ];
 
-const PID: &[Rule] = &[allow(Sysno::gettid, "the container's PID on the host is the id of this thread")];
+const PID: &[Rule] = &[allow(Sysno::gettid, "reads the thread's id, which is the container's PID on the host")];
 
 /// Returns the tables of a kind of thread. A call may be in several tables.
 fn tables(kind: Kind) -> &'static [&'static [Rule]] {
     match kind {
-        // The control thread starts other threads, which inherit its filter. Therefore the filter also allows their
-        // calls.
+        // The control thread starts other threads, which inherit its filter. Therefore, the control thread's filter
+        // also allows the calls of these threads.
         Kind::Control => &[EVERY_THREAD, CONTROL, THREAD_END, VCPU, WORKER, DISK],
         Kind::Vcpu => &[EVERY_THREAD, VCPU],
         Kind::DeviceLoop => &[EVERY_THREAD, DEVICE_LOOP],
@@ -328,7 +349,8 @@ mod tests {
     fn every_kind_allows_the_calls_of_the_violation_handler() {
         for (kind, _) in KINDS {
             let unconditional = |call| rules(kind).any(|rule| rule.call == call && rule.when.is_empty());
-            assert!([Sysno::write, Sysno::sendmsg, Sysno::exit_group].into_iter().all(unconditional), "{kind:?}");
+            let allowed = [Sysno::write, Sysno::sendmsg, Sysno::exit_group].into_iter().all(unconditional);
+            assert!(allowed, "the filter of {kind:?} must always allow write, sendmsg and exit_group");
         }
     }
 }
