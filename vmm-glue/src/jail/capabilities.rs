@@ -9,10 +9,10 @@ use husk_base::sys::process::{secure_bits, set_secure_bits};
 /// Keeps a thread's capabilities when the thread switches to another user (include/uapi/linux/securebits.h).
 const SECBIT_NO_SETUID_FIXUP: libc::c_int = 1 << 2;
 
-/// The capabilities that a thread of the file server keeps if the process has them. Each entry has the capability's
-/// number (include/uapi/linux/capability.h), its name, and the reason why the file server needs it.
+/// The capabilities that a virtio-fs worker thread keeps if the process has them. Each entry has the capability's
+/// number (include/uapi/linux/capability.h), its name, and the reason why the thread needs the capability.
 ///
-/// The other capabilities are dropped, because a hostile guest could use them. With CAP_DAC_READ_SEARCH, a thread can
+/// All other capabilities are dropped, because a hostile guest could use them. With CAP_DAC_READ_SEARCH, a thread can
 /// open any inode of a file system by its file handle. CAP_SYS_RESOURCE allows writes beyond quotas and into reserved
 /// blocks. CAP_SYS_PTRACE and CAP_SYS_RAWIO allow access to files of other processes in /proc.
 const KEPT: [(u32, &str); 9] = [
@@ -30,8 +30,8 @@ const KEPT: [(u32, &str); 9] = [
 /// Drops every capability of this thread that is not in [`KEPT`].
 ///
 /// To create a file, the thread switches to the user of the FUSE request, so that the file has the right owner. The
-/// thread keeps the remaining capabilities during the switch, because the guest's kernel has already checked the user's
-/// permissions. The host's kernel cannot check the permissions, because a request does not contain the user's
+/// thread keeps the capabilities of [`KEPT`] during the switch, because the guest's kernel has already checked the
+/// user's permissions. The host's kernel cannot check the permissions, because a request does not contain the user's
 /// capabilities in the guest. For example, root in a user namespace of the guest may write to a directory although the
 /// directory's mode denies the write. On the host, the same user is an ordinary user, and the mode would deny the
 /// write.

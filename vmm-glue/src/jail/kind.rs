@@ -9,7 +9,7 @@ pub enum Kind {
     Vcpu,
     /// The device loop.
     DeviceLoop,
-    /// A worker thread of the file server.
+    /// A worker thread of the VMM's virtio-fs server.
     FileServer,
     /// The worker thread of a disk.
     Disk,
@@ -24,7 +24,7 @@ impl Kind {
     pub const ALL: [Self; 7] =
         [Self::Control, Self::Vcpu, Self::DeviceLoop, Self::FileServer, Self::Disk, Self::Prefault, Self::Pid];
 
-    /// Returns the prefix of the names of these threads (comm in proc(5)).
+    /// Returns the prefix of the names of this kind's threads (comm in proc(5)).
     pub fn thread_name(self) -> &'static str {
         match self {
             Self::Control => "husk-vmm",

@@ -1,8 +1,8 @@
 //! Landlock rules of the VMM process (landlock(7)). Like the root directory, the rules confine the process's access to
-//! files to the share. The rules also restrict what a root
-//! directory cannot restrict: TCP, device ioctls, abstract UNIX sockets and signals.
+//! files to the share. The rules also restrict what a root directory cannot restrict: TCP, device ioctls, abstract UNIX
+//! sockets and signals.
 //!
-//! The rules allow what a file server needs beneath the share, and no access to files elsewhere. The rules also apply
+//! The rules allow what a virtio-fs server needs beneath the share, and no access to other files. The rules also apply
 //! to mounts that appear beneath the share later: the kernel looks for rules in all directories from a file up to the
 //! root directory, across mount points. If a file is opened again through `/proc/self/fd`, the kernel checks the file's
 //! own path, not the path of the link. Therefore, `/proc/self/fd` needs no rule. Once the rules are set, the kernel
@@ -51,8 +51,8 @@ pub enum Landlock {
 pub enum LandlockError {
     /// The configuration requires landlock, but the kernel cannot restrict access to files.
     #[error(
-        "failed to confine the VMM: require_landlock is true, but {0}, which is not enough; {remedy}, or set \
-         require_landlock = false",
+        "failed to confine the VMM: require_landlock is true, but {0}, so landlock cannot restrict access to \
+         files; {remedy}, or set require_landlock = false",
         remedy = .0.remedy()
     )]
     Required(Landlock),
@@ -144,8 +144,8 @@ pub fn restrict(share: Option<&Path>, required: bool) -> Result<Option<String>, 
     Ok(landlock.missing())
 }
 
-/// Returns what the file server may do beneath the share. The file server may not execute files, make ioctls on devices
-/// or connect to UNIX sockets.
+/// Returns the rights of the virtio-fs server beneath the share. The server may not execute files, make ioctls on
+/// devices or connect to UNIX sockets.
 fn file_server() -> BitFlags<AccessFs> {
     AccessFs::from_all(NEWEST) & !(AccessFs::Execute | AccessFs::IoctlDev | AccessFs::ResolveUnix)
 }

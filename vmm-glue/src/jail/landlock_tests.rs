@@ -33,7 +33,7 @@ fn with_mounts(test: impl FnOnce() + Send + 'static) {
     thread.join().unwrap();
 }
 
-/// Performs the operations of the file server in `directory`, and then removes all files that it has made.
+/// Performs the virtio-fs server's operations in `directory`, and then removes all files that the operations created.
 fn use_as_file_server(directory: &Path) {
     let (one, two) = (directory.join("one"), directory.join("two"));
     fs::create_dir(&one).unwrap();
@@ -97,8 +97,8 @@ fn only_files_beneath_share_and_its_later_mounts_are_accessible() {
             denied(fs::read_dir(&outside).map(drop));
             denied(fs::write(outside.join("new"), ""));
             denied(fs::rename(outside.join("file"), inside.join("file")));
-            // The thread lacks only the right to move or link a file from `outside` to another directory. In this case,
-            // the kernel returns EXDEV.
+            // For this link, the thread lacks only the right to move or link files out of `outside`
+            // (LANDLOCK_ACCESS_FS_REFER). If a thread lacks only this right, the kernel returns EXDEV.
             let link = fs::hard_link(outside.join("file"), inside.join("file"));
             assert_eq!(link.unwrap_err().kind(), ErrorKind::CrossesDevices);
             denied(fs::read_dir("/proc/self/fd").map(drop));

@@ -34,7 +34,7 @@ use crate::config::SeccompMode;
 /// Whether this build leaves out the jail. Only benchmarks use such a build, to measure what the jail costs.
 pub const UNJAILED: bool = cfg!(feature = "unjailed");
 
-/// What the process opened or read before it entered the jail.
+/// The files and the limit that the process opened or read before it entered the jail.
 #[derive(Debug)]
 pub struct Belongings {
     /// `/proc/self/fd`, the process's directory of open fds. `..` does not lead out of this directory.
@@ -49,7 +49,7 @@ impl Belongings {
     /// Returns the belongings of a process that is not in a jail, for tests.
     ///
     /// # Errors
-    /// If /proc or /dev is not mounted.
+    /// The call fails if /proc or /dev is not mounted.
     pub fn without_jail() -> io::Result<Self> {
         let fd_directory = File::options().read(true).custom_flags(libc::O_PATH).open("/proc/self/fd")?;
         let dev_null = File::options().write(true).open("/dev/null")?;
@@ -89,14 +89,14 @@ pub enum JailError {
 /// Result of entering the jail.
 #[derive(Debug)]
 pub struct Entered {
-    /// What the process opened or read before.
+    /// The files and the limit that the process opened or read before it entered the jail.
     pub belongings: Belongings,
     /// A text with the restrictions that the host's kernel lacks. `None` if no restriction is missing.
     pub unrestricted: Option<String>,
 }
 
 /// Confines the process. Sets resource limits and no_new_privs, creates namespaces, makes the share the root directory,
-/// limits the capability bounding set to the file server's capabilities, and sets landlock rules. If
+/// limits the capability bounding set to the virtio-fs server's capabilities, and sets landlock rules. If
 /// `require_landlock` is true, a host kernel that cannot restrict access to files with landlock is an error.
 ///
 /// Without a share, the root is an empty, read-only directory. The shim sets the PID and network namespaces when it

@@ -43,7 +43,7 @@ pub fn enter(share: Option<&Path>) -> Result<(File, File), RootError> {
         .map_err(error("set slave propagation of", "/"))?;
     let dev_null = File::options().write(true).open("/dev/null").map_err(error("open", "/dev/null"))?;
     // The host's procfs shows all processes of the host. The new instance shows only the processes of the VMM's PID
-    // namespace. With `subset=pid` (Linux 5.8), it shows neither sysctls nor information about the kernel.
+    // namespace. With `subset=pid` (Linux 5.8), the instance shows neither sysctls nor information about the kernel.
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("proc"), PROC, Some("proc"), flags, Some("subset=pid")).map_err(error("mount procfs at", PROC))?;
     // The clone is a mount whose root is the directory itself. Therefore `..` does not lead out of the directory.
