@@ -1,8 +1,8 @@
 //! Measures whether this host's KVM is fast enough to boot a guest.
 //!
-//! Opening `/dev/kvm` and running vCPUs may succeed on a host where no guest can boot. Some hypervisors interpret guest
-//! code at privilege level 0, which is a thousand times too slow for a kernel. Therefore, the probe runs a loop of
-//! known length at privilege level 0 and measures the loop's duration.
+//! On some hosts, opening `/dev/kvm` and running vCPUs succeeds, but no guest can boot. Some hypervisors interpret
+//! guest code at privilege level 0, which is a thousand times too slow for a kernel. Therefore, the probe runs a loop
+//! of known length at privilege level 0 and measures the loop's duration.
 
 use std::{
     io,

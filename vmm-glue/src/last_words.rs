@@ -23,7 +23,8 @@ thread_local! {
     static NAME: Cell<[u8; NAME_LEN]> = const { Cell::new([0; NAME_LEN]) };
 }
 
-/// Stores the name of this thread, because the seccomp filter may not allow the system call that reads the name.
+/// Stores the name of this thread, because not every seccomp filter allows the system call that
+/// reads the name.
 pub fn remember_thread() {
     let mut name = [0; NAME_LEN];
     if let Ok(text) = prctl::get_name() {
@@ -34,8 +35,8 @@ pub fn remember_thread() {
     NAME.set(name);
 }
 
-/// Logs what this thread did, reports this error to the shim, and ends the process. `deed` completes a sentence that
-/// begins with the thread's name.
+/// Logs an error of this thread, reports the error to the shim, and ends the process. `deed` is the rest of a sentence
+/// that begins with the thread's name.
 pub fn end(deed: &dyn Display) -> ! {
     let report = Report { name: NAME.get(), deed };
     let mut line = Buffer::default();
@@ -126,7 +127,7 @@ mod tests {
         let deed = "x".repeat(200);
         let report = Report { name: *b"fs \"\\\x01\xff-_aaaaaa\0", deed: &deed };
         let Reply::Notice(Notice::Exited { reason }) = serde_json::from_slice(notice(&report).bytes()).unwrap() else {
-            panic!("not a notice that the VM has ended");
+            panic!("the message must be a notice that the VM has ended");
         };
         assert_eq!(reason, ExitReason::Failed(report.to_string()));
     }

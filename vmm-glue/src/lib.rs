@@ -27,8 +27,8 @@ pub mod virtio;
 pub mod vm;
 pub mod vmgenid;
 
-// The agent and the VMM must agree on boot marks and slots. These files belong to the protocol crate. They are also
-// compiled here, so that the VMM does not get the protocol crate's dependencies.
+// The agent and the VMM must agree on boot marks and slots. These files belong to the protocol crate. This crate
+// compiles the files, too, so that the VMM does not get the protocol crate's dependencies.
 #[path = "../../proto/src/boot_mark.rs"]
 pub mod boot_mark;
 #[path = "../../proto/src/mmio_slots.rs"]

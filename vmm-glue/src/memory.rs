@@ -1,5 +1,5 @@
-//! Maps guest memory. The mapping is anonymous, private and without reserved swap space. It consists of small pages,
-//! except where the boot fills memory densely.
+//! Maps guest memory. The mapping is anonymous, private and without reserved swap space. The mapping consists of small
+//! pages, except where the boot fills memory densely.
 
 pub mod hotplug;
 
@@ -59,9 +59,9 @@ pub fn map(bytes: u64) -> Result<GuestMemory, MemoryError> {
 /// Makes the host's kernel back these ranges (start, end) with huge pages. With huge pages, 2 MiB need one page fault
 /// instead of 512.
 ///
-/// A separate thread faults the ranges in, because zeroing them takes longer than most steps of the boot. Other host
-/// CPUs are idle while the guest's first vCPU works. If a page is accessed before the thread reaches it, the access
-/// faults the page in.
+/// A separate thread faults the ranges in, because zeroing the ranges takes longer than most steps of the boot. The
+/// thread can run on another host CPU while the guest's first vCPU works. If a page is accessed before the thread
+/// reaches the page, the access faults the page in.
 pub fn prefault(memory: &GuestMemory, ranges: &[(u64, u64)]) -> Result<(), MemoryError> {
     const HUGE: u64 = 2 << 20;
     let end_of = |start| memory.find_region(GuestAddress(start)).map(|r| r.start_addr().0.saturating_add(r.len()));

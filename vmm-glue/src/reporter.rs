@@ -32,7 +32,8 @@ impl Reporter {
         wire::recv(&self.control)
     }
 
-    /// Reports a boot step, unless the step was reported before. A guest can repeat its boot marks without bound.
+    /// Reports a boot step, unless the step was reported before. A guest can repeat its boot marks without bound, and
+    /// these repetitions must not cause further notices.
     pub fn report_boot_step(&self, step: BootStep) {
         let bit = 1 << step as u32;
         if self.reported.fetch_or(bit, Ordering::Relaxed) & bit != 0 {
@@ -90,7 +91,7 @@ impl Reporter {
 
 /// Reads CLOCK_MONOTONIC, which is the same clock in the shim and in the VMM.
 fn monotonic_ns() -> u64 {
-    // CLOCK_MONOTONIC always exists.
+    // The call does not fail, because CLOCK_MONOTONIC always exists.
     let now = ClockId::CLOCK_MONOTONIC.now().map_or(Duration::ZERO, Duration::from);
     now.as_nanos() as u64
 }

@@ -1,4 +1,4 @@
-//! The guest's console is a 16550A serial port. Its output is written to a pipe, line by line.
+//! The guest's console is a 16550A serial port. The VMM writes the console's output to a pipe, line by line.
 //!
 //! The pipe never blocks a vCPU. Output that does not fit into the pipe is dropped and counted. The count is written as
 //! soon as the pipe accepts output again.
@@ -28,7 +28,7 @@ impl Console {
     /// Creates a console that writes to `pipe` and raises interrupts through `irq`.
     ///
     /// # Errors
-    /// If the pipe cannot be made non-blocking.
+    /// The call fails if the pipe cannot be made non-blocking.
     pub fn new(pipe: OwnedFd, irq: EventFd) -> io::Result<Self> {
         set_nonblocking(&pipe)?;
         let lines = LineWriter { pipe: File::from(pipe), line: Vec::with_capacity(LINE_MAX), dropped: 0 };
@@ -104,7 +104,7 @@ impl Write for LineWriter {
         Ok(bytes.len())
     }
 
-    /// Does nothing. The serial port calls this after each byte, but output is written at the end of a line.
+    /// Does nothing. The serial port calls this function after each byte, but output is written at the end of a line.
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn full_pipe_drops_output_and_reports_it() {
+    fn console_reports_output_that_it_drops_because_the_pipe_is_full() {
         let (console, mut reader) = console();
         for _ in 0..200 {
             for _ in 0..1000 {

@@ -92,8 +92,8 @@ impl Vcpus {
         Ok(this)
     }
 
-    /// Creates vCPUs until there are `count`. The new vCPUs wait until the guest's kernel starts them. vCPUs are never
-    /// removed. A vCPU that the guest has taken offline costs one sleeping thread.
+    /// Creates vCPUs until the VM has `count` vCPUs. The new vCPUs wait until the guest's kernel starts them. vCPUs are
+    /// never removed. A vCPU that the guest has taken offline costs one sleeping thread.
     ///
     /// # Errors
     /// [`VcpuError`]. vCPUs that were created before the error stay.
@@ -133,8 +133,8 @@ impl Vcpus {
         let mut parked = lock(&self.gate.parked);
         self.gate.open.store(false, Ordering::SeqCst);
         for thread in &self.threads {
-            // The signal does not end the process, because it has a handler. Sending cannot fail, because the thread
-            // has not been joined.
+            // The signal does not end the process, because the signal has a handler. Sending cannot fail, because the
+            // thread has not been joined.
             let _ = thread.kill(SIGRTMIN());
         }
         while *parked < self.threads.len() {
@@ -156,7 +156,7 @@ impl Gate {
     }
 }
 
-/// Makes the current KVM_RUN, or the next one, return at once.
+/// Makes the current or the next KVM_RUN return at once.
 extern "C" fn on_signal(_signal: libc::c_int, _info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
     let run = KVM_RUN.get();
     if !run.is_null() {

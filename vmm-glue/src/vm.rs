@@ -118,7 +118,8 @@ pub(crate) struct Interfaces {
 }
 
 impl Interfaces {
-    /// Returns no interfaces. Interfaces that are created later request vhost-net from the shim through `reporter`.
+    /// Creates an empty list of interfaces. Interfaces that are created later request vhost-net from the shim through
+    /// `reporter`.
     pub fn new(reporter: Arc<Reporter>) -> Self {
         Self { reporter, devices: Vec::new() }
     }
@@ -162,7 +163,7 @@ impl HotplugMemory {
     /// hot-plugged.
     ///
     /// # Errors
-    /// If the device could not be created. The addresses stay reserved.
+    /// The call fails if the device cannot be created. In this case, the addresses stay reserved.
     fn device(&mut self) -> io::Result<Option<Arc<Mutex<Mem>>>> {
         let (state, device) = match std::mem::replace(self, Self::None) {
             Self::Reserved(range) => match Mem::new(range) {
@@ -189,7 +190,8 @@ impl Vm {
         self.running = true;
     }
 
-    /// Stops the vCPUs, the device loop, and the devices' own threads, in this order. Returns when all have stopped.
+    /// Stops the vCPUs, then the devices' own threads, and then the device loop. Returns when all these threads have
+    /// stopped.
     pub fn pause(&mut self) -> Result<(), VmError> {
         if self.running {
             self.vcpus.pause();
@@ -244,7 +246,7 @@ impl Vm {
         lock(balloon).set_target(mib).map_err(VmError::Balloon)
     }
 
-    /// Creates vCPUs until there are `count`. The guest has to start them.
+    /// Creates vCPUs until the VM has `count` vCPUs. The guest has to start the new vCPUs.
     pub fn hotplug_vcpus(&mut self, count: u8) -> Result<(), VmError> {
         if !self.running {
             return Err(VmError::Paused);

@@ -1,5 +1,6 @@
-//! Address range for hot-plugged memory. The range is reserved at boot. It does not use memory until a part of the
-//! range is made accessible. For the guest, an inaccessible part is like addresses without memory.
+//! Address range for hot-plugged memory. The range is reserved at boot. The range does not use memory until
+//! [`HotplugRange::open`] makes a part accessible. For the guest, an inaccessible part is like addresses without
+//! memory.
 
 use std::io;
 use std::sync::Arc;
@@ -82,7 +83,8 @@ pub fn reserve(
     let builder = MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_NONE);
     let builder = match backing {
         Backing::Ordinary => builder.with_mmap_flags(RESERVE_FLAGS),
-        // MAP_HUGETLB does not change this mapping. It only tells `is_huge` that huge pages will be plugged here.
+        // MAP_HUGETLB does not change this mapping. The flag only tells `is_huge` that this range will
+        // consist of huge pages.
         Backing::Huge => {
             let pointer = reserve_addresses(size)?.cast();
             // SAFETY: `pointer` points to a mapping of `size` bytes that nothing else uses. The mapping is never
@@ -124,9 +126,9 @@ fn reserve_addresses(size: usize) -> Result<*mut libc::c_void, MemoryError> {
     let misaligned = start.addr().next_multiple_of(spare) - start.addr();
     let aligned = start.wrapping_byte_add(misaligned);
     for (rest, len) in [(start, misaligned), (aligned.wrapping_byte_add(size), spare - misaligned)] {
-        // Best effort: a part that cannot be unmapped stays reserved, but does not use memory.
-        // SAFETY: both parts lie within the mapping made above, outside the part that is returned, and nothing uses
-        // them.
+        // Best effort: a piece that cannot be unmapped stays reserved, but does not use memory.
+        // SAFETY: both pieces lie within the mapping made above and outside the returned addresses. Nothing uses these
+        // pieces.
         let _ = len == 0 || unsafe { libc::munmap(rest, len) } == 0;
     }
     Ok(aligned)
@@ -258,7 +260,7 @@ impl HotplugRange {
     fn advise(&self, offset: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
         let (start, len) = self.checked_range(offset, len)?;
         // SAFETY: the range lies within this mapping, as `checked_range` has checked. No Rust reference points to guest
-        // memory, and no code relies on its content.
+        // memory, and no code relies on the memory's content.
         match unsafe { libc::madvise(start, len, advice) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -339,7 +341,8 @@ mod tests {
         let usable = |offset: u64| {
             let slice = memory.get_slice(GuestAddress((4 << 30) + offset), 16).unwrap();
             let (_from, to) = io::pipe().unwrap();
-            // SAFETY: the range lies within a mapping of `memory`. If it is not readable, write fails with EFAULT.
+            // SAFETY: the range lies within a mapping of `memory`. If the range is not readable, write
+            // fails with EFAULT.
             unsafe { libc::write(to.as_raw_fd(), slice.ptr_guard().as_ptr().cast(), 16) == 16 }
         };
         assert!(!usable(2 << 20));

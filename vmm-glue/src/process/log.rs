@@ -21,7 +21,7 @@ const BURST: u32 = 20;
 /// File and line of a log statement.
 type CallSite = (Option<&'static str>, Option<u32>);
 
-/// Logs to standard error, and limits the rate.
+/// Logs to standard error, and limits the rate of lines from each call site.
 struct Stderr(LazyLock<Mutex<Limiter<CallSite>>>);
 
 static STDERR: Stderr = Stderr(LazyLock::new(|| Mutex::new(Limiter::new(BURST))));

@@ -23,7 +23,7 @@ impl Pids {
     /// Acquires a unique PID.
     ///
     /// # Errors
-    /// If `MAX_PIDS` pids are in use already, or if the thread cannot be started or confined.
+    /// The call fails if `MAX_PIDS` pids are in use already, or if the thread cannot be started or confined.
     pub fn acquire(&mut self) -> io::Result<u32> {
         if self.0.len() >= MAX_PIDS {
             return Err(io::Error::other("failed to acquire a pid: the sandbox has too many containers"));

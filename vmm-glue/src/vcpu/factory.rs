@@ -49,7 +49,7 @@ impl VcpuFactory {
 fn create_vcpu(vm: &VmFd, id: u8, cpuid: &CpuId, entry: Option<u64>) -> Result<VcpuFd, CreateVcpuError> {
     let failed = |what| move |error| CreateVcpuError::Kvm(what, error);
     let vcpu = vm.create_vcpu(u64::from(id)).map_err(failed("KVM_CREATE_VCPU"))?;
-    // Set CPUID first, because it decides which model-specific registers exist.
+    // Set CPUID first, because CPUID decides which model-specific registers exist.
     vcpu.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))?;
     let msrs = regs::msrs().map_err(CreateVcpuError::Fam)?;
     // KVM stops at the first register that this host does not support. A partial result is not an error, because the

@@ -77,7 +77,7 @@ impl Devices {
         self.slots.find_net(mac)
     }
 
-    /// Returns an error if the device loop is paused, because it cannot add or remove devices then.
+    /// Returns an error if the device loop is paused, because a paused device loop cannot add or remove devices.
     pub(super) fn reject_paused(&self) -> Result<(), VmError> {
         if self.event_loop.is_paused() { Err(VmError::Paused) } else { Ok(()) }
     }
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn detach_drops_the_device_if_kvm_keeps_its_eventfds() {
+    fn detach_drops_the_device_if_kvm_fails_to_unregister_its_eventfds() {
         let mut devices = devices(FakeKvm { register: Ok(()), unregister: Err(libc::EIO) });
         let disk = Arc::new(Mutex::new(Disk::default()));
         let slot = devices.attach(disk.clone(), Purpose::Any).unwrap();
