@@ -9,9 +9,9 @@ use crate::payload::Inside;
 
 /// Why sockets do no harm without the filters.
 const EMPTY_NETWORK: &str = "the socket reaches only the pod's network";
-/// Why a thread of the file server may make such a call without the filters.
+/// Why a virtio-fs worker thread may make the call without the filters.
 const FILE_SERVER: &str =
-    "the file server needs CAP_SYS_ADMIN for trusted.* attributes, and this capability allows the call";
+    "the virtio-fs server needs CAP_SYS_ADMIN for trusted.* attributes, and this capability allows the call";
 const OWN_KEYS: &str = "the process gets access only to its own keys";
 
 /// An attempt.
@@ -19,16 +19,16 @@ pub struct Attempt {
     pub name: &'static str,
     /// Makes the attempt. Returns what the process has gained, or the error.
     pub make: fn(&Inside) -> Result<String, String>,
-    /// The reason why no other wall has to stop the attempt. `None` if another wall has to stop it.
+    /// The reason why no other wall has to stop the attempt. `None` if another wall has to stop the attempt.
     pub without_filters: Option<&'static str>,
 }
 
-/// An attempt that has to fail with and without the seccomp filters.
+/// Returns an attempt that has to fail with and without the seccomp filters.
 const fn never(name: &'static str, make: fn(&Inside) -> Result<String, String>) -> Attempt {
     Attempt { name, make, without_filters: None }
 }
 
-/// An attempt that only the seccomp filters stop.
+/// Returns an attempt that only the seccomp filters stop.
 const fn filtered(
     name: &'static str,
     make: fn(&Inside) -> Result<String, String>,
@@ -52,7 +52,7 @@ fn name(errno: Errno) -> String {
     errno.name().map_or_else(|| errno.to_string(), str::to_owned)
 }
 
-/// Address of a NUL-terminated text.
+/// Returns the address of a NUL-terminated text.
 fn text(text: &'static CStr) -> usize {
     text.as_ptr().addr()
 }

@@ -2,8 +2,9 @@
 //!
 //! For each attempt and kind of thread, the program starts itself in the same way as the shim starts the VMM process.
 //! The process enters the jail, and a thread of this kind makes the attempt. Each attempt is made twice: with enforced
-//! seccomp filters, and with filters that only log, so that the other walls have to hold alone. The program prints a
-//! table of the results. It fails if an attempt succeeds that a wall has to stop.
+//! seccomp filters, and with filters that only log. With filters that only log, another wall of the jail has to stop
+//! the attempt, for example the root directory or landlock, unless [`Attempt::without_filters`] contains a reason. The
+//! program prints a table of the results. The program fails if an attempt that a wall has to stop succeeds.
 //!
 //! The program needs root, as the shim does.
 
@@ -79,10 +80,10 @@ fn main() -> ExitCode {
         println!("| {} | {enforced} | {logged} | {} |", attempt.name, attempt.without_filters.unwrap_or_default());
     }
     if escapes == 0 {
-        println!("no attempt succeeded that a wall has to stop");
+        println!("no attempt that a wall has to stop has succeeded");
         return ExitCode::SUCCESS;
     }
-    println!("{escapes} attempts succeeded that a wall has to stop");
+    println!("{escapes} attempts that a wall has to stop have succeeded");
     ExitCode::FAILURE
 }
 

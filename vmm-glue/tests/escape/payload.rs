@@ -1,4 +1,4 @@
-//! The process in the jail.
+//! Runs in the process in the jail: enters the jail, and makes one attempt.
 
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
@@ -20,7 +20,7 @@ pub struct Inside {
 
 /// Enters the jail as the VMM does, makes the attempt, answers and ends the process.
 pub fn run() -> ! {
-    // SAFETY: the parent passes the control socket as this fd, and nothing else owns it.
+    // SAFETY: the parent passes the control socket as this fd, and nothing else owns the fd.
     let control = unsafe { OwnedFd::from_raw_fd(CONTROL_FD) };
     process::prepare().expect("prepare the process");
     let (order, _) = wire::recv::<Order>(&control).expect("receive the order");

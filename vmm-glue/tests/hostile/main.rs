@@ -77,7 +77,7 @@ fn main() -> ExitCode {
     for failure in &failures {
         println!("FAILED: {failure}");
     }
-    println!("{} attacks had an unexpected result", failures.len());
+    println!("{} failures", failures.len());
     if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
@@ -96,17 +96,20 @@ fn faults(attack: &Attack, outcome: &Outcome) -> Vec<String> {
     match (attack.expect, &outcome.end) {
         (Expect::Survives | Expect::Either(_), End::Survived) => {}
         (Expect::Ends(text) | Expect::Either(text), End::Ended(reason)) if reason.contains(text) => {}
-        (expected, end) => faults.push(format!("{end:?}, expected {expected:?}")),
+        (expected, end) => faults.push(format!("the attack ended with {end:?}, but must end with {expected:?}")),
     }
     let panics = outcome.log.iter().filter(|line| line.contains("panicked"));
     faults.extend(panics.map(|line| format!("a thread panicked: {line}")));
     let limit = LOG_LINES + LOG_RATE * (outcome.duration.as_secs() as usize + 1);
     if outcome.log.len() > limit {
         let lines = outcome.log.iter().take(3).cloned().collect::<Vec<_>>().join("\n");
-        faults.push(format!("{} log lines in {:?}, for example:\n{lines}", outcome.log.len(), outcome.duration));
+        let (number, duration) = (outcome.log.len(), outcome.duration);
+        faults.push(format!(
+            "the VMM logged {number} lines in {duration:?}, but at most {limit} are allowed; for example:\n{lines}"
+        ));
     }
     if outcome.notices > attacks::NOTICES {
-        faults.push(format!("the shim got {} notices", outcome.notices));
+        faults.push(format!("the shim got {} notices, but at most {} are allowed", outcome.notices, attacks::NOTICES));
     }
     faults
 }

@@ -9,7 +9,7 @@ const SECTORS: u64 = 8 << 11;
 
 pub fn attacks() -> Vec<Attack> {
     vec![
-        Attack::on(BLK, "disk requests beyond the disk, of every type and length", |guest, device| {
+        Attack::on(BLK, "disk requests of every type and length, and beyond the end of the disk", |guest, device| {
             let mut requests = Vec::new();
             for kind in (0..16).chain([0x8000_0000, u32::MAX]) {
                 for sector in [0, SECTORS - 1, SECTORS, 1 << 54, u64::MAX] {
@@ -26,7 +26,7 @@ pub fn attacks() -> Vec<Attack> {
             let mut queues = guest.start(device);
             guest.serve(device, &mut queues[0], &requests);
         }),
-        Attack::on(BLK, "lists of ranges beyond the disk", |guest, device| {
+        Attack::on(BLK, "discard and write-zeroes requests with ranges beyond the end of the disk", |guest, device| {
             let range =
                 |sector: u64, sectors: u32| [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &[0xff; 4]].concat();
             let mut requests = Vec::new();
@@ -83,7 +83,7 @@ pub fn attacks() -> Vec<Attack> {
             let mut queues = guest.start(device);
             guest.serve(device, &mut queues[1], &requests);
         }),
-        Attack::on(NET, "frames with other source addresses", |guest, device| {
+        Attack::on(NET, "frames whose source MAC is not the interface's", |guest, device| {
             let frame = |source: [u8; 6]| [&[0; 12][..], &[0xff; 6], &source, &[8, 6], &[0; 46]].concat();
             let sources = [[0; 6], [0xff; 6], [2, 0, 0, 0, 0, 2], [1, 0, 0x5e, 0, 0, 1]];
             let requests: Vec<_> = sources.into_iter().map(|source| (frame(source), 0)).collect();

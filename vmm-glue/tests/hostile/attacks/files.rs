@@ -34,7 +34,7 @@ pub fn attacks() -> Vec<Attack> {
             }
             send(guest, device, &requests);
         }),
-        Attack::on(FS, "forgets that underflow, and huge batches of forgets", |guest, device| {
+        Attack::on(FS, "FORGET requests that underflow, and huge BATCH_FORGET requests", |guest, device| {
             let mut requests = vec![init(), lookup("file")];
             for node in NODES {
                 for count in [0, 1, u64::MAX, u64::MAX / 2, u64::MAX] {

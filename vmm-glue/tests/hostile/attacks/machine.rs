@@ -34,7 +34,7 @@ pub fn attacks() -> Vec<Attack> {
             guest.out_string(BOOT_MARK, marks, 20_000);
             guest.repeat(2000, |code| [1, 2].iter().for_each(|&mark| code.out(Size::Byte, BOOT_MARK, mark)));
         }),
-        on("128 KiB of console output without a line", |guest, _| {
+        on("128 KiB of console output without a newline", |guest, _| {
             let text = guest.buffer(&vec![b'x'; 128 << 10]);
             guest.out_string(CONSOLE, text, 128 << 10);
             guest.print("\n");
@@ -74,7 +74,7 @@ pub fn attacks() -> Vec<Attack> {
                 }
             }
         }),
-        on("string and vector instructions on registers", |guest, _| {
+        on("string, vector and atomic instructions on a device's MMIO registers", |guest, _| {
             let buffer = guest.allocate(8192);
             guest.copy(layout::slot_address(0), buffer, 4096);
             guest.copy(buffer, layout::slot_address(6), 4096);
@@ -144,7 +144,7 @@ pub fn attacks() -> Vec<Attack> {
         on("storm of interprocessor interrupts", |guest, _| {
             let command = u64::from(layout::LAPIC) + 0x300;
             guest.repeat(500, |code| {
-                // To this vCPU, to all vCPUs, to all other vCPUs and to APIC id 0, with fixed vectors.
+                // Send interrupts to this vCPU, to all vCPUs, to all other vCPUs and to APIC id 0.
                 [0x0004_0040, 0x0008_00ff, 0x000c_0020, 0x0000_0030]
                     .iter()
                     .for_each(|&value| code.store32(command, value));
@@ -161,7 +161,7 @@ pub fn attacks() -> Vec<Attack> {
             guest.halt();
         })
         .ends("the guest reset the VM"),
-        on("code in a device's registers", |guest, _| {
+        on("jump to a device's MMIO registers, to execute them as code", |guest, _| {
             guest.rax(layout::slot_address(0));
             guest.raw(&[0xff, 0xe0]); // jmp rax
         })

@@ -13,15 +13,15 @@ const FREE: u32 = 0x2000;
 
 pub fn attacks() -> Vec<Attack> {
     vec![
-        Attack::on(BALLOON, "balloon pages outside of memory", |guest, device| {
+        Attack::on(BALLOON, "inflate the balloon with pages outside of memory", |guest, device| {
             let outside = [PAGES, PAGES + 1, 0xd_0000, 0x10_0000, u32::MAX - 1, u32::MAX];
             inflate(guest, device, outside.into_iter().cycle().take(60_000));
         }),
-        Attack::on(BALLOON, "balloon pages many times, in any order", |guest, device| {
+        Attack::on(BALLOON, "inflate the balloon in any order, and with one page many times", |guest, device| {
             inflate(guest, device, (0..65_536).map(|page| FREE + page * 7919 % (PAGES - FREE)));
             inflate(guest, device, std::iter::repeat_n(SPARE_PAGE, 65_537));
         }),
-        Attack::on(BALLOON, "balloon with all free memory, inflated and deflated", |guest, device| {
+        Attack::on(BALLOON, "inflate and deflate the balloon with all free memory", |guest, device| {
             let pages: Vec<u8> = (FREE..PAGES).flat_map(u32::to_le_bytes).collect();
             for _ in 0..5 {
                 let mut queues = guest.start(device);
@@ -30,7 +30,7 @@ pub fn attacks() -> Vec<Attack> {
                 }
             }
         }),
-        Attack::on(BALLOON, "balloon with the device's own queue", |guest, device| {
+        Attack::on(BALLOON, "inflate the balloon with the pages of the device's own queue", |guest, device| {
             let mut queues = guest.start(device);
             let queue = &mut queues[0];
             let own = [queue.desc, queue.avail, queue.used].map(|address| (address >> 12) as u32);
@@ -54,7 +54,7 @@ pub fn attacks() -> Vec<Attack> {
             guest.publish(device, &queue);
             guest.settle(device, &queue);
         }),
-        Attack::on(BALLOON, "nonsense about the balloon's size", |guest, device| {
+        Attack::on(BALLOON, "write nonsense to the balloon's configuration space", |guest, device| {
             guest.start(device);
             for size in Size::ALL {
                 for offset in 0..16 {

@@ -13,7 +13,7 @@ use husk_vmm::arch::layout;
 use crate::guest::{Device, Guest, INDIRECT_DESC, VERSION_1};
 use crate::machine::{Host, MAC};
 
-/// Maximum number of notices that the VMM may send to the shim in one attack: boot steps, and a lack of fds.
+/// Maximum number of notices that the VMM may send to the shim in one attack: boot steps, and the fd shortage.
 pub const NOTICES: usize = 8;
 
 /// How an attack has to end.

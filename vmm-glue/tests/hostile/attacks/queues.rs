@@ -27,7 +27,7 @@ pub fn attacks() -> Vec<Attack> {
                 offer(guest, device, |_, buffer| vec![desc(buffer, 16, NEXT, 1), desc(address, 16, WRITE, 0)]);
             }
         }),
-        Attack::on_all("lengths beyond memory", |guest, device| {
+        Attack::on_all("buffers that end outside of memory", |guest, device| {
             for length in [MEMORY as u32, 0x7fff_ffff, u32::MAX] {
                 offer(guest, device, |_, buffer| vec![desc(buffer, length, 0, 0)]);
                 offer(guest, device, |_, buffer| vec![desc(buffer, length, WRITE, 0)]);
@@ -65,7 +65,8 @@ pub fn attacks() -> Vec<Attack> {
                     let mut descs: Vec<_> = (1..queue.size).map(chain).collect();
                     descs.push(desc(0x100_0000, 16 << 20, flags, 0));
                     if flags == WRITE {
-                        // The device must not overwrite the attacker, which is below this address.
+                        // Use only buffers from 0x200_0000 upwards. Otherwise, the device would overwrite the
+                        // attacker's code, which is below this address.
                         descs.iter_mut().for_each(|desc| (desc.addr, desc.len) = (0x200_0000, 16 << 20));
                     }
                     descs
@@ -182,7 +183,8 @@ pub fn attacks() -> Vec<Attack> {
     attacks
 }
 
-/// Starts the device, and offers the same chain in each element of the queue that serves requests. Returns this queue.
+/// Starts the device, and offers the same chain in each entry of the request queue's available ring. Returns this
+/// queue.
 fn offer_one_head(guest: &mut Guest, device: &Device) -> Queue {
     let mut queues = guest.start(device);
     let (request, answer) = (device.request)();

@@ -11,7 +11,7 @@ use crate::machine::{Host, send};
 
 /// Port to which the host connects.
 const PORT: u32 = 9;
-/// The port on the host's side of the host's first connection (`PORTS` in vmm-glue/src/virtio/vsock/mod.rs).
+/// Host port of the first connection that the host opens (`PORTS` in vmm-glue/src/virtio/vsock/mod.rs).
 const HOST_PORT: u32 = 0x4000_0000;
 const STREAM: u16 = 1;
 
