@@ -10,8 +10,8 @@ use crate::{dist, paths, setup};
 /// The benchmarks.
 #[derive(Subcommand)]
 pub enum Bench {
-    /// Measure how long a container takes to start and end with Husk, runc and runsc, and with a build of Husk whose VMM
-    /// has no jail. Also measure the steps of Husk's start, and its memory.
+    /// Measure how long a container takes to start and end with Husk, runc and runsc, and with a build of Husk whose
+    /// VMM has no jail. Also measure the steps of Husk's start, and Husk's memory.
     Start {
         /// Build the programs in the quick profile.
         #[arg(long)]

@@ -87,7 +87,8 @@ pub fn programs(packages: &[&str], profile: Profile) -> Result<Vec<Program>> {
 pub fn unjailed_shim(profile: Profile) -> Result<Program> {
     let mut command = static_cargo("build", profile);
     command.args(["--bins", "--package", "husk-shim", "--features", "husk-shim/unjailed"]);
-    // The shipped shim has the same file name, and must never be replaced by this program.
+    // The shipped shim has the same file name. The separate target directory keeps cargo from overwriting the shipped
+    // shim.
     command.arg("--target-dir").arg(paths::state().join("unjailed"));
     ui::say("build", format!("husk-shim without the jail ({}, static)", profile.name()));
     run(command, false)?.pop().context("cargo built no shim")
@@ -102,8 +103,8 @@ pub fn tests(package: &str) -> Result<Vec<Program>> {
     run(command, true)
 }
 
-/// Runs cargo and returns the programs that its messages name. If `tests` is true, these are the test programs, and
-/// otherwise the binaries.
+/// Runs cargo and returns the programs that cargo's messages name. Returns only test programs if `tests` is true, and
+/// otherwise only binaries.
 pub fn run(mut command: Command, tests: bool) -> Result<Vec<Program>> {
     command.arg("--message-format=json-render-diagnostics").stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = command.spawn().context("failed to start cargo")?;

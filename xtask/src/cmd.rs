@@ -132,7 +132,7 @@ pub fn processors() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from)
 }
 
-/// Whether this process runs as root. Only root can set the owners of files when it unpacks a root file system.
+/// Whether this process runs as root. Only root can unpack a root file system with the right file owners.
 pub fn is_root() -> bool {
     // SAFETY: geteuid has no arguments and always succeeds.
     unsafe { libc::geteuid() == 0 }

@@ -31,7 +31,7 @@ const COLUMNS: [Column; 5] = [
     Column { name: "husk", line: Line::Two, runtime: HUSK, handler: "husk" },
     Column { name: "husk-sandbox", line: Line::Two, runtime: HUSK, handler: "husk-sandbox" },
 ];
-/// Time limits for a column. The limit on the time without output bounds the test of one behaviour.
+/// Time limits for a column. The limit on the time without output applies to the test of one behaviour.
 const LIMITS: Limits = Limits::secs(2400, 400);
 /// Maximum number of attempts for a column if the node crashes.
 const TRIES: u32 = 3;
@@ -81,8 +81,8 @@ pub fn conformance() -> Result<u8> {
     Ok(u8::from(!worse.is_empty()))
 }
 
-/// Runs the suite with one runtime, in a separate node. State that one runtime leaves in the node's kernel must not
-/// affect another runtime.
+/// Runs the suite with one runtime. The suite runs in a separate node, so that kernel state of one runtime cannot
+/// affect the results of another runtime.
 fn run(seat: Seat, suite: &Program, column: &Column) -> Result<()> {
     let Column { line, runtime, handler, .. } = *column;
     let script = format!(

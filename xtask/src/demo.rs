@@ -1,7 +1,8 @@
 //! `cargo xtask demo`: runs a container under Husk and shows its output and the timeline of its start.
 //!
-//! If xtask runs as root, KVM is usable and containerd is installed, the demo runs on this machine. It starts a
-//! separate containerd, and removes that containerd's files at the end. Otherwise the demo runs in the test node.
+//! The demo runs on this machine if xtask runs as root, KVM is usable and containerd is installed. In this case, the
+//! demo starts a separate containerd, and removes the files of this containerd at the end. If a condition is not met,
+//! the demo runs in the test node.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -63,7 +64,7 @@ fn unsuitable() -> Option<String> {
     kvm::usable().err()
 }
 
-/// Returns Husk's configuration for the demo: the installed config.toml, followed by the settings in `more`.
+/// Returns Husk's configuration for the demo: the `config.toml` in `root`, followed by the settings in `more`.
 fn configuration(root: &Path, more: &str) -> Result<String> {
     let path = root.join("etc/husk/config.toml");
     let text = fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
@@ -181,7 +182,7 @@ fn show(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Formats the steps of a timeline, with the time since the first step and since the previous one.
+/// Formats the steps of a timeline, with the time since the first step and since the previous step.
 fn timeline(line: &str) -> Result<String> {
     let value: Value = serde_json::from_str(line).context("failed to parse the timeline as JSON")?;
     let steps = value.get("steps").and_then(Value::as_array).context("the timeline has no steps")?;

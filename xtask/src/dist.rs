@@ -74,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn readme_lists_and_install_md_removes_each_installed_file() {
+    fn readme_and_uninstall_commands_name_each_installed_file() {
         let read = |name: &str| fs::read_to_string(paths::root().join(name)).unwrap();
         let (install, readme) = (read("docs/install.md"), read("README.md"));
         let removed: Vec<&str> = install
@@ -82,7 +82,7 @@ mod tests {
             .filter_map(|line| line.strip_prefix("# rm "))
             .flat_map(str::split_whitespace)
             .filter_map(|word| word.strip_prefix('/'))
-            // Files below /run are not installed.
+            // The commands also remove files below /run, which are not installed.
             .filter(|path| !path.starts_with("run/"))
             .collect();
         for (path, _) in INSTALLED {

@@ -1,5 +1,5 @@
-//! `cargo xtask image`: builds the guest's initramfs, which has the agent and the directories on which the agent
-//! mounts.
+//! `cargo xtask image`: builds the guest's initramfs. The initramfs has the agent, and the mount points that the agent
+//! uses.
 
 use std::fs::{self, File};
 use std::io::BufWriter;

@@ -1,4 +1,4 @@
-//! `cargo xtask imports`: checks that `use` items are grouped, and can group them. rustfmt could do this only with
+//! `cargo xtask imports`: checks that `use` items are grouped, and can group them. rustfmt can group imports only with
 //! nightly Rust.
 //!
 //! The groups are: the standard library; other crates; this crate (`crate`, `super`, `self`, and modules that the same
@@ -99,7 +99,7 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Finds the blocks of a file that are grouped wrongly. Groups those that need not be grouped by hand.
+/// Finds the blocks of a file that are grouped wrongly. Groups these blocks, except those that must be grouped by hand.
 fn inspect(text: &str) -> Result<Findings> {
     let lines: Vec<&str> = text.lines().collect();
     let file = syn::parse_file(text)?;
@@ -238,7 +238,7 @@ mod tests {
     /// Returns the text with its blocks grouped. Fails if a block must be grouped by hand.
     fn fixed(text: &str) -> String {
         let findings = inspect(text).unwrap();
-        assert!(findings.by_hand.is_empty(), "{:?}", findings.by_hand);
+        assert!(findings.by_hand.is_empty(), "blocks to group by hand: {:?}", findings.by_hand);
         assert!(inspect(&findings.text).unwrap().lines.is_empty(), "{}", findings.text);
         findings.text
     }

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-/// Maximum number of bytes that are kept of a failure's text. The end of the text is kept, because it says why the test
-/// failed.
+/// Maximum size of a failure's text in bytes. From a longer text, the parser keeps only the end, because the end says
+/// why the test failed.
 const FAILURE_TEXT: usize = 8192;
 
 /// The result of a test.

@@ -34,7 +34,7 @@ pub enum Retries {
     Retry,
 }
 
-/// The suites that have yet to run with one containerd line, and the suites that failed with it.
+/// The suites that have yet to run with one containerd line, and the suites that failed with this line.
 pub struct Plan {
     /// Suites that share boots. A boot runs up to `batch` of them.
     together: VecDeque<String>,
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn without_retries_another_boot_runs_only_the_suites_that_a_crashed_node_did_not_reach() {
+    fn resume_runs_only_the_suites_that_a_crashed_node_did_not_reach() {
         let mut plan = plan(Retries::Resume);
         end(&mut plan, &[("a", Outcome::Failed), ("b", Outcome::Begun), ("c", Outcome::Waiting)]);
         end(&mut plan, &[("c", Outcome::Passed), ("d", Outcome::Passed), ("e", Outcome::Passed)]);

@@ -184,7 +184,7 @@ fn os_release() -> Result<Release> {
 }
 
 /// Returns the Debian mirror of this machine's release, from apt's configuration. `None` if the machine does not run
-/// Debian.
+/// Debian, or if apt's configuration has no such mirror.
 pub fn debian_mirror() -> Result<Option<String>> {
     let release = os_release()?;
     let text = cmd::output(Command::new("apt-get").args([

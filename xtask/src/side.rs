@@ -11,7 +11,7 @@ const NODE_MEMORY: u64 = 8 * 1024;
 /// Maximum number of nodes. More nodes would write more data than a disk can take.
 const MAX_NODES: usize = 4;
 
-/// The remaining work, and the number of its pieces that are running.
+/// The remaining work, and the number of pieces that are running.
 struct Queue<W> {
     work: W,
     running: usize,
@@ -73,8 +73,8 @@ pub fn side_by_side<W: Send, P, D>(
     queue.error.map_or(Ok(queue.work), Err).context("failed to run the test node")
 }
 
-/// Takes a piece of the work. If no piece is left but others are running, waits, because a running piece may add work.
-/// Returns `None` after an error, or if no piece is left and none is running.
+/// Takes a piece of the work. If no piece is left but some pieces are running, waits, because a running piece may add
+/// work. Returns `None` after an error, or if no piece is left and no piece is running.
 fn take<W, P>(queue: &Mutex<Queue<W>>, changed: &Condvar, next: impl Fn(&mut W) -> Option<P>) -> Option<P> {
     let mut queue = lock(queue);
     loop {

@@ -73,7 +73,8 @@ impl Stamp {
         fs::write(&self.0, key).with_context(|| format!("failed to write {}", self.0.display()))
     }
 
-    /// Removes the record. This is done before the step runs, because an interrupted step leaves incomplete outputs.
+    /// Removes the record. The caller removes the record before it runs the step, because an interrupted step leaves
+    /// incomplete outputs.
     pub fn remove(&self) -> Result<()> {
         match fs::remove_file(&self.0) {
             Err(error) if error.kind() != ErrorKind::NotFound => {

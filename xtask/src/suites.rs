@@ -13,7 +13,7 @@
 //! | `Runs: containerd 2` | in a default run, the suite runs with 2 instead of 1.7 |
 //! | `Runs: by name only: REASON` | the suite runs only if a filter names one of its tests |
 //!
-//! A long test has `#[ignore = "long: REASON"]`. A default run leaves it out.
+//! A long test has `#[ignore = "long: REASON"]`. A default run leaves out long tests.
 
 use std::fs;
 use std::path::Path;

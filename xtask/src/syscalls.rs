@@ -1,8 +1,9 @@
 //! Compares the seccomp filters of the VMM's threads with the system calls that the threads make in the end-to-end
 //! suites.
 //!
-//! The test node's kernel counts the calls with histogram triggers (Documentation/trace/histogram.rst). The filters
-//! only log calls that they do not allow, so that one run finds all calls that a filter lacks.
+//! The test node's kernel counts the calls with histogram triggers (Documentation/trace/histogram.rst). The filters log
+//! the calls that they do not allow, and do not block these calls. Therefore one run finds all calls that a filter
+//! lacks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,8 +16,8 @@ use crate::{cmd, files, paths, ui};
 
 /// Names of the VMM's threads: one glob for each kind of thread.
 const THREADS: [&str; 7] = ["husk-vmm", "vcpu*", "devices", "virtio-fs*", "virtio-blk*", "prefault", "husk-task"];
-/// Beginnings of the names of the shim's threads. Only their violations are reported, because runc's shim has a thread
-/// of the same name.
+/// Beginnings of the names of the shim's threads. For these threads, xtask reports violations but counts no calls,
+/// because runc's shim has a thread of the same name.
 const SHIM_THREADS: [&str; 5] = ["containerd-shim", "husk-shim", "launch", "mount", "pod-network"];
 const EVENT: &str = "/sys/kernel/tracing/events/raw_syscalls/sys_enter";
 /// Names of the result files in /out of the test node.

@@ -22,14 +22,15 @@ const FSX: &str = "cri_fsx";
 const LINES: [Line; 4] = [Line::One, Line::Two, Line::Legacy, Line::Systemd];
 /// Maximum number of suites per boot if only one node runs at a time. With this maximum, two boots are enough for all
 /// suites of containerd 1.7. Each boot costs ten seconds, and more if the node has to import the images. Boots with
-/// fewer suites would also have advantages. State that a suite leaves in the node's kernel affects only suites of the
-/// same boot. Results, which are written after each boot, would be available sooner.
+/// fewer suites would also have advantages. Kernel state that a suite leaves behind affects only the suites of the same
+/// boot, and would thus affect fewer suites. Results, which are written after each boot, would be available sooner.
 const SUITES_A_BOOT: usize = 20;
 /// Maximum number of suites per boot if nodes run side by side. With this maximum, the nodes end at about the same
 /// time.
 const SUITES_A_BOOT_BESIDE: usize = 12;
 /// Time limits of a boot: one for all its suites together, and one for the time without output. The limit on the time
-/// without output bounds a single test. The longest boot takes fifteen minutes, and the longest test takes two minutes.
+/// without output applies to a single test. The longest boot takes fifteen minutes, and the longest test takes two
+/// minutes.
 const LIMITS: Limits = Limits::secs(2400, 300);
 
 /// Number of slowest tests that a run lists at its end.
@@ -50,8 +51,8 @@ pub struct Options {
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "", exclusive = true)]
     list: Option<String>,
     /// Run the end-to-end suites only with this containerd line. With 1.7 or 2, all suites that support this line run.
-    /// Default: most suites run with 1.7 only. A few suites run with 2.x, on a node with cgroup v1, or on a node with
-    /// systemd.
+    /// Default: most suites run with 1.7 only. Some suites run with 2, instead of 1.7 or in addition to 1.7. A few
+    /// suites run only with 1.7-cgroup1 (a node with cgroup v1) or 2-systemd (a node with systemd).
     #[arg(long, value_enum, conflicts_with = "unit")]
     containerd: Option<Line>,
     /// Also run the long tests. Suites that support 1.7, but by default run only with 2.x, then run with both lines.
@@ -64,12 +65,12 @@ pub struct Options {
     /// the shim is the sandbox controller.
     #[arg(long, requires = "containerd")]
     handler: Option<String>,
-    /// Test programs that are built in the profile of shipped programs. Default: the programs are built in the quick
-    /// profile. The suites always use the quick profile, so that by default everything is compiled only once.
+    /// Build the tested programs in the profile of the shipped programs. Default: build them in the quick profile. The
+    /// suites always use the quick profile, so that by default everything is compiled only once.
     #[arg(long)]
     release: bool,
-    /// Log the system calls that the VMM's seccomp filters do not allow, and make them. At the end, list the rules that
-    /// no suite needed, and fail if a filter lacks a call.
+    /// Make the seccomp filters log the system calls that they do not allow, instead of blocking these calls. At the
+    /// end, list the rules that no suite needed. Fail if a filter did not allow a call that a suite made.
     #[arg(long, requires = "e2e")]
     syscalls: bool,
 }
@@ -186,8 +187,9 @@ fn runs(needs: &Needs, line: Line, extent: Extent, filtered: bool) -> bool {
     }
 }
 
-/// Returns the names of the suite's tests whose name contains `filter`. If `filter` has the form `@suite,suite…`, returns
-/// all tests of these suites. Long tests are included only if `long` is true.
+/// Returns the names of the suite's tests whose name contains `filter`. If `filter` has the form `@suite,suite…`,
+/// returns all tests of the suite if the list names the suite, and otherwise no test. Long tests are included only if
+/// `long` is true.
 fn selected(suite: &Program, filter: &str, long: bool) -> Result<Vec<String>> {
     let list = |arg: Option<&str>| -> Result<Vec<String>> {
         let list = cmd::output(Command::new(&suite.path).arg("--list").args(arg))
@@ -200,7 +202,8 @@ fn selected(suite: &Program, filter: &str, long: bool) -> Result<Vec<String>> {
     Ok(list(None)?.into_iter().filter(is_selected).collect())
 }
 
-/// Returns whether the filter is a part of test names. Otherwise, all tests of the suites run.
+/// Returns whether the filter is text to match against test names. If the filter is empty or has the form
+/// `@suite,suite…`, all tests of the selected suites run.
 fn is_part_of_name(filter: &str) -> bool {
     !filter.is_empty() && !filter.starts_with('@')
 }
@@ -344,7 +347,7 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
 
 /// Selects which tests of a suite run.
 struct Selection<'a> {
-    /// The text that the names of the selected tests contain.
+    /// The filter of the run: empty, text in the names of the selected tests, or `@suite,suite…`.
     filter: &'a str,
     /// Whether long tests run.
     long: bool,

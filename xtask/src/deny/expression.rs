@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 /// A licence expression. The older form `MIT/Apache-2.0` means `MIT OR Apache-2.0`.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Expression {
-    /// A licence, with its exception if it has one: `Apache-2.0 WITH LLVM-exception`.
+    /// A licence, with its exception if the licence has one. For example: `Apache-2.0 WITH LLVM-exception`.
     License(String),
     Both(Box<Expression>, Box<Expression>),
     Either(Box<Expression>, Box<Expression>),
@@ -24,7 +24,7 @@ impl Expression {
         let expression = either(&mut words)?;
         match words.next() {
             None => Ok(expression),
-            Some(word) => bail!("unexpected `{word}`"),
+            Some(word) => bail!("expected the end of the expression, found `{word}`"),
         }
     }
 
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn accepting_a_licence_does_not_accept_it_with_an_exception() {
+    fn licence_with_an_exception_must_be_accepted_separately() {
         let llvm = "Apache-2.0 WITH LLVM-exception";
         assert!(!satisfied(llvm, &["Apache-2.0"]));
         assert!(satisfied(llvm, &[llvm]));

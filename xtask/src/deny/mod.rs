@@ -4,9 +4,9 @@
 //! duplicate versions, wildcards and sources. They are stricter than cargo-deny in one respect: an entry of deny.toml
 //! that no crate needs is an error.
 //!
-//! Checking advisories needs a database. `cargo deny` checks them if it is installed and can fetch its database.
-//! Otherwise only data that cargo has on this machine are checked: the yanked versions in cargo's copy of the
-//! registry's index, which may be old, and the maintenance badges in the manifests of direct dependencies.
+//! Checking advisories needs a database. `cargo deny` checks advisories if it is installed and can fetch its database.
+//! If not, xtask checks only data that cargo has on this machine: the yanked versions in cargo's copy of the registry's
+//! index, which may be old, and the maintenance badges in the manifests of direct dependencies.
 
 mod expression;
 mod rules;
@@ -26,8 +26,8 @@ use crate::{cmd, paths, ui};
 use expression::Expression;
 use rules::{Clarification, Rules, Spec};
 
-/// Crates of rust-vmm whose types the other rust-vmm crates use in their interfaces. Two versions of such a crate are
-/// incompatible. Therefore `skip` in deny.toml must not list these crates.
+/// Crates of rust-vmm whose types appear in the interfaces of other rust-vmm crates. Types of different versions of
+/// such a crate are incompatible. Therefore `skip` in deny.toml must not list these crates.
 const SINGLE_VERSION: [&str; 2] = ["vm-memory", "virtio-queue"];
 
 /// The crates that are compiled for a workspace, and the sources in its lock file.
@@ -238,7 +238,8 @@ fn named<'a, T>(entries: impl Iterator<Item = (&'a String, T)>, package: &Packag
     Ok(None)
 }
 
-/// Returns a message for each licence file whose hash differs from the one in the clarification.
+/// Returns a message for each licence file whose hash differs from the hash in the clarification. If the clarification
+/// lists no licence file, returns a message about that.
 fn changed_files(entry: &Clarification, package: &Package) -> Result<Vec<String>> {
     let mut changed = Vec::new();
     if entry.license_files.is_empty() {
@@ -306,7 +307,7 @@ fn duplicates(rules: &Rules, graphs: &[Graph]) -> Result<Vec<String>> {
     Ok(violations)
 }
 
-/// Checks that no crate of a workspace has a dependency without a version (a wildcard).
+/// Checks that each dependency of a workspace's crates has a version. A dependency without a version is a wildcard.
 fn wildcards(rules: &Rules, graphs: &[Graph]) -> Vec<String> {
     let own = packages(graphs).filter(|package| package.source.is_none());
     let dependencies = own.flat_map(|package| package.dependencies.iter().map(move |dependency| (package, dependency)));

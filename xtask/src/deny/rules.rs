@@ -1,4 +1,5 @@
-//! Parses the rules in deny.toml. A key that is unknown here is an error, because no check of xtask would use it.
+//! Parses the rules in deny.toml. An unknown key is an error, because xtask would otherwise ignore what the key
+//! demands.
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
@@ -58,7 +59,7 @@ pub struct Clarification {
 #[serde(deny_unknown_fields)]
 pub struct LicenseFile {
     pub path: String,
-    /// The file's XXH32.
+    /// The XXH32 hash of the file.
     pub hash: u32,
 }
 

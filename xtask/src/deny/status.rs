@@ -1,5 +1,5 @@
-//! Finds yanked and unmaintained crates in cargo's own files, which need no advisory database: in cargo's copy of the
-//! index, and in `[badges.maintenance]` of the manifests.
+//! Finds yanked and unmaintained crates without an advisory database. Yanked crates are marked in cargo's copy of the
+//! registry's index. Unmaintained crates declare themselves in `[badges.maintenance]` of their manifests.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -29,7 +29,7 @@ pub fn read<'a>(packages: impl Iterator<Item = &'a Package>) -> Result<Found> {
     read_with(&home.map(|home| indexes(&home.join("registry/index"))).unwrap_or_default(), packages)
 }
 
-/// Like [`read`], with these copies of the index.
+/// Like [`read`], but reads the copies of the index in `indexes`.
 fn read_with<'a>(indexes: &[PathBuf], packages: impl Iterator<Item = &'a Package>) -> Result<Found> {
     let (packages, own): (Vec<_>, Vec<_>) = packages.partition(|package| package.source.is_some());
     let direct: BTreeSet<_> = own.iter().flat_map(|own| &own.dependencies).map(|dependency| &dependency.name).collect();
@@ -43,8 +43,8 @@ fn read_with<'a>(indexes: &[PathBuf], packages: impl Iterator<Item = &'a Package
                 found.violations.push(format!("{name} {version} is yanked; `cargo update {name}` replaces it"));
             }
         }
-        // As with `unmaintained = "workspace"` in deny.toml, only direct dependencies are checked. Only the authors of
-        // the crates in between can replace an indirect dependency.
+        // As with `unmaintained = "workspace"` in deny.toml, only direct dependencies are checked. An indirect
+        // dependency can be replaced only by the authors of the crates that depend on it.
         if !direct.contains(name) {
             continue;
         }
@@ -65,9 +65,9 @@ fn indexes(dir: &Path) -> Vec<PathBuf> {
 
 /// Whether a version is yanked. `None` if cargo's copy of the index does not have the version.
 ///
-/// The index has a file for each crate: a header, and then the number and the JSON of each version, separated by NUL.
-/// The format is internal to cargo (`src/cargo/sources/registry/index/cache.rs`). Therefore parts that are not JSON are
-/// skipped.
+/// The index has a file for each crate. The file has a header, and then the number and the JSON of each version,
+/// separated by NUL. The format is internal to cargo (`src/cargo/sources/registry/index/cache.rs`). Therefore parts
+/// that are not JSON are skipped.
 fn yanked(index: &Path, name: &str, version: &str) -> Option<bool> {
     #[derive(Deserialize)]
     struct Entry {
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn yanked_version_counts_as_in_the_index() {
+    fn yanked_version_is_a_violation() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("3/n")).unwrap();
         fs::write(dir.path().join("3/n/nix"), b"\x03\x02\0\0\0etag\x001.0.0\0{\"vers\":\"1.0.0\",\"yanked\":true}\0")

@@ -33,7 +33,7 @@ fn graph(packages: Vec<Package>) -> Graph {
 
 /// Checks packages against [`RULES`], in which `to` replaces `from`.
 fn check(from: &str, to: &str, packages: Vec<Package>) -> Vec<String> {
-    assert!(RULES.contains(from), "{from}");
+    assert!(RULES.contains(from), "RULES does not contain {from:?}");
     violations(&Rules::parse(&RULES.replace(from, to)).unwrap(), &[graph(packages)]).unwrap()
 }
 
@@ -111,7 +111,7 @@ fn second_version_needs_a_skip_with_a_reason() {
 }
 
 #[test]
-fn different_workspaces_may_have_different_versions() {
+fn two_workspaces_may_have_different_versions_of_a_crate() {
     let rules = Rules::parse(RULES).unwrap();
     let graphs = [graph(vec![mit("1.0.0")]), graph(vec![mit("2.0.0")])];
     assert!(violations(&rules, &graphs).unwrap().is_empty());

@@ -46,8 +46,7 @@ pub struct Options {
     /// The number of targets that run at the same time. Default: the number of processors.
     #[arg(long, value_name = "N")]
     jobs: Option<usize>,
-    /// After the runs, add the inputs that libFuzzer has found to the corpora in tests/fuzz/corpus. Then minimize these
-    /// corpora.
+    /// After the runs, merge libFuzzer's new inputs into the corpora in tests/fuzz/corpus. Then minimize these corpora.
     #[arg(long)]
     minimize: bool,
     /// The targets to run. Default: all targets.

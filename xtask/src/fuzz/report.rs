@@ -1,4 +1,4 @@
-//! The results of fuzz targets, as libFuzzer prints them, and the table of these results.
+//! Reads the results of fuzz targets from libFuzzer's output, and formats a table of these results.
 
 use std::fmt;
 use std::fs;

@@ -40,8 +40,8 @@ pub const BUILDAH: Builder = Builder {
         "echo build:x:1000:1000::/home/build:/bin/sh >> \"$1/etc/passwd\"",
         "echo build:x:1000: >> \"$1/etc/group\"",
         "echo build:100000:65536 | tee \"$1/etc/subuid\" > \"$1/etc/subgid\"",
-        // In Debian these programs are set-user-ID, and as such they need CAP_SYS_ADMIN. With file capabilities, they
-        // do not need it.
+        // In Debian, newuidmap and newgidmap are set-user-ID root, and in this form the programs need CAP_SYS_ADMIN.
+        // With file capabilities, the programs need only CAP_SETUID and CAP_SETGID.
         "chmod u-s \"$1/usr/bin/newuidmap\" \"$1/usr/bin/newgidmap\"",
         "chroot \"$1\" setcap cap_setuid=ep /usr/bin/newuidmap cap_setgid=ep /usr/bin/newgidmap",
         "install -d -o 1000 -g 1000 \"$1/home/build\" \"$1/home/build/.local\" \"$1/home/build/.local/share\"",

@@ -40,7 +40,7 @@ impl Packages<'_> {
         for hook in self.hooks {
             command.arg(format!("--customize-hook={hook}"));
         }
-        // Containers do not need the caches of debconf and apt.
+        // Containers do not need caches, apt's package lists or logs.
         command.arg("--customize-hook=rm -rf \"$1\"/var/cache/* \"$1\"/var/lib/apt/* \"$1\"/var/log/*");
         command.arg(self.suite).arg(layer).args(self.mirror);
         // All files have this date, so that the layer depends only on the packages.

@@ -24,7 +24,8 @@ pub fn hash() -> String {
 /// Builds the program and writes the image's tar.
 pub fn build(out: &Path) -> Result<()> {
     let work = tempfile::tempdir()?;
-    // This directory is kept, so that the next attempt does not compile everything again if building the image fails.
+    // This directory is kept. If building the image fails, the next attempt can use the compiled files in the
+    // directory.
     let compiled = paths::state().join("fsx");
     let mut install = build::cargo();
     install.args(["install", "fsx", "--version", &format!("={VERSION}"), "--locked", "--target", build::TARGET]);

@@ -1,4 +1,5 @@
-//! Writes an image layer as a reproducible tar with fixed times. Files can have any owner, and root is not needed.
+//! Writes an image layer as a reproducible tar with fixed times. Files can have any owner, even if xtask does not run
+//! as root.
 
 use std::io::Write;
 use std::path::Path;

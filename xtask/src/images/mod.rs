@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 use crate::stamp::Stamp;
 use crate::user_cache::{Origin, Step};
 
-/// Reference of the image made of busybox-static alone.
+/// Reference of the image with busybox-static.
 pub const BUSYBOX: &str = "husk.test/busybox:latest";
 /// Reference of the Debian-based image with Python.
 pub const PYTHON: &str = "husk.test/python:latest";
@@ -34,10 +34,11 @@ pub const BUILDAH: &str = "husk.test/buildah:latest";
 /// Reference of the image with fsx.
 pub const FSX: &str = "husk.test/fsx:latest";
 
-/// Builds the images that most suites use in `out_dir`. Returns the paths of their tars, for `ctr images import`.
+/// Builds image tars in the directory `out_dir`: the tars of the images that most suites use. Returns the paths of
+/// these tars, for `ctr images import`.
 ///
 /// # Errors
-/// When an input is missing (busybox-static, mmdebstrap) or a file cannot be written.
+/// Fails if an input is missing (busybox-static, mmdebstrap) or a file cannot be written.
 pub fn build(out_dir: &Path) -> Result<Vec<PathBuf>> {
     fs::create_dir_all(out_dir).with_context(|| format!("failed to create {}", out_dir.display()))?;
     let busybox = busybox::Inputs::find()?;
@@ -49,11 +50,11 @@ pub fn build(out_dir: &Path) -> Result<Vec<PathBuf>> {
     ])
 }
 
-/// Builds the images whose containers build images. These images are not among those of [`build`], because they have
-/// several hundred megabytes, and only one suite uses them.
+/// Builds the images whose containers build images. [`build`] does not build these images, because they have several
+/// hundred megabytes and only one suite uses them.
 ///
 /// # Errors
-/// The same as those of [`build`].
+/// Fails if mmdebstrap is missing or a file cannot be written.
 pub fn build_builders(out_dir: &Path) -> Result<Vec<PathBuf>> {
     fs::create_dir_all(out_dir).with_context(|| format!("failed to create {}", out_dir.display()))?;
     Ok(vec![
@@ -65,7 +66,7 @@ pub fn build_builders(out_dir: &Path) -> Result<Vec<PathBuf>> {
 /// Builds the image with fsx, which only one suite uses.
 ///
 /// # Errors
-/// When the program cannot be fetched or built.
+/// Fails if the program cannot be fetched or built.
 pub fn build_fsx(out_dir: &Path) -> Result<Vec<PathBuf>> {
     fs::create_dir_all(out_dir).with_context(|| format!("failed to create {}", out_dir.display()))?;
     Ok(vec![cached(out_dir, "fsx", &fsx::hash(), fsx::build)?])
@@ -88,8 +89,8 @@ fn cached(out_dir: &Path, name: &str, inputs: &str, make: impl FnOnce(&Path) -> 
     Ok(tar)
 }
 
-/// Returns the lower-case hexadecimal SHA-256 of several pieces. Each piece is hashed with its length, so that the same
-/// bytes, divided into other pieces, have another hash.
+/// Returns the lower-case hexadecimal SHA-256 of several pieces. The length of each piece is hashed too. Therefore the
+/// hash depends on where a piece ends and the next piece begins.
 fn hash_of(pieces: &[&[u8]]) -> String {
     let mut hasher = Sha256::new();
     for piece in pieces {

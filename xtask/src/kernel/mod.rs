@@ -34,9 +34,10 @@ pub fn kernel() -> Result<PathBuf> {
     Ok(made)
 }
 
-/// File in the source's directory with the relocations for the decompressor (arch/x86/Makefile.postlink).
+/// File to which the kernel's build writes the relocations for the decompressor (arch/x86/Makefile.postlink). The path
+/// is relative to the source's directory.
 const RELOCATIONS: &str = "arch/x86/boot/compressed/vmlinux.relocs";
-/// Section of the image that contains the relocations. The VMM reads it (vmm-glue/src/arch/kaslr.rs).
+/// Section of the image that contains the relocations. The VMM reads this section (vmm-glue/src/arch/kaslr.rs).
 const RELOCATIONS_SECTION: &str = ".husk.relocs";
 
 /// Compiles the kernel, strips it, and adds its relocations.
@@ -157,7 +158,10 @@ mod tests {
         // A file in place of the directory makes the removal of the old source fail.
         fs::write(dir.path().join(KERNEL_SOURCE), "").unwrap();
         unpack(dir.path(), Path::new("/no/such/tarball"), "6.12").unwrap_err();
-        assert!(!dir.path().join("unpacked").exists(), "an incomplete source would count as unpacked");
+        assert!(
+            !dir.path().join("unpacked").exists(),
+            "the stamp still exists, so an incomplete source would count as unpacked"
+        );
     }
 
     #[test]

@@ -66,8 +66,8 @@ pub fn uses(modules: &[Module]) -> Vec<Use> {
     let mut uses = Vec::new();
     for (from, names) in scope.names.iter().enumerate() {
         for named in &names.named {
-            // A path that is a single name may be a variable with the name of a child module. Therefore it does not
-            // count.
+            // A path that is a single name may be a variable with the name of a child module. Therefore such a path
+            // does not count as a use.
             if let (Kind::Path, [name]) = (named.kind, named.segments.as_slice())
                 && scope.child(from, name).is_some()
             {
@@ -142,7 +142,7 @@ impl Scope<'_> {
         }
         if let Some(import) = self.names[at].imports.get(name) {
             let path: Vec<String> = import.iter().chain(rest).cloned().collect();
-            // `use serde;` and the like import another crate.
+            // Declarations such as `use serde;` import another crate.
             return if path.first().is_some_and(|first| first == name) && import.len() == 1 {
                 None
             } else {
@@ -207,7 +207,7 @@ fn import(names: &mut Names, tree: &UseTree) {
 }
 
 /// A function that takes a path of a `use` declaration, the name that the declaration defines for the path (`None` if
-/// it imports all names), and the line of the path.
+/// the declaration imports all names), and the line of the path.
 type Found<'a> = dyn FnMut(&[String], Option<&str>, usize) + 'a;
 
 /// Calls `found` for each path of a `use` declaration. All paths begin with the names in `prefix`.

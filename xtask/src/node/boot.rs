@@ -56,13 +56,14 @@ enum Event {
 pub enum Progress<'a> {
     /// The text of a line "mark TEXT" on the script's fd 9.
     Mark(&'a str),
-    /// Bytes that the script printed, not divided into lines. Whether they arrive before or after a mark is not fixed.
+    /// Bytes that the script printed, not divided into lines. Output and marks use different pipes, so the order
+    /// between output and a mark is not fixed.
     Output(&'a [u8]),
 }
 
 /// A node to boot.
 pub struct Boot<'a> {
-    /// Which of the nodes that can run at the same time to use.
+    /// Selects one of the nodes that can run at the same time.
     pub seat: Seat,
     /// Disk, kernel and initramfs.
     pub node: &'a Node,
@@ -74,7 +75,7 @@ pub struct Boot<'a> {
     pub out: &'a Path,
     /// The node's size.
     pub machine: Machine,
-    /// Further parameters of the kernel's command line, for the node's init.
+    /// Further parameters of the kernel's command line.
     pub parameters: &'static str,
 }
 
@@ -100,8 +101,8 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
             // and whether interrupts are held back (GIF). If a VMRUN or #VMEXIT on the first CPU changes this word at
             // the same moment, that change can be lost.
             cpus += 1;
-            // no_timer_check: the kernel's test of the timer interrupt fails on a machine this slow.
-            // init_on_alloc=0: Debian's kernel would clear every page and object that it allocates.
+            // With no_timer_check, the kernel skips its test of the timer interrupt. This test fails on a machine this
+            // slow. Without init_on_alloc=0, Debian's kernel would clear every page and object that it allocates.
             "isolcpus=0 no_timer_check init_on_alloc=0 husk.accel=tcg"
         }
     };
@@ -121,7 +122,7 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
     let parameters = boot.parameters;
     command
         .arg("-append")
-        // nokaslr: the addresses in a kernel's crash report match the symbol table.
+        // With nokaslr, the addresses in a kernel's crash report match the symbol table.
         .arg(format!(
             "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable husk.mode={mode} {accel} {parameters}"
         ));

@@ -108,9 +108,9 @@ impl Memory {
     fn write(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
         let at = usize::try_from(at)?;
         if at.checked_add(bytes.len()).is_none_or(|end| end > MEMORY) {
-            bail!("failed to write {} bytes at {at:#x}: outside of guest memory", bytes.len());
+            bail!("failed to write {} bytes at {at:#x}: the range ends outside of guest memory", bytes.len());
         }
-        // SAFETY: the range lies within the mapping, checked above, and no vCPU runs while it is written.
+        // SAFETY: the check above ensures that the range is inside the mapping. No vCPU runs during the write.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.0.cast::<u8>().add(at), bytes.len()) };
         Ok(())
     }

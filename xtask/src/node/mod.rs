@@ -38,7 +38,7 @@ pub struct Run {
     pub containerd: Line,
     /// Time limits after which the node is stopped.
     pub limits: Limits,
-    /// Which of the nodes that can run at the same time to use.
+    /// Selects one of the nodes that can run at the same time.
     pub seat: Seat,
 }
 

@@ -107,7 +107,7 @@ fn make_tree(tree: &Path, packages: &str) -> Result<()> {
     for path in EXCLUDED {
         command.arg(format!("--dpkgopt=path-exclude={path}"));
     }
-    // With `INITRD=No`, the kernel's package does not build Debian's initramfs, which is not used.
+    // The node boots with its own initramfs. `INITRD=No` keeps the kernel's package from building Debian's initramfs.
     command.env("INITRD", "No");
     command.arg(RELEASE).arg(tree);
     // If this machine does not run Debian, mmdebstrap uses its default mirror.
@@ -117,8 +117,8 @@ fn make_tree(tree: &Path, packages: &str) -> Result<()> {
 
 /// Returns the release of the kernel in a tree, and the directory of its modules.
 pub fn modules(tree: &Path) -> Result<(String, PathBuf)> {
-    // The path does not begin with `usr`, because in a tree whose packages were extracted but not installed, `lib` is
-    // not a link to `usr/lib`.
+    // The path begins with `lib`, which exists in every tree. In a tree of installed packages, `lib` is a link to
+    // `usr/lib`. In a tree of extracted packages, `lib` is a directory.
     let modules = tree.join("lib/modules");
     let entry = fs::read_dir(&modules).with_context(|| format!("failed to read {}", modules.display()))?.next();
     let entry = entry.context("failed to find a kernel in the node's tree")??;

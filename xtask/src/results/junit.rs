@@ -15,8 +15,8 @@ pub fn report(suites: &[SuiteResult], seconds: f64) -> Report {
     report
 }
 
-/// Returns the JUnit form of a suite. It has the tests of all attempts. If an attempt did not pass although no test of
-/// it failed, it also has a test case `(suite)`.
+/// Returns the JUnit form of a suite, with the tests of all attempts. The test case `(suite)` is added if the suite was
+/// not run, or if an attempt did not pass although none of its tests failed.
 fn junit_suite(result: &SuiteResult) -> TestSuite {
     let class = format!("{}.{}", result.line, result.suite);
     let mut suite = TestSuite::new(&class);

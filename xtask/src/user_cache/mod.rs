@@ -2,8 +2,9 @@
 //!
 //! A step always makes its outputs in `target/husk`, with a [`Stamp`] of its key. The cache has the outputs too, as
 //! `KIND/KEY/OUTPUT` in `$XDG_CACHE_HOME/husk` or `~/.cache/husk`. If possible, the files in the cache are hard links
-//! to the outputs. Writing to an output would then change the cache. Therefore a step removes its old outputs before it
-//! makes new outputs. A new entry gets its name when it is complete, so that no process sees an incomplete entry.
+//! to the outputs. Writing to such an output would change the file in the cache. Therefore a step removes its old
+//! outputs before it makes new outputs. A new entry gets its name only when it is complete, so that no process sees an
+//! incomplete entry.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -25,8 +26,8 @@ const MAX_AGE: Duration = Duration::from_secs(30 * DAY);
 /// Maximum number of entries of a kind. The entries that were used last are kept.
 const MAX_VERSIONS: usize = 3;
 const DAY: u64 = 24 * 60 * 60;
-/// Prefix of the name of a directory that is not yet an entry, or no longer. A process that is killed leaves its
-/// directory behind.
+/// Prefix of the names of directories that do not count as entries: each contains an entry that a process is adding or
+/// removing. A process that is killed leaves such a directory behind.
 const PART: &str = ".part-";
 
 /// A build step whose outputs the cache keeps.
@@ -53,8 +54,9 @@ pub enum Origin {
 }
 
 impl Step<'_> {
-    /// Makes the outputs in `target/husk`, unless they are already there. Takes them from the user's cache if it has
-    /// them, and otherwise builds them. The caller holds a lock that excludes other processes from the outputs.
+    /// Makes the outputs in `target/husk`, unless they are already there. Takes the outputs from the user's cache if
+    /// they are there, and otherwise builds them. The caller holds a lock that excludes other processes from the
+    /// outputs.
     pub fn run(&self, build: impl FnOnce() -> Result<()>) -> Result<Origin> {
         self.run_with(user(), build)
     }
@@ -214,7 +216,7 @@ fn link(from: &Path, to: &Path) -> Result<()> {
 
 /// Records in the modification time of an entry that the entry was used now.
 fn touch(entry: &Path) {
-    // If the cache belongs to another user, this fails. Then only the owner's uses count.
+    // If the cache belongs to another user, setting the time fails, and only uses by the cache's owner count.
     let _ = File::open(entry).and_then(|dir| dir.set_modified(SystemTime::now()));
 }
 

@@ -23,7 +23,7 @@ impl Clone {
         Step { kind: "kernel", key, outputs: &outputs, stamp }.run_with(cache, || {
             assert!(
                 !self.outputs[0].exists(),
-                "the old output still exists, so the build would write to a file of the cache"
+                "the old output is still a hard link to a file of the cache, so the build would overwrite that file"
             );
             self.builds.set(self.builds.get() + 1);
             files::make_dir(&self.outputs[1].join("deep"))?;
@@ -67,7 +67,7 @@ fn another_clone_takes_the_outputs_from_the_cache() {
 }
 
 #[test]
-fn two_clones_at_once_build_once() {
+fn clones_that_run_at_the_same_time_build_only_once() {
     let dir = tempfile::tempdir().unwrap();
     let cache = cache(dir.path());
     let builds: u32 = std::thread::scope(|scope| {
