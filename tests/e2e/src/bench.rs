@@ -7,8 +7,8 @@ use std::fmt::Write as _;
 
 use husk_config::timeline::Timeline;
 
-/// Returns the median. For an even number of values, this is the mean of the two middle values. Returns 0 if there
-/// are no values.
+/// Returns the median, or 0 if there are no values. For an even number of values, the median is the mean of the two
+/// middle values.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -20,7 +20,7 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// The time of a timeline step, measured over several starts.
+/// Median time of a timeline step over several starts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepTime {
     /// Name of the step.
@@ -29,8 +29,8 @@ pub struct StepTime {
     pub at: f64,
 }
 
-/// Computes the median time of each step over several starts. Each start is given as the time at which its `ctr` was
-/// started (CLOCK_MONOTONIC, in ns) and its timeline. Omits steps that do not occur in all starts.
+/// Computes the median time of each step over several starts. `starts` has a pair for each start: the time at which
+/// `ctr` was started (CLOCK_MONOTONIC, in ns), and the timeline. Omits steps that do not occur in all starts.
 pub fn step_times(starts: &[(u64, Timeline)]) -> Vec<StepTime> {
     let Some((_, first)) = starts.first() else { return Vec::new() };
     let mut times: Vec<StepTime> = Vec::new();
@@ -59,7 +59,7 @@ pub struct Series {
     pub seconds: Vec<f64>,
 }
 
-/// Memory use at idle, in KiB.
+/// Memory use of an idle container, in KiB.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct MemoryUse {
     /// PSS of the VMM, without guest memory.
@@ -72,7 +72,7 @@ pub struct MemoryUse {
 
 /// Formats the report as Markdown, for `docs/performance.md`.
 ///
-/// `weights` are the memory uses of runtimes, in pairs with the runtimes' names.
+/// `weights` has a pair for each measured runtime: its name and its memory use.
 pub fn report(series: &[Series], steps: &[StepTime], weights: &[(&str, MemoryUse)]) -> String {
     let mut text = String::new();
     let base = series.iter().find(|one| one.name == "runc").map_or(0.0, |one| median(&one.seconds));
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn step_times_keeps_steps_common_to_all_starts_in_order() {
+    fn step_times_omits_steps_missing_in_a_start() {
         let start = |offset: u64, steps: &[(&str, u64)]| {
             let mut timeline = Timeline::default();
             steps.iter().for_each(|(name, at)| timeline.push(*name, offset + at * 1_000_000));

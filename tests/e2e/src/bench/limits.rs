@@ -17,10 +17,11 @@ use crate::{PYTHON, node};
 /// Duration of the load before each measurement. This load uses up the burst, which is a tenth of the rate.
 const WARM_UP: Duration = Duration::from_secs(2);
 
-/// A Python program that reads a file with O_DIRECT, and therefore not through the guest's page cache. Four threads
-/// read, so that a request is always waiting for the limit, however long one read takes. Prints the number of reads and
-/// the seconds. In the share, the guest also requests the file's attributes once per second (fuse_update_attributes()
-/// in fs/fuse/dir.c). These requests take tokens, but are not counted.
+/// A Python program that reads a file. The reads use O_DIRECT, to bypass the guest's page cache. Four threads read, so
+/// that a request is always waiting for the rate limit, however long one read takes. Prints the number of reads and the
+/// duration of the measurement in seconds. If the file is in the share, the guest kernel also requests the file's
+/// attributes once per second (fuse_update_attributes() in fs/fuse/dir.c). The requests for attributes take tokens, but
+/// the printed number does not include them.
 const READ: &str = "import os, mmap, sys, threading, time
 path, size, warm_up, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
 fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -48,7 +49,8 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
     while time.monotonic() - begin < seconds:
         sender.sendto(data, to)";
 
-/// A Python program that prints how many bytes and frames the interface has received, and the duration in seconds.
+/// A Python program that measures what the interface receives. Prints the numbers of bytes and frames, and the duration
+/// of the measurement in seconds.
 const RECEIVE: &str = "import socket, sys, time
 def counters():
     values = [open('/sys/class/net/eth0/statistics/rx_' + name).read() for name in ('bytes', 'packets')]
@@ -61,7 +63,7 @@ time.sleep(float(sys.argv[2]))
 end = counters()
 print(end[1] - begin[1], end[2] - begin[2], end[0] - begin[0])";
 
-/// Length of the headers of Ethernet, IPv4 and UDP.
+/// Total length of the Ethernet, IPv4 and UDP headers, in bytes.
 const UDP_HEADERS: usize = 14 + 20 + 8;
 
 /// The limits of one pod's devices.
@@ -89,8 +91,7 @@ impl Limit {
         }
     }
 
-    /// Returns the length of a read in bytes. The limits in `BYTES` and `OPERATIONS` allow 32 or 40 such reads per
-    /// second.
+    /// Returns the length of a read in bytes. `BYTES` allows 32 such reads per second, and `OPERATIONS` allows 40.
     fn read_len(self) -> usize {
         match self {
             Self::Bytes(_) => 128 << 10,
@@ -115,7 +116,7 @@ impl Limit {
     }
 }
 
-/// These rates are so low that even an emulated node can reach them.
+/// Limits in bytes per second. Even an emulated node can reach these rates.
 const BYTES: Limits = Limits {
     disk: Limit::Bytes(4 << 20),
     receive: Limit::Bytes(400_000),
@@ -123,6 +124,7 @@ const BYTES: Limits = Limits {
     share: Limit::Bytes(4 << 20),
     vsock: Limit::Bytes(1 << 20),
 };
+/// Limits in operations per second. Even an emulated node can reach these rates.
 const OPERATIONS: Limits = Limits {
     disk: Limit::Operations(40),
     receive: Limit::Operations(100),
@@ -207,7 +209,7 @@ fn read(container: &PodContainer, path: &str, limit: Limit, duration: Duration) 
     limit.rate(printed[0] * length as f64, printed[0], printed[1])
 }
 
-/// Lets the container send datagrams to the node, and measures the rate at which they arrive.
+/// Lets the container send datagrams to the node, and measures the rate at which the datagrams arrive.
 fn transmit(container: &PodContainer, limit: Limit, duration: Duration) -> f64 {
     let receiver = UdpSocket::bind("10.88.0.1:0").unwrap();
     receiver.set_read_timeout(Some(crate::command::TIMEOUT)).unwrap();
@@ -232,7 +234,7 @@ fn transmit(container: &PodContainer, limit: Limit, duration: Duration) -> f64 {
     limit.rate(frames * (length + UDP_HEADERS) as f64, frames, seconds)
 }
 
-/// Sends datagrams to the pod at twice the limit, and measures the rate of the frames that the guest receives.
+/// Sends datagrams to the pod at twice the limit, and measures the rate at which the guest receives frames.
 fn receive(pod: &Pod, container: &PodContainer, limit: Limit, duration: Duration) -> f64 {
     let address = pod.addresses().into_iter().find(IpAddr::is_ipv4).unwrap();
     let length = limit.datagram_len();
@@ -266,18 +268,18 @@ fn exec(container: &PodContainer, command: &[&str]) -> Stream {
     Stream::connect(call("Exec", &request)["url"].as_str().unwrap())
 }
 
-/// Measures the rate of vsock. If the limit is in bytes, a command writes output. If the limit is in operations,
-/// commands echo single bytes. For each echoed byte, the guest sends two packets: the echo, and a credit update. The
-/// guest sends the credit update because its receive buffer is empty again (virtio_transport_stream_do_dequeue() in
-/// net/vmw_vsock/virtio_transport_common.c).
+/// Measures the rate of the vsock device. If the limit is in bytes, a command writes output. If the limit is in
+/// operations, commands echo single bytes. For each echoed byte, the guest sends two packets: the echo, and a credit
+/// update. The guest sends the credit update because its receive buffer is empty again
+/// (virtio_transport_stream_do_dequeue() in net/vmw_vsock/virtio_transport_common.c).
 fn vsock(container: &PodContainer, limit: Limit, duration: Duration) -> f64 {
     match limit {
         Limit::Bytes(rate) => {
-            // At the limit, the command's output lasts three seconds longer than the warm-up and the measurement.
+            // At the limit's rate, the output lasts three seconds longer than the warm-up and the measurement together.
             let bytes = (WARM_UP + duration + Duration::from_secs(3)).as_secs() * rate;
             let mut stream = exec(container, &["dd", "if=/dev/zero", "bs=65536", &format!("count={}", bytes / 65536)]);
             let mut receive = || {
-                let (from, data) = stream.receive().expect("the command ended too early");
+                let (from, data) = stream.receive().expect("the command ended before the end of the measurement");
                 if from == channel::STDOUT { data.len() as u64 } else { 0 }
             };
             while receive() == 0 {}

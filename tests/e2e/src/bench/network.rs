@@ -13,8 +13,8 @@ use crate::cri::pod::need_image;
 use crate::cri::{Pod, PodContainer, pods_with_handler};
 use crate::{PYTHON, node};
 
-/// Python server. On port 8080, it echoes the received data. On port 8081, it counts the received bytes and sends the
-/// count at the end. Each port serves one connection at a time.
+/// A Python server. On port 8080, the server echoes the received data. On port 8081, the server counts the received
+/// bytes, and sends the count after the client's last byte. Each port serves one connection at a time.
 const SERVER: &str = "import socket, threading
 def serve(port, each):
     server = socket.create_server(('0.0.0.0', port))
@@ -73,7 +73,7 @@ pub fn measure(runs: u32, mib: usize, vcpus: u32) {
     let mut variants = [("vhost-net", true), ("VMM", false)].map(variant);
     traffic(&mut variants, runs, mib, vcpus);
     starts(&mut variants, runs);
-    println!("\n| carried by | out MiB/s | in MiB/s | round trip | network connected | sandbox set up |");
+    println!("\n| frames carried by | out MiB/s | in MiB/s | round trip | network connected | sandbox set up |");
     println!("| --- | ---: | ---: | ---: | ---: | ---: |");
     for variant in variants {
         let [egress, ingress, trip] =
@@ -173,7 +173,7 @@ fn round_trip(ip: IpAddr) -> f64 {
     median(&trips)
 }
 
-/// Measures the duration of a pod's start, and the part of it that sets up the taps.
+/// Measures the duration of a pod's start, and the time from the VMM's start until the network is connected.
 fn starts(variants: &mut [Variant; 2], runs: u32) {
     for round in 0..=runs {
         for variant in variants.iter_mut() {

@@ -79,19 +79,19 @@ struct Runtime {
 
 const RUNTIMES: [Runtime; 4] = [
     Runtime { name: "runc", flags: &["--runtime", "io.containerd.runc.v2"] },
-    // Debian's runsc has no shim. Therefore containerd's shim for runc runs it.
+    // Debian's runsc has no shim. Therefore containerd's shim for runc runs runsc.
     Runtime { name: "runsc", flags: &["--runtime", "io.containerd.runc.v2", "--runc-binary", RUNSC] },
     Runtime { name: "husk", flags: &["--runtime", "io.containerd.husk.v2"] },
-    // A build of Husk whose VMM has no jail (feature `unjailed` of the crate `husk-vmm`).
+    // This is a build of Husk whose VMM has no jail (feature `unjailed` of the crate `husk-vmm`).
     Runtime { name: "unjailed", flags: &["--runtime", "io.containerd.husk-unjailed.v2"] },
 ];
 
 /// Path of a script that runs runsc with options that containerd's shim for runc cannot set.
 const RUNSC: &str = "/run/husk-bench-runsc";
 
-/// `--network=none` is needed because the network namespace of `ctr run` is empty. runsc with a network refuses to
-/// start in an empty namespace. `--platform=systrap` needs no KVM, so that Husk's guests have the node's KVM for
-/// themselves.
+/// `--network=none` is needed because the network namespace of `ctr run` is empty: with a network, runsc refuses to
+/// start in an empty network namespace. `--platform=systrap` makes runsc run without KVM, which leaves the node's KVM
+/// to Husk's guests.
 const RUNSC_SCRIPT: &str = "#!/bin/sh\nexec runsc --network=none --platform=systrap \"$@\"\n";
 
 /// File to which Husk's shims append timelines during the benchmark.
@@ -106,7 +106,7 @@ fn main() -> Result<()> {
         }
         Command::Limits { seconds } => {
             if !limits::measure(seconds) {
-                bail!("a device does not hold a rate limit within 5 %");
+                bail!("the rate of a device differs from its limit by more than 5 %");
             }
             Ok(())
         }
@@ -156,7 +156,7 @@ fn exec_once(container: &PodContainer, mib: u64) -> f64 {
             bytes += data.len() as u64;
         }
     }
-    assert_eq!(bytes, mib << 20, "number of output bytes");
+    assert_eq!(bytes, mib << 20, "the command's output has a wrong number of bytes");
     mib as f64 / begin.elapsed().as_secs_f64()
 }
 
@@ -226,7 +226,7 @@ fn run_once(runtime: &Runtime, round: u32) -> Result<(f64, String)> {
     Ok((output.took.as_secs_f64(), id))
 }
 
-/// Returns the timeline of sandbox `id`. The shim may write it shortly after `ctr` has returned.
+/// Returns the timeline of sandbox `id`. Waits for the timeline, because the shim may write it after `ctr` has exited.
 fn timeline(id: &str) -> Result<Timeline> {
     let find = || {
         let text = fs::read_to_string(Path::new(TIMELINES)).ok()?;
@@ -235,7 +235,7 @@ fn timeline(id: &str) -> Result<Timeline> {
     node::eventually(Duration::from_secs(10), find).with_context(|| format!("no timeline of {id} in {TIMELINES}"))
 }
 
-/// Measures the memory use of an idle container with a runtime of Husk.
+/// Measures the memory use of an idle container that runs with `runtime`, which has to be a build of Husk.
 fn measure_memory(runtime: &Runtime) -> Result<MemoryUse> {
     let id = "bench-weight";
     let mut args = vec!["run", "--rm"];
