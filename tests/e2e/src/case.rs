@@ -32,7 +32,7 @@ pub struct Case {
 /// A mounted rootfs.
 struct Rootfs {
     path: PathBuf,
-    /// Whether ctr has mounted the rootfs. If so, ctr also unmounts it, and removes the lease that ctr made for it.
+    /// Whether ctr has mounted the rootfs. If so, ctr also unmounts the rootfs, and removes the lease of the mount.
     by_ctr: bool,
 }
 
@@ -42,7 +42,7 @@ pub fn case(name: &str, body: impl FnOnce(&Case)) {
     case_of(name, &crate::runtime(), body);
 }
 
-/// Like [`case`], with a runtime other than the one under test.
+/// Like [`case`], but uses `runtime` instead of the runtime under test.
 #[track_caller]
 pub fn case_of(name: &str, runtime: &str, body: impl FnOnce(&Case)) {
     node::need_image(BUSYBOX);
@@ -58,7 +58,7 @@ pub fn case_of(name: &str, runtime: &str, body: impl FnOnce(&Case)) {
     let result = catch_unwind(AssertUnwindSafe(|| body(&case)));
     let forced = case.clean_up(result.is_err());
     if let Err(panic) = result {
-        // The test fails with its own error. Its leftovers are also printed, because they may explain the failure.
+        // The test fails with its own error. The leftovers are printed too, because they may explain this error.
         if let Err(left) = before.compare_until_equal(Duration::from_secs(5)) {
             eprintln!("leftovers of the failed test:\n{left}");
         }
@@ -133,7 +133,7 @@ impl Case {
 
     /// Mounts a writable busybox rootfs on the node for this test. containerd's snapshotter makes the rootfs.
     pub fn rootfs(&self, name: &str) -> PathBuf {
-        /// The key of the snapshot of the image's uppermost layer.
+        /// Snapshot key of the image's uppermost layer.
         static LAYER: OnceLock<String> = OnceLock::new();
         let path = self.dir.join(format!("{name}.rootfs"));
         fs::create_dir_all(&path).unwrap();
@@ -146,7 +146,7 @@ impl Case {
                 false
             }
             None => {
-                // The id of the uppermost layer is not known yet, and only ctr can derive it from the image.
+                // The key of the uppermost layer is not known yet, and only ctr can derive it from the image.
                 run_ctr(&["images", "mount", "--rw", BUSYBOX, &key]).expect_code(0);
                 let layer = containerd::snapshot_parent(NAMESPACE, &key);
                 let layer =
@@ -159,8 +159,8 @@ impl Case {
         path
     }
 
-    /// Removes the test's containers and mounts. Returns the ids of the containers that had to be removed by force. If
-    /// the test has failed, returns an empty list.
+    /// Removes the test's remaining containers and mounts. Returns the ids of these containers, or an empty list if the
+    /// test has failed.
     fn clean_up(&self, failed: bool) -> Vec<String> {
         let prefix = format!("{}-", self.name);
         let mut ids = containerd::containers(NAMESPACE).unwrap_or_default();
@@ -231,7 +231,7 @@ impl Container {
         run_ctr(&all)
     }
 
-    /// Returns the pid that containerd has for the task.
+    /// Returns the pid that containerd reports for the task.
     #[track_caller]
     pub fn pid(&self) -> i32 {
         self.record().pid
@@ -250,7 +250,7 @@ impl Container {
         found.unwrap_or_else(|| panic!("containerd has no task {}; its tasks: {tasks:?}", self.id))
     }
 
-    /// Kills the container, and waits until its `ctr run` exits with the code for signal 9.
+    /// Kills the container with SIGKILL. Waits for its `ctr run` to exit, and requires exit code 137 (128 + 9).
     #[track_caller]
     pub fn kill(self) -> Output {
         containerd::kill(NAMESPACE, &self.id, libc::SIGKILL)

@@ -1,4 +1,4 @@
-//! Runs programs with a timeout and collects their output. If an expectation fails, the output is printed.
+//! Runs programs with a timeout and collects their output. If a check of the output fails, the output is printed.
 
 use std::fmt::Write as _;
 use std::io::{Read, Write};
@@ -80,7 +80,7 @@ impl Output {
         let out = self.out();
         assert!(
             self.code == 0 && out.trim_end() == expected.trim_end(),
-            "expected output:\n{expected}\n{}",
+            "expected success and the output:\n{expected}\n{}",
             self.describe()
         );
         self
@@ -162,12 +162,12 @@ impl Running {
         Self::new(child, line, messages, 2)
     }
 
-    /// Starts `command` on a terminal. `master` is the terminal's master side.
+    /// Starts `command` on a terminal. `master` is the fd of the terminal's master side.
     #[track_caller]
     pub fn start_on_terminal(mut command: Command, master: OwnedFd) -> Self {
         let line = format!("{command:?}").replace('"', "");
         let child = command.spawn().unwrap_or_else(|error| panic!("failed to run {line}: {error}"));
-        // `command` holds fds of the slave side. The master reports end of file only when all of them are closed.
+        // Closes the fds of the slave side in `command`. Otherwise, reads from the master side would never end.
         drop(command);
         let (sender, messages) = channel();
         let master = std::fs::File::from(master);
@@ -216,8 +216,8 @@ impl Running {
         panic!("the program has not printed {text:?}\n{}", output.describe());
     }
 
-    /// Like [`Running::wait_for`], with the timeout `limit`. Returns `None` if the timeout expires or the output ends,
-    /// and does not kill the program.
+    /// Like [`Running::wait_for`], but with the timeout `limit`. If the timeout expires or the output ends, returns
+    /// `None` and does not kill the program.
     pub fn try_wait_for(&mut self, text: &str, limit: Duration) -> Option<String> {
         let deadline = Instant::now() + limit;
         loop {
@@ -256,8 +256,8 @@ impl Running {
         true
     }
 
-    /// Returns whether standard output has a line with `text` so far. Lines that [`Running::wait_for`] has consumed
-    /// count too.
+    /// Returns whether the program has already printed a line with `text` on standard output. Lines that
+    /// [`Running::wait_for`] has consumed count too.
     pub fn has_printed(&mut self, text: &str) -> bool {
         while self.receive(Instant::now()) {}
         self.output.out().lines().any(|line| line.contains(text))
@@ -312,8 +312,8 @@ impl Drop for Running {
     }
 }
 
-/// Sends the data read from `source`, then `None` at its end. On a terminal, the end is the error EIO, which means that
-/// all fds of the slave side are closed.
+/// Passes the data from `source` to `send`, and `None` at the end of `source`. A terminal ends with the error EIO when
+/// all fds of its slave side are closed.
 fn pump(mut source: impl Read, send: &dyn Fn(Option<Vec<u8>>) -> bool) {
     let mut buffer = vec![0; 256 * 1024];
     while let Ok(length @ 1..) = source.read(&mut buffer) {

@@ -1,7 +1,7 @@
 //! Tests each behaviour separately and records the results for the tables in docs/conformance.md.
 //!
-//! If `HUSK_CONFORMANCE` names a file, one line per behaviour is appended to it: group, behaviour and result, separated
-//! by tabs.
+//! If `HUSK_CONFORMANCE` names a file, the tests append one line per behaviour to this file. The line has the group,
+//! the behaviour and the result, separated by tabs.
 
 use std::cell::RefCell;
 use std::fs::OpenOptions;
@@ -52,8 +52,8 @@ impl Group {
         self.record(behaviour, result);
     }
 
-    /// Tests a behaviour that requires something a VM does not share with its host. Under Husk, `request` has to return
-    /// an error that contains `word`.
+    /// Tests a behaviour that needs a mount or a namespace of the host, which a VM cannot share. With runc, `probe`
+    /// tests the behaviour. Under Husk, `request` has to return an error that contains `word`.
     pub fn check_or_rejected(
         &mut self,
         behaviour: &str,

@@ -32,7 +32,7 @@ pub fn containers(namespace: &str) -> Result<Vec<String>, Status> {
     Ok(items(&answer["containers"]).map(|container| text(&container["id"])).collect())
 }
 
-/// Deletes containerd's record of a container and the container's snapshot. The container must not have a task.
+/// Deletes a container from containerd, and removes the container's snapshot. The container must not have a task.
 ///
 /// # Errors
 /// The status of the failed call.
@@ -84,7 +84,7 @@ pub fn snapshot_parent(namespace: &str, key: &str) -> Result<String, Status> {
 /// The status of the failed call.
 #[track_caller]
 pub fn prepare_snapshot(namespace: &str, key: &str, parent: &str) -> Result<String, Status> {
-    // Without this label, garbage collection would remove the snapshot.
+    // Without this label, containerd's garbage collection would remove the snapshot.
     let labels = json!({ "containerd.io/gc.root": "husk-e2e" });
     let request = json!({ "snapshotter": SNAPSHOTTER, "key": key, "parent": parent, "labels": labels });
     let answer = call(namespace, "snapshots.v1.Snapshots", "Prepare", &request)?;
@@ -102,7 +102,7 @@ pub fn remove_snapshot(namespace: &str, key: &str) -> Result<(), Status> {
     call(namespace, "snapshots.v1.Snapshots", "Remove", &request).map(drop)
 }
 
-/// Publishes an event without content. containerd sends it to all subscribers.
+/// Publishes an event without content. containerd sends the event to all subscribers.
 ///
 /// # Errors
 /// The status of the failed call.
