@@ -24,7 +24,7 @@ pub fn check_allow_list(pods: &Pods) {
         let container = pod.sleeper();
         assert_eq!(container.sh("nproc"), "2");
         let mib: u64 = container.sh("awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo").parse().unwrap();
-        assert!((280..333).contains(&mib), "the guest has {mib} MiB of memory");
+        assert!((280..333).contains(&mib), "the guest has {mib} MiB of memory, expected 280 to 332 MiB");
         let line = container.sh("cat /proc/cmdline");
         assert!(line.contains(" husk.test=word mitigations=off"), "{line}");
         pod.stop();

@@ -11,18 +11,18 @@ use crate::node;
 /// containerd uses the first file in the order of names. Therefore this file takes precedence over the node's file.
 const FILE: &str = "/etc/cni/net.d/00-test.conflist";
 
-/// Runs `body` while pods get a network from this chain of plugins.
+/// Runs `body`. Its pods get a network from the CNI plugin chain `plugins`.
 ///
 /// # Panics
-/// If containerd does not load the network, and in the cases in which [`pods`] panics.
+/// If containerd does not load the network, or if [`pods`] panics.
 #[track_caller]
 pub fn network(name: &str, plugins: Value, body: impl FnOnce(&Pods)) {
     let wait = |wanted: &str| {
         let found = node::eventually(Duration::from_secs(20), || loaded().contains(wanted).then_some(()));
-        assert!(found.is_some(), "containerd has loaded the networks {:?}, expected {wanted}", loaded());
+        assert!(found.is_some(), "containerd has not loaded the network {wanted}, only {:?}", loaded());
     };
     let config = json!({ "cniVersion": "1.0.0", "name": name, "plugins": plugins });
-    // containerd reloads the directory when a file is written or removed.
+    // containerd reloads its networks when a file in this directory is written or removed.
     fs::write(FILE, config.to_string()).unwrap();
     wait(name);
     pods(name, body);

@@ -11,8 +11,9 @@ use std::path::{Component, Path};
 /// A file of a volume: its path in the volume, its content and its permissions.
 pub type Entry<'a> = (&'a str, &'a [u8], u32);
 
-/// Replaces the content of `volume` by `entries`. Writes the entries to a new directory `version`. Then atomically
-/// replaces the symbolic link `..data` by a link to this directory. The visible names are links through `..data`.
+/// Replaces the content of `volume` with `entries`. Writes the entries to a new directory `version`. Then atomically
+/// replaces the symbolic link `..data` with a link to this directory. The visible names in the volume are links through
+/// `..data`.
 #[track_caller]
 pub fn write_atomically(volume: &Path, version: &str, entries: &[Entry]) {
     fs::create_dir_all(volume).unwrap();
@@ -39,7 +40,7 @@ pub fn write_atomically(volume: &Path, version: &str, entries: &[Entry]) {
             made => made.unwrap(),
         }
     }
-    // Removes the links to removed files, and then the directory of the old version.
+    // Removes the visible names that `entries` no longer contains, and then the directory of the old version.
     let there: Vec<OsString> = fs::read_dir(volume).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     for name in there.iter().filter(|name| !name.to_string_lossy().starts_with("..") && !visible.contains(*name)) {
         fs::remove_file(volume.join(name)).unwrap();

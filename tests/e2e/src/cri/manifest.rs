@@ -1,8 +1,7 @@
-//! Runs a pod from a YAML manifest as the kubelet does: creates volumes, and translates the specification to CRI
-//! requests.
+//! Runs a pod from a YAML manifest as the kubelet does: creates volumes, and translates the manifest to CRI requests.
 //!
-//! Supports the fields of the examples in deploy/kubernetes, init containers and sidecars. Fails if the manifest has
-//! other fields.
+//! Supports the fields that the examples in deploy/kubernetes use, and the fields of init containers and sidecars.
+//! Fails if the manifest has a field that is not supported.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -19,7 +18,8 @@ use crate::node;
 
 /// The kubelet's directory of pod volumes.
 const POD_VOLUMES: &str = "/var/lib/kubelet/pods";
-/// The kubelet's default probe period. The tests do not probe more often, because each exec probe starts a program.
+/// The kubelet's default probe period. Exec probes do not run more often, because each exec probe starts a program
+/// in the container.
 const PROBE_PERIOD: Duration = Duration::from_secs(10);
 /// Paths that the kubelet masks in unprivileged containers (Kubernetes, pkg/securitycontext/util.go).
 const MASKED: [&str; 9] = [
@@ -96,8 +96,9 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> AppliedMan
     config["linux"]["security_context"]["privileged"] = privileged.into();
     let limits: Vec<Limits> = containers.iter().map(Limits::parse).collect();
     let init = spec["initContainers"].as_array().map(Vec::as_slice).unwrap_or_default();
-    // The pod's limits are the sums for the containers that run at the same time. Regular init containers have exited
-    // by then, and in the tests they need no more resources than the other containers.
+    // The pod's limits are the sums of the limits of its sidecars and containers, which run at the same time. The other
+    // init containers exit before the containers start. In the tests, init containers need no more resources than the
+    // containers.
     let at_once: Vec<Limits> = init.iter().filter(|one| is_sidecar(one)).chain(containers).map(Limits::parse).collect();
     if at_once.iter().all(|limits| limits.memory > 0) {
         config["linux"]["resources"] =
@@ -151,7 +152,7 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> AppliedMan
         let started = pod.start(&config);
         if is_sidecar(container) {
             let sidecar = Sidecar { container: started, config, probe: Probe::parse(container, "startupProbe") };
-            // The next container starts only when the sidecar has started.
+            // The next container starts only after the sidecar's startup probe has succeeded.
             sidecar.wait_started(&pod);
             sidecars.push(sidecar);
         } else {
@@ -226,7 +227,7 @@ impl Sidecar {
 /// Sends an HTTP GET from the node to the pod. Returns the response with its headers if the status is 200.
 ///
 /// # Errors
-/// The I/O error, or the response with another status.
+/// The I/O error, or the response if its status is not 200.
 fn get(pod: &Pod, port: u16, path: &str) -> Result<String, String> {
     let exchange = || {
         let addresses: Vec<SocketAddr> = pod.addresses().iter().map(|ip| (*ip, port).into()).collect();
@@ -267,12 +268,12 @@ impl AppliedManifest {
     /// Sends an HTTP GET from the node to the pod. Returns the response with its headers if the status is 200.
     ///
     /// # Errors
-    /// The I/O error, or the response with another status.
+    /// The I/O error, or the response if its status is not 200.
     pub fn get(&self, port: u16, path: &str) -> Result<String, String> {
         get(&self.pod, port, path)
     }
 
-    /// Restarts a sidecar that has exited, in a new container of the same name.
+    /// Waits until a sidecar has exited. Then starts the sidecar again, in a new container of the same name.
     #[track_caller]
     pub fn restart(&mut self, number: usize) {
         let sidecar = &mut self.sidecars[number];
@@ -285,7 +286,7 @@ impl AppliedManifest {
     }
 
     /// Waits until all containers have exited, then stops the sidecars in reverse order. Returns the exit codes of
-    /// containers and sidecars, in the manifest's order.
+    /// the containers and of the sidecars, each in the manifest's order.
     #[track_caller]
     pub fn finish(&self, grace: u32) -> (Vec<i64>, Vec<i64>) {
         let codes = self.containers.iter().map(|container| container.wait().0).collect();
@@ -295,7 +296,7 @@ impl AppliedManifest {
         (codes, self.sidecars.iter().map(|sidecar| sidecar.container.wait().0).collect())
     }
 
-    /// Returns the host directory of an emptyDir.
+    /// Returns the host path of an emptyDir.
     pub fn empty_dir(&self, name: &str) -> PathBuf {
         self.dir.join("volumes/kubernetes.io~empty-dir").join(name)
     }
@@ -303,7 +304,7 @@ impl AppliedManifest {
 
 impl Drop for AppliedManifest {
     fn drop(&mut self) {
-        // The kubelet removes volumes after the pod has stopped.
+        // Like the kubelet, removes the volumes only after the pod has stopped.
         if !std::thread::panicking() {
             self.pod.stop();
         }
@@ -311,7 +312,7 @@ impl Drop for AppliedManifest {
     }
 }
 
-/// Creates the pod's volumes. Returns their paths by name.
+/// Creates the pod's volumes. Returns a map from the volumes' names to their paths.
 fn volumes(spec: &Value, dir: &Path) -> BTreeMap<String, PathBuf> {
     let volumes = spec["volumes"].as_array().into_iter().flatten().map(|volume| {
         known(volume, &["name", "emptyDir"]);
@@ -408,7 +409,7 @@ impl Limits {
     }
 }
 
-/// Parses a memory quantity and returns it in bytes. Returns 0 for an empty string.
+/// Parses a memory quantity such as `64Mi`, and returns the number of bytes. Returns 0 for an empty string.
 fn bytes(quantity: &str) -> i64 {
     let (number, shift) = match quantity.split_at(quantity.len().saturating_sub(2)) {
         (number, "Mi") => (number, 20),
@@ -418,8 +419,8 @@ fn bytes(quantity: &str) -> i64 {
     number.parse::<i64>().unwrap_or(0) << shift
 }
 
-/// Fails if `value` has a field that is not in `fields`. Otherwise a test could silently ignore a field of the
-/// manifest.
+/// Fails if `value` has a field that is not in `fields`. Without this check, a test could silently ignore a field of
+/// the manifest.
 #[track_caller]
 fn known(value: &Value, fields: &[&str]) {
     let keys = value.as_object().into_iter().flat_map(Map::keys);

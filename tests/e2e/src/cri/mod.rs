@@ -59,7 +59,8 @@ pub fn expect_error(method: &str, request: &Value) -> String {
     }
 }
 
-/// Calls a streaming method of the runtime service. The iterator ends if no message arrives within the timeout.
+/// Calls a streaming method of the runtime service. The returned iterator ends if no message arrives within
+/// the timeout.
 pub fn call_streaming(method: &str) -> impl Iterator<Item = Value> + use<> {
     grpc::stream_of(TIMEOUT, "runtime.v1.RuntimeService", method)
 }
