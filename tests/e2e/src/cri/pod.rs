@@ -37,7 +37,7 @@ pub fn pods(name: &str, body: impl FnOnce(&Pods)) {
     pods_with_handler(name, handler(), body);
 }
 
-/// Like [`pods`], with a runtime handler other than the one under test.
+/// Like [`pods`], but uses `handler` instead of the runtime handler under test.
 #[track_caller]
 pub fn pods_with_handler(name: &str, handler: &str, body: impl FnOnce(&Pods)) {
     for image in [PAUSE, BUSYBOX] {
@@ -105,7 +105,8 @@ impl Pods {
         })
     }
 
-    /// Creates the directory of a volume, as the kubelet names it: `…/<uid>/volumes/kubernetes.io~<kind>/<name>`.
+    /// Creates the directory of a volume. Its path ends like a path of the kubelet:
+    /// `…/<uid>/volumes/kubernetes.io~<kind>/<name>`.
     pub fn volume(&self, pod: &Pod, kind: &str, name: &str) -> PathBuf {
         let uid = text(&pod.config["metadata"]["uid"]);
         let path = self.dir.join(uid).join("volumes").join(format!("kubernetes.io~{kind}")).join(name);
@@ -143,12 +144,13 @@ impl Pods {
         let filter = json!({ "filter": { "label_selector": { LABEL: self.name } } });
         let mut result = Ok(());
         for pod in call("ListPodSandbox", &filter)["items"].as_array().into_iter().flatten() {
-            // RemovePodSandbox also stops the pod. A separate StopPodSandbox would run the CNI plugins twice.
+            // RemovePodSandbox also stops the pod. With a separate StopPodSandbox, containerd would run the CNI plugins
+            // twice.
             if let Err(status) = try_call("RemovePodSandbox", &json!({ "pod_sandbox_id": pod["id"] })) {
                 result = Err(format!("RemovePodSandbox failed: {status}"));
             }
         }
-        // containerd does not remove a pod's parent cgroup. On a Kubernetes node, the kubelet removes it.
+        // containerd does not remove a pod's parent cgroup. On a Kubernetes node, the kubelet removes this cgroup.
         for number in 1..=self.next.get() {
             remove_parent(&format!("{}-{number}", self.name));
         }
@@ -187,8 +189,8 @@ impl Pod {
         std::iter::once(&network["ip"]).chain(more).map(|ip| text(ip).parse().unwrap()).collect()
     }
 
-    /// Returns the path of the pod's network namespace on the node. The path does not change, and therefore the CRI is
-    /// asked for it only once.
+    /// Returns the path of the pod's network namespace on the node. Asks the CRI only once, because the path does
+    /// not change.
     #[track_caller]
     pub fn netns(&self) -> PathBuf {
         let ask = || {
@@ -220,9 +222,9 @@ impl Pod {
         })
     }
 
-    /// Returns the configuration of a container that runs a Python program. [`need_image`] has to import the image
-    /// beforehand. Python starts without the module `site`, which would double the amount of data that Python reads at
-    /// its start.
+    /// Returns the configuration of a container that runs a Python program. The caller has to import the image with
+    /// [`need_image`] beforehand. Python starts without the module `site` (option `-S`), because this module would
+    /// double the amount of data that Python reads at its start.
     pub fn python(&self, program: &str) -> Value {
         let mut config = self.sh("");
         config["image"]["image"] = PYTHON.into();
@@ -334,7 +336,7 @@ impl PodContainer {
             (status["state"] == "CONTAINER_EXITED").then_some(status)
         });
         let status = ended.unwrap_or_else(|| {
-            panic!("container {} does not exit: {}\nits log:\n{}", self.id, self.status(), self.log())
+            panic!("container {} has not exited: {}\nits log:\n{}", self.id, self.status(), self.log())
         });
         (number(&status["exit_code"]), text(&status["reason"]))
     }
@@ -372,7 +374,11 @@ impl PodContainer {
     #[track_caller]
     pub fn sh(&self, script: &str) -> String {
         let done = self.exec(&["sh", "-c", script]);
-        assert!(done.code == 0 && done.err.is_empty(), "{script}\nresult: {done:?}\n{}", node::log_tail(20));
+        assert!(
+            done.code == 0 && done.err.is_empty(),
+            "expected success and empty stderr of {script}\nresult: {done:?}\n{}",
+            node::log_tail(20)
+        );
         done.out.trim_end().to_owned()
     }
 

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::{Pod, PodContainer, Pods, try_call};
 use crate::{grpc, node};
 
-/// Timeout for containerd to exit, and to respond after its start. An emulated node is slow.
+/// Timeout for containerd to exit, and to respond after its start. The timeout is long for slow emulated nodes.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Returns the pid of the node's containerd. Zombies are ignored.
@@ -60,17 +60,17 @@ pub fn restart_containerd() {
     start();
 }
 
-/// Script of a container that prints a number every tenth of a second.
+/// Shell script that prints the next number every tenth of a second.
 const COUNT: &str = "i=0; while :; do echo number $i; i=$((i+1)); sleep 0.1; done";
 
-/// Returns the numbers in the log of [`COUNT`].
+/// Returns the numbers in the log of a container that runs [`COUNT`].
 fn numbers(log: &str) -> Vec<u64> {
     let words = log.lines().filter_map(|line| line.rsplit_once("number ")?.1.parse().ok());
     words.collect()
 }
 
-/// Adds a mount of `dir` to a container's configuration. When the file `exit` appears in `dir`, the container creates
-/// the file `exited` and exits.
+/// Adds a mount of `dir` to a container's configuration. The container's script waits for the file `exit` in `dir`,
+/// creates the file `exited`, and exits.
 fn with_signal_dir(config: Value, dir: &Path) -> Value {
     let mut config = config;
     config["mounts"] = json!([{ "host_path": dir.to_string_lossy(), "container_path": "/signals" }]);
@@ -114,14 +114,14 @@ impl<'a> Survivors<'a> {
         Self { pods, handler, signals, pod, other, sandbox_pid, counting, sleeper, ending, created, alone }
     }
 
-    /// Makes the container `ending` exit while containerd does not run. Returns the last number in the log of
-    /// `counting` before that exit.
+    /// Makes the container `ending` exit while containerd does not run. Returns the last number that the log of
+    /// `counting` has before this exit.
     #[track_caller]
     fn end_one(&self) -> u64 {
         let before = numbers(&self.counting.log());
         fs::write(self.signals.join("exit"), "").unwrap();
         let ended = node::eventually(TIMEOUT, || self.signals.join("exited").exists().then_some(()));
-        assert!(ended.is_some(), "{}: a container does not run without containerd", self.handler);
+        assert!(ended.is_some(), "{}: without containerd, the container has not exited on request", self.handler);
         before.last().copied().unwrap()
     }
 
@@ -132,21 +132,23 @@ impl<'a> Survivors<'a> {
         let Self { pods, handler, pod, other, sandbox_pid, counting, sleeper, ending, created, alone, .. } = self;
         assert!(pod.is_ready() && other.is_ready(), "{handler}: a pod is no longer ready:\n{}", node::log_tail(60));
         assert_eq!(pod.pid(), sandbox_pid);
-        // runc's shim does not report a container that has exited. Therefore containerd takes the container for a
-        // leftover, and reports the exit code 255.
+        // The restarted containerd asks the shim for the pids of each container. runc's shim reports no pids for the
+        // exited container. containerd therefore deletes this container's task as leaked (`loadShim` in containerd).
+        // The CRI then reports exit code 255.
         assert_eq!(ending.wait().0, if crate::runtime() == crate::RUNC { 255 } else { 7 });
         assert_eq!(sleeper.sh("echo still here"), "still here");
         let failed = alone.exec(&["sh", "-c", "echo bad >&2; exit 4"]);
         assert_eq!((failed.code, failed.err.as_str()), (4, "bad\n"));
-        // The log is complete, including the output from the time without containerd.
+        // The log is complete: it includes the output from the time without containerd.
         let continued = node::eventually(TIMEOUT, || {
             let numbers = numbers(&counting.log());
             numbers.last().is_some_and(|number| *number > last + 20).then_some(numbers)
         });
         let numbers = continued.unwrap_or_else(|| panic!("the log does not continue:\n{}", counting.log()));
         let expected: Vec<u64> = (0..u64::try_from(numbers.len()).unwrap()).collect();
-        assert_eq!(numbers, expected, "numbers in the log");
-        // A container created before the restart can be started, exits are reported, and new containers can be created.
+        assert_eq!(numbers, expected, "the log lacks a number, or has a number twice");
+        // The container that was created before the restart can be started. New containers can be created. containerd
+        // reports the exits of both containers.
         created.start();
         assert_eq!(created.wait(), (5, "Error".into()));
         let new = pod.start(&pod.sh("echo new; exit 6"));
@@ -171,7 +173,7 @@ impl<'a> Survivors<'a> {
 }
 
 /// Tests that containers keep running without containerd, and that containerd reports their exits after its start.
-/// A single restart tests the pods of all `handlers`.
+/// The pods of all `handlers` share a single restart.
 #[track_caller]
 pub fn check_pods_survive(pods: &Pods, handlers: &[&str]) {
     let survivors: Vec<Survivors> = handlers.iter().map(|handler| Survivors::start(pods, handler)).collect();

@@ -20,12 +20,12 @@ const SYN_STREAM: u8 = 1;
 const RST_STREAM: u8 = 3;
 const PING: u8 = 6;
 const GOAWAY: u8 = 7;
-/// Flag of the last frame in a direction (FLAG_FIN).
+/// Flag of the last frame that a peer sends on a stream (FLAG_FIN).
 const FIN: u8 = 1;
 /// Maximum payload of a sent frame, in bytes.
 const MAX_PAYLOAD: usize = 32 * 1024;
 
-/// The channel that receives each stream's data, by stream id. A stream is removed at its end.
+/// For each stream id, the sender of the channel to which the stream's data goes. A stream is removed at its end.
 type Streams = Arc<Mutex<HashMap<u32, Sender<Vec<u8>>>>>;
 
 /// The connection to the streaming server.
@@ -94,7 +94,7 @@ impl PortForward {
     pub fn open(&self, port: u16, number: u32) -> Connection {
         let mut writer = lock(&self.writer);
         let error = self.stream(&mut writer, "error", port, number);
-        // The client sends nothing on the error stream.
+        // The client sends nothing on the error stream, and therefore closes its own direction at once.
         writer.frame(error.0, FIN, &[]).unwrap();
         let data = self.stream(&mut writer, "data", port, number);
         Connection { writer: Arc::clone(&self.writer), id: data.0, data: data.1, error: error.1 }
@@ -210,7 +210,7 @@ fn dispatch_frame(reader: &mut impl Read, streams: &Streams, writer: &Mutex<Writ
         let id = first(&head);
         let mut streams = lock(streams);
         if let Some(stream) = streams.get(&id).filter(|_| !payload.is_empty()) {
-            // An error means that the receiver was dropped. Then nobody needs the data.
+            // An error means that the receiver was dropped. In this case, nobody needs the data.
             let _ = stream.send(payload);
         }
         if flags & FIN != 0 {
@@ -237,8 +237,8 @@ impl Writer {
         self.socket.write_all(&frame)
     }
 
-    /// Sends SYN_STREAM (2.6.1). The headers are in stored zlib blocks (RFC 1950; RFC 1951, 3.2.4), which need no
-    /// dictionary. The last block is empty, as after a flush of zlib.
+    /// Sends SYN_STREAM (SPDY draft 3.1, 2.6.1). The headers are in stored zlib blocks (RFC 1950; RFC 1951, 3.2.4).
+    /// These blocks need no dictionary. The last block is empty, as after a flush of zlib.
     fn syn_stream(&mut self, id: u32, headers: &[(&str, &str)]) -> std::io::Result<()> {
         let mut plain = u32::try_from(headers.len()).unwrap().to_be_bytes().to_vec();
         for text in headers.iter().flat_map(|(name, value)| [name, value]) {
