@@ -50,14 +50,14 @@ fn usage_on_node(group: &Path) -> (u64, u64) {
 }
 
 /// Requires that the reported CPU time and working set lie between the values measured before and after the report.
-/// Memory may have grown or shrunk in between.
+/// The working set may have grown or shrunk in between, and may differ by [`TOLERANCE`].
 #[track_caller]
 fn assert_between(reported: &Value, before: (u64, u64), after: (u64, u64)) {
     let cpu = value(&reported["cpu"]["usage_core_nano_seconds"]);
     assert!((before.0..=after.0).contains(&cpu), "CPU time {cpu} ns is not between {} ns and {} ns", before.0, after.0);
     let memory = value(&reported["memory"]["working_set_bytes"]);
     let range = before.1.min(after.1).saturating_sub(TOLERANCE)..before.1.max(after.1) + TOLERANCE;
-    assert!(range.contains(&memory), "working set {memory} bytes is not near {} or {} bytes", before.1, after.1);
+    assert!(range.contains(&memory), "the working set is {memory} bytes, expected a value in {range:?}");
 }
 
 /// Returns containerd's metrics of a container (`ctr tasks metrics`).
@@ -85,8 +85,8 @@ pub fn check_cpu_memory_and_pids(pod: &Pod) {
     config["linux"]["resources"] = json!({ "memory_limit_in_bytes": 200 * MIB });
     let container = pod.start(&config);
     container.wait_for("up");
-    // tmpfs memory counts as working set until the file is removed. Page cache of files that were only read need not
-    // count, because the kernel can reclaim it at any time.
+    // The memory of a tmpfs file counts as working set until the file is removed. The page cache of files that were
+    // only read need not count, because the kernel can reclaim this page cache at any time.
     container.sh("dd if=/dev/zero of=/dev/shm/fill bs=1M count=40 2> /dev/null; cat /bin/busybox > /dev/null");
     let group = Path::new("/sys/fs/cgroup").join(text(&pod.config["linux"]["cgroup_parent"]).trim_start_matches('/'));
     let (before, host) = (usage_in_container(&container), usage_on_node(&group));
@@ -94,7 +94,10 @@ pub fn check_cpu_memory_and_pids(pod: &Pod) {
     let pod_stats = pod_stats(pod);
     let (host_after, after) = (usage_on_node(&group), usage_in_container(&container));
     assert_between(&reported, before, after);
-    assert!(before.0 > 10_000_000 && before.1 > 40 * MIB, "too low CPU time (ns) or working set (bytes): {before:?}");
+    assert!(
+        before.0 > 10_000_000 && before.1 > 40 * MIB,
+        "CPU time (ns) and working set (bytes) are {before:?}, expected more than 10000000 ns and 40 MiB"
+    );
     assert_eq!(reported["attributes"]["metadata"]["name"], config["metadata"]["name"]);
     assert_between(&pod_stats, host, host_after);
     assert_eq!(pod_stats["containers"].as_array().unwrap().len(), 1, "{pod_stats}");
@@ -103,16 +106,16 @@ pub fn check_cpu_memory_and_pids(pod: &Pod) {
     assert_eq!(value(&pod_stats["process"]["process_count"]), 4, "{pod_stats}");
     let pids = &metrics(&container)["pids"];
     assert_eq!(pids["current"], 4, "{pids}");
-    // The statistics also show that memory was freed.
+    // The reported working set shrinks when the file is removed.
     container.sh("rm /dev/shm/fill");
     let before = usage_in_container(&container);
     let reported = call("ContainerStats", &json!({ "container_id": container.id }))["stats"].clone();
     assert_between(&reported, before, usage_in_container(&container));
-    assert!(before.1 < 20 * MIB, "the working set is {} bytes after the file was removed", before.1);
+    assert!(before.1 < 20 * MIB, "the working set without the file is {} bytes, expected less than 20 MiB", before.1);
     container.stop(0);
 }
 
-/// Tests received and sent bytes in the pod's statistics and at the container's interface.
+/// Tests the numbers of received and sent bytes in the pod's statistics and at the container's interface.
 #[track_caller]
 pub fn check_network(pod: &Pod) {
     let container = pod.sleeper();
@@ -126,7 +129,7 @@ pub fn check_network(pod: &Pod) {
         let bytes: Vec<u64> = bytes.lines().map(|line| line.parse().unwrap()).collect();
         bytes.try_into().unwrap()
     };
-    // The counters include headers, and a few acknowledgements of data in the other direction.
+    // In addition to the data, the counters include headers and a few acknowledgements, which add less than a tenth.
     let expected: Range<u64> = TRAFFIC as u64..TRAFFIC as u64 * 11 / 10;
     for way in [0, 1] {
         let listener = TcpListener::bind("10.88.0.1:0").unwrap();
@@ -156,13 +159,13 @@ pub fn check_network(pod: &Pod) {
             let (this, other) = (after[way] - before[way], after[1 - way] - before[1 - way]);
             assert!(
                 expected.contains(&this) && other < TRAFFIC as u64 / 10,
-                "{name} bytes after sending {TRAFFIC}: {this} in this direction, {other} in the other"
+                "{name} bytes: {this} in the tested direction, expected {expected:?}; {other} in the other direction"
             );
         }
     }
 }
 
-/// Tests bytes read from and written to a block device of the container.
+/// Tests the numbers of bytes that the container reads from a block device and writes to the block device.
 #[track_caller]
 pub fn check_block_io(pods: &Pods) {
     let disk = Disk::new(&pods.dir().join("disk"), 32);
@@ -177,7 +180,7 @@ pub fn check_block_io(pods: &Pods) {
     let disks = reported.as_array().unwrap_or_else(|| panic!("the metrics have no list of disks: {reported}"));
     let entry = disks.iter().find(|disk| disk["wbytes"].as_u64().unwrap_or(0) >= 8 * MIB);
     let entry =
-        entry.unwrap_or_else(|| panic!("no disk with 8 MiB written in {reported}; the guest's io.stat:\n{inside}"));
+        entry.unwrap_or_else(|| panic!("no disk with 8 MiB written: {reported}; the guest's io.stat:\n{inside}"));
     let number = |key: &str| entry[key].as_u64().unwrap_or(0);
     assert!((4 * MIB..6 * MIB).contains(&number("rbytes")) && number("wbytes") < 9 * MIB, "{entry}");
     let line =

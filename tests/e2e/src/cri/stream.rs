@@ -39,7 +39,7 @@ impl Stream {
         let (host, path) = url.strip_prefix("http://").and_then(|url| url.split_once('/')).unwrap();
         let mut socket = TcpStream::connect(host).unwrap();
         socket.set_read_timeout(Some(TIMEOUT)).unwrap();
-        // RFC 6455, 4.1. Sec-WebSocket-Accept is not verified, because the peer is known.
+        // The request follows RFC 6455, 4.1. Sec-WebSocket-Accept is not verified, because the peer is known.
         let request = format!(
             "GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
              Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
@@ -51,7 +51,7 @@ impl Stream {
             if let Some(end) = stream.buffer.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
                 break stream.buffer.drain(..end + 4).collect::<Vec<u8>>();
             }
-            assert!(stream.fill(), "{url} closed the connection during the handshake");
+            assert!(stream.fill(), "the server of {url} closed the connection during the handshake");
         };
         let head = String::from_utf8_lossy(&head).into_owned();
         assert!(

@@ -1,4 +1,4 @@
-//! Pods with a user namespace (`hostUsers: false`), requested as the kubelet requests it.
+//! Pods with a user namespace (`hostUsers: false`). The requests are like those of the kubelet.
 
 use serde_json::{Value, json};
 
@@ -43,10 +43,10 @@ pub fn check_root_is_mapped(pods: &Pods) {
     assert_eq!(
         words(first.sh("cat /proc/self/uid_map /proc/self/gid_map")),
         format!("{map} {map}"),
-        "id maps in an exec"
+        "an exec has wrong id maps"
     );
     assert!(words(first.log()).contains(&map), "{}", first.log());
-    // Files of the image belong to the pod's root, which has root's permissions on them. File systems, devices and host
+    // The pod's root owns the image's files, and has root's permissions on these files. File systems, devices and host
     // name are the same as in a pod without a user namespace.
     let seen = first.sh("id -u; id -g; stat -c %u:%g / /bin /bin/busybox /etc/passwd | sort -u
          touch /new && chown 7:8 /new && stat -c %u:%g /new && rm /new
@@ -55,7 +55,7 @@ pub fn check_root_is_mapped(pods: &Pods) {
          touch /dev/shm/x && stat -c %u:%g /dev/shm/x; rm /dev/shm/x; hostname");
     let name = pod.config["hostname"].as_str().unwrap();
     assert_eq!(seen, format!("0\n0\n0:0\n7:8\n0:0\nproc\nsysfs\ntmpfs\n0:0\n{name}"));
-    // A second container shares the user, network and IPC namespaces and the shared memory.
+    // The pod's containers share the user, network and IPC namespaces and the shared memory.
     let second = pod.start(&sh(&pod, SLEEP));
     let shared = "for kind in user net ipc; do readlink /proc/self/ns/$kind; done; stat -c %a /dev/shm";
     let of_first = first.sh(&format!("{shared}; echo seen > /dev/shm/y"));
