@@ -10,7 +10,7 @@ const HEADER_LEN: usize = 12;
 /// Response code for a name that does not exist.
 const NXDOMAIN: u8 = 3;
 
-/// The server. Dropping it stops the server.
+/// A running DNS server. Dropping this value stops the server.
 pub struct Dns {
     address: SocketAddr,
     stopped: Arc<AtomicBool>,
@@ -43,7 +43,7 @@ impl Dns {
 impl Drop for Dns {
     fn drop(&mut self) {
         self.stopped.store(true, Ordering::Release);
-        // Wakes the server thread.
+        // The datagram wakes the server thread.
         let sent = UdpSocket::bind((self.address.ip(), 0)).and_then(|socket| socket.send_to(&[0], self.address));
         if let (Ok(_), Some(thread)) = (sent, self.thread.take()) {
             let _ = thread.join();
@@ -79,7 +79,7 @@ fn answer(message: &[u8], names: &[(String, IpAddr)]) -> Option<Vec<u8>> {
 }
 
 /// Encodes a resource record of the question's type. The record's name is a pointer to the question's name. Returns
-/// `None` if `ip` is not an address of this type.
+/// `None` if `ip` is not an address of the question's type.
 fn record(ip: &IpAddr, kind: u16) -> Option<Vec<u8>> {
     let data = match (ip, kind) {
         (IpAddr::V4(ip), 1) => ip.octets().to_vec(),

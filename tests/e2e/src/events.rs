@@ -12,7 +12,7 @@ use containerd_shim_protos::shim::event::Envelope;
 
 use crate::{KUBERNETES, containerd, grpc, node};
 
-/// Maximum time for an event to arrive.
+/// Timeout for an event to arrive.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A subscription to containerd's events, and the task events received so far.
@@ -20,7 +20,7 @@ pub struct Events {
     arriving: Receiver<Vec<u8>>,
     /// Container id and description of each event.
     seen: RefCell<Vec<(String, String)>>,
-    /// Number of the last marker event.
+    /// Number of the last marker event ([`Events::mark`]).
     marker: Cell<u32>,
 }
 
@@ -30,8 +30,8 @@ impl Events {
     pub fn watch() -> Self {
         let arriving = grpc::stream("containerd.services.events.v1.Events", "Subscribe");
         let events = Self { arriving, seen: RefCell::default(), marker: Cell::default() };
-        // containerd does not report when it has registered the subscription. Before, it drops the markers.
-        // Therefore markers are published until one arrives.
+        // containerd does not report when it has registered the subscription. Marker events that are published earlier
+        // do not arrive. Therefore this function publishes marker events until one of them arrives.
         let subscribed = node::eventually(TIMEOUT, || {
             let marker = events.mark();
             events.receive(Instant::now() + Duration::from_millis(100), |topic| topic == marker).then_some(())
@@ -45,7 +45,7 @@ impl Events {
     #[track_caller]
     pub fn for_container(&self, container: &str) -> Vec<String> {
         // containerd sends events to each subscriber in order. Therefore all earlier events have arrived when the
-        // marker arrives.
+        // marker event arrives.
         let marker = self.mark();
         let arrived = self.receive(Instant::now() + TIMEOUT, |topic| topic == marker);
         assert!(arrived, "containerd has not sent the marker event {marker}");
@@ -67,7 +67,7 @@ impl Events {
         seen.iter().filter(|(of, _)| of == container).map(|(_, what)| what.clone()).collect()
     }
 
-    /// Publishes an event with a unique topic, and returns the topic.
+    /// Publishes a marker event: an event without content and with a unique topic. Returns the topic.
     #[track_caller]
     fn mark(&self) -> String {
         self.marker.set(self.marker.get() + 1);

@@ -19,7 +19,7 @@ use tokio::runtime::{Builder, Runtime};
 pub struct Status {
     /// gRPC status code.
     pub code: u32,
-    /// Error message of the server.
+    /// Error message of the server or the transport.
     pub message: String,
 }
 
@@ -40,7 +40,7 @@ fn unavailable(error: impl fmt::Display) -> Status {
 /// Sends requests on a connection.
 type Client = SendRequest<Cursor<Vec<u8>>>;
 
-/// A connection for unary calls, and the runtime that drives it during a call.
+/// A connection for unary calls, and the Tokio runtime that drives the connection during a call.
 struct Connection {
     runtime: Runtime,
     socket: String,
@@ -66,7 +66,7 @@ fn runtime() -> Runtime {
 }
 
 /// Closes the thread's connection. Call this function before the server is stopped, because the server may wait for its
-/// clients to disconnect. The next call opens a new connection, and does not fail on the closed connection.
+/// clients to disconnect. The next call then opens a new connection. On the old connection, the next call would fail.
 pub fn disconnect() {
     CONNECTION.take();
 }
@@ -95,8 +95,8 @@ pub fn unary(
     result
 }
 
-/// Calls `path` with one message and forwards the response messages, until the server closes the stream or the receiver
-/// is dropped.
+/// Calls `path` with one message. Forwards the response messages to the returned receiver, until the server closes the
+/// stream or the receiver is dropped.
 pub fn stream(socket: &str, path: &str, message: Vec<u8>) -> Receiver<Vec<u8>> {
     let (sender, receiver) = channel();
     let (socket, path) = (socket.to_owned(), path.to_owned());
@@ -146,7 +146,7 @@ async fn exchange(client: Client, namespace: Option<&str>, path: &str, message: 
     split_message(&data).map(|(message, _)| message).ok_or_else(|| unavailable("the response has no message"))
 }
 
-/// Connects to a server. A task of the runtime drives the connection.
+/// Connects to a server. A Tokio task drives the connection.
 async fn connect(socket: &str) -> Result<Client, Status> {
     let stream = UnixStream::connect(socket).await.map_err(unavailable)?;
     let (client, connection) = h2::client::Builder::new().handshake(stream).await.map_err(unavailable)?;
@@ -225,8 +225,8 @@ mod tests {
         assert_eq!(split_message(&[0, 0]), None);
     }
 
-    /// Serves on a socket. Sends each message back to the client, with the status 5 for the path `/fails`. Closes the
-    /// connection after a request for the path `/closes`. The returned value counts the connections.
+    /// Serves requests on a socket. Sends each message back to the client, with the status 5 for the path `/fails`.
+    /// Closes the connection after a request for the path `/closes`. The returned value counts the connections.
     fn serve(socket: &Path) -> Arc<AtomicU32> {
         let runtime = runtime();
         let listener = runtime.block_on(async { UnixListener::bind(socket).unwrap() });
@@ -252,7 +252,7 @@ mod tests {
                 return;
             }
             let mut body = request.into_body();
-            // The request is served in a task, because its body arrives only while `accept` drives the connection.
+            // A task serves the request, because the request's body arrives only while `accept` drives the connection.
             tokio::spawn(async move {
                 let message = body.data().await.unwrap().unwrap();
                 let mut sending = answer.send_response(http::Response::new(()), false).unwrap();

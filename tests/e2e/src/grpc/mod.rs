@@ -34,7 +34,7 @@ fn method(service: &str, method: &str) -> MethodDescriptor {
     let found = files.find_map(|file| file.services().find(|service| service.proto().name() == name));
     let methods = found.into_iter().flat_map(|service| service.methods().collect::<Vec<_>>());
     let mut called = methods.filter(|known| known.proto().name() == method);
-    called.next().unwrap_or_else(|| panic!("the .proto files have no {service}.{method}"))
+    called.next().unwrap_or_else(|| panic!("the .proto files have no method {service}.{method}"))
 }
 
 /// Calls a method, with a timeout. Most services of containerd need a containerd namespace. The CRI needs none.
@@ -103,7 +103,8 @@ mod tests {
 
     #[test]
     fn tasks_are_decoded_with_containerds_field_numbers() {
-        // A task with the id "a", the pid 7, the status PAUSED, and field 8, which the .proto file does not have.
+        // The bytes encode a task with the id "a", the pid 7, the status PAUSED, and field 8. The .proto file does not
+        // have field 8.
         let bytes = [0x0a, 9, 0x12, 1, b'a', 0x18, 7, 0x20, 4, 0x40, 1];
         let tasks = json_of(&method("containerd.services.tasks.v1.Tasks", "List").output_type(), &bytes);
         assert_eq!(tasks, json!({ "tasks": [{ "id": "a", "pid": 7, "status": "PAUSED" }] }));
