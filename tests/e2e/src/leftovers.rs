@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::{KUBERNETES, NAMESPACE, containerd, node};
 
-/// Directories in which runtimes keep per-container state, and the depth to which each is searched.
+/// Directories in which runtimes keep per-container state, and the depth to which each directory is searched.
 const STATE_DIRS: &[(&str, usize)] = &[
     ("/run/husk", 6),
     ("/run/containerd/s", 1),
@@ -27,8 +27,9 @@ const STATE_DIRS: &[(&str, usize)] = &[
 /// Cgroups that several containers share.
 const SHARED_CGROUPS: [&str; 4] = [NAMESPACE, KUBERNETES, "kubepods", "kubepods.slice"];
 
-/// Timeout for containerd to remove its records of containers and tasks. A snapshot does not include these records.
-/// Therefore, a record that a failed test leaves behind also fails all later tests, each after this time.
+/// Timeout for containerd to remove its records of containers and tasks. A [`Snapshot`] does not include these records.
+/// Therefore, a record that a failed test leaves behind also makes all later tests fail. The timeout is short, because
+/// each of these tests waits for its expiry.
 const RECORDS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// State of the node at one moment.
@@ -45,8 +46,8 @@ impl Snapshot {
         processes(&all, &mut things);
         mounts(&all, &mut things);
         for (dir, depth) in STATE_DIRS {
-            // Only the directory's entries are recorded. The directory itself is created with the first container after
-            // boot, and stays.
+            // Only the directory's entries are recorded. The directory itself is no leftover: it is created with the
+            // first container after boot, and stays.
             entries(Path::new(dir), *depth, &mut things);
         }
         cgroups(Path::new("/sys/fs/cgroup"), &mut things);
@@ -121,8 +122,8 @@ impl Process {
 /// Returns all processes except kernel threads.
 fn user_processes() -> Vec<Process> {
     // Kernel threads, including KVM's `kvm-…` threads, are children of kthreadd, pid 2. Most pids of the node belong to
-    // kernel threads. The kernel may provide the file `children`, which lists these pids, so that the function need not
-    // read a file for each kernel thread.
+    // kernel threads. If the kernel provides kthreadd's file `children`, this file lists these pids. In this case, the
+    // function need not read a file for each kernel thread.
     let kernel = fs::read_to_string("/proc/2/task/2/children").unwrap_or_default();
     let kernel: HashSet<&str> = kernel.split_whitespace().chain(["2"]).collect();
     let names = names("/proc");

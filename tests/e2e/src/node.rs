@@ -1,4 +1,4 @@
-//! The test node: containerd's log, images, Husk's configuration, and waiting for a condition.
+//! Functions for the test node: containerd's log, images, Husk's configuration, and waiting for a condition.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,7 +13,7 @@ use crate::containerd;
 
 pub use crate::containerd_log::log_tail;
 
-/// Returns the directory of the image tars. `HUSK_IMAGES` overrides it.
+/// Returns the directory of the image tars. `HUSK_IMAGES` overrides this directory.
 pub fn image_dir() -> PathBuf {
     std::env::var_os("HUSK_IMAGES").map_or_else(|| PathBuf::from("/husk/images"), PathBuf::from)
 }

@@ -13,7 +13,8 @@ use crate::{KUBERNETES, NAMESPACE};
 /// Type URL with which containerd sends JSON-encoded `LinuxResources`.
 const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
-/// The service version that containerd 1.7 calls, and the only version that its runc shim implements.
+/// The version of the Task service that containerd 1.7 calls. The runc shim of containerd 1.7 implements only this
+/// version.
 const SERVICE: &str = "containerd.task.v2.Task";
 
 /// Updates the resource limits of a running container.

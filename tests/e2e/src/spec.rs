@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::command::run_ctr;
 
-/// Returns the output of `ctr oci spec`, and adds an environment, which this output lacks.
+/// Returns the specification that `ctr oci spec` prints. Adds `PATH`, because this specification has no environment.
 pub fn default_spec() -> Value {
     static SPEC: OnceLock<Value> = OnceLock::new();
     let spec = SPEC.get_or_init(|| {
@@ -34,7 +34,7 @@ pub fn mount_cgroup(spec: &mut Value) {
     push(spec, "", "mounts", mount);
 }
 
-/// Removes the namespace of type `kind`. A specification without it requests the host's namespace.
+/// Removes the namespace of type `kind`. A specification without this namespace requests the host's namespace.
 pub fn remove_namespace(spec: &mut Value, kind: &str) {
     if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
         namespaces.retain(|namespace| namespace["type"] != kind);
