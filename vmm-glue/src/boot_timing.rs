@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-/// Time of the last step.
+/// The time at which the last step ended.
 pub struct BootTiming(Instant);
 
 impl BootTiming {
@@ -11,10 +11,10 @@ impl BootTiming {
         Self(Instant::now())
     }
 
-    /// Logs the time since the last step.
+    /// Logs the duration of the step `name`, which began at the end of the last step.
     pub fn step(&mut self, name: &str) {
         let now = Instant::now();
-        log::debug!("boot step \"{name}\" took {} µs", now.duration_since(self.0).as_micros());
+        log::debug!("step \"{name}\" of building the VM took {} µs", now.duration_since(self.0).as_micros());
         self.0 = now;
     }
 }

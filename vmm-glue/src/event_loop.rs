@@ -130,7 +130,8 @@ impl EventLoop {
         let closure = move |_: &mut dyn SubscriberOps<Subscriber = SharedDevice>| {
             devices.iter().for_each(|device| device::lock(device).pause());
             let _ = paused_tx.send(());
-            // The device loop resumes when `recv` returns. `recv` returns an error when [`Self::paused`] is dropped.
+            // The device loop resumes when `recv` returns. `recv` returns an error when `EventLoop::paused` is
+            // dropped.
             let _ = resume_rx.recv();
             devices.iter().for_each(|device| device::lock(device).resume());
         };
@@ -145,7 +146,7 @@ impl EventLoop {
         self.paused.is_some()
     }
 
-    /// Starts to resume the devices and the device loop. Returns before the devices and the device loop have resumed.
+    /// Resumes the devices and the device loop, but does not wait until the device loop has resumed.
     pub fn resume(&mut self) {
         self.paused = None;
     }

@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn console_reports_output_that_it_drops_because_the_pipe_is_full() {
+    fn console_reports_dropped_output_after_the_pipe_was_full() {
         let (console, mut reader) = console();
         for _ in 0..200 {
             for _ in 0..1000 {

@@ -163,7 +163,7 @@ pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
         FailedStep::Close => SpawnError::Close(error),
         FailedStep::Exec => SpawnError::Exec(error),
     };
-    // The pid cannot have been reused, because nobody has waited for the child. The call fails for a sibling, which
+    // The pid cannot have been reused, because nobody has waited for the child. This wait fails for a sibling, which
     // is a child of the caller's parent. A failed sibling stays a zombie until the parent ends, because the parent does
     // not learn the sibling's pid.
     let _ = husk_base::sys::process::wait(pid.cast_signed(), 0);

@@ -8,8 +8,8 @@ use virtiofsd::limits::setup_rlimit_nofile;
 
 /// The limits to set. Each entry has a resource, the value of both its soft and its hard limit, and the reason.
 ///
-/// A limit of 1 byte prevents core dumps. A limit of 0 would not always prevent core dumps: if the kernel pipes core
-/// dumps to a program, it ignores all limits except 1 (fs/coredump.c, `do_coredump`).
+/// A limit of 1 byte prevents core dumps. A limit of 0 would not always prevent core dumps: if core dumps are piped to
+/// a program, the kernel ignores all limits except 1 (fs/coredump.c, `do_coredump`).
 ///
 /// [`crate::process::prepare`] also clears the process's dumpable flag, but this does not prevent all core dumps. When
 /// a VMM thread changes to the user id of a guest's user, the kernel sets the flag to the value of fs.suid_dumpable

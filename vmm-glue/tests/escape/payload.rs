@@ -1,4 +1,4 @@
-//! Runs in the process in the jail: enters the jail, and makes one attempt.
+//! The process in the jail. [`run`] enters the jail, makes one attempt, and answers.
 
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
