@@ -1,10 +1,11 @@
-//! Wraps virtiofsd's file system. Rejects hostile requests ([`request_checks`]), reports short writes, and observes the
-//! fd limit and the rate limit.
+//! Wraps virtiofsd's file system. The wrapper rejects hostile requests ([`request_checks`]) and reports short writes.
+//! It also makes requests wait while fds are scarce ([`FdLimit`]), and writes data as the guest's user ([`writer`]).
 //!
-//! virtiofsd 1.14 continues after a short write (`ZcReader` in its server.rs). If the next write fails, for example
-//! because of a full disk or a quota, virtiofsd answers with only the error, although the file has grown. A local
-//! write(2) would return the number of bytes written, and programs rely on this number. If a program appended the data
-//! again after the error, the file would contain a part of the data twice.
+//! After a short write, virtiofsd 1.14 writes the rest of the data (`ZcReader` in virtiofsd's server.rs). This second
+//! write can fail, for example because the disk is full or a quota is used up. virtiofsd then answers with only the
+//! error, although the first write has made the file grow. A local write(2) would return the number of bytes written,
+//! and programs rely on this number. If a program appended the data again after the error, the file would contain a
+//! part of the data twice.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -24,9 +25,9 @@ use super::fd_limit::FdLimit;
 use super::{request_checks, writer};
 use crate::virtio::rate_limit::SharedLimiter;
 
-/// Maximum number of bytes that one COPY_FILE_RANGE request copies if the share's bytes are limited. The tokens of
-/// these bytes are taken after the request. Therefore, one request must not copy much more than a WRITE request can
-/// write. The guest continues after a short copy.
+/// Maximum number of bytes that one COPY_FILE_RANGE request copies if the share has a byte rate limit. The tokens for
+/// these bytes are taken only after the copy. Therefore, one request must not copy much more than a WRITE request can
+/// write. After a short copy, the guest requests the rest of the copy.
 const MAX_LIMITED_COPY: u64 = 1 << 20;
 
 /// A node id of FUSE.
@@ -34,7 +35,7 @@ pub type Inode = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
 type Opened = (Option<Handle>, OpenOptions);
 
-/// The file system. Clones share the same state.
+/// The wrapped file system. All clones share one state.
 #[derive(Clone)]
 pub struct CheckedFs {
     fs: Arc<PassthroughFs>,
@@ -54,7 +55,7 @@ impl CheckedFs {
         &self.limiter
     }
 
-    /// Waits until an fd is available. Called before a request that may open a file.
+    /// Waits for a limited time while fds are scarce. A request that may open a file calls this function first.
     fn wait_for_fd(&self) {
         self.fd_limit.wait_for_fd();
     }
@@ -65,8 +66,8 @@ impl CheckedFs {
     }
 }
 
-/// The data of a WRITE request. If an error occurs after a part of the data was written, reports the length of this
-/// part.
+/// The data of a WRITE request. If an error occurs after a part of the data was written, the reader returns the length
+/// of this part instead of the error.
 struct CountingReader<'a, R> {
     inner: R,
     dev_null: &'a File,
@@ -93,10 +94,10 @@ impl<R: ZeroCopyReader> ZeroCopyReader for CountingReader<'_, R> {
     }
 }
 
-/// Maps the kind of an argument to its type. A kind that is not listed is itself a type.
+/// Maps the kind of an argument to the argument's type. A kind that is not listed here is itself a type.
 ///
-/// `&CStr` is not a kind. Therefore, each method has to state whether a string is a name, so that `check` can check the
-/// name.
+/// `&CStr` is not a kind. Therefore, each method has to declare a string either as `Name`, which `check` checks, or as
+/// `Text`.
 macro_rules! kind {
     // Name of a directory entry.
     (Name) => { &CStr };
@@ -120,8 +121,8 @@ macro_rules! check {
     ($argument:ident: $kind:ident) => {};
 }
 
-/// Defines methods that check their arguments and then call the same method of virtiofsd's file system. Methods marked
-/// `#[wait_for_fd]` may open a file.
+/// Defines methods that check their arguments and then call the same method of virtiofsd's file system. A method
+/// that is marked `#[wait_for_fd]` may open a file, and therefore first calls [`CheckedFs::wait_for_fd`].
 macro_rules! forward {
     ($($(#[$before:ident])? fn $name:ident($($argument:ident: $kind:ident $(<$of:ident>)?),*) -> $result:ty;)*) => {
         $(fn $name(&self, $($argument: kind!($kind $(<$of>)?)),*) -> $result {
@@ -152,7 +153,8 @@ impl FileSystem for CheckedFs {
     ) -> io::Result<usize> {
         request_checks::offset(offset)?;
         let r = CountingReader { inner: r, dev_null: &self.dev_null };
-        // When the guest kernel writes dirty pages of a mapped file, it does not know which user changed them.
+        // When the guest kernel writes back dirty pages of a mapped file, the kernel does not know which user changed
+        // the pages. Therefore, write these pages as the file's owner.
         let user = if delayed_write { self.owner(ctx, inode)? } else { ctx.uid };
         let _writer = writer::act_as(user)?;
         self.fs.write(ctx, inode, handle, r, size, offset, lock_owner, delayed_write, kill_priv, flags)
@@ -203,7 +205,8 @@ impl FileSystem for CheckedFs {
         let copied = self
             .fs
             .copyfilerange(ctx, inode_in, handle_in, offset_in, inode_out, handle_out, offset_out, len, flags)?;
-        // The host copies these bytes, although neither the request nor its answer contains them.
+        // The limiter has counted only the bytes in the request and its answer. The host's kernel copies the file data
+        // in addition.
         self.limiter.charge_bytes(copied as u64);
         Ok(copied)
     }
@@ -218,7 +221,8 @@ impl FileSystem for CheckedFs {
         self.fd_limit.released();
     }
 
-    /// Rejects clients that cannot tell mounts apart, which virtiofsd would only warn about. Linux 5.10 and later can.
+    /// Rejects a guest kernel that does not support FUSE_SUBMOUNTS, because such a kernel cannot tell mounts apart.
+    /// virtiofsd itself would only log a warning. Linux supports FUSE_SUBMOUNTS since 5.10.
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
         if !capable.contains(FsOptions::SUBMOUNTS) {
             return Err(io::Error::from_raw_os_error(libc::EPROTO));
@@ -226,7 +230,8 @@ impl FileSystem for CheckedFs {
         self.fs.init(capable)
     }
 
-    // These are the other methods that PassthroughFs implements. For all further methods, the trait's defaults apply.
+    // These are the remaining methods that PassthroughFs implements. The trait's defaults apply to the methods that
+    // PassthroughFs does not implement.
     forward! {
         fn destroy() -> ();
         fn statfs(ctx: Context, inode: Inode) -> io::Result<libc::statvfs64>;
@@ -293,7 +298,8 @@ mod tests {
 
     use super::*;
 
-    /// Continues after a short write, as virtiofsd does. Regular files cannot grow beyond `max_size`.
+    /// A reader that continues after a short write, as virtiofsd's reader does. A write to a regular file fails with
+    /// ENOSPC if the write would make the file larger than `max_size`.
     struct LoopingReader<'a> {
         data: &'a [u8],
         max_size: u64,

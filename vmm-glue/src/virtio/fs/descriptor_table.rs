@@ -1,10 +1,12 @@
 //! A private descriptor table, from which virtiofsd reads chains that the guest cannot change.
 //!
-//! virtiofsd 1.14 takes a `DescriptorChain` of virtio-queue. It walks the chain for its `Reader`, and again for its
-//! `Writer` (descriptor_utils.rs). Each walk reads the descriptors from the memory to which the chain refers. The
-//! VMM checks the chain before virtiofsd gets it. If this memory were guest memory, a vCPU could change the descriptors
-//! after that check. The check is necessary for two reasons. `Server::read()`, `readdir()` and `readdirplus()`
-//! (server.rs) panic if fewer than 16 bytes are writable. readv(2) and writev(2) fail with more than [`MAX_SEGMENTS`]
+//! virtiofsd 1.14 takes a `DescriptorChain` of virtio-queue. virtiofsd walks the chain once to create a `Reader`, and
+//! once more to create a `Writer` (descriptor_utils.rs). Each walk reads the descriptors from the memory to which the
+//! chain refers. If this memory were guest memory, a vCPU could change the descriptors after the VMM has checked the
+//! chain.
+//!
+//! The VMM must check the chain for two reasons. `Server::read()`, `readdir()` and `readdirplus()` (server.rs) panic if
+//! the chain has fewer than 16 writable bytes. readv(2) and writev(2) fail if the chain has more than [`MAX_SEGMENTS`]
 //! descriptors.
 
 use std::io;
@@ -41,8 +43,8 @@ impl DescriptorTable {
     pub fn new() -> io::Result<Self> {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), SIZE)]).map_err(io::Error::other)?;
         let memory = Arc::new(memory);
-        // virtio-queue creates a chain only for a head in an available ring. Therefore, the ring gets one entry, which
-        // is descriptor 0.
+        // virtio-queue creates a chain only from an entry of an available ring. Therefore, the ring gets one entry. The
+        // entry is 0, which is the index of the table's first descriptor.
         memory.write_obj(1_u16.to_le(), GuestAddress((AVAIL_RING + AVAIL_INDEX) as u64)).map_err(io::Error::other)?;
         let mut queue = Queue::new(MAX_SEGMENTS as u16).map_err(io::Error::other)?;
         queue.try_set_desc_table_address(GuestAddress(0)).map_err(io::Error::other)?;
@@ -52,7 +54,8 @@ impl DescriptorTable {
         Ok(Self { memory, chain: chain.ok_or(io::ErrorKind::InvalidData)? })
     }
 
-    /// Returns virtiofsd's reader and writer for a chain. They use the buffers that are stored in [`Chain`].
+    /// Returns virtiofsd's reader and writer for a chain. The reader and the writer use the buffers that `chain`
+    /// stores, and do not read the guest's descriptors again.
     pub fn open<'m>(&mut self, memory: &'m GuestMemory, chain: &Chain<'m>) -> Result<(Reader<'m>, Writer<'m>), Error> {
         let (readable, writable) = (chain.readable.as_slice(), chain.writable.as_slice());
         let count = readable.len() + writable.len();
@@ -91,14 +94,14 @@ mod tests {
     use crate::virtio::device::ActiveQueue;
     use crate::virtio::queue::Virtqueue;
 
-    /// Returns the address of a descriptor's buffer. The buffer has one byte, and is in one of two regions.
+    /// Returns the address of a descriptor's buffer. The buffer has one byte, and is in one of the two memory regions.
     fn buffer(index: u16) -> GuestAddress {
         let region = if index.is_multiple_of(3) { 0x8000 } else { 0x10_0000 };
         GuestAddress(region + u64::from(index) * 2)
     }
 
     #[test]
-    fn reader_and_writer_have_the_buffers_that_were_checked() {
+    fn guest_cannot_change_a_chain_after_the_device_has_popped_it() {
         const READABLE: u16 = 500;
         let count = MAX_SEGMENTS as u16;
         let ranges = [(GuestAddress(0), 0x1_0000), (GuestAddress(0x10_0000), 0x4000)];
@@ -119,7 +122,7 @@ mod tests {
         let mut queue = Virtqueue::new(ActiveQueue { queue, notify: EventFd::new(0).unwrap() }, 0, &memory, 0).unwrap();
         let chain = queue.pop(&memory).unwrap().unwrap();
 
-        // The guest clears the descriptor table.
+        // The guest clears its descriptor table after the device has popped the chain.
         memory.write_slice(&[0; MAX_SEGMENTS * DESCRIPTOR], GuestAddress(0)).unwrap();
         let mut table = DescriptorTable::new().unwrap();
         for _ in 0..2 {

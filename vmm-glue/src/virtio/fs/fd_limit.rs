@@ -1,8 +1,9 @@
-//! Keeps the number of open fds below the process's fd limit, because each file that the guest knows is open in the
-//! VMM.
+//! Keeps the number of the VMM's open fds below the fd limit. The VMM holds an open fd for each file that the guest has
+//! looked up and has not forgotten yet.
 //!
 //! The guest's kernel forgets files only when the guest runs low on memory. Therefore, when few fds are free, the VMM
-//! asks the shim to make the guest forget files. Requests that may open a file then wait for a limited time.
+//! asks the shim to make the guest forget files. Until fds are free again, requests that may open a file wait, but only
+//! for a limited time.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -11,21 +12,22 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use husk_base::sync::{lock, wait_timeout};
-/// Number of requests between two checks of the number of open fds.
+/// While fds are not scarce, only every 64th call of [`FdLimit::wait_for_fd`] counts the open fds.
 const CHECK_INTERVAL: u32 = 64;
 /// Minimum time between two requests to the shim.
 const REQUEST_INTERVAL: Duration = Duration::from_secs(1);
-/// Maximum time that requests wait after fds became scarce. After this time, the requests proceed, and may fail.
+/// Maximum time that requests wait, counted from the time at which fds became scarce. After this time, requests proceed
+/// although fds are scarce, and may fail.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Asks the shim to make the guest forget files.
+/// A function that asks the shim to make the guest forget files.
 pub type RequestForget = Box<dyn Fn() + Send + Sync>;
 
 /// Watches the number of open fds.
 pub struct FdLimit {
     /// The open directory /proc/self/fd.
     fd_directory: File,
-    /// Fds are scarce if this number of fds, or more, are open.
+    /// Fds are scarce if at least this number of fds are open.
     threshold: u64,
     request_forget: RequestForget,
     /// Number of calls of [`FdLimit::wait_for_fd`].
@@ -43,8 +45,8 @@ struct State {
 }
 
 impl FdLimit {
-    /// Creates a watcher. While `threshold` or more fds are open and requests wait, the watcher calls `request_forget`
-    /// repeatedly. `fd_directory` is /proc/self/fd.
+    /// Creates a watcher. While at least `threshold` fds are open and requests wait, the waiting requests call
+    /// `request_forget` once per [`REQUEST_INTERVAL`]. `fd_directory` is /proc/self/fd.
     pub fn new(fd_directory: File, threshold: u64, request_forget: RequestForget) -> Self {
         Self {
             fd_directory,
@@ -57,7 +59,8 @@ impl FdLimit {
         }
     }
 
-    /// Called before a request that may open a file. While fds are scarce, waits at most until [`TIMEOUT`].
+    /// Waits while fds are scarce, but no longer than [`TIMEOUT`] after fds became scarce. A request that may open a
+    /// file must call this function first.
     pub fn wait_for_fd(&self) {
         let check = self.count.fetch_add(1, Ordering::Relaxed).is_multiple_of(CHECK_INTERVAL);
         if check || self.scarce.load(Ordering::Relaxed) {
@@ -65,11 +68,11 @@ impl FdLimit {
         }
     }
 
-    /// Called after files were forgotten. Wakes the requests that wait.
+    /// Wakes the requests that wait for an fd. The caller calls this function after the guest has forgotten files.
     pub fn released(&self) {
         if self.scarce.load(Ordering::Relaxed) {
-            // A waiting thread holds the lock while it counts fds. Therefore, after this line, the thread either sees
-            // that fds were released, or already waits for the notification.
+            // Take the lock before the notification. A thread that counts too many open fds holds the lock until the
+            // thread waits for the notification. Therefore, the thread cannot miss the notification.
             drop(self.lock());
             self.changed.notify_all();
         }
@@ -99,8 +102,8 @@ impl FdLimit {
 
     fn is_below_threshold(&self) -> bool {
         // Since Linux 6.2, the size of /proc/self/fd is the number of open fds (proc_readfd_count() in fs/proc/fd.c).
-        // On older kernels, use the number of a new fd. A new fd gets the lowest free number, and therefore all lower
-        // numbers are in use.
+        // On older kernels, this size is 0, and the number of a new fd is used instead. A new fd gets the lowest free
+        // number, and therefore all lower numbers are in use.
         let count = self.fd_directory.metadata().map_or(0, |directory| directory.len());
         let lowest_free = self.fd_directory.try_clone().map_or(u64::MAX, |file| file.as_raw_fd().unsigned_abs().into());
         count.max(lowest_free) < self.threshold
@@ -125,7 +128,8 @@ mod tests {
     #[test]
     fn request_waits_until_fds_are_released() {
         let open = || File::open("/dev/null").unwrap();
-        // Open so many fds that the lowest free fd is above the threshold, even if other tests have fds open.
+        // Open 600 fds, which is more than the threshold of 500. After these fds are closed, fewer than 500 fds are
+        // open, including the fds of other tests.
         let held: Vec<File> = std::iter::repeat_with(open).take(600).collect();
         let (requests, requested) = channel();
         let limit = Arc::new(FdLimit::new(fd_directory(), 500, Box::new(move || requests.send(()).unwrap())));
@@ -149,7 +153,8 @@ mod tests {
         let began = Instant::now();
         limit.wait_for_fd();
         assert!(began.elapsed() >= TIMEOUT && requested.try_iter().count() > 1);
-        // The next request does not wait again, because the timeout starts when fds become scarce.
+        // The next request does not wait. The timeout is counted from the time at which fds became scarce, and has
+        // already passed.
         let began = Instant::now();
         limit.wait_for_fd();
         assert!(began.elapsed() < REQUEST_INTERVAL);

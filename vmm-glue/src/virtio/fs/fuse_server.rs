@@ -1,15 +1,15 @@
-//! Serves FUSE requests. This module itself serves requests that have no answer, and passes all other requests on to
-//! virtiofsd.
+//! Serves FUSE requests. This module itself decodes the requests that have no answer. virtiofsd's `Server` serves all
+//! other requests of the request queue.
 //!
-//! A vCPU can change guest memory while a request is served. Therefore, this module never checks a value and then reads
-//! the value again for its use:
+//! A vCPU can change guest memory while a request is served. If this module checked a value in guest memory and then
+//! read the value again, the second value could be unchecked. Therefore, this module follows three rules:
 //!
-//! * The chain is walked once. virtiofsd gets a copy of the checked descriptors ([`DescriptorTable`]).
-//! * virtiofsd reads the request's header once more, and can find another opcode. Therefore, no check depends on the
-//!   opcode of a request that goes to virtiofsd. For every opcode, such a request must have space for an answer's
-//!   header, and is served by a worker thread.
-//! * A request on the high-priority queue never goes to virtiofsd, because the device loop serves this queue. The
-//!   device loop must not block, and does not have the capabilities that virtiofsd needs.
+//! * The device walks each chain once. `Server` gets a copy of the checked descriptors ([`DescriptorTable`]).
+//! * `Server` reads the request's header again, and can then find another opcode than this module. Therefore, no check
+//!   of a request for `Server` depends on the opcode. With every opcode, such a request must have space for the header
+//!   of an answer, and runs on a worker thread.
+//! * `Server` gets no request of the high-priority queue, because the device loop serves this queue. The device loop
+//!   must not block, and does not have the capabilities that `Server` needs.
 
 use std::io;
 use std::sync::Mutex;
@@ -36,8 +36,8 @@ const OUT_HEADER: usize = 16;
 /// Total size of `struct fuse_in_header` and `struct fuse_write_in`, in bytes. These structures precede the data of a
 /// WRITE request. A READ request has the same size, but no data.
 const WRITE_HEADERS: usize = 80;
-/// Maximum number of nodes in one BATCH_FORGET. Linux does not send BATCH_FORGET over virtio-fs, but one FORGET per
-/// node (`virtio_fs_send_forget()` in fs/fuse/virtio_fs.c).
+/// Maximum number of nodes in one BATCH_FORGET. Over virtio-fs, Linux never sends BATCH_FORGET. Linux sends one FORGET
+/// for each node instead (`virtio_fs_send_forget()` in fs/fuse/virtio_fs.c).
 const MAX_BATCH: usize = 4096;
 
 /// Index of the queue for FORGET.
@@ -64,10 +64,11 @@ impl FuseServer {
         self.fs.limiter()
     }
 
-    /// Serves a request of the request queue, which may block. Returns the number of bytes written.
+    /// Serves a request of the request queue. The request may block the calling thread. Returns the number of bytes
+    /// written to the chain.
     pub fn serve(&self, memory: &GuestMemory, mut chain: Chain<'_>) -> u32 {
         let Some(header) = peek::<InHeader>(&chain.readable) else {
-            log_guest_fault(REQUEST_QUEUE, &"FUSE request without a header");
+            log_guest_fault(REQUEST_QUEUE, &"the FUSE request is shorter than its header");
             return 0;
         };
         if matches!(header.opcode, FORGET | BATCH_FORGET | INTERRUPT | DESTROY) {
@@ -75,9 +76,9 @@ impl FuseServer {
             self.serve_unanswered(REQUEST_QUEUE, header, chain.readable);
             return 0;
         }
-        // virtiofsd splits its writer after the answer's header, and panics if the writer is shorter than this header.
+        // virtiofsd splits the writer after the answer's header, and panics if the writer is shorter than this header.
         if chain.writable.len() < OUT_HEADER {
-            log_guest_fault(REQUEST_QUEUE, &"FUSE request whose answer buffer is too small");
+            log_guest_fault(REQUEST_QUEUE, &"the answer buffer of the FUSE request is too small");
             return 0;
         }
         let opened = lock(&self.table).open(memory, &chain);
@@ -88,7 +89,7 @@ impl FuseServer {
             Err(error) => Err(error.to_string()),
         };
         match result {
-            // An answer is at most 1 MiB.
+            // The length of an answer fits in a u32, because an answer has at most 1 MiB of data.
             Ok(written) => u32::try_from(written.min(chain.writable.len())).unwrap_or(0),
             Err(error) => {
                 let fault = format_args!("failed to serve a FUSE request with opcode {}: {error}", header.opcode);
@@ -99,7 +100,7 @@ impl FuseServer {
     }
 
     /// Serves a request of the high-priority queue: FORGET, BATCH_FORGET or INTERRUPT. Answers any other request with
-    /// EOPNOTSUPP. Returns the number of bytes written.
+    /// EOPNOTSUPP. Returns the number of bytes written to the chain.
     pub fn serve_high_priority(&self, mut chain: Chain<'_>) -> u32 {
         match take::<InHeader>(&mut chain.readable) {
             Some(header) if matches!(header.opcode, FORGET | BATCH_FORGET | INTERRUPT) => {
@@ -108,17 +109,18 @@ impl FuseServer {
             }
             Some(header) => reply_error(&chain, header.unique, libc::EOPNOTSUPP),
             None => {
-                log_guest_fault(HIGH_PRIORITY_QUEUE, &"FUSE request without a header");
+                log_guest_fault(HIGH_PRIORITY_QUEUE, &"the FUSE request is shorter than its header");
                 0
             }
         }
     }
 
-    /// Serves a request without an answer, from a private copy of its header and arguments.
+    /// Serves a request that has no answer. `header` and the decoded arguments are private copies, which the guest
+    /// cannot change.
     ///
-    /// FORGET may run on the device loop. FORGET closes the node's O_PATH fd when the guest has no more references.
-    /// Closing the fd can block if the file was unlinked before, because the last iput() of the file's inode takes as
-    /// long as the host's file system needs to free the file.
+    /// FORGET may run on the device loop. When the guest has no more references to a node, FORGET closes the node's
+    /// O_PATH fd. Closing the fd can block if the file is already unlinked. The close then causes the last iput() of
+    /// the file's inode, which returns only after the host's file system has freed the file.
     fn serve_unanswered(&self, queue: u16, header: InHeader, mut arguments: Iov<'_>) {
         let decoded = match header.opcode {
             FORGET => take::<ForgetIn>(&mut arguments).map(|ForgetIn { nlookup }| {
@@ -135,7 +137,7 @@ impl FuseServer {
             _ => Some(()),
         };
         if decoded.is_none() {
-            let fault = format_args!("FUSE request with opcode {} and incomplete arguments", header.opcode);
+            let fault = format_args!("the FUSE request with opcode {} has incomplete arguments", header.opcode);
             log_guest_fault(queue, &fault);
         }
     }
@@ -153,15 +155,16 @@ fn peek<T: ByteValued + Default>(from: &Iov<'_>) -> Option<T> {
     (from.copy_to(value.as_mut_slice()) == size_of::<T>()).then_some(value)
 }
 
-/// Copies a value out of guest memory and consumes it, so that it is read only once.
+/// Copies a value out of guest memory, and skips the value in `from`. Therefore, no later call reads this value again.
+/// Returns `None` if the chain is too short.
 fn take<T: ByteValued + Default>(from: &mut Iov<'_>) -> Option<T> {
     let value = peek(from)?;
     from.skip(size_of::<T>());
     Some(value)
 }
 
-/// Copies the arguments of a BATCH_FORGET: nodes, and the number of references of each node. Returns `None` if the
-/// chain contains fewer nodes than the count says, or if the count is above [`MAX_BATCH`].
+/// Copies the arguments of a BATCH_FORGET: nodes, and the number of references that the guest drops for each node.
+/// Returns `None` if the chain contains fewer nodes than the count says, or if the count is above [`MAX_BATCH`].
 fn take_batch(arguments: &mut Iov<'_>) -> Option<Vec<(Inode, u64)>> {
     let BatchForgetIn { count, .. } = take(arguments)?;
     let count = usize::try_from(count).ok().filter(|&count| count <= MAX_BATCH)?;
@@ -171,7 +174,7 @@ fn take_batch(arguments: &mut Iov<'_>) -> Option<Vec<(Inode, u64)>> {
     (0..count).map(|_| take(arguments).map(|ForgetOne { nodeid, nlookup }| (nodeid, nlookup))).collect()
 }
 
-/// Writes an answer that consists of an error. Returns the number of bytes written.
+/// Writes an answer that contains only an error. Returns the number of bytes written to the chain.
 fn reply_error(chain: &Chain<'_>, unique: u64, errno: i32) -> u32 {
     let mut header = [0; OUT_HEADER];
     let fields: [&[u8]; 3] = [&(OUT_HEADER as u32).to_le_bytes(), &(-errno).to_le_bytes(), &unique.to_le_bytes()];

@@ -1,4 +1,4 @@
-//! Tests that the landlock rules of the jail do not change the answer to any request within the share.
+//! Tests that the jail's landlock rules do not change the answers to requests for files in the share.
 
 use std::thread;
 
@@ -8,7 +8,7 @@ use super::test_guest::*;
 use super::test_tree::Tree;
 use crate::jail::restrict;
 
-/// Returns the request with number `at`, with the node to which it goes, or `None` if there are fewer requests.
+/// Returns request number `at`, and the node to which the request goes. Returns `None` if no request has this number.
 fn request(guest: &mut Guest, at: usize) -> Option<(u64, Request)> {
     let (directory, file) = (guest.lookup(ROOT, "dir"), guest.lookup(ROOT, "file"));
     let handle = guest.open(OPEN, file, libc::O_RDWR);
@@ -24,12 +24,12 @@ fn request(guest: &mut Guest, at: usize) -> Option<(u64, Request)> {
         .nth(at)
 }
 
-/// Sends each request to a guest with a new share. Returns the errno of each answer.
+/// Sends each request to a new device with a new share. Returns the label of each request and the errno of its answer.
 fn answers(confined: bool) -> Vec<(String, i32)> {
     let answer = |at| {
         let tree = Tree::new();
         let (share, belongings) = (tree.share(), belongings());
-        // The rules hold for this thread and for the workers that it starts.
+        // The landlock rules apply to this thread and to the worker threads that this thread starts.
         let thread = thread::spawn(move || {
             if confined {
                 restrict(Some(&share), false).unwrap();
@@ -49,6 +49,7 @@ fn answers(confined: bool) -> Vec<(String, i32)> {
 fn landlock_rules_do_not_change_answers_within_share() {
     let confined = thread::spawn(|| answers(true));
     let free = answers(false);
-    assert!(free.iter().filter(|(_, error)| *error == 0).count() > 50, "{free:?}");
+    let succeeded = free.iter().filter(|(_, error)| *error == 0).count();
+    assert!(succeeded > 50, "more than 50 requests must succeed without landlock rules, but {succeeded} did: {free:?}");
     assert_eq!(confined.join().unwrap(), free);
 }
