@@ -1,7 +1,7 @@
 //! The virtio-fs device (virtio 1.2, 5.11): serves a directory of the host with virtiofsd's file system.
 //!
-//! Worker threads take requests from the request queue themselves ([`super::workers`]). Therefore each request costs
-//! only one wake-up. The device loop serves only the high-priority queue. Therefore FORGET never waits for a request
+//! Worker threads take requests from the request queue themselves ([`super::workers`]). Therefore, each request wakes
+//! only one thread. The device loop serves only the high-priority queue. Therefore, FORGET never waits for a request
 //! that blocks.
 
 mod checked_fs;
@@ -54,14 +54,15 @@ use crate::jail::{Belongings, Kind};
 
 /// Size of the tag in the configuration space, in bytes.
 pub const TAG_LEN: usize = 36;
-/// Sizes of the high-priority queue and the request queue. Linux limits the number of pages of a request to the queue's
-/// number of descriptors minus a few for the headers. A request of 1 MiB needs 256 descriptors for its pages.
+/// Number of descriptors of the high-priority queue and of the request queue. In Linux, a request can have as many
+/// pages as the queue has descriptors, minus a few descriptors for the headers. A request of 1 MiB has 256 pages.
 const QUEUE_SIZES: [u16; 2] = [64, 512];
 /// Event token of the high-priority queue.
 const HIGH_PRIORITY: u32 = HIGH_PRIORITY_QUEUE as u32;
-/// Number of fds reserved for the process itself.
+/// Number of fds that are reserved for the VMM itself.
 const RESERVED_FDS: u64 = 512;
-/// The guest is asked to forget files once less than 1/`SPARE_FRACTION` of its fds is free.
+/// The VMM asks the shim to make the guest forget files when less than 1/`SPARE_FRACTION` of the fds for guest files is
+/// free.
 const SPARE_FRACTION: u64 = 8;
 /// How long the guest caches names and attributes. A change that the host makes in a volume is visible in the guest
 /// after at most this time.
@@ -71,10 +72,10 @@ const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 #[derive(Debug, thiserror::Error)]
 pub enum FsError {
     /// The tag is empty or too long.
-    #[error("invalid virtio-fs tag {0:?}: it must have 1 to {TAG_LEN} bytes")]
+    #[error("invalid virtio-fs tag {0:?}: a tag must have 1 to {TAG_LEN} bytes")]
     Tag(String),
     /// The fd limit is too low.
-    #[error("the fd limit (RLIMIT_NOFILE) of {0} is too low: it must be at least {min}", min = 2 * RESERVED_FDS)]
+    #[error("the fd limit (RLIMIT_NOFILE) is {0}, but must be at least {min}", min = 2 * RESERVED_FDS)]
     Limit(u64),
     /// The directory cannot be served.
     #[error("failed to share directory {root}")]
@@ -85,10 +86,10 @@ pub enum FsError {
         #[source]
         source: io::Error,
     },
-    /// The device's eventfd, or its copy of the fd of `/proc/self/fd`, could not be created.
+    /// The device cannot create its eventfd, or cannot duplicate the fd of `/proc/self/fd`.
     #[error("failed to create an fd for the virtio-fs device")]
     Event(#[source] io::Error),
-    /// The worker threads could not be started or confined.
+    /// The worker threads cannot be started or confined.
     #[error("failed to start the virtio-fs threads")]
     Threads(#[source] io::Error),
 }
@@ -201,25 +202,27 @@ fn passthrough_config(root_dir: String, fd_directory: File, guest_fd_limit: u64)
         guest_fd_limit,
         // The guest looks names and attributes up again after the timeout. With `Always`, file data stays in the
         // guest's page cache until the file's size or mtime changes (FUSE_AUTO_INVAL_DATA). With `Auto`, each open
-        // would drop the file's pages, and therefore every exec would read its binary again.
+        // would drop the file's pages. Therefore, every execve(2) in the guest would read the binary from the host
+        // again.
         entry_timeout: CACHE_TIMEOUT,
         attr_timeout: CACHE_TIMEOUT,
         cache_policy: CachePolicy::Always,
-        // Writeback is off, because the host changes files that the guest has cached. Moreover, a killed guest must not
-        // lose data that was reported as written.
+        // Writeback is off, because the host changes files that the guest has cached. Moreover, when the VM is killed,
+        // no data that the guest has reported as written may be lost.
         writeback: false,
         xattr: true,
         posix_acl: NegotiationMode::Auto,
-        // With this option the guest need not send a GETXATTR of security.capability before each write.
+        // With this option, the guest need not send a GETXATTR of security.capability before each write.
         killpriv_v2: true,
-        // Mounts appear under the root while the guest runs. In the guest, each mount gets its own st_dev.
+        // The shim attaches mounts to the share while the guest runs. With this option, each mount gets its own st_dev
+        // in the guest.
         announce_submounts: true,
         readdirplus: true,
-        // virtiofsd keeps one fd per inode that the guest knows. File handles would need CAP_DAC_READ_SEARCH, and with
-        // this capability a process can open any inode of the host, even from a jail. Moreover, every rootfs is on
-        // overlayfs, which has no file handles without nfs_export.
+        // virtiofsd keeps one open fd, and no file handle, per inode that the guest knows. File handles would need
+        // CAP_DAC_READ_SEARCH, and with this capability a process can open any inode of the host, even from a jail.
+        // Moreover, every rootfs is on overlayfs, which supports file handles only with the mount option nfs_export.
         inode_file_handles: InodeFileHandlesMode::Never,
-        // Ignore O_DIRECT on the host, so that it bypasses only the guest's cache. The file systems under a share
+        // Ignore O_DIRECT on the host, so that this flag bypasses only the guest's cache. The file systems in a share
         // (tmpfs, overlayfs, network file systems) may reject the flag or the alignment of a buffer.
         allow_direct_io: false,
         ..Config::default()

@@ -6,15 +6,16 @@ use std::os::unix::ffi::OsStrExt;
 use super::test_guest::*;
 use super::test_tree::{Tree, differences};
 
-/// FUSE_CREATE_SUPP_GROUP: bit 34 of the INIT flags, which Linux 6.3 and later offer. If this flag is negotiated,
-/// virtiofsd parses the bytes after a name as extensions.
+/// FUSE_CREATE_SUPP_GROUP: bit 34 of the INIT flags, and therefore bit 2 of `flags2`. Linux offers this flag since 6.3.
+/// If this flag is negotiated, virtiofsd parses the bytes after a name as extensions.
 pub const CREATE_SUPP_GROUP: u32 = 1 << 2;
 const FILE_MODE: u32 = libc::S_IFREG | 0o644;
 
 /// A request: its label in messages, its opcode and its body.
 pub type Request = (String, u32, Vec<u8>);
 
-/// Returns one request for each operation that takes a name. `directory` and `file` are nodes.
+/// Returns at least one request for each operation that takes the name of a directory entry. `directory` and `file` are
+/// node ids.
 pub fn requests(directory: u64, file: u64, name: &[u8]) -> Vec<Request> {
     let with = |start: Vec<u8>| [&start, name].concat();
     let create = |flags: i32| with(words([flags.cast_unsigned(), 0o644, 0, 0]));
@@ -49,8 +50,8 @@ pub fn requests(directory: u64, file: u64, name: &[u8]) -> Vec<Request> {
     requests
 }
 
-/// Returns names that no directory entry can have, each with the expected error. Even without a check, these names
-/// would only lead to files of the test's tree.
+/// Returns hostile names, as the bytes of a request, each with the expected error. No directory entry can have such a
+/// name. If the device did not check names, these names would lead only to files of the test's tree.
 fn hostile_names(tree: &Tree) -> Vec<(Vec<u8>, i32)> {
     let mut names = vec![
         (b"".to_vec(), libc::EINVAL),
@@ -69,7 +70,7 @@ fn hostile_names(tree: &Tree) -> Vec<(Vec<u8>, i32)> {
     names
 }
 
-/// Sends a request that should fail without changing any file. Returns a description of each violation, or `None` if
+/// Sends a request that must fail and must not change any file. Returns a description of all violations, or `None` if
 /// there is no violation.
 fn check_rejected(
     tree: &Tree,
@@ -119,7 +120,7 @@ fn every_operation_rejects_names_that_cannot_be_directory_entries() {
             }
         }
     }
-    assert!(failures.is_empty(), "{} requests were not rejected:\n{}", failures.len(), failures.join("\n"));
+    assert!(failures.is_empty(), "{} requests were not rejected as expected:\n{}", failures.len(), failures.join("\n"));
 }
 
 #[test]
@@ -198,7 +199,7 @@ fn readdirplus_returns_all_entries_with_their_nodes() {
         let len = u32::from_le_bytes(entries[144..148].try_into().unwrap()) as usize;
         let name = String::from_utf8(entries[152..152 + len].to_vec()).unwrap();
         let dots = name == "." || name == "..";
-        assert_eq!(u64_at(&entries, 0) == 0, dots, "only `.` and `..` must have no node, but not {name}");
+        assert_eq!(u64_at(&entries, 0) == 0, dots, "wrong node of {name:?}: only `.` and `..` must have node 0");
         names.push(name);
         entries.drain(..152 + len.next_multiple_of(8));
     }

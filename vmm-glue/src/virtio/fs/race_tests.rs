@@ -8,8 +8,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::test_guest::*;
 use crate::guest_memory::GuestMemory;
 
-/// Number of requests per test. In a version of the device that read the opcode twice, the thread that changes the
-/// opcode won the race in 1 of 40 to 1 of 1500 requests.
+/// Number of requests per test. A former version of the device read the opcode twice. In tests of that version, the
+/// opcode changed between the two reads in 1 of 40 to 1 of 1500 requests.
 const ATTEMPTS: usize = 2000;
 /// Offset of the opcode in `struct fuse_in_header`.
 const OPCODE: u64 = 4;
@@ -40,7 +40,7 @@ fn while_flipping(memory: &GuestMemory, address: u64, values: [u32; 2], serve: i
 }
 
 #[test]
-fn high_priority_queue_never_serves_an_opcode_that_replaces_forget() {
+fn high_priority_queue_does_not_serve_mkdir_that_replaces_forget() {
     let root = tempfile::tempdir().unwrap();
     let mut guest = Guest::with_share(root.path(), 1);
     guest.init();
@@ -55,15 +55,16 @@ fn high_priority_queue_never_serves_an_opcode_that_replaces_forget() {
     while_flipping(&memory, opcode, [FORGET, MKDIR], || {
         for attempt in 0..ATTEMPTS {
             assert_eq!(guest.bench.queues[0].poll(), Some((head, Vec::new())));
-            assert!(!root.path().join("escaped").exists(), "request {attempt} made a directory");
+            assert!(!root.path().join("escaped").exists(), "the high-priority queue served MKDIR in request {attempt}");
             assert_eq!(guest.bench.queues[0].add(&[&request], &[]), head);
             guest.bench.run();
         }
     });
 }
 
+/// READ needs an answer buffer. The request has no answer buffer, because FORGET has no answer.
 #[test]
-fn device_does_not_panic_if_read_replaces_forget_without_an_answer_buffer() {
+fn device_does_not_panic_if_read_replaces_forget() {
     let mut guest = Guest::new(1);
     guest.init();
     let memory = guest.bench.memory.clone();
@@ -103,7 +104,7 @@ fn device_reads_the_length_of_an_answer_descriptor_once() {
 }
 
 #[test]
-fn batch_forget_with_fewer_nodes_than_its_count_forgets_no_node() {
+fn batch_forget_with_a_wrong_count_forgets_no_node() {
     let mut guest = Guest::new(1);
     guest.init();
     let node = guest.lookup(ROOT, "hello");
@@ -116,7 +117,8 @@ fn batch_forget_with_fewer_nodes_than_its_count_forgets_no_node() {
     };
     for count in [0, 2, 3, 4096, 65536, 1 << 28, u32::MAX] {
         for queue in [0, 1] {
-            assert_eq!(forget(&mut guest, queue, count), 0, "count {count} in queue {queue} has forgotten the node");
+            let error = forget(&mut guest, queue, count);
+            assert_eq!(error, 0, "BATCH_FORGET with count {count} in queue {queue} must not forget the node");
         }
     }
     assert_eq!(forget(&mut guest, 0, 1), libc::EBADF);
@@ -131,7 +133,7 @@ fn forget_and_batch_forget_work_in_both_queues() {
             let node = (0..lookups).fold(0, |_, _| guest.lookup(ROOT, "hello"));
             let body = match opcode {
                 FORGET => longs([lookups]),
-                // The first entry's node does not exist.
+                // The node of the first entry does not exist.
                 _ => {
                     let entries = longs([node + 1, 1]).into_iter().chain(longs([node, lookups]));
                     words([2, 0]).into_iter().chain(entries).collect()
@@ -141,7 +143,7 @@ fn forget_and_batch_forget_work_in_both_queues() {
             guest.bench.queues[queue].add(&[&header, &body], &[]);
             guest.bench.run_until(|queues| queues[queue].poll().is_some());
             let error = guest.error(OPEN, node, &words([0, 0]));
-            assert_eq!(error, libc::EBADF, "opcode {opcode} in queue {queue} has not forgotten the node");
+            assert_eq!(error, libc::EBADF, "opcode {opcode} in queue {queue} must forget the node");
         }
     }
 }

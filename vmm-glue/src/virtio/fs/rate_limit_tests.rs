@@ -7,7 +7,7 @@ use super::test_guest::*;
 use crate::config::{Rate, RateLimit};
 
 #[test]
-fn requests_beyond_the_rate_wait_and_succeed_with_any_number_of_workers() {
+fn requests_beyond_the_rate_limit_wait_and_then_succeed() {
     for workers in [1, 4] {
         let limit = RateLimit { bytes: None, operations: Some(Rate { per_second: 300, burst: 3 }) };
         let mut guest = Guest::with_limit(workers, limit);
@@ -25,12 +25,13 @@ fn requests_beyond_the_rate_wait_and_succeed_with_any_number_of_workers() {
             }
             answers == 29
         });
-        assert!(begin.elapsed() >= Duration::from_millis(90), "30 requests took only {:?}", begin.elapsed());
+        let elapsed = begin.elapsed();
+        assert!(elapsed >= Duration::from_millis(90), "30 requests must take at least 90 ms, but took {elapsed:?}");
     }
 }
 
 #[test]
-fn file_data_counts_as_bytes_in_both_directions() {
+fn read_and_write_take_tokens_from_the_byte_rate_limit() {
     let limit = RateLimit { bytes: Some(Rate { per_second: 100_000, burst: 1 }), operations: None };
     let mut guest = Guest::with_limit(1, limit);
     guest.init();
@@ -42,12 +43,16 @@ fn file_data_counts_as_bytes_in_both_directions() {
         let begin = Instant::now();
         assert_eq!(guest.call(opcode, node, &body, answer).0, 0);
         assert_eq!(guest.call(GETATTR, node, &longs([0, 0]), 104).0, 0);
-        assert!(begin.elapsed() >= Duration::from_millis(40), "opcode {opcode} was not limited: {:?}", begin.elapsed());
+        let elapsed = begin.elapsed();
+        assert!(
+            elapsed >= Duration::from_millis(40),
+            "opcode {opcode} and the next GETATTR must take at least 40 ms, but took {elapsed:?}"
+        );
     }
 }
 
 #[test]
-fn bytes_that_the_host_copies_count_as_bytes() {
+fn copy_file_range_takes_tokens_from_the_byte_rate_limit() {
     let limit = RateLimit { bytes: Some(Rate { per_second: 20 << 20, burst: 1 }), operations: None };
     let mut guest = Guest::with_limit(1, limit);
     let hello = guest.root().join("hello");
@@ -60,7 +65,15 @@ fn bytes_that_the_host_copies_count_as_bytes() {
     let begin = Instant::now();
     let (error, answer) = guest.call(COPY_FILE_RANGE, from, &body, 8);
     let copied = u32::from_le_bytes(answer[..4].try_into().unwrap());
-    assert_eq!((error, copied), (0, 1 << 20), "one request has to copy 1 MiB");
+    assert_eq!(
+        (error, copied),
+        (0, 1 << 20),
+        "COPY_FILE_RANGE must succeed and copy 1 MiB, the maximum for a share with a byte rate limit"
+    );
     assert_eq!(guest.call(GETATTR, to, &longs([0, 0]), 104).0, 0);
-    assert!(begin.elapsed() >= Duration::from_millis(45), "copies were not limited: {:?}", begin.elapsed());
+    let elapsed = begin.elapsed();
+    assert!(
+        elapsed >= Duration::from_millis(45),
+        "COPY_FILE_RANGE and the next GETATTR must take at least 45 ms, but took {elapsed:?}"
+    );
 }

@@ -1,17 +1,17 @@
 //! Checks FUSE requests for values that virtiofsd 1.14 passes on to the kernel unchecked.
 //!
-//! virtiofsd relies on a sandbox in which its root directory is the root of the process (pivot_root(2)). These checks
-//! protect the host's files even if the VMM has another root directory.
+//! virtiofsd relies on a sandbox in which the shared directory is the root directory of the process (pivot_root(2)).
+//! These checks protect the host's files even if the VMM has another root directory.
 
 use std::ffi::CStr;
 use std::io;
 
-/// The bits of O_TMPFILE without O_DIRECTORY, which O_TMPFILE includes (include/uapi/asm-generic/fcntl.h). On arm64,
-/// O_DIRECTORY is a different bit than on x86.
+/// The bits of O_TMPFILE without O_DIRECTORY, which O_TMPFILE includes (include/uapi/asm-generic/fcntl.h). O_DIRECTORY
+/// is not the same bit on arm64 and on x86.
 const TMPFILE: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
 
-/// Checks that a name can be a directory entry. Returns EINVAL if the name is empty, is `.` or `..`, or contains a
-/// slash.
+/// Checks that a name can be the name of a directory entry. Returns EINVAL if the name is empty, is `.` or `..`, or
+/// contains a slash.
 ///
 /// virtiofsd passes the name to unlinkat(2), mkdirat(2), mknodat(2), symlinkat(2), linkat(2) and renameat2(2). These
 /// calls take a path. Therefore, a name with a slash, or `..`, would refer to an entry of another directory. The
@@ -19,24 +19,24 @@ const TMPFILE: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
 ///
 /// The guest's kernel looks up `.` and `..` only for file handles, if FUSE_EXPORT_SUPPORT was negotiated
 /// (fuse_get_dentry() and fuse_get_parent() in fs/fuse/inode.c). virtiofsd negotiates FUSE_EXPORT_SUPPORT neither in
-/// `Server::init()` (server.rs) nor in `PassthroughFs::init()` (passthrough/mod.rs). Its READDIRPLUS does not look up
-/// these two names (`handle_dirent()` in server.rs).
+/// `Server::init()` (server.rs) nor in `PassthroughFs::init()` (passthrough/mod.rs). virtiofsd's READDIRPLUS
+/// does not look up these two names (`handle_dirent()` in server.rs).
 pub fn name(name: &CStr) -> io::Result<()> {
     let name = name.to_bytes();
     reject_if(matches!(name, b"" | b"." | b"..") || name.contains(&b'/'))
 }
 
-/// Checks that open(2) flags have neither O_TMPFILE nor O_PATH. Returns EINVAL otherwise.
+/// Checks the flags of open(2). Returns EINVAL if the flags contain O_TMPFILE or O_PATH.
 ///
 /// O_TMPFILE on a directory creates a file to which no node refers. An O_PATH handle cannot be read or written. The
-/// guest's kernel sends neither flag, because it sends FUSE_TMPFILE instead of O_TMPFILE, and O_PATH never reaches a
-/// file system.
+/// guest's kernel sends neither flag. The kernel sends FUSE_TMPFILE instead of O_TMPFILE, and opens a file with O_PATH
+/// without a call of the file system.
 pub fn open_flags(flags: u32) -> io::Result<()> {
     reject_if(flags.cast_signed() & (TMPFILE | libc::O_PATH) != 0)
 }
 
-/// Checks that a file offset is at most 2^63 - 1. Returns EINVAL otherwise, because virtiofsd would panic
-/// (file_traits.rs), and a panic ends the process.
+/// Checks a file offset. Returns EINVAL if the offset is above 2^63 - 1. With such an offset, virtiofsd would panic
+/// (file_traits.rs), and a panic ends the VMM.
 pub fn offset(offset: u64) -> io::Result<()> {
     reject_if(i64::try_from(offset).is_err())
 }

@@ -5,7 +5,7 @@ use super::names_tests::{Request, guest_of, requests};
 use super::test_guest::*;
 use super::test_tree::{Tree, differences};
 
-/// FUSE_SECURITY_CTX: bit 32 of the INIT flags.
+/// FUSE_SECURITY_CTX: bit 32 of the INIT flags, and therefore bit 0 of `flags2`.
 const SECURITY_CTX: u32 = 1 << 0;
 const FATTR_MODE: u32 = 1 << 0;
 const FATTR_UID: u32 = 1 << 1;
@@ -28,7 +28,7 @@ fn create(flags: i32, name: &str) -> Vec<u8> {
     [words([flags.cast_unsigned(), 0o644, 0, 0]), format!("{name}\0").into_bytes()].concat()
 }
 
-/// Returns one request for each operation that takes a handle. COPY_FILE_RANGE copies to the node `other`.
+/// Returns one request for each operation that takes a handle. The COPY_FILE_RANGE request copies to the node `other`.
 pub fn with_handle(handle: u64, other: u64) -> Vec<Request> {
     let read = || [longs([handle, 0]), words([128, 0, 0, 0, 0, 0])].concat();
     [
@@ -50,7 +50,7 @@ pub fn with_handle(handle: u64, other: u64) -> Vec<Request> {
     .into()
 }
 
-/// Returns requests for the operations that take neither a name nor a handle.
+/// Returns requests for the operations that take neither the name of a directory entry nor a handle.
 pub fn without_handle() -> Vec<Request> {
     let xattr = b"user.a\0";
     [
@@ -91,17 +91,23 @@ fn no_request_for_a_symlink_reaches_its_target() {
         let file = guest.lookup(ROOT, "file");
         for name in [&b"outside\0"[..], b"empty\0", b"inner\0", b"new\0"] {
             for (label, opcode, body) in requests(node, file, name) {
-                assert_eq!(guest.error(opcode, node, &body), libc::ENOTDIR, "wrong error of {label} in symlink {link}");
+                assert_eq!(guest.error(opcode, node, &body), libc::ENOTDIR, "{label} in symlink {link} must fail");
             }
         }
         for (label, opcode, body) in without_handle() {
             let error = guest.error(opcode, node, &body);
             let opens = matches!(opcode, OPEN | OPENDIR | SYNCFS) || label == "SETATTR of the size";
-            assert!(!opens || error == libc::EBADF, "wrong error of {label} of symlink {link}: {error}");
+            assert!(
+                !opens || error == libc::EBADF,
+                "{label} for symlink {link} must return EBADF, but returned {error}"
+            );
         }
         for flags in [libc::O_RDWR, libc::O_RDWR | libc::O_TRUNC, libc::O_RDONLY | libc::O_DIRECTORY] {
             let error = guest.error(CREATE, ROOT, &create(flags | libc::O_CREAT, link));
-            assert!([libc::EBADF, libc::EINVAL].contains(&error), "wrong error of CREATE of symlink {link}: {error}");
+            assert!(
+                [libc::EBADF, libc::EINVAL].contains(&error),
+                "CREATE of symlink {link} must return EBADF or EINVAL, but returned {error}"
+            );
         }
         let body = [longs([node]), b"hard\0".to_vec()].concat();
         assert_eq!(guest.error(LINK, ROOT, &body), 0);
@@ -116,8 +122,8 @@ fn special_files_are_never_opened() {
     // There is only one worker thread. If a request blocked, the test would time out.
     let mut guest = guest_of(&tree);
     let mut names = vec!["fifo", "socket"];
-    // Create the device nodes of /dev/null and of a disk that no host has (major 60 is for local use). Without the
-    // privilege to create device nodes, the test does without them.
+    // Also create the device nodes of /dev/null and of a disk that no host has (major 60 is for local use). If the test
+    // may not create device nodes, the test uses only the fifo and the socket.
     for (name, mode, device) in [("null", libc::S_IFCHR, 0x103), ("disk", libc::S_IFBLK, 0x3c00)] {
         let body = [words([mode | 0o666, device, 0, 0]), format!("{name}\0").into_bytes()].concat();
         if guest.error(MKNOD, ROOT, &body) == 0 {
@@ -129,16 +135,16 @@ fn special_files_are_never_opened() {
         let access = [libc::O_RDONLY, libc::O_WRONLY, libc::O_RDWR, libc::O_ACCMODE];
         for access in access.into_iter().flat_map(|access| [access, access | libc::O_NONBLOCK]) {
             let truncate = flags(access | libc::O_TRUNC);
-            assert_eq!(guest.error(OPEN, node, &flags(access)), libc::EBADF, "wrong error of OPEN of {name}");
-            assert_eq!(guest.error(OPEN, node, &truncate), libc::EBADF, "wrong error of OPEN with O_TRUNC of {name}");
-            assert_eq!(guest.error(OPENDIR, node, &flags(access)), libc::EBADF, "wrong error of OPENDIR of {name}");
+            assert_eq!(guest.error(OPEN, node, &flags(access)), libc::EBADF, "OPEN of {name} must fail");
+            assert_eq!(guest.error(OPEN, node, &truncate), libc::EBADF, "OPEN of {name} with O_TRUNC must fail");
+            assert_eq!(guest.error(OPENDIR, node, &flags(access)), libc::EBADF, "OPENDIR of {name} must fail");
             let create = create(access | libc::O_CREAT, name);
-            assert_eq!(guest.error(CREATE, ROOT, &create), libc::EBADF, "wrong error of CREATE of {name}");
+            assert_eq!(guest.error(CREATE, ROOT, &create), libc::EBADF, "CREATE of {name} must fail");
         }
         for (label, opcode, body) in without_handle() {
             let error = guest.error(opcode, node, &body);
             let opens = matches!(opcode, OPEN | OPENDIR | SYNCFS) || label == "SETATTR of the size";
-            assert!(!opens || error == libc::EBADF, "wrong error of {label} of {name}: {error}");
+            assert!(!opens || error == libc::EBADF, "{label} for {name} must return EBADF, but returned {error}");
         }
     }
     guest.read_hello();
@@ -152,7 +158,10 @@ fn mknod_rejects_directories_symlinks_and_unknown_types() {
     for mode in [libc::S_IFDIR | 0o755, libc::S_IFLNK | 0o777, libc::S_IFMT, 0o050_000, u32::MAX] {
         let body = [&words([mode, u32::MAX, 0, 0])[..], b"new\0"].concat();
         let error = guest.error(MKNOD, ROOT, &body);
-        assert!([libc::EINVAL, libc::EPERM].contains(&error), "wrong error of MKNOD with mode {mode:o}: {error}");
+        assert!(
+            [libc::EINVAL, libc::EPERM].contains(&error),
+            "MKNOD with mode {mode:o} must return EINVAL or EPERM, but returned {error}"
+        );
     }
     assert_eq!(tree.state(), before);
 }
@@ -172,7 +181,7 @@ fn open_and_create_reject_o_tmpfile_and_o_path() {
             assert_eq!(guest.error(CREATE, ROOT, &create(flags_refused, name)), libc::EINVAL);
         }
     }
-    // Creation flags have no effect on an existing node, except O_EXCL.
+    // On an existing node, O_CREAT has no effect, but O_CREAT with O_EXCL fails.
     assert_eq!(guest.error(OPEN, file, &flags(libc::O_RDWR | libc::O_CREAT)), 0);
     assert_eq!(guest.error(OPEN, file, &flags(libc::O_RDWR | libc::O_CREAT | libc::O_EXCL)), libc::EEXIST);
     assert_eq!(guest.error(OPENDIR, ROOT, &flags(libc::O_RDONLY | libc::O_DIRECTORY)), 0);
@@ -189,7 +198,7 @@ fn unknown_nodes_are_rejected() {
     for node in [0, file + 1, 1 << 32, u64::MAX] {
         let named = requests(node, node, b"file\0").into_iter().chain(requests(ROOT, node, b"new\0"));
         for (label, opcode, body) in named.chain(without_handle()).chain(with_handle(handle, node)) {
-            assert_eq!(guest.error(opcode, node, &body), libc::EBADF, "wrong error of {label} of unknown node {node}");
+            assert_eq!(guest.error(opcode, node, &body), libc::EBADF, "{label} for unknown node {node} must fail");
         }
     }
     assert_eq!(tree.state(), before);
@@ -207,7 +216,11 @@ fn handle_is_rejected_with_another_node() {
         [(other, handle), (ROOT, handle), (file, other_handle), (file, other_handle + 1), (file, u64::MAX)]
     {
         for (label, opcode, body) in with_handle(handle, other) {
-            assert_eq!(guest.error(opcode, node, &body), libc::EBADF, "wrong error of {label} with another node");
+            assert_eq!(
+                guest.error(opcode, node, &body),
+                libc::EBADF,
+                "{label} with the handle of another node must fail"
+            );
         }
     }
     let copy = longs([handle, 0, other, handle, 0, 3, 0]);
@@ -226,9 +239,10 @@ fn requests_before_init_and_after_destroy_are_rejected() {
         let all = requests(ROOT, node, b"file\0").into_iter().chain(without_handle()).chain(with_handle(handle, node));
         for (label, opcode, body) in all {
             let error = guest.error(opcode, node, &body);
-            // This SETXATTR has the longer body of FUSE_SETXATTR_EXT, which has not been negotiated.
+            // SETXATTR may also return EINVAL. The request has the longer body of FUSE_SETXATTR_EXT, although
+            // FUSE_SETXATTR_EXT was not negotiated.
             let short = opcode == SETXATTR && error == libc::EINVAL;
-            assert!(short || error == libc::EBADF, "wrong error of {label} without INIT: {error}");
+            assert!(short || error == libc::EBADF, "{label} without INIT must return EBADF, but returned {error}");
         }
     };
     check_all_rejected(&mut guest, ROOT, 0);
@@ -238,12 +252,12 @@ fn requests_before_init_and_after_destroy_are_rejected() {
     send_unanswered(&mut guest, DESTROY, b"");
     check_all_rejected(&mut guest, ROOT, handle);
     check_all_rejected(&mut guest, file, handle);
-    // INIT does not restore nodes and handles, even if it is repeated.
+    // INIT must not restore nodes and handles, even if the guest sends INIT several times.
     for _ in 0..3 {
         guest.init();
         let stale: Vec<_> = without_handle().into_iter().chain(with_handle(handle, file)).collect();
         for (label, opcode, body) in stale {
-            assert_eq!(guest.error(opcode, file, &body), libc::EBADF, "wrong error of {label} of a stale node");
+            assert_eq!(guest.error(opcode, file, &body), libc::EBADF, "{label} for a stale node must fail");
         }
     }
     assert_eq!(tree.state(), before);
@@ -259,7 +273,7 @@ fn unsupported_opcodes_are_answered_with_enosys() {
     // CUSE_INIT, and unknown opcodes.
     for opcode in [0, 7, 19, 31, 32, 33, 37, 39, 40, 41, 48, 49, 51, 52, 53, 4096, 1 << 20, u32::MAX] {
         for body in [&[0; 128][..], b"../outside\0", b""] {
-            assert_eq!(guest.error(opcode, ROOT, body), libc::ENOSYS, "wrong error of opcode {opcode}");
+            assert_eq!(guest.error(opcode, ROOT, body), libc::ENOSYS, "opcode {opcode} must return ENOSYS");
         }
     }
     assert_eq!(tree.state(), before);
@@ -295,8 +309,8 @@ fn extensions_are_parsed_only_if_negotiated() {
         assert_eq!(guest.error(*opcode, ROOT, &body), libc::EINVAL);
     }
     assert_eq!(tree.state(), before);
-    // FUSE_SECURITY_CTX is never negotiated, even if the guest offers it. Without FUSE_CREATE_SUPP_GROUP, the
-    // extensions are ignored.
+    // The guest now offers FUSE_SECURITY_CTX, but not FUSE_CREATE_SUPP_GROUP. virtiofsd never negotiates
+    // FUSE_SECURITY_CTX, and therefore ignores the extensions.
     guest.init_with(SECURITY_CTX);
     for (opcode, start) in &starts {
         let body = [start, format!("new{opcode}\0").as_bytes(), &context].concat();
