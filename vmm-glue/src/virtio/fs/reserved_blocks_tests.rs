@@ -1,4 +1,4 @@
-//! Tests that root is the only user of a guest that can use the blocks that a file system reserves for root.
+//! Tests that only a guest's root user can use the blocks that a file system reserves for root.
 
 use std::os::unix::fs::chown;
 use std::path::Path;
@@ -12,7 +12,8 @@ use nix::sys::statvfs::statvfs;
 use super::test_guest::*;
 
 const CHUNK: usize = 16384;
-/// Flag of a WRITE request with which the guest kernel writes back dirty pages of a mapped file (`FUSE_WRITE_CACHE`).
+/// Flag that marks a WRITE request as writeback: the guest kernel writes dirty pages of a mapped file
+/// (`FUSE_WRITE_CACHE`).
 const WRITE_CACHE: u32 = 1;
 /// A function that returns a request's body for a file handle, an offset and flags.
 type Request = fn(u64, u64, u32) -> Vec<u8>;
@@ -20,7 +21,7 @@ type Request = fn(u64, u64, u32) -> Vec<u8>;
 /// Runs `test` with a new, small ext4 file system, in a separate mount namespace.
 fn with_ext4(test: impl FnOnce(&Path) + Send + 'static) {
     let thread = thread::spawn(move || {
-        unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root, because it mounts");
+        unshare(CloneFlags::CLONE_NEWNS).expect("failed to create a mount namespace: this test needs root");
         let none = None::<&str>;
         mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).unwrap();
         let dir = tempfile::tempdir().unwrap();
@@ -38,7 +39,7 @@ fn with_ext4(test: impl FnOnce(&Path) + Send + 'static) {
     thread.join().unwrap();
 }
 
-/// Returns the numbers of free blocks and of blocks that are reserved for root.
+/// Returns the number of free blocks, and the number of blocks that are reserved for root.
 fn free_and_reserved(point: &Path) -> (u64, u64) {
     let stat = statvfs(point).unwrap();
     (stat.blocks_free(), stat.blocks_free() - stat.blocks_available())
@@ -78,10 +79,10 @@ fn fallocate_request(handle: u64, offset: u64, _flags: u32) -> Vec<u8> {
     [longs([handle, offset, CHUNK as u64]), words([0, 0])].concat()
 }
 
-/// Fills the disk with a file of the user `uid`, and empties the file, once for each kind of request. Returns, for
-/// each kind of request, the number of free blocks when the disk was full.
+/// For each kind of request, fills the disk with a file of the user `uid`, and then empties the file. Returns, for each
+/// kind of request, the number of blocks that were still free when the requests failed with ENOSPC.
 fn fill_disk_as(uid: u32, guest: &mut Guest, point: &Path) -> Vec<u64> {
-    // Writeback of a mapped file (`WRITE_CACHE`) comes from the guest kernel, as user 0.
+    // The guest kernel sends the writeback of a mapped file (`WRITE_CACHE`) as user 0.
     let kinds: [(u32, Request, u32, u32); 3] = [
         (WRITE, write_request, 0, uid),
         (WRITE, write_request, WRITE_CACHE, 0),
@@ -106,18 +107,18 @@ fn fill_disk_as(uid: u32, guest: &mut Guest, point: &Path) -> Vec<u64> {
 fn only_root_of_the_guest_can_use_reserved_blocks() {
     with_ext4(|point| {
         let (_, reserved) = free_and_reserved(point);
-        assert!(reserved > 100, "only {reserved} blocks are reserved");
+        assert!(reserved > 100, "the file system must reserve more than 100 blocks, but reserves {reserved}");
         let mut guest = Guest::with_share(point, 1);
         guest.init();
         let free = fill_disk_as(1000, &mut guest, point);
         assert!(
             free.iter().all(|free| *free >= reserved),
-            "user 1000 used reserved blocks: {free:?} blocks are free, but {reserved} are reserved"
+            "user 1000 used some of the {reserved} reserved blocks: only {free:?} blocks are free"
         );
         let free = fill_disk_as(0, &mut guest, point);
         assert!(
             free.iter().all(|free| *free < reserved),
-            "root could not use the {reserved} reserved blocks: {free:?} blocks are free"
+            "root failed to use the {reserved} reserved blocks: {free:?} blocks are still free"
         );
     });
 }

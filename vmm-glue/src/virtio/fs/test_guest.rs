@@ -35,7 +35,7 @@ pub fn u64_at(bytes: &[u8], at: usize) -> u64 {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        // Stop the worker threads, which hold guest memory and fds.
+        // End the activation, so that the worker threads release guest memory and the queue's fds.
         if let Ok(mut device) = self.bench.device.lock() {
             device.reset();
         }
@@ -48,7 +48,7 @@ impl Guest {
         Self::with_limit(workers, RateLimit::default())
     }
 
-    /// Creates a guest like [`Guest::new`], whose share has a rate limit.
+    /// Creates a guest as [`Guest::new`] does, but with a rate limit for the share.
     pub fn with_limit(workers: u8, rate_limit: RateLimit) -> Self {
         let root = tempfile::tempdir().unwrap();
         fs::write(root.path().join("hello"), b"content").unwrap();
@@ -62,7 +62,8 @@ impl Guest {
         Self::with_config(&share(root, workers), belongings())
     }
 
-    /// Serves the directory `root`. This thread may open no other files.
+    /// Creates a guest whose share is the directory `root`. Opens no file outside `root`, because landlock rules may
+    /// forbid this.
     pub fn with_belongings(root: &Path, workers: u8, belongings: Belongings) -> Self {
         Self::with_config(&share(root, workers), belongings)
     }
@@ -87,7 +88,7 @@ impl Guest {
         bytes
     }
 
-    /// Sends a request. Returns the error of its answer, and the bytes after the answer's header.
+    /// Sends a request. Returns the negative errno or 0 of the answer, and the bytes after the answer's header.
     pub fn call(&mut self, opcode: u32, node: u64, body: &[u8], answer_size: usize) -> (i32, Vec<u8>) {
         let header = self.header(opcode, node, body.len());
         self.bench.queues[1].add(&[&header, body], &[16, answer_size]);
@@ -111,7 +112,8 @@ impl Guest {
         self.init_with(0);
     }
 
-    /// Sends INIT, and offers these flags in `flags2` of `struct fuse_init_in` (include/uapi/linux/fuse.h).
+    /// Sends INIT. The guest offers the flags `flags2` in the field `flags2` of `struct fuse_init_in`
+    /// (include/uapi/linux/fuse.h).
     pub fn init_with(&mut self, flags2: u32) {
         let mut body = words([7, 36, 65536, u32::MAX, flags2]);
         body.resize(64, 0);

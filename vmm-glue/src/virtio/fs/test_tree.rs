@@ -12,7 +12,7 @@ pub struct Tree {
     base: tempfile::TempDir,
 }
 
-/// Content and stat(2) fields of each file, by path. The access time is excluded.
+/// Content of each file, and the file's stat(2) fields except the access time. The key is the file's path.
 pub type State = BTreeMap<PathBuf, String>;
 
 impl Tree {

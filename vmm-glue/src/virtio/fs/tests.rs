@@ -63,8 +63,8 @@ fn malformed_requests_are_answered_or_dropped() {
     guest.init();
     let read = guest.header(READ, ROOT, 40);
     let cut = guest.header(READ, ROOT, 40);
-    // The first request has a too small answer buffer, the second has no header, the third has a too short body, and
-    // the fourth has no readable buffer.
+    // The first request has a too small answer buffer, and the second has an incomplete header. The third request has a
+    // too short body, and the fourth has no readable buffer.
     guest.bench.queues[1].add(&[&read, &[0; 40]], &[8]);
     guest.bench.queues[1].add(&[&[0; 10]], &[64]);
     guest.bench.queues[1].add(&[&cut, &[0; 3]], &[64]);
@@ -93,7 +93,7 @@ fn paused_device_does_not_serve_requests() {
 }
 
 #[test]
-fn device_serves_again_after_each_reset() {
+fn device_serves_requests_after_each_reset() {
     let mut guest = Guest::new(3);
     for _ in 0..5 {
         guest.init();
@@ -104,7 +104,7 @@ fn device_serves_again_after_each_reset() {
 }
 
 #[test]
-fn broken_ring_needs_a_reset() {
+fn device_with_a_broken_ring_works_again_after_a_reset() {
     let mut guest = Guest::new(2);
     guest.bench.queues[1].set_avail_index(30_000);
     let irq = Arc::clone(&guest.bench.irq);
