@@ -74,7 +74,7 @@ enum Task {
 
 #[derive(Args, Clone, Copy)]
 struct Quick {
-    /// Build in the quick profile: less optimised, for development.
+    /// Build in the quick profile, which optimises less and builds faster.
     #[arg(long)]
     quick: bool,
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::{paths, ui};
 
-/// Number of lines at the end of the log that are shown if a program fails.
+/// If a program fails, this number of lines from the end of its log is shown.
 const LOG_TAIL: usize = 30;
 
 /// Returns the command line, cut after about 160 bytes.

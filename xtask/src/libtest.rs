@@ -18,7 +18,7 @@ const FAILURE_TEXT: usize = 8192;
 pub enum TestOutcome {
     Passed,
     Failed,
-    /// The test is long, and the run was without long tests.
+    /// The test is long, and the run left out long tests.
     Ignored,
     /// The output ended while the test ran.
     Unfinished,

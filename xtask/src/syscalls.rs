@@ -110,7 +110,8 @@ fn count(text: &str, counts: &mut BTreeMap<(String, String), u64>) {
     }
 }
 
-/// Returns the thread's name and the number of the call in a record of the audit subsystem.
+/// Returns the thread's name and the number of the call in a record of the audit subsystem. Returns `None` if the
+/// thread belongs neither to a VMM nor to a shim.
 fn violation(line: &str) -> Option<(String, String)> {
     let field = |name: &str| line.split_whitespace().find_map(|word| word.strip_prefix(name)).map(str::to_owned);
     let thread = field("comm=")?.trim_matches('"').to_owned();

@@ -1,4 +1,5 @@
-//! Fuzz targets: code that parses bytes from a guest, from a client, or from another program. README.md lists them.
+//! Fuzz targets for the code that parses bytes from a guest, from a client, or from another program. README.md lists
+//! the targets.
 
 pub mod driver;
 pub mod input;

@@ -124,7 +124,7 @@ fn unexplained(text: &str) -> Result<()> {
     Ok(())
 }
 
-/// The name of a crate in deny.toml: `NAME`, or `NAME@VERSION`, where VERSION has one to three numbers.
+/// The name of a crate in deny.toml: `NAME`, or `NAME@VERSION`. VERSION is one or more numbers, separated by dots.
 pub struct Spec<'a> {
     name: &'a str,
     version: Option<&'a str>,

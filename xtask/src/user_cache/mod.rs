@@ -158,8 +158,8 @@ impl Cache {
         }
     }
 
-    /// Adds the outputs to the cache, unless the cache has them. If this fails, the error is printed, and the step
-    /// succeeds nevertheless.
+    /// Adds the outputs to the cache, unless the cache has them. If adding the outputs fails, the error is printed, and
+    /// the step succeeds nevertheless.
     fn keep(&self, step: &Step) {
         let entry = self.entry(step);
         if entry.exists() {
