@@ -35,7 +35,7 @@ fn total_memory(meminfo: &str) -> Option<u64> {
 }
 
 /// Does all of `work`, in as many nodes at a time as [`seats()`] returns. `next` takes a piece from the work, `done`
-/// runs the piece in a node, and `ended` adds the piece's result to the work. After that, `next` may return further
+/// runs the piece in a node, and `ended` adds the piece's result to the work. After `ended`, `next` may return further
 /// pieces. After an error, the running pieces are finished, but no further piece starts, and the first error is
 /// returned.
 pub fn side_by_side<W: Send, P, D>(

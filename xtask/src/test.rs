@@ -28,8 +28,8 @@ const SUITES_A_BOOT: usize = 20;
 /// Maximum number of suites per boot if nodes run side by side. With this maximum, the nodes end at about the same
 /// time.
 const SUITES_A_BOOT_BESIDE: usize = 12;
-/// Time limits of a boot: one for all its suites together, and one for the time without output. The limit on the time
-/// without output applies to a single test. The longest boot takes fifteen minutes, and the longest test takes two
+/// Time limits of a boot: a limit for all its suites together, and a limit on the time without output. The limit on the
+/// time without output applies to a single test. The longest boot takes fifteen minutes, and the longest test takes two
 /// minutes.
 const LIMITS: Limits = Limits::secs(2400, 300);
 

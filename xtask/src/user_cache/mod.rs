@@ -95,7 +95,7 @@ struct Cache {
     dir: PathBuf,
 }
 
-/// Returns the user's cache, or `None` if it cannot be used. The first call then prints the reason.
+/// Returns the user's cache, or `None` if the cache cannot be used. In this case, the first call prints the reason.
 fn user() -> Option<&'static Cache> {
     static USER: OnceLock<Option<Cache>> = OnceLock::new();
     let open = || match directory(std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME")).and_then(Cache::open) {
