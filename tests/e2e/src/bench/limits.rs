@@ -194,7 +194,7 @@ fn configuration(limits: &Limits) -> String {
 fn run(container: &PodContainer, program: &str, arguments: &[&str], duration: Duration) -> Vec<f64> {
     let command = [&["python3", "-S", "-c", program][..], arguments].concat();
     let done = container.exec_within(duration + 2 * crate::command::TIMEOUT, &command);
-    assert_eq!(done.code, 0, "{done:?}");
+    assert_eq!(done.code, 0, "the Python program failed: {done:?}");
     done.out.split_whitespace().map(|number| number.parse().unwrap()).collect()
 }
 

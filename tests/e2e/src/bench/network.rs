@@ -106,7 +106,8 @@ fn traffic(variants: &mut [Variant; 2], runs: u32, mib: usize, vcpus: u32) {
                 let trip = round_trip(ip);
                 let threads = fs::read_dir(format!("/proc/{}/task", pod.pid())).unwrap().count();
                 println!(
-                    "round {round}: {} out {egress:.1} MiB/s, in {ingress:.1} MiB/s, round trip {trip:.0} µs, {threads} threads",
+                    "round {round}: {} out {egress:.1} MiB/s, in {ingress:.1} MiB/s, round trip {trip:.0} µs, \
+                     {threads} threads",
                     variant.name
                 );
                 // Round 0 is not counted, because it warms the node's caches and includes the switch to vhost-net.
@@ -137,7 +138,7 @@ fn measure_egress(container: &PodContainer, mib: usize) -> f64 {
     });
     let limit = Duration::from_secs(120);
     let sent = container.exec_within(limit, &["python3", "-c", SENDER, "10.88.0.1", &port, &mib.to_string()]);
-    assert_eq!(sent.code, 0, "{sent:?}");
+    assert_eq!(sent.code, 0, "the sending program failed: {sent:?}");
     let (count, took) = receiver.join().unwrap();
     assert_eq!(count, mib << 20);
     mib as f64 / took.as_secs_f64()

@@ -11,7 +11,7 @@ use crate::node;
 /// containerd uses the first file in the order of names. Therefore this file takes precedence over the node's file.
 const FILE: &str = "/etc/cni/net.d/00-test.conflist";
 
-/// Runs `body`. Its pods get a network from the CNI plugin chain `plugins`.
+/// Runs `body`. The pods of `body` get their network from the CNI plugin chain `plugins`.
 ///
 /// # Panics
 /// If containerd does not load the network, or if [`pods`] panics.
