@@ -21,7 +21,7 @@ pub struct Group {
     lines: Vec<String>,
 }
 
-/// Provides pods for groups of behaviours. Fails at the end if a behaviour failed.
+/// Runs `body`, which tests groups of behaviours in pods. Fails at the end if a behaviour has failed.
 #[track_caller]
 pub fn pods(name: &str, body: impl FnOnce(&Pods)) {
     cri::pods(name, |pods| {

@@ -1,5 +1,5 @@
-//! Calls containerd's services directly for frequent requests. `ctr` would start a process for each request, which
-//! takes 0.1 to 0.3 s in an emulated node.
+//! Calls containerd's services directly for frequent requests. In an emulated node, starting `ctr` for each request
+//! would take 0.1 to 0.3 s.
 
 use std::time::Duration;
 

@@ -70,8 +70,8 @@ fn parent(pid: i32) -> Option<i32> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Memory {
     /// PSS of guest memory: the mappings that are excluded from core dumps (MADV_DONTDUMP). The VMM sets this advice
-    /// only for guest memory. Guest memory cannot be identified by size, because advice about huge pages splits its
-    /// mapping.
+    /// only for guest memory. Guest memory cannot be identified by size, because advice about huge pages splits
+    /// the mapping of guest memory.
     pub guest: u64,
     /// PSS of all other mappings.
     pub other: u64,

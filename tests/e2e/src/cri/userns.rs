@@ -61,7 +61,7 @@ pub fn check_root_is_mapped(pods: &Pods) {
     let of_first = first.sh(&format!("{shared}; echo seen > /dev/shm/y"));
     assert!(of_first.ends_with("\n1777"), "{of_first}");
     assert_eq!(second.sh(&format!("{shared}; cat /dev/shm/y")), format!("{of_first}\nseen"));
-    // Other users of the image are mapped like root.
+    // Users other than root are also mapped.
     let mut config = sh(&pod, "id -u; id -G; echo out; sleep 100000");
     config["linux"]["security_context"]["run_as_user"] = json!({ "value": 1234 });
     config["linux"]["security_context"]["run_as_group"] = json!({ "value": 1001 });
