@@ -26,7 +26,7 @@ pub fn check_allow_list(pods: &Pods) {
         let mib: u64 = container.sh("awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo").parse().unwrap();
         assert!((280..333).contains(&mib), "the guest has {mib} MiB of memory, expected 280 to 332 MiB");
         let line = container.sh("cat /proc/cmdline");
-        assert!(line.contains(" husk.test=word mitigations=off"), "parameters are missing: {line}");
+        assert!(line.contains(" husk.test=word mitigations=off"), "kernel parameters are missing in {line}");
         pod.stop();
         pod.remove();
     }
