@@ -19,8 +19,8 @@ const TMPFILE: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
 ///
 /// The guest's kernel looks up `.` and `..` only for file handles, if FUSE_EXPORT_SUPPORT was negotiated
 /// (fuse_get_dentry() and fuse_get_parent() in fs/fuse/inode.c). virtiofsd negotiates FUSE_EXPORT_SUPPORT neither in
-/// `Server::init()` (server.rs) nor in `PassthroughFs::init()` (passthrough/mod.rs). virtiofsd's READDIRPLUS
-/// does not look up these two names (`handle_dirent()` in server.rs).
+/// `Server::init()` (server.rs) nor in `PassthroughFs::init()` (passthrough/mod.rs). virtiofsd's READDIRPLUS does
+/// not look up these two names (`handle_dirent()` in server.rs).
 pub fn name(name: &CStr) -> io::Result<()> {
     let name = name.to_bytes();
     reject_if(matches!(name, b"" | b"." | b"..") || name.contains(&b'/'))
@@ -30,7 +30,7 @@ pub fn name(name: &CStr) -> io::Result<()> {
 ///
 /// O_TMPFILE on a directory creates a file to which no node refers. An O_PATH handle cannot be read or written. The
 /// guest's kernel sends neither flag. The kernel sends FUSE_TMPFILE instead of O_TMPFILE, and opens a file with O_PATH
-/// without a call of the file system.
+/// without calling the file system.
 pub fn open_flags(flags: u32) -> io::Result<()> {
     reject_if(flags.cast_signed() & (TMPFILE | libc::O_PATH) != 0)
 }

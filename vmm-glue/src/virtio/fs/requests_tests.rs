@@ -91,7 +91,11 @@ fn no_request_for_a_symlink_reaches_its_target() {
         let file = guest.lookup(ROOT, "file");
         for name in [&b"outside\0"[..], b"empty\0", b"inner\0", b"new\0"] {
             for (label, opcode, body) in requests(node, file, name) {
-                assert_eq!(guest.error(opcode, node, &body), libc::ENOTDIR, "{label} in symlink {link} must fail");
+                assert_eq!(
+                    guest.error(opcode, node, &body),
+                    libc::ENOTDIR,
+                    "{label} in symlink {link} must return ENOTDIR"
+                );
             }
         }
         for (label, opcode, body) in without_handle() {
@@ -135,11 +139,15 @@ fn special_files_are_never_opened() {
         let access = [libc::O_RDONLY, libc::O_WRONLY, libc::O_RDWR, libc::O_ACCMODE];
         for access in access.into_iter().flat_map(|access| [access, access | libc::O_NONBLOCK]) {
             let truncate = flags(access | libc::O_TRUNC);
-            assert_eq!(guest.error(OPEN, node, &flags(access)), libc::EBADF, "OPEN of {name} must fail");
-            assert_eq!(guest.error(OPEN, node, &truncate), libc::EBADF, "OPEN of {name} with O_TRUNC must fail");
-            assert_eq!(guest.error(OPENDIR, node, &flags(access)), libc::EBADF, "OPENDIR of {name} must fail");
+            assert_eq!(guest.error(OPEN, node, &flags(access)), libc::EBADF, "OPEN of {name} must return EBADF");
+            assert_eq!(
+                guest.error(OPEN, node, &truncate),
+                libc::EBADF,
+                "OPEN of {name} with O_TRUNC must return EBADF"
+            );
+            assert_eq!(guest.error(OPENDIR, node, &flags(access)), libc::EBADF, "OPENDIR of {name} must return EBADF");
             let create = create(access | libc::O_CREAT, name);
-            assert_eq!(guest.error(CREATE, ROOT, &create), libc::EBADF, "CREATE of {name} must fail");
+            assert_eq!(guest.error(CREATE, ROOT, &create), libc::EBADF, "CREATE of {name} must return EBADF");
         }
         for (label, opcode, body) in without_handle() {
             let error = guest.error(opcode, node, &body);
@@ -198,7 +206,11 @@ fn unknown_nodes_are_rejected() {
     for node in [0, file + 1, 1 << 32, u64::MAX] {
         let named = requests(node, node, b"file\0").into_iter().chain(requests(ROOT, node, b"new\0"));
         for (label, opcode, body) in named.chain(without_handle()).chain(with_handle(handle, node)) {
-            assert_eq!(guest.error(opcode, node, &body), libc::EBADF, "{label} for unknown node {node} must fail");
+            assert_eq!(
+                guest.error(opcode, node, &body),
+                libc::EBADF,
+                "{label} for unknown node {node} must return EBADF"
+            );
         }
     }
     assert_eq!(tree.state(), before);
@@ -219,7 +231,7 @@ fn handle_is_rejected_with_another_node() {
             assert_eq!(
                 guest.error(opcode, node, &body),
                 libc::EBADF,
-                "{label} with the handle of another node must fail"
+                "{label} with the handle of another node must return EBADF"
             );
         }
     }
@@ -257,7 +269,7 @@ fn requests_before_init_and_after_destroy_are_rejected() {
         guest.init();
         let stale: Vec<_> = without_handle().into_iter().chain(with_handle(handle, file)).collect();
         for (label, opcode, body) in stale {
-            assert_eq!(guest.error(opcode, file, &body), libc::EBADF, "{label} for a stale node must fail");
+            assert_eq!(guest.error(opcode, file, &body), libc::EBADF, "{label} for a stale node must return EBADF");
         }
     }
     assert_eq!(tree.state(), before);
