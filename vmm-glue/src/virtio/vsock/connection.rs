@@ -1,4 +1,4 @@
-//! One vsock connection: its socket, the credit in both directions, and the packets that it has to send.
+//! One vsock connection: its socket, the credit in both directions, and the packets that the connection has to send.
 
 use std::collections::VecDeque;
 use std::io;
@@ -11,28 +11,29 @@ use super::packet::{HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTD
 use super::socket;
 use crate::virtio::queue::Iov;
 
-/// Size in bytes of a connection's buffer for data from the guest. This size is also the guest's credit. The buffer
-/// uses memory only while a slow reader keeps the socket full.
+/// Size in bytes of a connection's buffer for data from the guest. This size is also the guest's maximum credit. The
+/// buffer uses memory only while a slow client keeps the socket full.
 pub const BUF_ALLOC: u32 = 256 * 1024;
 
-/// Called with the result of a connection attempt.
+/// A callback that gets the result of a connection attempt.
 pub type Reply = Box<dyn FnOnce(io::Result<OwnedFd>) + Send>;
 
 /// State of a connection.
 enum State {
-    /// REQUEST was sent or is about to be sent. The client gets `peer` when the guest has accepted the connection.
+    /// The device has sent REQUEST or is about to send REQUEST. The client gets `peer` when the guest has accepted the
+    /// connection.
     Connecting { peer: OwnedFd, reply: Reply },
     /// The guest has accepted the connection.
     Open,
-    /// No more data is sent to the guest, but RST may be sent. Data that the guest has sent before is still being
-    /// delivered.
+    /// The device sends no more data to the guest, but may still send RST. The device still delivers the buffered data
+    /// from the guest to the client.
     Draining,
     /// The connection can be removed.
     Dead,
 }
 
-/// Control packets that wait for a receive buffer. Each kind of packet is sent only once, even if several events
-/// requested it.
+/// Control packets that wait for a receive buffer. If several events request the same kind of packet, the device sends
+/// one packet of this kind.
 #[derive(Default)]
 struct Pending {
     request: bool,
@@ -46,7 +47,7 @@ struct Pending {
 pub enum NextPacket {
     /// Send this packet.
     Control(Header),
-    /// Read up to this many bytes from the socket.
+    /// Read up to this many bytes from the socket into the receive buffer.
     Data(usize),
     /// There is nothing to send.
     Nothing,
@@ -68,9 +69,10 @@ pub struct Connection {
     /// Whether the socket may have data to read. While this flag is set, epoll does not watch the socket for data. A
     /// read that finds no data clears the flag.
     readable: bool,
-    /// Whether all data has been read from the socket.
+    /// Whether the device reads no more from the socket: the stream has ended, a read has failed, or the guest receives
+    /// no more data.
     read_eof: bool,
-    /// Whether the other end of the socket is closed.
+    /// Whether the client's end of the socket pair is closed, or the socket has an error.
     hung_up: bool,
     // State of the direction from guest to host.
     received: u32,
@@ -79,7 +81,7 @@ pub struct Connection {
     buffered: VecDeque<u8>,
     /// Whether the client no longer reads the data that the guest sends.
     reader_gone: bool,
-    /// Whether the socket's write direction was shut down, because the guest sends no more data.
+    /// Whether the device has shut down the socket's write direction, because the guest sends no more data.
     write_shut_down: bool,
     /// The directions that the guest has shut down.
     guest_shutdown: u32,
@@ -92,7 +94,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Creates a connection from the host. Its REQUEST is pending.
+    /// Creates a connection from the host to the guest. The connection's REQUEST is pending.
     pub fn connect(guest_cid: u64, local_port: u32, guest_port: u32, pair: (OwnedFd, OwnedFd), reply: Reply) -> Self {
         let (socket, peer) = pair;
         Self {
@@ -138,20 +140,21 @@ impl Connection {
     }
 
     /// Returns whether the connection only waits for the guest's answer to SHUTDOWN. In this state, the client has
-    /// closed its end, and all data from the client has been read.
+    /// closed its end, and the device has read all data from the client.
     pub fn is_orphan(&self) -> bool {
         self.hung_up && self.read_eof
     }
 
-    /// Aborts the connection because the device is reset. Reports `error` to a pending connection attempt, and closes
-    /// the sockets.
+    /// Aborts the connection because the device is reset. Reports `error` if the guest has not accepted the connection
+    /// yet. Does not send RST. The caller closes the socket by dropping the connection.
     pub fn abort(&mut self, error: io::ErrorKind) {
         if let State::Connecting { reply, .. } = std::mem::replace(&mut self.state, State::Dead) {
             reply(Err(error.into()));
         }
     }
 
-    /// Ends the connection with an RST packet to the guest.
+    /// Ends the connection with an RST packet to the guest, and drops the buffered data. Reports `ConnectionReset` if
+    /// the guest has not accepted the connection yet.
     pub fn reset(&mut self) {
         if let State::Connecting { reply, .. } = std::mem::replace(&mut self.state, State::Draining) {
             reply(Err(io::ErrorKind::ConnectionReset.into()));
@@ -186,7 +189,7 @@ impl Connection {
         match std::mem::replace(&mut self.state, State::Open) {
             State::Connecting { peer, reply } if !self.pending.request => reply(Ok(peer)),
             State::Connecting { reply, .. } => {
-                // The guest has responded to a request that has not been sent yet.
+                // The guest has sent RESPONSE before the device has sent REQUEST.
                 reply(Err(io::ErrorKind::InvalidData.into()));
                 self.state = State::Draining;
                 self.reset();
@@ -206,8 +209,8 @@ impl Connection {
             }
             State::Dead => self.state = State::Dead,
             State::Open | State::Draining => {
-                // Still deliver the data that the guest has sent before. Linux sends RST if a close was not answered
-                // within some seconds. The answer may be late because the reader on the host is slow.
+                // Still deliver the data that the guest has sent before RST. Linux sends RST if the device does not
+                // answer a SHUTDOWN within some seconds. The device answers late if the client reads slowly.
                 self.pending = Pending::default();
                 self.guest_shutdown = SHUTDOWN_BOTH;
                 self.finish_writing();
@@ -218,7 +221,7 @@ impl Connection {
     fn guest_shut_down(&mut self, flags: u32) {
         self.guest_shutdown |= flags & SHUTDOWN_BOTH;
         if flags & SHUTDOWN_RECEIVE != 0 && !self.read_eof {
-            // Make the client's writes fail, as on any stream socket whose peer does not receive.
+            // Make the client's writes fail, as on any stream socket whose peer has shut down its read direction.
             socket::shutdown(&self.socket, Shutdown::Read);
             self.read_eof = true;
             self.readable = false;
@@ -230,7 +233,7 @@ impl Connection {
         let Ok(length) = u32::try_from(payload.len()) else { return self.reset() };
         let in_use = self.received.wrapping_sub(self.forwarded);
         if self.guest_shutdown & SHUTDOWN_SEND != 0 || length > BUF_ALLOC.saturating_sub(in_use) {
-            // The guest sent data after the end of the stream, or more data than its credit.
+            // The guest has sent data after it shut down its send direction, or has sent more data than its credit.
             return self.reset();
         }
         self.received = self.received.wrapping_add(length);
@@ -262,16 +265,19 @@ impl Connection {
         }
     }
 
-    /// Records that `count` bytes have left the buffer.
+    /// Records that the device has delivered or dropped `count` bytes from the guest. Requests a credit update if many
+    /// such bytes have not been reported to the guest.
     fn forward(&mut self, count: usize) {
-        // `count` is at most the number of received bytes, which is also counted modulo 2^32.
+        // `count` fits in a u32, because a connection has at most `BUF_ALLOC` received bytes that are neither delivered
+        // nor dropped.
         self.forwarded = self.forwarded.wrapping_add(count as u32);
         if self.forwarded.wrapping_sub(self.reported_forwarded) >= BUF_ALLOC / 4 {
             self.pending.credit_update = true;
         }
     }
 
-    /// Handles a socket that accepts no more data. Tells the guest, and drops the data that the guest still sends.
+    /// Handles a socket that accepts no more data. Tells the guest to stop sending, and drops the buffered data. After
+    /// this call, the connection also drops all data that the guest still sends.
     fn stop_receiving(&mut self) {
         self.reader_gone = true;
         let dropped = std::mem::take(&mut self.buffered).len();
@@ -280,8 +286,8 @@ impl Connection {
         self.finish_writing();
     }
 
-    /// Tells the guest that the host has shut down the directions in `flags`. Does nothing if the guest was already
-    /// told.
+    /// Tells the guest that the host has shut down the directions in `flags`. Does nothing if the guest has already
+    /// been told, or if the connection is not open.
     fn shut_down(&mut self, flags: u32) {
         if matches!(self.state, State::Open) && self.host_shutdown & flags != flags {
             self.host_shutdown |= flags;
@@ -289,7 +295,8 @@ impl Connection {
         }
     }
 
-    /// Shuts down the directions that the guest has shut down, if all data from the guest has been delivered.
+    /// Shuts down the socket in the directions that the guest has shut down. Does nothing while the buffer contains
+    /// data from the guest.
     fn finish_writing(&mut self) {
         if !self.buffered.is_empty() {
             return;
@@ -344,7 +351,7 @@ impl Connection {
                 Err(_) => return self.stop_receiving(),
             }
         }
-        // Free the memory of the buffer, which is needed again only when the socket is full again.
+        // Free the memory of the buffer. The connection needs the buffer again only when the socket is full again.
         self.buffered = VecDeque::new();
         self.finish_writing();
     }
@@ -386,7 +393,8 @@ impl Connection {
         if std::mem::take(&mut pending.credit_update) {
             return NextPacket::Control(self.header(Op::CreditUpdate));
         }
-        // The flags contain SEND only after all data was read. Therefore, this packet does not overtake data.
+        // The flags contain SEND only after the device has read all data from the socket. Therefore, this packet does
+        // not overtake data.
         if std::mem::take(&mut self.pending.shutdown) {
             return NextPacket::Control(Header { flags: self.host_shutdown, ..self.header(Op::Shutdown) });
         }
@@ -428,7 +436,7 @@ impl Connection {
 
     fn header(&mut self, op: Op) -> Header {
         self.reported_forwarded = self.forwarded;
-        // Every packet carries the current credit.
+        // Every packet contains the current credit. Therefore, no separate CREDIT_UPDATE is necessary.
         self.pending.credit_update = false;
         Header {
             src_cid: HOST_CID,
@@ -446,7 +454,7 @@ impl Connection {
 
     /// Returns the events that epoll should watch, or `None` if the socket should not be registered. epoll always
     /// reports a socket whose other end is closed. Therefore, such a socket is registered only while the device waits
-    /// to read from the socket or to write to it.
+    /// to read from or write to the socket.
     pub fn interest(&self) -> Option<EventSet> {
         if matches!(self.state, State::Connecting { .. } | State::Dead) {
             return None;

@@ -2,9 +2,10 @@
 //! socket for each connection.
 //!
 //! Each connection has a pair of AF_UNIX stream sockets. The client gets one end when the guest has accepted the
-//! connection. The device moves data between the other end and guest memory without a copy. The device buffers data
-//! only when this other end is full, and never more than the credit that it has granted. On the host, a connection has
-//! neither a socket file nor an abstract socket name.
+//! connection. The device keeps the other end, and moves data between this end and guest memory without an
+//! intermediate copy. The device buffers data from the guest only when the socket is full. The buffer never holds more
+//! data than the credit that the device has granted to the guest. On the host, a connection has neither a socket file
+//! nor an abstract socket name.
 
 mod connection;
 mod packet;
@@ -37,16 +38,16 @@ pub use self::connection::Reply;
 const RX: u32 = 0;
 const TX: u32 = 1;
 const EVENT: u32 = 2;
-/// Maximum sizes of the receive, transmit and event queue. Linux fills the whole receive queue with buffers of 8 KiB of
-/// guest memory each, and posts 8 event buffers.
+/// Maximum sizes of the receive, transmit and event queue. Linux fills the whole receive queue with buffers, which take
+/// 8 KiB of guest memory each. Linux also posts 8 event buffers.
 const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
-/// Maximum number of connections, including those that wait for the driver.
+/// Maximum number of connections, including connection attempts that wait for the driver.
 const MAX_CONNECTIONS: usize = 1024;
-/// Maximum number of RST packets that wait for a receive buffer. While this number of packets wait, the device does not
-/// take packets from the guest.
+/// Maximum number of RST packets that wait for a receive buffer. While so many RST packets wait, the device takes no
+/// packets from the guest.
 const MAX_RESET_PACKETS: usize = 64;
-/// Ports of the host's side. A connection's port is also its event token. The range contains neither the tokens of
-/// queues nor [`WAKE_TOKEN`] and [`TIMER_TOKEN`].
+/// Range of the host's ports. A connection's host port is also the connection's event token. Therefore, the range
+/// excludes the tokens of the queues, [`WAKE_TOKEN`] and [`TIMER_TOKEN`].
 const PORTS: std::ops::Range<u32> = 0x4000_0000..0xffff_0000;
 
 /// The vsock device.
@@ -60,13 +61,13 @@ pub struct Vsock {
     ready: VecDeque<u32>,
     /// Connections whose watched events may have changed in this iteration of the device loop.
     changed: Vec<u32>,
-    /// RST packets that do not belong to a connection of the device.
+    /// RST packets that wait for a receive buffer and do not belong to a connection in `connections`.
     reset_packets: VecDeque<Header>,
-    /// Whether there may be packets from the guest. These packets may be waiting for the rate limit.
+    /// Whether the transmit queue may contain packets from the guest. The rate limit may delay these packets.
     tx_waiting: bool,
     throttle: Throttle,
-    /// Connections that have ended outside of the device loop. They are kept until the device loop has unregistered
-    /// their sockets.
+    /// Connections that a thread other than the device loop may have ended. The device keeps these connections until
+    /// the device loop has unregistered their sockets.
     stale: Vec<Connection>,
     next_port: u32,
 }
@@ -80,7 +81,7 @@ struct Active {
 }
 
 impl Vsock {
-    /// Creates a device for a guest with this CID. `rate_limit` limits each direction.
+    /// Creates a device for a guest with this CID. `rate_limit` applies to each direction separately.
     pub fn new(guest_cid: u64, rate_limit: RateLimit) -> io::Result<Self> {
         Ok(Self {
             throttle: Throttle::new(rate_limit, rate_limit)?,
@@ -98,9 +99,9 @@ impl Vsock {
         })
     }
 
-    /// Connects to a port in the guest. `reply` is called on the device loop, with the device locked. `reply` gets a
-    /// connected stream socket if the guest accepts, or `ConnectionRefused` if the guest refuses. A request that is
-    /// made before the driver is ready waits until the driver is ready.
+    /// Connects to a port in the guest. `reply` is called while the device is locked. `reply` gets a connected stream
+    /// socket if the guest accepts, or `ConnectionRefused` if the guest refuses. If the driver is not ready, the
+    /// connection attempt waits until the driver is ready.
     pub fn connect(&mut self, port: u32, reply: Reply) {
         if self.connections.len() + self.pending.len() >= MAX_CONNECTIONS && !self.evict() {
             return reply(Err(io::Error::other(format!(
@@ -119,14 +120,14 @@ impl Vsock {
     /// Removes a connection that only waits for the guest's answer to SHUTDOWN. Returns true if there was such a
     /// connection.
     ///
-    /// The connection is removed before RST is sent. Otherwise, a guest that offers no receive buffers could make the
-    /// number of connections grow without bound.
+    /// The device removes the connection before the device sends RST. Otherwise, a guest that offers no receive buffers
+    /// could make the number of connections grow without bound.
     fn evict(&mut self) -> bool {
         let orphan = self.connections.iter().find(|(_, connection)| connection.is_orphan()).map(|(&port, _)| port);
         let Some(mut connection) = orphan.and_then(|port| self.connections.remove(&port)) else { return false };
         connection.reset();
-        // If too many RST packets are waiting, this RST is left out. When the guest next sends a packet of the
-        // connection, the device answers with RST.
+        // If too many RST packets are waiting, the device omits the RST of this connection. When the guest next sends a
+        // packet of the connection, the device answers this packet with RST.
         if self.reset_packets.len() < MAX_RESET_PACKETS
             && let NextPacket::Control(reset) = connection.next()
         {
@@ -165,7 +166,8 @@ impl Vsock {
         }
     }
 
-    /// Records that a connection has changed. It may have packets to send, and epoll may have to watch other events.
+    /// Records that a connection has changed. The connection may now have packets to send, and epoll may have to watch
+    /// other events of the connection's socket.
     fn mark_changed(&mut self, port: u32) {
         if let Some(connection) = self.connections.get_mut(&port) {
             if !connection.queued && connection.wants_to_send() {

@@ -1,6 +1,6 @@
 //! The header of a vsock packet (virtio 1.2, 5.10.6).
 //!
-//! The `virtio-vsock` crate is not used, because it only supports a payload that is in one descriptor. Drivers may
+//! The `virtio-vsock` crate is not used, because this crate supports a payload only in a single descriptor. Drivers may
 //! split a packet in any way (2.7.4.3), and Linux splits packets for MSG_ZEROCOPY.
 
 /// Length of a header in bytes.
@@ -15,7 +15,7 @@ pub const TYPE_STREAM: u16 = 1;
 pub const SHUTDOWN_RECEIVE: u32 = 1;
 /// VIRTIO_VSOCK_SHUTDOWN_F_SEND: the sender sends no more data.
 pub const SHUTDOWN_SEND: u32 = 2;
-/// Both flags.
+/// Both flags of SHUTDOWN.
 pub const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
 
 /// Operation of a packet (5.10.6: `VIRTIO_VSOCK_OP_*`).
@@ -79,7 +79,7 @@ pub struct Header {
     pub kind: u16,
     /// Operation.
     pub op: Op,
-    /// Flags of a SHUTDOWN packet, which say what directions are shut down.
+    /// Flags of a SHUTDOWN packet, which say which directions are shut down.
     pub flags: u32,
     /// Size of the sender's receive buffer in bytes.
     pub buf_alloc: u32,

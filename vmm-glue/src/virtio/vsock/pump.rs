@@ -11,7 +11,7 @@ use crate::virtio::queue::{Chain, Iov, QueueFault, log_guest_fault};
 use crate::virtio::rate_limit::Direction;
 
 impl Vsock {
-    /// Takes packets from the guest, passes packets to the guest, and interrupts the guest once per queue.
+    /// Takes packets from the guest, passes packets to the guest, and interrupts the guest at most once per queue.
     pub(super) fn pump(&mut self) -> Result<(), QueueFault> {
         let Some(active) = &self.active else { return Ok(()) };
         let memory = Arc::clone(&active.memory);
@@ -85,7 +85,8 @@ impl Vsock {
                 }
                 self.mark_changed(header.dst_port);
             }
-            // Refuse the packet, because no socket listens on the host. Do not answer an RST packet.
+            // Refuse the packet with RST, because the packet belongs to no stream connection. Do not answer an RST
+            // packet.
             _ if header.op != Op::Reset => self.reset_packets.push_back(header.reset()),
             _ => {}
         }
@@ -93,7 +94,7 @@ impl Vsock {
 
     fn pump_rx(&mut self, memory: &GuestMemory) -> Result<(), QueueFault> {
         let Some(active) = &mut self.active else { return Ok(()) };
-        // A chain that was popped but has not been used yet.
+        // A chain that was popped, but that contains no packet yet.
         let mut buffer: Option<Chain<'_>> = None;
         let mut admitted = true;
         for _ in 0..u32::from(active.rx.size()) * 2 {

@@ -12,7 +12,8 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((one.into(), other.into()))
 }
 
-/// Returns an I/O vector element for a slice, for system calls that only read from it.
+/// Returns an I/O vector element for a slice. The caller must use the element only for system calls that read from the
+/// slice.
 pub fn iovec(bytes: &[u8]) -> libc::iovec {
     libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }
 }
@@ -20,7 +21,7 @@ pub fn iovec(bytes: &[u8]) -> libc::iovec {
 /// Sends as much as the socket accepts.
 ///
 /// # Errors
-/// The error of sendmsg. `WouldBlock` if the socket is full.
+/// Returns the error of sendmsg(2), for example `WouldBlock` if the socket is full.
 pub fn send(socket: &OwnedFd, parts: &[libc::iovec]) -> io::Result<usize> {
     retry(|| {
         let message = message(parts);
@@ -33,7 +34,7 @@ pub fn send(socket: &OwnedFd, parts: &[libc::iovec]) -> io::Result<usize> {
 /// Receives available data. Returns 0 at the end of the stream.
 ///
 /// # Errors
-/// The error of recvmsg. `WouldBlock` if there is no data.
+/// Returns the error of recvmsg(2), for example `WouldBlock` if there is no data.
 pub fn receive(socket: &OwnedFd, parts: &[libc::iovec]) -> io::Result<usize> {
     retry(|| {
         let mut message = message(parts);
@@ -69,7 +70,7 @@ fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
     }
 }
 
-/// Shuts down a direction. Ignores an error, because the socket may already be shut down.
+/// Shuts down a direction of a socket. Ignores an error, because the socket may already be shut down.
 pub fn shutdown(socket: &OwnedFd, direction: Shutdown) {
     let _ = nix::sys::socket::shutdown(socket.as_raw_fd(), direction);
 }
