@@ -41,7 +41,11 @@ fn invalid_lengths_reset_connection() {
         let (side, _stream) = guest.open(1);
         let header = Header { len, ..Guest::header(side, Op::ReadWrite) };
         guest.send_raw(&[&header.to_bytes(), &vec![0; sent]]);
-        assert_eq!(guest.ops(), [Op::Reset], "length {len} in the header and {sent} bytes of data must be rejected");
+        assert_eq!(
+            guest.ops(),
+            [Op::Reset],
+            "the device must reset a connection if the header has length {len} and the data has {sent} bytes"
+        );
         assert_eq!(guest.connections(), 0);
     }
     let mut guest = Guest::new(0);
@@ -82,7 +86,7 @@ fn broken_ring_stops_device_until_reset() {
 }
 
 #[test]
-fn device_reset_ends_connections_and_attempts() {
+fn device_reset_ends_connections_and_connection_attempts() {
     let mut guest = Guest::new(0);
     for round in 0..20 {
         let (_side, mut stream) = guest.open(round);
@@ -95,8 +99,8 @@ fn device_reset_ends_connections_and_attempts() {
     }
 }
 
-/// Without a receive buffer, the device cannot tell the guest that the orphan was reset. The orphan must be removed
-/// nevertheless.
+/// An orphan is a connection whose client has closed its end ([`Connection::is_orphan`]). The device must remove an
+/// orphan even if there is no receive buffer for the orphan's RST packet.
 #[test]
 fn connections_stay_bounded_if_the_guest_offers_no_receive_buffers() {
     let mut bench = Bench::new(Vsock::new(CID, RateLimit::default()).unwrap());
@@ -105,9 +109,9 @@ fn connections_stay_bounded_if_the_guest_offers_no_receive_buffers() {
     guest.refill(1);
     let mut streams: Vec<_> = (0..MAX_CONNECTIONS as u32).map(|port| guest.open(port).1).collect();
     let refused = guest.connect(1).try_recv().unwrap();
-    assert!(refused.is_err(), "one more connection than the maximum was opened");
-    // SHUTDOWN uses the only buffer. The connection is an orphan now, but the device keeps it until another connection
-    // needs its place.
+    assert!(refused.is_err(), "the device opened more connections than the maximum");
+    // One client closes its stream, and the device sends SHUTDOWN in the only receive buffer. The connection is now an
+    // orphan. The device keeps the orphan until a new connection needs its place.
     streams.pop();
     assert_eq!(guest.connections(), MAX_CONNECTIONS);
     let replies: Vec<_> = (0..10).map(|port| guest.connect(port)).collect();
@@ -129,7 +133,7 @@ proptest! {
         prop_assert_eq!(Header::parse(&all).to_bytes(), all);
     }
 
-    /// The device must not panic, no matter what packets the guest sends. It must continue or request a reset.
+    /// The device must not panic, no matter what packets the guest sends. The device must continue or request a reset.
     #[test]
     fn hostile_packets_do_not_panic(packets in proptest::collection::vec(
         (0u16..9, any::<u32>(), any::<u32>(), any::<u32>(), 0u32..70_000, 0usize..3000, any::<bool>()), 1..40)) {
@@ -148,7 +152,8 @@ proptest! {
         }
     }
 
-    /// The device must not panic, no matter what descriptors the guest writes. It must stop causing events.
+    /// The device must not panic, no matter what descriptors the guest writes. `run` checks that the device stops
+    /// causing events.
     #[test]
     fn hostile_descriptors_do_not_panic(
         queue in 0usize..3,

@@ -21,7 +21,7 @@ struct Guest {
     bench: Bench<Vsock>,
 }
 
-/// The ports of a connection.
+/// The ports of a connection: the port on the host, and the port in the guest.
 #[derive(Clone, Copy)]
 struct Side {
     host: u32,
@@ -54,7 +54,7 @@ impl Guest {
         receiver
     }
 
-    /// Returns the packets that were received, and makes their buffers available again.
+    /// Returns the packets that the device has sent, and makes their receive buffers available again.
     fn packets(&mut self) -> Vec<(Header, Vec<u8>)> {
         self.bench.run();
         let mut packets = Vec::new();

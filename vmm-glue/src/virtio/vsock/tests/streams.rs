@@ -20,7 +20,7 @@ fn connect_reports_refusal_and_acceptance() {
 }
 
 #[test]
-fn connect_waits_for_driver_and_buffers() {
+fn connect_waits_for_the_driver_and_a_receive_buffer() {
     let mut bench = Bench::new(Vsock::new(CID, RateLimit::default()).unwrap());
     let (sender, receiver) = channel();
     bench.lock().connect(5, Box::new(move |result| sender.send(result).unwrap()));
@@ -45,7 +45,7 @@ fn transfer(without: u64) {
     for turn in 0.. {
         assert!(
             turn < 100_000,
-            "no progress: host wrote {}, guest received {}, guest sent {}, host received {}",
+            "the transfer did not end: host wrote {} bytes, guest received {}, guest sent {}, host received {}",
             written,
             received_down.len(),
             sent,
@@ -62,7 +62,10 @@ fn transfer(without: u64) {
                 guest.send(side, Op::CreditUpdate, 0, taken, &[]);
             }
         }
-        assert!(received_down.len() as u32 - taken <= GUEST_BUFFER, "the guest's credit was exceeded");
+        assert!(
+            received_down.len() as u32 - taken <= GUEST_BUFFER,
+            "the device sent more data than the guest's credit"
+        );
         if turn % 3 == 0 {
             taken = received_down.len() as u32;
         }
@@ -110,7 +113,7 @@ fn data_is_sent_only_with_credit() {
         }
         received += packets.iter().map(|(_, data)| data.len()).sum::<usize>();
         let requests = packets.iter().filter(|(header, _)| header.op == Op::CreditRequest).count();
-        assert!(requests <= 1);
+        assert!(requests <= 1, "the device must not send more than one CREDIT_REQUEST, but sent {requests}");
     }
     assert_eq!(received, GUEST_BUFFER as usize);
     guest.send(side, Op::CreditUpdate, 0, GUEST_BUFFER, &[]);
@@ -140,7 +143,8 @@ fn slow_reader_does_not_delay_other_connections() {
     guest.send(quick, Op::ReadWrite, 0, 0, b"hello");
     let mut buffer = [0; 16];
     assert_eq!(quick_stream.read(&mut buffer).unwrap(), 5);
-    // The guest closes the connection. All data that it has sent still arrives, and then the end of the stream.
+    // The guest closes the connection. The client must still receive all data that the guest has sent, and then the end
+    // of the stream.
     guest.send(slow, Op::Shutdown, SHUTDOWN_BOTH, 0, &[]);
     guest.send(slow, Op::Reset, 0, 0, &[]);
     let mut received = Vec::new();
@@ -158,7 +162,7 @@ fn slow_reader_does_not_delay_other_connections() {
 }
 
 #[test]
-fn host_shutdown_of_write_reaches_guest() {
+fn write_shutdown_by_the_client_reaches_the_guest() {
     let mut guest = Guest::new(0);
     let (side, mut stream) = guest.open(1);
     stream.write_all(b"last words").unwrap();
@@ -170,7 +174,7 @@ fn host_shutdown_of_write_reaches_guest() {
     guest.send(side, Op::ReadWrite, 0, 10, b"answer");
     let mut buffer = [0; 16];
     assert_eq!(stream.read(&mut buffer).unwrap(), 6);
-    // The other direction is shut down when the socket is closed.
+    // When the client closes its socket, the device also shuts down the receive direction.
     drop(stream);
     let packets = guest.packets();
     assert_eq!((packets[0].0.op, packets[0].0.flags), (Op::Shutdown, SHUTDOWN_BOTH));
@@ -196,9 +200,9 @@ fn guest_shutdown_of_single_directions_reaches_host() {
 }
 
 #[test]
-fn close_with_unread_data_ends_stream_without_error() {
+fn guest_close_with_unread_data_ends_the_stream_without_error() {
     let mut guest = Guest::new(0);
-    // The data from the host stays unread, because the guest does not grant credit.
+    // The guest withdraws its credit. Therefore, the device does not read the client's data from the socket.
     let (side, mut stream) = guest.open(1);
     guest.send(Side { ..side }, Op::CreditUpdate, 0, 0u32.wrapping_sub(GUEST_BUFFER), &[]);
     stream.write_all(b"never read").unwrap();
