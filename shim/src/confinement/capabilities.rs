@@ -7,26 +7,27 @@ use husk_base::sys::capabilities::{self, Capabilities};
 /// The capabilities that the shim keeps, if it has them. Each entry has the Linux number
 /// (include/uapi/linux/capability.h) and the reason.
 ///
-/// overlayfs works on its layers with the capabilities of the process that has mounted it. Therefore, a guest that
-/// writes to its rootfs needs capabilities of the shim.
+/// overlayfs works on its layers with the capabilities of the process that has mounted it. Therefore, when a guest
+/// writes to its rootfs, overlayfs needs capabilities of the shim.
 pub const KEPT: [(u32, &str); 12] = [
     (0, "CAP_CHOWN: overlayfs copies files of all users to the upper directory"),
-    (1, "CAP_DAC_OVERRIDE: volumes, fifos and bundles belong to any user; overlayfs"),
+    (1, "CAP_DAC_OVERRIDE: opens volumes, fifos and bundles of any user; overlayfs accesses files of any user"),
     (3, "CAP_FOWNER: overlayfs changes files of all users"),
     (4, "CAP_FSETID: overlayfs keeps set-group-ID bits"),
-    (5, "CAP_KILL: a logger or a hook may have switched to another user"),
+    (5, "CAP_KILL: ends a logger or a hook that has switched to another user"),
     (6, "CAP_SETGID: writes the gid map of a user namespace for an id-mapped mount"),
     (7, "CAP_SETUID: writes the uid map of a user namespace for an id-mapped mount"),
     (12, "CAP_NET_ADMIN: creates taps and filters in the pod's network namespace"),
-    (21, "CAP_SYS_ADMIN: mounts, enters the pod's network namespace; overlayfs sets trusted.* attributes"),
+    (21, "CAP_SYS_ADMIN: mounts file systems; enters the pod's network namespace; overlayfs sets trusted.* attributes"),
     (24, "CAP_SYS_RESOURCE: lowers the VMM's oom_score_adj"),
     (27, "CAP_MKNOD: overlayfs creates whiteouts and copies device nodes"),
     (31, "CAP_SETFCAP: maps user 0 in the user namespace for an id-mapped mount; overlayfs copies file capabilities"),
 ];
 
-/// Drops every other capability from all sets of this thread. Threads that this thread starts later inherit the sets.
+/// Drops all capabilities that are not in [`KEPT`] from all sets of this thread. Threads that this thread starts later
+/// inherit the sets.
 pub fn reduce() -> io::Result<()> {
-    // The bounding set comes first, because it needs CAP_SETPCAP.
+    // The bounding set comes first, because a change of this set needs CAP_SETPCAP.
     (0..capabilities::count()?)
         .filter(|number| kept() & 1 << number == 0)
         .try_for_each(capabilities::drop_from_bounding_set)?;
@@ -52,7 +53,7 @@ mod tests {
     use crate::volumes::test_support::isolated;
 
     #[test]
-    fn reduce_leaves_the_kept_capabilities_in_all_sets_of_only_this_thread() {
+    fn reduce_leaves_only_the_kept_capabilities_and_affects_only_this_thread() {
         let before = capabilities::get().unwrap();
         let sets = std::thread::spawn(|| {
             reduce().expect("this test needs root, because it reduces the bounding set");

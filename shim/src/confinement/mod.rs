@@ -33,10 +33,10 @@ pub enum ConfinementError {
 }
 
 /// Confines this process, which must have a single thread and its own mount namespace. Threads that start later inherit
-/// the confinement. Does nothing if the build has no jail, for benchmarks.
+/// the confinement. Does nothing in a build without a jail, which only benchmarks use.
 ///
 /// # Errors
-/// [`ConfinementError`]. After an error the process may be confined only in part.
+/// [`ConfinementError`]. After an error, the process may be confined only in part.
 pub fn enter(mode: SeccompMode) -> Result<(), ConfinementError> {
     if UNJAILED {
         return Ok(());

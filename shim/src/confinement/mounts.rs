@@ -1,7 +1,7 @@
-//! The shim's own view of the mounts. Interfaces to the host's kernel that the shim only reads are read-only in it.
+//! Makes mounts read-only in the shim's mount namespace: the interfaces to the host's kernel that the shim only reads.
 //!
-//! This protects against defects in the handling of paths. It does not stop an attacker who can execute code in the
-//! shim, because the shim needs CAP_SYS_ADMIN, with which mounts can be changed.
+//! The read-only mounts protect against defects in the handling of paths. They do not stop an attacker who executes
+//! code in the shim, because the shim keeps CAP_SYS_ADMIN, with which the attacker can change mounts.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -11,8 +11,8 @@ use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_api::{MOUNT_ATTR_RDONLY, attach, clone_tree, mount_id, open_path, set_attributes};
 use crate::volumes::mountinfo::{self, Entry};
 
-/// File systems that the shim writes to, or whose files are sockets, devices and namespaces, which the flag does not
-/// affect.
+/// Types of host-only file systems that stay writable. The shim writes to some of these file systems. The other file
+/// systems contain special files, for example devices and namespaces, which a read-only mount does not protect.
 const WRITABLE: [&str; 7] = ["cgroup", "cgroup2", "cpuset", "devpts", "devtmpfs", "mqueue", "nsfs"];
 /// Mount point of procfs.
 const PROC: &str = "/proc";
@@ -29,8 +29,8 @@ pub struct MountError {
     source: io::Error,
 }
 
-/// Makes the mounts of this mount namespace that change the host's kernel read-only. Mounts that the host adds later
-/// keep their flags.
+/// Makes the mounts through which the shim could change the host's kernel read-only in this mount namespace. Mounts
+/// that the host adds later keep their flags.
 pub fn protect() -> Result<(), MountError> {
     let error = |path: &Path| {
         let path = path.to_owned();
@@ -61,7 +61,7 @@ fn make_read_only(mount: &Entry) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
     };
-    // Another mount may be on top.
+    // If another mount covers this mount, the path leads to the other mount.
     if mount_id(root.as_fd())? != mount.id {
         return Ok(());
     }
@@ -72,7 +72,7 @@ fn make_read_only(mount: &Entry) -> io::Result<()> {
 fn cover(path: &Path) -> io::Result<()> {
     let original = match open_path(path, false) {
         Ok(original) => original,
-        // The file depends on the kernel's configuration.
+        // Whether the file exists depends on the kernel's configuration.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
     };
@@ -99,7 +99,7 @@ mod tests {
             assert_eq!(opens_for_writing("/proc/sys/kernel/core_pattern"), Ok(()));
             protect().unwrap();
             for path in ["/proc/sys/kernel/core_pattern", "/proc/sys/net/ipv4/ip_forward"] {
-                assert_eq!(opens_for_writing(path), read_only, "{path}");
+                assert_eq!(opens_for_writing(path), read_only, "{path} is not read-only");
             }
             for path in [
                 "/proc/sysrq-trigger",
@@ -108,7 +108,10 @@ mod tests {
                 "/sys/module/kernel/parameters/panic",
             ] {
                 let result = opens_for_writing(path);
-                assert!(result == read_only || result == Err(Some(libc::ENOENT)), "{path}: {result:?}");
+                assert!(
+                    result == read_only || result == Err(Some(libc::ENOENT)),
+                    "{path} exists, but is not read-only: {result:?}"
+                );
             }
             assert_eq!(opens_for_writing("/proc/self/oom_score_adj"), Ok(()));
             assert!(fs::read_to_string("/proc/sys/kernel/hostname").is_ok());

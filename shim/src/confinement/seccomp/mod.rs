@@ -1,5 +1,5 @@
 //! The seccomp filter of the shim's threads (seccomp(2)). All threads have the same filter, because they share their
-//! memory and the blocking threads do any work.
+//! memory, and because each thread for blocking calls can get any work of the shim.
 
 mod tables;
 mod violation;
@@ -25,8 +25,8 @@ pub enum LoadError {
 /// Loads the filter for this thread. Threads that this thread starts later inherit the filter.
 ///
 /// In mode [`SeccompMode::Enforce`], a call that the filter does not allow fails with EPERM, and is logged. The shim
-/// goes on, because its end would end the pod, and a client may cause a call that no test has found. If the thread has
-/// blocked SIGSYS, as during posix_spawn(3), the kernel ends the shim.
+/// keeps running, because its end would end the pod. A client may cause a necessary call that no test has found. If the
+/// thread has blocked SIGSYS, as during posix_spawn(3), the kernel ends the shim.
 pub fn load(mode: SeccompMode) -> Result<(), LoadError> {
     violation::handle().map_err(LoadError::Handler)?;
     Ok(apply(rules(), mode)?)
@@ -64,7 +64,7 @@ mod tests {
                 libc::SYS_pivot_root,
             ];
             for call in forbidden {
-                assert_eq!(result(call), Err(Errno::EPERM), "{call}");
+                assert_eq!(result(call), Err(Errno::EPERM), "the filter does not refuse system call {call}");
             }
             assert_eq!(std::thread::spawn(|| 7).join().unwrap(), 7);
             assert!(std::fs::read_dir("/proc/self/fd").unwrap().count() > 0);

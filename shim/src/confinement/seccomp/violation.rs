@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use syscalls::Sysno;
 
-/// Maximum number of refused calls that are logged. All lines fit into the pipe to the log. Otherwise, the main thread
-/// could wait for itself to read the pipe.
+/// Maximum number of refused calls that are logged. The lines of all these calls fit into the pipe to the log. If the
+/// pipe were full, the main thread could block in its own write, because the main thread also reads the pipe.
 const MAX_LOGGED: u32 = 64;
 
 static LOGGED: AtomicU32 = AtomicU32::new(0);
@@ -38,14 +38,14 @@ extern "C" fn on_violation(_signal: libc::c_int, _info: *mut libc::siginfo_t, co
     if LOGGED.fetch_add(1, Ordering::Relaxed) < MAX_LOGGED {
         log(number, arguments);
     }
-    // The result of the call.
+    // Set the result of the call.
     if let Some(result) = usize::try_from(libc::REG_RAX).ok().and_then(|index| registers.get_mut(index)) {
         *result = -i64::from(libc::EPERM);
     }
 }
 
-/// Writes a line to standard error, which is the pipe to the log. Errors are ignored, because the call is refused in any
-/// case.
+/// Writes a line to standard error, which is the pipe to the log. Errors are ignored, because the call is refused in
+/// any case.
 fn log(number: i64, arguments: [i64; 2]) {
     let mut bytes = [0; 256];
     let mut rest = &mut bytes[..];
