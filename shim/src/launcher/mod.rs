@@ -1,10 +1,10 @@
 //! The launcher starts programs for the shim: hooks, loggers, containerd's publish command, and some VMM processes.
 //!
-//! The launcher is a process that the shim forks before it confines itself ([`crate::confinement`]). Therefore,
+//! The launcher is a process that the shim forks before the shim confines itself ([`crate::confinement`]). Therefore,
 //! programs have the rights, the mounts and the cgroup that they would have under runc. The shim itself cannot execute
 //! programs.
 //!
-//! A started program is a child of the shim. The launcher ends when the shim closes its socket.
+//! A started program is a child of the shim. The launcher ends when the shim closes its end of the socket.
 
 mod process;
 mod program;
@@ -46,7 +46,7 @@ pub enum LaunchError {
     /// The program cannot be executed.
     #[error("failed to execute the program")]
     Execute(#[source] io::Error),
-    /// The VMM cannot be started. The text has the causes.
+    /// The VMM cannot be started. The text contains the causes.
     #[error("failed to start the VMM process: {0}")]
     Vmm(String),
     /// The start takes too long.
@@ -63,7 +63,7 @@ pub struct ProgramOptions<'a> {
     pub arg0: Option<&'a str>,
     /// The arguments after `argv[0]`.
     pub args: &'a [String],
-    /// The environment. `None` means the shim's environment.
+    /// The environment. `None` means the launcher's environment.
     pub env: Option<Vec<(&'a str, &'a str)>>,
     /// The program's fds 0, 1, 2 and so on.
     pub fds: &'a [BorrowedFd<'a>],
@@ -85,7 +85,7 @@ impl Launcher {
     pub fn start() -> Result<Self, LaunchError> {
         let error = |errno: nix::Error| LaunchError::Fork(errno.into());
         let (socket, launcher_end) = pair().map_err(LaunchError::Fork)?;
-        // A full socket would block the async runtime.
+        // A write to a full blocking socket would block the async runtime.
         set_nonblocking(&socket).map_err(LaunchError::Fork)?;
         // SAFETY: this process has a single thread. Therefore, the child is not limited to async-signal-safe functions.
         match unsafe { nix::unistd::fork() }.map_err(error)? {
@@ -94,7 +94,7 @@ impl Launcher {
         }
     }
 
-    /// Starts a program, and waits until the program is executed.
+    /// Starts a program, and waits until execve(2) has succeeded.
     ///
     /// # Errors
     /// [`LaunchError`].
@@ -115,7 +115,7 @@ impl Launcher {
                 Some(Reply::Error(_)) | None => return Err(LaunchError::Receive(io::ErrorKind::InvalidData.into())),
             };
             match receive().await? {
-                // execve has closed the program's copy of the socket.
+                // execve(2) has succeeded, and has closed the new process's copy of the socket.
                 None => Ok(program),
                 Some(Reply::Failed(source)) => Err(LaunchError::Execute(source)),
                 Some(_) => Err(LaunchError::Receive(io::ErrorKind::InvalidData.into())),
@@ -124,8 +124,8 @@ impl Launcher {
         tokio::time::timeout(START_TIMEOUT, start).await.map_err(|_| LaunchError::Timeout)?
     }
 
-    /// Starts the VMM process in a mount namespace, a network namespace, and in cgroups, which are named by their open
-    /// files `cgroup.procs`. Blocks until the process is executed.
+    /// Starts the VMM process in a mount namespace, a network namespace and cgroups. `cgroups` are the open files
+    /// `cgroup.procs` of these cgroups. Blocks the calling thread until the launcher answers.
     ///
     /// # Errors
     /// [`LaunchError`].
@@ -150,7 +150,7 @@ impl Launcher {
     /// Sends a request. Returns the socket on which the answers arrive.
     fn send(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<OwnedFd, LaunchError> {
         let send = || -> io::Result<_> {
-            // A file has no maximum size, unlike a packet. A hook can have many arguments.
+            // The request is in a file, because a hook can have more arguments than fit into a packet.
             let mut file = std::fs::File::from(memfd_create("launch", MFdFlags::MFD_CLOEXEC)?);
             file.write_all(&serde_json::to_vec(request)?)?;
             file.rewind()?;
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn program_has_its_arguments_environment_and_fds_and_is_a_child_of_the_shim() {
+    async fn program_has_the_given_options_and_is_a_child_of_the_shim() {
         let null = File::options().read(true).write(true).open("/dev/null").unwrap();
         let (mut reader, writer) = io::pipe().unwrap();
         let script = "echo $0 $NAME $PPID >&3; ls /proc/self/fd | wc -l >&3; exit 5";
@@ -200,7 +200,7 @@ mod tests {
         drop(writer);
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
-        // ls has the directory open, too.
+        // The program has the four given fds, and ls also opens the directory.
         assert_eq!(text, format!("name value {}\n5\n", std::process::id()));
         assert_eq!(program.wait().await.unwrap().code(), Some(5));
     }
@@ -232,7 +232,7 @@ mod tests {
         while Path::new(&format!("/proc/{pid}")).exists() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        // The shell's own child still has the pipe. It is not a child of this process.
+        // The test does not wait for EOF, because `sleep`, a child of the killed shell, still holds the pipe.
         drop(reader);
     }
 }

@@ -1,5 +1,5 @@
-//! The launcher's process: serves requests until the shim closes its socket. It has a single thread, and waits for
-//! nothing but requests.
+//! The launcher's process, which serves requests until the shim closes its end of the socket. The process has a single
+//! thread, and waits only for requests.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -17,7 +17,8 @@ use nix::fcntl::{FcntlArg, fcntl};
 use super::request::{Reply, Request};
 use crate::chain;
 
-/// Maximum size of a request in bytes. Linux allows 6 MiB for arguments and environment (fs/exec.c).
+/// Maximum size of a request in bytes. Linux allows 6 MiB for arguments and environment (fs/exec.c), and their encoding
+/// as JSON can be longer.
 const MAX_REQUEST: u64 = 32 << 20;
 /// Name of the process (comm in proc(5)).
 const NAME: &std::ffi::CStr = c"husk-launcher";
@@ -25,8 +26,9 @@ const NAME: &std::ffi::CStr = c"husk-launcher";
 /// Serves requests on `socket`, and ends the process.
 pub fn run(socket: &OwnedFd) -> ! {
     let _ = nix::sys::prctl::set_name(NAME);
-    // The other end of the socket must be closed, or this process would not see its end. The shim's listener must be
-    // closed, or clients would find a socket that nobody serves.
+    // This process has inherited the shim's end of `socket`. While this copy is open, the kernel does not report that
+    // the shim has closed its end. The shim's listener must be closed, too. Otherwise, clients could still connect
+    // after the end of the shim, although nobody would serve them.
     if close_all_except(socket.as_raw_fd()).is_err() {
         exit_immediately(1);
     }
@@ -42,7 +44,7 @@ pub fn run(socket: &OwnedFd) -> ! {
 /// Closes every fd except standard input, output and error, and `kept`.
 fn close_all_except(kept: RawFd) -> io::Result<()> {
     let close = |first: RawFd, last: RawFd| {
-        // SAFETY: no code of this process uses an fd below again, because `run` never returns.
+        // SAFETY: no code of this process uses a closed fd again, because `run` never returns.
         match unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -54,7 +56,7 @@ fn close_all_except(kept: RawFd) -> io::Result<()> {
     close(kept + 1, RawFd::MAX)
 }
 
-/// Handles a request. A failure is reported on the request's socket. A request without a socket is ignored.
+/// Handles a request. Reports a failure on the request's socket. Ignores a request without a socket.
 fn serve(fds: Vec<OwnedFd>) {
     let mut fds = fds.into_iter();
     let (Some(file), Some(reply)) = (fds.next(), fds.next()) else { return };
@@ -75,7 +77,7 @@ fn serve(fds: Vec<OwnedFd>) {
         Err(error) => Err(error),
     };
     if let Err(error) = result {
-        // The shim may not wait for the answer any more.
+        // Ignore an error, because the shim may no longer wait for the answer.
         let _ = Reply::send_failed(&reply, &error);
     }
 }
@@ -109,7 +111,7 @@ fn start_program(reply: &OwnedFd, mut command: Command, fds: &[OwnedFd]) -> io::
     match unsafe { clone_sibling() }? {
         Cloned::Caller { pid, pidfd } => Reply::send_started(reply, pid, &[pidfd.as_fd()]),
         Cloned::Sibling => {
-            // Without a change of the standard streams, the program inherits them from this process.
+            // The program inherits each standard stream that `fds` does not replace from this process.
             let _ = match place(fds, reply) {
                 Ok(reply) => Reply::send_failed(&reply, &command.exec()),
                 Err(error) => Reply::send_failed(reply, &error),
@@ -119,7 +121,8 @@ fn start_program(reply: &OwnedFd, mut command: Command, fds: &[OwnedFd]) -> io::
     }
 }
 
-/// Moves fds to the numbers 0, 1, 2 and so on. Returns a copy of `reply`, whose number may be one of these.
+/// Duplicates `fds` to the numbers 0, 1, 2 and so on. Returns a copy of `reply`, because the number of `reply` may be
+/// one of these numbers.
 fn place(fds: &[OwnedFd], reply: &OwnedFd) -> io::Result<OwnedFd> {
     // The numbers of the copies are above all targets, so that dup2(2) overwrites none of them.
     let above = RawFd::try_from(fds.len()).map_err(io::Error::other)?;

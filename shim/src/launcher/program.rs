@@ -36,7 +36,7 @@ impl Program {
         Ok(Self { child: Arc::new(Child { pid, pidfd, reaped: AtomicBool::new(false) }), kill_on_drop })
     }
 
-    /// Returns the PID. It may belong to another process after [`Program::wait`] has returned.
+    /// Returns the PID. After [`Program::wait`] has returned, the PID may belong to another process.
     pub fn pid(&self) -> i32 {
         self.child.pid
     }
@@ -46,7 +46,7 @@ impl Program {
         let _ = pidfd::send_signal(self.child.pidfd.get_ref().as_fd(), signal as i32);
     }
 
-    /// Waits until the program has ended, without reaping it.
+    /// Waits until the program has ended, but does not reap the program.
     pub async fn ended(&self) {
         let _ = self.child.pidfd.readable().await;
     }
@@ -54,7 +54,7 @@ impl Program {
     /// Waits until the program has ended, and returns its status.
     ///
     /// # Errors
-    /// ECHILD after an earlier call has returned the status.
+    /// ECHILD if an earlier call has reaped the program. Otherwise, the error of waiting.
     pub async fn wait(&self) -> io::Result<ExitStatus> {
         self.child.wait().await
     }
@@ -63,11 +63,11 @@ impl Program {
 impl Child {
     async fn wait(&self) -> io::Result<ExitStatus> {
         self.pidfd.readable().await?.retain_ready();
-        // After the status is known, the PID may belong to another child.
+        // After the program is reaped, the PID may belong to another child.
         if self.reaped.swap(true, Ordering::Relaxed) {
             return Err(nix::Error::ECHILD.into());
         }
-        // Does not block, because the program has ended.
+        // This call does not block, because the program has ended.
         let (_, status) = process::wait(self.pid, 0)?.unwrap_or_default();
         Ok(ExitStatus::from_raw(status))
     }
@@ -81,7 +81,7 @@ impl Drop for Program {
         if self.kill_on_drop {
             self.signal(Signal::SIGKILL);
         }
-        // Without a runtime, the shim is about to end. Then init reaps the program.
+        // If there is no async runtime, the shim is about to end. After its end, init reaps the program.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             let child = Arc::clone(&self.child);
             runtime.spawn(async move { child.wait().await });

@@ -12,8 +12,8 @@ use super::ProgramOptions;
 /// Maximum size of an answer in bytes.
 const MAX_REPLY: usize = 4096;
 
-/// A request. The packet contains the fds of a file with the request as JSON, and of the socket for the answers.
-/// Further fds depend on the request.
+/// A request to the launcher. The packet carries fds: first a file that contains the request as JSON, then the socket
+/// for the answers. The request determines which further fds the packet carries.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
     /// Execute a program. The further fds become the program's fds 0, 1, 2 and so on.
@@ -28,7 +28,7 @@ pub enum Request {
         env: Option<Vec<(String, String)>>,
     },
     /// Start the VMM process. The further fds are the mount namespace, the network namespace, and the files
-    /// `cgroup.procs`.
+    /// `cgroup.procs` of the cgroups.
     Vmm,
 }
 
@@ -49,14 +49,14 @@ impl From<&ProgramOptions<'_>> for Request {
 pub enum Reply {
     /// The process exists.
     Started {
-        /// Its PID.
+        /// The process's PID.
         pid: i32,
-        /// Its pidfd, and the control socket if the process is the VMM.
+        /// The process's pidfd, and the control socket if the process is the VMM.
         fds: Vec<OwnedFd>,
     },
     /// The program cannot be executed.
     Failed(io::Error),
-    /// The VMM cannot be started. The text has the causes.
+    /// The VMM cannot be started. The text contains the causes.
     Error(String),
 }
 
@@ -69,10 +69,10 @@ enum Encoded {
 }
 
 impl Reply {
-    /// Receives an answer. Returns `None` if every other end of the socket is closed.
+    /// Receives an answer. Returns `None` if all copies of the socket's other end are closed.
     ///
     /// # Errors
-    /// The errors of recvmsg(2), and [`io::ErrorKind::InvalidData`].
+    /// The errors of recvmsg(2), or [`io::ErrorKind::InvalidData`] if the answer is malformed.
     pub fn receive(socket: &OwnedFd) -> io::Result<Option<Self>> {
         let mut bytes = [0; MAX_REPLY];
         let packet = scm_rights::receive(socket, &mut bytes)?;
@@ -99,7 +99,7 @@ impl Reply {
 
     /// Sends the answer that the VMM cannot be started.
     pub fn send_error(socket: impl AsFd, text: &str) -> io::Result<()> {
-        // JSON may need six bytes for a character.
+        // The packet must not exceed MAX_REPLY, and JSON may need six bytes for a character.
         send(socket, &Encoded::Error(text.chars().take(MAX_REPLY / 8).collect()), &[])
     }
 }
