@@ -191,7 +191,9 @@ mod tests {
     #[test]
     fn check_corrects_exit_status_and_time() {
         for at in [i64::MIN, -1, 0, i64::MAX] {
-            let Some(Report::Exit { status, at, .. }) = check(exit(u32::MAX, at)) else { panic!("no exit") };
+            let Some(Report::Exit { status, at, .. }) = check(exit(u32::MAX, at)) else {
+                panic!("check does not return an exit report")
+            };
             assert_eq!(status, 255);
             assert!(at.elapsed().unwrap() < Duration::from_secs(5));
         }
@@ -201,7 +203,7 @@ mod tests {
     #[test]
     fn error_shortens_the_text_and_replaces_control_characters() {
         let long = ttrpc::error::get_rpc_status(ttrpc::Code::NOT_FOUND, "ä\x1b".repeat(10_000));
-        let ttrpc::Error::RpcStatus(status) = error("create", long) else { panic!("no status") };
+        let ttrpc::Error::RpcStatus(status) = error("create", long) else { panic!("error does not return a status") };
         assert!(status.message.len() <= MAX_ERROR * 3 && !status.message.contains('\x1b'));
         assert_eq!(status.code.enum_value(), Ok(ttrpc::Code::NOT_FOUND));
     }

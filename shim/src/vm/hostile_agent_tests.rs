@@ -68,17 +68,20 @@ async fn agent_that_sends_events_without_end_has_to_wait_for_the_shim() {
     });
     let mut events = agent.events().await.unwrap();
     let sent = tokio::task::spawn_blocking(|| script.join().unwrap()).await.unwrap();
-    assert!(sent < 5000, "the agent could send {sent} events, but the shim has handled none");
+    assert!(sent < 5000, "the agent sent {sent} events before the shim handled one; the limit is 5000");
     // When the shim handles events, it reads further events until the agent closes the connection.
     let mut handled = 0;
     while let Ok(Some(_)) = events.recv().await {
         handled += 1;
     }
-    assert!(handled > MAX_UNHANDLED && handled <= sent + 1, "{handled} of {sent} events arrived");
+    assert!(
+        handled > MAX_UNHANDLED && handled <= sent + 1,
+        "the shim received {handled} events, but the agent sent {sent}, and more than {MAX_UNHANDLED} must arrive"
+    );
 }
 
 #[tokio::test]
-async fn millions_of_events_do_not_delay_calls() {
+async fn call_ends_after_its_timeout_while_events_arrive() {
     let (agent, _script) = HostileAgent::start(|mut agent| {
         let events = agent.request();
         let body = exit_event("c");
@@ -191,7 +194,11 @@ async fn huge_texts_of_the_agent_are_shortened() {
     assert!(release.len() <= 3 * 256 && !release.contains('\x1b'));
     let error = sync(&agent).await.unwrap_err();
     let text = crate::chain(&error);
-    assert!(text.len() < 20_000 && !text.contains('\x1b'), "the error has {} bytes", text.len());
+    assert!(
+        text.len() < 20_000 && !text.contains('\x1b'),
+        "the error has {} bytes (the limit is 20000), or contains an escape character",
+        text.len()
+    );
 }
 
 #[tokio::test]

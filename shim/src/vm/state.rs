@@ -62,7 +62,7 @@ impl State {
     }
 }
 
-/// The current state. Tasks can wait until it changes.
+/// The current state. Tasks can wait until the state changes.
 #[derive(Clone)]
 pub struct StateCell(Arc<watch::Sender<State>>);
 

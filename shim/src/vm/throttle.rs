@@ -1,7 +1,7 @@
 //! Limits the rate of bytes from the agent.
 //!
-//! The shim reads and decodes each message of the agent. Without this limit, an agent that sends messages without a pause
-//! could keep a CPU of the node busy.
+//! The shim reads and decodes each message of the agent. Without this limit, an agent that sends messages without a
+//! pause could keep a CPU of the node busy.
 
 use std::io;
 use std::pin::Pin;
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn reads_have_the_burst_at_once_and_then_the_rate() {
+    async fn reads_get_the_burst_at_once_and_then_the_rate() {
         let mut stream = Throttled::new(repeat(7));
         let start = Instant::now();
         let mut bytes = vec![0; 1 << 20];
@@ -113,8 +113,11 @@ mod tests {
             stream.read_exact(&mut bytes).await.unwrap();
         }
         let elapsed = start.elapsed();
-        assert!((Duration::from_millis(3900)..=Duration::from_millis(5100)).contains(&elapsed), "{elapsed:?}");
-        // A pause longer than the burst allows no more than the burst.
+        assert!(
+            (Duration::from_millis(3900)..=Duration::from_millis(5100)).contains(&elapsed),
+            "reading 5 MiB took {elapsed:?}"
+        );
+        // After a long pause, the stream again allows only the burst at once.
         tokio::time::sleep(Duration::from_secs(100)).await;
         let start = Instant::now();
         for _ in 0..4 {
@@ -123,11 +126,11 @@ mod tests {
         assert_eq!(start.elapsed(), Duration::ZERO);
         stream.read_exact(&mut bytes).await.unwrap();
         stream.read_exact(&mut bytes).await.unwrap();
-        assert!(start.elapsed() >= Duration::from_millis(900), "{:?}", start.elapsed());
+        assert!(start.elapsed() >= Duration::from_millis(900), "reading 2 MiB took only {:?}", start.elapsed());
     }
 
     #[tokio::test]
-    async fn slow_streams_are_not_delayed_and_their_end_is_seen() {
+    async fn read_reports_the_end_of_the_stream() {
         let (near, far) = duplex(64);
         let mut stream = Throttled::new(near);
         drop(far);

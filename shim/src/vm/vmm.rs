@@ -116,18 +116,19 @@ fn new_network_namespace() -> std::io::Result<OwnedFd> {
 /// Must be called on the main thread. When the calling thread exits, the kernel kills the VMM (PR_SET_PDEATHSIG).
 ///
 /// # Errors
-/// [`VmmError::Spawn`], or the error of duplicating the fd.
+/// [`VmmError::Spawn`], or [`VmmError::Netns`] if the fd cannot be duplicated.
 pub fn spawn(namespace: &OwnedFd) -> Result<Spawned, VmmError> {
     let namespace = namespace.try_clone().map_err(|source| VmmError::Netns { path: "of the pod".into(), source })?;
     let network = client::Network::Join(namespace);
     client::spawn(SpawnOptions { network, ..Default::default() }).map_err(VmmError::Spawn)
 }
 
-/// Lets the launcher start the VMM process, because this process is confined already. The VMM process enters the
-/// cgroups with the open files `cgroups`, and this process's mount namespace. It is killed when the main thread exits.
+/// Lets the launcher start the VMM process, because this process is confined already. `cgroups` are the open files
+/// `cgroup.procs` of the cgroups that the VMM process enters. The VMM process also enters this process's mount
+/// namespace. When the main thread of this process exits, the kernel kills the VMM process.
 ///
 /// # Errors
-/// [`VmmError::Launch`].
+/// [`VmmError::Launch`], or [`VmmError::Netns`] if the mount namespace cannot be opened.
 pub fn spawn_by_launcher(launcher: &Launcher, namespace: &OwnedFd, cgroups: &[OwnedFd]) -> Result<Spawned, VmmError> {
     let path = "/proc/self/ns/mnt";
     let mounts = std::fs::File::open(path).map_err(|source| VmmError::Netns { path: path.into(), source })?;
@@ -316,7 +317,7 @@ impl Vmm {
         }
     }
 
-    /// Waits until the process exits. Returns its exit status.
+    /// Waits until the process exits. Returns the exit status.
     pub async fn wait(&self) -> ExitStatus {
         let mut dead = self.inner.dead.clone();
         match dead.wait_for(Option::is_some).await {
