@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use self::jail::Jail;
 
-/// State directory of the shims. `husk ps` reads its files `<namespace>/<sandbox>/sandbox.json`.
+/// State directory of the shims. `husk ps` reads the files `<namespace>/<sandbox>/sandbox.json` in this directory.
 const STATE_DIR: &str = "/run/husk";
 
 /// Output format of the list.
@@ -78,7 +78,7 @@ fn launcher(proc: &Path, shim: u32) -> Option<u32> {
     pids.find(|pid: &u32| read(format!("{pid}/comm")).trim() == "husk-launcher")
 }
 
-/// Returns the proportional set size of a process, in KiB, or 0 if it is unknown.
+/// Returns the proportional set size of a process in KiB. Returns 0 if the size is unknown.
 fn pss(proc: &Path, pid: u32) -> u64 {
     let rollup = fs::read_to_string(proc.join(pid.to_string()).join("smaps_rollup")).unwrap_or_default();
     let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"));

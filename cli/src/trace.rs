@@ -12,7 +12,8 @@ use husk_config::{
     timeline::{Step, Timeline},
 };
 
-/// State directory of the shims. `husk trace` reads its files `<namespace>/<sandbox>/timeline.json`.
+/// State directory of the shims. Each directory `<namespace>/<sandbox>` in the state directory contains the files
+/// `sandbox.json` and `timeline.json`, which `husk trace` reads.
 const STATE_DIR: &str = "/run/husk";
 /// Width of the chart in columns.
 const CHART_WIDTH: u128 = 40;
@@ -47,9 +48,17 @@ pub enum TraceError {
     /// Several sandbox ids have this prefix, or several pods have this name.
     #[error("{0:?} matches several sandboxes: use a sandbox id from `husk ps`")]
     Ambiguous(String),
-    /// No timeline was recorded, or neither the command line nor the configuration names a timeline.
-    #[error("no timeline to show: name a running sandbox, or set timeline_log in the configuration")]
+    /// Neither the command line nor the configuration names a timeline.
+    #[error(
+        "no timeline selected: pass a running pod or sandbox as an argument, or set timeline_log in the configuration"
+    )]
     NoTimeline,
+    /// The file is empty.
+    #[error("no timeline in {}", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
 }
 
 /// Returns the text to print.
@@ -62,8 +71,8 @@ pub fn main(config: &Path, target: Option<&str>) -> Result<String, TraceError> {
             .ok_or(TraceError::NoTimeline)?,
     };
     let text = fs::read_to_string(&path).map_err(|source| TraceError::Read { path: path.clone(), source })?;
-    let timelines = Timeline::from_lines(&text).map_err(|source| TraceError::Parse { path, source })?;
-    Ok(waterfall(timelines.last().ok_or(TraceError::NoTimeline)?))
+    let timelines = Timeline::from_lines(&text).map_err(|source| TraceError::Parse { path: path.clone(), source })?;
+    Ok(waterfall(timelines.last().ok_or(TraceError::Empty { path })?))
 }
 
 /// Finds the timeline file of the only sandbox that matches `target`. Tries the sandbox id, then the pod name with or
@@ -178,6 +187,8 @@ mod tests {
         fs::write(&log, lines).unwrap();
         assert!(main(&config, None).unwrap().contains("new"));
         assert!(main(&config, Some(log.to_str().unwrap())).unwrap().contains("new"));
+        fs::write(&log, "").unwrap();
+        assert!(matches!(main(&config, None), Err(TraceError::Empty { .. })));
         fs::write(&config, "").unwrap();
         assert!(matches!(main(&config, None), Err(TraceError::NoTimeline)));
     }

@@ -12,7 +12,7 @@ const BLOCK: usize = 256 * 1024;
 /// digits.
 ///
 /// # Errors
-/// An error of reading, or the error of `block`.
+/// Fails if reading `file` fails, or if `block` returns an error.
 pub fn sha256(mut file: impl Read, mut block: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<String> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; BLOCK];

@@ -12,7 +12,7 @@ use std::{
 
 use super::Finding;
 
-/// File name of the shim. containerd derives it from the runtime's name.
+/// File name of the shim. containerd derives this name from the runtime's name.
 const SHIM: &str = "containerd-shim-husk-v2";
 const RUNTIME: &str = "io.containerd.husk.v2";
 /// containerd's API socket, at the path that distributions use.

@@ -95,9 +95,10 @@ mod tests {
     #[test]
     fn unconfined_process_has_the_namespaces_of_this_command() {
         let jail = of(Path::new("/proc"), std::process::id()).unwrap();
-        assert!(jail.own_namespaces.is_empty(), "{jail:?}");
-        assert!(jail.mounts > 0 && jail.root.is_some(), "{jail:?}");
-        assert!(!jail.threads.is_empty() && jail.threads.iter().all(|thread| !thread.seccomp_filter), "{jail:?}");
+        assert!(jail.own_namespaces.is_empty(), "this process has separate namespaces: {jail:?}");
+        assert!(jail.mounts > 0 && jail.root.is_some(), "the jail has no mounts or no root: {jail:?}");
+        assert!(!jail.threads.is_empty(), "the jail has no threads: {jail:?}");
+        assert!(jail.threads.iter().all(|thread| !thread.seccomp_filter), "a thread has a filter: {jail:?}");
     }
 
     #[test]
