@@ -1,5 +1,6 @@
 //! Wraps virtiofsd's file system. The wrapper rejects hostile requests ([`request_checks`]) and reports short writes.
-//! It also makes requests wait while fds are scarce ([`FdLimit`]), and writes data as the guest's user ([`writer`]).
+//! The wrapper also makes requests wait while fds are scarce ([`FdLimit`]), and writes data as the guest's user
+//! ([`writer`]).
 //!
 //! After a short write, virtiofsd 1.14 writes the rest of the data (`ZcReader` in virtiofsd's server.rs). This second
 //! write can fail, for example because the disk is full or a quota is used up. virtiofsd then answers with only the
@@ -26,8 +27,8 @@ use super::{request_checks, writer};
 use crate::virtio::rate_limit::SharedLimiter;
 
 /// Maximum number of bytes that one COPY_FILE_RANGE request copies if the share has a byte rate limit. The tokens for
-/// these bytes are taken only after the copy. Therefore, one request must not copy much more than a WRITE request can
-/// write. After a short copy, the guest requests the rest of the copy.
+/// these bytes are taken only after the copy. Therefore, one request can exceed the rate limit by its whole copy, and
+/// the copy must not be much larger than the data of a WRITE request. After a short copy, the guest requests the rest.
 const MAX_LIMITED_COPY: u64 = 1 << 20;
 
 /// A node id of FUSE.

@@ -46,7 +46,7 @@ struct State {
 
 impl FdLimit {
     /// Creates a watcher. While at least `threshold` fds are open and requests wait, the waiting requests call
-    /// `request_forget` once per [`REQUEST_INTERVAL`]. `fd_directory` is /proc/self/fd.
+    /// `request_forget` at most once per [`REQUEST_INTERVAL`]. `fd_directory` is /proc/self/fd.
     pub fn new(fd_directory: File, threshold: u64, request_forget: RequestForget) -> Self {
         Self {
             fd_directory,

@@ -45,7 +45,7 @@ fn free_and_reserved(point: &Path) -> (u64, u64) {
     (stat.blocks_free(), stat.blocks_free() - stat.blocks_available())
 }
 
-/// Sends a request of user `uid`. Returns the error of the answer.
+/// Sends a request of user `uid`. Returns the negative errno of the answer, or 0 if the request succeeded.
 fn call_as(guest: &mut Guest, uid: u32, opcode: u32, node: u64, body: &[u8]) -> i32 {
     let mut header = guest.header(opcode, node, body.len());
     header[24..28].copy_from_slice(&uid.to_le_bytes());
@@ -58,7 +58,7 @@ fn call_as(guest: &mut Guest, uid: u32, opcode: u32, node: u64, body: &[u8]) -> 
     i32::from_le_bytes(answer.unwrap().1[4..8].try_into().unwrap())
 }
 
-/// Calls `request` with increasing offsets until a call fails. Returns the error.
+/// Calls `request` with increasing offsets until a call fails. Returns the error of this call.
 fn fill(mut request: impl FnMut(u64) -> i32) -> i32 {
     let mut offset = 0;
     loop {

@@ -63,7 +63,7 @@ impl Guest {
     }
 
     /// Creates a guest whose share is the directory `root`. Opens no file outside `root`, because landlock rules may
-    /// forbid this.
+    /// deny the access to such files.
     pub fn with_belongings(root: &Path, workers: u8, belongings: Belongings) -> Self {
         Self::with_config(&share(root, workers), belongings)
     }
@@ -88,7 +88,8 @@ impl Guest {
         bytes
     }
 
-    /// Sends a request. Returns the negative errno or 0 of the answer, and the bytes after the answer's header.
+    /// Sends a request. Returns the answer's error, and the bytes after the answer's header. The error is a
+    /// negative errno, or 0 if the request succeeded.
     pub fn call(&mut self, opcode: u32, node: u64, body: &[u8], answer_size: usize) -> (i32, Vec<u8>) {
         let header = self.header(opcode, node, body.len());
         self.bench.queues[1].add(&[&header, body], &[16, answer_size]);
