@@ -1,12 +1,12 @@
 //! Compiles the .proto files of the CRI and of containerd's services into one descriptor set, without `protoc`. The
-//! clients read the descriptors at run time (reflection).
+//! suites' CRI and containerd clients read the descriptors at run time (reflection).
 
 use std::path::{Path, PathBuf};
 
 use protobuf::Message;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // This directory defines the messages that the shim also reads.
+    // The shim uses the .proto files of this directory. The suites need only one of these files.
     let shared = "../../proto/protos";
     println!("cargo:rerun-if-changed=protos");
     println!("cargo:rerun-if-changed={shared}/cri_sandbox.proto");

@@ -7,7 +7,8 @@ use serde_json::json;
 fn busybox_prints_and_returns_exit_code() {
     case("exit", |case| {
         case.busybox(&["echo", "hello from a container"]).output().expect_clean().expect_out("hello from a container");
-        // Kill a child, because PID 1 cannot be killed from inside the container.
+        // The script kills a child, because the kernel ignores a SIGKILL that PID 1 gets from its own PID namespace
+        // (pid_namespaces(7)).
         case.sh("sh -c 'kill -9 $$'; exit $?").output().expect_code(137);
     });
 }
@@ -86,7 +87,8 @@ fn output_goes_to_log_file_or_binary_logger() {
         assert_eq!(lines, ["to stderr", "to stdout"]);
 
         // A binary logger reads stdout from fd 3 and stderr from fd 4, and closes fd 5 when it is ready. runc's shim
-        // sends SIGTERM at the end. A logger that still reads has to ignore this signal.
+        // sends SIGTERM to the logger after the container's exit. The logger ignores SIGTERM, so that it reads all
+        // output.
         let logged = case.dir().join("binary.log");
         let logger = case.dir().join("logger");
         let program = "#!/bin/sh\ntrap '' TERM\nexec 5>&-\ncat <&3 >> LOG &\ncat <&4 >> LOG\nwait\n";
@@ -98,12 +100,16 @@ fn output_goes_to_log_file_or_binary_logger() {
             let text = std::fs::read_to_string(&logged).ok()?;
             (text.lines().count() == 2 && text.contains("to stdout") && text.contains("to stderr")).then_some(())
         });
-        assert!(complete.is_some(), "the logger wrote {:?}", std::fs::read_to_string(&logged));
+        assert!(
+            complete.is_some(),
+            "the logger wrote {:?}, expected one line of stdout and one of stderr",
+            std::fs::read_to_string(&logged)
+        );
     });
 }
 
 #[test]
-fn hooks_have_the_rights_and_mounts_of_the_node() {
+fn hooks_run_in_the_mount_namespace_of_the_node_with_full_privileges() {
     case("hooks", |case| {
         let seen = case.dir().join("seen");
         let script = format!(
@@ -124,6 +130,6 @@ fn hooks_have_the_rights_and_mounts_of_the_node() {
         let both = husk_e2e::node::eventually(std::time::Duration::from_secs(10), || {
             std::fs::read_to_string(&seen).ok().filter(|text| *text == once.repeat(2))
         });
-        assert!(both.is_some(), "the hooks wrote {:?}, not twice {once:?}", std::fs::read_to_string(&seen));
+        assert!(both.is_some(), "the hooks wrote {:?}, expected {once:?} twice", std::fs::read_to_string(&seen));
     });
 }

@@ -114,16 +114,16 @@ fn ps_lists_each_process_with_distinct_pid() {
             pids.sort_unstable();
             pids
         };
-        // The list has a shell, a subshell and four sleepers.
+        // The list has a shell, a subshell and four `sleep` processes.
         let pids_before = node::eventually(Duration::from_secs(10), || Some(listed()).filter(|pids| pids.len() == 6));
         let pids_before = pids_before.unwrap_or_else(|| panic!("expected six processes, listed pids: {:?}", listed()));
         let mut distinct = pids_before.clone();
         distinct.dedup();
         assert_eq!(distinct.len(), 6, "pids are repeated: {pids_before:?}");
-        // The container also sees these six processes, and up to three processes of the counting command.
+        // The container sees these six processes, and up to three processes of the command that counts.
         let inside = container.exec("count", &["sh", "-c", "exec 2>/dev/null; grep -l . /proc/[0-9]*/cmdline | wc -l"]);
         let inside: usize = inside.expect_clean().out().trim().parse().unwrap();
-        assert!((6..=9).contains(&inside), "the container sees {inside} processes");
+        assert!((6..=9).contains(&inside), "the container sees {inside} processes, expected 6 to 9");
         // An exec adds one pid to the list. When the exec ends, its pid disappears.
         let exec = container.exec_command("more", &[], &["sh", "-c", "echo up; exec sleep 1005"]);
         let mut exec = Running::start(exec, Input::Null);
@@ -159,9 +159,17 @@ fn metrics_come_from_container_cgroup() {
         assert_eq!(number("/pids/current"), 3, "{}", output.describe());
         assert_eq!(number("/memory/usage_limit"), 201_326_592, "{}", output.describe());
         let usage = number("/memory/usage");
-        assert!((48 << 20..120 << 20).contains(&usage), "memory usage {usage} bytes\n{}", output.describe());
+        assert!(
+            (48 << 20..120 << 20).contains(&usage),
+            "the memory usage is {usage} bytes, expected 48 to 120 MiB\n{}",
+            output.describe()
+        );
         let shmem = number("/memory/shmem");
-        assert!((48 << 20..60 << 20).contains(&shmem), "shmem {shmem} bytes\n{}", output.describe());
+        assert!(
+            (48 << 20..60 << 20).contains(&shmem),
+            "shmem is {shmem} bytes, expected 48 to 60 MiB\n{}",
+            output.describe()
+        );
         assert!(number("/cpu/usage_usec") > 10_000, "{}", output.describe());
         container.kill();
     });
@@ -170,7 +178,7 @@ fn metrics_come_from_container_cgroup() {
 #[test]
 fn update_changes_limits_in_container_cgroup() {
     case("update", |case| {
-        // With a cgroup namespace, the container's cgroup is the root of its cgroup mount.
+        // In a cgroup namespace, the container's own cgroup is at the mount point /sys/fs/cgroup.
         let run = case.with_spec("echo up; exec sleep 1000", |spec| {
             spec["linux"]["resources"]["memory"] = json!({ "limit": 134_217_728 });
             spec["linux"]["resources"]["cpu"] = json!({ "quota": 50_000, "period": 100_000, "shares": 512 });

@@ -12,7 +12,7 @@ fn ten_containers_run_concurrently() {
                 case.sh(&format!("echo up {number}; read line; echo $line {number}; exit {number}")).start(Input::Pipe)
             })
             .collect();
-        // All ten run at the same time before the first can end.
+        // All ten containers run before the first container can end.
         for (number, running) in all.iter_mut().enumerate() {
             running.wait_for(&format!("up {number}"));
         }

@@ -60,7 +60,7 @@ fn stdout_transfers_64_mib_intact() {
         }
         let output = running.wait_within(BULK_TIMEOUT);
         assert_eq!(output.code, 0, "{}", output.describe());
-        assert_eq!(output.stdout.len(), expected.len(), "number of bytes on stdout\n{}", output.describe());
+        assert_eq!(output.stdout.len(), expected.len(), "stdout has a wrong number of bytes\n{}", output.describe());
         if output.stdout != expected {
             let difference = expected.iter().zip(&output.stdout).position(|(one, other)| one != other);
             panic!("the output differs from the expected data at byte {difference:?}");
