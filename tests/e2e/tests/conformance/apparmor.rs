@@ -1,4 +1,4 @@
-//! AppArmor: the node's profiles apply to containers, also under Husk, where the guest's kernel enforces them.
+//! AppArmor: the node's profiles apply to containers. Under Husk, the guest's kernel enforces these profiles.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{run_once, security_context};
 
-/// Loads a profile on the node. Replaces a profile with the same name.
+/// Loads a profile on the node, in place of any profile with the same name.
 #[track_caller]
 fn load_profile(dir: &Path, text: &str) {
     let path = dir.join("profile");
@@ -51,7 +51,7 @@ fn apparmor() {
                 apparmor("Localhost", "husk-e2e")(&mut config);
                 let container = pod.start(&config);
                 assert_eq!(container.sh(current), "husk-e2e (enforce)");
-                // The next container gets the profile that the node has reloaded.
+                // After the node has loaded a new version of the profile, the next container gets this version.
                 load_profile(pods.dir(), &profile.replace("/srv/**", "/mnt/**"));
                 let text = run_once(&pod, "echo x > /srv/y && echo written", apparmor("Localhost", "husk-e2e"));
                 assert_eq!(text, "written");

@@ -102,7 +102,7 @@ fn container() {
                     let list = call("ListContainers", &json!({ "filter": filter }));
                     let ids: Vec<_> =
                         list["containers"].as_array().unwrap().iter().map(|one| one["id"].clone()).collect();
-                    assert_eq!(ids, [json!(container.id)], "containers listed with {filter}");
+                    assert_eq!(ids, [json!(container.id)], "ListContainers with {filter} must list only the container");
                 }
                 container.remove();
             });

@@ -1,8 +1,8 @@
 //! CRI conformance: each check tests one behaviour. The modules are the groups of the CRI validation suite.
 //!
-//! Supports any runtime handler. `cargo xtask conformance` generates docs/conformance.md from the results.
+//! The suite supports any runtime handler. `cargo xtask conformance` generates docs/conformance.md from the results.
 //!
-//! Runs: by name only: `cargo xtask conformance` runs it, and compares Husk with runc
+//! Runs: by name only: use `cargo xtask conformance`, which compares Husk with runc
 
 mod apparmor;
 mod containers;
@@ -16,7 +16,7 @@ mod streams;
 use husk_e2e::cri::{Pod, PodContainer};
 use serde_json::Value;
 
-/// Starts a sleeping container in `pod`; `change` modifies its configuration.
+/// Starts a sleeping container in `pod`. `change` modifies the container's configuration.
 #[track_caller]
 fn sleeper(pod: &Pod, change: impl FnOnce(&mut Value)) -> PodContainer {
     let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");

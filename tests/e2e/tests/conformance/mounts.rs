@@ -86,8 +86,8 @@ fn mounts() {
                 let below = dir.join("sub");
                 node(&["mount", "-t", "tmpfs", "tmpfs", &below.to_string_lossy()]);
                 let text = catch_unwind(AssertUnwindSafe(|| {
-                    // containerd 2.x announces recursive read-only mounts to the kubelet only for handlers of runc's
-                    // type. Of Husk's handlers, only husk-userns has this type.
+                    // containerd 2.x reports support for recursive read-only mounts only for handlers with runc's
+                    // `runtime_type`. Of Husk's handlers, only husk-userns has this `runtime_type`.
                     let handler = if cri::handler() == "runc" { "runc" } else { "husk-userns" };
                     let pod = pods.run_with_handler(handler, pods.config());
                     let recursive = json!({ "readonly": true, "recursive_read_only": true });
@@ -248,7 +248,7 @@ fn devices() {
                 let mut seen = [0; 11];
                 fs::File::open(&disk.device).unwrap().read_exact(&mut seen).unwrap();
                 assert_eq!(text, "on the disk");
-                assert_eq!(&seen, b"on the disk", "content of the device on the node");
+                assert_eq!(&seen, b"on the disk", "the node's device lacks the data that the container wrote");
             });
             group.check("a read-only block device", || {
                 let text = run_once(&pod, "head -c 11 /dev/xvda && echo; echo x 2>&1 > /dev/xvda", |config| {

@@ -46,12 +46,16 @@ fn network() {
         group("Networking", |group| {
             group.check("the node reaches the pod", || {
                 for ip in one.addresses() {
-                    assert_eq!(read_from((ip, 8080).into()), "hello", "answer from {ip}");
+                    assert_eq!(read_from((ip, 8080).into()), "hello", "wrong answer from the server at {ip}");
                 }
             });
             group.check("a pod reaches another pod", || {
                 for ip in one.addresses() {
-                    assert_eq!(client.sh(&format!("nc -w 20 {ip} 8080 < /dev/null")), "hello", "answer from {ip}");
+                    assert_eq!(
+                        client.sh(&format!("nc -w 20 {ip} 8080 < /dev/null")),
+                        "hello",
+                        "wrong answer from the server at {ip}"
+                    );
                 }
             });
             group.check("a TCP host port leads to the pod", || {
