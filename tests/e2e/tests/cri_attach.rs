@@ -15,8 +15,8 @@ fn attach(container: &PodContainer, tty: bool) -> Stream {
     Stream::connect(call("Attach", &request)["url"].as_str().unwrap())
 }
 
-/// Attaches, and waits until the container answers a line of input. This is needed because the server answers the
-/// request before the streams are connected.
+/// Attaches, and waits until the container answers a line of input. The wait is necessary, because containerd
+/// answers the Attach request before the streams are connected.
 #[track_caller]
 fn attached(container: &PodContainer, name: &str, tty: bool) -> Stream {
     let mut stream = attach(container, tty);
@@ -28,8 +28,9 @@ fn attached(container: &PodContainer, name: &str, tty: bool) -> Stream {
 /// Prints each line of stdin to stdout and stderr.
 const ECHO_LINES: &str = "echo up; while read line; do echo heard $line; echo aside $line >&2; done; echo end; exit 5";
 
-/// Prints each line of stdin, and the terminal's size after each SIGWINCH. If a signal arrived just before `read`, the
-/// shell would run the trap only after `read` has returned. `wait` does not have this race.
+/// Prints each line of stdin, and the terminal's size after each SIGWINCH. A background process reads stdin, and the
+/// shell calls `wait`. If a signal arrived just before the shell called `read`, the shell would run the trap only after
+/// `read` has returned. `wait` does not have this race.
 const ECHO_TTY: &str = "exec 3<&0; while read line; do echo heard $line; done <&3 & trap 'stty size' WINCH; echo up; \
                         while :; do wait; done";
 
@@ -47,14 +48,14 @@ fn attach_resizes_the_terminal_of_the_container() {
             one.send(channel::RESIZE, format!(r#"{{"Width":{width},"Height":{height}}}"#).as_bytes());
             one.wait_for(channel::STDOUT, &format!("{height} {width}\r\n"));
         }
-        // A second client shares the container's terminal, and its resize applies to all clients.
+        // Two clients share the container's terminal. A resize by the second client applies to both clients.
         let mut two = attached(&container, "two", true);
         two.send(channel::RESIZE, br#"{"Width":90,"Height":30}"#);
         two.wait_for(channel::STDOUT, "30 90\r\n");
         one.wait_for(channel::STDOUT, "30 90\r\n");
         two.send(channel::STDIN, b"hello\n");
         one.wait_for(channel::STDOUT, "heard hello\r\n");
-        // A client that disconnects neither ends the container nor resizes the terminal.
+        // When a client disconnects, the container continues and the terminal keeps its size.
         drop(one);
         two.send(channel::STDIN, b"again\n");
         two.wait_for(channel::STDOUT, "heard again\r\n");
@@ -84,7 +85,7 @@ fn container_runs_on_after_all_attached_clients_disconnect() {
         two.send(channel::STDIN, b"third\n");
         two.wait_for(channel::STDOUT, "heard third\n");
         drop(two);
-        // Without clients the container runs on, and its stdin stays open for the next client.
+        // Without clients, the container continues to run, and its stdin stays open for the next client.
         assert_eq!(container.status()["state"], "CONTAINER_RUNNING");
         let mut three = attached(&container, "three", false);
         three.send(channel::STDIN, b"fourth\n");
@@ -108,7 +109,7 @@ fn stdin_once_closes_stdin_when_the_first_client_disconnects() {
         one.send(channel::STDIN, b"all of it\n");
         one.wait_for(channel::STDOUT, "heard all of it\n");
         drop(one);
-        // A client that only reads sees the end of stdout and stderr.
+        // The second client, which stays attached, receives the rest of the output and the end of both streams.
         let (out, err, _) = two.finish();
         let text = |bytes| String::from_utf8(bytes).unwrap();
         assert_eq!(text(out), "heard all of it\nend\n");
@@ -118,12 +119,13 @@ fn stdin_once_closes_stdin_when_the_first_client_disconnects() {
 }
 
 #[test]
-fn exec_timeout_kills_all_its_processes_in_a_user_namespace() {
+fn exec_timeout_kills_all_processes_of_the_exec_in_a_user_namespace() {
     pods("cri-exec-users", |pods| {
         let pod = userns::pod(pods);
         let container = pod.start(&userns::sh(&pod, userns::SLEEP));
         let scripts = ["exec sleep 4715", "sleep 4715 & sleep 4715", "setsid sh -c 'sleep 4715; :' & sleep 4715"];
-        // runc kills only the command. The command's children would run on, and the call would wait for them.
+        // After a timeout, runc kills only the command itself. The children of the other two commands would continue
+        // to run, and ExecSync would wait for these children.
         let scripts = if runtime() == RUNC { &scripts[..1] } else { &scripts[..] };
         // Make the calls at the same time, because each call takes as long as its timeout.
         thread::scope(|scope| {
@@ -133,12 +135,12 @@ fn exec_timeout_kills_all_its_processes_in_a_user_namespace() {
             });
             for (call, script) in calls.collect::<Vec<_>>().into_iter().zip(scripts) {
                 let error = call.join().unwrap();
-                assert!(error.message.contains("timeout"), "{script}: {error}");
+                assert!(error.message.contains("timeout"), "the exec of {script:?} must end with a timeout: {error}");
             }
         });
         let count = "grep -lE '471[5-7]' /proc/[0-9]*/cmdline 2>/dev/null | wc -l";
         let gone = node::eventually(Duration::from_secs(10), || (container.sh(count) == "0").then_some(()));
-        assert!(gone.is_some(), "{}", container.sh("ps"));
+        assert!(gone.is_some(), "processes of an exec still run\n{}", container.sh("ps"));
         assert_eq!(container.sh("echo still"), "still");
         container.stop(0);
     });

@@ -35,7 +35,7 @@ fn resources() {
                 };
                 assert!(
                     weight(2) == 1 && weight(1024) < weight(2048),
-                    "weights of 1024 and 2048 shares: {} and {}",
+                    "expected weight 1 for 2 shares, and a lower weight for 1024 shares ({}) than for 2048 shares ({})",
                     weight(1024),
                     weight(2048)
                 );

@@ -120,14 +120,15 @@ fn namespaces() {
             });
             for (kind, word) in [("network", "host's network"), ("pid", "host's pid"), ("ipc", "host's ipc")] {
                 if kind == "network" && cri::handler() == "husk-sandbox" {
-                    // containerd 2.1.9 crashes here: NewBundle without a specification (docs/install.md).
+                    // containerd 2.1.9 crashes here, because its `NewBundle` gets no specification (docs/install.md).
                     continue;
                 }
                 let config = || {
                     let mut config = pods.config();
                     security_context(&mut config)["namespace_options"] = json!({ kind: "NODE" });
                     if kind == "network" {
-                        // As with the kubelet, an empty host name selects the node's host name.
+                        // For a pod with the host's network, the kubelet sends an empty host name. containerd then uses
+                        // the node's host name.
                         config["hostname"] = json!("");
                     }
                     config

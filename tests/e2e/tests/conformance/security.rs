@@ -13,7 +13,7 @@ fn status(field: &str) -> String {
     format!("awk '/^{field}:/ {{print $2}}' /proc/self/status")
 }
 
-/// All capabilities of the kernels in use: `CAP_CHECKPOINT_RESTORE` (40) is the last.
+/// All capabilities of the node's kernel and of the guest's kernel. The last one is `CAP_CHECKPOINT_RESTORE` (40).
 const ALL_CAPS: &str = "000001ffffffffff";
 
 #[test]

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::{run_once, sleeper};
 
-/// Sends a request with the additional fields `options`, and connects to the stream's URL.
+/// Sends the request `method` with the additional fields `options`, and connects to the URL in the answer.
 #[track_caller]
 fn open(method: &str, container: &PodContainer, options: &Value) -> Stream {
     let mut request = json!({ "container_id": container.id, "stdout": true });
