@@ -23,7 +23,7 @@ CMD ["/bin/busybox", "httpd", "-f", "-p", "80", "-h", "/srv/www"]
 /// Lists the built image's files, to show that the removed file is gone.
 const LIST_FILES: &str = "busybox cat /srv/www/index.html; busybox stat -c %u:%g /srv/www; busybox ls /srv";
 
-/// Runs a script, which has to succeed. Returns its stdout.
+/// Runs a script, which has to succeed. Returns the script's stdout.
 #[track_caller]
 fn step(container: &PodContainer, script: &str) -> String {
     let begun = Instant::now();
@@ -77,7 +77,7 @@ fn ci_docker_builds_and_runs_on_overlay2() {
         assert_eq!(seen, "built\n1000:1000\nwww\n33554432\nbuilt");
         assert_eq!(step(docker, "docker exec web /bin/busybox cat /srv/www/index.html"), "built");
         step(docker, "docker rm -f web && docker rmi app");
-        // Docker's data was on the node's disk.
+        // Docker's data is on the node's disk.
         assert!(applied.empty_dir("docker").join("overlay2").is_dir());
     });
 }

@@ -39,7 +39,10 @@ fn limit(pod: &Pod, controller: &str, file: &str) -> i64 {
 
 #[test]
 fn vmm_is_in_the_cgroup_of_the_pod_for_every_controller() {
-    assert!(!Path::new("/sys/fs/cgroup/cgroup.controllers").exists(), "this host has cgroup v2");
+    assert!(
+        !Path::new("/sys/fs/cgroup/cgroup.controllers").exists(),
+        "this host has cgroup v2, but the suite needs cgroup v1"
+    );
     pods("cri-cgroup1", |pods| {
         let mut config = pods.config();
         config["linux"]["resources"] = json!({ "memory_limit_in_bytes": 128 * MIB });
@@ -48,7 +51,7 @@ fn vmm_is_in_the_cgroup_of_the_pod_for_every_controller() {
         for (controller, path) in cgroups(pod.pid()) {
             assert!(path.to_string_lossy().contains(&parent), "the VMM's {controller} cgroup is {}", path.display());
         }
-        // No VMM thread is in another cgroup.
+        // All threads of the VMM are in the cgroups of the VMM process.
         for task in fs::read_dir(format!("/proc/{}/task", pod.pid())).unwrap().flatten() {
             let task_cgroup = fs::read_to_string(task.path().join("cgroup")).unwrap();
             assert_eq!(task_cgroup, fs::read_to_string(format!("/proc/{}/cgroup", pod.pid())).unwrap());
@@ -66,7 +69,7 @@ fn vmm_is_in_the_cgroup_of_the_pod_for_every_controller() {
             let seen = limit(&pod, "memory", "memory.limit_in_bytes");
             assert!(
                 found.is_some(),
-                "expected {quota} µs and {least} MiB, got CPU quota {} µs and memory limit {seen} bytes",
+                "expected a CPU quota of {quota} µs and a memory limit from {least} MiB, got {} µs and {seen} bytes",
                 limit(&pod, "cpu", "cpu.cfs_quota_us")
             );
         };

@@ -43,7 +43,7 @@ def allocate():
         os.posix_fallocate(fd, 0, 8 << 20)
     finally:
         os.close(fd)
-assert full(allocate), "fallocate"
+assert full(allocate), "fallocate did not fail with ENOSPC"
 os.unlink("/data/more")
 def append():
     fd = os.open("/data/kept", os.O_WRONLY | os.O_APPEND)
@@ -52,8 +52,8 @@ def append():
             os.write(fd, b"y" * (1 << 20))
     finally:
         os.close(fd)
-assert full(append), "append"
-# Existing data is intact, and can be changed in place, by write(2) and by mmap(2).
+assert full(append), "an append did not fail with ENOSPC"
+# The existing data is intact. pwrite(2) and mmap(2) can change it in place.
 os.pwrite(kept, b"K", 0)
 shared = mmap.mmap(kept, 1 << 20)
 shared[1:2] = b"M"
@@ -66,7 +66,7 @@ def names_until_full():
     while True:
         os.close(os.open("/data/name-" + "n" * 200 + str(names), os.O_CREAT | os.O_WRONLY))
         names += 1
-assert full(names_until_full), "names"
+assert full(names_until_full), "creating files did not fail with ENOSPC"
 # Removing a file frees its space.
 os.unlink("/data/large")
 fd = os.open("/data/again", os.O_CREAT | os.O_WRONLY)
@@ -109,7 +109,7 @@ fn devices(disk: &Disk, permissions: &str) -> Value {
     json!([{ "container_path": "/dev/xvda", "host_path": disk.device, "permissions": permissions }])
 }
 
-/// Starts a container that has the disk as `/dev/xvda`. The container may be privileged.
+/// Starts a container that has the disk as `/dev/xvda`. `privileged` makes the container privileged.
 #[track_caller]
 fn start_with_device(pod: &Pod, disk: &Disk, permissions: &str, privileged: bool) -> PodContainer {
     let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
@@ -131,7 +131,7 @@ fn privileged_containers_format_and_mount_a_shared_block_device() {
         one.sh("mke2fs -L inside /dev/xvda > /dev/null && mkdir /data && mount -t ext4 /dev/xvda /data");
         one.sh("mkdir /data/dir && echo by one > /data/dir/file && dd if=/dev/urandom of=/data/large bs=1M count=8 2> /dev/null");
         let sum = one.sh("sha256sum < /data/large");
-        // Both containers have the same device. Therefore the other container can mount the same file system.
+        // Both containers have the same device. Therefore the second container can mount the file system of the first.
         two.sh("mkdir /data && mount -t ext4 /dev/xvda /data");
         assert_eq!(two.sh("cat /data/dir/file; sha256sum < /data/large"), format!("by one\n{sum}"));
         two.sh("echo by two > /data/dir/other && sync && umount /data");
@@ -148,7 +148,7 @@ fn privileged_containers_format_and_mount_a_shared_block_device() {
     });
 }
 
-/// Overwrites a part of the device. Only fsync(2) makes the data durable.
+/// A program that overwrites a part of the device, and calls fsync(2) to make the data durable.
 const WRITE_AND_SYNC: &str = r#"
 import os, time
 fd = os.open("/dev/xvda", os.O_RDWR)
@@ -173,7 +173,7 @@ fn containers_share_raw_block_device_and_fsync_makes_data_durable() {
         file.seek(SeekFrom::Start(MIB)).unwrap();
         file.read_exact(&mut seen).unwrap();
         assert_eq!(&seen, b"made to last");
-        // After the writer was killed, the next container still reads the data.
+        // After the writer is killed, the next container still reads the data.
         writing.stop(0);
         writing.remove();
         let other = start_with_device(&pod, &disk, "mrw", false);
@@ -188,13 +188,13 @@ fn containers_share_raw_block_device_and_fsync_makes_data_durable() {
         assert_eq!(reading.sh(read), "made to last");
         for script in ["echo x > /dev/xvda", "echo x 1<> /dev/xvda"] {
             let denied = reading.exec(&["sh", "-c", script]);
-            assert!(denied.code != 0 && denied.err.contains("not permitted"), "{script}: {denied:?}");
+            assert!(denied.code != 0 && denied.err.contains("not permitted"), "{script} must fail: {denied:?}");
         }
         other.sh("printf changed | dd of=/dev/xvda bs=1M seek=1 conv=notrunc 2> /dev/null; sync");
         let seen = node::eventually(std::time::Duration::from_secs(20), || {
             (reading.sh("dd if=/dev/xvda bs=1M skip=1 count=1 2> /dev/null | head -c 7") == "changed").then_some(())
         });
-        assert!(seen.is_some(), "the container still reads {:?}", reading.sh(read));
+        assert!(seen.is_some(), "the container still reads {:?}, expected \"changed\"", reading.sh(read));
         pod.stop();
         assert_eq!(disk.read_written(), "changed");
     });
@@ -221,7 +221,7 @@ const MARK: &str = "the node's own";
 #[test]
 fn privileged_container_cannot_open_devices_of_the_node() {
     pods("cri-none-of-the-nodes", |pods| {
-        // This disk of the node has marked content. No pod gets the disk.
+        // The content of this disk begins with `MARK`. No pod gets the disk.
         let disk = Disk::new(&pods.dir().join("disk"), 8);
         fs::write(&disk.device, MARK).unwrap();
         let marked: String = MARK.bytes().map(|byte| format!("{byte:02x}")).collect();

@@ -33,7 +33,7 @@ fn task_events_are_published_once_and_in_order() {
             "delete 3",
         ];
         assert_eq!(number_exec_ids(&events.for_container(&container.id)), expected);
-        // A container exits at once, and is restarted under another id.
+        // A container exits at once. As a restart, the test creates a new container, which has another id.
         for attempt in 0..2 {
             let mut config = pod.sh("exit 5");
             config["metadata"]["attempt"] = json!(attempt);

@@ -1,6 +1,6 @@
 //! Runs fsx, a public test program for file systems, on a volume on the node's disk and on a container's rootfs.
 //!
-//! Runs: by name only: its image needs fsx, which has to be compiled
+//! Runs: by name only: the test image contains fsx, which has to be compiled
 
 use std::fs;
 use std::path::Path;
@@ -37,7 +37,7 @@ posix_fallocate = 2
 punch_hole = 2
 ";
 
-/// Runs fsx on `file`. A file in `/data` is on the volume, any other file is on the container's rootfs.
+/// Runs fsx on `file`. A file in `/data` is on the volume. Any other file is on the container's rootfs.
 #[track_caller]
 fn run_fsx(name: &str, file: &str, weights: &[&str], seed: &str) {
     need_image(FSX);
@@ -63,7 +63,7 @@ fn run_fsx(name: &str, file: &str, weights: &[&str], seed: &str) {
         pod.stop();
         fs::remove_dir_all(dir).unwrap();
         assert!(ended.0 == 0 && log.contains("All operations completed"), "{ended:?}\n{log}");
-        // The node sees the file if it is on the volume.
+        // The node sees the file only if the file is on the volume.
         assert_eq!(is_on_node, file.starts_with("/data"));
     });
 }
