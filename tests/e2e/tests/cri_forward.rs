@@ -1,4 +1,4 @@
-//! Port forwarding through CRI's PortForward, as kubectl uses it: many connections at once over one SPDY connection.
+//! Port forwarding through CRI's PortForward, as kubectl uses it: one SPDY connection carries many TCP connections.
 
 use std::thread;
 
@@ -11,7 +11,8 @@ use serde_json::json;
 /// Number of simultaneous connections.
 const CONNECTIONS: u32 = 50;
 
-/// Servers that each listen on one loopback address. Ports 8001 and 8002 echo. Port 8003 reads a line and answers it.
+/// Servers that each listen on one loopback address. The servers on the ports 8001 and 8002 echo. The server on
+/// port 8003 reads a line and answers it.
 const SERVERS: &str = "
 import _thread, socket, time
 def echo(peer):
@@ -44,8 +45,9 @@ fn text(bytes: Vec<u8>) -> String {
     String::from_utf8(bytes).unwrap()
 }
 
-/// Half-closes a connection before the server answers. Whatever the runtime, containerd does not pass the half-close
-/// on. It closes the whole connection a second later (`portForward` in sandbox_portforward_linux.go).
+/// Half-closes a connection before the server answers. With any runtime, containerd does not pass the half-close on.
+/// containerd closes the whole connection a second later (`portForward` in sandbox_portforward_linux.go). Therefore the
+/// server has to answer within this second.
 #[track_caller]
 fn half_close(connection: &Connection) {
     connection.send(b"this\n");
@@ -79,9 +81,13 @@ fn carries_fifty_connections(pod: &Pod) {
             connection.send(hello(number).as_bytes());
         }
         for (number, connection) in connections.iter().enumerate() {
-            assert_eq!(text(connection.read(hello(number).len())), hello(number), "echo of port {port}");
+            assert_eq!(
+                text(connection.read(hello(number).len())),
+                hello(number),
+                "the echo of port {port} differs from the data sent"
+            );
         }
-        // A connection to a port without a listener ends at once, and the other connections stay. Husk accepts the
+        // A connection to a port without a listener ends at once, and the other connections stay open. Husk accepts the
         // connection before it connects to the guest, and then resets the connection. Kubernetes' streaming server logs
         // the reset, but does not report it to the client (portForward in httpstream.go).
         let refused = forward.open(8099, CONNECTIONS);
@@ -90,7 +96,7 @@ fn carries_fifty_connections(pod: &Pod) {
         assert!(refused.read_to_end().is_empty());
         for (number, connection) in connections.iter().enumerate() {
             connection.send(b"again");
-            assert_eq!(text(connection.read(5)), "again", "echo of port {port}, connection {number}");
+            assert_eq!(text(connection.read(5)), "again", "connection {number} to port {port} must echo the data sent");
             connection.finish();
         }
         for connection in &connections {
@@ -98,7 +104,7 @@ fn carries_fifty_connections(pod: &Pod) {
             assert_eq!(connection.error(), "");
         }
     }
-    // A half-closed connection still gets its answer.
+    // A half-closed connection still gets the server's answer.
     let forward = forward(pod);
     for number in 0..2 {
         half_close(&forward.open(8003, number));
@@ -116,7 +122,7 @@ fn carries_two_megabytes_in_both_directions(pod: &Pod) {
             scope.spawn(|| sender.send(&data));
             connection.read(data.len())
         });
-        assert!(received == data, "{port}: the echo differs from the data sent");
+        assert!(received == data, "the echo of port {port} differs from the data sent");
         connection.finish();
         assert!(connection.read_to_end().is_empty());
         assert_eq!(connection.error(), "");

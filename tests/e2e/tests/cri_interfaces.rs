@@ -110,7 +110,7 @@ fn guest_follows_address_route_and_neighbour_changes() {
 
         assert_eq!(container.sh("ip route; ip -6 route"), routes);
 
-        // Adds a second interface, as if a further network was attached to the running pod.
+        // Adds a second interface, as if a further network were attached to the running pod.
         run("ip", &["link", "add", "huskveth", "type", "veth", "peer", "name", "second"]);
         let netns = pod.netns();
         run("ip", &["link", "set", "second", "netns", netns.file_name().unwrap().to_str().unwrap()]);
@@ -178,7 +178,7 @@ fn guest_follows_recreated_interfaces_and_changed_macs() {
         wait_until(&container, mac, |text| text == "02:00:00:00:98:03");
         assert_reachable();
         run("ip", &["link", "del", "huskveth"]);
-        // No device stays in the guest, and no tap stays in the network namespace.
+        // The removed interface leaves no device in the guest and no tap in the network namespace.
         wait_until(&container, "ls /sys/class/net", |text| text.lines().eq(["eth0", "lo"]));
         let netns = format!("--net={}", pod.netns().display());
         let links = Command::new("nsenter").args([&netns, "ip", "-o", "link"]).output().unwrap();

@@ -104,7 +104,7 @@ fn projected_volume_updates_add_and_remove_files_and_directories() {
         wait_until_seen(&container, &volume);
         assert_eq!(container.sh("/volume/scripts/run; ls /volume/labels/app"), "ran\nname\ntier");
         // The update adds the directory `more`, changes `token`, and removes `labels/app/tier` and the directory
-        // `scripts`. File modes restrict a container that does not run as root.
+        // `scripts`.
         let second: [Entry; 4] = [
             ("token", b"two", 0o600),
             ("ca.crt", b"certificate", 0o644),
@@ -119,6 +119,7 @@ fn projected_volume_updates_add_and_remove_files_and_directories() {
         container.sh("until [ \"$(ls /volume | wc -l)\" = 4 ]; do sleep 0.1; done");
         assert_eq!(container.sh(check), "new");
         assert_eq!(names(container.sh("ls /volume")), ["ca.crt", "labels", "more", "token"]);
+        // File modes restrict a container that does not run as root.
         let mut config = pod.sh("cat /volume/labels/app/name; cat /volume/token; id -u");
         config["mounts"] =
             json!([{ "host_path": volume.to_string_lossy(), "container_path": "/volume", "readonly": true }]);

@@ -1,4 +1,4 @@
-//! Memory volumes and huge pages. The guest provides this memory, and charges and limits it as a host with runc does.
+//! Memory volumes and huge pages. The guest charges and limits this memory as a host with runc does.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -69,7 +69,7 @@ fn memory_volume_is_charged_to_the_container_and_absent_on_the_node() {
         let counted = full_volume.sh(&memory("shmem"));
         assert!(
             (64..70).contains(&counted.parse::<u64>().unwrap()),
-            "{counted} MiB of shmem are charged to the container"
+            "{counted} MiB of shmem are charged to the container, expected 64 to 70 MiB"
         );
         let full = full_volume.exec(&["sh", "-c", "dd if=/dev/zero of=/data/more bs=1M count=64; rm /data/more"]);
         assert!(full.err.contains("No space left"), "{full:?}");
@@ -78,7 +78,7 @@ fn memory_volume_is_charged_to_the_container_and_absent_on_the_node() {
         let ended = sub.try_exec(&["true"]);
         let written = full_volume.sh("cat /data/part/mine | wc -c").parse::<u64>().unwrap();
         assert!(written < 33 * MIB, "a container with a limit of 32 MiB wrote {written} bytes");
-        assert!(pod.is_ready(), "{ended:?}");
+        assert!(pod.is_ready(), "the pod is not ready after the OOM kill: {ended:?}");
         // The data stays available to the next container, and is never on the node.
         full_volume.stop(0);
         full_volume.remove();
@@ -154,8 +154,8 @@ fn pod_takes_huge_pages_from_the_pool_of_the_node_and_returns_them() {
     let pool = Pool::reserve(16);
     pods("cri-huge", |pods| {
         let volume = Volume::new(pods, "huge", "hugetlbfs", "pagesize=2M");
-        // The kubelet creates the pod's cgroup before the pod. The limit is set there, because containerd drops the
-        // containers' limits by default.
+        // Like the kubelet, the test creates the pod's cgroup before the pod. The test sets the huge page limit in this
+        // cgroup, because containerd drops the containers' huge page limits by default.
         let config = pods.config();
         let pod_cgroup =
             PathBuf::from("/sys/fs/cgroup").join(text(&config["linux"]["cgroup_parent"]).trim_start_matches('/'));
@@ -176,7 +176,7 @@ fn pod_takes_huge_pages_from_the_pool_of_the_node_and_returns_them() {
         user.wait_for("ready");
         assert!(user.log().contains(&format!("used {}", 12 * MIB)), "{}", user.log());
         assert!(user.log().contains("no more 12"), "{}", user.log());
-        // The pod has taken as many pages from the node's pool as its limit allows.
+        // The pod has taken as many huge pages from the node's pool as the pod's limit allows.
         assert_eq!(free_pages(), 8);
         let reader = pod.start(&config(READ_SHARED_PAGES));
         assert_eq!(reader.wait().0, 0, "{}", reader.log());
@@ -188,7 +188,7 @@ fn pod_takes_huge_pages_from_the_pool_of_the_node_and_returns_them() {
 
 #[test]
 #[ignore = "long: 30 to 90 s in an emulated node; shorter tests cover parts of it"]
-fn container_with_a_huge_page_limit_gets_exactly_that_many_pages() {
+fn guest_has_as_many_huge_pages_as_the_limit_of_its_container_allows() {
     node::need_image(PYTHON);
     let pool = Pool::reserve(8);
     case("huge", |case| {

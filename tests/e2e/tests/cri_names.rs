@@ -68,13 +68,13 @@ fn pod_resolves_search_domains_hosts_entries_and_its_own_name() {
         assert_eq!(found("www.example.test"), "192.0.2.7");
         assert_eq!((found("client"), found("given.alias")), (address.to_string(), "192.0.2.1".into()));
         assert_eq!(found("nobody"), "none True");
-        // Another container of the pod reaches the service by name. Its busybox image has another resolver than the
+        // Another container of the pod reaches the service by name. Its busybox image has a different resolver than the
         // Python image.
         let client = pod.sleeper();
         assert_eq!(client.sh("hostname; cat /etc/hostname"), "client\nclient");
         let script = "nslookup -type=a web.team.svc.cluster.test | awk '/^Address/ {found = $2} END {print found}'";
         let address = client.sh(script);
-        assert!(expected.contains(&address), "resolved to {address}, expected one of {expected:?}");
+        assert!(expected.contains(&address), "the name resolves to {address}, expected one of {expected:?}");
         assert_eq!(client.sh(&format!("nc -w 20 {address} 80 < /dev/null")), "the service");
         // Without the kubelet's /etc/hosts, localhost still resolves.
         assert_eq!(client.sh("ping -c 1 -W 20 localhost > /dev/null && echo there"), "there");
