@@ -72,12 +72,16 @@ fn pods_reach_the_node_and_each_other() {
                     |word: &str| link.split(&format!("{word} ")).nth(1).unwrap().split(' ').next().unwrap().to_owned();
                 format!("{}\n{}", after("mtu"), after("link/ether"))
             };
-            assert_eq!(a.sh(command), outside.trim_end(), "{what} in the guest and in the network namespace");
+            assert_eq!(
+                a.sh(command),
+                outside.trim_end(),
+                "the {what} of the guest differ from those of the network namespace"
+            );
         }
         assert_eq!(a.sh("ip route | sed 's/ *$//' | grep -c default"), "1");
         // The node reaches the pod, with both address families.
         for ip in &addresses.0 {
-            assert_eq!(greeting((*ip, 8080).into()), "one", "greeting from {ip}");
+            assert_eq!(greeting((*ip, 8080).into()), "one", "wrong greeting from {ip}");
         }
         // One pod reaches the other pod.
         let list = |ips: &[IpAddr]| ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
@@ -94,15 +98,15 @@ fn pods_reach_the_node_and_each_other() {
                 peer.ip()
             });
             let answer = a.sh(&format!("nc -w 20 {} {} < /dev/null", address.ip(), address.port()));
-            assert_eq!(answer, "the node", "answer from the node's server at {address}");
-            assert_eq!(accept.join().unwrap(), expected, "the client address that the node sees");
+            assert_eq!(answer, "the node", "wrong answer from the node's server at {address}");
+            assert_eq!(accept.join().unwrap(), expected, "the node sees a wrong client address");
         }
         // A pod reaches itself at its addresses and at the loopback addresses.
         assert_eq!(a.sh(&dial(&format!("{} 127.0.0.1 ::1", list(&addresses.0)))), "one\none\none\none");
         // The client sends and receives more data than any buffer on the way holds.
         let script = "head -c 8000000 /dev/zero | nc -w 20 HOST 8083 | wc -c";
         for ip in &addresses.1 {
-            assert_eq!(a.sh(&script.replace("HOST", &ip.to_string())), "8000000", "number of bytes echoed at {ip}");
+            assert_eq!(a.sh(&script.replace("HOST", &ip.to_string())), "8000000", "{ip} did not echo all bytes");
         }
     });
 }
@@ -117,7 +121,7 @@ fn dial(pod: &Pod, address: SocketAddr) -> std::io::Result<TcpStream> {
     dialled.join().unwrap()
 }
 
-/// Echo server. Sends the data of a connection back after the client has half-closed the connection.
+/// An echo server that sends a connection's data back after the client has half-closed the connection.
 const ECHO: &str = "import _thread, socket
 def echo(peer):
     peer.sendall(b''.join(iter(lambda: peer.recv(65536), b'')))
@@ -145,7 +149,7 @@ fn port_forward_reaches_loopback_servers_and_resets_connections_to_closed_ports(
             stream.send(0, b"GET / HTTP/1.0\r\n\r\n");
             stream.wait_for(0, "here-page");
         }
-        // Then it connects directly, with both address families and many half-closed connections at the same time.
+        // Then the test connects directly, with both address families. Many connections are half-closed at once.
         let mut connections: Vec<_> = (0..50).map(|_| dial(&pod, localhost("::1", 8084)).unwrap()).collect();
         for (number, connection) in connections.iter_mut().enumerate() {
             connection.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
@@ -165,7 +169,7 @@ fn port_forward_reaches_loopback_servers_and_resets_connections_to_closed_ports(
         let kind = gone.map_err(|error| error.kind());
         assert!(
             matches!(kind, Err(std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::ConnectionReset)),
-            "{kind:?}"
+            "a connection to a closed port must be refused or reset: {kind:?}"
         );
         echo.stop(0);
         container.stop(0);
@@ -179,7 +183,8 @@ fn tcp_host_port_reaches_the_pod_until_it_stops() {
         config["port_mappings"] = json!([{ "protocol": "TCP", "container_port": 8080, "host_port": 18080 }]);
         let pod = pods.run(config);
         server(&pod, "mapped");
-        // Connects to the bridge's address. For localhost, the node would need a sysctl.
+        // The test connects to the bridge's address, because a connection to localhost would need the node's sysctl
+        // `route_localnet`.
         assert_eq!(greeting("10.88.0.1:18080".parse().unwrap()), "mapped");
         pod.stop();
         let gone = node::eventually(Duration::from_secs(10), || {

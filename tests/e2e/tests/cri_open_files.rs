@@ -1,4 +1,5 @@
-//! A pod uses more files than the VMM's fd limit. The shim then makes the guest forget files that are not in use.
+//! A pod uses more files than the VMM's fd limit allows. The shim then makes the guest forget files that are not in
+//! use.
 
 use std::fs;
 use std::path::PathBuf;
@@ -14,11 +15,11 @@ const DIRECTORIES: usize = 3;
 const FILES: usize = 700;
 /// Timeout of one exec. An emulated node is slow.
 const TIMEOUT: Duration = Duration::from_secs(120);
-/// Maximum fd limit of any process, whatever its capabilities (Documentation/admin-guide/sysctl/fs.rst).
+/// The sysctl with the upper bound of every process's fd limit (Documentation/admin-guide/sysctl/fs.rst).
 const NR_OPEN: &str = "/proc/sys/fs/nr_open";
 
-/// Lowers the fd limit of containerd's children. Also lowers `nr_open`, because the VMM raises its own limit to this
-/// value. Dropping this struct restores both limits.
+/// Lowers containerd's fd limit, which containerd's children inherit. Also lowers `nr_open`, because the VMM raises its
+/// own limit to `nr_open`. Dropping this struct restores both limits.
 struct LowFdLimit {
     containerd: i32,
     limit: libc::rlimit,
@@ -76,10 +77,10 @@ fn pod_uses_more_files_than_the_fd_limit_of_the_vmm() {
         config["mounts"] = json!([{ "host_path": dir.to_string_lossy(), "container_path": "/data" }]);
         let container = pod.start(&config);
         let total = (DIRECTORIES * FILES).to_string();
-        // Looks up all files. The guest first forgets files that were never read.
+        // The container looks up all files. When few fds are free, the guest forgets files that it has not read.
         assert_eq!(container.sh("ls -lR /data | grep -c ^-"), total);
-        // Data that the guest has read stays in its page cache. As long as a file's data is there, the VMM keeps the
-        // file open.
+        // Data that the guest has read stays in the guest's page cache. While a file's data is in this cache, the VMM
+        // keeps the file open.
         let read = container.exec_within(TIMEOUT, &["sh", "-c", "find /data -type f -exec cat {} + | grep -c 1"]);
         assert_eq!((read.out.trim(), read.err.as_str()), (total.as_str(), ""), "{}", node::log_tail(20));
         // The VMM keeps new files open as well.

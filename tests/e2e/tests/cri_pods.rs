@@ -25,7 +25,7 @@ fn pod_and_its_vm_outlive_their_containers() {
         assert!(first.log().contains("stdout F one"), "{}", first.log());
         first.remove();
         assert!(pod.is_ready());
-        // One of two containers is stopped. The other one runs on.
+        // After one of two containers is stopped, the second container continues to run.
         let (a, b) = (pod.sleeper(), pod.sleeper());
         assert_eq!(a.sh("hostname"), b.sh("hostname"));
         a.stop(10);
@@ -82,7 +82,7 @@ fn containers_share_network_ipc_uts_and_sysctls_but_not_pid_and_mount() {
         assert_eq!(
             same,
             [true, true, true, false, false],
-            "whether net, ipc, uts, pid and mnt namespaces are the same: {of_a:?} {of_b:?}"
+            "only the net, ipc and uts namespaces must be the same: {of_a:?} {of_b:?}"
         );
         assert_eq!(of_a[5..], ["the-pod", "search e2e.test", "nameserver 10.0.0.53", "options ndots:2"]);
         assert_eq!(of_b[5..], ["the-pod", "shared", "80", "1", "through"]);

@@ -14,7 +14,7 @@ use husk_e2e::node;
 use serde_json::{Value, json};
 
 /// Arguments of `ip` that together list all rules and all routes outside the local table. The output is numeric (`-N`),
-/// because names of protocols come from files of the image.
+/// because `ip` reads names from files, which differ between the node and the image.
 const VIEWS: [&str; 9] = [
     "-N rule",
     "-N -6 rule",
@@ -128,8 +128,8 @@ fn guest_has_the_source_based_routes_of_the_sbr_plugin() {
     });
 }
 
-/// A CNI plugin that runs its script in the pod's network namespace and returns `prevResult`. The `sed` relies on CNI's
-/// alphabetical order of keys.
+/// A CNI plugin that runs its script in the pod's network namespace and returns `prevResult`. The `sed` command works
+/// only because CNI sorts the keys of the configuration.
 const PLUGIN: &str = r#"#!/bin/sh
 config=$(cat)
 [ "$CNI_COMMAND" = ADD ] || exit 0
@@ -288,7 +288,10 @@ fn first_container_sees_all_interfaces_at_its_start() {
                 format!("addr add 10.97.{number}.1/24 dev huskfar{number}"),
                 format!("addr add fd00:97:{number}::1/64 dev huskfar{number} nodad"),
             ] {
-                assert!(Command::new("ip").args(arguments.split(' ')).status().unwrap().success(), "{arguments}");
+                assert!(
+                    Command::new("ip").args(arguments.split(' ')).status().unwrap().success(),
+                    "ip {arguments} failed"
+                );
             }
         }
         // The first container sees the complete network without waiting.
@@ -317,7 +320,7 @@ fn first_container_sees_all_interfaces_at_its_start() {
         for address in ["10.97.1.2", "10.97.2.2", "fd00:97:1::2", "fd00:97:2::2"] {
             assert_answers(address.parse().unwrap());
         }
-        // A datagram of the link's full MTU is not fragmented.
+        // A packet with the size of the interface's MTU gets an answer.
         assert_eq!(container.sh("ping -c 1 -w 20 -s 8922 10.97.2.1 | grep -c '8930 bytes'"), "1");
     });
 }

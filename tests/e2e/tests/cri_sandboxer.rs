@@ -1,4 +1,4 @@
-//! Pods whose sandbox is the shim: containerd 2.x with `sandboxer = "shim"`.
+//! Pods whose sandbox controller is the shim: containerd 2.x with `sandboxer = "shim"`.
 //!
 //! Requires: containerd 2
 
@@ -22,7 +22,8 @@ fn pods(name: &str, body: impl FnOnce(&Pods)) {
     pods_with_handler(name, HANDLER, body);
 }
 
-/// Waits until CRI reports that the pod is not ready. Just after the shim's death, the request fails.
+/// Waits until CRI reports that the pod is not ready. Repeats requests that fail, because a request
+/// fails just after the shim's death.
 #[track_caller]
 fn wait_until_not_ready(pod: &Pod) {
     let request = json!({ "pod_sandbox_id": pod.id });
@@ -116,8 +117,9 @@ fn sandbox_configures_hostname_dns_sysctls_size_and_network() {
              nproc; awk '/MemTotal/ {{print int($2 / 1024)}}' /proc/meminfo"
         ));
         let seen = of_b.strip_prefix(links).and_then(|rest| rest.strip_prefix("shared\n80\n"));
-        let seen =
-            seen.unwrap_or_else(|| panic!("expected the namespaces {links}, the other container printed {of_b}"));
+        let seen = seen.unwrap_or_else(|| {
+            panic!("expected the namespaces {links} first, but the second container printed {of_b}")
+        });
         let (cpus, mib) = seen.split_once('\n').unwrap();
         assert!(cpus == "2" && (250..300).contains(&mib.parse::<u64>().unwrap()), "{seen}");
         // The pod has the network that CNI configured.
@@ -222,7 +224,7 @@ fn shutdown_sandbox_returns_after_the_vm_and_its_state_are_removed() {
             assert_eq!(
                 thread.join().unwrap(),
                 (Ok(()), false),
-                "the result, and whether the state directory still exists"
+                "the request must succeed, and the state directory must no longer exist"
             );
         }
         assert!(!vm::vmm_pids().contains(&vmm), "the VMM still runs");
@@ -233,7 +235,7 @@ fn shutdown_sandbox_returns_after_the_vm_and_its_state_are_removed() {
     });
 }
 
-/// Requires that `husk ps` and `husk trace` show a pod, which has no container yet.
+/// Asserts that `husk ps` and `husk trace` show a pod that has no container yet.
 #[track_caller]
 fn assert_listed(pod: &Pod) {
     let husk = |args: &[&str]| {
@@ -280,7 +282,7 @@ fn vm_ends_and_pod_is_not_ready_after_its_shim_is_killed() {
         assert!(gone.is_some(), "the VM outlives its shim");
         wait_until_not_ready(&pod);
         // containerd may report the end of the pod before the end of the container. containerd does not
-        // remove a running container. Therefore the test waits.
+        // remove a running container. Therefore the test waits for the container's exit.
         assert!([137, 255].contains(&container.wait().0));
         pod.stop();
         pod.remove();
@@ -290,8 +292,8 @@ fn vm_ends_and_pod_is_not_ready_after_its_shim_is_killed() {
 #[test]
 fn run_pod_sandbox_rejects_host_namespaces_and_disallowed_annotations() {
     pods("sb-refused", |pods| {
-        // The host network is not tested, because containerd 2.1 itself crashes on the host network with this
-        // sandboxer (NewBundle without a specification).
+        // The test does not request the host's network. With `sandboxer = "shim"`, containerd 2.1.9 would crash on this
+        // request, because its `NewBundle` gets no specification (docs/install.md).
         for (namespace, word) in [("pid", "host's pid namespace"), ("ipc", "host's ipc namespace")] {
             let mut config = pods.config();
             config["linux"]["security_context"]["namespace_options"] = json!({ namespace: "NODE" });
