@@ -83,7 +83,7 @@ fn init_containers_and_sidecars_start_and_end_in_order() {
         let order = || fs::read_to_string(shared.join("order")).unwrap();
         let begun = "prepare\nproxy\nmigrate, answered\nlogger\njob, answered\n";
         assert_eq!(order(), begun);
-        // A sidecar that exits is restarted, and the other containers run on.
+        // The test restarts a sidecar that has exited, as the kubelet does. The other containers continue to run.
         let first = applied.sidecars[1].container.id.clone();
         applied.sidecars[1].container.exec(&["sh", "-c", "kill -TERM 1"]);
         applied.restart(1);

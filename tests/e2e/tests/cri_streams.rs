@@ -36,10 +36,14 @@ fn exec_returns_output_and_exit_code_and_enforces_the_timeout() {
         let request = json!({ "container_id": container.id, "cmd": ["sleep", "4713"], "timeout": 2 });
         let error = try_call("ExecSync", &request).unwrap_err();
         assert!(error.message.contains("timeout"), "{error}");
-        assert!(started.elapsed() < Duration::from_secs(40), "the exec ended only after {:?}", started.elapsed());
+        assert!(
+            started.elapsed() < Duration::from_secs(40),
+            "the exec with a timeout of 2 s ended after {:?}",
+            started.elapsed()
+        );
         let count = "grep -lE '471[3]' /proc/[0-9]*/cmdline 2>/dev/null | wc -l";
         let gone = node::eventually(Duration::from_secs(10), || (container.sh(count) == "0").then_some(()));
-        assert!(gone.is_some(), "{}", container.sh("ps"));
+        assert!(gone.is_some(), "the command still runs after its timeout\n{}", container.sh("ps"));
         // The stream of an exec with stdin ends with the exit status.
         let mut stream = open(
             "Exec",
@@ -56,7 +60,7 @@ fn exec_returns_output_and_exit_code_and_enforces_the_timeout() {
         stream.wait_for(channel::STDOUT, "up\r\n");
         stream.send(channel::RESIZE, br#"{"Width":101,"Height":37}"#);
         stream.wait_for(channel::STDOUT, "37 101\r\n");
-        // Sends more data than all buffers on the way can hold.
+        // The command sends more data than all buffers on the way can hold.
         let command = json!({ "cmd": ["sh", "-c", "head -c 20000000 /dev/zero; echo done >&2"], "stderr": true });
         let (out, err, _) = open("Exec", &container, command).finish();
         assert_eq!((out.len(), err), (20_000_000, b"done\n".to_vec()));
@@ -65,7 +69,7 @@ fn exec_returns_output_and_exit_code_and_enforces_the_timeout() {
 }
 
 #[test]
-fn attach_reaches_stdin_and_logs_are_split_and_reopened() {
+fn attach_sends_stdin_and_log_splits_long_lines_and_can_be_reopened() {
     pods("cri-attach", |pods| {
         let pod = pods.pod();
         let mut config =
@@ -163,7 +167,7 @@ fn container_has_the_requested_mounts_limits_and_security_context() {
         assert_eq!(fs::read_to_string(dir.join("new")).unwrap(), "from the pod\n");
         for (path, what) in [("/etc/one-file", "a file"), ("/read-only/x", "a directory"), ("/srv/x", "the rootfs")] {
             let done = container.exec(&["sh", "-c", &format!("echo x > {path}")]);
-            assert!(done.code != 0 && done.err.contains("ead-only"), "{what}: {done:?}");
+            assert!(done.code != 0 && done.err.contains("ead-only"), "writing to {what} must fail: {done:?}");
         }
         let status = container.sh("grep -E '^(CapBnd|NoNewPrivs|Seccomp):' /proc/self/status");
         let fields: Vec<&str> = status.split_whitespace().collect();
@@ -178,7 +182,8 @@ fn container_has_the_requested_mounts_limits_and_security_context() {
     });
 }
 
-/// Returns the groups of the user in the image's /etc/group. containerd 1.7 adds them to the requested groups.
+/// Returns the groups that the image's /etc/group lists for `tester`. containerd 1.7 adds these groups to the requested
+/// groups.
 fn groups(container: &PodContainer) -> String {
     let listed = container.sh("grep -E ':[^:]*tester' /etc/group | cut -d: -f3");
     let mut groups: Vec<u32> = listed.lines().filter_map(|line| line.parse().ok()).collect();

@@ -1,5 +1,5 @@
-//! Pods with the kubelet's systemd cgroup driver: each VM has a scope. Except for the limit of threads, the scope has the
-//! same properties as runc's scopes.
+//! Pods with the kubelet's systemd cgroup driver: each VM has a scope. Except for the limit of threads, the scope has
+//! the same properties as runc's scopes.
 //!
 //! Requires: systemd
 
@@ -41,7 +41,7 @@ fn show(unit: &str) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// Returns a pod's configuration with the systemd cgroup driver, and the pod's slice.
+/// Returns a pod's configuration with the systemd cgroup driver, and the name of the pod's slice.
 fn in_a_slice(pods: &Pods) -> (Value, String) {
     let mut config = pods.config();
     let name = config["metadata"]["name"].as_str().unwrap().replace('-', "_");
@@ -66,7 +66,7 @@ fn file(dir: &Path, name: &str) -> String {
 #[track_caller]
 fn cgroup(unit: &str) -> PathBuf {
     let group = show(unit)["ControlGroup"].clone();
-    assert!(group.ends_with(unit), "{unit} has the cgroup {group:?}");
+    assert!(group.ends_with(unit), "the cgroup path of {unit} must end with the unit's name: {group:?}");
     Path::new("/sys/fs/cgroup").join(group.trim_start_matches('/'))
 }
 
@@ -80,7 +80,7 @@ fn limits(dir: &Path) -> [String; 4] {
 fn systemd_limits(unit: &str) -> [String; 4] {
     let shown = show(unit);
     let number = |key: &str| if shown[key] == "infinity" { "max".to_owned() } else { shown[key].clone() };
-    // systemd prints the CPU time per second in the unit s or ms.
+    // systemd prints the CPU time per second in s or in ms.
     let quota = &shown["CPUQuotaPerSecUSec"];
     let millis = quota.strip_suffix("ms").and_then(|text| text.parse::<f64>().ok());
     let millis = millis.or_else(|| Some(quota.strip_suffix('s')?.parse::<f64>().ok()? * 1000.0));
@@ -115,7 +115,12 @@ fn wait_for_limits(unit: &str, dir: &Path, quota: &str, cpus: &str, least_mib: u
         let max = max.parse().ok().filter(|max| range.contains(max));
         (max.is_some() && cpu == quota && set == cpus && systemd_limits(unit) == limits(dir)).then_some(())
     });
-    assert!(applied.is_some(), "{unit}: the kernel has {:?}, systemd has {:?}", limits(dir), systemd_limits(unit));
+    assert!(
+        applied.is_some(),
+        "{unit}: expected CPU quota {quota}, cpuset {cpus:?} and memory from {least_mib} MiB; the kernel has {:?}, systemd has {:?}",
+        limits(dir),
+        systemd_limits(unit)
+    );
 }
 
 /// Returns a container's configuration with limits.
@@ -130,7 +135,7 @@ fn resources(millis: u64, mib: u64, cpus: &str) -> Value {
     json!({ "cpu_quota": millis * 100, "cpu_period": 100_000, "memory_limit_in_bytes": memory, "cpuset_cpus": cpus })
 }
 
-/// Waits until a unit is no longer loaded. Fails if any unit has failed.
+/// Waits until a unit is no longer loaded. Also asserts that no unit has failed.
 #[track_caller]
 fn wait_until_unloaded(unit: &str) {
     let gone = node::eventually(SETTLE, || (show(unit)["LoadState"] == "not-found").then_some(()));
@@ -158,7 +163,8 @@ fn scope_has_runcs_properties_and_systemd_keeps_its_limits() {
             assert_eq!(shown.get(key), expected.get(key), "property {key} differs between Husk's scope and runc's");
         }
         assert_eq!([&shown["ActiveState"], &shown["Slice"], &shown["Delegate"]], ["active", slice.as_str(), "yes"]);
-        // The scope of runc has the default of systemd. The scope of Husk has the limit of a pod's threads on the host.
+        // For TasksMax, runc's scope has systemd's default. Husk's scope has the maximum number of a pod's threads
+        // on the host.
         assert_eq!(shown["TasksMax"], "2048");
         other.stop();
         call("RemovePodSandbox", &json!({ "pod_sandbox_id": other.id }));
@@ -174,14 +180,15 @@ fn scope_has_runcs_properties_and_systemd_keeps_its_limits() {
         let controllers = file(dir.parent().unwrap(), "cgroup.subtree_control");
         assert!(
             ["cpu", "cpuset", "memory", "pids"].iter().all(|name| controllers.split(' ').any(|one| one == *name)),
-            "{controllers}"
+            "the slice lacks a controller: {controllers}"
         );
 
         let first = pod.start(&limited(&pod, 500, 128, "1"));
         wait_for_limits(&name, &dir, "75000 100000", "1", 128);
         assert_limits_survive_reload(&name, &dir);
         let second = pod.start(&limited(&pod, 255, 64, "2"));
-        // The limits and the overhead are 1005 milli-CPUs, or 100.5 % of a CPU. systemd rounds up to whole percents.
+        // The containers' limits and the overhead add up to 1005 milli-CPUs, or 100.5 % of a CPU. systemd rounds up to
+        // whole percents.
         wait_for_limits(&name, &dir, "101000 100000", "1-2", 192);
         call("UpdateContainerResources", &json!({ "container_id": first.id, "linux": resources(1000, 256, "1") }));
         wait_for_limits(&name, &dir, "151000 100000", "1-2", 320);
@@ -236,7 +243,7 @@ fn killed_shim_leaves_no_unit() {
         assert_eq!(unsafe { libc::kill(shim(&pod), libc::SIGKILL) }, 0);
         wait_until_unloaded(&name);
         // containerd failed to reach the task, and retries the deletion after a second. Until then, containerd does
-        // not remove the container. Therefore the test waits.
+        // not remove the container. Therefore the test waits for the container's exit.
         container.wait();
         pod.stop();
         pod.remove();
@@ -256,7 +263,7 @@ fn create_replaces_a_failed_unit_and_rejects_an_active_one() {
         let timed = ["--scope", "--quiet", "--unit", &name, "-p", "RuntimeMaxSec=100ms", "sleep", "100"];
         assert!(!Command::new("systemd-run").args(timed).status().unwrap().success());
         let failed = node::eventually(SETTLE, || (show(&name)["ActiveState"] == "failed").then_some(()));
-        assert!(failed.is_some(), "{:?}", show(&name));
+        assert!(failed.is_some(), "the unit {name} has not failed: {:?}", show(&name));
         run.flags(&["--cgroup", &group(&id)]).output().expect_code(0);
         wait_until_unloaded(&name);
         assert!(Path::new("/sys/fs/cgroup/husk_e2e.slice").exists());

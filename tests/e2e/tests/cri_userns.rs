@@ -137,7 +137,7 @@ fn tty_seccomp_and_read_only_rootfs_work_in_a_user_namespace() {
 }
 
 #[test]
-fn create_container_rejects_an_id_mapping_other_than_its_pods() {
+fn container_with_another_id_mapping_than_its_pod_is_rejected() {
     pods("userns-other", |pods| {
         let pod = pod(pods);
         let mut config = sh(&pod, "true");
@@ -145,7 +145,7 @@ fn create_container_rejects_an_id_mapping_other_than_its_pods() {
         let container = json!({ "pod_sandbox_id": pod.id, "config": config, "sandbox_config": pod.config });
         let error = expect_error("CreateContainer", &container);
         assert!(error.contains("user namespace config"), "{error}");
-        // A container without a user namespace is rejected as well if its pod has one.
+        // If the pod has a user namespace, containerd also rejects a container without a user namespace.
         let none = json!({ "pod_sandbox_id": pod.id, "config": pod.sh("true"), "sandbox_config": pod.config });
         let error = expect_error("CreateContainer", &none);
         assert!(error.contains("user namespace config"), "{error}");

@@ -83,7 +83,11 @@ fn containers_and_node_share_volumes_and_later_mounts() {
         let seen = node::eventually(Duration::from_secs(5), || {
             (part.sh("cat /part/moved") == "changed on the node").then_some(())
         });
-        assert!(seen.is_some(), "the container reads {:?}", part.sh("cat /part/moved"));
+        assert!(
+            seen.is_some(),
+            "the container must read what the node wrote, but reads {:?}",
+            part.sh("cat /part/moved")
+        );
         let submount = volume.join("sub/below");
         fs::create_dir(&submount).unwrap();
         mount(Some("tmpfs"), &submount, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
@@ -93,7 +97,7 @@ fn containers_and_node_share_volumes_and_later_mounts() {
         });
         let text = part.exec(&["cat", "/part/below/deep"]);
         umount2(&submount, MntFlags::MNT_DETACH).unwrap();
-        assert!(seen.is_some(), "{text:?}");
+        assert!(seen.is_some(), "the container does not see the file system that the node mounted later: {text:?}");
     });
 }
 
@@ -167,7 +171,7 @@ fn run_client(pod: &Pod, volume: &Path, at: &str, more: &Value) -> String {
     output
 }
 
-/// The directory that the kubelet would create for a pod, on the node's disk. Dropping it unmounts the subPaths and
+/// A pod's directory on the node's disk, as the kubelet creates it. Dropping this value unmounts the subPaths and
 /// removes the directory.
 struct PodDir {
     dir: PathBuf,
@@ -219,7 +223,11 @@ fn containers_share_sockets_and_locks_with_any_kind_of_mount() {
             let volume = pod_dir.volume(plugin);
             start_server(&pod, &pod_dir.sub_path(&volume, 0));
             let part = pod_dir.sub_path(&volume, 1);
-            assert_eq!(run_client(&pod, &part, "/data", &plain), "held writes hello you", "volume of {plugin}");
+            assert_eq!(
+                run_client(&pod, &part, "/data", &plain),
+                "held writes hello you",
+                "wrong output of the client for a volume of {plugin}"
+            );
             if plugin == "kubernetes.io~empty-dir" {
                 let part = pod_dir.sub_path(&volume, 2);
                 let read_only = "held Read-only file system hello you";
@@ -268,7 +276,7 @@ fn overlayfs_works_with_its_upper_directory_on_an_empty_dir() {
     });
 }
 
-/// Runs as root of a user namespace. This root is an unprivileged user for the pod and for the node.
+/// A script that runs as root of a user namespace. This root is an unprivileged user for the pod and for the node.
 const MAPPED: &str = "
     cd /data && mkdir -m 0 closed && echo inside > closed/file && cat closed/file && stat -c %u:%g closed/file
     mkdir lower upper work merged && echo 1 > lower/gone
