@@ -35,8 +35,8 @@ fn crash(pid: i32) {
     ptrace::attach(pid).unwrap();
     waitpid(pid, Some(WaitPidFlag::__WALL)).unwrap();
     let mut registers = ptrace::getregs(pid).unwrap();
-    // The value -1 means that the thread is not in a system call. Otherwise, the kernel could restart a system call
-    // that ptrace has interrupted, and the thread would not execute the instruction.
+    // The value -1 means that the thread is not in a system call. With another value, the kernel could restart a
+    // system call that ptrace has interrupted, and the thread would not execute the instruction.
     registers.orig_rax = u64::MAX;
     let next = registers.rip as ptrace::AddressType;
     let code = ptrace::read(pid, next).unwrap();
@@ -51,8 +51,8 @@ fn vmm_that_crashes_leaves_no_core_dump() {
         // The kernel writes a core file with the rights of the VMM, and the VMM cannot create a file outside its share.
         // Therefore, the test lets the kernel pipe the core dump to `dd`. The kernel runs `dd` as root.
         let pattern = format!("|/usr/bin/dd of={}", case.dir().join("core.%P").display());
-        // With 2, the kernel also dumps processes that have changed their user id. The threads of the VMM that serve
-        // the share change their user id to that of a guest's user.
+        // With the value 2, the kernel also dumps processes that have changed their user id. The VMM's threads that
+        // serve the share change their user id to the user id of a guest's user.
         let _dumpable = Sysctl::set("/proc/sys/fs/suid_dumpable", "2");
         let _pattern = Sysctl::set("/proc/sys/kernel/core_pattern", &pattern);
         let core_of = |unlimited: bool| {

@@ -73,12 +73,18 @@ fn privileged_container_gets_the_guests_devices_in_place_of_the_nodes() {
         let (devices, rest) = out.split_once("\n---\n").unwrap();
         let of_the_guest = ["/dev/fuse", "/dev/kmsg", "/dev/loop0", "/dev/loop-control", "/dev/net/tun", "/dev/ttyS0"];
         for expected in in_every_container.lines().chain(of_the_guest) {
-            assert!(devices.lines().any(|device| device == expected), "{expected} is not in\n{devices}");
+            assert!(
+                devices.lines().any(|device| device == expected),
+                "the container lacks {expected}; it has\n{devices}"
+            );
         }
         assert_eq!(rest.trim_end(), "tmpfs\nlost+found\nloop", "{}", output.describe());
         // Loop devices are skipped, because the guest has its own loop devices.
         for name in names.iter().filter(|name| !name.starts_with("loop")).map(String::as_str).chain(["kvm", "mem"]) {
-            assert!(!devices.lines().any(|device| device == format!("/dev/{name}")), "{name} is in\n{devices}");
+            assert!(
+                !devices.lines().any(|device| device == format!("/dev/{name}")),
+                "the container has the node's device {name}:\n{devices}"
+            );
         }
     });
 }
@@ -92,8 +98,8 @@ fn privileged_container_gets_the_block_devices_that_the_user_names() {
         let script = format!("head -c {} {device}; echo; ls -l {device}", MARK.len(), device = disk.device);
         let output = case.sh(&script).flags(&[PRIVILEGED, "--device", &disk.device]).output().expect_clean();
         assert!(output.out().starts_with(&format!("{MARK}\n")), "{}", output.describe());
-        // containerd's CRI adds the device at another path, and replaces all device rules with one that allows all
-        // devices.
+        // containerd's CRI adds the device at another path, and replaces all device rules with one rule that
+        // allows all devices.
         let number = fs::metadata(&disk.device).unwrap().rdev();
         let run = case.with_spec(&format!("head -c {} /dev/xvda", MARK.len()), |spec| {
             let mut devices = devices_below(Path::new("/dev"));

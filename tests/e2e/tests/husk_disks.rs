@@ -44,7 +44,7 @@ fn disk_without_free_slot_is_rejected_and_memory_can_still_be_hot_plugged() {
         let expected: Vec<String> = (1..=MAX_DISKS).map(|mib| (mib << 20).to_string()).collect();
         assert_eq!(sizes, expected.join("\n"));
         for disk in &disks {
-            assert!(has_open(pod.pid(), disk), "{} is not open", disk.device);
+            assert!(has_open(pod.pid(), disk), "the VMM does not have {} open", disk.device);
         }
         let rejected = pod.create(&config_with_disks(&pod, &extra_disk));
         let error = expect_error("StartContainer", &json!({ "container_id": rejected.id }));
@@ -62,7 +62,11 @@ fn disk_without_free_slot_is_rejected_and_memory_can_still_be_hot_plugged() {
         let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
         config["linux"]["resources"] = json!({ "memory_limit_in_bytes": 600 << 20 });
         let large = pod.start(&config);
-        assert!(memory_mib() > before + 400, "the guest has {before} MiB before and {} MiB after", memory_mib());
+        assert!(
+            memory_mib() > before + 400,
+            "expected 400 MiB more than the {before} MiB before, but the guest has {} MiB",
+            memory_mib()
+        );
         assert_eq!(large.sh("echo runs"), "runs");
         pod.stop();
     });

@@ -10,8 +10,9 @@ use husk_e2e::{case, node};
 use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
 use serde_json::Value;
 
-/// First landlock ABI that the VMM can use, and the first ABI with all restrictions that the VMM wants.
+/// First landlock ABI that the VMM can use.
 const USABLE: i64 = 2;
+/// First landlock ABI that has all restrictions for the VMM.
 const COMPLETE: i64 = 6;
 
 /// Returns the ABI version of the node's landlock, or 0.
@@ -36,7 +37,7 @@ fn mount_tmpfs(at: &Path) {
     mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
 }
 
-/// File systems that are unmounted at the end of the test.
+/// Mount points. Dropping this value unmounts the file systems at these mount points.
 struct Mounts<'a>(&'a [&'a Path]);
 
 impl Drop for Mounts<'_> {
@@ -47,7 +48,7 @@ impl Drop for Mounts<'_> {
     }
 }
 
-/// A script that makes the file server perform its usual operations in the directory `$1`.
+/// A script that makes the VMM's virtio-fs server perform its usual operations in the directory `$1`.
 const USE_FILES: &str = r#"set -e
 cd "$1" && mkdir one two
 echo content > one/file && : > one/file && echo again >> one/file
@@ -85,7 +86,8 @@ fn landlock_allows_files_of_later_mount_but_not_of_unmounted_volume() {
         assert!(seen.is_some(), "the container still sees the unmounted file system");
         fs::write(dir.join("go"), "").unwrap();
         let output = container.running.wait().expect_code(0);
-        // The file is no longer beneath the share. Without landlock, the VMM can still open the file.
+        // The file is no longer beneath the share. Therefore, landlock does not let the VMM open the file. Without
+        // landlock, the VMM can still open the file.
         let expected = if abi() >= USABLE { "content\nup\nend 1\n" } else { "content\nup\ncontent\nend 0\n" };
         assert_eq!(output.out(), expected, "{}", output.describe());
         assert_eq!(output.err().contains("Permission denied"), abi() >= USABLE, "{}", output.describe());

@@ -43,7 +43,7 @@ fn rate_limits_of_the_configuration_and_of_annotations_reach_the_devices() {
         let begin = Instant::now();
         container.sh("dd if=/dev/zero of=/file bs=1M count=3 2>/dev/null");
         let least = Duration::from_secs_f64((3 * MIB - 100_000) as f64 / 1e6);
-        assert!(begin.elapsed() >= least, "3 MiB were written in {:?}", begin.elapsed());
+        assert!(begin.elapsed() >= least, "writing 3 MiB took {:?}, expected at least {least:?}", begin.elapsed());
         let listener = std::net::TcpListener::bind("10.88.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let receiver = std::thread::spawn(move || {
@@ -54,7 +54,7 @@ fn rate_limits_of_the_configuration_and_of_annotations_reach_the_devices() {
         container.sh(&format!("dd if=/dev/zero bs=1M count=4 2>/dev/null | nc 10.88.0.1 {port}"));
         assert_eq!(receiver.join().unwrap(), 4 * MIB);
         let least = Duration::from_secs_f64((4 * MIB - 200_000) as f64 / 2e6);
-        assert!(begin.elapsed() >= least, "4 MiB were transmitted in {:?}", begin.elapsed());
+        assert!(begin.elapsed() >= least, "transmitting 4 MiB took {:?}, expected at least {least:?}", begin.elapsed());
     });
 }
 
@@ -82,7 +82,11 @@ fn disk_with_a_rate_limit_survives_sigstop_and_sigcont_of_its_vmm() {
                 }
             }
         });
-        assert!(begin.elapsed() >= Duration::from_secs(4), "20 requests took only {:?}", begin.elapsed());
+        assert!(
+            begin.elapsed() >= Duration::from_secs(4),
+            "20 requests took {:?}, expected at least 4 s",
+            begin.elapsed()
+        );
     });
 }
 
@@ -103,18 +107,21 @@ fn pod_without_limits_has_bounded_threads_files_memory_and_state() {
         let number = |file: &str| fs::read_to_string(group.join(file)).unwrap().trim().parse::<u64>();
         assert_eq!(number("pids.max"), Ok(2048));
         let tasks = number("pids.current").unwrap();
-        assert!(tasks < 64, "an idle pod has {tasks} threads on the node");
+        assert!(tasks < 64, "an idle pod has {tasks} threads on the node, expected fewer than 64");
         // The shim sets the limit while the VM boots. The VM has 1024 MiB by default. The limit also covers the
         // overhead and, because the containers have no memory limit, 2 GiB more (`UNLIMITED_EXTRA` of
         // shim/src/resources/limits.rs).
         let limit = node::eventually(Duration::from_secs(20), || number("memory.max").ok());
         let limit = limit.unwrap_or_else(|| panic!("the pod has no memory limit on the node\n{}", node::log_tail(20)));
-        assert!((3072 * MIB..3200 * MIB).contains(&limit), "memory.max is {limit} bytes");
+        assert!((3072 * MIB..3200 * MIB).contains(&limit), "memory.max is {limit} bytes, expected 3072 to 3200 MiB");
         let limits = fs::read_to_string(format!("/proc/{vmm}/limits")).unwrap();
         let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
         let most = fs::read_to_string("/proc/sys/fs/nr_open").unwrap();
         let words: Vec<u64> = files.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-        assert!(words.len() == 2 && words.iter().all(|limit| *limit <= most.trim().parse().unwrap()), "{files}");
+        assert!(
+            words.len() == 2 && words.iter().all(|limit| *limit <= most.trim().parse().unwrap()),
+            "the VMM's fd limit exceeds nr_open: {files}"
+        );
         // The number of the shim's state files does not grow with containers or execs. The directory's other entries
         // are mount points, which `state` does not count.
         let state = || {
@@ -128,7 +135,10 @@ fn pod_without_limits_has_bounded_threads_files_memory_and_state() {
             containers[number % 2].sh("true");
         }
         let (files_after, bytes) = state();
-        assert!(files == files_after && bytes < 64 << 10, "{files} state files, then {files_after} with {bytes} bytes");
+        assert!(
+            files == files_after && bytes < 64 << 10,
+            "expected {files} state files with less than 64 KiB after the execs, got {files_after} with {bytes} bytes"
+        );
     });
 }
 
@@ -154,7 +164,10 @@ fn pod_pids_limit_of_the_kubelet_applies_in_the_guest() {
             format!("n=0; while [ $n -lt {LIMIT} ]; do sleep 1000 > /dev/null 2>&1 & n=$((n + 1)); echo $n; done");
         let done = container.exec(&["sh", "-c", &script]);
         let started = done.out.lines().count();
-        assert!(done.code != 0 && (LIMIT / 2..LIMIT).contains(&started), "{started} processes were started: {done:?}");
+        assert!(
+            done.code != 0 && (LIMIT / 2..LIMIT).contains(&started),
+            "the exec must fail after 50 to 99 processes, but started {started}: {done:?}"
+        );
     });
 }
 
