@@ -73,7 +73,7 @@ fn has_vhost_fd(pod: &Pod) -> bool {
     fds.filter_map(|fd| fs::read_link(fd.unwrap().path()).ok()).any(|target| target.starts_with("/dev/vhost-net"))
 }
 
-/// A device of the node that does not exist while the value exists.
+/// Hides a device of the node. Dropping this value makes the device visible again.
 struct MissingDevice(&'static str);
 
 impl MissingDevice {
@@ -89,7 +89,7 @@ impl Drop for MissingDevice {
     }
 }
 
-/// Returns the number of a thread's voluntary context switches, which is how often it has waited for work.
+/// Returns the number of a thread's voluntary context switches, which is how often the thread has waited for work.
 fn voluntary_switches(task: &str) -> u64 {
     let status = fs::read_to_string(format!("{task}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();
@@ -151,7 +151,10 @@ fn vhost_net_serves_one_queue_pair_per_vcpu() {
         let before: Vec<_> = active.iter().map(|task| voluntary_switches(task)).collect();
         echo_over_connections(address(&pod), 40, 50_000);
         let added: Vec<_> = active.iter().zip(before).map(|(task, before)| voluntary_switches(task) - before).collect();
-        assert!(added.iter().all(|&count| count > 10), "voluntary context switches of each worker: {added:?}");
+        assert!(
+            added.iter().all(|&count| count > 10),
+            "each worker must make more than 10 voluntary context switches: {added:?}"
+        );
 
         // A hot-plugged interface has the same number of queue pairs.
         let run = |command: &str| {
@@ -166,8 +169,8 @@ fn vhost_net_serves_one_queue_pair_per_vcpu() {
         run("ip link set huskveth up");
         run(&format!("nsenter --net={} ip addr add 10.98.0.2/24 dev later", path.display()));
         run(&format!("nsenter --net={} ip link set later up", path.display()));
-        // The echo server's image has no `ip`. Instead, the test finds the address in the routes that the kernel has
-        // for its own addresses.
+        // The echo server's image has no `ip`. Therefore, the test looks for the address in /proc/net/fib_trie, which
+        // also lists the guest kernel's own addresses.
         let has_address = || container.sh("cat /proc/net/fib_trie").contains("10.98.0.2\n").then_some(());
         assert!(node::eventually(TIMEOUT, has_address).is_some(), "{}", node::log_tail(20));
         assert_eq!(container.sh("ls /sys/class/net/later/queues | wc -l"), "4");
@@ -180,7 +183,7 @@ fn vhost_net_serves_one_queue_pair_per_vcpu() {
 }
 
 #[test]
-fn much_traffic_starts_vhost_worker_which_drops_frames_with_spoofed_mac() {
+fn much_traffic_starts_vhost_worker_and_spoofed_frames_are_dropped() {
     pods("net-idle", |pods| {
         let (pod, container) = server(pods, 1);
         assert_eq!(container.sh("ls /sys/class/net/eth0/queues | tr '\\n' ' '"), "rx-0 tx-0");
@@ -207,7 +210,7 @@ fn vmm_carries_frames_if_vhost_net_cannot_be_opened() {
         let logged = node::eventually(TIMEOUT, || (failures() > before).then_some(()));
         assert!(logged.is_some(), "{}", node::log_tail(20));
         drop(missing);
-        // The VMM does not ask again.
+        // After the failure, the VMM does not ask for vhost-net again.
         echo_over_connections(address(&pod), 40, 50_000);
         assert_eq!((vhost_workers(&pod).len(), failures() - before), (0, 1), "{}", node::log_tail(20));
     });
@@ -279,7 +282,7 @@ fn assert_spoofed_frames_are_dropped(pod: &Pod, container: &PodContainer) {
         last += usize::from(contains(b"husk-last"));
     }
     assert_eq!(spoofed, 0, "frames with a spoofed source MAC left the pod");
-    assert!(own >= 40, "only {own} frames with the interface's MAC were captured");
+    assert!(own >= 40, "captured {own} frames with the interface's MAC, expected at least 40");
     // With vhost-net, the host's tc filter drops the spoofed frames and counts them. Without vhost-net, the VMM drops
     // them.
     let dropped = Command::new("nsenter")
@@ -288,7 +291,11 @@ fn assert_spoofed_frames_are_dropped(pod: &Pod, container: &PodContainer) {
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&dropped.stdout);
-    assert_eq!(text.contains("(dropped 160,"), !vhost_workers(pod).is_empty(), "{text}");
+    assert_eq!(
+        text.contains("(dropped 160,"),
+        !vhost_workers(pod).is_empty(),
+        "only with vhost-net, tc drops 160 frames\n{text}"
+    );
 }
 
 #[test]

@@ -115,9 +115,13 @@ fn failed_create_leaves_nothing_in_guest() {
         assert!(error.contains("too deep"), "{error}");
         // The guest may remove the copy of 32 MiB shortly after the error.
         let freed = node::eventually(Duration::from_secs(20), || (tmpfs_kib() < before + 1024).then_some(()));
-        assert!(freed.is_some(), "the guest's tmpfs use {before} KiB before, and {} KiB after", tmpfs_kib());
+        assert!(
+            freed.is_some(),
+            "the guest's tmpfs used {before} KiB before the failed create, and use {} KiB after it",
+            tmpfs_kib()
+        );
         failing.remove();
-        // Another container can mount the same volume after it was corrected.
+        // After the volume is corrected, another container can mount the volume.
         fs::remove_dir_all(volume.join("z")).unwrap();
         let working = pod.start(&config);
         assert_eq!(working.wait().0, 0);
@@ -207,7 +211,7 @@ fn limits_set_vm_size_and_husk_ps_lists_vm() {
         let container = pod.start(&limited);
         assert_eq!(container.sh("nproc"), "2");
         let mib: u64 = container.sh("awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo").parse().unwrap();
-        assert!((200..264).contains(&mib), "the guest has {mib} MiB of memory");
+        assert!((200..264).contains(&mib), "the guest has {mib} MiB of memory, expected 200 to 264 MiB");
         let output = Command::new("husk").args(["ps", "--output", "json"]).output().unwrap();
         let list: Value = serde_json::from_slice(&output.stdout).unwrap();
         let listed = list.as_array().unwrap().iter().find(|one| one["id"] == pod.id.as_str()).unwrap();
@@ -223,7 +227,7 @@ fn limits_set_vm_size_and_husk_ps_lists_vm() {
         }
         let jail = &listed["jail"];
         assert_eq!(jail["own_namespaces"], json!(["cgroup", "ipc", "mnt", "net", "pid", "uts"]), "{jail}");
-        // The root is the share, which is a tmpfs.
+        // The VMM's root is the share, which is a tmpfs.
         assert_eq!((&jail["root"], &jail["root_source"]), (&json!("/"), &json!("husk")), "{jail}");
         assert_eq!(jail["core_limit"], 1, "{jail}");
         for thread in jail["threads"].as_array().unwrap() {

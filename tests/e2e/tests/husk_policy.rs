@@ -73,7 +73,7 @@ fn assert_logged(pod: &Pod, parts: &[&str]) {
         let of_pod = |line: &&str| line.contains(&pod.id) && line.contains("level=warning");
         log.lines().filter(of_pod).any(|line| parts.iter().all(|part| line.contains(part))).then_some(())
     });
-    assert!(found.is_some(), "the log has no line with {parts:?}:\n{}", node::log_tail(60));
+    assert!(found.is_some(), "the log has no warning of the pod with {parts:?}:\n{}", node::log_tail(60));
 }
 
 #[track_caller]
@@ -188,7 +188,10 @@ fn pod_with_an_invalid_or_disallowed_policy_is_rejected() {
             let mut config = pods.config();
             config["annotations"] = json!({ "io.husk.policy": policy });
             let error = pods.expect_error(&config);
-            assert!(parts.iter().all(|part| error.contains(part)), "{policy}: {error}");
+            assert!(
+                parts.iter().all(|part| error.contains(part)),
+                "the error for the policy {policy} must contain {parts:?}: {error}"
+            );
         });
     };
     let annotation = "io.husk.policy";
@@ -245,7 +248,10 @@ fn vm_boots_only_if_kernel_and_initrd_have_the_configured_digests() {
             case.sh("echo runs").output().expect_out("runs");
             let first = copies();
             let digests: Vec<&str> = first.keys().map(|name| name.split_once('-').unwrap().0).collect();
-            assert!(digests.len() == 2 && digests.contains(&&*kernel) && digests.contains(&&*initrd), "{first:?}");
+            assert!(
+                digests.len() == 2 && digests.contains(&&*kernel) && digests.contains(&&*initrd),
+                "expected a copy of the kernel and a copy of the initrd: {first:?}"
+            );
             assert_eq!(fs::metadata(COPIES).unwrap().mode() & 0o777, 0o700);
             case.sh("echo runs again").output().expect_out("runs again");
             assert_eq!(copies(), first, "the second start has made new copies");

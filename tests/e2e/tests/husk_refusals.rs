@@ -8,8 +8,8 @@ use husk_e2e::node::Config;
 use husk_e2e::{case, spec};
 use serde_json::json;
 
-/// Runs a container with `configuration` as Husk's configuration. This must fail with an error that contains all
-/// `parts`. `case` checks for leftovers.
+/// Runs a container with `configuration` as Husk's configuration. The run must fail with an error that contains
+/// all `parts`. `case` checks for leftovers.
 fn assert_refused(name: &str, configuration: &str, parts: &[&str]) {
     case(name, |case| {
         let _config = Config::set(configuration);

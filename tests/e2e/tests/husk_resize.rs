@@ -93,36 +93,40 @@ fn update_grows_and_shrinks_vm_with_container() {
         let (cpus, mib) = size(&one);
         assert!(
             cpus == 2 && (320..385).contains(&mib),
-            "the guest has {cpus} vCPUs and {mib} MiB\n{}",
+            "the guest has {cpus} vCPUs and {mib} MiB, expected 2 vCPUs and 320 to 385 MiB\n{}",
             node::log_tail(40)
         );
         assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "335544320\n200000 100000");
         let (vcpus, grown) = listed(&pod);
         assert!(
             vcpus == 2 && (boot_mib + 120..boot_mib + 300).contains(&grown),
-            "husk ps lists {vcpus} vCPUs and {grown} MiB; at boot {boot_mib} MiB"
+            "husk ps lists {vcpus} vCPUs and {grown} MiB, expected 2 vCPUs and {boot_mib} MiB plus 120 to 300 MiB"
         );
         let host = cgroup(&pod);
         let limit = |file: &str| read(&host, file);
         let bytes: u64 = limit("memory.max").parse().unwrap();
-        assert!((384 * MIB..448 * MIB).contains(&bytes), "memory.max is {bytes} bytes");
+        assert!((384 * MIB..448 * MIB).contains(&bytes), "memory.max is {bytes} bytes, expected 384 to 448 MiB");
         assert_eq!(limit("cpu.max"), "225000 100000");
         // Both vCPUs run, and hot-plugged memory is used.
         one.sh("grep -q ^processor.*1 /proc/cpuinfo");
-        // dd keeps its buffer of 250 MiB until the reader of the pipe ends. Otherwise, the guest could return the
-        // memory to the host before this test looks.
+        // dd keeps its buffer of 250 MiB until the reader of the pipe ends. If dd ended at once, the guest could
+        // return the memory to the host before this test reads the resident memory.
         one.sh("(dd if=/dev/zero bs=250M count=1 | sh -c 'echo $$ > /tmp/reader; exec sleep 4321') > /dev/null 2>&1 &");
         let used = node::eventually(TIMEOUT, || Some(resident_mib(&pod)).filter(|used| *used > 250));
-        let used = used.unwrap_or_else(|| panic!("{} MiB are resident while dd uses 250 MiB", resident_mib(&pod)));
+        let used = used.unwrap_or_else(|| panic!("only {} MiB are resident while dd uses 250 MiB", resident_mib(&pod)));
         one.sh("kill $(cat /tmp/reader)");
         update(&one, 1000, 128);
         wait_for_size(&one, 1, 120..193);
         assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "134217728\n100000 100000");
         let back = node::eventually(TIMEOUT, || (resident_mib(&pod) < 200).then_some(()));
-        assert!(back.is_some(), "{} MiB are resident after shrinking, {used} MiB before", resident_mib(&pod));
+        assert!(
+            back.is_some(),
+            "{} MiB are resident after shrinking ({used} MiB before), expected fewer than 200 MiB",
+            resident_mib(&pod)
+        );
         let lowered =
             node::eventually(TIMEOUT, || (limit("memory.max").parse::<u64>().unwrap() < 240 * MIB).then_some(()));
-        assert!(lowered.is_some(), "memory.max is still {} bytes", limit("memory.max"));
+        assert!(lowered.is_some(), "memory.max is still {} bytes, expected less than 240 MiB", limit("memory.max"));
         assert_eq!(limit("cpu.max"), "125000 100000");
         assert_eq!(listed(&pod), (1, boot_mib));
         // The same VM grows a second time.
@@ -247,7 +251,7 @@ fn vm_survives_walk_over_many_files() {
         assert!(pod.is_ready() && events.contains("oom_kill 0"), "{events}");
         let peak: u64 = read(&parent, "memory.peak").parse().unwrap();
         println!("{FILES} files, peak {} MiB of {} MiB", peak / MIB, allowed / MIB);
-        // The guest can look up files again that it has forgotten (FUSE FORGET).
+        // The guest has forgotten files (FUSE FORGET), and can look up these files again.
         assert_eq!(walker.sh("cat /data/1/* | wc -c; ls /data/0 | wc -l"), "1000\n1000");
     });
     fs::remove_dir_all(dir).unwrap();
@@ -271,7 +275,11 @@ fn update_reclaims_memory_below_boot_size() {
         // Before the update, the guest has 260 MiB of page cache in addition to its other memory. After the
         // update, the container has at most 128 MiB.
         let back = node::eventually(TIMEOUT, || (resident_mib(&pod) + 50 < used).then_some(()));
-        assert!(back.is_some(), "{} MiB are resident after shrinking, {used} MiB before", resident_mib(&pod));
+        assert!(
+            back.is_some(),
+            "{} MiB are resident after shrinking, expected 50 MiB less than the {used} MiB before",
+            resident_mib(&pod)
+        );
         assert_eq!(read(&cgroup(&pod), "cpu.max"), "125000 100000");
         assert_eq!(listed(&pod).0, 1);
     });
