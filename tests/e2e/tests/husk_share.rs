@@ -72,7 +72,7 @@ fn devices_programs_and_symlinks_of_a_guest_have_no_effect_on_the_node() {
         let program = "import time; print('up', flush=True); time.sleep(1000)";
         let container = case.container(case.python(program).flags(&["--allow-new-privs", "--mount", &flag]));
         let _later = Tmpfs::new(&volume.join("later"));
-        // The block device that contains the node's root directory.
+        // `disk` is the number of the block device that contains the node's root directory.
         let disk = stat("/").unwrap().st_dev;
         let directories = ["/", "/v", "/v/before", "/v/later"];
         let make = format!("DIRECTORIES = {directories:?}\nDISK = ({}, {})\n{MAKE}", major(disk), minor(disk));
@@ -86,11 +86,17 @@ fn devices_programs_and_symlinks_of_a_guest_have_no_effect_on_the_node() {
         let in_share =
             |point: &str| ["share", "guest"].iter().any(|name| point.starts_with(&format!("{sandbox}/{name}")));
         let (mounts, lacking) = lines_without_flags(*shim, in_share);
-        // At least 10 mounts: the directories `share` and `guest`, and in each directory the rootfs and three mounts of
-        // the volume.
-        assert!(mounts >= 10 && lacking.is_empty(), "{mounts} mounts, of which these lack a flag: {lacking:#?}");
+        // There are at least 10 mounts: the directories `share` and `guest`, and in each directory the rootfs and three
+        // mounts of the volume.
+        assert!(
+            mounts >= 10 && lacking.is_empty(),
+            "expected 10 or more mounts, got {mounts}; these lack a flag: {lacking:#?}"
+        );
         let (mounts, lacking) = lines_without_flags(*vmm, |_| true);
-        assert!(mounts >= 5 && lacking.is_empty(), "{mounts} mounts, of which these lack a flag: {lacking:#?}");
+        assert!(
+            mounts >= 5 && lacking.is_empty(),
+            "expected 5 or more mounts, got {mounts}; these lack a flag: {lacking:#?}"
+        );
 
         for share in [format!("/proc/{shim}/root{sandbox}/share"), format!("/proc/{vmm}/root")] {
             let share = Path::new(&share);
@@ -103,11 +109,16 @@ fn devices_programs_and_symlinks_of_a_guest_have_no_effect_on_the_node() {
                 let error = |result: io::Result<()>| result.unwrap_err().raw_os_error();
                 for name in ["null", "disk"] {
                     let opened = File::open(at(name)).map(drop);
-                    assert_eq!(error(opened), Some(libc::EACCES), "{}", at(name).display());
+                    assert_eq!(error(opened), Some(libc::EACCES), "wrong result of opening {}", at(name).display());
                 }
-                assert_eq!(error(File::open(at("link")).map(drop)), Some(libc::ELOOP), "{}", at("link").display());
+                assert_eq!(
+                    error(File::open(at("link")).map(drop)),
+                    Some(libc::ELOOP),
+                    "wrong result of opening {}",
+                    at("link").display()
+                );
                 let run = Command::new(at("program")).arg("--version").status().map(drop);
-                assert_eq!(error(run), Some(libc::EACCES), "{}", at("program").display());
+                assert_eq!(error(run), Some(libc::EACCES), "wrong result of running {}", at("program").display());
             }
         }
         container.kill();
@@ -127,7 +138,7 @@ fn only_root_of_a_container_fills_blocks_that_are_reserved_for_root() {
             (stat.blocks_free(), stat.blocks_free() - stat.blocks_available())
         };
         let (_, reserved) = free_and_reserved();
-        assert!(reserved > 100, "only {reserved} blocks are reserved");
+        assert!(reserved > 100, "{reserved} blocks are reserved for root, expected more than 100");
         let flag = format!("type=bind,src={},dst=/v,options=rbind:rw", point.display());
         let container = case.container(case.sh("echo up; exec sleep 1000").flags(&["--mount", &flag]));
         for user in ["0", "1000"] {
@@ -137,7 +148,12 @@ fn only_root_of_a_container_fills_blocks_that_are_reserved_for_root() {
             assert!(filled.err().contains("No space left on device"), "{}", filled.describe());
             run_on_node(&["sync"]);
             let (free, _) = free_and_reserved();
-            assert_eq!(free < reserved, user == "0", "user {user}: {free} blocks are free\n{}", filled.describe());
+            assert_eq!(
+                free < reserved,
+                user == "0",
+                "user {user} has left {free} blocks free, {reserved} blocks are reserved for root\n{}",
+                filled.describe()
+            );
             container.exec(&format!("remove-{user}"), &["rm", "/v/large"]).expect_code(0);
         }
         container.kill();

@@ -41,9 +41,15 @@ fn guest_kernel_has_a_random_address() {
         };
         // There are about 490 addresses. Three guests have the same address once in 240 000 runs.
         let addresses = [address(), address(), address()];
-        assert!(addresses.iter().any(|other| *other != addresses[0]), "{addresses:x?}");
+        assert!(
+            addresses.iter().any(|other| *other != addresses[0]),
+            "all guest kernels have the same address: {addresses:x?}"
+        );
         for address in addresses {
-            assert!(address >= LINK_ADDRESS && (address - LINK_ADDRESS).is_multiple_of(2 << 20), "{address:x}");
+            assert!(
+                address >= LINK_ADDRESS && (address - LINK_ADDRESS).is_multiple_of(2 << 20),
+                "{address:x} is below the link address or not aligned to 2 MiB"
+            );
         }
         let _config = Config::set("kernel_params = \"nokaslr\"\n");
         assert_eq!(address(), LINK_ADDRESS);
@@ -57,7 +63,7 @@ fn vmm_lives_as_long_as_its_container() {
         let vmms = vm::vmm_pids_of(&container.id);
         assert_eq!(vmms.len(), 1, "a container must have exactly one VMM");
         assert_eq!(container.pid(), vmms[0], "the task's pid must be the VMM's pid");
-        // CNI configures the network namespace of this pid. Therefore the pid must not be in the node's network
+        // CNI configures the network namespace of this pid. Therefore the VMM must not be in the node's network
         // namespace.
         let net = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
         assert_ne!(net(&vmms[0].to_string()), net("self"));
@@ -107,8 +113,8 @@ fn task_ends_when_vmm_is_killed() {
         container.running.wait().expect_code(137);
         run_ctr(&["tasks", "delete", &id]);
         run_ctr(&["containers", "rm", &id]).expect_code(0);
-        // `ctr run` deletes the task as soon as it has ended. If the exec's `ctr` makes a call after that, the call
-        // fails, and `ctr` exits without removing its fifos.
+        // `ctr run` deletes the task as soon as the task has ended. If the exec's `ctr` makes a call after the
+        // deletion, the call fails, and `ctr` exits without removing its fifos.
         remove_fifos();
     });
 }
@@ -150,7 +156,11 @@ fn idle_vmm_takes_at_most_8_mib_in_addition_to_guest_memory() {
         let memory = vm::memory(pid).unwrap();
         let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
         assert!(memory.guest > 0, "no guest memory found\n{smaps}");
-        assert!(memory.other <= 8 << 10, "PSS without guest memory: {} KiB\n{smaps}", memory.other);
+        assert!(
+            memory.other <= 8 << 10,
+            "the VMM's PSS without guest memory is {} KiB, expected at most 8 MiB\n{smaps}",
+            memory.other
+        );
         println!("VMM: {} KiB without guest memory, {} KiB of guest memory", memory.other, memory.guest);
         container.kill();
     });

@@ -1,4 +1,4 @@
-//! Installation by docs/install.md: from a node with containerd but without Husk to a running pod, and back.
+//! Tests docs/install.md: installs Husk on a node with containerd, runs a pod, and removes Husk.
 //!
 //! The test runs the page's commands for root on the node (lines with `#`) in their order. It does not run the commands
 //! for another machine (lines with `$`), because `cargo xtask dist` has run before the test and the other commands need
@@ -70,7 +70,7 @@ fn blocks() -> Vec<Block> {
     blocks
 }
 
-/// Returns the commands below a heading that root runs on the node.
+/// Returns the commands that the page lists below `heading` for root on the node.
 #[track_caller]
 fn commands(heading: &str) -> Vec<&'static str> {
     let found = blocks().into_iter().filter(|block| block.heading == heading && block.kind == "console");
@@ -138,14 +138,15 @@ fn node_files() -> BTreeSet<PathBuf> {
     all
 }
 
-/// The node's original state. Dropping it restores the state, also after a failure.
+/// The node's original configuration. Dropping this value reinstalls Husk and restores the configuration, even after a
+/// failure.
 struct OriginalNode {
     config: Vec<u8>,
     drop_in: Vec<u8>,
 }
 
 impl OriginalNode {
-    /// Uninstalls Husk: moves its files back to `dist`.
+    /// Saves the configuration, and uninstalls Husk by moving its files back to `dist`.
     fn save_and_uninstall() -> Self {
         let dist = Path::new(WORK_DIR).join("dist/root");
         for part in HUSK_PATHS {
@@ -156,7 +157,7 @@ impl OriginalNode {
         }
         let drop_in = dist.join("etc/containerd/conf.d/husk.toml");
         let this = Self { config: fs::read(CONFIG).unwrap(), drop_in: fs::read(&drop_in).unwrap() };
-        // Restores the drop-in as Husk ships it, because the node's init has added the sandbox image to it.
+        // Restores the drop-in as Husk ships it, because the node's init has added the sandbox image.
         let text = String::from_utf8(this.drop_in.clone()).unwrap();
         let shipped = text.split("[plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image").next().unwrap();
         fs::write(drop_in, shipped).unwrap();
@@ -233,7 +234,7 @@ fn documented_commands_install_and_remove_husk() {
     run_all(&commands("Remove Husk"));
     let after = node_files();
     let left: Vec<_> = after.difference(&before).collect();
-    assert!(left.is_empty(), "left on the node: {left:#?}");
+    assert!(left.is_empty(), "the removal of Husk left files on the node: {left:#?}");
     let info = call("Status", &json!({ "verbose": true }))["info"]["config"].clone();
     assert!(!info.as_str().unwrap().contains("husk.v2"), "containerd still has the runtime: {info}");
 }

@@ -1,4 +1,4 @@
-//! The jail of the VMM, as the node sees it.
+//! Tests the VMM's jail and the shim's confinement through the node's /proc.
 
 use std::fs;
 use std::time::Duration;
@@ -45,7 +45,7 @@ fn vmm_sees_only_the_share_and_its_threads_have_few_capabilities() {
             assert_eq!((field("CapEff"), field("CapPrm")), (expected.to_owned(), expected.to_owned()), "{status}");
         }
         assert!(file_servers > 0);
-        // The pod's memory belongs to the VMM. Therefore the VMM has the container's OOM score, which is 0 by default.
+        // The VMM holds the container's memory. Therefore the VMM has the container's OOM score, which is 0 by default.
         assert_eq!(fs::read_to_string(format!("/proc/{vmm}/oom_score_adj")).unwrap().trim(), "0");
         container.kill();
     });
@@ -55,16 +55,16 @@ fn vmm_sees_only_the_share_and_its_threads_have_few_capabilities() {
 fn shim_is_confined_but_its_launcher_is_not() {
     case("confined-shim", |case| {
         let container = case.sleeper();
-        let [shim] = vm::shim_pids_of(&container.id)[..] else { panic!("the container does not have one shim") };
-        let [launcher] = vm::launcher_pids_of(&container.id)[..] else { panic!("the shim does not have one launcher") };
+        let [shim] = vm::shim_pids_of(&container.id)[..] else { panic!("expected one shim of the container") };
+        let [launcher] = vm::launcher_pids_of(&container.id)[..] else { panic!("expected one launcher of the shim") };
         let field = |status: &str, name: &str| {
             status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap().trim().to_owned()
         };
         for thread in fs::read_dir(format!("/proc/{shim}/task")).unwrap() {
-            // An idle thread ends at any time.
+            // An idle thread may end before the test reads its status.
             let Ok(status) = fs::read_to_string(thread.unwrap().path().join("status")) else { continue };
             assert_eq!((field(&status, "NoNewPrivs"), field(&status, "Seccomp")), ("1".into(), "2".into()), "{status}");
-            // The capabilities of shim/src/confinement/capabilities.rs.
+            // shim/src/confinement/capabilities.rs lists these capabilities.
             for set in ["CapPrm", "CapEff", "CapBnd"] {
                 assert_eq!(field(&status, set), "00000000892010fb", "{set}: {status}");
             }
@@ -76,7 +76,7 @@ fn shim_is_confined_but_its_launcher_is_not() {
         let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/mnt")).unwrap();
         assert_ne!(namespace(shim), namespace(1));
         assert_eq!(namespace(launcher), namespace(1));
-        // What the shim never writes to is read-only in its mount namespace.
+        // In the shim's mount namespace, the directories to which the shim never writes are read-only.
         let mounts = fs::read_to_string(format!("/proc/{shim}/mountinfo")).unwrap();
         let is_read_only = |point: &str| {
             let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
@@ -90,7 +90,7 @@ fn shim_is_confined_but_its_launcher_is_not() {
         let ended = node::eventually(Duration::from_secs(20), || {
             (!std::path::Path::new(&format!("/proc/{launcher}")).exists()).then_some(())
         });
-        assert!(ended.is_some(), "the launcher is still running after its shim");
+        assert!(ended.is_some(), "the launcher still runs after its shim has ended");
         let log = node::log_tail(400);
         assert!(!log.contains("refused system call"), "{log}");
     });
@@ -120,7 +120,7 @@ fn vmm_has_the_lowest_oom_score_of_its_containers() {
     });
 }
 
-/// Makes a thread make another system call in place of its next one, as an attacker in the thread could.
+/// Replaces a thread's next system call with `call`, as an attacker who controls the thread could.
 fn replace_next_call(thread: i32, call: i64) {
     let thread = Pid::from_raw(thread);
     let wait = || waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
@@ -141,7 +141,7 @@ fn replace_next_call(thread: i32, call: i64) {
 }
 
 #[test]
-fn violation_of_a_filter_ends_the_vm_and_names_thread_and_call() {
+fn seccomp_violation_ends_the_vm_and_is_logged_with_thread_and_call() {
     case("violation", |case| {
         for name in ["devices", "virtio-fs0", "vcpu0"] {
             let container = case.sleeper();

@@ -1,5 +1,5 @@
 //! Isolation: containers cannot reach the agent over vsock, and cannot reach the node's host-only file systems through
-//! a volume. The jail of the VMM.
+//! a volume. Also tests the VMM's jail and the shim's confinement (module `jail`).
 
 mod jail;
 
@@ -13,7 +13,7 @@ use husk_e2e::{Case, PYTHON, case, node};
 use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
 use serde_json::json;
 
-/// Connects to every CID that a guest can know, on the agent's ports and the ports around them, at the same time.
+/// Connects to every CID that a guest can know, on the agent's ports and on nearby ports, at the same time.
 /// Prints the CIDs and ports that answered.
 ///
 /// If nothing answers, the kernel ends the attempt with ETIMEDOUT after its default of two seconds. Therefore no socket
@@ -84,7 +84,10 @@ fn container_cannot_connect_to_agent() {
             let text: Vec<&str> = log.lines().filter_map(|line| line.splitn(4, ' ').nth(3)).collect();
             // containerd's default seccomp profile may deny the address family altogether.
             let denied = context["seccomp"].is_object() && text == ["no socket: EPERM"];
-            assert!(code == 0 && (denied || text == [format!("answered: [] of {user}")]), "{context}: {code}\n{log}");
+            assert!(
+                code == 0 && (denied || text == [format!("answered: [] of {user}")]),
+                "container with {context}: exit code {code}\n{log}"
+            );
         }
     });
 }
@@ -92,7 +95,8 @@ fn container_cannot_connect_to_agent() {
 #[test]
 fn vsock_connection_flood_does_not_block_exec() {
     case("vsock-flood", |case| {
-        // Opens more connections than can wait for a header at the same time, and keeps all of them open.
+        // The agent lets at most 256 connections wait for their stream header (MAX_PENDING). This program opens more
+        // connections, and keeps all of them open.
         let program = "import socket, time\n\
             held = []\n\
             for cid in (1, 3):\n    for _ in range(300):\n        \
@@ -142,7 +146,7 @@ impl Mounted {
             mounted.add(kind, &dir.join(kind));
         }
         mounted.add("tmpfs", &dir.join("data"));
-        // This is a mount of the node's root without its submounts.
+        // Without MS_REC, this bind mount has the node's root without its submounts.
         let bare = dir.join("bare");
         fs::create_dir_all(&bare).unwrap();
         mount(Some("/"), &bare, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
@@ -255,7 +259,7 @@ fn volume_of_node_root_has_no_host_only_file_systems() {
         for flags in [&[], privileged] {
             assert_eq!(inspect(case, &dir, &["rbind:ro", "rbind:rw", "rbind:rslave:rw"], flags), "", "{flags:?}");
         }
-        // The node keeps its mounts. A device node in a volume does not give access to the node's device.
+        // On the node itself, the mounts of proc and devtmpfs still have their content.
         assert!(
             dir.join("proc/self").exists()
                 && fs::metadata(dir.join("devtmpfs/null")).unwrap().file_type().is_char_device()
@@ -300,7 +304,7 @@ fn pod_volume_of_node_root_has_no_host_only_file_systems() {
 }
 
 #[test]
-fn later_mounts_propagate_except_host_only_and_can_be_unmounted() {
+fn later_mounts_propagate_but_host_only_mounts_do_not() {
     case("own-later", |case| {
         let dir = case.dir().join("followed");
         fs::create_dir_all(dir.join("under")).unwrap();
@@ -340,7 +344,8 @@ fn mirrored_volume_does_not_follow_symlink_that_replaces_parent() {
         fs::create_dir_all(&outside).unwrap();
         fs::write(outside.join("secret"), "secret").unwrap();
         fs::write(volume.join("key"), "first").unwrap();
-        // An administrator can make the parent directory writable with a hostPath volume, but should not.
+        // With a hostPath volume, an administrator can make the parent directory writable for the container. Even then,
+        // the mirrored volume must not follow the container's symbolic link.
         let kinds = volume.parent().unwrap().parent().unwrap();
         let mut config = pod.sh("sleep 100000");
         config["mounts"] = json!([
