@@ -18,7 +18,7 @@ fn process_has_user_groups_and_umask() {
         assert!(output.out().starts_with("1000\n1000\n"), "{}", output.describe());
         assert!(output.out().contains("tester's own"), "{}", output.describe());
         assert!(output.code != 0 && output.err().contains("Permission denied"), "{}", output.describe());
-        // The specification gives the user by ids, with groups that are not in /etc/group, and a umask.
+        // Here, the specification gives the user by ids, and lists additional groups and a umask.
         let run = case.with_spec(&format!("{STATUS}; touch /tmp/f; stat -c '%u:%g %a' /tmp/f"), |spec| {
             spec["process"]["user"] =
                 json!({ "uid": 1001, "gid": 44, "additionalGids": [44, 29, 2000, 4242], "umask": 0o027 });
@@ -31,13 +31,14 @@ fn process_has_user_groups_and_umask() {
         assert_eq!(groups, [29, 44, 2000, 4242]);
         assert_eq!(output.value("Umask"), "0027");
         assert!(output.out().contains("1001:44 640"), "{}", output.describe());
-        // Only root keeps capabilities when the user changes.
+        // The process is not root and has no ambient capabilities. Therefore, execve(2) clears the process's effective
+        // capabilities (capabilities(7)).
         assert_eq!(output.value("CapEff"), "0000000000000000");
     });
 }
 
 #[test]
-fn process_has_only_its_capabilities_and_no_new_privileges_unless_allowed() {
+fn process_has_the_specified_capabilities_and_no_new_privs() {
     case("caps", |case| {
         // The process gets only CHOWN, NET_BIND_SERVICE and KILL, which are the bits 0, 10 and 5.
         let run = case.with_spec(
@@ -116,14 +117,14 @@ fn program_lookup_uses_container_path() {
     });
 }
 
-/// Returns the part of an error that states the cause. It starts at `exec:`.
+/// Returns the part of an error that states the cause. This part starts at `exec:`.
 fn cause(output: &Output) -> String {
     let err = output.err();
     let start = err.find("exec: ").unwrap_or_else(|| panic!("no cause in the error\n{}", output.describe()));
     err[start..].trim().to_owned()
 }
 
-/// Returns the part of an error before the cause. It names the components that report the error.
+/// Returns the part of an error before the cause. This part names the components that report the error.
 fn context(output: &Output) -> String {
     let err = output.err();
     err[..err.find("exec: ").unwrap_or(err.len())].to_owned()
@@ -183,7 +184,7 @@ fn seccomp_profile_filters_init_and_exec() {
                 "syscalls": [
                     { "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO" },
                     { "names": ["sethostname"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95 },
-                    // This filter checks an argument: personality is denied only with PER_LINUX32 (8).
+                    // This rule checks an argument: personality is denied only with PER_LINUX32 (8).
                     { "names": ["personality"], "action": "SCMP_ACT_ERRNO", "errnoRet": 7,
                       "args": [{ "index": 0, "value": 8, "op": "SCMP_CMP_EQ" }] },
                 ],
@@ -194,10 +195,10 @@ fn seccomp_profile_filters_init_and_exec() {
         });
         let container = case.container(run);
         let mode = container.exec("of-init", &["grep", "^Seccomp:", "/proc/1/status"]).expect_clean();
-        assert_eq!(mode.value("Seccomp"), "2", "seccomp mode of the container's init");
+        assert_eq!(mode.value("Seccomp"), "2", "the container's init must have a seccomp filter");
         let script = "grep ^Seccomp: /proc/self/status; mkdir /tmp/d; hostname x; linux32 true; linux64 echo allowed";
         let output = container.exec("filtered", &["sh", "-c", script]).expect_code(0);
-        assert_eq!(output.value("Seccomp"), "2", "seccomp mode of the exec");
+        assert_eq!(output.value("Seccomp"), "2", "the exec must have a seccomp filter");
         let err = output.err();
         assert!(err.contains("'/tmp/d': Operation not permitted"), "mkdir is not denied\n{}", output.describe());
         assert!(
@@ -232,7 +233,7 @@ fn privileged_container_can_mount_and_write_sysctls() {
 #[test]
 fn id_mappings_apply_to_rootfs_volumes_and_exec() {
     case("userns", |case| {
-        // `ctr run` takes the first container id, the first host id and the number of ids.
+        // `--uidmap` and `--gidmap` take the first id in the container, the first id on the host and the number of ids.
         let map = "0:200000:65536";
         let volume = case.dir().join("volume");
         fs::create_dir(&volume).unwrap();
@@ -247,7 +248,7 @@ fn id_mappings_apply_to_rootfs_volumes_and_exec() {
         let script = format!("{script}\necho up; exec sleep 1000");
         let run = case.sh(&script).flags(&["--uidmap", map, "--gidmap", map, "--mount", &mount]);
         let container = case.container(run);
-        // An exec is in the user namespace too. Another container of the same image is not in it.
+        // An exec is in the container's user namespace. Another container of the same image has no user namespace.
         let other = case.sleeper();
         let inside = container.exec("map", &["sh", "-c", "tr -s ' ' < /proc/self/uid_map; stat -c %u /bin/busybox"]);
         assert_eq!(inside.expect_clean().out().trim(), "0 200000 65536\n0");

@@ -147,7 +147,7 @@ fn bind_mounts_have_their_options() {
             let found = options(point);
             assert!(
                 wanted.iter().all(|want| found.iter().any(|f| f == want)),
-                "{point}has only the options {found:?}\n{}",
+                "{point}must have the options {wanted:?}, but has {found:?}\n{}",
                 output.describe()
             );
         }
@@ -197,7 +197,7 @@ fn tmpfs_mounts_have_their_options() {
         let out = output.out();
         assert!(out.starts_with("1750 1000:44\n"), "{}", output.describe());
         for wanted in ["nosuid", "noexec", "nodev", "size=8192k"] {
-            assert!(out.contains(wanted), "no {wanted} in the output\n{}", output.describe());
+            assert!(out.contains(wanted), "the tmpfs lacks the option {wanted}\n{}", output.describe());
         }
         assert!(
             out.contains("\ngreet\n") && out.contains("greetings"),
@@ -301,7 +301,7 @@ fn mounts_have_their_propagation() {
     });
 }
 
-/// A shared rootfs is refused, because a container's mounts are in the guest and cannot appear on the node.
+/// Husk refuses a shared rootfs, because a container's mounts are in the guest and cannot appear on the node.
 #[test]
 fn husk_rejects_shared_rootfs_propagation() {
     case("shared-root", |case| {
