@@ -1,6 +1,6 @@
 //! The image builders of deploy/kubernetes: the Docker daemon, and unprivileged buildah.
 //!
-//! Runs: by name only: the image builds take longer than most other suites together
+//! Runs: by name only: the image builds take longer than most of the other suites together
 
 use std::fs;
 use std::time::{Duration, Instant};

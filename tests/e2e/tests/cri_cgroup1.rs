@@ -49,7 +49,11 @@ fn vmm_is_in_the_cgroup_of_the_pod_for_every_controller() {
         let parent = config["linux"]["cgroup_parent"].as_str().unwrap().to_owned();
         let pod = pods.run(config);
         for (controller, path) in cgroups(pod.pid()) {
-            assert!(path.to_string_lossy().contains(&parent), "the VMM's {controller} cgroup is {}", path.display());
+            assert!(
+                path.to_string_lossy().contains(&parent),
+                "the VMM's {controller} cgroup is not in {parent}: {}",
+                path.display()
+            );
         }
         // All threads of the VMM are in the cgroups of the VMM process.
         for task in fs::read_dir(format!("/proc/{}/task", pod.pid())).unwrap().flatten() {

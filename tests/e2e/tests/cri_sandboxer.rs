@@ -173,7 +173,7 @@ fn sandbox_service_implements_all_requests() {
         assert_eq!((status.sandbox_id.as_str(), status.state.as_str()), (id().as_str(), "SANDBOX_READY"));
         assert_eq!((status.pid, &status.created_at), (started.pid, &started.created_at));
         assert!(status.exited_at.is_none() && status.info["info"].contains("runtimeSpec"), "{status:?}");
-        // A WaitSandbox request returns the sandbox's exit. A requested stop has exit status 0.
+        // A WaitSandbox request returns the sandbox's exit status and exit time. A requested stop has exit status 0.
         let waiter = {
             let request = WaitSandboxRequest { sandbox_id: id(), ..Default::default() };
             let client = shim::sandbox_client(&pod.id);

@@ -54,7 +54,7 @@ fn owners_of_volume_files_follow_the_id_mapping() {
         }
         fs::write(settings.join("key"), "value").unwrap();
         fs::set_permissions(&data, PermissionsExt::from_mode(0o755)).unwrap();
-        // With containerd 1.7, the kubelet makes the pod's host ids the owners of these volumes.
+        // With containerd 1.7, the kubelet changes the owners of these volumes' files to host ids of the pod.
         let owner = if maps { 0 } else { HOST_ID_BASE };
         chown(&data, Some(owner), Some(owner)).unwrap();
         chown(settings.join("key"), Some(owner + 3), Some(owner + 4)).unwrap();
