@@ -1,4 +1,4 @@
-//! User namespaces with the shim sandboxer, handler features in CRI's Status, and recursive read-only mounts.
+//! User namespaces with `sandboxer = "shim"`, handler features in CRI's Status, and recursive read-only mounts.
 //!
 //! Requires: containerd 2
 

@@ -64,7 +64,7 @@ fn disk_without_free_slot_is_rejected_and_memory_can_still_be_hot_plugged() {
         let large = pod.start(&config);
         assert!(
             memory_mib() > before + 400,
-            "expected 400 MiB more than the {before} MiB before, but the guest has {} MiB",
+            "the guest had {before} MiB and has {} MiB now, expected at least 400 MiB more",
             memory_mib()
         );
         assert_eq!(large.sh("echo runs"), "runs");
@@ -92,7 +92,7 @@ fn written_data_is_on_disk_after_vm_ends() {
         assert!(gone.is_some(), "the shim did not exit");
         assert_eq!(disks[0].read_written(), "changed");
         // containerd 1.7 first sends a request to the shim that has ended. containerd records the container's exit only
-        // when it retries this request.
+        // when it retries this request. Therefore the test waits for the container's exit.
         writer.wait();
         pod.stop();
     });

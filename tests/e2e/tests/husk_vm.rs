@@ -8,7 +8,7 @@ use husk_e2e::{case, node, vm};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Returns the release of the guest kernel, read from its image: "Linux version RELEASE (…".
+/// Returns the guest kernel's release. Reads it from the text "Linux version RELEASE (…" in the kernel's image.
 fn guest_release() -> String {
     let image = fs::read("/usr/local/share/husk/vmlinux").unwrap();
     // The image also has a format string with the same words, followed by `%s`. Split the image at `L` first, because a
@@ -119,7 +119,8 @@ fn task_ends_when_vmm_is_killed() {
     });
 }
 
-/// Removes fifo directories. ctr makes one for each process, and does not remove it if ctr exits with an error.
+/// Removes fifo directories. ctr makes one directory for each process, and leaves the directory behind if ctr exits with
+/// an error.
 fn remove_fifos() {
     for entry in fs::read_dir("/run/containerd/fifo").unwrap() {
         fs::remove_dir_all(entry.unwrap().path()).unwrap();

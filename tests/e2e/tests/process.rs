@@ -102,8 +102,8 @@ fn process_has_rlimits_oom_score_env_and_cwd() {
 #[test]
 fn program_lookup_uses_container_path() {
     case("path", |case| {
-        // The program is looked up in the specification's PATH, and then relative to the specification's working
-        // directory.
+        // The first program is a name, which is looked up in the specification's PATH. The second program is a path
+        // relative to the specification's working directory.
         let run = case.with_spec("", |spec| {
             spec["process"]["args"] = json!(["greet"]);
             spec["process"]["env"] = json!(["PATH=/nowhere:/opt/tools:/bin:/usr/bin"]);

@@ -82,7 +82,7 @@ fn container_cannot_connect_to_agent() {
             let code = container.wait().0;
             let log = container.log();
             let text: Vec<&str> = log.lines().filter_map(|line| line.splitn(4, ' ').nth(3)).collect();
-            // containerd's default seccomp profile may deny the address family altogether.
+            // containerd's default seccomp profile may deny all sockets of the family AF_VSOCK.
             let denied = context["seccomp"].is_object() && text == ["no socket: EPERM"];
             assert!(
                 code == 0 && (denied || text == [format!("answered: [] of {user}")]),
