@@ -106,8 +106,8 @@ fn unread_stdin_does_not_block_exit() {
 #[test]
 fn terminal_has_requested_size_and_resizes() {
     case("tty", |case| {
-        // The first size can arrive after the start, as with any runtime. Therefore the script waits for it. At
-        // each later SIGWINCH, the trap interrupts `read`.
+        // With any runtime, the terminal's first size can arrive after the script's start. Therefore the script waits
+        // for this size. At each later SIGWINCH, the trap interrupts `read`.
         let script = "tty; echo TERM=$TERM
             while [ \"$(stty size 2>/dev/null)\" != '31 97' ]; do sleep 0.1; done
             trap 'echo resized to $(stty size)' WINCH
