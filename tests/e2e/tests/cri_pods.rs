@@ -31,7 +31,7 @@ fn pod_and_its_vm_outlive_their_containers() {
         a.stop(10);
         assert_eq!(a.wait().0, 0, "the exit code is not that of the container's SIGTERM handler");
         assert_eq!(b.sh("echo still here"), "still here");
-        // As after a restart by the kubelet, a new container with the same configuration replaces the removed container.
+        // Like a restart by the kubelet, the test replaces the removed container with one of the same configuration.
         a.remove();
         let again = pod.sleeper();
         assert_eq!(again.sh("echo again"), "again");

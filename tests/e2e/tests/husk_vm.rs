@@ -119,8 +119,8 @@ fn task_ends_when_vmm_is_killed() {
     });
 }
 
-/// Removes fifo directories. ctr makes one directory for each process, and leaves the directory behind if ctr exits with
-/// an error.
+/// Removes fifo directories. ctr makes one directory for each process, and leaves the directory behind if ctr exits
+/// with an error.
 fn remove_fifos() {
     for entry in fs::read_dir("/run/containerd/fifo").unwrap() {
         fs::remove_dir_all(entry.unwrap().path()).unwrap();
