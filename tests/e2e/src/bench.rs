@@ -68,6 +68,8 @@ pub struct MemoryUse {
     pub guest: u64,
     /// PSS of the shim.
     pub shim: u64,
+    /// PSS of the shim's launcher.
+    pub launcher: u64,
 }
 
 /// Formats the report as Markdown, for `docs/performance.md`.
@@ -95,11 +97,12 @@ pub fn report(series: &[Series], steps: &[StepTime], weights: &[(&str, MemoryUse
             before = *at;
         }
     }
-    for (name, MemoryUse { vmm, guest, shim }) in weights {
+    for (name, MemoryUse { vmm, guest, shim, launcher }) in weights {
         let mib = |kib: &u64| *kib as f64 / 1024.0;
         let _ = writeln!(text, "\n| PSS of an idle container of {name} | MiB |\n| --- | ---: |");
-        let _ = writeln!(text, "| VMM process, without guest memory | {:.1} |", mib(vmm));
-        let _ = writeln!(text, "| shim | {:.1} |", mib(shim));
+        let _ = writeln!(text, "| VMM process, without guest memory | {:.2} |", mib(vmm));
+        let _ = writeln!(text, "| shim | {:.2} |", mib(shim));
+        let _ = writeln!(text, "| launcher | {:.2} |", mib(launcher));
         let _ = writeln!(text, "| guest memory touched | {:.1} |", mib(guest));
     }
     text

@@ -245,10 +245,12 @@ fn measure_memory(runtime: &Runtime) -> Result<MemoryUse> {
     running.wait_for("up");
     let [vmm] = vm::vmm_pids_of(id)[..] else { bail!("expected exactly one VMM of {id}") };
     let [shim] = vm::shim_pids_of(id)[..] else { bail!("expected exactly one shim of {id}") };
-    let (vmm, shim) = (vm::memory(vmm)?, vm::memory(shim)?);
+    let [launcher] = vm::launcher_pids_of(id)[..] else { bail!("expected exactly one launcher of {id}") };
+    let (vmm, shim, launcher) = (vm::memory(vmm)?, vm::memory(shim)?, vm::memory(launcher)?);
     Running::start(ctr(&["tasks", "kill", "-s", "KILL", id]), Input::Null).wait();
     running.wait();
-    Ok(MemoryUse { vmm: vmm.other, guest: vmm.guest, shim: shim.other + shim.guest })
+    let all = |memory: vm::Memory| memory.other + memory.guest;
+    Ok(MemoryUse { vmm: vmm.other, guest: vmm.guest, shim: all(shim), launcher: all(launcher) })
 }
 
 /// Returns the current time of CLOCK_MONOTONIC, the clock of the timelines, in ns.

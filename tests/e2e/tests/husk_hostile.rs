@@ -1,0 +1,194 @@
+//! A pod that attacks its VMM: another pod of the node is still served, and the node's log grows little.
+//!
+//! The test `hostile` of `husk-vmm` attacks every device from a guest without a kernel. Here, the attacker is a
+//! privileged container, and the shim and containerd take part.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use husk_e2e::bench::median;
+use husk_e2e::cri::pod::need_image;
+use husk_e2e::cri::{Pod, PodContainer, pods};
+use husk_e2e::{PYTHON, containerd_log, node};
+use serde_json::json;
+
+/// Number of execs in the neighbour pod for each measurement.
+const EXECS: usize = 15;
+/// Maximum number of log lines from one pod: the burst of several log statements of its shim, and the five lines per
+/// second of each.
+const LOG_LINES: usize = 900;
+
+/// Attacks with one process for each kind of attack. Each process counts its rounds in a file in /dev/shm.
+const ATTACKS: &str = r#"
+import os, socket, sys, time
+
+def connections():
+    for port in range(1, 100):
+        s = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        s.setblocking(False)
+        s.connect_ex((2, port))
+        s.close()
+
+def files():
+    for n in range(100):
+        try:
+            os.stat("/no/such/file/%d" % time.monotonic_ns())
+        except OSError:
+            pass
+        with open("/storm", "w") as f:
+            f.write("x")
+
+def kernel_log():
+    with open("/dev/kmsg", "w") as log:
+        for n in range(100):
+            log.write("<0>flood %d\n" % n)
+            log.flush()
+
+def rebind():
+    for driver in ["virtio_rng", "virtio_balloon"]:
+        directory = "/sys/bus/virtio/drivers/" + driver
+        for name in os.listdir(directory):
+            if name.startswith("virtio"):
+                for file in ["unbind", "bind"]:
+                    with open(directory + "/" + file, "w") as f:
+                        f.write(name)
+
+def ports(port, values):
+    import ctypes, mmap
+    if ctypes.CDLL(None).iopl(3) != 0:
+        raise OSError("iopl failed")
+    # edx = port, eax = value, 1000 times: out dx, al
+    code = bytes.fromhex("89fa 89f0 b9e8030000 ee ffc9 75fb c3")
+    memory = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    memory.write(code)
+    out = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+    def storm():
+        for value in values:
+            out(port, value)
+    # The code must stay mapped.
+    storm.memory = memory
+    return storm
+
+def boot_marks():
+    return ports(0x5f0, [1, 2, 3])
+
+def console():
+    return ports(0x3f8, [ord("x"), 10])
+
+attacks = {
+    "connections": lambda: connections,
+    "files": lambda: files,
+    "kernel-log": lambda: kernel_log,
+    "rebind": lambda: rebind,
+    "boot-marks": boot_marks,
+    "console": console,
+}
+for name, make in attacks.items():
+    if os.fork() == 0:
+        rounds = 0
+        try:
+            attack = make()
+            while True:
+                attack()
+                rounds += 1
+                with open("/dev/shm/" + name, "w") as f:
+                    f.write(str(rounds))
+        except Exception as error:
+            with open("/dev/shm/" + name, "w") as f:
+                f.write("%s after %d rounds" % (error, rounds))
+            os._exit(1)
+print("attacking", flush=True)
+time.sleep(100000)
+"#;
+
+#[test]
+fn hostile_pod_neither_starves_its_neighbour_nor_floods_the_log() {
+    need_image(PYTHON);
+    pods("hostile", |pods| {
+        let neighbour = pods.pod();
+        let container = neighbour.sleeper();
+        let mut config = pods.config();
+        config["linux"]["security_context"]["privileged"] = json!(true);
+        let hostile = pods.run(config);
+        let quiet = latencies(&container);
+
+        let log = containerd_log::len();
+        let attacker = attack(&hostile);
+        let begin = Instant::now();
+        let attacked = latencies(&container);
+        let duration = begin.elapsed();
+        let lines = containerd_log::since(log);
+        let rounds = attacker.sh("cd /dev/shm; grep . *");
+
+        println!("latency of an exec in the neighbour pod, in ms: {}", describe(&quiet));
+        println!("during the attack of {} s: {}", duration.as_secs(), describe(&attacked));
+        println!("rounds of the attacks:\n{rounds}");
+        let of_attacker = lines.lines().filter(|line| line.contains(&hostile.id)).count();
+        println!("containerd's log has grown by {} lines, {of_attacker} of the attacker", lines.lines().count());
+        for name in ["connections", "files", "kernel-log", "rebind", "boot-marks", "console"] {
+            let count = rounds.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            let count: u64 = count.unwrap_or_default().parse().unwrap_or(0);
+            assert!(count > 0, "the attack {name} did not run:\n{rounds}");
+        }
+        let limit = LOG_LINES + 20 * duration.as_secs() as usize;
+        assert!(of_attacker <= limit, "{of_attacker} log lines, more than {limit}:\n{}", ends(&lines));
+        assert!(neighbour.is_ready() && container.sh("echo served") == "served");
+        assert!(hostile.is_ready(), "the attack ended its own pod:\n{}", node::log_tail(40));
+    });
+}
+
+/// Starts the attacks, and waits until all of them have had a turn.
+fn attack(pod: &Pod) -> PodContainer {
+    let mut config = pod.python(ATTACKS);
+    config["linux"]["security_context"]["privileged"] = json!(true);
+    let container = pod.start(&config);
+    container.wait_for("attacking");
+    let all = node::eventually(Duration::from_secs(120), || (container.sh("ls /dev/shm | wc -l") == "6").then_some(()));
+    assert!(all.is_some(), "not all attacks run: {}", container.sh("ls /dev/shm"));
+    container
+}
+
+/// Returns the duration of each of several execs, in milliseconds.
+fn latencies(container: &PodContainer) -> Vec<f64> {
+    let exec = |_| {
+        let begin = Instant::now();
+        assert_eq!(container.exec(&["true"]).code, 0);
+        begin.elapsed().as_secs_f64() * 1e3
+    };
+    (0..EXECS).map(exec).collect()
+}
+
+fn describe(latencies: &[f64]) -> String {
+    let longest = latencies.iter().copied().fold(0.0, f64::max);
+    format!("median {:.0}, longest {longest:.0}", median(latencies))
+}
+
+/// Returns the first and the last lines of a log.
+fn ends(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().collect();
+    let (first, last) = (lines.iter().take(20), lines.iter().skip(lines.len().saturating_sub(20)));
+    first.chain(last).copied().collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn hostile_pod_that_runs_out_of_memory_again_and_again_logs_few_lines() {
+    pods("hostile-oom", |pods| {
+        let pod = pods.pod();
+        // Each child takes more than the container's memory, and the OOM killer of the guest kills it.
+        let mut config =
+            pod.sh("while :; do sh -c 'x=$(head -c 100000000 /dev/zero | tr \"\\0\" x)'; echo round; done");
+        config["linux"]["resources"] = json!({ "memory_limit_in_bytes": 16 << 20 });
+        let log = containerd_log::len();
+        let container = pod.start(&config);
+        let killed = || {
+            let text = fs::read_to_string(container.log_path()).unwrap_or_default();
+            (text.lines().count() >= 20).then_some(())
+        };
+        let killed = node::eventually(Duration::from_secs(300), killed);
+        let lines = containerd_log::since(log);
+        let of_pod = lines.lines().filter(|line| line.contains(&pod.id)).count();
+        println!("20 OOM kills have caused {of_pod} lines in containerd's log");
+        assert!(killed.is_some(), "the container was not killed 20 times:\n{}", container.log());
+        assert!(of_pod < 100, "{of_pod} lines:\n{}", ends(&lines));
+    });
+}
