@@ -40,8 +40,9 @@ pub struct Balloon {
     target: u32,
     /// Number of pages that the guest reports to have given back.
     actual: u32,
-    /// Whether the target changed while the device was inactive. A driver reads the target again as soon as it has set
-    /// DRIVER_OK, and the device becomes active a little later.
+    /// Whether the target changed while the device was inactive. If so, the activation interrupts the driver, because
+    /// the driver may have read the previous target: the driver reads the target as soon as it has set DRIVER_OK, and
+    /// the device becomes active a little later.
     changed_while_inactive: bool,
 }
 
@@ -55,16 +56,16 @@ struct Active {
 /// Defines how pages are given back to the host.
 struct ReleasePolicy {
     advice: libc::c_int,
-    /// Address ranges (start, end) of huge pages, which are not released. Huge pages go back to the host only when they
-    /// are unplugged. Dropping a huge page would use up its reservation (mm/hugetlb.c). The page would then no longer
-    /// belong to the pod, and the pod might not get it back.
+    /// Address ranges (start, end) of huge pages. The balloon does not release huge pages. Huge pages go back to the
+    /// host only when the guest unplugs them. Dropping a huge page would use up its reservation (mm/hugetlb.c). The
+    /// page would then no longer belong to the pod, and the pod might not get the page back.
     huge_pages: Vec<(usize, usize)>,
 }
 
 impl ReleasePolicy {
     /// Chooses how to release pages of this guest memory.
     fn for_memory(memory: &GuestMemory) -> Self {
-        // MADV_DONTNEED on a mapping of a shared file would leave the page in the file.
+        // Shared memory needs MADV_REMOVE, because MADV_DONTNEED would leave the pages in the shared file.
         let shared = memory.iter().any(|region| region.file_offset().is_some());
         let huge_pages = memory.iter().filter(|region| hotplug::is_huge(region)).map(|region| {
             let start = region.as_ptr().addr();
@@ -159,7 +160,8 @@ fn release_all(buffers: &Iov<'_>, policy: &ReleasePolicy) {
     }
 }
 
-/// Drops the pages that lie completely within a part of guest memory. After that, these pages read as zeroes.
+/// Drops the pages that lie completely within a part of guest memory. After that, these pages read as zeroes. Drops no
+/// page if the part overlaps huge pages.
 fn release(start: *mut u8, len: usize, policy: &ReleasePolicy) {
     let skipped = start.align_offset(PAGE);
     let len = len.saturating_sub(skipped) & !(PAGE - 1);
@@ -167,8 +169,8 @@ fn release(start: *mut u8, len: usize, policy: &ReleasePolicy) {
     if len == 0 || policy.huge_pages.iter().any(|&(from, to)| first < to && from < first.saturating_add(len)) {
         return;
     }
-    // SAFETY: callers pass a range that vm-memory has checked to lie in guest memory and keeps mapped. No Rust
-    // reference points to guest memory, and no code relies on its content.
+    // SAFETY: callers pass a range of guest memory that vm-memory has checked and keeps mapped. No Rust reference
+    // points to guest memory, and no code relies on the content of guest memory.
     let result = unsafe { libc::madvise(start.wrapping_add(skipped).cast(), len, policy.advice) };
     if result < 0 {
         let error = io::Error::last_os_error();
@@ -240,7 +242,7 @@ impl VirtioDevice for Balloon {
         let count = if activation.features & F_REPORTING != 0 { REPORTING + 1 } else { REPORTING };
         let OpenedActivation { memory, interrupt, queues, .. } = activation::open_first_queues(activation, count)?;
         if self.changed_while_inactive {
-            interrupt.config().map_err(|error| ActivateError::Host("the interrupt for the target", error))?;
+            interrupt.config().map_err(|error| ActivateError::Host("the interrupt for the balloon target", error))?;
             self.changed_while_inactive = false;
         }
         let release = ReleasePolicy::for_memory(&memory);
@@ -344,7 +346,10 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn device_survives_any_pages(pages in proptest::collection::vec(any::<u32>(), 0..600), cut in 0usize..4) {
+        fn device_does_not_panic_on_any_page_numbers(
+            pages in proptest::collection::vec(any::<u32>(), 0..600),
+            cut in 0usize..4,
+        ) {
             let mut bench = Bench::new(Balloon::new().unwrap());
             bench.activate(0);
             let mut bytes = numbers(&pages);
@@ -352,8 +357,8 @@ mod tests {
             bench.queues[0].add(&[&bytes], &[]);
             bench.queues[1].add(&[&bytes], &[]);
             bench.run();
-            // If the request lists the pages of the queue, the device drops the queue's content. Even in this case, the
-            // device must not panic.
+            // The request may list the pages that contain the queue itself. The device then drops the queue's content,
+            // and must not panic.
         }
     }
 }

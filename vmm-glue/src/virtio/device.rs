@@ -17,7 +17,7 @@ pub struct ActiveQueue {
     pub notify: EventFd,
 }
 
-/// What a device gets when the driver sets DRIVER_OK.
+/// The queues, features and memory that a device gets when the driver sets DRIVER_OK.
 pub struct Activation {
     /// Guest memory.
     pub memory: GuestMemory,
@@ -41,8 +41,8 @@ pub trait Interrupt: Send + Sync {
     fn share_irq(&self) -> std::io::Result<EventFd>;
     /// Interrupts the driver because the configuration space changed.
     fn config(&self) -> std::io::Result<()>;
-    /// Reports that the driver broke its queues and the device has stopped. Sets DEVICE_NEEDS_RESET if the transport
-    /// supports this status bit.
+    /// Requests a reset from the driver, because the device has failed. For example, the driver may have broken a
+    /// queue. Sets DEVICE_NEEDS_RESET if the transport supports this status bit.
     fn needs_reset(&self) -> std::io::Result<()> {
         self.config()
     }
@@ -59,7 +59,8 @@ pub enum ActivateError {
     Host(&'static str, #[source] std::io::Error),
 }
 
-/// Called when a device has become idle after a reset, by the thread that served the device's last request.
+/// A closure to call when a device has become idle after a reset. If threads of the device are still serving requests,
+/// the thread that ends its request last calls the closure.
 pub type OnIdle = Box<dyn FnOnce() + Send>;
 
 /// A device, shared by the device loop and the transport.
@@ -73,11 +74,12 @@ pub fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn VirtioDevice + 'static>
 /// A virtio device.
 ///
 /// A mutex protects the device. vCPU threads lock the mutex for configuration accesses only. The VMM's single device
-/// loop calls all other methods. Therefore a vCPU thread needs none of the system calls that a device makes.
+/// loop activates, resets, pauses and resumes the device, and serves its events. Therefore, a vCPU thread needs none of
+/// the system calls that a device makes.
 ///
-/// `init` of [`MutEventSubscriber`] runs once, when the device is plugged in. `init` must register at least an eventfd
-/// of the device, to which `activate` writes. Queue events are registered when that eventfd is served, because only the
-/// device loop may change the set of events.
+/// `init` of [`MutEventSubscriber`] runs once, when the device is plugged in. If the device loop serves the device's
+/// queues, `init` must register an eventfd of the device, and `activate` must write to this eventfd. The device
+/// registers its queue events when it serves this eventfd, because `activate` cannot change the set of events.
 pub trait VirtioDevice: MutEventSubscriber + Send {
     /// Returns the device ID of the virtio specification, section 5.
     fn device_type(&self) -> u32;
@@ -97,14 +99,14 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     /// Stops serving and drops all queues. The device is then in the same state as after power-on, except that the
     /// device's own threads may still be serving requests that they took before (see [`VirtioDevice::when_idle`]).
     /// Does not wait for these threads, because the device loop must go on serving the other devices. Called when the
-    /// driver resets the device.
+    /// driver resets the device, or has broken a queue.
     fn reset(&mut self);
-    /// Calls `idle` once no thread serves a request of an earlier activation any more. The caller must have called
-    /// [`VirtioDevice::reset`], and must not call [`VirtioDevice::activate`] before `idle` was called.
+    /// Calls `idle` when all requests of earlier activations have ended. The caller must have called
+    /// [`VirtioDevice::reset`], and must not call [`VirtioDevice::activate`] before `idle` has been called.
     fn when_idle(&mut self, idle: OnIdle) {
         idle();
     }
-    /// Stops the device's own threads. Returns when all these threads are idle. They stay idle until
+    /// Pauses the device's own threads. Returns when all these threads are idle. The threads stay idle until
     /// [`VirtioDevice::resume`]. Called when the vCPUs have been paused, just before the device loop pauses.
     fn pause(&mut self) {}
     /// Resumes the device's own threads.

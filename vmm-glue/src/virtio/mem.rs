@@ -23,8 +23,8 @@ mod request;
 
 /// Maximum size of the queue. A small queue is sufficient, because Linux has at most one request in flight.
 const QUEUE_SIZES: [u16; 1] = [8];
-/// VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE. This feature excludes drivers that read unplugged memory, such as the dump code
-/// of old kernels.
+/// VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE. A driver that acknowledges this feature does not read unplugged memory. The
+/// dump code of old kernels would read such memory.
 const F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
 /// Size of a block in bytes. This is the smallest size that Linux can plug on x86-64.
 pub const BLOCK: u64 = 2 << 20;
@@ -43,8 +43,9 @@ pub struct Mem {
     /// Size in bytes of the usable region, in which the guest may plug blocks.
     usable: u64,
     on_size_reached: Option<OnSizeReached>,
-    /// Whether the requested size changed while the device was inactive. A driver reads the size again as soon as it
-    /// has set DRIVER_OK, and the device becomes active a little later.
+    /// Whether the requested size changed while the device was inactive. If so, the activation interrupts the driver,
+    /// because the driver may have read the previous size: the driver reads the size as soon as it has set DRIVER_OK,
+    /// and the device becomes active a little later.
     changed_while_inactive: bool,
     active: Option<Active>,
 }

@@ -127,7 +127,7 @@ impl Blocks {
         Some(offset / BLOCK..end / BLOCK)
     }
 
-    /// Returns the state of a range of blocks. Blocks that do not exist are not plugged.
+    /// Returns the state of a range of blocks. A range that goes beyond the last block counts as unplugged.
     pub fn state(&self, range: Range<u64>) -> State {
         let wanted = range.end.saturating_sub(range.start);
         match self.slice(range).map_or(0, |blocks| blocks.iter().filter(|plugged| **plugged).count()) as u64 {
