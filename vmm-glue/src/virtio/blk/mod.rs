@@ -68,7 +68,7 @@ impl Blk {
         for (to, from) in bytes.iter_mut().zip(serial.as_bytes()) {
             *to = *from;
         }
-        // Seek to the end, because the length in the metadata of a block device is 0.
+        // Determine the size with a seek to the end, because fstat reports size 0 for a block device.
         let sectors = file.seek(SeekFrom::End(0)).map_err(BlkError::Size)? / SECTOR;
         let limiter = SharedLimiter::new(rate_limit);
         let disk = Arc::new(Disk { file, sectors, read_only, serial: bytes, limiter });
@@ -86,7 +86,7 @@ impl Blk {
         // The device does not offer a geometry.
         config.extend([0; 4]);
         config.extend((SECTOR as u32).to_le_bytes());
-        // The device does not offer topology, writeback and several queues.
+        // The device does not offer a topology, writeback or several queues.
         config.extend([0; 12]);
         // These fields are max_discard_sectors, max_discard_seg and discard_sector_alignment.
         for word in [sectors(MAX_ZEROES), MAX_RANGES as u32, 1] {

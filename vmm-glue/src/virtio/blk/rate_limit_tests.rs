@@ -31,7 +31,11 @@ fn requests_beyond_the_rate_wait_and_succeed_in_order() {
             answers.extend(std::iter::from_fn(|| queues[0].poll()));
             answers.len() == heads.len()
         });
-        assert!(begin.elapsed() >= Duration::from_secs_f64(seconds), "20 requests took only {:?}", begin.elapsed());
+        assert!(
+            begin.elapsed() >= Duration::from_secs_f64(seconds),
+            "20 requests took only {:?}, must take at least {seconds} s",
+            begin.elapsed()
+        );
         assert_eq!(answers.iter().map(|(head, _)| *head).collect::<Vec<_>>(), heads);
         for (sector, (_, bytes)) in answers.iter().enumerate() {
             assert_eq!((bytes.len(), bytes[0], bytes[512]), (513, sector as u8 + 1, 0));
@@ -39,28 +43,28 @@ fn requests_beyond_the_rate_wait_and_succeed_in_order() {
     }
 }
 
-/// The first request takes far more tokens than the burst. Without a pause or a reset, the second request is served
-/// after more than eight minutes.
+/// The first request takes far more tokens than the burst. Therefore, the second request has to wait more than eight
+/// minutes for its tokens.
 #[test]
-fn pause_and_reset_do_not_wait_for_the_rate_limit_and_do_not_renew_the_burst() {
+fn pause_and_reset_do_not_wait_for_tokens_or_add_tokens() {
     let (_, mut bench) = limited_disk(false, bytes(1, 1));
     assert_eq!(call(&mut bench, &[&header(IN, 0)], &[512, 1]).len(), 513);
     bench.queues[0].add(&[&header(IN, 1)], &[512, 1]);
     assert!(!served(&mut bench));
     bench.lock().pause();
     bench.lock().resume();
-    assert!(!served(&mut bench), "a pause has renewed the burst");
+    assert!(!served(&mut bench), "a pause must not add tokens to the bucket");
     bench.lock().pause();
     bench.lock().reset();
     bench.lock().resume();
     bench.activate(0);
     bench.queues[0].add(&[&header(IN, 1)], &[512, 1]);
-    assert!(!served(&mut bench), "a reset has renewed the burst");
-    // When the device is dropped, the waiting thread ends.
+    assert!(!served(&mut bench), "a reset must not add tokens to the bucket");
+    // The drop of the device at the end of the test must end the thread that is waiting for tokens.
 }
 
 #[test]
-fn zeroes_that_the_host_writes_count_as_bytes() {
+fn write_zeroes_takes_tokens_from_the_byte_rate_limit() {
     let (_, mut bench) = limited_disk(false, bytes(512 << 10, 1));
     let mut config = [0; 64];
     bench.lock().read_config(0, &mut config);
@@ -68,7 +72,11 @@ fn zeroes_that_the_host_writes_count_as_bytes() {
     let begin = Instant::now();
     assert_eq!(call(&mut bench, &[&header(WRITE_ZEROES, 0), &range(0, 64, 0)], &[1]), [0]);
     assert_eq!(call(&mut bench, &[&header(IN, 0)], &[512, 1])[0], 0);
-    assert!(begin.elapsed() >= Duration::from_millis(62), "zeroes were not limited: {:?}", begin.elapsed());
+    assert!(
+        begin.elapsed() >= Duration::from_millis(62),
+        "both requests took only {:?}, must take at least 62 ms",
+        begin.elapsed()
+    );
     let two = [range(0, 1, 0), range(2, 1, 0)].concat();
     assert_eq!(call(&mut bench, &[&header(WRITE_ZEROES, 0), &two], &[1]), [1]);
     assert_eq!(call(&mut bench, &[&header(DISCARD, 0), &two], &[1]), [0]);

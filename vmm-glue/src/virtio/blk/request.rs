@@ -28,8 +28,9 @@ pub const MAX_RANGES: usize = 16;
 /// Maximum length of a range in bytes. This maximum bounds the duration of a request for which the host has to write
 /// zeroes.
 pub const MAX_ZEROES: u64 = 64 << 20;
-/// Maximum number of bytes that a request may zero if the disk's bytes are limited. The tokens of these bytes are taken
-/// after the request. Therefore, one request must not zero many more bytes than one write request can write.
+/// Maximum number of bytes that a request may zero if the disk has a byte rate limit. The request takes the tokens of
+/// these bytes without waiting for the tokens. Therefore, one request must not zero many more bytes than one write
+/// request can write.
 const MAX_LIMITED_ZEROES: u64 = 1 << 20;
 /// Length of the status in bytes.
 const STATUS: usize = 1;
@@ -76,7 +77,8 @@ impl Handler for Disk {
 
     fn serve(&self, _memory: &GuestMemory, chain: Chain<'_>) -> u32 {
         let Chain { mut readable, mut writable, .. } = chain;
-        // The status is the last writable byte of the chain. It may be in any descriptor.
+        // The status is the last writable byte of the chain. The driver may put the status into a separate descriptor,
+        // or into the last descriptor of the data.
         let Some(data_len) = writable.len().checked_sub(STATUS) else {
             log_guest_fault(0, &"the disk request has no space for the status byte");
             return 0;
@@ -133,7 +135,7 @@ impl Disk {
             }
             VIRTIO_BLK_T_WRITE_ZEROES => {
                 self.ranges(readable, self.max_write_zeroes(), |offset, length, flags| {
-                    // The host may have to write these zeroes, although the request does not contain them.
+                    // Take tokens, because the host may have to write the zeroes, although the guest has not sent them.
                     self.limiter.charge_bytes(length);
                     let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
                     let mode = if unmap { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
@@ -159,7 +161,7 @@ impl Disk {
         if self.read_only { Err(Failure::Guest("the disk request writes to a read-only disk")) } else { Ok(()) }
     }
 
-    /// Returns the byte offset of a range, if it consists of whole sectors and lies on the disk.
+    /// Returns the byte offset of `sector`. Fails if the range is beyond the end of the disk, or has a partial sector.
     fn offset(&self, sector: u64, length: u64) -> Result<u64, Failure> {
         if !length.is_multiple_of(SECTOR) {
             return Err(Failure::Guest("the length of the disk request is not a multiple of the sector size"));
@@ -186,7 +188,7 @@ impl Disk {
             // MAX_SEGMENTS (IOV_MAX) parts. preadv gets only parts that the device may write.
             let result = unsafe { call(self.file.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, at) };
             match usize::try_from(result) {
-                // The file has shrunk since the device was created.
+                // A transfer of 0 bytes means that the file has shrunk since the device was created.
                 Ok(0) => return Err(Failure::Host(io::ErrorKind::UnexpectedEof.into())),
                 Ok(count) => {
                     iov.skip(count);
