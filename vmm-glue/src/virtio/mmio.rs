@@ -61,8 +61,9 @@ pub struct Transport {
     state: Arc<State>,
 }
 
-/// What a thread of the device needs to complete a reset. It does not own the device: the device joins its threads when
-/// it is dropped, and a thread must not join itself.
+/// The part of a transport that a thread of the device needs to complete a reset. This part does not own the device.
+/// Otherwise, a thread of the device could drop the device. Dropping a device joins the device's threads, and a thread
+/// must not join itself.
 struct State {
     interrupt: Arc<MmioInterrupt>,
     registers: Mutex<Registers>,
@@ -254,7 +255,7 @@ impl Transport {
             VIRTIO_MMIO_INTERRUPT_ACK => {
                 self.state.interrupt.status.fetch_and(!value, Ordering::SeqCst);
             }
-            // KVM consumes the write if the value is a queue's number. Other values have no effect.
+            // KVM consumes a write whose value is a queue's number. Other values must have no effect.
             VIRTIO_MMIO_QUEUE_NOTIFY => {}
             VIRTIO_MMIO_STATUS => self.write_status(value),
             _ => self.registers().write(register, value),
@@ -284,8 +285,8 @@ impl Transport {
         }
     }
 
-    /// Runs `job` on the device loop, after all earlier jobs. The caller holds the lock of the registers, so that the
-    /// jobs run in the order of the writes. Returns false if the device loop has ended.
+    /// Runs `job` on the device loop, after all earlier jobs. The caller must hold the lock of the registers, so that
+    /// the jobs run in the order of the writes. Returns false if the device loop has ended.
     ///
     /// At most two jobs wait: the status allows one activation and then one reset, and nothing more before the reset is
     /// complete.
@@ -309,7 +310,8 @@ impl Transport {
         }
     }
 
-    /// Returns what the device gets at DRIVER_OK. Since DRIVER_OK, the driver can change neither features nor queues.
+    /// Returns the device's [`Activation`]. The features and queues are those at DRIVER_OK, because the driver cannot
+    /// change them after DRIVER_OK.
     fn activation(&self) -> Result<Activation, ActivateError> {
         let registers = self.registers();
         let mut queues = Vec::with_capacity(registers.queues.len());
@@ -408,7 +410,7 @@ impl Registers {
     fn advance(&mut self, value: u32) -> bool {
         let current = self.status;
         if value & current != current || self.status & VIRTIO_CONFIG_S_FAILED != 0 || self.resetting {
-            return false; // a driver may only add bits, and may add none after FAILED or during a reset
+            return false; // The driver must not remove bits. After FAILED or during a reset, it must not add bits.
         }
         match value & !current & !NEEDS_RESET {
             0 => {}

@@ -203,8 +203,8 @@ fn thread_that_completes_a_reset_does_not_own_the_device() {
     let complete = probe.lock().unwrap().on_idle.take().unwrap();
     let device = Arc::downgrade(&probe);
     drop((transport, probe));
-    // The hot-unplug of a device can drop all other references while the closure runs. A last reference in the closure
-    // would make the device join the thread that drops it.
+    // While the closure runs, a hot-unplug can drop all other references to the device. If the closure held the last
+    // reference, the thread that runs the closure would drop the device and join itself.
     assert!(device.upgrade().is_none());
     complete();
 }

@@ -247,7 +247,7 @@ fn interrupt_causes_stay_until_acknowledged() {
 }
 
 #[test]
-fn configuration_space_is_writable_only_with_driver() {
+fn configuration_space_is_writable_only_after_driver_bit_is_set() {
     let (transport, _) = transport();
     transport.write(u64::from(VIRTIO_MMIO_CONFIG), &[1, 2]);
     let mut data = [9; 8];
@@ -316,7 +316,7 @@ proptest! {
             let ok = now & VIRTIO_CONFIG_S_DRIVER_OK != 0 && now & NEEDS_RESET == 0;
             let active = probe.lock().unwrap().active;
             let valid = if settled { active == ok } else { !active || now & VIRTIO_CONFIG_S_DRIVER_OK != 0 };
-            prop_assert!(valid, "active: {}, status: {:#x}", active, now);
+            prop_assert!(valid, "device active: {}, which contradicts status {:#x}", active, now);
             let state = snapshot(&transport);
             if status & VIRTIO_CONFIG_S_DRIVER_OK != 0 && now != 0 {
                 prop_assert_eq!(&state, &queues);
@@ -332,7 +332,7 @@ fn shared_interrupt_always_reports_used_buffers() {
     negotiate(&transport);
     assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), 0);
     let irq = transport.state.interrupt.share_irq().unwrap();
-    // vhost signals the interrupt, and does not set a cause.
+    // Like vhost, the test signals the interrupt and sets no cause.
     irq.write(1).unwrap();
     assert_eq!(transport.irq_fd().read().unwrap(), 1);
     for _ in 0..2 {

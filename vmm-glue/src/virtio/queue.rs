@@ -315,7 +315,7 @@ impl Virtqueue {
         self.queue.set_next_used(index);
     }
 
-    /// Returns the queue's size, which is also the maximum number of chains to serve in one turn.
+    /// Returns the queue's size. Devices derive from this size how many chains they serve in one turn.
     pub fn size(&self) -> u16 {
         self.queue.size()
     }
@@ -361,8 +361,9 @@ impl WakeEvent {
         self.event.try_clone()
     }
 
-    /// Takes a queue out of use. May be called outside of the device loop. The queue's eventfd stays open until the
-    /// device loop has unregistered the eventfd. Until then, no other file must get the same fd number.
+    /// Takes a queue out of use. Any thread may call this function. If the queue's eventfd is registered, the eventfd
+    /// stays open until the device loop has unregistered the eventfd. If the eventfd were closed earlier, a new file
+    /// could get the registered fd number.
     pub fn retire(&mut self, queue: Virtqueue) {
         if queue.registered {
             self.stale.push(queue.notify);
