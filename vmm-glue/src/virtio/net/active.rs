@@ -1,5 +1,5 @@
-//! State of an interface between the activation by the driver and the next reset, and the data path that moves its
-//! frames.
+//! The state of an interface from its activation to its next reset. The state includes the data path, which moves the
+//! interface's frames.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -37,7 +37,7 @@ pub struct Active {
 pub enum DataPath {
     DeviceLoop,
     Vhost,
-    /// vhost-net, which is paused.
+    /// vhost-net, while it is paused.
     VhostPaused,
 }
 

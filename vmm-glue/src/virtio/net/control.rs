@@ -1,4 +1,4 @@
-//! The control queue (virtio 1.2, 5.1.6.5). It supports only the command that sets the number of active queue pairs.
+//! The control queue (virtio 1.2, 5.1.6.5). The only supported command sets the number of active queue pairs.
 
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
@@ -18,7 +18,8 @@ pub fn serve(
         if let Some(chain) = queue.pop(memory)? {
             let head = chain.head;
             let answer = if pairs(&chain).is_some_and(&mut set) { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
-            // The response is the byte `ack` of struct virtio_net_ctrl. A chain without space for it gets no response.
+            // The response is the byte `ack` of struct virtio_net_ctrl. A chain without space for `ack` gets no
+            // response.
             let written = chain.writable.copy_from(&[answer as u8]);
             if written == 0 {
                 log_guest_fault(queue.index(), &"the control command has no space for a response");
@@ -33,7 +34,7 @@ pub fn serve(
 
 /// Returns the number of pairs that a command requests, or `None` for any other command.
 fn pairs(chain: &Chain<'_>) -> Option<u16> {
-    // struct virtio_net_ctrl has a class, a command and the command's data. The data of this command is struct
+    // struct virtio_net_ctrl has a class, a command and the command's data. The data of the supported command is struct
     // virtio_net_ctrl_mq, with 2 bytes. A request with more data is rejected like an unknown command.
     let [class, command, low, high] = chain.readable.clone().take::<4>().ok()?;
     let is_pairs_set = u32::from(class) == VIRTIO_NET_CTRL_MQ && u32::from(command) == VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET;

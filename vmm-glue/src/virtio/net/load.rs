@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 /// Number of frames within a [`WINDOW`] that counts as high load. A pod that only answers probes and occasional
 /// requests stays far below this number. Therefore, such a pod never pays the cost of vhost-net. For each queue pair,
-/// vhost-net needs 200 KiB of host memory and a thread, and at the VMM's end it waits for an RCU grace period. A file
-/// transfer, or a busy server, soon exceeds this number.
+/// vhost-net needs 200 KiB of host memory and a thread. The end of the VMM is delayed, because vhost-net waits for an
+/// RCU grace period. A file transfer, or a busy server, soon exceeds this number of frames.
 const HIGH_LOAD_FRAMES: u32 = 128;
 const WINDOW: Duration = Duration::from_secs(1);
 
@@ -43,11 +43,11 @@ mod tests {
         let (start, mut load) = (Instant::now(), Load::default());
         for second in 0..100 {
             load.add(HIGH_LOAD_FRAMES - 1, start + WINDOW * second);
-            assert!(!load.is_high(), "the load is high with few frames each second");
+            assert!(!load.is_high(), "the load must not be high with few frames each second");
         }
         load.add(1, start + WINDOW * 99 + WINDOW / 2);
         assert!(load.is_high());
         load.add(1, start + WINDOW * 200);
-        assert!(load.is_high(), "the load is not high any more");
+        assert!(load.is_high(), "the load must stay high after it was high once");
     }
 }

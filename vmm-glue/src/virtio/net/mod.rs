@@ -78,8 +78,8 @@ pub struct Backend {
     /// with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR. If there are several fds, they are attached to the same interface with
     /// IFF_MULTI_QUEUE.
     pub taps: Vec<File>,
-    /// Requests vhost-net when there are many frames, if vhost-net may move them. vhost-net does not check frames from
-    /// the guest. Therefore, the host must do MAC anti-spoofing.
+    /// Requests vhost-net when there are many frames. `None` if vhost-net must not move frames. vhost-net does not
+    /// check the source MAC of frames from the guest. Therefore, with vhost-net, the host must do MAC anti-spoofing.
     pub vhost: Option<RequestVhost>,
 }
 
@@ -194,7 +194,7 @@ impl Net {
         Ok(())
     }
 
-    /// Returns whether this is the interface with MAC address `mac`, and waits for vhost-net.
+    /// Returns whether this interface has the MAC address `mac` and waits for the open files of vhost-net.
     pub fn waits_for_vhost(&self, mac: [u8; 6]) -> bool {
         self.mac == mac && matches!(self.offload, Offload::Requested)
     }
@@ -209,8 +209,8 @@ impl Net {
         Ok(())
     }
 
-    /// Requests vhost-net if there are many frames, and starts it once its files have arrived. If vhost-net fails to
-    /// start, the device loop continues to move the frames.
+    /// Requests vhost-net if there are many frames, and starts vhost-net once its open files have arrived. If vhost-net
+    /// fails to start, the device loop continues to move the frames.
     fn switch_to_vhost(&mut self, ops: &mut EventOps) {
         let Some(active) = self.active.as_mut() else { return };
         if active.data_path != DataPath::DeviceLoop || !active.load.is_high() {
@@ -222,8 +222,8 @@ impl Net {
             Offload::Ready => Vec::new(),
             other => return self.offload = other,
         };
-        // Between two turns of the device loop, all popped chains have been returned. Therefore, the kernel can start
-        // at the current indices.
+        // Between two turns of the device loop, all popped chains have been returned. Therefore, vhost-net can start at
+        // the queues' current indices.
         for pair in &mut active.queue_pairs {
             WakeEvent::unregister(ops, &mut pair.rx);
             WakeEvent::unregister(ops, &mut pair.tx);
@@ -282,8 +282,8 @@ impl Net {
                 };
                 let _ = fault.read();
                 let active = self.active.as_ref().filter(|active| active.data_path != DataPath::DeviceLoop);
-                // Ignore a fault of a pair that was just deactivated. vhost-net also reports a fault if it fails to
-                // send a frame of this pair, and the guest is not to blame for this failure.
+                // Ignore a fault of a pair that was just deactivated. vhost-net reports a fault if it cannot send a
+                // frame of this pair, because the pair's queue of the tap is detached. The guest did nothing wrong.
                 if active.is_some_and(|active| index < active.active_pairs) {
                     return Err(VhostError::Broken(index));
                 }
@@ -361,7 +361,7 @@ impl TapQueue {
         }
     }
 
-    /// Takes the open vhost-net of this queue pair, and watches for its faults.
+    /// Takes the open file of vhost-net for this queue pair, and watches for faults of vhost-net.
     fn set_vhost(&mut self, file: File, index: u32, ops: &mut EventOps) -> io::Result<()> {
         let fault = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         ops.add(Events::with_data(&fault, FAULT_TOKEN | index, EventSet::IN)).map_err(io::Error::other)?;
@@ -457,8 +457,8 @@ impl VirtioDevice for Net {
         // The fields of struct virtio_net_config are mac, status, max_virtqueue_pairs and mtu.
         let mut config = self.mac.to_vec();
         config.extend((VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
-        // The number of pairs has no meaning if VIRTIO_NET_F_MQ is not offered. It fits into 16 bits, because it is at
-        // most MAX_QUEUE_PAIRS.
+        // The number of pairs has no meaning if VIRTIO_NET_F_MQ is not offered. The number fits into 16 bits, because
+        // there are at most MAX_QUEUE_PAIRS pairs.
         let pairs = if self.tap_queues.len() > 1 { self.tap_queues.len() as u16 } else { 0 };
         config.extend(pairs.to_le_bytes());
         config.extend(self.mtu.to_le_bytes());
@@ -469,7 +469,7 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let has = |bit: u32| activation.features & 1 << bit != 0;
-        // Offloads that are set on one queue of a tap apply to all its queues.
+        // Set the offloads on the first queue only, because they apply to all queues of the tap.
         if let Some(tap_queue) = self.tap_queues.first() {
             tap::set_offload(
                 &tap_queue.tap,

@@ -1,17 +1,18 @@
-//! The way from the device loop to vhost-net: requests the open files of vhost-net from the shim, and keeps them.
+//! Requests the open files of vhost-net from the shim, and stores the files until vhost-net starts.
 //!
-//! The VMM cannot open `/dev/vhost-net` itself, because the device is not in its jail.
+//! The VMM cannot open `/dev/vhost-net` itself, because the VMM's jail does not contain this device.
 
 use std::fs::File;
 
-/// Requests open files of `/dev/vhost-net`, one for each queue pair. Does not wait for them.
+/// A closure that requests open files of `/dev/vhost-net`, one for each queue pair. The closure does not wait for the
+/// files.
 pub type RequestVhost = Box<dyn Fn() + Send>;
 
 /// Error from offering vhost-net to an interface.
 #[derive(Debug, thiserror::Error)]
 pub enum OfferError {
-    /// The interface did not request vhost-net, or already has it.
-    #[error("failed to start vhost-net: the interface does not wait for it")]
+    /// The interface has not requested vhost-net, or has already received the files.
+    #[error("failed to start vhost-net: the interface does not wait for files of vhost-net")]
     NotRequested,
     /// The number of files is wrong.
     #[error("failed to start vhost-net: {files} files were sent for {pairs} queue pairs")]
@@ -23,10 +24,10 @@ pub enum OfferError {
     },
 }
 
-/// How far an interface is on its way to vhost-net. An interface requests vhost-net at most once. Without an answer,
-/// the device loop moves the frames for good.
+/// The progress of an interface's request for vhost-net. An interface requests vhost-net at most once. If no files
+/// arrive, the device loop continues to move the frames.
 pub enum Offload {
-    /// The device loop must move the frames, or vhost-net has failed to start.
+    /// The device loop always moves the frames, because vhost-net must not move them or has failed to start.
     Never,
     /// vhost-net may be requested.
     Possible(RequestVhost),
@@ -34,12 +35,12 @@ pub enum Offload {
     Requested,
     /// The files have arrived, one for each queue pair.
     Received(Vec<File>),
-    /// Each queue pair has its file.
+    /// Each queue pair has an open file of vhost-net.
     Ready,
 }
 
 impl Offload {
-    /// Requests vhost-net, if that is possible and was not done before.
+    /// Requests vhost-net if the state is [`Offload::Possible`]. Otherwise, does nothing.
     pub fn request(&mut self) {
         if let Self::Possible(request) = self {
             request();

@@ -132,7 +132,7 @@ impl QueuePair {
             while capacity < rules.max_len && (rules.mergeable || buffers.is_empty()) {
                 match self.rx.pop_any(memory)? {
                     Some(chain) if chain.writable.len() < VNET_HEADER_LEN => {
-                        // Keep this chain, because chains must be returned in order, after the earlier chains in
+                        // Append this chain to `buffers`, because it must be returned after the earlier chains in
                         // `buffers`.
                         log_guest_fault(0, &"the receive buffer is too small");
                         buffers.push_back(chain);
@@ -240,10 +240,10 @@ fn send(tap: &File, mac: [u8; 6], mut packet: Iov<'_>, parts: &mut Vec<libc::iov
     parts.push(libc::iovec { iov_base: start.as_mut_ptr().cast(), iov_len: start.len() });
     parts.extend(packet.as_slice());
     // SAFETY: the parts are `start`, which outlives the call, and checked guest memory, which stays mapped. writev only
-    // reads them. There may be one part more than IOV_MAX. Then the call fails.
+    // reads the parts. If there is one part more than IOV_MAX, the call fails.
     if unsafe { libc::writev(tap.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) } < 0 {
-        // The frame is lost. A network device may lose frames. The call fails if the guest's header is invalid, the
-        // interface is down, or the interface's queue is full.
+        // Drop the frame, because a network device may lose frames. The call fails if the guest's header is invalid,
+        // the interface is down, or the interface's queue is full.
         log::debug!("virtio-net: failed to write to the tap: {}", io::Error::last_os_error());
     }
 }

@@ -26,7 +26,8 @@ fn transmitted_frames_beyond_the_rate_wait() {
         for number in 0..10 {
             bench.queues[1].add(&[&frame(MAC, 1000 - number)], &[]);
         }
-        // `run` returns only when no event is pending. Therefore, the device does not busy-poll while frames wait.
+        // `run` returns only when no event is pending. The return of `run` therefore shows that the device does not
+        // busy-poll while frames wait.
         bench.run();
         let mut buffer = vec![0; 2000];
         let mut lengths = Vec::new();
@@ -38,7 +39,11 @@ fn transmitted_frames_beyond_the_rate_wait() {
         };
         assert!(receive() >= at_once);
         bench.run_until(|_| receive() == 10);
-        assert!(begin.elapsed() >= Duration::from_millis(79), "10 frames took only {:?}", begin.elapsed());
+        assert!(
+            begin.elapsed() >= Duration::from_millis(79),
+            "10 frames took only {:?}, must take at least 79 ms",
+            begin.elapsed()
+        );
         assert_eq!(lengths, (991..=1000).rev().collect::<Vec<_>>());
     }
 }
@@ -56,7 +61,7 @@ fn received_frames_beyond_the_rate_wait_and_do_not_delay_transmitted_frames() {
         for _ in 0..50 {
             bench.queues[1].add(&[&frame(MAC, 1000)], &[]);
             bench.run();
-            assert!(socket.recv(&mut [0; 2000]).is_ok(), "a transmitted frame waited for received frames");
+            assert!(socket.recv(&mut [0; 2000]).is_ok(), "a transmitted frame must not wait for received frames");
         }
         let mut received = 0;
         bench.run_until(|queues| {
@@ -64,14 +69,18 @@ fn received_frames_beyond_the_rate_wait_and_do_not_delay_transmitted_frames() {
             received == 10
         });
         // The tenth frame is admitted as soon as the bucket has half of the burst.
-        assert!(begin.elapsed() >= Duration::from_millis(70), "10 frames took only {:?}", begin.elapsed());
+        assert!(
+            begin.elapsed() >= Duration::from_millis(70),
+            "10 frames took only {:?}, must take at least 70 ms",
+            begin.elapsed()
+        );
     }
 }
 
-/// The first frame takes far more tokens than the burst. Without a reset, the second frame is served after a quarter of
-/// an hour.
+/// In each direction, the first frame takes far more tokens than the burst. Therefore, the next frame has to wait a
+/// quarter of an hour for its tokens.
 #[test]
-fn reset_does_not_renew_the_burst() {
+fn reset_does_not_add_tokens() {
     let (socket, mut bench) = limited_interface(bytes(1, 1), bytes(1, 1));
     let round = |bench: &mut crate::virtio::testing::Bench<Net>| {
         bench.queues[0].add(&[], &[2000]);

@@ -284,7 +284,7 @@ fn exchange_many_frames(socket: &UnixDatagram, bench: &mut Bench<Net>) {
         bench.queues[1].add(&[&frame(MAC, round)], &[]);
         socket.send(&frame([9; 6], round)).unwrap();
         bench.run();
-        assert!(bench.queues[0].poll().is_some() && bench.queues[1].poll().is_some(), "round {round}");
+        assert!(bench.queues[0].poll().is_some() && bench.queues[1].poll().is_some(), "the device must move frame {round}");
         assert_eq!(socket.recv(&mut [0; 2000]).unwrap(), VNET_HEADER_LEN + 14 + round);
     }
 }
@@ -306,7 +306,7 @@ fn interface_requests_vhost_once_and_continues_without_answer() {
 #[test]
 fn device_loop_continues_if_vhost_fails() {
     let (socket, mut bench, requests) = interface_with_vhost();
-    // This file is not vhost-net. Therefore, vhost-net fails to start.
+    // vhost-net fails to start, because these files are not `/dev/vhost-net`.
     let files = |count| (0..count).map(|_| File::open("/dev/null").unwrap()).collect::<Vec<_>>();
     assert!(matches!(bench.lock().offer_vhost(files(1)), Err(OfferError::NotRequested)));
     for round in 0..2 {

@@ -20,8 +20,9 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::Virtqueue;
 
-/// The driver's features that concern the queues. They do not include offloads, because the tap does the offloads. The
-/// tap also handles the virtio-net header, because VHOST_NET_F_VIRTIO_NET_HDR is never set.
+/// The features that concern the queues. vhost-net gets these features if the driver has acknowledged them. The set
+/// contains no offloads, because the tap does the offloads. The tap also handles the virtio-net header, because
+/// VHOST_NET_F_VIRTIO_NET_HDR is never set.
 const QUEUE_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_RING_F_EVENT_IDX
     | 1 << VIRTIO_RING_F_INDIRECT_DESC
@@ -71,7 +72,7 @@ impl<'a> VhostKernBackend for Device<'a> {
 
     // The check of the `vhost` crate is wrong in two cases. It rejects a ring at the very end of memory, and accepts a
     // ring that spans two regions. Two regions that are adjacent in guest memory need not be adjacent in the VMM's
-    // memory. Therefore, the kernel could write beyond a mapping.
+    // memory. If such a ring were accepted, the kernel could write beyond a mapping.
     fn is_valid(&self, ring: &VringConfigData) -> bool {
         let size = usize::from(ring.queue_size);
         // For the lengths, see virtio 1.2, 2.7.
@@ -132,8 +133,8 @@ impl Device<'_> {
         }
         self.set_owner().map_err(refused("VHOST_SET_OWNER"))?;
         self.set_features(wanted).map_err(refused("VHOST_SET_FEATURES"))?;
-        // Pass the whole memory, including blocks that are not plugged. Like the VMM, the kernel
-        // cannot access the blocks that are not plugged.
+        // Pass the whole memory, including blocks that are not plugged. The kernel uses the VMM's mappings, in which
+        // these blocks are inaccessible.
         let regions: Vec<_> = self
             .memory
             .iter()
@@ -210,7 +211,7 @@ pub fn pause(file: &File, memory: &GuestMemory, queues: [&mut Virtqueue; 2]) -> 
     for (index, queue) in (0u8..).zip(queues) {
         device.set_backend(index.into(), None)?;
         let base = device.get_vring_base(index.into()).map_err(refused("VHOST_GET_VRING_BASE"))?;
-        // The index of a split ring has 16 bits.
+        // The cast keeps the whole index, because the index of a split ring has 16 bits.
         queue.set_served_until(base as u16);
     }
     Ok(())
@@ -243,7 +244,8 @@ mod tests {
             device.is_valid(&VringConfigData { queue_max_size: queue_size, queue_size, ..addresses })
         };
         assert!(valid(0, 0x2000, 0x3000));
-        // In each line, the valid ring ends exactly at the end of a region. Each invalid ring ends after such an end.
+        // In each line, the valid ring ends exactly at the end of a region. Each invalid ring goes beyond the end of
+        // the region in which the ring begins.
         assert!(valid(0xf000, 0x2000, 0x3000) && !valid(0xf010, 0x2000, 0x3000));
         assert!(valid(0, 0xfdfa, 0x3000) && !valid(0, 0xfdfc, 0x3000));
         assert!(valid(0, 0x2000, 0x1f7fa) && !valid(0, 0x2000, 0xfffc) && !valid(0, 0x2000, 0x1f7fc));
