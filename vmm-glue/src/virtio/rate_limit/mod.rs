@@ -55,8 +55,8 @@ impl RateLimiter {
     /// # Errors
     /// If there are too few tokens, returns the time after which the caller can retry.
     pub fn admit_up_to(&mut self, max_bytes: u64, now: Instant) -> Result<(), Duration> {
-        // Do not wait until the bucket is full. A full bucket gets no tokens until the operation is served. Without
-        // these tokens, the device would not reach its rate.
+        // Do not wait until the bucket is full. A full bucket gains no tokens until the operation is served. The device
+        // would lose this time, and would not reach its rate.
         self.check(|burst| max_bytes.min(burst / 2), now)
     }
 

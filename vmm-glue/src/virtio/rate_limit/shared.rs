@@ -35,7 +35,7 @@ impl SharedLimiter {
         self.limiter.as_ref().map_or(Ok(()), |limiter| lock(limiter).admit(bytes(), Instant::now()))
     }
 
-    /// Takes tokens for bytes that the VMM has read or written in addition to the bytes of an admitted request.
+    /// Takes tokens for bytes that the VMM reads or writes in addition to the bytes of an admitted request.
     pub fn charge_bytes(&self, bytes: u64) {
         if let Some(limiter) = &self.limiter {
             lock(limiter).charge(bytes, 0, Instant::now());

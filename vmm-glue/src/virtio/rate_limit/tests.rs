@@ -54,8 +54,8 @@ fn both_buckets_have_to_admit_an_operation() {
     let begin = Instant::now();
     let mut limiter = limiter(Some((100, 100)), Some((10, 2)), begin);
     assert_eq!((limiter.admit(50, begin), limiter.admit(1, begin)), (Ok(()), Ok(())));
-    assert_eq!(limiter.admit(1, begin), Err(Duration::from_millis(100)), "too few tokens for operations");
-    assert_eq!(limiter.admit(60, begin), Err(Duration::from_millis(110)), "too few tokens for bytes");
+    assert_eq!(limiter.admit(1, begin), Err(Duration::from_millis(100)), "must wait for tokens for operations");
+    assert_eq!(limiter.admit(60, begin), Err(Duration::from_millis(110)), "must wait for tokens for bytes");
     assert_eq!(limiter.admit(60, begin + Duration::from_millis(110)), Ok(()));
     limiter.charge(1000, 0, begin);
     assert!(limiter.admit(1, begin + Duration::from_secs(5)).is_err());
@@ -80,7 +80,7 @@ fn unlimited_device_has_no_limiter() {
 }
 
 /// The device loop may serve the timer's event after the timer was set again. In this case, a blocking read of the
-/// timer would stop the device loop.
+/// timer would block the device loop until the timer expires.
 #[test]
 fn clear_timer_does_not_wait_until_the_timer_expires() {
     let limit = RateLimit { bytes: Some(Rate { per_second: 1, burst: 1 }), operations: None };
@@ -140,13 +140,14 @@ proptest! {
                 sum += u128::from(*bytes);
                 let refilled = (*end - *begin).as_nanos() * u128::from(rate);
                 let allowed = refilled + u128::from(burst.max(*bytes)) * 1_000_000_000;
-                prop_assert!(sum * 1_000_000_000 <= allowed, "{sum} bytes in {:?}", *end - *begin);
+                prop_assert!(sum * 1_000_000_000 <= allowed, "admitted too many bytes: {sum} in {:?}", *end - *begin);
             }
         }
     }
 
-    /// A queue that always has a next operation gets its rate although each retry is late. The delay of a retry is so
-    /// short that the bucket does not become full, or is at most 2 % of the time that the operation takes at the rate.
+    /// A queue that always has a next operation gets at least 95 % of its rate although each retry is late. Each delay
+    /// is at most the time until the bucket is full, or 2 % of the time that the operation takes at the rate, whichever
+    /// is longer.
     #[test]
     fn backlogged_queue_gets_at_least_95_percent_of_its_rate(
         (rate, burst) in rates(),
@@ -166,7 +167,7 @@ proptest! {
             }
         }
         let due = (now - begin).as_secs_f64() * rate as f64;
-        prop_assert!(served as f64 >= 0.95 * due, "{served} of {due} bytes");
+        prop_assert!(served as f64 >= 0.95 * due, "only {served} of {due} bytes were served, must be at least 95 %");
     }
 
     /// The size of an operation is known only after the operation, as with frames. The queue gets at least 95 % of its
@@ -191,6 +192,9 @@ proptest! {
             }
         }
         let due = (now - begin).as_secs_f64() * rate as f64;
-        prop_assert!(served as f64 >= 0.95 * due && served as f64 <= due * 1.000_001 + burst as f64, "{served}, {due}");
+        prop_assert!(
+            served as f64 >= 0.95 * due && served as f64 <= due * 1.000_001 + burst as f64,
+            "{served} bytes were served, but the rate allows {due} and a burst of {burst}"
+        );
     }
 }
