@@ -61,7 +61,7 @@ pub fn register(kvm: &dyn Registry, slot: u32, irq: &EventFd, queues: &[EventFd]
 /// Unregisters a slot's eventfds.
 ///
 /// # Errors
-/// KVM's first error. The other eventfds are unregistered nevertheless.
+/// KVM's first error. After an error, this function goes on and unregisters the other eventfds.
 pub fn unregister(kvm: &dyn Registry, slot: u32, irq: &EventFd, queues: &[EventFd]) -> Result<(), Error> {
     let mut result = Ok(());
     for (queue, notify) in (0u32..).zip(queues) {
@@ -98,7 +98,7 @@ mod tests {
             if self.fail_at == Some(number) {
                 return Err(Error::new(libc::ENOSPC));
             }
-            assert!(change(&mut self.registered.borrow_mut()), "call {number} changed nothing");
+            assert!(change(&mut self.registered.borrow_mut()), "call {number} must change the set of eventfds");
             Ok(())
         }
     }

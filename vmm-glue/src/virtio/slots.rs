@@ -69,8 +69,8 @@ pub enum Purpose {
 }
 
 impl Slots {
-    /// Creates empty slots: `device_slots` for any device, and `memory_slots` for memory devices. If that would be more
-    /// slots than a VM can have, fewer slots are created for any device.
+    /// Creates empty slots: `device_slots` for [`Purpose::Any`], and `memory_slots` for memory devices. If a VM cannot
+    /// have so many slots, creates fewer slots for [`Purpose::Any`].
     pub fn new(
         kvm: Arc<dyn Registry + Send + Sync>,
         memory: GuestMemory,
@@ -83,8 +83,8 @@ impl Slots {
         Self { kvm, memory, device_loop, slots, first_memory_slot: device_slots }
     }
 
-    /// Plugs a device into the first free slot for its purpose and returns the slot's number. Callers must not run
-    /// concurrently.
+    /// Plugs a device into the first free slot for its purpose and returns the slot's number. No two threads may call
+    /// this function at the same time.
     pub fn plug(&self, device: SharedDevice, purpose: Purpose) -> Result<u32, PlugError> {
         let range = match purpose {
             Purpose::Any => 0..self.first_memory_slot,

@@ -193,7 +193,7 @@ impl Driver {
                 bytes.extend(part);
                 left -= count;
             }
-            assert_eq!(left, 0, "the device reports more bytes than the chain has");
+            assert_eq!(left, 0, "the device reports more written bytes than the chain has writable bytes");
             self.free.extend(indices);
         }
         Some((head, bytes))
@@ -246,7 +246,7 @@ impl<D: VirtioDevice> Bench<D> {
                 return;
             }
         }
-        panic!("the device does not stop causing events");
+        panic!("the event loop still has events after 10000 iterations");
     }
 
     /// Runs the event loop until a condition is true, for devices with their own threads.

@@ -147,7 +147,7 @@ impl<H: Handler> Workers<H> {
         }
     }
 
-    /// Calls `idle` when no request of an earlier activation is being served any more. The caller must have called
+    /// Calls `idle` when all requests of earlier activations have ended. The caller must have called
     /// [`Workers::deactivate`].
     pub fn when_idle(&self, idle: OnIdle) {
         let mut pool = lock(&self.pool.state);

@@ -43,9 +43,9 @@ pub const SYNCFS: u32 = 50;
 /// FUSE_ROOT_ID.
 pub const ROOT: u64 = 1;
 
-/// Names that are not entries of the directory in which they are looked up. As paths, they refer to files of the tests'
-/// directory trees. These files are in the share (`file`, `dir/inner`, the symlinks `out`, `outfile` and `absolute`)
-/// and around the share (`../outside`, `../../far`).
+/// Names that are not entries of the directory in which the tests look them up. As paths, the names refer to files in
+/// the tests' directory trees. Some of these files are in the share (`file`, `dir/inner`, the symlinks `out`, `outfile`
+/// and `absolute`). Others are outside of the share (`../outside`, `../../far`).
 pub const HOSTILE_NAMES: [&str; 31] = [
     "",
     ".",
