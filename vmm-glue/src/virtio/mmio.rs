@@ -71,7 +71,7 @@ struct State {
     reset_complete: Condvar,
 }
 
-/// Register values that the driver has written.
+/// The registers of the driver, and the state of resets.
 struct Registers {
     status: u32,
     device_features: u64,
@@ -80,9 +80,9 @@ struct Registers {
     driver_features_sel: u32,
     queue_sel: u32,
     queues: Vec<Queue>,
-    /// Whether the device loop has to complete a reset.
+    /// Whether a reset of the active device has been requested, and is not complete.
     resetting: bool,
-    /// Number of resets that the device loop has completed.
+    /// Number of complete resets of the active device.
     resets: u64,
 }
 
@@ -129,7 +129,7 @@ impl MmioInterrupt {
     }
 
     /// Returns the causes of an interrupt. If vhost shares the eventfd, the VRING bit is always set, because vhost
-    /// cannot set it. Without the VRING bit, Linux's driver does not look at its queues (`vm_interrupt` in
+    /// cannot set this bit. Without the VRING bit, Linux's driver does not look at its queues (`vm_interrupt` in
     /// drivers/virtio/virtio_mmio.c).
     fn causes(&self) -> u32 {
         let shared = if self.shared.load(Ordering::SeqCst) { VIRTIO_MMIO_INT_VRING } else { 0 };

@@ -77,7 +77,7 @@ impl VirtioDevice for Probe {
         self.resets += 1;
     }
     fn when_idle(&mut self, idle: OnIdle) {
-        assert!(self.on_idle.is_none(), "a second reset has begun before the first one was complete");
+        assert!(self.on_idle.is_none(), "a second reset has begun before the first reset was complete");
         if self.busy { self.on_idle = Some(idle) } else { idle() }
     }
 }
@@ -103,7 +103,7 @@ fn transport() -> (Arc<Transport>, Arc<Mutex<Probe>>) {
     transport_on(&SHARED)
 }
 
-/// Waits until the device loop has run everything that was requested before.
+/// Waits until the device loop has run all earlier closures.
 fn settle(transport: &Transport) {
     let (done, wait) = channel();
     transport.device_loop.run(move || done.send(()).unwrap()).unwrap();
@@ -252,7 +252,7 @@ fn configuration_space_is_writable_only_after_driver_bit_is_set() {
     transport.write(u64::from(VIRTIO_MMIO_CONFIG), &[1, 2]);
     let mut data = [9; 8];
     transport.read(u64::from(VIRTIO_MMIO_CONFIG) + 1, &mut data);
-    assert_eq!(data, [0; 8], "the configuration space is writable before DRIVER is set");
+    assert_eq!(data, [0; 8], "the configuration space must not be writable before DRIVER is set");
     negotiate(&transport);
     transport.write(u64::from(VIRTIO_MMIO_CONFIG), &[1, 2]);
     transport.read(u64::from(VIRTIO_MMIO_CONFIG) + 1, &mut data);

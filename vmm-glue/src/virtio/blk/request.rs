@@ -161,7 +161,8 @@ impl Disk {
         if self.read_only { Err(Failure::Guest("the disk request writes to a read-only disk")) } else { Ok(()) }
     }
 
-    /// Returns the byte offset of `sector`. Fails if the range is beyond the end of the disk, or has a partial sector.
+    /// Returns the byte offset of `sector`. Fails if `length` is not a multiple of the sector size, or if the range of
+    /// `length` bytes from this offset goes beyond the end of the disk.
     fn offset(&self, sector: u64, length: u64) -> Result<u64, Failure> {
         if !length.is_multiple_of(SECTOR) {
             return Err(Failure::Guest("the length of the disk request is not a multiple of the sector size"));

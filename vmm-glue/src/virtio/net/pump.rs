@@ -118,7 +118,7 @@ impl QueuePair {
         frames: &mut u32,
     ) -> Result<bool, QueueFault> {
         self.rx.disable_notification(memory)?;
-        // Chains that were popped but not returned.
+        // Chains that have been popped, but have not been returned yet.
         let mut buffers: VecDeque<Chain<'_>> = VecDeque::new();
         let mut parts: Vec<libc::iovec> = Vec::new();
         let mut more = true;

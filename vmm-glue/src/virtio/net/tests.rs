@@ -284,7 +284,7 @@ fn exchange_many_frames(socket: &UnixDatagram, bench: &mut Bench<Net>) {
         bench.queues[1].add(&[&frame(MAC, round)], &[]);
         socket.send(&frame([9; 6], round)).unwrap();
         bench.run();
-        assert!(bench.queues[0].poll().is_some() && bench.queues[1].poll().is_some(), "the device must move frame {round}");
+        assert!(bench.queues[0].poll().is_some() && bench.queues[1].poll().is_some(), "the device lost frame {round}");
         assert_eq!(socket.recv(&mut [0; 2000]).unwrap(), VNET_HEADER_LEN + 14 + round);
     }
 }
