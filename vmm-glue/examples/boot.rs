@@ -87,7 +87,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// Copies standard input to the stream, and the stream to standard output, until the guest closes the stream.
+/// Copies standard input to the socket, and data from the socket to standard output, until the guest closes the
+/// connection.
 fn connect_stdio(stream: std::os::unix::net::UnixStream) -> io::Result<()> {
     let mut writer = stream.try_clone()?;
     std::thread::spawn(move || {

@@ -35,8 +35,8 @@ pub enum ConfigError {
         /// The allowed values.
         allowed: &'static str,
     },
-    /// An fd's position is beyond the end of the list, or is used twice.
-    #[error("invalid {what}: fd {index} was not received, or is used twice")]
+    /// An fd's position is beyond the end of the list, or another use has already taken the fd.
+    #[error("invalid {what}: the fd at position {index} of the received list is missing or already used")]
     Missing {
         /// Name of the fd.
         what: &'static str,
@@ -199,7 +199,7 @@ pub fn blk(config: &BlkConfig, file: OwnedFd) -> Result<File, ConfigError> {
 
 fn share(config: &ShareConfig) -> Result<(), ConfigError> {
     let tag = (1..=TAG_MAX).contains(&config.tag.len()) && !config.tag.contains('\0');
-    check_range(tag, "share.tag", &config.tag, "1 to 36 bytes")?;
+    check_range(tag, "share.tag", &config.tag, "1 to 36 bytes, without NUL")?;
     check_range((1..=64).contains(&config.workers), "share.workers", config.workers, "1 to 64")?;
     rate_limit("share.rate_limit", config.rate_limit)?;
     let root = Path::new(&config.root);
@@ -220,7 +220,7 @@ fn rate_limit(what: &'static str, limit: RateLimit) -> Result<(), ConfigError> {
 pub struct Fds(Vec<Option<OwnedFd>>);
 
 impl Fds {
-    /// Holds all fds that were received with a configuration.
+    /// Takes ownership of all fds that were received with a configuration.
     pub fn new(fds: Vec<OwnedFd>) -> Self {
         Self(fds.into_iter().map(Some).collect())
     }

@@ -38,8 +38,8 @@ pub enum Call {
     },
     /// Hot-plugs a network interface into a spare slot.
     AttachNet(NetConfig),
-    /// Gives an interface its vhost-net, which the VMM has requested ([`Notice::VhostRequested`]). The packet carries
-    /// open fds of `/dev/vhost-net`, one for each queue pair.
+    /// Moves an interface's data path to vhost-net. The VMM requests this with [`Notice::VhostRequested`]. The packet
+    /// carries open fds of `/dev/vhost-net`, one for each queue pair.
     StartVhost {
         /// The interface's MAC address.
         mac: [u8; 6],
@@ -109,7 +109,7 @@ pub enum Reply {
     Answer {
         /// The request's sequence number.
         seq: u64,
-        /// The result. An error is a text with the error and its causes.
+        /// The result. On failure, a string that contains the error message and the messages of its causes.
         result: Result<Answer, String>,
     },
     /// An unsolicited message.
@@ -123,8 +123,8 @@ pub enum Answer {
     Done,
     /// The VM has been created.
     Created {
-        /// A text with the restrictions that the VMM's jail lacks, because the host's kernel does not support these
-        /// restrictions. `None` if no restriction is missing.
+        /// A string that names the restrictions that the VMM's jail lacks, because the host's kernel does not support
+        /// these restrictions. `None` if no restriction is missing.
         unrestricted: Option<String>,
     },
     /// The requested item does not exist.
@@ -158,11 +158,11 @@ pub enum Notice {
         /// Time of the step: CLOCK_MONOTONIC in nanoseconds.
         at_ns: u64,
     },
-    /// The VMM is close to its fd limit, because it has an open file for each file that the guest knows. The guest
-    /// should forget unused files.
+    /// The VMM is close to its fd limit. virtio-fs keeps an fd open for each file that the guest has looked up and not
+    /// forgotten. The shim should make the guest forget unused files.
     FdShortage,
-    /// An interface has much traffic, which vhost-net should carry. The VMM sends this notice at most once for each
-    /// interface. The shim answers with [`Call::StartVhost`], or does not answer.
+    /// An interface has so much traffic that vhost-net should take over its queues. The VMM sends this notice at most
+    /// once for each interface. The shim answers with [`Call::StartVhost`], or does not answer.
     VhostRequested {
         /// The interface's MAC address.
         mac: [u8; 6],

@@ -124,7 +124,7 @@ fn attached(result: Result<u32, VmError>) -> Result<Answer, String> {
     result.map(|slot| Answer::Attached { slot }).map_err(|error| chain(&error))
 }
 
-/// Confines the process and creates the VM. Also returns a text with the restrictions that the jail lacks.
+/// Confines the process and creates the VM. If the jail lacks restrictions, also returns a string that names them.
 fn create(config: VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Result<(Vm, Option<String>), String> {
     let mut checked =
         config_check::check(config, fds).map_err(|error| format!("invalid VM configuration: {}", chain(&error)))?;

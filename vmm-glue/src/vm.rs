@@ -200,8 +200,8 @@ impl Vm {
         self.devices.pause()
     }
 
-    /// Opens a vsock connection to a port in the guest. `reply` gets the stream when the guest has accepted the
-    /// connection.
+    /// Opens a vsock connection to a port in the guest. `reply` gets the connected socket when the guest has accepted
+    /// the connection.
     pub fn connect(&self, port: u32, reply: vsock::Reply) {
         lock(&self.vsock).connect(port, reply);
     }

@@ -15,7 +15,7 @@ use crate::guest_memory::GuestMemory;
 pub struct VmGenId(EventFd);
 
 impl VmGenId {
-    /// Creates the interrupt of the VM Generation ID and connects this interrupt to KVM.
+    /// Creates an eventfd for the interrupt of the VM Generation ID, and registers it with KVM as an irqfd.
     pub fn new(vm: &VmFd) -> io::Result<Self> {
         let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         vm.register_irqfd(&irq, layout::VMGENID_GSI).map_err(|error| io::Error::from_raw_os_error(error.errno()))?;

@@ -49,7 +49,7 @@ impl Vmm {
         }
     }
 
-    /// Returns the notices that have arrived with answers so far.
+    /// Removes and returns the notices that arrived while the client waited for answers.
     pub fn take_notices(&mut self) -> VecDeque<Notice> {
         std::mem::take(&mut self.notices)
     }
@@ -73,7 +73,7 @@ impl Vmm {
     pub fn connect(&mut self, port: u32) -> Result<std::os::unix::net::UnixStream, CallError> {
         match self.call(Call::Connect { port }, &[])? {
             (Answer::Connected, mut fds) => fds.pop().map(Into::into).ok_or_else(|| {
-                CallError::Refused(format!("failed to connect to guest port {port}: the VMM sent no stream"))
+                CallError::Refused(format!("failed to connect to guest port {port}: the VMM's answer has no socket"))
             }),
             (other, _) => {
                 Err(CallError::Refused(format!("failed to connect to guest port {port}: unexpected answer {other:?}")))

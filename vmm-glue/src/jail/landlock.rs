@@ -82,7 +82,7 @@ impl Landlock {
         matches!(self, Self::Abi(OLDEST..))
     }
 
-    /// Returns a text with the restrictions that this kernel lacks. Returns `None` if no restriction is missing.
+    /// Returns a string that names the restrictions that this kernel lacks, or `None` if no restriction is missing.
     pub fn missing(self) -> Option<String> {
         let version = match self {
             Self::Abi(version @ OLDEST..) => version,
@@ -114,7 +114,7 @@ impl fmt::Display for Landlock {
 }
 
 /// Restricts this thread, and all threads that it starts later, to the directory `share`. Without a share, these
-/// threads can open no file. Returns a text with the restrictions that the kernel lacks, if any.
+/// threads can open no file. If the kernel lacks restrictions, returns a string that names these restrictions.
 ///
 /// # Errors
 /// [`LandlockError`]. If `required` is true, a kernel that cannot restrict access to files is an error.

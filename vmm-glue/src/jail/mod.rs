@@ -91,7 +91,7 @@ pub enum JailError {
 pub struct Entered {
     /// The files and the limit that the process opened or read before it entered the jail.
     pub belongings: Belongings,
-    /// A text with the restrictions that the host's kernel lacks. `None` if no restriction is missing.
+    /// A string that names the restrictions that the host's kernel lacks. `None` if no restriction is missing.
     pub unrestricted: Option<String>,
 }
 

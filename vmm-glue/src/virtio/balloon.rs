@@ -160,8 +160,8 @@ fn release_all(buffers: &Iov<'_>, policy: &ReleasePolicy) {
     }
 }
 
-/// Drops the pages that lie completely within a part of guest memory. After that, these pages read as zeroes. Drops no
-/// page if the part overlaps huge pages.
+/// Drops the pages that lie completely within a range of guest memory. After that, these pages read as zeroes. Drops no
+/// page if the range overlaps huge pages.
 fn release(start: *mut u8, len: usize, policy: &ReleasePolicy) {
     let skipped = start.align_offset(PAGE);
     let len = len.saturating_sub(skipped) & !(PAGE - 1);

@@ -54,8 +54,8 @@ pub enum ChainFault {
     Short,
 }
 
-/// The readable or the writable part of a chain, as an I/O vector for system calls. The vector points to guest memory
-/// that lives for `'m`.
+/// The readable or the writable buffers of a chain, as an I/O vector for system calls. The vector points to guest
+/// memory that lives for `'m`.
 #[derive(Debug, Clone)]
 pub struct Iov<'m> {
     parts: Vec<libc::iovec>,
@@ -137,8 +137,8 @@ impl<'m> Iov<'m> {
 
     fn slices(&self) -> impl Iterator<Item = VolatileSlice<'m>> + '_ {
         self.as_slice().iter().map(|part| {
-            // SAFETY: `push` takes each part from a slice that guest memory has checked, and `skip` and `truncate` only
-            // shrink parts. The borrow of `'m` keeps guest memory mapped.
+            // SAFETY: `push` takes each buffer from a slice that guest memory has checked, and `skip` and `truncate`
+            // only shrink buffers. The borrow of `'m` keeps guest memory mapped.
             unsafe { VolatileSlice::new(part.iov_base.cast(), part.iov_len) }
         })
     }

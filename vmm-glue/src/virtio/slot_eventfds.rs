@@ -1,5 +1,5 @@
-//! Registers the eventfds of a slot with KVM. One eventfd interrupts the guest. There is another eventfd for the
-//! notifications of each queue.
+//! Registers the eventfds of a slot with KVM. One eventfd interrupts the guest. Each queue has its own eventfd for the
+//! guest's notifications.
 //!
 //! KVM keeps an ioeventfd until it is unregistered, even if its fd is closed. If an ioeventfd stayed registered, the
 //! eventfds of the slot's next device could not be registered.
@@ -12,7 +12,7 @@ use crate::arch::layout;
 
 /// KVM's registry of eventfds.
 pub trait Registry {
-    /// Makes a signal of `fd` raise interrupt `gsi` (KVM_IRQFD).
+    /// Makes KVM raise interrupt `gsi` when `fd` is signalled (KVM_IRQFD).
     fn register_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), Error>;
     /// Undoes `register_irqfd` (KVM_IRQFD with KVM_IRQFD_FLAG_DEASSIGN).
     fn unregister_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), Error>;

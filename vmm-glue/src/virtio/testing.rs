@@ -130,7 +130,8 @@ impl Driver {
         self.memory.write_obj(next, GuestAddress(at.0 + 14)).unwrap();
     }
 
-    /// Makes a chain available by its head. The head's descriptor may have any content.
+    /// Writes the descriptor index `head` to the available ring and notifies the device. The descriptor may have any
+    /// content.
     pub fn offer(&mut self, head: u16) {
         let slot = self.avail_ring() + 4 + u64::from(self.avail % self.size) * 2;
         self.memory.write_obj(head, GuestAddress(slot)).unwrap();
@@ -144,7 +145,7 @@ impl Driver {
         self.notify.write(1).unwrap();
     }
 
-    /// Adds a chain of readable and then writable parts.
+    /// Makes a chain available. Its device-readable buffers precede its device-writable buffers.
     pub fn add(&mut self, readable: &[&[u8]], writable: &[usize]) -> u16 {
         let count = readable.len() + writable.len();
         let indices: Vec<u16> = (0..count).map(|_| self.free.pop().unwrap()).collect();

@@ -74,7 +74,7 @@ pub struct Device {
     pub queues: &'static [u16],
     /// Index of the queue that serves a valid request.
     pub queue: u16,
-    /// Returns the part of a valid request that the device reads, and the length of the answer.
+    /// Returns the bytes of a valid request that the device reads, and the length of the answer.
     pub request: fn() -> (Vec<u8>, u32),
 }
 

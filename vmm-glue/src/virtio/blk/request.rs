@@ -185,8 +185,8 @@ impl Disk {
             let parts = iov.as_slice();
             let at = libc::off_t::try_from(offset)
                 .map_err(|_| Failure::Guest("the offset of the disk request is too large"))?;
-            // SAFETY: the parts are checked guest memory, which stays mapped during the call. There are at most
-            // MAX_SEGMENTS (IOV_MAX) parts. preadv gets only parts that the device may write.
+            // SAFETY: the buffers are checked guest memory, which stays mapped during the call. There are at most
+            // MAX_SEGMENTS (IOV_MAX) buffers. preadv gets only buffers that the device may write.
             let result = unsafe { call(self.file.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, at) };
             match usize::try_from(result) {
                 // A transfer of 0 bytes means that the file has shrunk since the device was created.

@@ -218,9 +218,10 @@ fn passthrough_config(root_dir: String, fd_directory: File, guest_fd_limit: u64)
         // in the guest.
         announce_submounts: true,
         readdirplus: true,
-        // virtiofsd keeps one open fd, and no file handle, per inode that the guest knows. File handles would need
-        // CAP_DAC_READ_SEARCH, and with this capability a process can open any inode of the host, even from a jail.
-        // Moreover, every rootfs is on overlayfs, which supports file handles only with the mount option nfs_export.
+        // virtiofsd keeps an open fd, and no file handle, for each inode that the guest has looked up and not
+        // forgotten. File handles would need CAP_DAC_READ_SEARCH, and with this capability a process can open any inode
+        // of the host, even from a jail. Moreover, every rootfs is on overlayfs, which supports file handles only with
+        // the mount option nfs_export.
         inode_file_handles: InodeFileHandlesMode::Never,
         // Ignore O_DIRECT on the host, so that this flag bypasses only the guest's cache. The file systems in a share
         // (tmpfs, overlayfs, network file systems) may reject the flag or the alignment of a buffer.

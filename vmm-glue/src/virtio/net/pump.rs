@@ -162,8 +162,8 @@ impl QueuePair {
             }
             parts.clear();
             parts.extend(buffers.iter().flat_map(|chain| chain.writable.as_slice()).take(MAX_SEGMENTS));
-            // SAFETY: the parts are checked guest memory that the device may write. The memory stays mapped during the
-            // call. `take` limits the number of parts to IOV_MAX.
+            // SAFETY: the buffers are checked guest memory that the device may write. The memory stays mapped during
+            // the call. `take` limits the number of buffers to IOV_MAX.
             let result = unsafe { libc::readv(tap.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) };
             match usize::try_from(result) {
                 Ok(count) => {
@@ -239,8 +239,8 @@ fn send(tap: &File, mac: [u8; 6], mut packet: Iov<'_>, parts: &mut Vec<libc::iov
     parts.clear();
     parts.push(libc::iovec { iov_base: start.as_mut_ptr().cast(), iov_len: start.len() });
     parts.extend(packet.as_slice());
-    // SAFETY: the parts are `start`, which outlives the call, and checked guest memory, which stays mapped. writev only
-    // reads the parts. If there is one part more than IOV_MAX, the call fails.
+    // SAFETY: the buffers are `start`, which outlives the call, and checked guest memory, which stays mapped. writev
+    // only reads the buffers. If there is one buffer more than IOV_MAX, the call fails.
     if unsafe { libc::writev(tap.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) } < 0 {
         // Drop the frame, because a network device may lose frames. The call fails if the guest's header is invalid,
         // the interface is down, or the interface's queue is full.

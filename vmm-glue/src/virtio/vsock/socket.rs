@@ -38,8 +38,8 @@ pub fn send(socket: &OwnedFd, parts: &[libc::iovec]) -> io::Result<usize> {
 pub fn receive(socket: &OwnedFd, parts: &[libc::iovec]) -> io::Result<usize> {
     retry(|| {
         let mut message = message(parts);
-        // SAFETY: the pointers in `message` point to `parts`, which outlives the call. The parts are guest memory that
-        // the device may write, or a caller's buffer. Callers keep this memory valid.
+        // SAFETY: the pointers in `message` point to `parts`, which outlives the call. The buffers are guest memory
+        // that the device may write, or a caller's buffer. Callers keep this memory valid.
         unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) }
     })
 }

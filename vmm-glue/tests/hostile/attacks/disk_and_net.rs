@@ -1,4 +1,4 @@
-//! Attacks with requests to the disk, frames, and requests for entropy.
+//! Attacks with disk requests, network frames and entropy requests.
 
 use super::queues::desc;
 use super::{Attack, BLK, NET, RNG, disk_request};

@@ -57,7 +57,8 @@ pub fn attacks() -> Vec<Attack> {
         }),
         Attack::on_all("give all parts of a queue the same address", |guest, device| {
             with_queues(guest, device, |queue| (queue.avail, queue.used) = (queue.desc, queue.desc));
-            // A device accepts these addresses, because the VMM's boot data is in ordinary guest memory.
+            // The next addresses are in ordinary guest memory, which also holds the VMM's boot data. Therefore a device
+            // accepts these addresses.
             with_queues(guest, device, |queue| (queue.desc, queue.avail, queue.used) = (0, 0x1000, 0x2000));
         }),
         Attack::on_all("give queues impossible sizes", |guest, device| {

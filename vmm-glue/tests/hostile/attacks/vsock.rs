@@ -124,7 +124,7 @@ pub fn attacks() -> Vec<Attack> {
 /// connection ends.
 fn connect_and_write(vmm: &mut Vmm) {
     let mut stream = vmm.connect(PORT).expect("connect to the guest");
-    stream.set_nonblocking(true).expect("make the stream non-blocking");
+    stream.set_nonblocking(true).expect("make the socket non-blocking");
     // The guest may reset the connection at any time.
     while let Ok(1..) = stream.write(&[7; 65_536]) {}
     std::thread::spawn(move || {

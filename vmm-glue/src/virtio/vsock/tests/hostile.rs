@@ -110,7 +110,7 @@ fn connections_stay_bounded_if_the_guest_offers_no_receive_buffers() {
     let mut streams: Vec<_> = (0..MAX_CONNECTIONS as u32).map(|port| guest.open(port).1).collect();
     let refused = guest.connect(1).try_recv().unwrap();
     assert!(refused.is_err(), "the device opened more connections than the maximum");
-    // One client closes its stream, and the device sends SHUTDOWN in the only receive buffer. The connection is now an
+    // One client closes its socket, and the device sends SHUTDOWN in the only receive buffer. The connection is now an
     // orphan. The device keeps the orphan until a new connection needs its place.
     streams.pop();
     assert_eq!(guest.connections(), MAX_CONNECTIONS);
