@@ -57,8 +57,8 @@ impl PreparedSandbox {
         Ok(spec)
     }
 
-    /// Checks the process of an Exec request, which `process` contains as JSON. `own` is the process of the container's
-    /// specification.
+    /// Checks the process of an Exec request. `process` is this process as JSON. `own` is the process of the
+    /// container's specification.
     ///
     /// # Errors
     /// Fails if the agent refuses the request.

@@ -33,7 +33,7 @@ pub fn sha256(mut file: impl Read, mut block: impl FnMut(&[u8]) -> io::Result<()
     }))
 }
 
-/// Returns whether `text` is a digest as [`sha256`] returns it.
+/// Returns whether `text` has the form of the digests that [`sha256`] returns: 64 lower-case hexadecimal digits.
 pub fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }

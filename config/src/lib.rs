@@ -87,7 +87,8 @@ pub struct Config {
     pub virtio_fs_workers: u8,
     /// Whether the guest returns unused memory to the host (virtio-balloon).
     pub free_page_reporting: bool,
-    /// Whether the host's kernel forwards network frames if vhost-net is available.
+    /// Whether Husk uses vhost-net, if the host supports it. With vhost-net, the host's kernel forwards the frames of
+    /// an interface once the interface's traffic is high.
     pub vhost_net: bool,
     /// Rate limit of each disk.
     pub disk_rate_limit: RateLimit,

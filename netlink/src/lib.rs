@@ -109,8 +109,8 @@ pub fn nest(attributes: &[(u16, &[u8])]) -> Vec<u8> {
 }
 
 fn push_attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    // Only `nest` passes a value that is longer than MAX_VALUE. Its result is then also too long for an attribute, and
-    // `Message::finish` fails. Therefore, the wrong length is never sent.
+    // Only `nest` passes a value that is longer than MAX_VALUE. The result of `nest` is then also too long, and
+    // `Message::finish` fails. Therefore, the length `u16::MAX`, which is wrong for this value, is never sent.
     let length = u16::try_from(value.len() + 4).unwrap_or(u16::MAX);
     bytes.extend(length.to_ne_bytes());
     bytes.extend(kind.to_ne_bytes());

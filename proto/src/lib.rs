@@ -48,8 +48,8 @@ pub const SHARED_VOLUMES: &str = ".volumes";
 /// Tag of the virtio-fs device that serves the share.
 pub const SHARE_TAG: &str = "husk";
 
-/// Path prefix that stands for a namespace of the sandbox in the specification's `linux.namespaces[].path`. The
-/// namespace type follows, as in `/run/husk/ns/uts`.
+/// Path prefix. A path in the specification's `linux.namespaces[].path` that begins with this prefix stands for a
+/// namespace of the sandbox. The namespace type follows the prefix, as in `/run/husk/ns/uts`.
 ///
 /// A path with this prefix replaces the host's path, which has no meaning in the guest. If the specification has a path
 /// for a namespace type, the container joins the sandbox's namespace of this type.

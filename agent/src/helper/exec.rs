@@ -1,8 +1,8 @@
 //! Starts an exec in a container. The steps have the same order as in runc's `setns` init.
 //!
-//! libcontainer's exec builder loses the seccomp filter, the check of the supplementary groups and the order of the
-//! environment. Therefore this module uses only the parts of libcontainer that set resource limits, AppArmor profiles,
-//! capabilities and seccomp filters.
+//! libcontainer's exec builder does not apply the seccomp filter and does not check the supplementary groups. The
+//! builder also changes the order of the environment variables. Therefore this module uses only the parts of
+//! libcontainer that set resource limits, AppArmor profiles, capabilities and seccomp filters.
 
 use std::fs::File;
 use std::io::{self, Read, Write};

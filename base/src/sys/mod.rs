@@ -28,7 +28,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 /// an fd, the fd must be open and must have no owner.
 unsafe fn new_fd(result: impl TryInto<i32>) -> io::Result<OwnedFd> {
     match result.try_into() {
-        // SAFETY: the kernel has just returned this fd, and nothing else owns it, as the caller guarantees.
+        // SAFETY: the caller guarantees that the kernel has just returned this fd, and that nothing else owns the fd.
         Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
         _ => Err(io::Error::last_os_error()),
     }

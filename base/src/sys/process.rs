@@ -75,12 +75,13 @@ pub enum Cloned {
 /// The errors of clone(2).
 ///
 /// # Safety
-/// This process must have a single thread. Otherwise, the new process may do only what is async-signal-safe.
+/// If this process has more than one thread, the new process may call only async-signal-safe functions.
 pub unsafe fn clone_sibling() -> io::Result<Cloned> {
     let mut pidfd: libc::c_int = -1;
     let flags = libc::CLONE_PARENT | libc::CLONE_PIDFD | libc::SIGCHLD;
-    // SAFETY: without a stack and without CLONE_VM, the call is equivalent to fork(2), which is safe as the caller
-    // guarantees. In this process, the kernel stores a new fd in `pidfd`, and nothing else owns this fd.
+    // SAFETY: without a stack and without CLONE_VM, the call is equivalent to fork(2). The caller guarantees the
+    // conditions under which fork(2) is safe (see Safety). In this process, the kernel stores a new fd in `pidfd`, and
+    // nothing else owns this fd.
     match unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) } {
         0 => Ok(Cloned::Sibling),
         pid => match i32::try_from(pid) {

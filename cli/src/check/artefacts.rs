@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn digests_of_the_configuration_are_checked() {
+    fn image_is_compared_with_the_digest_in_the_configuration() {
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config { initrd: dir.path().join("i"), ..Config::default() };
         fs::write(&config.initrd, "070701").unwrap();

@@ -211,11 +211,15 @@ mod tests {
     }
 
     #[test]
-    fn find_skips_files_that_are_not_executable_and_output_reports_failures() {
+    fn find_skips_files_that_are_not_executable() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join(SHIM), "").unwrap();
         assert_eq!(find(dir.path().to_str().unwrap(), SHIM), None, "found a file that is not executable");
         assert_eq!(shim(dir.path().to_str().unwrap()).status, Status::Fail);
+    }
+
+    #[test]
+    fn failed_command_is_an_error() {
         assert_eq!(output(Path::new("/bin/echo"), &["a b"]).unwrap(), "a b\n");
         assert!(output(Path::new("/bin/false"), &[]).is_err());
         assert!(output(Path::new("/nowhere"), &[]).is_err());

@@ -1,4 +1,4 @@
-//! The jail of a VMM process, as /proc shows it.
+//! The confinement of a VMM or shim process, as /proc shows it.
 
 use std::{fs, path::Path};
 

@@ -68,7 +68,7 @@ fn refusal_is_short_and_escaped() {
 }
 
 #[test]
-fn attach_refuses_containers_with_input() {
+fn containers_with_input_are_refused_if_the_rule_attach_is_false() {
     let rules = json!({ "attach": false });
     assert_eq!(created(&rules, &container()), "");
     assert_eq!(
@@ -80,7 +80,7 @@ fn attach_refuses_containers_with_input() {
 }
 
 #[test]
-fn privileged_refuses_privileged_containers() {
+fn privileged_containers_are_refused_if_the_rule_is_false() {
     let privileged = Container { privilege: Some("the container has access to all devices"), ..container() };
     assert_eq!(created(&json!({ "privileged": true }), &privileged), "");
     assert_eq!(created(&json!({ "privileged": false }), &container()), "");

@@ -1,4 +1,5 @@
-//! Makes mounts read-only in the shim's mount namespace: the interfaces to the host's kernel that the shim only reads.
+//! Makes settings of the host's kernel read-only in the shim's mount namespace: sysfs, `/proc/sys` and others that the
+//! shim does not write.
 //!
 //! The read-only mounts protect against defects in the handling of paths. They do not stop an attacker who executes
 //! code in the shim, because the shim keeps CAP_SYS_ADMIN, with which the attacker can change mounts.

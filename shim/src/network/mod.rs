@@ -121,7 +121,7 @@ pub enum NetworkError {
     /// The kernel rejected an operation.
     #[error("pod network: failed to {step}")]
     Kernel {
-        /// The operation, as a verb with its object.
+        /// The operation that failed. The text completes the error message after "failed to".
         step: String,
         /// The cause.
         #[source]

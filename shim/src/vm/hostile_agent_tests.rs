@@ -191,7 +191,11 @@ async fn huge_texts_of_the_agent_are_shortened() {
         agent
     });
     let release = agent.setup(&SetupRequest::new(), Duration::from_secs(5)).await.unwrap();
-    assert!(release.len() <= 3 * 256 && !release.contains('\x1b'));
+    assert!(
+        release.len() <= 3 * 256 && !release.contains('\x1b'),
+        "the kernel release has {} bytes (the limit is 768), or contains an escape character",
+        release.len()
+    );
     let error = sync(&agent).await.unwrap_err();
     let text = crate::chain(&error);
     assert!(

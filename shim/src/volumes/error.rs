@@ -35,7 +35,7 @@ pub enum VolumeError {
         mount_source: String,
         /// The mount point in the container.
         destination: String,
-        /// The operation: a verb with its object.
+        /// The operation that failed. The text completes the error message after "failed to".
         step: &'static str,
         /// The cause.
         #[source]

@@ -84,7 +84,8 @@ impl<'a> Tree<'a> {
     fn push_children(&self, parent: &'a Entry, into: &mut Vec<&'a Entry>) {
         let mut last: Option<&Path> = None;
         for child in self.children(parent) {
-            // Skip a child if another child covers the mount point.
+            // Skip a child if another child is mounted at the same mount point, or at a directory above this mount
+            // point.
             if !last.is_some_and(|last| child.point.starts_with(last)) {
                 last = Some(&child.point);
                 into.push(self.top(child));

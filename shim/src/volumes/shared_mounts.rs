@@ -43,7 +43,8 @@ pub fn markers_dir(share: &Path, id: &str) -> PathBuf {
     share.join(id).join("mounts")
 }
 
-/// A failed step (a verb with its object) and its error.
+/// A failed step and its error. The text completes an error message that begins with "failed to", for example "attach
+/// the mount".
 pub type Step = (&'static str, io::Error);
 
 /// Creates a marker of container `id` for the mount with the key `key`. Returns the mount's name. If no mount has this
@@ -107,7 +108,7 @@ pub fn add_receiving((share, id): (&Path, &str), name: &str, directory: bool, tr
 }
 
 /// Removes the markers of container `id`, and each marked mount that no other container uses. Passes the result of each
-/// step to `report`. May be called repeatedly.
+/// step to `report`. The caller may call this function again, for example after a step has failed.
 pub fn release(share: &Path, id: &str, mut report: impl FnMut(&Path, io::Result<()>)) {
     let markers = markers_dir(share, id);
     let names = fs::read_dir(&markers)

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 /// First landlock ABI that the VMM can use.
 const USABLE: i64 = 2;
-/// First landlock ABI that has all restrictions for the VMM.
+/// First landlock ABI that supports every restriction that Husk applies to the VMM.
 const COMPLETE: i64 = 6;
 
 /// Returns the ABI version of the node's landlock, or 0.
@@ -58,7 +58,7 @@ mv one/file two/moved && ln two/moved one/linked && ln -s two one/symlink && mkf
 rm -r one && echo used"#;
 
 #[test]
-fn landlock_allows_files_of_later_mount_but_not_of_unmounted_volume() {
+fn landlock_allows_files_of_later_submount_but_not_of_unmounted_submount() {
     case("landlock", |case| {
         let dir = case.dir().join("volume");
         let (gone, later) = (dir.join("gone"), dir.join("later"));

@@ -66,8 +66,8 @@ fn indexes(dir: &Path) -> Vec<PathBuf> {
 /// Whether a version is yanked. `None` if cargo's copy of the index does not have the version.
 ///
 /// The index has a file for each crate. The file has a header, and then the number and the JSON of each version,
-/// separated by NUL. The format is internal to cargo (`src/cargo/sources/registry/index/cache.rs`). Therefore parts
-/// that are not JSON are skipped.
+/// separated by NUL. The format is internal to cargo (`src/cargo/sources/registry/index/cache.rs`) and can change.
+/// Therefore this function ignores the header and the version numbers, and reads only the JSON parts.
 fn yanked(index: &Path, name: &str, version: &str) -> Option<bool> {
     #[derive(Deserialize)]
     struct Entry {

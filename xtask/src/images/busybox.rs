@@ -32,7 +32,8 @@ extra:x:2000:tester
 nogroup:x:65534:
 ";
 
-/// A script for tests of the PATH look-up. Only the PATH of this image has the script's directory.
+/// A script for tests of the PATH look-up. The script's directory, `/opt/tools`, is in the PATH of this image's
+/// configuration. The directory is not in the PATH of the other images.
 const GREET: &str = "#!/bin/sh\necho \"greetings from $0\"\n";
 
 /// The inputs of the image.

@@ -50,8 +50,8 @@ pub fn build(out_dir: &Path) -> Result<Vec<PathBuf>> {
     ])
 }
 
-/// Builds the images whose containers build images. [`build`] does not build these images, because they have several
-/// hundred megabytes and only one suite uses them.
+/// Builds the images that contain an image builder (Docker's daemon, buildah). [`build`] does not build these images,
+/// because each is several hundred megabytes in size and only one suite uses them.
 ///
 /// # Errors
 /// Fails if mmdebstrap is missing or a file cannot be written.

@@ -22,7 +22,7 @@ const HEADER: &str = "\
 pub struct KnownUse {
     /// The crate's name, with `_` in place of `-`.
     pub krate: String,
-    /// The parent of the two modules: `crate`, or a path such as `crate::NAME`.
+    /// The module whose two children form this use: `crate`, or a path such as `crate::NAME`.
     pub within: String,
     /// The using and the used module, as "FROM > TO".
     pub pair: String,

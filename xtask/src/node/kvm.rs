@@ -118,8 +118,8 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: `new` made the mapping. The VM that used the mapping no longer exists: it was declared later, and
-        // therefore dropped earlier.
+        // SAFETY: `new` made the mapping. In `run_loop`, the VM is declared after the `Memory` value. Rust drops local
+        // variables in reverse order, so the VM is dropped before this unmapping.
         unsafe { libc::munmap(self.0, MEMORY) };
     }
 }

@@ -30,8 +30,8 @@ const DRIVERS: [&str; 4] = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"
 
 /// The files from which QEMU boots the node.
 pub struct Node {
-    /// The disk with the root file system. If `keep` of `Boot` is set, QEMU writes to the disk itself, and otherwise to
-    /// a snapshot.
+    /// The disk with the root file system. If `Boot::keep` is set, QEMU writes to this file. Otherwise QEMU writes to a
+    /// temporary snapshot, and this file does not change.
     pub disk: PathBuf,
     /// Debian's kernel.
     pub kernel: PathBuf,
@@ -134,8 +134,8 @@ fn unpack_modules(tree: &Path) -> Result<()> {
     cmd::logged("node", "node-depmod", Command::new("chroot").arg(tree).args(["depmod", &release]))
 }
 
-/// Returns the wanted modules and their dependencies, in load order, from the text of modules.dep. Modules that
-/// modules.dep does not list are built into the kernel.
+/// Returns the wanted modules and their dependencies, in load order, from the text of modules.dep. Skips a module that
+/// modules.dep does not list, because such a module is built into the kernel.
 fn with_dependencies<'a>(list: &'a str, wanted: &[&str]) -> Vec<&'a str> {
     let mut all: Vec<&str> = Vec::new();
     for name in wanted {

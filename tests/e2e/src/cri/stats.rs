@@ -50,7 +50,8 @@ fn usage_on_node(group: &Path) -> (u64, u64) {
 }
 
 /// Requires that the reported CPU time and working set lie between the values measured before and after the report.
-/// The working set may have grown or shrunk in between, and may differ by [`TOLERANCE`].
+/// The working set can grow or shrink between the two measurements. Therefore the measured values are accepted in
+/// either order, and the range is extended by [`TOLERANCE`] at both ends.
 #[track_caller]
 fn assert_between(reported: &Value, before: (u64, u64), after: (u64, u64)) {
     let cpu = value(&reported["cpu"]["usage_core_nano_seconds"]);

@@ -66,11 +66,13 @@ fn users() {
                 groups.sort_unstable();
                 groups
             };
-            group.check("SupplementalGroupsPolicy: merged with the image's", || {
+            group.check("SupplementalGroupsPolicy Merge: the groups of the pod and of the image's /etc/group", || {
                 assert_eq!(groups("Merge"), [29, 44, 1000, 2000, 3001]);
             });
             if call("Status", &json!({}))["features"]["supplemental_groups_policy"] == true {
-                group.check("SupplementalGroupsPolicy: strict", || assert_eq!(groups("Strict"), [1000, 3001]));
+                group.check("SupplementalGroupsPolicy Strict: only the pod's groups", || {
+                    assert_eq!(groups("Strict"), [1000, 3001]);
+                });
             }
             group.check("a read-only rootfs", || {
                 let read_only = |config: &mut Value| security_context(config)["readonly_rootfs"] = json!(true);

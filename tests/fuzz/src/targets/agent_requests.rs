@@ -155,7 +155,7 @@ pub fn run(bytes: &[u8]) {
         mounts: vec![husk_proto::agent::Mount { options: input.mount_options, ..Default::default() }],
         ..Default::default()
     };
-    let sandbox = PreparedSandbox::new(&setup).expect("accept a valid policy");
+    let sandbox = PreparedSandbox::new(&setup).expect("prepare the sandbox with valid policies");
     let spec = input.raw.unwrap_or_else(|| input.specification.json().to_string().into_bytes());
     update(&spec);
     let options = CreateOptions { spec: spec.clone(), rootfs: input.rootfs.text().to_owned(), ..Default::default() };

@@ -1,4 +1,4 @@
-//! Fuzzes the bytes that systemd sends to the shim on its private socket: the reply to AUTH, and D-Bus messages.
+//! Fuzzes the bytes that the shim receives on systemd's private socket: the reply to AUTH, and D-Bus messages.
 
 use std::io::Write;
 use std::net::Shutdown;
@@ -95,7 +95,7 @@ pub fn run(bytes: &[u8]) {
     for part in input.parts.iter().take(16) {
         let _ = theirs.write_all(&encode(part));
     }
-    theirs.shutdown(Shutdown::Write).expect("end the messages");
+    theirs.shutdown(Shutdown::Write).expect("shut down the sending side of the socket");
     let Ok(mut connection) = Connection::over(ours, Instant::now() + Duration::from_secs(10)) else { return };
     while connection.run_job("a.scope", "StopUnit", "ss", Body::default().text("a.scope").text("replace")).is_ok() {}
 }
