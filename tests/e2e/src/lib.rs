@@ -13,6 +13,7 @@ pub mod cri;
 pub mod disk;
 pub mod dns;
 pub mod events;
+pub mod figures;
 pub mod grpc;
 pub mod leftovers;
 pub mod node;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use husk_e2e::bench::median;
 use husk_e2e::cri::pod::need_image;
 use husk_e2e::cri::{Pod, PodContainer, pods};
+use husk_e2e::figures::print_figure;
 use husk_e2e::{PYTHON, containerd_log, node};
 use serde_json::json;
 
@@ -120,11 +121,14 @@ fn hostile_pod_neither_starves_its_neighbour_nor_floods_the_log() {
         let lines = containerd_log::since(log);
         let rounds = attacker.sh("cd /dev/shm; grep . *");
 
-        println!("latency of an exec in the neighbour pod, in ms: {}", describe(&quiet));
-        println!("during the attack of {} s: {}", duration.as_secs(), describe(&attacked));
-        println!("rounds of the attacks:\n{rounds}");
+        print_figure(format_args!("latency of an exec in the neighbour pod, in ms: {}", describe(&quiet)));
+        print_figure(format_args!("during the attack of {} s: {}", duration.as_secs(), describe(&attacked)));
+        print_figure(format_args!("rounds of the attacks:\n{rounds}"));
         let of_attacker = lines.lines().filter(|line| line.contains(&hostile.id)).count();
-        println!("containerd's log has grown by {} lines, {of_attacker} of the attacker", lines.lines().count());
+        print_figure(format_args!(
+            "containerd's log has grown by {} lines, {of_attacker} of the attacker",
+            lines.lines().count()
+        ));
         for name in ["connections", "files", "kernel-log", "rebind", "boot-marks", "console"] {
             let count = rounds.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
             let count: u64 = count.unwrap_or_default().parse().unwrap_or(0);
@@ -187,7 +191,7 @@ fn hostile_pod_that_runs_out_of_memory_again_and_again_logs_few_lines() {
         let killed = node::eventually(Duration::from_secs(300), killed);
         let lines = containerd_log::since(log);
         let of_pod = lines.lines().filter(|line| line.contains(&pod.id)).count();
-        println!("20 OOM kills have caused {of_pod} lines in containerd's log");
+        print_figure(format_args!("20 OOM kills have caused {of_pod} lines in containerd's log"));
         assert!(killed.is_some(), "the container was not killed 20 times:\n{}", container.log());
         assert!(of_pod < 100, "{of_pod} lines:\n{}", ends(&lines));
     });

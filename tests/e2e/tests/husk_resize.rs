@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use husk_e2e::cri::pod::text;
 use husk_e2e::cri::{Pod, PodContainer, call, pods};
+use husk_e2e::figures::print_figure;
 use husk_e2e::{node, vm};
 use serde_json::{Value, json};
 
@@ -190,7 +191,10 @@ fn oom_kill_at_pod_limit_stays_in_guest() {
         let other = container(&pod, 500, 128);
         let inside: u64 = other.sh("cat /sys/fs/cgroup/memory.current").parse().unwrap();
         let outside: u64 = read(&parent, "memory.current").parse().unwrap();
-        println!("memory of the idle pod outside the container's cgroup: {} MiB", outside.saturating_sub(inside) / MIB);
+        print_figure(format_args!(
+            "memory of the idle pod outside the container's cgroup: {} MiB",
+            outside.saturating_sub(inside) / MIB
+        ));
         // The script also writes a file, because the host's page cache for the file is charged to the pod.
         let script = "dd if=/dev/zero of=/file bs=1M count=64; exec dd if=/dev/zero of=/dev/null bs=300M count=1";
         let mut config = pod.sh(script);
@@ -205,12 +209,12 @@ fn oom_kill_at_pod_limit_stays_in_guest() {
         assert_eq!(other.sh("echo alive"), "alive");
         let events = read(&parent, "memory.events");
         assert!(events.contains("oom_kill 0"), "{events}");
-        println!(
+        print_figure(format_args!(
             "peak {} MiB of {} MiB, PSS of the VMM in KiB: {:?}",
             read(&parent, "memory.peak").parse::<u64>().unwrap() / MIB,
             allowed / MIB,
             vm::memory(pod.pid()).unwrap()
-        );
+        ));
         pod.stop();
         pod.remove();
     });
@@ -250,7 +254,7 @@ fn vm_survives_walk_over_many_files() {
         let events = read(&parent, "memory.events");
         assert!(pod.is_ready() && events.contains("oom_kill 0"), "{events}");
         let peak: u64 = read(&parent, "memory.peak").parse().unwrap();
-        println!("{FILES} files, peak {} MiB of {} MiB", peak / MIB, allowed / MIB);
+        print_figure(format_args!("{FILES} files, peak {} MiB of {} MiB", peak / MIB, allowed / MIB));
         // The guest has forgotten files (FUSE FORGET), and can look up these files again.
         assert_eq!(walker.sh("cat /data/1/* | wc -c; ls /data/0 | wc -l"), "1000\n1000");
     });

@@ -3,6 +3,7 @@ use std::fs;
 use std::time::Duration;
 
 use husk_e2e::command::run_ctr;
+use husk_e2e::figures::print_figure;
 use husk_e2e::node::Config;
 use husk_e2e::{case, node, vm};
 use nix::sys::signal::{Signal, kill};
@@ -162,7 +163,10 @@ fn idle_vmm_takes_at_most_8_mib_in_addition_to_guest_memory() {
             "the VMM's PSS without guest memory is {} KiB, expected at most 8 MiB\n{smaps}",
             memory.other
         );
-        println!("VMM: {} KiB without guest memory, {} KiB of guest memory", memory.other, memory.guest);
+        print_figure(format_args!(
+            "VMM: {} KiB without guest memory, {} KiB of guest memory",
+            memory.other, memory.guest
+        ));
         container.kill();
     });
 }
