@@ -46,10 +46,24 @@ pub struct Streams {
 impl Streams {
     /// Accepts streams until the listener fails.
     pub async fn serve(self, listener: Listener) {
+        let listener = Arc::new(listener);
+        let accept = || {
+            let listener = Arc::clone(&listener);
+            async move { listener.accept().await }
+        };
+        self.serve_connections(accept).await;
+    }
+
+    /// Calls `accept` for each stream until it fails. Does not call `accept` while `MAX_PENDING` connections wait for
+    /// their header.
+    async fn serve_connections<F>(self, mut accept: impl FnMut() -> F)
+    where
+        F: Future<Output = io::Result<OwnedFd>>,
+    {
         let slots = Arc::new(Semaphore::new(MAX_PENDING));
         loop {
             let Ok(slot) = slots.clone().acquire_owned().await else { return };
-            let stream = match listener.accept().await {
+            let stream = match accept().await {
                 Ok(stream) => stream,
                 Err(error) => {
                     tracing::error!("failed to accept a connection to the stream port: {error}");
@@ -150,6 +164,38 @@ mod tests {
         assert!(waiting.await.unwrap().unwrap().is_some());
         assert!(streams.take("").await.unwrap().is_none());
         assert!(matches!(streams.take("x").await, Err(StreamError::Token(_))));
+    }
+
+    #[tokio::test]
+    async fn serve_accepts_no_more_than_the_maximum_of_silent_connections() {
+        let (sender, mut accepted) = tokio::sync::mpsc::unbounded_channel();
+        let accept = move || {
+            let (near, far) = UnixStream::pair().unwrap();
+            far.set_nonblocking(true).unwrap();
+            sender.send(near).unwrap();
+            std::future::ready(Ok(far.into()))
+        };
+        let server = tokio::spawn(Streams::default().serve_connections(accept));
+        let mut silent = Vec::new();
+        for _ in 0..MAX_PENDING {
+            silent.push(accepted.recv().await.unwrap());
+        }
+        tokio::task::yield_now().await;
+        assert!(accepted.try_recv().is_err(), "more than {MAX_PENDING} silent connections were accepted");
+        drop(silent.pop());
+        assert!(accepted.recv().await.is_some());
+        server.abort();
+    }
+
+    #[test]
+    fn insert_rejects_streams_that_exceed_the_limit() {
+        let streams = Streams::default();
+        for token in 0..=MAX_PENDING as u64 {
+            streams.insert(token, UnixStream::pair().unwrap().0.into());
+        }
+        let ready = &lock(&streams.table).ready;
+        assert_eq!(ready.len(), MAX_PENDING);
+        assert!(!ready.contains_key(&(MAX_PENDING as u64)), "the last stream replaced an earlier stream");
     }
 
     #[tokio::test]

@@ -88,6 +88,9 @@ pub fn report(series: &[Series], steps: &[StepTime], weights: &[(&str, MemoryUse
         let runs = seconds.len();
         let _ = writeln!(text, "| {name} | {middle:.2} s | {fastest:.2} s | {slowest:.2} s | {runs} | {ratio} |");
     }
+    if let Some(cost) = jail_cost(series, weights) {
+        let _ = writeln!(text, "\n{cost}");
+    }
     if !steps.is_empty() {
         let _ = writeln!(text, "\n| Husk's start | since `ctr` began | since the previous step |");
         let _ = writeln!(text, "| --- | ---: | ---: |");
@@ -108,9 +111,40 @@ pub fn report(series: &[Series], steps: &[StepTime], weights: &[(&str, MemoryUse
     text
 }
 
+/// Describes the cost of the jail: what Husk with the jail needs in addition to a build without the jail. Returns `None`
+/// if one of the two was not measured.
+///
+/// The difference in time is the median over the rounds, because the two starts of a round run one after the other.
+fn jail_cost(series: &[Series], weights: &[(&str, MemoryUse)]) -> Option<String> {
+    let seconds = |name: &str| series.iter().find(|one| one.name == name).map(|one| &one.seconds);
+    let memory = |name: &str| weights.iter().find(|(one, _)| *one == name).map(|(_, memory)| memory);
+    let (with, without) = (seconds("husk")?, seconds("unjailed")?);
+    let differences: Vec<f64> = with.iter().zip(without).map(|(with, without)| with - without).collect();
+    let mut text =
+        format!("The jail adds {:+.1} % to the median start", 100.0 * median(&differences) / median(without));
+    if let (Some(with), Some(without)) = (memory("husk"), memory("unjailed")) {
+        let kib = |memory: &MemoryUse| (memory.vmm + memory.shim + memory.launcher) as f64;
+        let _ = write!(text, ", and {:+.2} MiB to the memory of a pod", (kib(with) - kib(without)) / 1024.0);
+    }
+    Some(text + ".")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn jail_cost_compares_the_runs_of_each_round() {
+        let series = [
+            Series { name: "husk", seconds: vec![1.02, 2.02, 9.0] },
+            Series { name: "unjailed", seconds: vec![1.0, 2.0, 3.0] },
+        ];
+        let memory = |vmm| MemoryUse { vmm, shim: 3072, launcher: 512, guest: 80_000 };
+        let weights = [("husk", memory(2048)), ("unjailed", memory(1536))];
+        let text = jail_cost(&series, &weights).unwrap();
+        assert_eq!(text, "The jail adds +1.0 % to the median start, and +0.50 MiB to the memory of a pod.");
+        assert_eq!(jail_cost(&series[..1], &weights), None);
+    }
 
     #[test]
     fn median_handles_odd_and_even_counts() {
