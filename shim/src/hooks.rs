@@ -1,6 +1,7 @@
 //! Runs OCI hooks on the host. For example, nerdctl sets up a container's network in a hook.
 
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::Duration;
 
 use husk_base::sys::fd::set_nonblocking;
@@ -96,11 +97,13 @@ pub async fn run(launcher: &Launcher, kind: &'static str, hooks: &[Hook], state:
     if hooks.is_empty() {
         return Ok(());
     }
-    let state = serde_json::to_vec(state).map_err(HookError::Encode)?;
+    let input = serde_json::to_vec(state).map_err(HookError::Encode)?;
+    // After the container's end, containerd may have removed the bundle.
+    let bundle = Some(Path::new(state.bundle)).filter(|bundle| bundle.is_dir());
     for (index, hook) in hooks.iter().enumerate() {
         let timeout = hook.timeout.filter(|t| *t > 0).map_or(DEFAULT_TIMEOUT, Duration::from_secs);
         let path = hook.path.display().to_string();
-        match tokio::time::timeout(timeout, run_one(launcher, hook, &state)).await {
+        match tokio::time::timeout(timeout, run_one(launcher, hook, bundle, &input)).await {
             Err(_) => return Err(HookError::Timeout { kind, index, path, timeout }),
             Ok(Err(source)) => return Err(HookError::Run { kind, index, path, source }),
             Ok(Ok((status, _, _))) if status.success() => {}
@@ -115,6 +118,7 @@ pub async fn run(launcher: &Launcher, kind: &'static str, hooks: &[Hook], state:
 async fn run_one(
     launcher: &Launcher,
     hook: &Hook,
+    bundle: Option<&Path>,
     state: &[u8],
 ) -> std::io::Result<(std::process::ExitStatus, String, String)> {
     if !hook.path.is_absolute() {
@@ -131,7 +135,10 @@ async fn run_one(
         path: &hook.path,
         arg0,
         args,
-        env: Some(hook.env.iter().filter_map(|pair| pair.split_once('=')).collect()),
+        // As under runc, a hook without an environment inherits the runtime's environment, and a hook runs in the
+        // container's bundle.
+        env: (!hook.env.is_empty()).then(|| hook.env.iter().filter_map(|pair| pair.split_once('=')).collect()),
+        cwd: bundle,
         fds: &[stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
         kill_on_drop: true,
     };
@@ -190,6 +197,19 @@ mod tests {
         );
         let error = run(of_tests(), "poststart", &[hook("echo no >&2; exit 3")], &state(&none)).await.unwrap_err();
         assert!(error.to_string().contains("stderr: no"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn hook_runs_in_the_bundle_and_inherits_the_environment_if_it_has_none() {
+        let bundle = tempfile::tempdir().unwrap();
+        let none = Annotations::default();
+        let state = State { bundle: bundle.path().to_str().unwrap(), ..state(&none) };
+        let mut bare = hook("echo $PATH > inherited");
+        bare.env.clear();
+        run(of_tests(), "prestart", &[hook("echo $PATH > own"), bare], &state).await.unwrap();
+        let read = |name| std::fs::read_to_string(bundle.path().join(name)).unwrap();
+        assert_eq!(read("own"), "/usr/bin:/bin\n");
+        assert_eq!(read("inherited").trim(), std::env::var("PATH").unwrap());
     }
 
     #[tokio::test]

@@ -8,6 +8,7 @@ mod mounts;
 pub mod seccomp;
 
 use std::io;
+use std::os::fd::OwnedFd;
 
 use husk_vmm::config::SeccompMode;
 use husk_vmm::jail::UNJAILED;
@@ -33,16 +34,17 @@ pub enum ConfinementError {
 }
 
 /// Confines this process, which must have a single thread and its own mount namespace. Threads that start later inherit
-/// the confinement. Does nothing in a build without a jail, which only benchmarks use.
+/// the confinement. Does nothing in a build without a jail, which only benchmarks use. Returns the read end of a pipe,
+/// to which the process writes a line for each system call that its filter refuses.
 ///
 /// # Errors
 /// [`ConfinementError`]. After an error, the process may be confined only in part.
-pub fn enter(mode: SeccompMode) -> Result<(), ConfinementError> {
+pub fn enter(mode: SeccompMode) -> Result<Option<OwnedFd>, ConfinementError> {
     if UNJAILED {
-        return Ok(());
+        return Ok(None);
     }
     mounts::protect()?;
     capabilities::reduce().map_err(ConfinementError::Capabilities)?;
     prctl::set_no_new_privs().map_err(|errno| ConfinementError::NoNewPrivileges(errno.into()))?;
-    Ok(seccomp::load(mode)?)
+    Ok(Some(seccomp::load(mode)?))
 }

@@ -19,7 +19,11 @@ const WRITABLE: [&str; 7] = ["cgroup", "cgroup2", "cpuset", "devpts", "devtmpfs"
 const PROC: &str = "/proc";
 /// Files and directories of procfs that change the host's kernel. The rest of procfs stays writable, because the shim
 /// writes `oom_score_adj` and user id maps.
-const PROC_KERNEL: [&str; 8] = ["acpi", "bus", "fs", "irq", "mtrr", "scsi", "sys", "sysrq-trigger"];
+const PROC_KERNEL: [&str; 10] =
+    ["acpi", "bus", "dynamic_debug", "fs", "irq", "latency_stats", "mtrr", "scsi", "sys", "sysrq-trigger"];
+/// Beginnings of the types of file systems whose access can hang or fail, because another program or another node serves
+/// them.
+const REMOTE: [&str; 9] = ["9p", "afs", "beegfs", "ceph", "cifs", "fuse", "lustre", "nfs", "smb"];
 
 /// A failure to make a mount read-only.
 #[derive(Debug, thiserror::Error)]
@@ -37,9 +41,19 @@ pub fn protect() -> Result<(), MountError> {
         let path = path.to_owned();
         move |source| MountError { path, source }
     };
-    for mount in mountinfo::read().map_err(error(Path::new("/proc/thread-self/mountinfo")))? {
-        if is_kernel_interface(&mount) {
-            make_read_only(&mount).map_err(error(&mount.point))?;
+    let read = || mountinfo::read().map_err(error(Path::new("/proc/thread-self/mountinfo")));
+    let mounts = read()?;
+    for mount in mounts.iter().filter(|mount| is_kernel_interface(mount)) {
+        if is_below_remote(mount, &mounts) {
+            // The path leads through a file system that can hang. A program that has mounted the interface there can
+            // use it without Husk.
+            tracing::debug!("{} stays writable, because it is below a remote file system", mount.point.display());
+            continue;
+        }
+        let Err(source) = make_read_only(mount) else { continue };
+        // The host may have unmounted the mount in the meantime.
+        if read()?.iter().any(|now| now.id == mount.id) {
+            return Err(error(&mount.point)(source));
         }
     }
     for name in PROC_KERNEL {
@@ -53,6 +67,14 @@ fn is_kernel_interface(mount: &Entry) -> bool {
     HostOnly::is_type(&mount.kind)
         && !WRITABLE.contains(&mount.kind.as_str())
         && !(mount.kind == "proc" && mount.point == Path::new(PROC))
+}
+
+/// Returns whether the path of a mount leads through a remote file system.
+fn is_below_remote(mount: &Entry, mounts: &[Entry]) -> bool {
+    // If the root is remote, nothing of the node works while the root hangs.
+    let is_remote =
+        |other: &&Entry| other.point != Path::new("/") && REMOTE.iter().any(|kind| other.kind.starts_with(kind));
+    mounts.iter().filter(is_remote).any(|other| mount.point != other.point && mount.point.starts_with(&other.point))
 }
 
 fn make_read_only(mount: &Entry) -> io::Result<()> {
@@ -88,6 +110,28 @@ mod tests {
 
     use super::*;
     use crate::volumes::test_support::isolated;
+
+    #[test]
+    fn is_below_remote_looks_at_the_mounts_on_the_path() {
+        let entry = |point: &str, kind: &str| Entry {
+            id: 1,
+            parent: 1,
+            device: 1,
+            root: "/".into(),
+            point: point.into(),
+            kind: kind.into(),
+        };
+        let mounts = [entry("/", "nfs"), entry("/home", "nfs4"), entry("/mnt/a", "fuse.sshfs")];
+        for (point, below) in [
+            ("/home/chroot/proc", true),
+            ("/mnt/a/sys", true),
+            ("/mnt/ab/sys", false),
+            ("/home2/proc", false),
+            ("/sys", false),
+        ] {
+            assert_eq!(is_below_remote(&entry(point, "proc"), &mounts), below, "{point}");
+        }
+    }
 
     fn opens_for_writing(path: &str) -> Result<(), Option<i32>> {
         OpenOptions::new().write(true).open(path).map(drop).map_err(|error| error.raw_os_error())

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use husk_base::sys::heap;
 use husk_vmm::config::SeccompMode;
+use tokio::net::unix::pipe;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use ttrpc::asynchronous::Server;
@@ -26,6 +27,7 @@ use crate::sandbox::launch::{self, DeferredLaunch, LaunchContext};
 use crate::sandbox::state_dir::StateDir;
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{LaunchInput, Sandbox};
+use crate::vm::console;
 
 /// Timeout for delivering the last events to containerd when the daemon ends.
 const EVENT_FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -92,9 +94,10 @@ pub fn run(args: DaemonArgs) -> i32 {
         (Some(bundle), Ok(share)) => Launch::Immediate(Box::new(launch::prepare(&context, bundle, &share))),
     };
     // From here on, this process handles messages of the VMM and the agent.
-    if let Err(error) = confinement::enter(launch.seccomp()) {
+    let refused_calls = confinement::enter(launch.seccomp()).unwrap_or_else(|error| {
         launch.fail(format!("failed to confine the shim: {}", chain(&error)));
-    }
+        None
+    });
     // Leave the bundle directory, because containerd removes the directory before the shim ends.
     let _ = std::env::set_current_dir("/");
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -105,7 +108,12 @@ pub fn run(args: DaemonArgs) -> i32 {
         .build();
     match runtime {
         Ok(runtime) => {
-            let code = runtime.block_on(serve(args, context, launch, launcher, vmm_log));
+            let code = runtime.block_on(async {
+                if let Some(pipe) = refused_calls {
+                    log_refused_calls(pipe);
+                }
+                serve(args, context, launch, launcher, vmm_log).await
+            });
             // Do not wait for blocking tasks, because a task may hang in a file system.
             runtime.shutdown_background();
             code
@@ -186,6 +194,14 @@ impl Launch {
             Self::Immediate(input) => input.plan = Err(error),
             Self::Deferred(share) => *share = Err(error),
         }
+    }
+}
+
+/// Logs each system call that this process's filter refuses. Such a call is a defect of Husk, or the effect of an attack.
+fn log_refused_calls(pipe: OwnedFd) {
+    match pipe::Receiver::from_owned_fd(pipe) {
+        Ok(pipe) => drop(tokio::spawn(console::read_lines(pipe, |line| tracing::error!("the shim {line}")))),
+        Err(error) => tracing::error!(%error, "failed to read the log of refused system calls"),
     }
 }
 

@@ -124,6 +124,7 @@ impl Destination {
             arg0: None,
             args: &args,
             env: None,
+            cwd: None,
             fds: &[stdin.as_fd(), null.as_fd(), null.as_fd()],
             kill_on_drop: true,
         };

@@ -10,6 +10,7 @@ mod process;
 mod program;
 mod request;
 
+use std::fs::File;
 use std::io::{self, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -18,10 +19,13 @@ use std::time::Duration;
 use husk_base::sys::fd::set_nonblocking;
 use husk_base::sys::scm_rights;
 use husk_vmm::client::Spawned;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::ForkResult;
 use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::oneshot;
 
 use crate::async_fd::register;
 use request::{Reply, Request};
@@ -37,6 +41,9 @@ pub enum LaunchError {
     /// The launcher cannot be started.
     #[error("failed to start the launcher")]
     Fork(#[source] io::Error),
+    /// The request cannot be created.
+    #[error("failed to create a request to the launcher")]
+    Prepare(#[source] io::Error),
     /// The request cannot be sent.
     #[error("failed to send a request to the launcher: the launcher may have ended")]
     Send(#[source] io::Error),
@@ -65,6 +72,8 @@ pub struct ProgramOptions<'a> {
     pub args: &'a [String],
     /// The environment. `None` means the launcher's environment.
     pub env: Option<Vec<(&'a str, &'a str)>>,
+    /// The working directory. `None` means the launcher's directory: the bundle of the sandbox.
+    pub cwd: Option<&'a std::path::Path>,
     /// The program's fds 0, 1, 2 and so on.
     pub fds: &'a [BorrowedFd<'a>],
     /// Whether the program gets SIGKILL when its [`Program`] is dropped before the program has ended.
@@ -78,7 +87,7 @@ pub struct Launcher {
 }
 
 impl Launcher {
-    /// Forks the launcher. The shim must have a single thread.
+    /// Forks the launcher. The shim must have a single thread. The launcher ends when this thread ends, at the latest.
     ///
     /// # Errors
     /// [`LaunchError::Fork`].
@@ -94,32 +103,22 @@ impl Launcher {
         }
     }
 
-    /// Starts a program, and waits until execve(2) has succeeded.
+    /// Starts a program, and waits until execve(2) has succeeded. If the caller stops waiting, a program that starts later
+    /// is killed.
     ///
     /// # Errors
     /// [`LaunchError`].
     pub async fn start_program(&self, options: &ProgramOptions<'_>) -> Result<Program, LaunchError> {
-        let reply = self.send(&Request::from(options), options.fds)?;
-        set_nonblocking(&reply).map_err(LaunchError::Receive)?;
-        let reply = register(reply, Interest::READABLE).map_err(LaunchError::Receive)?;
         let start = async {
-            let receive = async || loop {
-                let mut guard = reply.readable().await.map_err(LaunchError::Receive)?;
-                if let Ok(result) = guard.try_io(|socket| Reply::receive(socket.get_ref())) {
-                    return result.map_err(LaunchError::Receive);
-                }
-            };
-            let program = match receive().await? {
-                Some(Reply::Started { pid, fds }) => Program::new(pid, fds, options.kill_on_drop)?,
-                Some(Reply::Failed(source)) => return Err(LaunchError::Execute(source)),
-                Some(Reply::Error(_)) | None => return Err(LaunchError::Receive(io::ErrorKind::InvalidData.into())),
-            };
-            match receive().await? {
-                // execve(2) has succeeded, and has closed the new process's copy of the socket.
-                None => Ok(program),
-                Some(Reply::Failed(source)) => Err(LaunchError::Execute(source)),
-                Some(_) => Err(LaunchError::Receive(io::ErrorKind::InvalidData.into())),
-            }
+            let reply = self.send_when_writable(&Request::from(options), options.fds).await?;
+            set_nonblocking(&reply).map_err(LaunchError::Receive)?;
+            let reply = register(reply, Interest::READABLE).map_err(LaunchError::Receive)?;
+            let (done, started) = oneshot::channel();
+            // The caller can drop this future at any time. The task still runs to its end. If nobody takes the program,
+            // the program is killed and reaped.
+            tokio::spawn(async move { drop(done.send(receive_program(&reply).await)) });
+            let started = started.await.unwrap_or_else(|_| Err(LaunchError::Receive(io::ErrorKind::BrokenPipe.into())));
+            started.map(|program| program.with_kill_on_drop(options.kill_on_drop))
         };
         tokio::time::timeout(START_TIMEOUT, start).await.map_err(|_| LaunchError::Timeout)?
     }
@@ -136,30 +135,76 @@ impl Launcher {
         cgroups: &[OwnedFd],
     ) -> Result<Spawned, LaunchError> {
         let fds: Vec<_> = [mounts, network].into_iter().chain(cgroups.iter().map(AsFd::as_fd)).collect();
-        let reply = self.send(&Request::Vmm, &fds)?;
+        let (file, reply, launcher_end) = prepare(&Request::Vmm)?;
+        self.send(&file, &launcher_end, &fds).map_err(LaunchError::Send)?;
+        drop(launcher_end);
+        // The new process can block before it executes the VMM, for example if its cgroup is frozen. A VMM that starts
+        // after the timeout ends at once, because the other end of its control socket is closed.
+        let limit = PollTimeout::try_from(START_TIMEOUT).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(reply.as_fd(), PollFlags::POLLIN)], limit) {
+            Ok(0) => return Err(LaunchError::Timeout),
+            Ok(_) => {}
+            Err(errno) => return Err(LaunchError::Receive(errno.into())),
+        }
         match Reply::receive(&reply).map_err(LaunchError::Receive)? {
             Some(Reply::Started { pid, fds }) => match <[OwnedFd; 2]>::try_from(fds) {
                 Ok([pidfd, control]) => Ok(Spawned { pid: pid.cast_unsigned(), pidfd, control }),
-                Err(_) => Err(LaunchError::Receive(io::ErrorKind::InvalidData.into())),
+                Err(_) => {
+                    program::kill_and_reap(pid);
+                    Err(LaunchError::Receive(nix::Error::EMFILE.into()))
+                }
             },
             Some(Reply::Error(text)) => Err(LaunchError::Vmm(text)),
             _ => Err(LaunchError::Receive(io::ErrorKind::InvalidData.into())),
         }
     }
 
-    /// Sends a request. Returns the socket on which the answers arrive.
-    fn send(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<OwnedFd, LaunchError> {
-        let send = || -> io::Result<_> {
-            // The request is in a file, because a hook can have more arguments than fit into a packet.
-            let mut file = std::fs::File::from(memfd_create("launch", MFdFlags::MFD_CLOEXEC)?);
-            file.write_all(&serde_json::to_vec(request)?)?;
-            file.rewind()?;
-            let (reply, launcher_end) = pair()?;
-            let fds: Vec<_> = [file.as_fd(), launcher_end.as_fd()].into_iter().chain(fds.iter().copied()).collect();
-            scm_rights::send(self.socket.as_fd(), b"r", &fds)?;
-            Ok(reply)
-        };
-        send().map_err(LaunchError::Send)
+    /// Sends a request when the socket has room for the request. Returns the socket on which the answers arrive.
+    async fn send_when_writable(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<OwnedFd, LaunchError> {
+        let (file, reply, launcher_end) = prepare(request)?;
+        let socket = self.socket.try_clone().and_then(|socket| register(socket, Interest::WRITABLE));
+        let socket = socket.map_err(LaunchError::Prepare)?;
+        let sent = socket.async_io(Interest::WRITABLE, |_| self.send(&file, &launcher_end, fds)).await;
+        sent.map_err(LaunchError::Send)?;
+        Ok(reply)
+    }
+
+    fn send(&self, file: &File, launcher_end: &OwnedFd, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let fds: Vec<_> = [file.as_fd(), launcher_end.as_fd()].into_iter().chain(fds.iter().copied()).collect();
+        scm_rights::send(self.socket.as_fd(), b"r", &fds).map(drop)
+    }
+}
+
+/// Creates a file that contains the request, and a socket pair: the shim's end, on which the answers arrive, and the
+/// launcher's end.
+fn prepare(request: &Request) -> Result<(File, OwnedFd, OwnedFd), LaunchError> {
+    let create = || -> io::Result<_> {
+        // A file has no maximum size, unlike a packet. A hook can have many arguments.
+        let mut file = File::from(memfd_create("launch", MFdFlags::MFD_CLOEXEC)?);
+        file.write_all(&serde_json::to_vec(request)?)?;
+        file.rewind()?;
+        let (reply, launcher_end) = pair()?;
+        Ok((file, reply, launcher_end))
+    };
+    create().map_err(LaunchError::Prepare)
+}
+
+/// Receives answers until the program is executed, or until it has failed. The launcher and the new process send their
+/// answers on the same socket, in any order. execve closes the last copy of the launcher's end of the socket.
+async fn receive_program(reply: &AsyncFd<OwnedFd>) -> Result<Program, LaunchError> {
+    let (mut program, mut failure) = (None, None);
+    loop {
+        let received = reply.async_io(Interest::READABLE, Reply::receive).await;
+        match received.map_err(LaunchError::Receive)? {
+            Some(Reply::Started { pid, fds }) => program = Some(Program::new(pid, fds)?),
+            Some(Reply::Failed(source)) => failure = Some(LaunchError::Execute(source)),
+            Some(Reply::Error(_)) => return Err(LaunchError::Receive(io::ErrorKind::InvalidData.into())),
+            None => break,
+        }
+    }
+    match failure {
+        Some(failure) => Err(failure),
+        None => program.ok_or_else(|| LaunchError::Receive(io::ErrorKind::UnexpectedEof.into())),
     }
 }
 
@@ -170,13 +215,22 @@ fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 /// Returns the launcher that the unit tests of this crate share.
 #[cfg(test)]
 pub fn of_tests() -> &'static Launcher {
-    static LAUNCHER: std::sync::LazyLock<Launcher> = std::sync::LazyLock::new(|| Launcher::start().unwrap());
+    static LAUNCHER: std::sync::LazyLock<Launcher> = std::sync::LazyLock::new(|| {
+        let (launcher, started) = std::sync::mpsc::channel();
+        // The launcher ends with the thread that has started it.
+        std::thread::spawn(move || {
+            launcher.send(Launcher::start().unwrap()).unwrap();
+            loop {
+                std::thread::park();
+            }
+        });
+        started.recv().unwrap()
+    });
     &LAUNCHER
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
     use std::io::Read;
     use std::path::Path;
 
@@ -186,7 +240,15 @@ mod tests {
         let args = ["-c".to_owned(), script.to_owned()];
         let env = Some(vec![("NAME", "value")]);
         let path = Path::new("/bin/sh");
-        let options = ProgramOptions { path, arg0: Some("name"), args: &args, env, fds, kill_on_drop };
+        let options = ProgramOptions {
+            path,
+            arg0: Some("name"),
+            args: &args,
+            env,
+            cwd: Some(Path::new("/usr")),
+            fds,
+            kill_on_drop,
+        };
         of_tests().start_program(&options).await
     }
 
@@ -194,14 +256,14 @@ mod tests {
     async fn program_has_the_given_options_and_is_a_child_of_the_shim() {
         let null = File::options().read(true).write(true).open("/dev/null").unwrap();
         let (mut reader, writer) = io::pipe().unwrap();
-        let script = "echo $0 $NAME $PPID >&3; ls /proc/self/fd | wc -l >&3; exit 5";
+        let script = "echo $0 $NAME $PPID $PWD >&3; ls /proc/self/fd | wc -l >&3; exit 5";
         let fds = [null.as_fd(), null.as_fd(), null.as_fd(), writer.as_fd()];
         let program = start(&format!("PATH=/usr/bin:/bin; {script}"), &fds, true).await.unwrap();
         drop(writer);
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
         // The program has the four given fds, and ls also opens the directory.
-        assert_eq!(text, format!("name value {}\n5\n", std::process::id()));
+        assert_eq!(text, format!("name value {} /usr\n5\n", std::process::id()));
         assert_eq!(program.wait().await.unwrap().code(), Some(5));
     }
 
@@ -212,6 +274,7 @@ mod tests {
             arg0: None,
             args: &[],
             env: None,
+            cwd: None,
             fds: &[],
             kill_on_drop: true,
         };

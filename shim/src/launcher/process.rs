@@ -10,9 +10,10 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use husk_base::sys::process::{Cloned, clone_sibling, exit_immediately};
-use husk_base::sys::scm_rights;
+use husk_base::sys::scm_rights::{self, Packet};
 use husk_vmm::client::{Network, SpawnOptions, spawn};
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::signal::Signal;
 
 use super::request::{Reply, Request};
 use crate::chain;
@@ -26,6 +27,8 @@ const NAME: &std::ffi::CStr = c"husk-launcher";
 /// Serves requests on `socket`, and ends the process.
 pub fn run(socket: &OwnedFd) -> ! {
     let _ = nix::sys::prctl::set_name(NAME);
+    // This process is suspended while it starts a VMM. Then it does not see that the shim has closed the socket.
+    let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
     // This process has inherited the shim's end of `socket`. While this copy is open, the kernel does not report that
     // the shim has closed its end. The shim's listener must be closed, too. Otherwise, clients could still connect
     // after the end of the shim, although nobody would serve them.
@@ -35,7 +38,7 @@ pub fn run(socket: &OwnedFd) -> ! {
     loop {
         match scm_rights::receive(socket, &mut [0; 16]) {
             Ok(packet) if packet.len == 0 => exit_immediately(0),
-            Ok(packet) => serve(packet.fds),
+            Ok(packet) => serve(packet),
             Err(_) => exit_immediately(1),
         }
     }
@@ -57,13 +60,18 @@ fn close_all_except(kept: RawFd) -> io::Result<()> {
 }
 
 /// Handles a request. Reports a failure on the request's socket. Ignores a request without a socket.
-fn serve(fds: Vec<OwnedFd>) {
-    let mut fds = fds.into_iter();
+fn serve(packet: Packet) {
+    let mut fds = packet.fds.into_iter();
     let (Some(file), Some(reply)) = (fds.next(), fds.next()) else { return };
     let fds: Vec<OwnedFd> = fds.collect();
+    if packet.truncated {
+        // Some fds are missing, because this process has reached its fd limit.
+        let _ = Reply::send_failed(&reply, &nix::Error::EMFILE.into());
+        return;
+    }
     let result = match read(file) {
         Ok(Request::Vmm) => start_vmm(&reply, fds),
-        Ok(Request::Program { path, arg0, args, env }) => {
+        Ok(Request::Program { path, arg0, args, env, cwd }) => {
             let mut command = Command::new(OsStr::from_bytes(&path));
             command.args(args);
             if let Some(name) = arg0 {
@@ -71,6 +79,9 @@ fn serve(fds: Vec<OwnedFd>) {
             }
             if let Some(env) = env {
                 command.env_clear().envs(env);
+            }
+            if let Some(cwd) = cwd {
+                command.current_dir(OsStr::from_bytes(&cwd));
             }
             start_program(&reply, command, &fds)
         }

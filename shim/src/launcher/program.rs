@@ -30,10 +30,21 @@ struct Child {
 }
 
 impl Program {
-    pub(super) fn new(pid: i32, mut fds: Vec<OwnedFd>, kill_on_drop: bool) -> Result<Self, LaunchError> {
-        let pidfd = fds.pop().ok_or_else(|| LaunchError::Receive(io::ErrorKind::InvalidData.into()))?;
-        let pidfd = register(pidfd, Interest::READABLE).map_err(LaunchError::Receive)?;
-        Ok(Self { child: Arc::new(Child { pid, pidfd, reaped: AtomicBool::new(false) }), kill_on_drop })
+    /// Returns a program that gets SIGKILL when it is dropped.
+    pub(super) fn new(pid: i32, mut fds: Vec<OwnedFd>) -> Result<Self, LaunchError> {
+        // The pidfd is missing if this process has no free fd.
+        let pidfd = fds.pop().ok_or_else(|| nix::Error::EMFILE.into());
+        let pidfd = pidfd.and_then(|pidfd| register(pidfd, Interest::READABLE)).map_err(|error| {
+            tokio::task::spawn_blocking(move || kill_and_reap(pid));
+            LaunchError::Receive(error)
+        })?;
+        Ok(Self { child: Arc::new(Child { pid, pidfd, reaped: AtomicBool::new(false) }), kill_on_drop: true })
+    }
+
+    /// Sets whether the program gets SIGKILL when it is dropped.
+    pub(super) fn with_kill_on_drop(mut self, kill_on_drop: bool) -> Self {
+        self.kill_on_drop = kill_on_drop;
+        self
     }
 
     /// Returns the PID. After [`Program::wait`] has returned, the PID may belong to another process.
@@ -58,6 +69,13 @@ impl Program {
     pub async fn wait(&self) -> io::Result<ExitStatus> {
         self.child.wait().await
     }
+}
+
+/// Ends a child of this process that has no [`Program`]. Blocks the calling thread until the child has ended.
+pub(super) fn kill_and_reap(pid: i32) {
+    // The PID cannot belong to another process, because nothing else reaps this child.
+    let _ = process::kill(pid, Signal::SIGKILL as i32);
+    let _ = process::wait(pid, 0);
 }
 
 impl Child {

@@ -26,6 +26,8 @@ pub enum Request {
         args: Vec<String>,
         /// The environment. `None` means the launcher's environment.
         env: Option<Vec<(String, String)>>,
+        /// Bytes of the working directory's path. `None` means the launcher's directory.
+        cwd: Option<Vec<u8>>,
     },
     /// Start the VMM process. The further fds are the mount namespace, the network namespace, and the files
     /// `cgroup.procs` of the cgroups.
@@ -40,6 +42,7 @@ impl From<&ProgramOptions<'_>> for Request {
             arg0: options.arg0.map(ToOwned::to_owned),
             args: options.args.to_owned(),
             env: options.env.as_ref().map(|env| env.iter().map(pair).collect()),
+            cwd: options.cwd.map(|path| path.as_os_str().as_bytes().to_owned()),
         }
     }
 }

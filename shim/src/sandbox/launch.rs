@@ -60,8 +60,7 @@ pub struct DeferredLaunch {
 }
 
 impl DeferredLaunch {
-    /// Launches the sandbox. Must be called from the main thread, because the VMM process ends with the thread that
-    /// spawned it.
+    /// Launches the sandbox.
     ///
     /// # Errors
     /// Fails if `share` is an error, if the specification is invalid, or if a thread cannot be started or panics. The
@@ -78,12 +77,12 @@ impl DeferredLaunch {
         });
         let (installation, cgroup) =
             entered.await.map_err(|error| format!("failed to enter the sandbox's cgroup: {error}"))?;
-        let mut partial = PartialLaunch::default();
-        let spawned = cgroup.and_then(|cgroup| partial.spawn(&context, &bundle.spec, cgroup, Some(&launcher)));
         let (done, wait) = oneshot::channel();
         // Use a separate thread, because a launch enters the pod's network namespace. If the thread cannot leave this
         // namespace, the thread must end.
         let thread = std::thread::Builder::new().name("launch".into()).spawn(move || {
+            let mut partial = PartialLaunch::default();
+            let spawned = cgroup.and_then(|cgroup| partial.spawn(&context, &bundle.spec, cgroup, Some(&launcher)));
             let plan = spawned.and_then(|network| partial.plan(&context, &bundle, &share, network, installation));
             let _ = done.send(partial.finish(plan));
         });

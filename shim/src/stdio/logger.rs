@@ -85,6 +85,7 @@ async fn spawn(path: &Path, args: &[String], context: &LoggerContext<'_>, ends: 
         arg0: None,
         args,
         env: Some(vec![("CONTAINER_ID", context.id), ("CONTAINER_NAMESPACE", context.namespace)]),
+        cwd: None,
         fds: &[null.as_fd(), null.as_fd(), null.as_fd(), out, err, ready],
         kill_on_drop: false,
     };
