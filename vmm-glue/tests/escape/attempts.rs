@@ -287,7 +287,8 @@ fn inherited_fds(inside: &Inside) -> Result<String, Stopped> {
 /// because cargo sets some.
 fn inherited_variables(_: &Inside) -> Result<String, Stopped> {
     match std::env::vars_os().find(|(name, _)| name != "HUSK_VMM_LOG") {
-        Some(variable) => Ok(format!("has {variable:?}")),
+        // A value can be secret.
+        Some((name, _)) => Ok(format!("has {name:?}")),
         None => Err(Stopped::Nothing("no other variable is set".to_owned())),
     }
 }
