@@ -81,8 +81,8 @@ fn check_rejects_values_out_of_range() {
 
 #[test]
 fn check_rejects_missing_unused_and_wrong_fds() {
-    assert!(check_error(|config, _| config.kernel = FdIndex(9)).contains("fd 9"));
-    assert!(check_error(|config, _| config.initrd = FdIndex(1)).contains("fd 1"));
+    assert!(check_error(|config, _| config.kernel = FdIndex(9)).contains("position 9"));
+    assert!(check_error(|config, _| config.initrd = FdIndex(1)).contains("position 1"));
     assert!(check_error(|_, fds| fds.push(tempfile::tempfile().unwrap().into())).contains("use 1 of the received fds"));
     assert!(check_error(|config, _| config.kernel = FdIndex(3)).contains("kernel"));
     assert!(check_error(|_, fds| fds.swap(2, 3)).contains("initrd: the fd is not a regular file"));

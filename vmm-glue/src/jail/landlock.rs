@@ -5,8 +5,13 @@
 //! The rules allow what a virtio-fs server needs beneath the share, and no access to other files. The rules also apply
 //! to mounts that appear beneath the share later: the kernel looks for rules in all directories from a file up to the
 //! root directory, across mount points. If a file is opened again through `/proc/self/fd`, the kernel checks the file's
-//! own path, not the path of the link. Therefore, `/proc/self/fd` needs no rule. Once the rules are set, the kernel
-//! refuses all mount calls of the process.
+//! own path, not the path of the link. Therefore, `/proc/self/fd` needs no rule.
+//!
+//! Once the rules are set, the kernel refuses each call that changes the tree of mounts: mount, umount2, move_mount and
+//! pivot_root (security/landlock/fs.c, the hooks `sb_mount` to `sb_pivotroot`). The kernel does not ask landlock about
+//! fsopen, fsmount, open_tree and mount_setattr. With CAP_SYS_ADMIN, these calls succeed unless a seccomp filter stops
+//! them. Files on a mount that fsmount made are not beneath the share, and so the rules deny access to them. But
+//! mount_setattr can clear `nodev` of the share.
 
 use std::fmt;
 use std::fs::File;

@@ -5,6 +5,9 @@ use std::os::fd::AsRawFd;
 
 use syscalls::{Errno, Sysno, syscall};
 
+use crate::Stopped;
+use crate::chains::{self, CLEAR_NODEV};
+use crate::exhaustion;
 use crate::payload::Inside;
 
 /// Why sockets do no harm without the filters.
@@ -14,26 +17,24 @@ const FILE_SERVER: &str =
     "the virtio-fs server needs CAP_SYS_ADMIN for trusted.* attributes, and this capability allows the call";
 const OWN_KEYS: &str = "the process gets access only to its own keys";
 
+type Make = fn(&Inside) -> Result<String, Stopped>;
+
 /// An attempt.
 pub struct Attempt {
     pub name: &'static str,
-    /// Makes the attempt. Returns what the process has gained, or the error.
-    pub make: fn(&Inside) -> Result<String, String>,
+    /// Makes the attempt. Returns what the process has gained, or what stopped the attempt.
+    pub make: Make,
     /// The reason why no other wall has to stop the attempt. `None` if another wall has to stop the attempt.
     pub without_filters: Option<&'static str>,
 }
 
 /// Returns an attempt that has to fail with and without the seccomp filters.
-const fn never(name: &'static str, make: fn(&Inside) -> Result<String, String>) -> Attempt {
+const fn never(name: &'static str, make: Make) -> Attempt {
     Attempt { name, make, without_filters: None }
 }
 
 /// Returns an attempt that only the seccomp filters stop.
-const fn filtered(
-    name: &'static str,
-    make: fn(&Inside) -> Result<String, String>,
-    without_filters: &'static str,
-) -> Attempt {
+const fn filtered(name: &'static str, make: Make, without_filters: &'static str) -> Attempt {
     Attempt { name, make, without_filters: Some(without_filters) }
 }
 
@@ -43,32 +44,28 @@ macro_rules! call {
         |_| {
             // SAFETY: the arguments are numbers, or pointers to static data. The process ends after the attempt.
             let result: Result<usize, Errno> = unsafe { syscall!(Sysno::$name $(, $argument)*) };
-            result.map(|_| format!("{} succeeded", stringify!($name))).map_err(name)
+            Ok(result.map(|_| format!("{} succeeded", stringify!($name)))?)
         }
     };
 }
 
-fn name(errno: Errno) -> String {
-    errno.name().map_or_else(|| errno.to_string(), str::to_owned)
-}
-
 /// Returns the address of a NUL-terminated text.
-fn text(text: &'static CStr) -> usize {
+pub fn text(text: &'static CStr) -> usize {
     text.as_ptr().addr()
 }
 
 /// Opens a path and reads its first bytes.
-fn read(directory: i32, path: &'static CStr, flags: i32) -> Result<String, String> {
+pub fn read(directory: i32, path: &'static CStr, flags: i32) -> Result<String, Stopped> {
     // SAFETY: the path is a static text, and the buffer outlives the call.
     unsafe {
-        let fd = syscall!(Sysno::openat, directory, text(path), flags).map_err(name)?;
+        let fd = syscall!(Sysno::openat, directory, text(path), flags)?;
         let mut buffer = [0u8; 16];
-        let len = syscall!(Sysno::read, fd, buffer.as_mut_ptr(), buffer.len()).map_err(name)?;
+        let len = syscall!(Sysno::read, fd, buffer.as_mut_ptr(), buffer.len())?;
         Ok(format!("{path:?} holds {:?}", String::from_utf8_lossy(&buffer[..len])))
     }
 }
 
-const AT_FDCWD: i32 = libc::AT_FDCWD;
+pub const AT_FDCWD: i32 = libc::AT_FDCWD;
 
 /// All attempts.
 pub const ATTEMPTS: &[Attempt] = &[
@@ -81,9 +78,10 @@ pub const ATTEMPTS: &[Attempt] = &[
     never("open /proc/1/root", |_| read(AT_FDCWD, c"/proc/1/root/etc/passwd", libc::O_RDONLY)),
     never("open a cgroup file", |_| read(AT_FDCWD, c"/sys/fs/cgroup/cgroup.procs", libc::O_RDWR)),
     never("use an inherited fd", inherited_fds),
+    never("read an inherited environment variable", inherited_variables),
     never("chroot to `..`", |_| {
         // SAFETY: the arguments are static texts.
-        unsafe { syscall!(Sysno::chroot, text(c"..")).map_err(name)? };
+        unsafe { syscall!(Sysno::chroot, text(c".."))? };
         Ok("changed the root".to_owned())
     }),
     never("mount a tmpfs", call!(mount, text(c"x"), text(c"/"), text(c"tmpfs"), 0, 0)),
@@ -93,30 +91,37 @@ pub const ATTEMPTS: &[Attempt] = &[
     filtered("clone the root's mount", call!(open_tree, AT_FDCWD, text(c"/"), 1), FILE_SERVER),
     filtered(
         "change a mount's flags",
-        |_| {
-            let attributes = [0u64, 1 | 2 | 4 | 8, 0, 0];
-            // SAFETY: the attributes outlive the call.
-            let result = unsafe { syscall!(Sysno::mount_setattr, AT_FDCWD, text(c"/"), 0, attributes.as_ptr(), 32) };
-            result.map(|_| "cleared nodev of the share".to_owned()).map_err(name)
-        },
+        |_| chains::clear_nodev(AT_FDCWD, c"/", 0).map(|()| "cleared nodev of the share".to_owned()),
         FILE_SERVER,
     ),
-    never("make a device node and open it", device_node),
+    never("attach a new mount", chains::attach_new_mount),
+    never("open a device of a new devtmpfs", chains::devtmpfs),
+    never("make a device node of a host disk, and read the disk", chains::disk_in_share),
+    never("make a device node on a new mount, and read the disk", chains::disk_on_new_mount),
+    filtered(
+        "clear nodev of the share, make a device node, and read the disk",
+        chains::disk_without_nodev,
+        CLEAR_NODEV,
+    ),
+    filtered(
+        "clear nodev of a clone of the share, make a device node, and read the disk",
+        chains::disk_on_clone,
+        CLEAR_NODEV,
+    ),
     never("open a file by its handle", |_| {
         let mut handle = [128u32; 40];
         let mut mount_id = 0i32;
         // SAFETY: the buffers outlive the calls.
         unsafe {
-            syscall!(Sysno::name_to_handle_at, AT_FDCWD, text(c"/"), handle.as_mut_ptr(), &raw mut mount_id, 0)
-                .map_err(name)?;
-            syscall!(Sysno::open_by_handle_at, AT_FDCWD, handle.as_ptr(), libc::O_RDONLY).map_err(name)?;
+            syscall!(Sysno::name_to_handle_at, AT_FDCWD, text(c"/"), handle.as_mut_ptr(), &raw mut mount_id, 0)?;
+            syscall!(Sysno::open_by_handle_at, AT_FDCWD, handle.as_ptr(), libc::O_RDONLY)?;
         }
         Ok("opened the root by its handle".to_owned())
     }),
     never("trace the parent", |inside| {
         // SAFETY: PTRACE_ATTACH takes no pointers.
         let result = unsafe { syscall!(Sysno::ptrace, libc::PTRACE_ATTACH, inside.parent, 0, 0) };
-        result.map(|_| "traces the parent".to_owned()).map_err(name)
+        Ok(result.map(|_| "traces the parent".to_owned())?)
     }),
     never("read the memory of the parent", |inside| {
         let mut byte = 0u8;
@@ -124,18 +129,18 @@ pub const ATTEMPTS: &[Attempt] = &[
         // SAFETY: the vectors outlive the call.
         let result =
             unsafe { syscall!(Sysno::process_vm_readv, inside.parent, &raw const local, 1, &raw const local, 1, 0) };
-        result.map(|_| "read a byte".to_owned()).map_err(name)
+        Ok(result.map(|_| "read a byte".to_owned())?)
     }),
     never("signal the parent", |inside| {
         // SAFETY: the call takes no pointers.
         let result = unsafe { syscall!(Sysno::kill, inside.parent, 0) };
-        result.map(|_| "may signal the parent".to_owned()).map_err(name)
+        Ok(result.map(|_| "may signal the parent".to_owned())?)
     }),
     never("signal all processes", call!(kill, -1i32, 0)),
     never("open a pidfd of the parent", |inside| {
         // SAFETY: the call takes no pointers.
         let result = unsafe { syscall!(Sysno::pidfd_open, inside.parent, 0) };
-        result.map(|_| "has a pidfd of the parent".to_owned()).map_err(name)
+        Ok(result.map(|_| "has a pidfd of the parent".to_owned())?)
     }),
     filtered("IPv4 socket", call!(socket, libc::AF_INET, libc::SOCK_STREAM, 0), EMPTY_NETWORK),
     never("packet socket", call!(socket, libc::AF_PACKET, libc::SOCK_RAW, 0)),
@@ -154,7 +159,7 @@ pub const ATTEMPTS: &[Attempt] = &[
             let attributes = [2u32, 4, 4, 1];
             // SAFETY: the attributes outlive the call.
             let result = unsafe { syscall!(Sysno::bpf, 0, attributes.as_ptr(), 16) };
-            result.map(|_| "has a BPF map".to_owned()).map_err(name)
+            Ok(result.map(|_| "has a BPF map".to_owned())?)
         },
         FILE_SERVER,
     ),
@@ -164,7 +169,7 @@ pub const ATTEMPTS: &[Attempt] = &[
             let attributes = [0u64, 120, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
             // SAFETY: the attributes outlive the call.
             let result = unsafe { syscall!(Sysno::perf_event_open, attributes.as_ptr(), 0, -1i32, -1i32, 0) };
-            result.map(|_| "counts events".to_owned()).map_err(name)
+            Ok(result.map(|_| "counts events".to_owned())?)
         },
         FILE_SERVER,
     ),
@@ -176,7 +181,7 @@ pub const ATTEMPTS: &[Attempt] = &[
             let mut parameters = [0u64; 15];
             // SAFETY: the parameters outlive the call.
             let result = unsafe { syscall!(Sysno::io_uring_setup, 1, parameters.as_mut_ptr()) };
-            result.map(|_| "has an io_uring".to_owned()).map_err(name)
+            Ok(result.map(|_| "has an io_uring".to_owned())?)
         },
         "RLIMIT_MEMLOCK is 0, but some kernels do not charge the memory of rings to this limit",
     ),
@@ -193,7 +198,7 @@ pub const ATTEMPTS: &[Attempt] = &[
         arguments[4] = libc::SIGCHLD as u64;
         // SAFETY: the arguments outlive the call.
         let result = unsafe { syscall!(Sysno::clone3, arguments.as_mut_ptr(), 88) };
-        result.map(|_| "started a process".to_owned()).map_err(name)
+        Ok(result.map(|_| "started a process".to_owned())?)
     }),
     never("execute a file of the share", call!(execve, text(c"/inside"), 0, 0)),
     filtered(
@@ -201,9 +206,9 @@ pub const ATTEMPTS: &[Attempt] = &[
         |_| {
             // SAFETY: the texts are static.
             unsafe {
-                let fd = syscall!(Sysno::memfd_create, text(c"x"), 0).map_err(name)?;
-                syscall!(Sysno::write, fd, text(c"#!/bin/sh\n"), 10).map_err(name)?;
-                syscall!(Sysno::execveat, fd, text(c""), 0, 0, libc::AT_EMPTY_PATH).map_err(name)?;
+                let fd = syscall!(Sysno::memfd_create, text(c"x"), 0)?;
+                syscall!(Sysno::write, fd, text(c"#!/bin/sh\n"), 10)?;
+                syscall!(Sysno::execveat, fd, text(c""), 0, 0, libc::AT_EMPTY_PATH)?;
             }
             Ok("executed a memfd".to_owned())
         },
@@ -219,14 +224,14 @@ pub const ATTEMPTS: &[Attempt] = &[
         let data = [u32::MAX; 6];
         // SAFETY: the buffers outlive the call.
         let result = unsafe { syscall!(Sysno::capset, header.as_ptr(), data.as_ptr()) };
-        result.map(|_| "has all capabilities".to_owned()).map_err(name)
+        Ok(result.map(|_| "has all capabilities".to_owned())?)
     }),
     never("load a kernel module", call!(finit_module, 0, text(c""), 0)),
     never("read the kernel's log", |_| {
         let mut buffer = [0u8; 16];
         // SAFETY: the buffer outlives the call.
         let result = unsafe { syscall!(Sysno::syslog, 3, buffer.as_mut_ptr(), buffer.len()) };
-        result.map(|_| "read the log".to_owned()).map_err(name)
+        Ok(result.map(|_| "read the log".to_owned())?)
     }),
     never("reboot", call!(reboot, 0xfee1_deadu32, 672_274_793, 0, 0)),
     never("set the clock", |_| {
@@ -236,7 +241,7 @@ pub const ATTEMPTS: &[Attempt] = &[
             let _ = syscall!(Sysno::clock_gettime, libc::CLOCK_REALTIME, now.as_mut_ptr());
             syscall!(Sysno::clock_settime, libc::CLOCK_REALTIME, now.as_ptr())
         };
-        result.map(|_| "set the clock".to_owned()).map_err(name)
+        Ok(result.map(|_| "set the clock".to_owned())?)
     }),
     never("use I/O ports", call!(ioperm, 0x80, 1, 1)),
     never("use a disk quota", call!(quotactl, 0, 0, 0, 0)),
@@ -244,57 +249,59 @@ pub const ATTEMPTS: &[Attempt] = &[
         let priority = 1i32;
         // SAFETY: the parameter outlives the call.
         let result = unsafe { syscall!(Sysno::sched_setscheduler, 0, libc::SCHED_FIFO, &raw const priority) };
-        result.map(|_| "has a real-time priority".to_owned()).map_err(name)
+        Ok(result.map(|_| "has a real-time priority".to_owned())?)
     }),
     never("raise the limit of open files", |_| {
         let limit = [u64::from(u32::MAX), u64::from(u32::MAX)];
         // SAFETY: the limit outlives the call.
         let result = unsafe { syscall!(Sysno::prlimit64, 0, libc::RLIMIT_NOFILE, limit.as_ptr(), 0) };
-        result.map(|_| "raised the limit".to_owned()).map_err(name)
+        Ok(result.map(|_| "raised the limit".to_owned())?)
     }),
+    never("open a file again and again", exhaustion::files),
+    never("create epoll instances again and again", exhaustion::epoll_instances),
+    never("start threads again and again", exhaustion::threads),
+    never("start processes again and again", exhaustion::processes),
     never("enable core dumps", |_| {
         let limit = [u64::MAX, u64::MAX];
         // SAFETY: the limit outlives the call.
         let result = unsafe { syscall!(Sysno::prlimit64, 0, libc::RLIMIT_CORE, limit.as_ptr(), 0) };
-        result.map(|_| "raised the limit".to_owned()).map_err(name)
+        Ok(result.map(|_| "raised the limit".to_owned())?)
     }),
 ];
 
 /// Looks for fds other than standard input, output and error, the control socket, and the fds that the jail opens.
-fn inherited_fds(inside: &Inside) -> Result<String, String> {
+fn inherited_fds(inside: &Inside) -> Result<String, Stopped> {
     let known = [0, 1, 2, 3, inside.belongings.fd_directory.as_raw_fd(), inside.belongings.dev_null.as_raw_fd()];
     for fd in (0..1024).filter(|fd| !known.contains(fd)) {
-        let mut byte = 0u8;
-        // SAFETY: the buffer outlives the call.
-        match unsafe { syscall!(Sysno::read, fd, &raw mut byte, 0) } {
+        // Unlike read, this call also succeeds for an O_PATH fd.
+        // SAFETY: the call takes no pointers.
+        match unsafe { syscall!(Sysno::fcntl, fd, libc::F_GETFD) } {
             Err(Errno::EBADF) => {}
             result => return Ok(format!("fd {fd} is open: {result:?}")),
         }
     }
-    Err("no other fd is open".to_owned())
+    Err(Stopped::Nothing("no other fd is open".to_owned()))
 }
 
-/// Makes a device node for /dev/mem in the share, and opens the node. Every host has this device.
-fn device_node(_: &Inside) -> Result<String, String> {
-    // SAFETY: the path is a static text.
-    unsafe { syscall!(Sysno::mknodat, AT_FDCWD, text(c"/mem"), libc::S_IFCHR | 0o666, libc::makedev(1, 1)) }
-        .or_else(|errno| if errno == Errno::EEXIST { Ok(0) } else { Err(errno) })
-        .map_err(name)?;
-    // SAFETY: as above.
-    unsafe { syscall!(Sysno::openat, AT_FDCWD, text(c"/mem"), libc::O_RDONLY) }
-        .map(|_| "opened /dev/mem".to_owned())
-        .map_err(name)
+/// Looks for environment variables other than the variable that the VMM reads. The test itself has more variables,
+/// because cargo sets some.
+fn inherited_variables(_: &Inside) -> Result<String, Stopped> {
+    match std::env::vars_os().find(|(name, _)| name != "HUSK_VMM_LOG") {
+        // A value can be secret.
+        Some((name, _)) => Ok(format!("has {name:?}")),
+        None => Err(Stopped::Nothing("no other variable is set".to_owned())),
+    }
 }
 
 /// Connects to a socket that the test has bound in the host's network namespace.
-fn connect_abstract(_: &Inside) -> Result<String, String> {
+fn connect_abstract(_: &Inside) -> Result<String, Stopped> {
     let mut address = [0u8; 14];
     address[0] = libc::AF_UNIX as u8;
     address[3..].copy_from_slice(b"husk-escape");
     // SAFETY: the address outlives the calls.
     unsafe {
-        let fd = syscall!(Sysno::socket, libc::AF_UNIX, libc::SOCK_STREAM, 0).map_err(name)?;
-        syscall!(Sysno::connect, fd, address.as_ptr(), address.len()).map_err(name)?;
+        let fd = syscall!(Sysno::socket, libc::AF_UNIX, libc::SOCK_STREAM, 0)?;
+        syscall!(Sysno::connect, fd, address.as_ptr(), address.len())?;
     }
     Ok("connected".to_owned())
 }

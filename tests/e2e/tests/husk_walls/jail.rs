@@ -1,11 +1,14 @@
 //! Tests the VMM's jail and the shim's confinement through the node's /proc.
 
 use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::time::Duration;
 
 use husk_e2e::cri::pod::pods;
 use husk_e2e::{case, node, vm};
 use nix::sys::ptrace;
+use nix::sys::stat::makedev;
+use nix::sys::statfs::{PROC_SUPER_MAGIC, statfs};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -47,6 +50,49 @@ fn vmm_sees_only_the_share_and_its_threads_have_few_capabilities() {
         assert!(file_servers > 0);
         // The VMM holds the container's memory. Therefore the VMM has the container's OOM score, which is 0 by default.
         assert_eq!(fs::read_to_string(format!("/proc/{vmm}/oom_score_adj")).unwrap().trim(), "0");
+        container.kill();
+    });
+}
+
+/// Returns whether the VMM of a pod without disks may have this fd open. `file` is the target of the fd's link in /proc.
+/// Returns true if the VMM has closed the fd.
+fn is_expected_fd(vmm: i32, fd: i32, file: &str) -> bool {
+    let path = format!("/proc/{vmm}/fd/{fd}");
+    let Ok(metadata) = fs::metadata(&path) else { return true };
+    // The VMM opens /dev/null before it enters the jail. Afterwards, this path does not exist in the VMM's root.
+    let is_null = metadata.file_type().is_char_device() && metadata.rdev() == makedev(1, 3);
+    let is_in_share = fs::symlink_metadata(format!("/proc/{vmm}/root{file}"))
+        .is_ok_and(|share| (share.dev(), share.ino()) == (metadata.dev(), metadata.ino()));
+    // The directory of the VMM's own fds, which is on a mount of its own.
+    let is_fd_directory = file == "/" && statfs(path.as_str()).unwrap().filesystem_type() == PROC_SUPER_MAGIC;
+    let is_pipe = file.starts_with("pipe:[");
+    match fd {
+        0 => is_null,
+        1 | 2 => is_pipe || is_null,
+        3 => file.starts_with("socket:["),
+        _ if file == "/dev/kvm" || file == "/dev/net/tun" => true,
+        _ if file.starts_with("anon_inode:") || file.starts_with("socket:[") || file.starts_with("/memfd:") => true,
+        _ => is_pipe || is_null || is_in_share || is_fd_directory,
+    }
+}
+
+#[test]
+fn vmm_has_a_clean_environment_and_only_its_own_fds() {
+    case("clean", |case| {
+        let container = case.sleeper();
+        let vmm = container.pid();
+        let environment = fs::read_to_string(format!("/proc/{vmm}/environ")).unwrap();
+        let mut variables = environment.split('\0').filter(|variable| !variable.is_empty());
+        assert!(variables.all(|variable| variable.starts_with("HUSK_VMM_LOG=")), "{environment:?}");
+        let fds = fs::read_dir(format!("/proc/{vmm}/fd")).unwrap().filter_map(|fd| {
+            let path = fd.unwrap().path();
+            // The VMM may close fds that the guest no longer uses.
+            let file = fs::read_link(&path).ok()?.into_os_string().into_string().unwrap();
+            Some((path.file_name()?.to_str()?.parse().unwrap(), file))
+        });
+        let fds: Vec<(i32, String)> = fds.collect();
+        let unexpected: Vec<_> = fds.iter().filter(|(fd, file)| !is_expected_fd(vmm, *fd, file)).collect();
+        assert!(fds.len() > 4 && unexpected.is_empty(), "the VMM has unexpected fds: {unexpected:?}, all fds: {fds:?}");
         container.kill();
     });
 }
