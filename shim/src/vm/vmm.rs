@@ -200,7 +200,7 @@ impl Vmm {
         let inner = Arc::clone(&vmm.inner);
         tokio::spawn(async move {
             read_all(&inner, notices).await;
-            // The VMM closes its socket only when it exits. Otherwise, it is hostile, and no call can reach it any more.
+            // A VMM closes its socket only when it exits. A VMM that runs on is hostile, and no call can reach it.
             Self { inner }.kill();
             let _ = pidfd.readable().await;
             died.send_replace(Some(reap(pid)));
@@ -315,8 +315,8 @@ impl Vmm {
     /// [`VmmError`] if the VMM rejects the request, does not answer, or exits before it answers.
     pub async fn call(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Option<OwnedFd>), VmmError> {
         match call {
-            // The timeout of the boot applies to the first two calls. The guest decides when it has plugged or unplugged
-            // memory.
+            // The timeout of the boot applies to the first two calls. The guest decides when it has plugged or
+            // unplugged memory.
             Call::Create(_) | Call::Resume | Call::RequestMemory { .. } => self.answer(call, fds).await,
             _ => tokio::time::timeout(ANSWER_TIMEOUT, self.answer(call, fds)).await.map_err(|_| VmmError::Timeout)?,
         }
@@ -394,8 +394,8 @@ async fn read_all(inner: &Arc<Inner>, notices: mpsc::Sender<Notice>) {
     lock(&inner.pending).take();
 }
 
-/// Reads answers and notices until the socket is closed. Reads at a limited rate, because a VMM that its guest has taken
-/// over may send packets without a pause. The VMM then has to wait, because its end of the socket is full.
+/// Reads answers and notices until the socket is closed. Reads at a limited rate, because a VMM that its guest has
+/// taken over may send packets without a pause. The VMM then has to wait, because its end of the socket is full.
 async fn read(inner: &Arc<Inner>, notices: &mpsc::Sender<Notice>) {
     let mut budget = Budget::new();
     loop {

@@ -1,9 +1,9 @@
 //! Sends and receives messages on the control socket. Each message is one `SOCK_SEQPACKET` packet with JSON, and fds as
 //! ancillary data.
 //!
-//! `send`, `receive` and `recv` make one system call each and keep the socket's blocking mode. On a non-blocking socket,
-//! they fail with [`io::ErrorKind::WouldBlock`] instead of waiting. Therefore, an asynchronous caller can wrap these
-//! functions.
+//! `send`, `receive` and `recv` make one system call each and keep the socket's blocking mode. On a non-blocking
+//! socket, they fail with [`io::ErrorKind::WouldBlock`] instead of waiting. Therefore, an asynchronous caller can wrap
+//! these functions.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
