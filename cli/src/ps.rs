@@ -130,6 +130,8 @@ fn age(age: Duration) -> String {
 
 #[cfg(test)]
 mod tests {
+    use husk_config::Seccomp;
+
     use super::*;
 
     #[test]
@@ -145,6 +147,7 @@ mod tests {
             started: 1000,
             vmm_pid: 12,
             shim_pid: 11,
+            configured_seccomp: Some(Seccomp::Log),
         };
         fs::create_dir_all(state.join("k8s.io/0123456789abcdef")).unwrap();
         fs::create_dir_all(state.join("k8s.io/ending")).unwrap();
@@ -167,6 +170,12 @@ k8s.io     0123456789abc  shop/cart  running  2      320 MiB  41 MiB  90s  12   
         assert_eq!(text, expected);
         let json = serde_json::to_value(&rows).unwrap();
         assert_eq!((&json[0]["pod"], &json[0]["used_kib"]), (&"shop/cart".into(), &41_984.into()));
+        assert_eq!(json[0]["configured_seccomp"], "log");
+        // The file of a shim that does not record the mode.
+        let old = state.join("k8s.io/0123456789abcdef/sandbox.json");
+        let text = fs::read_to_string(&old).unwrap().replace(",\"configured_seccomp\":\"log\"", "");
+        fs::write(&old, text).unwrap();
+        assert_eq!(self::rows(&state, &proc)[0].sandbox.configured_seccomp, None);
     }
 
     #[test]

@@ -164,7 +164,9 @@ mod tests {
             let (namespace, id) = name.split_once('/').unwrap();
             let (namespace, id, pod) = (namespace.into(), id.into(), pod.into());
             let (vcpus, memory_mib, started, vmm_pid, shim_pid) = (1, 128, 0, 1, 1);
-            let sandbox = Sandbox { id, namespace, pod, vcpus, memory_mib, started, vmm_pid, shim_pid };
+            let configured_seccomp = None;
+            let sandbox =
+                Sandbox { id, namespace, pod, vcpus, memory_mib, started, vmm_pid, shim_pid, configured_seccomp };
             fs::write(dir.join("sandbox.json"), serde_json::to_vec(&sandbox).unwrap()).unwrap();
         }
         let find = |target| find(state, target);

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::Seccomp;
+
 /// A sandbox and its VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sandbox {
@@ -21,4 +23,7 @@ pub struct Sandbox {
     pub vmm_pid: u32,
     /// PID of the shim.
     pub shim_pid: u32,
+    /// The configuration's `seccomp` at the start of the VM. `None` in the file of a shim that does not record it.
+    #[serde(default)]
+    pub configured_seccomp: Option<Seccomp>,
 }

@@ -3,7 +3,7 @@
 use std::{fs, io, path::Path};
 
 use husk_base::error::chain;
-use husk_config::Config;
+use husk_config::{Config, Seccomp};
 use husk_vmm::jail::Landlock;
 use husk_vmm::kvm_probe::{Probe, ProbeError, kvm_speed};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, TMPFS_MAGIC, statfs};
@@ -13,6 +13,11 @@ use super::Finding;
 /// First kernel whose mount_setattr(2) has MOUNT_ATTR_NOSYMFOLLOW, which the shim sets on all mounts of a share.
 const MIN_KERNEL: (u32, u32) = (5, 14);
 
+/// Kinds of namespaces that the VMM's jail uses, by their names in `/proc/self/ns`.
+const NAMESPACES: [&str; 6] = ["mnt", "pid", "net", "ipc", "uts", "cgroup"];
+/// The actions of the kernel's seccomp filters, separated by spaces (proc_sys_kernel(5)).
+const SECCOMP_ACTIONS: &str = "/proc/sys/kernel/seccomp/actions_avail";
+
 /// Runs all checks of the host.
 pub fn all(config: &Config) -> Vec<Finding> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
@@ -21,7 +26,9 @@ pub fn all(config: &Config) -> Vec<Finding> {
         user(),
         kvm(kvm_speed()),
         kernel(release.trim()),
-        namespaces(),
+        namespaces(Path::new("/proc/self/ns")),
+        seccomp(fs::read_to_string(SECCOMP_ACTIONS), config.seccomp),
+        seccomp_mode(config.seccomp),
         landlock(Landlock::of_kernel(), config.require_landlock),
         overlay(&file_systems),
         tun(),
@@ -74,15 +81,52 @@ fn kernel(release: &str) -> Finding {
     Finding::fail("kernel", format!("Linux {release}"), format!("install Linux {major}.{minor} or later"))
 }
 
-fn namespaces() -> Finding {
-    let missing: Vec<&str> = ["mnt", "pid", "net", "ipc", "uts"]
-        .into_iter()
-        .filter(|name| !Path::new("/proc/self/ns").join(name).exists())
-        .collect();
+fn namespaces(dir: &Path) -> Finding {
+    let name = "namespaces";
+    let missing: Vec<&str> = NAMESPACES.into_iter().filter(|kind| !dir.join(kind).exists()).collect();
     if missing.is_empty() {
-        return Finding::ok("namespaces", "mnt, pid, net, ipc, uts");
+        return Finding::ok(name, NAMESPACES.join(", "));
     }
-    Finding::fail("namespaces", format!("missing: {}", missing.join(", ")), "use a kernel with these namespaces")
+    Finding::fail(name, format!("missing: {}", missing.join(", ")), "use a kernel with these namespaces")
+}
+
+/// Checks whether the kernel has the actions of the filters that the VMM and the shim load in `mode`.
+fn seccomp(available: io::Result<String>, mode: Seccomp) -> Finding {
+    let name = "seccomp";
+    let needed = match mode {
+        Seccomp::Enforce => ["allow", "errno", "trap"],
+        Seccomp::Log => ["allow", "errno", "log"],
+    };
+    let available = match available {
+        Ok(available) => available,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let detail = format!("the kernel has no seccomp filters: {SECCOMP_ACTIONS} does not exist");
+            return Finding::fail(name, detail, "use a kernel with CONFIG_SECCOMP_FILTER: no pod can start without");
+        }
+        Err(error) => {
+            let detail = format!("failed to read {SECCOMP_ACTIONS}: {error}");
+            return Finding::warn(name, detail, "run this command as root, in the host's mount namespace");
+        }
+    };
+    let missing: Vec<&str> =
+        needed.into_iter().filter(|action| !available.split_whitespace().any(|found| found == *action)).collect();
+    if missing.is_empty() {
+        return Finding::ok(name, format!("filters with the actions {}", needed.join(", ")));
+    }
+    let detail = format!("the kernel's seccomp filters lack the actions {}", missing.join(", "));
+    Finding::fail(name, detail, "use a kernel whose seccomp filters have these actions")
+}
+
+fn seccomp_mode(mode: Seccomp) -> Finding {
+    let name = "seccomp mode";
+    match mode {
+        Seccomp::Enforce => Finding::ok(name, "enforce"),
+        Seccomp::Log => Finding::warn(
+            name,
+            "log: the seccomp filters of the VMM and the shim only log the system calls that they do not allow",
+            "set seccomp = \"enforce\" in the configuration, and create the pods again",
+        ),
+    }
 }
 
 fn landlock(landlock: Landlock, required: bool) -> Finding {
@@ -171,7 +215,57 @@ mod tests {
     #[test]
     fn all_host_checks_run() {
         let names: Vec<_> = all(&Config::default()).iter().map(|finding| finding.name).collect();
-        assert_eq!(names, ["user", "kvm", "kernel", "namespaces", "landlock", "overlay", "tun", "vhost-net", "cgroup"]);
+        let expected = [
+            "user",
+            "kvm",
+            "kernel",
+            "namespaces",
+            "seccomp",
+            "seccomp mode",
+            "landlock",
+            "overlay",
+            "tun",
+            "vhost-net",
+            "cgroup",
+        ];
+        assert_eq!(names, expected);
+    }
+
+    #[test]
+    fn missing_namespace_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        for kind in NAMESPACES {
+            assert_eq!(namespaces(dir.path()).status, Status::Fail, "{kind} is missing, but no finding fails");
+            fs::write(dir.path().join(kind), "").unwrap();
+        }
+        assert_eq!(namespaces(dir.path()), Finding::ok("namespaces", "mnt, pid, net, ipc, uts, cgroup"));
+        fs::remove_file(dir.path().join("cgroup")).unwrap();
+        assert_eq!(namespaces(dir.path()).detail, "missing: cgroup");
+    }
+
+    #[test]
+    fn seccomp_fails_without_filters_or_without_an_action_that_the_mode_needs() {
+        let seccomp = |available: &str, mode| seccomp(Ok(available.to_owned()), mode);
+        let linux_6 = "kill_process kill_thread trap errno user_notif trace log allow\n";
+        for mode in [Seccomp::Enforce, Seccomp::Log] {
+            assert_eq!(seccomp(linux_6, mode).status, Status::Ok);
+            let missing = super::seccomp(Err(io::ErrorKind::NotFound.into()), mode);
+            assert!(missing.status == Status::Fail && missing.remedy.contains("CONFIG_SECCOMP_FILTER"), "{missing:?}");
+            let unreadable = super::seccomp(Err(io::ErrorKind::PermissionDenied.into()), mode);
+            assert_eq!(unreadable.status, Status::Warn, "{unreadable:?}");
+            assert_eq!(seccomp("kill_process log trap allow", mode).status, Status::Fail);
+        }
+        assert_eq!(seccomp("trap errno allow", Seccomp::Enforce).status, Status::Ok);
+        let without_log = seccomp("trap errno allow", Seccomp::Log);
+        assert!(without_log.status == Status::Fail && without_log.detail.ends_with("actions log"), "{without_log:?}");
+        assert_eq!(seccomp("errno log allow", Seccomp::Enforce).status, Status::Fail);
+    }
+
+    #[test]
+    fn seccomp_mode_log_is_a_warning() {
+        assert_eq!(seccomp_mode(Seccomp::Enforce), Finding::ok("seccomp mode", "enforce"));
+        let log = seccomp_mode(Seccomp::Log);
+        assert!(log.status == Status::Warn && log.remedy.contains("enforce"), "{log:?}");
     }
 
     #[test]

@@ -240,6 +240,12 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
     if let Answer::Created { unrestricted: Some(unrestricted) } = created {
         tracing::warn!(unrestricted, "the VMM runs without some Landlock restrictions");
     }
+    if plan.seccomp() == SeccompMode::Log {
+        tracing::warn!(
+            "the seccomp filters of the VMM and the shim only log the system calls that they do not allow, because the \
+             configuration has seccomp = \"log\""
+        );
+    }
     vmm.call(Call::Resume, &[]).await.map_err(error("start the VM".into()))?;
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use husk_config::Config;
+use husk_config::{Config, Seccomp};
 use husk_vmm::virtio::net::MAX_QUEUE_PAIRS;
 use tokio::sync::{mpsc, oneshot};
 
@@ -198,7 +198,7 @@ impl PartialLaunch {
         let id_mappings = bundle.id_mappings().map_err(|e| chain(&e))?;
         let boot_size = resources::boot_size(spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
         let policies = PodPolicies::new(&spec.annotations, &config).map_err(|e| chain(&e))?;
-        record_sandbox(context, spec, &boot_size, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
+        record_sandbox(context, spec, &boot_size, config.seccomp, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
         let rate_limits = resources::rate_limits(spec, &config).map_err(|e| chain(&e))?;
         // vhost-net does not apply rate limits. Without vhost-net, several queue pairs are not faster than one, because
         // the VMM moves all frames in one thread.
@@ -231,7 +231,7 @@ impl PartialLaunch {
 }
 
 /// Records the sandbox's properties for `husk ps`. Best effort.
-fn record_sandbox(context: &LaunchContext, spec: &Spec, boot_size: &BootSize, vmm_pid: u32) {
+fn record_sandbox(context: &LaunchContext, spec: &Spec, boot_size: &BootSize, seccomp: Seccomp, vmm_pid: u32) {
     let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let sandbox = husk_config::sandbox::Sandbox {
         id: context.sandbox.clone(),
@@ -242,6 +242,7 @@ fn record_sandbox(context: &LaunchContext, spec: &Spec, boot_size: &BootSize, vm
         started: started.as_secs(),
         vmm_pid,
         shim_pid: std::process::id(),
+        configured_seccomp: Some(seccomp),
     };
     if let Err(error) = context.dir.record(&sandbox) {
         tracing::warn!(error = %chain(&error), "failed to record the sandbox for husk ps");

@@ -236,6 +236,7 @@ mod tests {
             started: 7,
             vmm_pid: 1,
             shim_pid: 2,
+            configured_seccomp: Some(husk_config::Seccomp::Log),
         };
         state.record(&record).unwrap();
         state.record_size(2, 512).unwrap();

@@ -50,7 +50,7 @@ mod tests {
 
     #[test]
     fn on_host_translates_an_id_from_a_pid_namespace() {
-        let args = ["--pid", "--fork", "--kill-child", "sleep", "1000"];
+        let args = ["--pid", "--fork", "sleep", "1000"];
         let mut unshare = Command::new("unshare").args(args).spawn().unwrap();
         let children = format!("/proc/{0}/task/{0}/children", unshare.id());
         let child = loop {
@@ -61,7 +61,9 @@ mod tests {
         };
         assert_eq!(on_host(child, 1).unwrap(), child);
         assert!(on_host(child, child).is_err());
-        unshare.kill().unwrap();
+        // Do not rely on `unshare --kill-child`: the child sets this up only after it has appeared in `children`.
+        let child = nix::unistd::Pid::from_raw(child.cast_signed());
+        nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL).unwrap();
         unshare.wait().unwrap();
     }
 }

@@ -1,7 +1,7 @@
-//! Limits the rate of bytes from the agent.
+//! Limits the rate of input from the agent and the VMM.
 //!
-//! The shim reads and decodes each message of the agent. Without this limit, an agent that sends messages without a
-//! pause could keep a CPU of the node busy.
+//! The shim reads and decodes each message of the agent and the VMM. Without this limit, an agent or a VMM that sends
+//! messages without a pause could keep a CPU of the node busy.
 
 use std::io;
 use std::pin::Pin;
@@ -11,31 +11,42 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// Bytes per second. The shim handles the smallest events much faster than they arrive at this rate. The answers of an
-/// agent that is not hostile have a few KiB per second.
+/// Bytes per second. The shim handles the smallest messages much faster than they arrive at this rate. The messages of
+/// an agent or a VMM that is not hostile have a few KiB per second.
 const RATE: u64 = 1 << 20;
 /// Bytes that can be read at once after a pause. A message has at most 4 MiB.
 const BURST: i64 = 4 << 20;
 /// Delay before the next read after the burst.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// A stream whose reads are limited. A read may exceed the limit once. The next read then waits longer.
-pub struct Throttled<S> {
-    stream: S,
-    /// Bytes that can be read now. Negative after a read that exceeded the limit.
+/// The number of bytes that can be read now (a token bucket).
+pub struct Budget {
+    /// Negative after a read that exceeded the limit. The next read then waits longer.
     available: i64,
     /// Time up to which `available` includes the bytes that the rate allows.
     counted: Instant,
-    pause: Option<Pin<Box<Sleep>>>,
 }
 
-impl<S> Throttled<S> {
-    /// Limits the reads of `stream`.
-    pub fn new(stream: S) -> Self {
-        Self { stream, available: BURST, counted: Instant::now(), pause: None }
+impl Budget {
+    /// Creates a budget of one burst.
+    pub fn new() -> Self {
+        Self { available: BURST, counted: Instant::now() }
     }
 
-    fn refill(&mut self) {
+    /// Waits until at least one byte can be read.
+    pub async fn wait(&mut self) {
+        while !self.is_left() {
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// Counts bytes that were read. They may exceed the limit once.
+    pub fn take(&mut self, bytes: usize) {
+        self.available = self.available.saturating_sub(i64::try_from(bytes).unwrap_or(i64::MAX));
+    }
+
+    /// Returns whether at least one byte can be read now.
+    fn is_left(&mut self) -> bool {
         let now = Instant::now();
         let elapsed = u64::try_from((now - self.counted).as_micros()).unwrap_or(u64::MAX);
         let bytes = i64::try_from(elapsed.saturating_mul(RATE) / 1_000_000).unwrap_or(i64::MAX);
@@ -43,6 +54,21 @@ impl<S> Throttled<S> {
             self.available = self.available.saturating_add(bytes).min(BURST);
             self.counted = now;
         }
+        self.available > 0
+    }
+}
+
+/// A stream whose reads are limited. A read may exceed the limit once. The next read then waits longer.
+pub struct Throttled<S> {
+    stream: S,
+    budget: Budget,
+    pause: Option<Pin<Box<Sleep>>>,
+}
+
+impl<S> Throttled<S> {
+    /// Limits the reads of `stream`.
+    pub fn new(stream: S) -> Self {
+        Self { stream, budget: Budget::new(), pause: None }
     }
 }
 
@@ -54,16 +80,14 @@ impl<S: AsyncRead + Unpin> AsyncRead for Throttled<S> {
                 ready!(pause.as_mut().poll(cx));
                 this.pause = None;
             }
-            this.refill();
-            if this.available > 0 {
+            if this.budget.is_left() {
                 break;
             }
             this.pause = Some(Box::pin(sleep_until(Instant::now() + PAUSE)));
         }
         let before = buf.filled().len();
         ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
-        let read = buf.filled().len().saturating_sub(before);
-        this.available = this.available.saturating_sub(i64::try_from(read).unwrap_or(i64::MAX));
+        this.budget.take(buf.filled().len().saturating_sub(before));
         Poll::Ready(Ok(()))
     }
 }

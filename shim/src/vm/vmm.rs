@@ -1,17 +1,19 @@
 //! Client of the VMM: starts the process, sends requests over the control socket, and waits until the process exits.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use husk_base::sys::process;
 use husk_vmm::client::{self, SpawnError, SpawnOptions, Spawned};
 use husk_vmm::config::NetConfig;
 use husk_vmm::control::{Answer, Call, Notice, Reply, Request, wire};
+use nix::sys::socket::{SockType, UnixAddr, getpeername, getsockopt, sockopt};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -21,7 +23,18 @@ use crate::launcher::{LaunchError, Launcher};
 use crate::lock;
 use crate::oci::Network;
 use crate::vm::thread_id;
+use crate::vm::throttle::Budget;
 use crate::vm::vhost::{self, VhostPermits};
+
+/// Bytes that each packet counts in addition to its length. They stand for the buffer and the system calls that the
+/// packet needs, and limit the rate of the shortest packets to about 1000 a second. A VMM that is not hostile sends one
+/// packet for each call of the shim, and a few notices.
+const PACKET_BYTES: usize = 1 << 10;
+/// Bytes that each fd of a packet counts.
+const FD_BYTES: usize = 256;
+
+/// Timeout of calls that do not depend on the progress of the guest.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Error from starting or calling the VMM.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +75,9 @@ pub enum VmmError {
     /// vhost-net cannot be opened.
     #[error("failed to open {}: run `modprobe vhost_net`, or set vhost_net = false", vhost::DEVICE)]
     Vhost(#[source] std::io::Error),
+    /// The VMM does not answer.
+    #[error("the VMM did not answer a request within {} s", ANSWER_TIMEOUT.as_secs())]
+    Timeout,
     /// The VMM's answer does not match the request.
     #[error("the VMM's answer does not match the request")]
     Unexpected,
@@ -81,6 +97,21 @@ struct Inner {
     /// For each container, the VMM has a thread. The shim reports the thread's id on the host to containerd as the
     /// container's PID. Maps this PID to the thread's id in the VMM's PID namespace.
     threads: Mutex<HashMap<u32, u32>>,
+}
+
+/// A call that waits for its answer. When the caller stops waiting, the VMM's answer is ignored. Therefore, a VMM that
+/// does not answer cannot make the shim keep the calls whose time is over.
+struct PendingCall<'a> {
+    inner: &'a Inner,
+    seq: u64,
+}
+
+impl Drop for PendingCall<'_> {
+    fn drop(&mut self) {
+        if let Some(pending) = lock(&self.inner.pending).as_mut() {
+            pending.remove(&self.seq);
+        }
+    }
 }
 
 /// A handle to a VMM process.
@@ -169,6 +200,8 @@ impl Vmm {
         let inner = Arc::clone(&vmm.inner);
         tokio::spawn(async move {
             read_all(&inner, notices).await;
+            // A VMM closes its socket only when it exits. A VMM that runs on is hostile, and no call can reach it.
+            Self { inner }.kill();
             let _ = pidfd.readable().await;
             died.send_replace(Some(reap(pid)));
         });
@@ -194,7 +227,7 @@ impl Vmm {
     ///
     /// # Errors
     /// If the socket cannot be registered with the async runtime.
-    #[cfg(feature = "testing")]
+    #[cfg(any(test, feature = "testing"))]
     pub fn over(control: OwnedFd, notices: mpsc::Sender<Notice>) -> std::io::Result<Self> {
         let (_, dead) = watch::channel(None);
         let vmm = Self::new(register(control, Interest::READABLE | Interest::WRITABLE)?, std::process::id(), dead);
@@ -279,20 +312,29 @@ impl Vmm {
     /// into `fds`.
     ///
     /// # Errors
-    /// [`VmmError`] if the VMM rejects the request, or exits before it answers.
+    /// [`VmmError`] if the VMM rejects the request, does not answer, or exits before it answers.
     pub async fn call(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Option<OwnedFd>), VmmError> {
+        match call {
+            // The timeout of the boot applies to the first two calls. The guest decides when it has plugged or
+            // unplugged memory.
+            Call::Create(_) | Call::Resume | Call::RequestMemory { .. } => self.answer(call, fds).await,
+            _ => tokio::time::timeout(ANSWER_TIMEOUT, self.answer(call, fds)).await.map_err(|_| VmmError::Timeout)?,
+        }
+    }
+
+    /// Sends a request and waits for the answer without a timeout.
+    async fn answer(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Option<OwnedFd>), VmmError> {
         let seq = self.inner.next.fetch_add(1, Ordering::Relaxed);
         let request = Request { seq, call };
         let (answer, wait) = oneshot::channel();
         lock(&self.inner.pending).as_mut().ok_or(VmmError::Gone)?.insert(seq, answer);
-        let sent = self.inner.control.async_io(Interest::WRITABLE, |socket| wire::send(socket, &request, fds)).await;
-        if let Err(error) = sent {
-            let gone = error.kind() == std::io::ErrorKind::BrokenPipe;
-            if let Some(pending) = lock(&self.inner.pending).as_mut() {
-                pending.remove(&seq);
-            }
-            return Err(if gone { VmmError::Gone } else { VmmError::Send(error) });
-        }
+        let _pending = PendingCall { inner: &self.inner, seq };
+        self.inner.control.async_io(Interest::WRITABLE, |socket| wire::send(socket, &request, fds)).await.map_err(
+            |error| match error.kind() {
+                std::io::ErrorKind::BrokenPipe => VmmError::Gone,
+                _ => VmmError::Send(error),
+            },
+        )?;
         wait.await.map_err(|_| VmmError::Gone)?
     }
 
@@ -302,7 +344,7 @@ impl Vmm {
     /// [`VmmError`] if the guest refuses the connection, or the VMM has exited.
     pub async fn connect(&self, port: u32) -> Result<UnixStream, VmmError> {
         match self.call(Call::Connect { port }, &[]).await? {
-            (Answer::Connected, Some(fd)) => Ok(UnixStream::from(fd)),
+            (Answer::Connected, Some(fd)) if is_stream_socket(&fd) => Ok(UnixStream::from(fd)),
             _ => Err(VmmError::Unexpected),
         }
     }
@@ -338,6 +380,13 @@ impl Vmm {
     }
 }
 
+/// Returns whether an fd is a connected stream socket of UNIX domain. The VMM may send any fd, for example an fd of a
+/// file system that hangs when the shim polls the fd.
+fn is_stream_socket(fd: &OwnedFd) -> bool {
+    let connected = getpeername::<UnixAddr>(fd.as_raw_fd()).is_ok();
+    connected && getsockopt(fd, sockopt::SockType).is_ok_and(|kind| kind == SockType::Stream)
+}
+
 /// Reads until the socket is closed. Then ends all calls that wait for an answer.
 async fn read_all(inner: &Arc<Inner>, notices: mpsc::Sender<Notice>) {
     read(inner, &notices).await;
@@ -345,10 +394,18 @@ async fn read_all(inner: &Arc<Inner>, notices: mpsc::Sender<Notice>) {
     lock(&inner.pending).take();
 }
 
-/// Reads answers and notices until the socket is closed.
+/// Reads answers and notices until the socket is closed. Reads at a limited rate, because a VMM that its guest has
+/// taken over may send packets without a pause. The VMM then has to wait, because its end of the socket is full.
 async fn read(inner: &Arc<Inner>, notices: &mpsc::Sender<Notice>) {
+    let mut budget = Budget::new();
     loop {
-        match inner.control.async_io(Interest::READABLE, |socket| wire::recv::<Reply>(socket)).await {
+        budget.wait().await;
+        let packet = match inner.control.async_io(Interest::READABLE, |socket| wire::receive(socket)).await {
+            Ok(packet) => packet,
+            Err(error) => return tracing::debug!(%error, "the VMM's control socket is closed"),
+        };
+        budget.take(PACKET_BYTES + packet.len() + FD_BYTES * packet.fd_count());
+        match packet.decode::<Reply>() {
             Ok((Reply::Answer { seq, result }, fds)) => {
                 let waiting = lock(&inner.pending).as_mut().and_then(|pending| pending.remove(&seq));
                 if let Some(waiting) = waiting {
@@ -361,10 +418,11 @@ async fn read(inner: &Arc<Inner>, notices: &mpsc::Sender<Notice>) {
                 Vmm { inner: Arc::clone(inner) }.start_vhost(mac);
             }
             Ok((Reply::Notice(notice), _)) => drop(notices.send(notice).await),
-            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-                tracing::warn!(%error, "the VMM sent an unknown message");
-            }
-            Err(error) => return tracing::debug!(%error, "the VMM's control socket is closed"),
+            Err(error) => tracing::warn!(%error, "the VMM sent an unknown message"),
         }
     }
 }
+
+#[cfg(test)]
+#[path = "hostile_vmm_tests.rs"]
+mod hostile_vmm_tests;

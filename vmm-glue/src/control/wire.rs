@@ -1,8 +1,9 @@
 //! Sends and receives messages on the control socket. Each message is one `SOCK_SEQPACKET` packet with JSON, and fds as
 //! ancillary data.
 //!
-//! `send` and `recv` make one system call each and keep the socket's blocking mode. On a non-blocking socket, both fail
-//! with [`io::ErrorKind::WouldBlock`] instead of waiting. Therefore, an asynchronous caller can wrap these functions.
+//! `send`, `receive` and `recv` make one system call each and keep the socket's blocking mode. On a non-blocking
+//! socket, they fail with [`io::ErrorKind::WouldBlock`] instead of waiting. Therefore, an asynchronous caller can wrap
+//! these functions.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -37,26 +38,68 @@ pub fn send(socket: impl AsFd, message: &impl Serialize, fds: &[BorrowedFd<'_>])
     scm_rights::send(socket, &bytes, fds).map(drop)
 }
 
-/// Receives a message with its fds, which are close-on-exec.
+/// A packet whose message has not been decoded.
+#[derive(Debug)]
+pub struct Packet {
+    bytes: Vec<u8>,
+    fds: Vec<OwnedFd>,
+    truncated: bool,
+}
+
+impl Packet {
+    /// Returns the number of bytes that were received, at most [`MAX_MESSAGE`].
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Returns whether the packet has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// Returns the number of fds that were received, at most [`MAX_FDS`].
+    pub fn fd_count(&self) -> usize {
+        self.fds.len()
+    }
+
+    /// Decodes the message. Returns the message with its fds.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidData`] if the packet is too long or is not a message of type `T`.
+    pub fn decode<T: DeserializeOwned>(self) -> io::Result<(T, Vec<OwnedFd>)> {
+        if self.truncated {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("failed to receive a control message: it has more than {MAX_MESSAGE} bytes or {MAX_FDS} fds"),
+            ));
+        }
+        let message =
+            serde_json::from_slice(&self.bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        Ok((message, self.fds))
+    }
+}
+
+/// Receives a packet with its fds, which are close-on-exec. Does not decode the message. Therefore, a caller that does
+/// not trust the sender can count the packet before the packet is decoded.
 ///
 /// # Errors
 /// The error of `recvmsg`. [`io::ErrorKind::UnexpectedEof`] if the other side has closed the socket.
-/// [`io::ErrorKind::InvalidData`] if the packet is too long or is not a message of type `T`.
-pub fn recv<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<(T, Vec<OwnedFd>)> {
+pub fn receive(socket: impl AsFd) -> io::Result<Packet> {
     let mut bytes = vec![0u8; MAX_MESSAGE];
     let packet = scm_rights::receive(socket, &mut bytes)?;
     if packet.len == 0 && packet.fds.is_empty() {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    if packet.truncated {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("failed to receive a control message: it has more than {MAX_MESSAGE} bytes or {MAX_FDS} fds"),
-        ));
-    }
-    let message = serde_json::from_slice(bytes.get(..packet.len).unwrap_or_default())
-        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-    Ok((message, packet.fds))
+    bytes.truncate(packet.len);
+    Ok(Packet { bytes, fds: packet.fds, truncated: packet.truncated })
+}
+
+/// Receives a message with its fds, which are close-on-exec.
+///
+/// # Errors
+/// The errors of [`receive`] and [`Packet::decode`].
+pub fn recv<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<(T, Vec<OwnedFd>)> {
+    receive(socket)?.decode()
 }
 
 /// Creates a connected pair of control sockets, which are close-on-exec.

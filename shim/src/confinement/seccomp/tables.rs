@@ -193,7 +193,7 @@ const SOCKETS: &[Rule] = &[
     allow(Sysno::listen, "listens for connections to forwarded ports"),
     allow(Sysno::accept4, "accepts connections to the shim's socket and to forwarded ports"),
     allow(Sysno::getsockname, "reads the addresses of forwarded connections"),
-    allow(Sysno::getpeername, "reads the addresses of forwarded connections"),
+    allow(Sysno::getpeername, "reads the addresses of forwarded connections, and checks sockets of the VMM"),
     allow(Sysno::setsockopt, "sets options of netlink and TCP sockets"),
     allow(Sysno::getsockopt, "reads the results of connections, and the credentials of clients"),
     allow(Sysno::sendto, "sends netlink requests, and data to streams"),

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::process::Command;
 use std::time::Duration;
 
 use husk_e2e::cri::pod::pods;
@@ -11,7 +12,7 @@ use nix::sys::stat::makedev;
 use nix::sys::statfs::{PROC_SUPER_MAGIC, statfs};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
-use serde_json::json;
+use serde_json::{Value, json};
 
 #[test]
 fn vmm_sees_only_the_share_and_its_threads_have_few_capabilities() {
@@ -205,4 +206,31 @@ fn seccomp_violation_ends_the_vm_and_is_logged_with_thread_and_call() {
             assert!(logged.is_some(), "the log lacks {expected:?}: {}", node::log_tail(40));
         }
     });
+}
+
+/// Runs a command of `husk`, and returns its JSON output.
+fn husk(command: &str) -> Value {
+    let output = Command::new("husk").args([command, "--output", "json"]).output().unwrap();
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn seccomp_mode_is_reported_by_husk_and_mode_log_is_logged_once_for_each_pod() {
+    let warnings =
+        || node::log_tail(usize::MAX).matches("the seccomp filters of the VMM and the shim only log").count();
+    for (mode, status, expected) in [("enforce", "ok", 0), ("log", "warn", 1)] {
+        let _config = node::Config::set(&format!("seccomp = {mode:?}\n"));
+        let report = husk("check");
+        let findings = report["findings"].as_array().unwrap();
+        let status_of = |name: &str| &findings.iter().find(|finding| finding["name"] == name).unwrap()["status"];
+        assert_eq!((status_of("seccomp"), status_of("seccomp mode")), (&json!("ok"), &json!(status)), "{report}");
+        let before = warnings();
+        case(&format!("seccomp-{mode}"), |case| {
+            let container = case.sleeper();
+            let list = husk("ps");
+            let pod = list.as_array().unwrap().iter().find(|pod| pod["id"] == container.id.as_str());
+            assert_eq!(pod.unwrap()["configured_seccomp"], mode, "{list}");
+        });
+        assert_eq!(warnings() - before, expected, "mode {mode}: {}", node::log_tail(40));
+    }
 }

@@ -1,0 +1,272 @@
+//! Tests of the shim's calls with VMMs that violate the protocol of the control socket.
+
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::time::{Duration, Instant};
+
+use husk_base::sys::scm_rights;
+use husk_vmm::control::{BootStep, ExitReason};
+use nix::sys::time::TimeValLike;
+use nix::time::ClockId;
+
+use super::*;
+
+/// Maximum number of packets that the shim may read in one burst and in the time `elapsed`, if each packet counts at
+/// least `bytes`. The last read of a burst may exceed the limit once.
+fn allowed(bytes: usize, elapsed: Duration) -> usize {
+    let (burst, rate, reads) = (4 << 20, f64::from(1 << 20), 2);
+    (burst + (rate * elapsed.as_secs_f64()) as usize) / bytes + reads
+}
+
+/// The VMM's end of the control socket.
+#[derive(Clone)]
+struct HostileVmm {
+    control: Arc<OwnedFd>,
+    /// Number of packets that the VMM has sent in a flood.
+    sent: Arc<AtomicUsize>,
+    over: Arc<AtomicBool>,
+}
+
+impl HostileVmm {
+    /// Returns the shim's client and the VMM's end of its control socket. A task handles the notices, as in the shim.
+    fn start() -> (Vmm, Self) {
+        let (ours, theirs) = wire::pair().unwrap();
+        husk_base::sys::fd::set_nonblocking(&ours).unwrap();
+        let (notify, mut notices) = mpsc::channel(64);
+        tokio::spawn(async move { while notices.recv().await.is_some() {} });
+        let vmm = Vmm::over(ours, notify).unwrap();
+        (vmm, Self { control: Arc::new(theirs), sent: Arc::default(), over: Arc::default() })
+    }
+
+    /// Sends a packet. Waits while the socket is full. Returns whether the packet was sent.
+    fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
+        scm_rights::send(&*self.control, bytes, fds).is_ok()
+    }
+
+    fn reply(&self, reply: &Reply, fds: &[BorrowedFd<'_>]) {
+        wire::send(&*self.control, reply, fds).unwrap();
+    }
+
+    fn answer(&self, seq: u64, answer: Answer, fds: &[BorrowedFd<'_>]) {
+        self.reply(&Reply::Answer { seq, result: Ok(answer) }, fds);
+    }
+
+    /// Waits for the next request, and returns its sequence number.
+    fn request(&self) -> u64 {
+        wire::recv::<Request>(&*self.control).unwrap().0.seq
+    }
+
+    /// Starts a thread that sends packets without a pause, until [`Self::end`] or until the shim has closed its socket.
+    fn flood(&self, packets: Vec<Vec<u8>>, fds: Vec<OwnedFd>) -> std::thread::JoinHandle<()> {
+        let vmm = self.clone();
+        std::thread::spawn(move || {
+            let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            let sending = || !vmm.over.load(Ordering::Relaxed);
+            for _ in packets.iter().cycle().take_while(|packet| sending() && vmm.send(packet, &fds)) {
+                vmm.sent.fetch_add(1, Ordering::Relaxed);
+            }
+        })
+    }
+
+    fn end(&self) {
+        self.over.store(true, Ordering::Relaxed);
+    }
+}
+
+fn notices() -> Vec<Vec<u8>> {
+    [
+        Notice::FdShortage,
+        Notice::VhostRequested { mac: [2; 6] },
+        Notice::BootStep { step: BootStep::AgentReady, at_ns: 0 },
+        Notice::Exited { reason: ExitReason::Reset },
+    ]
+    .into_iter()
+    .map(|notice| serde_json::to_vec(&Reply::Notice(notice)).unwrap())
+    .collect()
+}
+
+/// CPU time of this thread, which runs all tasks of the shim.
+fn cpu_time() -> Duration {
+    let time = ClockId::CLOCK_THREAD_CPUTIME_ID.now().unwrap();
+    Duration::from_nanos(time.num_nanoseconds() as u64)
+}
+
+#[tokio::test]
+async fn vmm_that_sends_packets_without_end_has_to_wait_for_the_shim() {
+    let oversized = vec![b' '; wire::MAX_MESSAGE + 1];
+    let answer = br#"{"Answer":{"seq":7,"result":{"Ok":"Done"}}}"#.to_vec();
+    let file = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+    let many_fds = || (0..wire::MAX_FDS).map(|_| file()).collect::<Vec<_>>();
+    let start = Instant::now();
+    let floods = [
+        ("notices", notices(), vec![], PACKET_BYTES),
+        ("answers to unknown calls", vec![answer.clone()], vec![], PACKET_BYTES),
+        ("answers with fds", vec![answer], many_fds(), PACKET_BYTES + wire::MAX_FDS * FD_BYTES),
+        ("unknown messages", vec![b"{\"Answer\":7}".to_vec(), vec![0xff; 9]], vec![], PACKET_BYTES),
+        ("packets that are too long", vec![oversized], vec![], PACKET_BYTES + wire::MAX_MESSAGE),
+    ]
+    .map(|(what, packets, fds, bytes)| {
+        let (vmm, hostile) = HostileVmm::start();
+        let thread = hostile.flood(packets, fds);
+        (what, bytes, vmm, hostile, thread)
+    });
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    // The bursts are over. From here on, the shim mostly waits, and reads what the rate allows.
+    let (cpu_before, wait) = (cpu_time(), Instant::now());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let (cpu, waited) = (cpu_time().saturating_sub(cpu_before), wait.elapsed());
+    println!("the shim used {cpu:?} of CPU time in {waited:?}, with {} floods at the same time", floods.len());
+    floods.iter().for_each(|(.., hostile, _)| hostile.end());
+    for (what, bytes, vmm, hostile, thread) in floods {
+        tokio::task::spawn_blocking(|| thread.join().unwrap()).await.unwrap();
+        // Up to 512 packets may wait in the socket (net.unix.max_dgram_qlen).
+        let limit = allowed(bytes, start.elapsed()) + 512;
+        let sent = hostile.sent.load(Ordering::Relaxed);
+        assert!(sent > 0 && sent <= limit, "the shim read {sent} {what}; the limit is {limit}");
+        println!("the shim read {sent} {what}; the limit is {limit}");
+        drop(vmm);
+    }
+    assert!(cpu < waited / 2, "the shim used {cpu:?} of CPU time in {waited:?}; the limit is half of this time");
+}
+
+#[tokio::test]
+async fn calls_get_their_answers_while_notices_and_unknown_messages_arrive() {
+    let (vmm, hostile) = HostileVmm::start();
+    let packets = [notices(), vec![b"garbage".to_vec(), vec![b' '; wire::MAX_MESSAGE + 1]]].concat();
+    let flood = hostile.flood(packets, vec![]);
+    let serving = hostile.clone();
+    std::thread::spawn(move || {
+        while let Ok((request, _)) = wire::recv::<Request>(&*serving.control) {
+            serving.answer(request.seq, Answer::Done, &[]);
+        }
+    });
+    let mut answers = 0;
+    while answers < 20 || hostile.sent.load(Ordering::Relaxed) < 1000 {
+        assert!(matches!(vmm.call(Call::AcquirePid, &[]).await, Ok((Answer::Done, None))));
+        answers += 1;
+    }
+    hostile.end();
+    tokio::task::spawn_blocking(|| flood.join().unwrap()).await.unwrap();
+}
+
+#[tokio::test]
+async fn answers_with_wrong_sequence_numbers_do_not_answer_a_call() {
+    let (vmm, hostile) = HostileVmm::start();
+    std::thread::spawn(move || {
+        let seq = hostile.request();
+        for wrong in [0, seq + 1, seq + 2, u64::MAX] {
+            hostile.answer(wrong, Answer::NotFound, &[hostile.control.as_fd()]);
+        }
+        hostile.answer(seq, Answer::Attached { slot: 7 }, &[]);
+        // The second answer to the same call.
+        hostile.answer(seq, Answer::NotFound, &[]);
+        hostile.answer(hostile.request(), Answer::Done, &[]);
+    });
+    let found = vmm.call(Call::FindNet([2; 6]), &[]).await;
+    assert!(matches!(found, Ok((Answer::Attached { slot: 7 }, None))), "{found:?}");
+    assert!(matches!(vmm.call(Call::Detach { slot: 7 }, &[]).await, Ok((Answer::Done, None))));
+}
+
+#[tokio::test]
+async fn fds_that_no_call_expects_are_closed() {
+    let (vmm, hostile) = HostileVmm::start();
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    std::thread::spawn(move || {
+        let fds = [writer.as_fd(); wire::MAX_FDS];
+        let too_many = [writer.as_fd(); wire::MAX_FDS + 8];
+        for notice in notices() {
+            assert!(hostile.send(&notice, &fds) && hostile.send(&notice, &too_many));
+        }
+        assert!(hostile.send(b"garbage", &fds) && hostile.send(&[], &fds));
+        hostile.answer(u64::MAX, Answer::Connected, &fds);
+        hostile.answer(hostile.request(), Answer::NotFound, &fds);
+    });
+    assert!(matches!(vmm.call(Call::FindNet([2; 6]), &[]).await, Ok((Answer::NotFound, _))));
+    // The reader sees the end of the pipe only if every copy of the writer is closed.
+    let end = tokio::task::spawn_blocking(move || reader.read(&mut [0]).unwrap());
+    assert_eq!(end.await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn connect_accepts_only_a_connected_stream_socket() {
+    let (vmm, hostile) = HostileVmm::start();
+    // The guest may close its end before the shim gets the answer.
+    let (stream, _) = UnixStream::pair().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let listener = std::os::unix::net::UnixListener::bind(dir.path().join("socket")).unwrap();
+    let (_reader, pipe) = std::io::pipe().unwrap();
+    let file = std::fs::File::open("/dev/null").unwrap();
+    let packets = wire::pair().unwrap();
+    let wrong: [OwnedFd; 4] = [listener.into(), pipe.into(), file.into(), packets.0];
+    let count = wrong.len();
+    std::thread::spawn(move || {
+        hostile.answer(hostile.request(), Answer::Connected, &[]);
+        hostile.answer(hostile.request(), Answer::Done, &[stream.as_fd()]);
+        for fd in &wrong {
+            hostile.answer(hostile.request(), Answer::Connected, &[fd.as_fd()]);
+        }
+        hostile.answer(hostile.request(), Answer::Connected, &[stream.as_fd()]);
+    });
+    for index in 0..2 + count {
+        assert!(matches!(vmm.connect(1024).await, Err(VmmError::Unexpected)), "answer {index} was accepted");
+    }
+    assert!(vmm.connect(1024).await.is_ok());
+}
+
+#[tokio::test]
+async fn vmm_that_closes_its_socket_is_killed() {
+    let mut child = std::process::Command::new("sleep").arg("infinity").spawn().unwrap();
+    let pidfd = husk_base::sys::pidfd::open(child.id().cast_signed()).unwrap();
+    let (control, theirs) = wire::pair().unwrap();
+    let (notify, _notices) = mpsc::channel(64);
+    let vmm = Vmm::attach(Spawned { pid: child.id(), pidfd, control }, notify).unwrap();
+    drop(theirs);
+    assert_eq!(vmm.wait().await.signal(), Some(libc::SIGKILL));
+    assert!(child.wait().is_err(), "the shim did not reap the process");
+}
+
+#[tokio::test]
+async fn packet_without_bytes_ends_all_calls() {
+    let (vmm, hostile) = HostileVmm::start();
+    let thread = std::thread::spawn(move || {
+        hostile.request();
+        assert!(hostile.send(&[], &[]));
+        hostile
+    });
+    assert!(matches!(vmm.call(Call::Resume, &[]).await, Err(VmmError::Gone)));
+    assert!(matches!(vmm.call(Call::Resume, &[]).await, Err(VmmError::Gone)));
+    drop(thread);
+}
+
+#[tokio::test(start_paused = true)]
+async fn call_ends_after_its_timeout_if_the_vmm_does_not_answer() {
+    let (vmm, _hostile) = HostileVmm::start();
+    for port in 0..10 {
+        assert!(matches!(vmm.connect(port).await, Err(VmmError::Timeout)));
+    }
+    let waiting = lock(&vmm.inner.pending).as_ref().map(HashMap::len);
+    assert_eq!(waiting, Some(0), "calls without an answer are kept after their timeout");
+    // The VMM does not read the requests. Therefore, the socket becomes full.
+    let calls = (0..600).map(|_| vmm.call(Call::AcquirePid, &[]));
+    for call in calls {
+        assert!(matches!(call.await, Err(VmmError::Timeout)));
+    }
+}
+
+#[tokio::test]
+async fn huge_errors_of_the_vmm_are_shortened() {
+    let (vmm, hostile) = HostileVmm::start();
+    std::thread::spawn(move || {
+        let error = "x\n\x1b".repeat(7000);
+        hostile.reply(&Reply::Answer { seq: hostile.request(), result: Err(error) }, &[]);
+    });
+    let error = vmm.call(Call::Resume, &[]).await.unwrap_err();
+    let text = crate::chain(&error);
+    assert!(
+        text.len() < 50_000 && !text.contains('\x1b'),
+        "the error has {} bytes (the limit is 50000), or contains an escape character",
+        text.len()
+    );
+}
