@@ -154,7 +154,7 @@ impl Default for Config {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Seccomp {
-    /// The VM ends. The pod's error names the thread and the call.
+    /// The VM ends. The shim's log and the errors of later requests to the shim name the thread and the call.
     Enforce,
     /// The host's kernel logs the call and allows it.
     Log,

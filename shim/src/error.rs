@@ -60,9 +60,9 @@ pub enum ServiceError {
     /// The sandbox has no cgroup on the host.
     #[error("the sandbox has no cgroup on the host: failed precondition")]
     NoMetrics,
-    /// The VM has ended.
-    #[error("the sandbox's VM has ended: failed precondition")]
-    Gone,
+    /// The VM has ended. The field says why.
+    #[error("the sandbox's VM has ended: {0}: failed precondition")]
+    Gone(std::sync::Arc<str>),
     /// The VM has not ended, but its agent is not ready. For example, the guest is still booting.
     #[error("the agent in the sandbox's VM is not ready: failed precondition")]
     NotReady,

@@ -15,7 +15,7 @@ The code's tables are the source of this page (`vmm-glue/src/jail/seccomp/tables
 `HUSK_UPDATE_DOCS=1 cargo test -p husk-vmm --test filters_page` writes the page. Without the variable, this test fails
 if the page is out of date.
 
-Each thread of the VMM has the filter of its kind. A call that is not in the filter ends the VM, and the pod's error
+Each thread of the VMM has the filter of its kind. A call that is not in the filter ends the VM, and the shim's error
 names the thread and the call. A new thread inherits the filter of the thread that starts it. The control thread starts
 the threads of hot-plugged vCPUs and disks, and the threads whose ids are the PIDs of containers. Therefore, the control
 thread's filter also contains the calls of these threads.

@@ -23,6 +23,7 @@ use crate::oci::{Bundle, Disk, Spec};
 use crate::pod;
 use crate::resources::growth::Limits;
 use crate::stdio::{LoggerContext, Stdio};
+use crate::vm::agent;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::volumes;
 use crate::volumes::mirror;
@@ -90,7 +91,7 @@ impl Shim {
         self.load_profile(&agent, &prepared.profile).await?;
         for volume in &prepared.volumes.memory {
             let made = agent.sandbox.mount_volume(within(timeouts::QUICK), volume).await;
-            made.map_err(|error| self.agent_error("mount_volume", error))?;
+            made.map_err(|error| agent::error("mount_volume", error))?;
         }
         let mirroring = mirror::start(&agent, &request.id, prepared.volumes.mirrors).await;
         let mirroring = mirroring.map_err(ServiceError::failed)?;
@@ -114,7 +115,7 @@ impl Shim {
             ..Default::default()
         };
         let limit = within(timeouts::SLOW);
-        agent.task.create(limit, &guest).await.map_err(|error| self.agent_error("create", error))?;
+        agent.task.create(limit, &guest).await.map_err(|error| agent::error("create", error))?;
         let init = Process::new(&request.id, "", io);
         init.set_relay(relay);
         let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, mirroring));
@@ -130,7 +131,7 @@ impl Shim {
     /// If the agent is still creating the container, the agent deletes the container after the creation. The agent
     /// deletes the container even if the Delete request has timed out.
     async fn delete_in_guest(&self, id: &str) {
-        let Ok(agent) = self.agent() else { return };
+        let Ok(agent) = self.agent().await else { return };
         let request = DeleteRequest { id: id.to_owned(), ..Default::default() };
         match agent.task.delete(within(timeouts::QUICK), &request).await {
             Ok(_) => tracing::info!(container = id, "deleted the container in the guest after its creation failed"),

@@ -11,6 +11,7 @@ use crate::container::process::{Exit, Process, State};
 use crate::container::{EXIT_STATUS_KILLED, Shim};
 use crate::error::ServiceError;
 use crate::events::timestamp;
+use crate::vm::agent;
 use crate::vm::agent::{timeouts, within};
 
 /// After a container's exit, the shim copies the remaining output. If the shim copies no byte for this duration, the
@@ -43,7 +44,7 @@ impl Shim {
             self.kill_sandbox_container(container, request).await;
             return Ok(());
         }
-        let Ok(agent) = self.agent() else { return Err(ServiceError::Finished.into()) };
+        let Ok(agent) = self.agent().await else { return Err(ServiceError::Finished.into()) };
         let guest = KillRequest {
             id: request.id.clone(),
             exec_id: request.exec_id.clone(),
@@ -55,7 +56,7 @@ impl Shim {
             Ok(_) => Ok(()),
             // The process exited before the signal arrived, by itself or because the VM ended.
             Err(_) if self.sandbox.is_dead() || process.exit().is_some() => Err(ServiceError::Finished.into()),
-            Err(error) => Err(self.agent_error("kill", error)),
+            Err(error) => Err(agent::error("kill", error)),
         }
     }
 
@@ -74,7 +75,7 @@ impl Shim {
             || (self.containers.is_only(&container.id) && !self.sandbox_state.is_created())
         {
             self.sandbox.end().await;
-        } else if let Ok(agent) = self.agent() {
+        } else if let Ok(agent) = self.agent().await {
             let request = DeleteRequest { id: container.id.clone(), ..Default::default() };
             match agent.task.delete(within(timeouts::SLOW), &request).await {
                 Ok(_) => {}
@@ -82,7 +83,7 @@ impl Shim {
                 Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
                 Err(error) => {
                     process.delete_failed(before);
-                    return Err(self.agent_error("delete", error));
+                    return Err(agent::error("delete", error));
                 }
             }
         }
@@ -117,7 +118,7 @@ impl Shim {
             if let Some(relay) = process.relay() {
                 relay.drain(EXEC_OUTPUT_IDLE_TIMEOUT).await;
             }
-            if let Ok(agent) = self.agent() {
+            if let Ok(agent) = self.agent().await {
                 let request =
                     DeleteRequest { id: container.id.clone(), exec_id: process.exec.clone(), ..Default::default() };
                 // Only log a failure, because the agent does not know an exec whose start has failed.

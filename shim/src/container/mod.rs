@@ -199,28 +199,12 @@ impl Shim {
     /// Returns the agent.
     ///
     /// # Errors
-    /// [`ServiceError::Gone`] if the VM has ended or was never started. [`ServiceError::NotReady`] if the agent is not
-    /// ready.
-    pub(crate) fn agent(&self) -> Result<Agent, ServiceError> {
-        if self.sandbox.is_dead() {
-            return Err(ServiceError::Gone);
+    /// [`ServiceError::Gone`] if the VM has ended. [`ServiceError::NotReady`] if the agent is not ready.
+    pub(crate) async fn agent(&self) -> Result<Agent, ServiceError> {
+        if let Some(reason) = self.sandbox.end_reason().await {
+            return Err(ServiceError::Gone(reason));
         }
         self.sandbox.agent().ok_or(ServiceError::NotReady)
-    }
-
-    /// Converts an error from a call to the agent into an error for containerd. If the VM has ended, the returned error
-    /// contains the last lines of the guest's console. `what` is the name of the call.
-    pub(crate) fn agent_error(&self, what: &str, error: ttrpc::Error) -> ttrpc::Error {
-        if self.sandbox.is_dead() {
-            let console = self.sandbox.console_tail();
-            let console = if console.is_empty() {
-                console
-            } else {
-                format!("; the last lines of the guest's console:\n{console}")
-            };
-            return ServiceError::failed(format!("the agent's {what} call failed: the VM has ended{console}")).into();
-        }
-        crate::vm::agent::error(what, error)
     }
 
     /// Opens the streams for a process's stdio, and starts a relay between the streams and the stdio. Returns the relay

@@ -15,6 +15,7 @@ use crate::container::{Shim, stdio_paths};
 use crate::error::ServiceError;
 use crate::oci;
 use crate::stdio::{LoggerContext, Stdio};
+use crate::vm::agent;
 use crate::vm::agent::{timeouts, within};
 
 /// Exit status of a process that could not be started, as in runc's shim.
@@ -24,7 +25,7 @@ impl Shim {
     /// Starts a container's init process.
     pub(crate) async fn start_init(&self, container: &Container) -> ttrpc::Result<()> {
         let process = &container.init;
-        let agent = self.agent()?;
+        let agent = self.agent().await?;
         // A CNI plugin may configure the pod's network after the creation of the sandbox. Therefore, before the start
         // of the first container, wait until the guest has the network configuration.
         if container.is_sandbox_container() || self.containers.is_only(&container.id) {
@@ -39,7 +40,7 @@ impl Shim {
             process.start_failed(Exit { status: EXIT_STATUS_NOT_STARTED, at: SystemTime::now() });
             let kill = KillRequest { id: container.id.clone(), signal: 9, all: true, ..Default::default() };
             let _ = agent.task.kill(within(timeouts::QUICK), &kill).await;
-            return Err(self.agent_error("start", error));
+            return Err(agent::error("start", error));
         }
         self.sandbox.timeline.mark("started");
         self.sandbox.timeline.save();
@@ -105,7 +106,7 @@ impl Shim {
 
     async fn start_exec_in_guest(&self, exec: &Exec) -> ttrpc::Result<()> {
         let process = &exec.process;
-        let agent = self.agent()?;
+        let agent = self.agent().await?;
         let logger = LoggerContext { id: &process.container, namespace: &self.namespace, launcher: &self.launcher };
         self.load_profile(&agent, &exec.profile).await?;
         self.sandbox.wait_for_propagation().await;
@@ -123,13 +124,13 @@ impl Shim {
             spec: Some(spec).into(),
             ..Default::default()
         };
-        agent.task.exec(within(timeouts::SLOW), &request).await.map_err(|error| self.agent_error("exec", error))?;
+        agent.task.exec(within(timeouts::SLOW), &request).await.map_err(|error| agent::error("exec", error))?;
         let start = StartRequest { id: process.container.clone(), exec_id: process.exec.clone(), ..Default::default() };
         if let Err(error) = agent.task.start(within(timeouts::SLOW), &start).await {
             let forget =
                 DeleteRequest { id: process.container.clone(), exec_id: process.exec.clone(), ..Default::default() };
             let _ = agent.task.delete(within(timeouts::QUICK), &forget).await;
-            return Err(self.agent_error("exec", error));
+            return Err(agent::error("exec", error));
         }
         Ok(())
     }

@@ -12,9 +12,9 @@ use husk_config::{Config, Seccomp};
 use husk_proto::agent::{IdMapping, Mount, SetupRequest};
 use husk_proto::{AUDIT_PREFIX, GUEST_SHM, SHARE_TAG, ports};
 use husk_vmm::config::{FdIndex, SeccompMode, ShareConfig, VmConfig};
-use husk_vmm::control::{Answer, BootStep, Call, ExitReason, Notice};
+use husk_vmm::control::{Answer, Call};
 use tokio::net::unix::pipe;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 use crate::network::Network;
 use crate::network::sync::net_config;
@@ -24,6 +24,8 @@ use crate::resources::BootSize;
 use crate::resources::hugepages;
 use crate::resources::rate_limits::RateLimits;
 use crate::sandbox::guest_image::GuestImages;
+use crate::sandbox::notices;
+use crate::sandbox::notices::Progress;
 use crate::sandbox::policy::PodPolicies;
 use crate::sandbox::timeline::Timeline;
 use crate::vm::agent::Agent;
@@ -146,13 +148,6 @@ impl BootPlan {
     }
 }
 
-/// State of the boot according to the VMM's notices.
-#[derive(Debug, Clone, Default)]
-struct Progress {
-    ready: bool,
-    ended: Option<String>,
-}
-
 /// Boots the guest and connects to its agent.
 ///
 /// # Errors
@@ -160,17 +155,16 @@ struct Progress {
 pub async fn boot(
     plan: BootPlan,
     vmm: &Vmm,
-    notices: mpsc::Receiver<Notice>,
+    progress: &mut watch::Receiver<Progress>,
     timeline: &Arc<Timeline>,
     tail: &LogTail,
 ) -> Result<Agent, BootError> {
     let limit = Duration::from_secs(plan.config.start_timeout_secs.max(1));
     let (console_out, console_in) = pipe_pair().map_err(BootError::Console)?;
-    let mut progress = watch_notices(notices, Arc::clone(timeline));
     log_lines(console_out, "guest", tail.clone());
     let result = tokio::time::timeout(limit, async {
         create(&plan, vmm, console_in).await?;
-        let state = progress.wait_for(|p| p.ready || p.ended.is_some()).await.map(|p| p.clone()).unwrap_or_default();
+        let state = progress.wait_for(|p| p.ready || p.ended()).await.map(|p| p.clone()).unwrap_or_default();
         if !state.ready {
             return Err(BootError::Ended { reason: String::new(), console: String::new() });
         }
@@ -188,10 +182,10 @@ pub async fn boot(
             // complete.
             let ended = matches!(error, BootError::Ended { .. })
                 || matches!(error, BootError::Vmm { source: VmmError::Gone, .. });
-            if ended || progress.borrow().ended.is_some() {
+            if ended || progress.borrow().ended() {
                 vmm.kill();
                 let status = vmm.wait().await;
-                let reason = progress.borrow().ended.clone().unwrap_or_else(|| format!("the VMM ended with {status}"));
+                let reason = notices::end_reason(progress, status, None).await;
                 return Err(BootError::Ended { reason, console: console_suffix(tail) });
             }
             Err(error)
@@ -309,51 +303,6 @@ fn console_suffix(tail: &LogTail) -> String {
     match tail.console_tail() {
         lines if lines.is_empty() => "; the guest's console is empty".to_owned(),
         lines => format!("; the last lines of the guest's console:\n{lines}"),
-    }
-}
-
-/// Adds the boot steps from the VMM's notices to the timeline. Returns the progress of the boot.
-fn watch_notices(mut notices: mpsc::Receiver<Notice>, timeline: Arc<Timeline>) -> watch::Receiver<Progress> {
-    let (update, progress) = watch::channel(Progress::default());
-    let task = async move {
-        while let Some(notice) = notices.recv().await {
-            match notice {
-                Notice::BootStep { step, at_ns } => {
-                    timeline.mark_at(name(step), at_ns);
-                    if step == BootStep::AgentReady {
-                        update.send_modify(|p| p.ready = true);
-                    }
-                }
-                // `Vmm` handles these notices itself.
-                Notice::FdShortage | Notice::VhostRequested { .. } => {}
-                Notice::Exited { reason } => {
-                    let reason = match reason {
-                        ExitReason::Reset => "the guest reset itself or powered off".to_owned(),
-                        ExitReason::Stopped => "the VM was stopped".to_owned(),
-                        ExitReason::Failed(why) => format!("the VM failed: {}", console::clean(&why)),
-                    };
-                    // This notice means that the VM ended unexpectedly. If the shim ends a VM, the shim kills the VMM
-                    // with SIGKILL, and the VMM sends no notice.
-                    tracing::warn!(reason, "the guest ended");
-                    update.send_modify(|p| p.ended = Some(reason));
-                }
-            }
-        }
-        // The notices end when the VMM process ends. The VMM may have ended without an `Exited` notice.
-        update
-            .send_if_modified(|p| p.ended.is_none().then(|| p.ended = Some("the VMM has ended".to_owned())).is_some());
-    };
-    tokio::spawn(task);
-    progress
-}
-
-fn name(step: BootStep) -> &'static str {
-    match step {
-        BootStep::ProcessStarted => "vmm process",
-        BootStep::VmCreated => "vm created",
-        BootStep::FirstInstruction => "first guest instruction",
-        BootStep::AgentStarted => "agent started",
-        BootStep::AgentReady => "agent ready",
     }
 }
 

@@ -5,6 +5,7 @@ pub mod boot;
 pub mod disks;
 mod guest_image;
 pub mod launch;
+mod notices;
 mod policy;
 mod propagation;
 pub mod state_dir;
@@ -13,7 +14,9 @@ mod volume_updates;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use husk_proto::{ports, stream};
 use husk_vmm::client::Spawned;
@@ -41,6 +44,12 @@ pub use policy::PodPolicies;
 /// Maximum number of notices from the VMM that wait until they are handled. If this number of notices is waiting, the
 /// VMM has to wait before it can send another notice.
 const MAX_NOTICES: usize = 64;
+/// Timeout for the reason of the VM's end, after the VMM process has ended or has closed a connection.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
+/// Maximum length of the error of the agent's event stream in the reason of the VM's end, in bytes.
+const MAX_STREAM_ERROR: usize = 512;
+/// Why the VM ended, if a request ended the VM.
+const ENDED_BY_REQUEST: &str = "a request stopped the sandbox";
 
 /// Input of [`Sandbox::launch`].
 pub struct LaunchInput {
@@ -68,6 +77,8 @@ pub struct Sandbox {
     propagation: propagation::Propagation,
     profiles: apparmor::LoadedProfiles,
     network_sync: Arc<OnceLock<NetworkSync>>,
+    /// Whether a request has ended the VM.
+    killed: Arc<AtomicBool>,
 }
 
 /// The resources that a launch acquires before the guest boots. If the boot fails, the sandbox keeps these resources.
@@ -111,6 +122,7 @@ impl Sandbox {
             propagation: propagation::Propagation::default(),
             profiles: apparmor::LoadedProfiles::default(),
             network_sync: Arc::default(),
+            killed: Arc::default(),
         })
     }
 
@@ -137,6 +149,8 @@ impl Sandbox {
         let _ = self.launched.set(Launched { cgroup, vmm: vmm.clone(), resizer, disk_rate_limit, timeline_log });
         let (handle, timeline, console) = (vmm, Arc::clone(&self.timeline), self.log_tail.clone());
         let (network_sync, state) = (Arc::clone(&self.network_sync), self.state.clone());
+        let killed = Arc::clone(&self.killed);
+        let mut progress = notices::watch(notices, Arc::clone(&timeline));
         tokio::spawn(async move {
             let booted = match (plan, &handle) {
                 (Err(error), _) => Err(error),
@@ -145,7 +159,8 @@ impl Sandbox {
                     plan.pod.pids_max = pids_max;
                     let (forwarding, watcher) =
                         (plan.pod.network.port_forwarding.take(), plan.pod.network.watcher.take());
-                    let agent = boot::boot(plan, vmm, notices, &timeline, &console).await.map_err(|e| crate::chain(&e));
+                    let agent = boot::boot(plan, vmm, &mut progress, &timeline, &console).await;
+                    let agent = agent.map_err(|e| crate::chain(&e));
                     if let (Ok(_), Some(forwarding)) = (&agent, forwarding) {
                         port_forwarding::serve(forwarding, vmm);
                     }
@@ -158,20 +173,25 @@ impl Sandbox {
                     agent
                 }
             };
-            match (booted, &handle) {
-                (Ok(agent), Some(vmm)) => forward_events(agent, vmm, &state, &reports).await,
-                (Ok(_), None) => {}
+            let lost = match (booted, &handle) {
+                (Ok(agent), Some(vmm)) => Some(forward_events(agent, vmm, &state, &reports).await),
+                (Ok(_), None) => None,
                 (Err(error), vmm) => {
                     tracing::error!(error, "failed to start the sandbox");
                     state.enter(State::Failed(error.into()));
                     if let Some(vmm) = vmm {
                         vmm.kill();
                     }
+                    None
                 }
-            }
+            };
             if let Some(vmm) = handle {
-                vmm.wait().await;
-                state.enter(State::Gone);
+                let status = vmm.wait().await;
+                let by_request = killed.load(Ordering::Relaxed).then_some(ENDED_BY_REQUEST);
+                let lost = lost.map(|lost| format!("the VMM process ended with {status}, and {lost}"));
+                let reason = notices::end_reason(&mut progress, status, by_request.or(lost.as_deref())).await;
+                tracing::debug!(reason, "the VM has ended");
+                state.enter(State::Gone(reason.into()));
             }
             // Closing `reports` tells the receiver that the VM has ended.
             drop(reports);
@@ -249,6 +269,27 @@ impl Sandbox {
         self.vmm().is_none_or(|vmm| vmm.ended().is_some())
     }
 
+    /// Returns why the VM has failed or ended. Returns `None` if the VM has not ended.
+    ///
+    /// If the VMM process has just ended, or is ending, waits until the reason is known.
+    pub async fn end_reason(&self) -> Option<Arc<str>> {
+        if self.is_launched() && self.vmm().is_some_and(|vmm| vmm.is_closed() || vmm.ended().is_some()) {
+            return self.wait_end().await;
+        }
+        self.known_end_reason()
+    }
+
+    /// Waits until the VM has ended. Returns `None` if the VM has not ended before the timeout `END_TIMEOUT`.
+    /// Otherwise, returns why the VM has ended.
+    pub async fn wait_end(&self) -> Option<Arc<str>> {
+        tokio::time::timeout(END_TIMEOUT, self.state.wait_end()).await.ok().flatten()
+    }
+
+    /// Returns why the VM has failed or ended, if the reason is known already.
+    pub fn known_end_reason(&self) -> Option<Arc<str>> {
+        self.state.end_reason()
+    }
+
     /// Returns the path of the share on the host.
     pub fn share(&self) -> PathBuf {
         self.dir.path().join("share")
@@ -323,9 +364,12 @@ impl Sandbox {
         self.kill();
     }
 
-    /// Kills the VM.
+    /// Kills the VM, because of a request.
     pub fn kill(&self) {
         if let Some(vmm) = self.vmm() {
+            if !vmm.is_closed() {
+                self.killed.store(true, Ordering::Relaxed);
+            }
             vmm.kill();
         }
     }
@@ -336,7 +380,11 @@ impl Sandbox {
         if let Some(vmm) = self.vmm() {
             vmm.wait().await;
         }
-        self.state.enter(State::Gone);
+        if self.is_launched() {
+            // The task of `launch` knows the reason.
+            self.wait_end().await;
+        }
+        self.state.enter(State::Gone(ENDED_BY_REQUEST.into()));
         self.timeline.mark("vmm gone");
         self.propagation.stop();
         if let Some(cgroup) = self.cgroup() {
@@ -350,30 +398,35 @@ impl Sandbox {
     }
 }
 
-/// Sets the state to running, and forwards the agent's events until the VM ends.
-async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mpsc::Sender<Report>) {
+/// Sets the state to running, and forwards the agent's events. When the events end, kills the VM, because without the
+/// events, the shim would not notice when processes exit. Returns why the events have ended.
+async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mpsc::Sender<Report>) -> String {
     let mut events = match agent.events().await {
         Ok(events) => events,
         Err(error) => {
             tracing::error!(%error, "failed to subscribe to the agent's events");
-            state.enter(State::Failed(format!("failed to subscribe to the agent's events: {error}").into()));
-            return vmm.kill();
+            let error = agent::bounded(&error.to_string(), MAX_STREAM_ERROR);
+            let reason = format!("failed to subscribe to the agent's events: {error}");
+            state.enter(State::Failed(reason.as_str().into()));
+            vmm.kill();
+            return reason;
         }
     };
     state.enter(State::Running(agent));
-    loop {
+    let reason = loop {
         match events.recv().await {
             Ok(Some(event)) => match agent::check(event) {
                 Some(report) => drop(reports.send(report).await),
                 None => tracing::warn!("the agent sent an unknown or invalid event"),
             },
-            // Without the event stream, the shim would not notice when processes exit. Therefore, if the guest
-            // closes the stream, the shim kills the VM.
-            Ok(None) => return vmm.kill(),
+            Ok(None) => break "the agent closed the stream of its events".to_owned(),
             Err(error) => {
                 tracing::debug!(%error, "the agent's event stream failed");
-                return vmm.kill();
+                let error = agent::bounded(&error.to_string(), MAX_STREAM_ERROR);
+                break format!("the stream of the agent's events failed: {error}");
             }
         }
-    }
+    };
+    vmm.kill();
+    reason
 }

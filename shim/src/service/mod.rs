@@ -1,5 +1,6 @@
 //! Adapters between containerd's ttrpc services and the operations in [`crate::container`].
 
+mod end_reason;
 mod sandbox;
 mod task;
 
@@ -13,9 +14,9 @@ use crate::container::Shim;
 #[cfg(test)]
 pub(crate) use task::checked_stats;
 
-/// Returns all ttrpc services of the shim.
+/// Returns all ttrpc services of the shim. Once the VM has ended, failed requests say why.
 pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
     let mut all = task::services(shim);
     all.extend(sandbox::services(shim));
-    all
+    end_reason::explained(shim, all)
 }

@@ -121,8 +121,12 @@ impl Sandbox for Handler {
         let ready = exit.is_none() && sandbox.agent().is_some();
         let mut info = HashMap::new();
         if request.verbose {
-            let text =
-                json!({ "pid": sandbox.pid(), "shimPid": std::process::id(), "runtimeSpec": sandbox_state.spec() });
+            let text = json!({
+                "pid": sandbox.pid(),
+                "shimPid": std::process::id(),
+                "runtimeSpec": sandbox_state.spec(),
+                "vmEndReason": sandbox.known_end_reason().as_deref(),
+            });
             info.insert("info".to_owned(), text.to_string());
         }
         Ok(SandboxStatusResponse {
@@ -138,8 +142,11 @@ impl Sandbox for Handler {
 
     async fn ping_sandbox(&self, _: &TtrpcContext, request: PingRequest) -> ttrpc::Result<PingResponse> {
         self.check(&request.sandbox_id)?;
+        if let Some(reason) = self.shim.sandbox.end_reason().await {
+            return Err(ServiceError::Gone(reason).into());
+        }
         if self.shim.sandbox.is_dead() {
-            return Err(ServiceError::Gone.into());
+            return Err(ServiceError::NotReady.into());
         }
         Ok(PingResponse::new())
     }

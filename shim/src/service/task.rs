@@ -23,6 +23,7 @@ use crate::container::{Shim, run_to_completion};
 use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::oci;
+use crate::vm::agent;
 use crate::vm::agent::{timeouts, within};
 
 /// Maximum number of processes in a response to Pids.
@@ -134,10 +135,10 @@ impl Task for Handler {
             let one = ProcessInfo { pid: self.shim.pid(&container.id), ..Default::default() };
             return Ok(PidsResponse { processes: vec![one], ..Default::default() });
         }
-        let agent = self.shim.agent()?;
+        let agent = self.shim.agent().await?;
         let guest = PidsRequest { id: container.id.clone(), ..Default::default() };
         let answer = agent.task.pids(within(timeouts::QUICK), &guest).await;
-        let answer = answer.map_err(|error| self.shim.agent_error("pids", error))?;
+        let answer = answer.map_err(|error| agent::error("pids", error))?;
         let processes = answer.processes.iter().take(MAX_PIDS);
         let processes = processes.map(|p| ProcessInfo { pid: p.pid, ..Default::default() }).collect();
         Ok(PidsResponse { processes, ..Default::default() })
@@ -147,8 +148,8 @@ impl Task for Handler {
         let container = self.guest_container(&request.id)?;
         Self::is_running(&container).map_err(ServiceError::Pause)?;
         let guest = PauseRequest { id: container.id.clone(), ..Default::default() };
-        let paused = self.shim.agent()?.task.pause(within(timeouts::QUICK), &guest).await;
-        paused.map_err(|error| self.shim.agent_error("pause", error))?;
+        let paused = self.shim.agent().await?.task.pause(within(timeouts::QUICK), &guest).await;
+        paused.map_err(|error| agent::error("pause", error))?;
         container.set_paused(true);
         let event = TaskPaused { container_id: container.id.clone(), ..Default::default() };
         self.shim.events.publish(TASK_PAUSED_EVENT_TOPIC, &event);
@@ -161,8 +162,8 @@ impl Task for Handler {
             return Err(ServiceError::Resume(container.init.state().name()).into());
         }
         let guest = ResumeRequest { id: container.id.clone(), ..Default::default() };
-        let resumed = self.shim.agent()?.task.resume(within(timeouts::QUICK), &guest).await;
-        resumed.map_err(|error| self.shim.agent_error("resume", error))?;
+        let resumed = self.shim.agent().await?.task.resume(within(timeouts::QUICK), &guest).await;
+        resumed.map_err(|error| agent::error("resume", error))?;
         container.set_paused(false);
         let event = TaskResumed { container_id: container.id.clone(), ..Default::default() };
         self.shim.events.publish(TASK_RESUMED_EVENT_TOPIC, &event);
@@ -202,8 +203,8 @@ impl Task for Handler {
             height: request.height.min(u16::MAX.into()),
             ..Default::default()
         };
-        let resized = self.shim.agent()?.task.resize_pty(within(timeouts::QUICK), &guest).await;
-        resized.map_err(|error| self.shim.agent_error("resize", error))
+        let resized = self.shim.agent().await?.task.resize_pty(within(timeouts::QUICK), &guest).await;
+        resized.map_err(|error| agent::error("resize", error))
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
@@ -230,11 +231,11 @@ impl Task for Handler {
         let resources = Any { type_url: request.resources.type_url.clone(), value, ..Default::default() };
         let guest =
             UpdateTaskRequest { id: container.id.clone(), resources: Some(resources).into(), ..Default::default() };
-        let agent = self.shim.agent()?;
+        let agent = self.shim.agent().await?;
         let change = self.shim.prepare_update(&container.id, &request.resources.value).await?;
         let updated = agent.task.update(within(timeouts::QUICK), &guest).await;
         self.shim.finish_update(&container.id, &change, updated.is_ok()).await;
-        updated.map_err(|error| self.shim.agent_error("update", error))
+        updated.map_err(|error| agent::error("update", error))
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
@@ -246,8 +247,8 @@ impl Task for Handler {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let container = self.guest_container(&request.id)?;
         let guest = StatsRequest { id: container.id.clone(), ..Default::default() };
-        let answer = self.shim.agent()?.task.stats(within(timeouts::QUICK), &guest).await;
-        let answer = answer.map_err(|error| self.shim.agent_error("stats", error))?;
+        let answer = self.shim.agent().await?.task.stats(within(timeouts::QUICK), &guest).await;
+        let answer = answer.map_err(|error| agent::error("stats", error))?;
         Ok(checked_stats(answer)?)
     }
 

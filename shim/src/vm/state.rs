@@ -17,8 +17,8 @@ pub enum State {
     Running(Agent),
     /// The launch or the boot failed, and the shim kills the VM. The text contains the error and its causes.
     Failed(Arc<str>),
-    /// The VM has ended.
-    Gone,
+    /// The VM has ended. The text says why.
+    Gone(Arc<str>),
 }
 
 /// A [`State`] without its data.
@@ -49,7 +49,15 @@ impl State {
             Self::Booting => Phase::Booting,
             Self::Running(_) => Phase::Running,
             Self::Failed(_) => Phase::Failed,
-            Self::Gone => Phase::Gone,
+            Self::Gone(_) => Phase::Gone,
+        }
+    }
+
+    /// Returns why the VM failed or ended. Returns `None` if the state is not final.
+    fn end_reason(&self) -> Option<&Arc<str>> {
+        match self {
+            Self::Failed(reason) | Self::Gone(reason) => Some(reason),
+            _ => None,
         }
     }
 
@@ -99,16 +107,30 @@ impl StateCell {
     /// Waits until the VM is running, has failed or has ended. Returns the agent of the running VM.
     ///
     /// # Errors
-    /// If the launch or the boot failed, or the VM has ended. After a failure, the returned text contains the error and
-    /// its causes.
+    /// If the launch or the boot failed, or the VM has ended. The returned text says why. After a failure, the text
+    /// contains the error and its causes.
     pub async fn wait_running(&self) -> Result<Agent, Arc<str>> {
         let mut state = self.0.subscribe();
         let decided = state.wait_for(|state| !matches!(state.phase(), Phase::Pending | Phase::Booting)).await;
         match decided.as_deref() {
             Ok(State::Running(agent)) => Ok(agent.clone()),
             Ok(State::Failed(error)) => Err(Arc::clone(error)),
-            _ => Err("the sandbox has ended".into()),
+            Ok(State::Gone(reason)) => Err(format!("the sandbox's VM has ended: {reason}").into()),
+            // Unreachable: `wait_for` returns only the states above, and fails only after `self` is dropped.
+            _ => Err("the state of the sandbox's VM is unknown".into()),
         }
+    }
+
+    /// Returns why the VM failed or ended. Returns `None` if the state is not final.
+    pub fn end_reason(&self) -> Option<Arc<str>> {
+        self.0.borrow().end_reason().cloned()
+    }
+
+    /// Waits until the state is final. Returns why the VM failed or ended.
+    pub async fn wait_end(&self) -> Option<Arc<str>> {
+        let mut state = self.0.subscribe();
+        let ended = state.wait_for(|state| state.end_reason().is_some()).await;
+        ended.ok().and_then(|state| state.end_reason().cloned())
     }
 }
 
@@ -123,7 +145,13 @@ mod tests {
 
     /// Returns one state of each variant.
     async fn all() -> Vec<State> {
-        vec![State::Pending, State::Booting, State::Running(agent().await), State::Failed("x".into()), State::Gone]
+        vec![
+            State::Pending,
+            State::Booting,
+            State::Running(agent().await),
+            State::Failed("x".into()),
+            State::Gone("y".into()),
+        ]
     }
 
     #[tokio::test]
@@ -146,7 +174,7 @@ mod tests {
         for (end, expected) in [
             (State::Running(agent().await), Ok(())),
             (State::Failed("no kernel".into()), Err("no kernel")),
-            (State::Gone, Err("the sandbox has ended")),
+            (State::Gone("killed".into()), Err("the sandbox's VM has ended: killed")),
         ] {
             let cell = StateCell::default();
             let waiting = tokio::spawn({
@@ -159,11 +187,29 @@ mod tests {
             cell.enter(end);
             assert_eq!(waiting.await.unwrap().map(drop), expected.map_err(Arc::from));
             // `Gone` does not replace `Failed`.
-            cell.enter(State::Gone);
+            cell.enter(State::Gone("a later reason".into()));
             assert_eq!(
                 cell.wait_running().await.map(drop),
-                Err(expected.err().unwrap_or("the sandbox has ended").into())
+                Err(expected.err().unwrap_or("the sandbox's VM has ended: a later reason").into())
             );
+        }
+    }
+
+    #[tokio::test]
+    async fn end_reason_is_the_first_one_and_ends_the_wait() {
+        for (end, later) in [
+            (State::Gone("first".into()), State::Gone("second".into())),
+            (State::Failed("first".into()), State::Gone("second".into())),
+        ] {
+            let cell = StateCell::default();
+            cell.enter(State::Booting);
+            assert_eq!(cell.end_reason(), None);
+            let waiting = tokio::spawn({
+                let cell = cell.clone();
+                async move { cell.wait_end().await }
+            });
+            assert!(cell.enter(end) && !cell.enter(later));
+            assert_eq!((waiting.await.unwrap(), cell.end_reason()), (Some("first".into()), Some("first".into())));
         }
     }
 }

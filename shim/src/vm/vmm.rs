@@ -374,6 +374,11 @@ impl Vmm {
         self.inner.fd_shortage.notified().await;
     }
 
+    /// Returns whether the VMM has closed the control socket, as it does when the process exits.
+    pub fn is_closed(&self) -> bool {
+        lock(&self.inner.pending).is_none()
+    }
+
     /// Returns the exit status, if the process has exited.
     pub fn ended(&self) -> Option<ExitStatus> {
         *self.inner.dead.borrow()

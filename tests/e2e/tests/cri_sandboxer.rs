@@ -12,7 +12,7 @@ use containerd_shim_protos::sandbox_api::{
 use husk_e2e::cri::{Pod, annotations, expect_error, is_containerd_2, pod::Pods, pods_with_handler, stats, try_call};
 use husk_e2e::{KUBERNETES, Running, command::Input, containerd, node, shim, vm};
 use protobuf::Message;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// The handler of deploy/containerd/husk-2.toml.
 const HANDLER: &str = "husk-sandbox";
@@ -256,7 +256,7 @@ fn assert_listed(pod: &Pod) {
 }
 
 #[test]
-fn pod_is_not_ready_after_its_vmm_is_killed() {
+fn pod_is_not_ready_and_status_names_the_reason_after_its_vmm_is_killed() {
     pods("sb-death", |pods| {
         let pod = pods.pod();
         let container = pod.sleeper();
@@ -264,6 +264,9 @@ fn pod_is_not_ready_after_its_vmm_is_killed() {
         assert_eq!(unsafe { libc::kill(pod.pid(), libc::SIGKILL) }, 0);
         assert_eq!(container.wait(), (137, "Error".into()));
         wait_until_not_ready(&pod);
+        let info: Value = serde_json::from_str(pod.status()["info"]["info"].as_str().unwrap()).unwrap();
+        let reason = info["vmEndReason"].as_str().unwrap_or_default();
+        assert!(reason.starts_with("the VMM process ended with signal: 9 (SIGKILL)"), "{info}");
         pod.stop();
         pod.remove();
     });

@@ -3,10 +3,13 @@
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::process::Command;
+use std::thread;
 use std::time::Duration;
 
+use husk_e2e::command::run_ctr;
 use husk_e2e::cri::pod::pods;
-use husk_e2e::{case, node, vm};
+use husk_e2e::events::Events;
+use husk_e2e::{NAMESPACE, case, containerd, node, vm};
 use nix::sys::ptrace;
 use nix::sys::stat::makedev;
 use nix::sys::statfs::{PROC_SUPER_MAGIC, statfs};
@@ -167,43 +170,104 @@ fn vmm_has_the_lowest_oom_score_of_its_containers() {
     });
 }
 
-/// Replaces a thread's next system call with `call`, as an attacker who controls the thread could.
-fn replace_next_call(thread: i32, call: i64) {
-    let thread = Pid::from_raw(thread);
-    let wait = || waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
-    ptrace::seize(thread, ptrace::Options::PTRACE_O_TRACESYSGOOD).unwrap();
-    ptrace::interrupt(thread).unwrap();
-    wait();
-    // The first stop at a system call is before the call, because the interrupted call has ended.
-    loop {
-        ptrace::syscall(thread, None).unwrap();
-        if matches!(wait(), WaitStatus::PtraceSyscall(_)) {
-            break;
-        }
+/// A stopped thread of a VMM.
+struct Stopped(Pid);
+
+impl Stopped {
+    /// Stops the thread with this name.
+    #[track_caller]
+    fn thread(vmm: i32, name: &str) -> Self {
+        let found = fs::read_dir(format!("/proc/{vmm}/task")).unwrap().find_map(|thread| {
+            let path = thread.unwrap().path();
+            let comm = fs::read_to_string(path.join("comm")).unwrap();
+            (comm.trim() == name).then(|| path.file_name().unwrap().to_str().unwrap().parse().unwrap())
+        });
+        let thread = Self(Pid::from_raw(found.unwrap_or_else(|| panic!("the VMM has no thread {name}"))));
+        ptrace::seize(thread.0, ptrace::Options::PTRACE_O_TRACESYSGOOD).unwrap();
+        ptrace::interrupt(thread.0).unwrap();
+        thread.wait();
+        thread
     }
-    let mut registers = ptrace::getregs(thread).unwrap();
-    registers.orig_rax = call.cast_unsigned();
-    ptrace::setregs(thread, registers).unwrap();
-    ptrace::detach(thread, None).unwrap();
+
+    fn wait(&self) -> WaitStatus {
+        waitpid(self.0, Some(WaitPidFlag::__WALL)).unwrap()
+    }
+
+    /// Lets the thread continue. Replaces its next system call with `call`, as an attacker who controls the thread
+    /// could.
+    fn continue_with(self, call: i64) {
+        // The first stop at a system call is before the call, because the interrupted call has ended.
+        loop {
+            ptrace::syscall(self.0, None).unwrap();
+            if matches!(self.wait(), WaitStatus::PtraceSyscall(_)) {
+                break;
+            }
+        }
+        let mut registers = ptrace::getregs(self.0).unwrap();
+        registers.orig_rax = call.cast_unsigned();
+        ptrace::setregs(self.0, registers).unwrap();
+        ptrace::detach(self.0, None).unwrap();
+    }
+}
+
+/// One thread of each kind that every VMM has: the control thread, the device loop, a worker thread of virtio-fs and a
+/// vCPU.
+const THREADS: [&str; 4] = ["husk-vmm", "devices", "virtio-fs0", "vcpu0"];
+
+#[test]
+fn seccomp_violation_ends_the_vm_and_later_requests_name_thread_and_call() {
+    case("violation", |case| {
+        for name in THREADS {
+            // `ctr run` without --detach would delete the task when the task ends.
+            let run = case.sh("exec sleep 1000").keep_container().flags(&["--detach", "--null-io"]);
+            let id = run.id().to_owned();
+            run.output().expect_code(0);
+            Stopped::thread(vm::vmm_pids_of(&id)[0], name).continue_with(libc::SYS_socket);
+            let stopped = node::eventually(Duration::from_secs(20), || {
+                let tasks = containerd::tasks(NAMESPACE).unwrap();
+                tasks.iter().any(|task| task.id == id && task.status == "STOPPED").then_some(())
+            });
+            assert!(stopped.is_some(), "the task still runs: {}", node::log_tail(40));
+            let reason = format!("thread {name} made system call 41 (socket)");
+            assert!(node::log_tail(200).contains(&reason), "the log lacks {reason:?}: {}", node::log_tail(40));
+            run_ctr(&["tasks", "exec", "--exec-id", "e", &id, "true"])
+                .expect_error(&["cannot exec in a stopped state", &reason]);
+            run_ctr(&["tasks", "pause", &id]).expect_error(&["cannot pause a stopped container", &reason]);
+            run_ctr(&["tasks", "resume", &id]).expect_error(&["cannot resume a stopped container", &reason]);
+            // As without a violation, a client can delete the task and gets the exit status.
+            let deleted = run_ctr(&["tasks", "delete", &id]).expect_code(0);
+            assert!(deleted.err().contains("exit code 137"), "{}", deleted.describe());
+            run_ctr(&["containers", "rm", &id]).expect_code(0);
+        }
+    });
 }
 
 #[test]
-fn seccomp_violation_ends_the_vm_and_is_logged_with_thread_and_call() {
-    case("violation", |case| {
-        for name in ["devices", "virtio-fs0", "vcpu0"] {
-            let container = case.sleeper();
-            let vmm = vm::vmm_pids_of(&container.id)[0];
-            let thread = fs::read_dir(format!("/proc/{vmm}/task")).unwrap().find_map(|thread| {
-                let path = thread.unwrap().path();
-                let comm = fs::read_to_string(path.join("comm")).unwrap();
-                (comm.trim() == name).then(|| path.file_name().unwrap().to_str().unwrap().parse().unwrap())
+fn exec_in_pod_during_seccomp_violation_fails_and_names_thread_and_call() {
+    pods("violation-pod", |pods| {
+        let events = Events::watch();
+        for name in THREADS {
+            let pod = pods.pod();
+            let container = pod.sleeper();
+            // When the exec begins, the thread is stopped. Therefore the exec cannot end before the violation.
+            let stopped = Stopped::thread(vm::vmm_pids()[0], name);
+            let failed = thread::scope(|scope| {
+                let executing = scope.spawn(|| container.try_exec(&["sh", "-c", "sleep 100000"]));
+                let seen = events.wait_for(&container.id, 3);
+                assert!(seen[2].starts_with("exec-added "), "{seen:?}");
+                stopped.continue_with(libc::SYS_socket);
+                executing.join().unwrap()
             });
-            replace_next_call(thread.unwrap_or_else(|| panic!("the VMM has no thread {name}")), libc::SYS_socket);
-            container.running.wait();
-            let expected = format!("thread {name} made system call 41 (socket)");
-            let logged =
-                node::eventually(Duration::from_secs(20), || node::log_tail(200).contains(&expected).then_some(()));
-            assert!(logged.is_some(), "the log lacks {expected:?}: {}", node::log_tail(40));
+            let reason = format!("thread {name} made system call 41 (socket)");
+            match failed {
+                Err(status) => assert!(status.message.contains(&reason), "the error lacks {reason:?}: {status}"),
+                Ok(done) => panic!("the exec did not fail: {done:?}"),
+            }
+            assert_eq!(container.wait(), (137, "Error".into()));
+            let ended = node::eventually(Duration::from_secs(20), || (!pod.is_ready()).then_some(()));
+            assert!(ended.is_some(), "the pod is still ready");
+            pod.stop();
+            pod.remove();
         }
     });
 }
