@@ -286,6 +286,12 @@ impl Guest {
         self.print("\n");
     }
 
+    /// Waits until the VMM ends. A thread of the VMM may serve the attack much later than [`Guest::settle`] returns.
+    pub fn wait_for_end(&mut self) {
+        let never = self.allocate(2);
+        self.wait16(never, 0);
+    }
+
     /// Offers a chain with a request and a buffer for the answer. The chain has one or two descriptors. Returns the
     /// address of the buffer.
     pub fn request(&mut self, queue: &mut Queue, at: u16, request: &[u8], answer: u32) -> u64 {

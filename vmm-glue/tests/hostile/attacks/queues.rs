@@ -169,6 +169,7 @@ pub fn attacks() -> Vec<Attack> {
     attacks.push(
         Attack::on_all("buffers in memory that is not plugged", |guest, device| {
             offer(guest, device, |_, _| vec![desc(HOTPLUG, 64, NEXT, 1), desc(HOTPLUG + 4096, 512, WRITE, 0)]);
+            guest.wait_for_end();
         })
         .ends("accessed memory that does not exist"),
     );
@@ -177,7 +178,7 @@ pub fn attacks() -> Vec<Attack> {
         queues[usize::from(device.queue)].avail = HOTPLUG;
         guest.activate(device, &queues);
         guest.write(device, register::QUEUE_NOTIFY, device.queue.into());
-        guest.settle(device, &queues[usize::from(device.queue)]);
+        guest.wait_for_end();
     });
     attacks.push(queue.ends("accessed memory that does not exist"));
     attacks
