@@ -294,6 +294,7 @@ fn seccomp_mode_is_reported_by_husk_and_mode_log_is_logged_once_for_each_pod() {
             let list = husk("ps");
             let pod = list.as_array().unwrap().iter().find(|pod| pod["id"] == container.id.as_str());
             assert_eq!(pod.unwrap()["configured_seccomp"], mode, "{list}");
+            container.kill();
         });
         assert_eq!(warnings() - before, expected, "mode {mode}: {}", node::log_tail(40));
     }
