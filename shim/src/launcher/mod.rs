@@ -141,10 +141,14 @@ impl Launcher {
         // The new process can block before it executes the VMM, for example if its cgroup is frozen. A VMM that starts
         // after the timeout ends at once, because the other end of its control socket is closed.
         let limit = PollTimeout::try_from(START_TIMEOUT).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(reply.as_fd(), PollFlags::POLLIN)], limit) {
-            Ok(0) => return Err(LaunchError::Timeout),
-            Ok(_) => {}
-            Err(errno) => return Err(LaunchError::Receive(errno.into())),
+        loop {
+            match poll(&mut [PollFd::new(reply.as_fd(), PollFlags::POLLIN)], limit) {
+                Ok(0) => return Err(LaunchError::Timeout),
+                Ok(_) => break,
+                // This thread has handled a signal, for example SIGTERM.
+                Err(nix::Error::EINTR) => {}
+                Err(errno) => return Err(LaunchError::Receive(errno.into())),
+            }
         }
         match Reply::receive(&reply).map_err(LaunchError::Receive)? {
             Some(Reply::Started { pid, fds }) => match <[OwnedFd; 2]>::try_from(fds) {

@@ -1,5 +1,5 @@
-//! Attempts that consist of several steps, each of which needs the previous one: ways to a device of the host by a
-//! change of mounts.
+//! Attempts with several steps. Each step needs the one before it. The attempts change mounts to reach a device of the
+//! host.
 
 use std::ffi::CStr;
 
