@@ -1,8 +1,9 @@
-//! Protocols between shim, VMM and guest agent: vsock ports, stream headers, boot marks, guest paths and ttrpc
-//! services.
+//! Protocols between shim, VMM and guest agent: vsock ports, stream headers, boot marks, guest paths, annotations and
+//! ttrpc services.
 
 #![deny(clippy::indexing_slicing)]
 
+pub mod annotations;
 pub mod boot_mark;
 pub mod metrics;
 pub mod mmio_slots;
