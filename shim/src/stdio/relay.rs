@@ -3,12 +3,13 @@
 use std::{
     os::fd::OwnedFd,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
+use husk_base::sync::lock;
 use tokio::{io::Interest, net::UnixStream, sync::watch, task::AbortHandle};
 
 use super::{
@@ -104,7 +105,7 @@ impl Relay {
     ///
     /// Stdin then ends when all clients have closed the fifo and the shim has copied the remaining data.
     pub fn close_stdin(&self) {
-        let write_end = self.write_end.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let write_end = lock(&self.write_end).take();
         drop(write_end);
     }
 }
