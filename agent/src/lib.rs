@@ -2,7 +2,6 @@
 
 #![deny(clippy::indexing_slicing)]
 
-mod async_fd;
 mod boot;
 mod cgroup;
 mod error;

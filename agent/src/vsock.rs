@@ -30,7 +30,7 @@ impl Listener {
     /// Listens on `port`.
     pub fn bind(port: u32) -> io::Result<Self> {
         let socket = vsock::listen(port, SockFlag::SOCK_NONBLOCK)?;
-        Ok(Self { socket: crate::async_fd::register(socket, Interest::READABLE)?, port })
+        Ok(Self { socket: husk_base::async_fd::register(socket, Interest::READABLE)?, port })
     }
 
     /// Accepts the next connection from the host and closes connections from other peers. The returned socket is

@@ -3,7 +3,6 @@
 #![deny(clippy::indexing_slicing)]
 
 pub mod address;
-mod async_fd;
 pub mod cli;
 pub mod confinement;
 pub mod container;

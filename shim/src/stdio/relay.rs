@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use husk_base::async_fd::register;
 use husk_base::sync::lock;
 use tokio::{io::Interest, net::UnixStream, sync::watch, task::AbortHandle};
 
@@ -18,7 +19,6 @@ use super::{
     logger::LoggerHandle,
     target::{Input, Output},
 };
-use crate::async_fd::register;
 
 /// The copy tasks of one process. Dropping the relay stops the tasks and closes containerd's ends.
 #[derive(Debug)]
