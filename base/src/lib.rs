@@ -4,6 +4,7 @@
 //! depends only on libc, nix and tracing, and with the feature `async` on tokio.
 
 #![deny(clippy::indexing_slicing)]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation, clippy::cast_possible_wrap, clippy::cast_sign_loss))]
 
 #[cfg(feature = "async")]
 pub mod async_fd;

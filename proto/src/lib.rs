@@ -2,6 +2,7 @@
 //! ttrpc services.
 
 #![deny(clippy::indexing_slicing)]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation, clippy::cast_possible_wrap, clippy::cast_sign_loss))]
 
 pub mod annotations;
 pub mod boot_mark;
