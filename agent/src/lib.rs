@@ -1,8 +1,8 @@
 //! `husk-agent`: PID 1 of the guest. The agent also executes this program with another `argv[0]`, as a helper.
 
 #![deny(clippy::indexing_slicing)]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation, clippy::cast_possible_wrap, clippy::cast_sign_loss))]
 
-mod async_fd;
 mod boot;
 mod cgroup;
 mod error;

@@ -69,7 +69,7 @@ pub async fn serve(listener: Listener) {
 
 async fn send_lines(stream: OwnedFd) -> std::io::Result<()> {
     let Some(log) = LOG.get() else { return Ok(()) };
-    let stream = crate::async_fd::register(File::from(stream), Interest::WRITABLE)?;
+    let stream = husk_base::async_fd::register(File::from(stream), Interest::WRITABLE)?;
     loop {
         let line = {
             let mut ring = lock(&log.ring);

@@ -25,7 +25,7 @@ impl FileWatch {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
         inotify.add_watch(path, AddWatchFlags::IN_MODIFY)?;
         let inotify = OwnedFd::from(inotify);
-        Ok(Self { inotify: crate::async_fd::register(File::from(inotify), Interest::READABLE)? })
+        Ok(Self { inotify: husk_base::async_fd::register(File::from(inotify), Interest::READABLE)? })
     }
 
     /// Waits for a change. Returns false if the kernel has removed the watch (IN_IGNORED), or if the

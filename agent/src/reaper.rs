@@ -131,9 +131,9 @@ pub fn now_ns() -> i64 {
 /// has stopped or continued.
 fn decode(status: i32) -> Option<u32> {
     if libc::WIFEXITED(status) {
-        Some((libc::WEXITSTATUS(status) & 0xff) as u32)
+        Some(libc::WEXITSTATUS(status).cast_unsigned() & 0xff)
     } else if libc::WIFSIGNALED(status) {
-        Some(128 + (libc::WTERMSIG(status) & 0x7f) as u32)
+        Some(128 + (libc::WTERMSIG(status).cast_unsigned() & 0x7f))
     } else {
         None
     }

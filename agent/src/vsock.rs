@@ -30,7 +30,7 @@ impl Listener {
     /// Listens on `port`.
     pub fn bind(port: u32) -> io::Result<Self> {
         let socket = vsock::listen(port, SockFlag::SOCK_NONBLOCK)?;
-        Ok(Self { socket: crate::async_fd::register(socket, Interest::READABLE)?, port })
+        Ok(Self { socket: husk_base::async_fd::register(socket, Interest::READABLE)?, port })
     }
 
     /// Accepts the next connection from the host and closes connections from other peers. The returned socket is
@@ -80,7 +80,7 @@ fn accept(listener: &OwnedFd) -> io::Result<(OwnedFd, Peer)> {
 /// Whether the peer is the host. Any other peer is a process of this guest, because the VMM forwards only connections
 /// from the host.
 fn is_host(peer: &Peer) -> bool {
-    peer.family == libc::AF_VSOCK as libc::sa_family_t && peer.cid == libc::VMADDR_CID_HOST
+    i32::from(peer.family) == libc::AF_VSOCK && peer.cid == libc::VMADDR_CID_HOST
 }
 
 /// Logs only the first rejected peer, because a container must not be able to fill the log.

@@ -24,6 +24,11 @@ pub fn write<T: ?Sized>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
     lock.write().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Consumes a mutex, poisoned or not, and returns its value.
+pub fn into_inner<T>(mutex: Mutex<T>) -> T {
+    mutex.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Waits for a notification, and locks the mutex again, poisoned or not. Spurious wakeups are possible.
 pub fn wait<'a, T>(condition: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     condition.wait(guard).unwrap_or_else(PoisonError::into_inner)
@@ -58,6 +63,9 @@ mod tests {
         assert_eq!((*lock(&shared.0), *read(&shared.1)), (1, 3));
         let (guard, result) = wait_timeout(&shared.2, lock(&shared.0), Duration::from_millis(1));
         assert!(result.timed_out() && *guard == 1);
+        drop(guard);
+        let (mutex, _, _) = Arc::into_inner(shared).unwrap();
+        assert_eq!(into_inner(mutex), 1);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! `husk`: the operator's command line tool on a node.
 
 #![deny(clippy::indexing_slicing)]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation, clippy::cast_possible_wrap, clippy::cast_sign_loss))]
 
 mod check;
 mod ps;

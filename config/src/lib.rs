@@ -1,6 +1,7 @@
 //! Husk's configuration file, `/etc/husk/config.toml`, and the state files that the shim writes for the `husk` command.
 
 #![deny(clippy::indexing_slicing)]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation, clippy::cast_possible_wrap, clippy::cast_sign_loss))]
 
 pub mod check;
 pub mod digest;

@@ -1,6 +1,7 @@
 //! A minimal rtnetlink(7) client for shim and agent: requests, acknowledgements, dumps and attributes.
 
 #![deny(clippy::indexing_slicing)]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation, clippy::cast_possible_wrap, clippy::cast_sign_loss))]
 
 pub mod fib;
 mod link;
@@ -14,6 +15,10 @@ use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProto
 
 pub use link::{Link, link_header, links};
 
+/// Address family IPv4 in the type that netlink messages use.
+pub const IPV4: u8 = (libc::AF_INET & 0xff) as u8;
+/// Address family IPv6 in the type that netlink messages use.
+pub const IPV6: u8 = (libc::AF_INET6 & 0xff) as u8;
 const HEADER_LEN: usize = size_of::<libc::nlmsghdr>();
 const SEQUENCE_OFFSET: usize = 8;
 /// Maximum length of an attribute's value. The 16-bit length of an attribute also counts its header of 4 bytes.
@@ -34,7 +39,7 @@ impl Message {
     /// Starts a message of type `kind`. `flags` are added to NLM_F_REQUEST. `header` is the family's fixed header, such
     /// as `struct ifinfomsg`.
     pub fn new(kind: u16, flags: i32, header: &[u8]) -> Self {
-        let flags = (flags | libc::NLM_F_REQUEST) as u16;
+        let flags = ((flags | libc::NLM_F_REQUEST).cast_unsigned() & 0xffff) as u16;
         let mut bytes = vec![0; 4];
         bytes.extend(kind.to_ne_bytes());
         bytes.extend(flags.to_ne_bytes());
@@ -160,7 +165,7 @@ impl Netlink {
     pub fn change(&self, message: Message) -> io::Result<()> {
         let mut request = message.finish()?;
         if let Some(flags) = request.get_mut(6) {
-            *flags |= libc::NLM_F_ACK as u8;
+            *flags |= (libc::NLM_F_ACK & 0xff) as u8;
         }
         self.call(&mut request, |_, _| ()).map(drop)
     }

@@ -4,6 +4,7 @@
 //! against these policies. This crate does no I/O. `docs/policy.md` describes the rules for users.
 
 #![deny(clippy::indexing_slicing)]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation, clippy::cast_possible_wrap, clippy::cast_sign_loss))]
 
 mod check;
 mod list;

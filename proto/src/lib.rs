@@ -1,8 +1,10 @@
-//! Protocols between shim, VMM and guest agent: vsock ports, stream headers, boot marks, guest paths and ttrpc
-//! services.
+//! Protocols between shim, VMM and guest agent: vsock ports, stream headers, boot marks, guest paths, annotations and
+//! ttrpc services.
 
 #![deny(clippy::indexing_slicing)]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation, clippy::cast_possible_wrap, clippy::cast_sign_loss))]
 
+pub mod annotations;
 pub mod boot_mark;
 pub mod metrics;
 pub mod mmio_slots;

@@ -1,7 +1,7 @@
 //! Errors of the shim's ttrpc services. Clients match on the error texts and codes of runc's shim. Therefore, if runc's
 //! shim has a corresponding error, Husk uses the text and code of that error.
 
-use ttrpc::{Code, Error};
+use ttrpc::Code;
 
 /// Why a request to one of the shim's services failed.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +66,15 @@ pub enum ServiceError {
     /// The VM has not ended, but its agent is not ready. For example, the guest is still booting.
     #[error("the agent in the sandbox's VM is not ready: failed precondition")]
     NotReady,
+    /// The agent refused a request, or the call to the agent failed. The text comes from the agent, but is shortened and
+    /// has no control characters.
+    #[error("{text}")]
+    Agent {
+        /// The status code of the agent.
+        code: Code,
+        /// The error's text.
+        text: String,
+    },
     /// Any other failure.
     #[error(transparent)]
     Failed(Box<dyn std::error::Error + Send + Sync>),
@@ -84,15 +93,9 @@ impl ServiceError {
             Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::Invalid(_) => Code::INVALID_ARGUMENT,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
+            Self::Agent { code, .. } => *code,
             Self::Failed(_) => Code::UNKNOWN,
             _ => Code::FAILED_PRECONDITION,
         }
-    }
-}
-
-/// Joins the error and its causes into one text.
-impl From<ServiceError> for Error {
-    fn from(error: ServiceError) -> Self {
-        ttrpc::error::get_rpc_status(error.code(), crate::chain(&error))
     }
 }

@@ -1,9 +1,9 @@
 //! Husk's containerd shim: one process per sandbox. The shim boots the sandbox's VM and serves containerd's Task API.
 
 #![deny(clippy::indexing_slicing)]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation, clippy::cast_possible_wrap, clippy::cast_sign_loss))]
 
 pub mod address;
-mod async_fd;
 pub mod cli;
 pub mod confinement;
 pub mod container;

@@ -310,7 +310,7 @@ fn open_kvm(fd: OwnedFd) -> Result<Kvm, BootError> {
     // SAFETY: `into_raw_fd` gives up ownership of a valid, open fd. Therefore, `Kvm` is its only owner and closes it
     // once.
     let kvm = unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) };
-    if kvm.get_api_version() == KVM_API_VERSION as i32 { Ok(kvm) } else { Err(BootError::NotKvm) }
+    if u32::try_from(kvm.get_api_version()) == Ok(KVM_API_VERSION) { Ok(kvm) } else { Err(BootError::NotKvm) }
 }
 
 fn check_capabilities(kvm: &Kvm, vcpus: u8) -> Result<(), BootError> {

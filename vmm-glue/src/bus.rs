@@ -32,12 +32,17 @@ pub struct Bus {
     pub slots: Arc<Slots>,
 }
 
+/// Returns the register of the console that has the I/O port `port`.
+fn serial_register(port: u16) -> u8 {
+    u8::try_from(port - serial::PORT).unwrap_or(u8::MAX)
+}
+
 impl Bus {
     /// Fills `data` with the result of an IN instruction.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
         for byte in data.iter_mut() {
             *byte = match port {
-                serial::PORT..serial::PORT_END => self.console.read((port - serial::PORT) as u8),
+                serial::PORT..serial::PORT_END => self.console.read(serial_register(port)),
                 // Zero means that the input and output buffers are empty. The kernel sends its reset command only in
                 // this state.
                 I8042_COMMAND => 0,
@@ -51,7 +56,7 @@ impl Bus {
         match port {
             serial::PORT..serial::PORT_END => {
                 for byte in data {
-                    self.console.write((port - serial::PORT) as u8, *byte);
+                    self.console.write(serial_register(port), *byte);
                 }
             }
             I8042_COMMAND if data.contains(&I8042_RESET) => return Effect::Reset,

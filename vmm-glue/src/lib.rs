@@ -4,6 +4,7 @@
 //! [`client::spawn`] and controls it over a control socket ([`control`]). [`boot`] lists the steps that build a VM.
 
 #![deny(clippy::indexing_slicing)]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation, clippy::cast_possible_wrap, clippy::cast_sign_loss))]
 
 pub mod arch;
 pub mod boot;

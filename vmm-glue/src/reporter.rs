@@ -93,7 +93,7 @@ impl Reporter {
 fn monotonic_ns() -> u64 {
     // The call does not fail, because CLOCK_MONOTONIC always exists.
     let now = ClockId::CLOCK_MONOTONIC.now().map_or(Duration::ZERO, Duration::from);
-    now.as_nanos() as u64
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -27,7 +27,7 @@ impl VmGenId {
     /// # Errors
     /// The call fails if the host has no entropy, or if there is no guest memory at the id's address.
     pub fn renew(&self, memory: &GuestMemory) -> io::Result<()> {
-        let id: [u8; layout::VMGENID_LEN as usize] = entropy::bytes()?;
+        let id: [u8; layout::VMGENID_LEN] = entropy::bytes()?;
         memory.write_slice(&id, GuestAddress(layout::VMGENID)).map_err(io::Error::other)
     }
 

@@ -134,6 +134,5 @@ pub fn processors() -> usize {
 
 /// Whether this process runs as root. Only root can unpack a root file system with the right file owners.
 pub fn is_root() -> bool {
-    // SAFETY: geteuid has no arguments and always succeeds.
-    unsafe { libc::geteuid() == 0 }
+    nix::unistd::geteuid().is_root()
 }

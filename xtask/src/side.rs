@@ -1,8 +1,9 @@
 //! Runs several test nodes side by side on large machines.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex};
 
 use anyhow::{Context, Result};
+use husk_base::sync::{into_inner, lock, wait};
 
 use crate::node::Seat;
 
@@ -69,7 +70,7 @@ pub fn side_by_side<W: Send, P, D>(
             });
         }
     });
-    let queue = queue.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let queue = into_inner(queue);
     queue.error.map_or(Ok(queue.work), Err).context("failed to run the test node")
 }
 
@@ -88,12 +89,8 @@ fn take<W, P>(queue: &Mutex<Queue<W>>, changed: &Condvar, next: impl Fn(&mut W) 
         if queue.running == 0 {
             return None;
         }
-        queue = changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        queue = wait(changed, queue);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

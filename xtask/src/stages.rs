@@ -1,8 +1,9 @@
 //! Measures the stages of a test run, and shows how long each stage took.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use husk_base::sync::lock;
 use serde::Serialize;
 
 /// A stage of the run.
@@ -48,12 +49,12 @@ impl Stages {
     pub fn add(&self, name: String, begin: Instant, duration: Duration, parts: Vec<Part>) {
         let started = seconds(begin.saturating_duration_since(self.begin));
         let stage = Stage { name, started, seconds: seconds(duration), parts };
-        self.list.lock().unwrap_or_else(PoisonError::into_inner).push(stage);
+        lock(&self.list).push(stage);
     }
 
     /// Returns the stages so far, in the order in which they began.
     pub fn list(&self) -> Vec<Stage> {
-        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut list = lock(&self.list).clone();
         list.sort_by(|a, b| a.started.total_cmp(&b.started));
         list
     }

@@ -4,6 +4,8 @@ use std::io::{IsTerminal, Write};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use husk_base::sys::terminal;
+
 static START: OnceLock<Instant> = OnceLock::new();
 
 /// Returns the time since the first line was printed.
@@ -55,9 +57,8 @@ pub fn failed(error: &anyhow::Error) {
 }
 
 fn terminal_width() -> usize {
-    // SAFETY: winsize is plain data for which all zeroes is a valid value.
-    let mut size: libc::winsize = unsafe { std::mem::zeroed() };
-    // SAFETY: TIOCGWINSZ writes one winsize, and the pointer is to a winsize.
-    let r = unsafe { libc::ioctl(libc::STDERR_FILENO, libc::TIOCGWINSZ, &mut size) };
-    if r == 0 && size.ws_col > 20 { size.ws_col.into() } else { 100 }
+    match terminal::window_size(std::io::stderr()) {
+        Ok((columns, _)) if columns > 20 => columns.into(),
+        _ => 100,
+    }
 }

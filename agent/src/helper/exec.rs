@@ -6,13 +6,14 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use husk_base::error::chain;
 use husk_base::sys::fd::close_on_exec_from;
 use husk_base::sys::pidfd;
+use husk_base::sys::process::clone_sibling_into;
 use libcontainer::oci_spec::runtime::Process;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::{apparmor, capabilities, seccomp};
@@ -222,39 +223,14 @@ fn set_namespaces(pidfd: &OwnedFd, flags: CloneFlags) -> io::Result<()> {
     Ok(())
 }
 
-/// `struct clone_args` of linux/sched.h.
-#[repr(C)]
-#[derive(Default)]
-struct CloneArgs {
-    flags: u64,
-    pidfd: u64,
-    child_tid: u64,
-    parent_tid: u64,
-    exit_signal: u64,
-    stack: u64,
-    stack_size: u64,
-    tls: u64,
-    set_tid: u64,
-    set_tid_size: u64,
-    cgroup: u64,
-}
-
 /// Forks a sibling of this process. The sibling starts in the first cgroup of `cgroups` that accepts a process.
 fn clone_into(cgroups: &[File]) -> io::Result<i32> {
-    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     let mut last = io::Error::from_raw_os_error(libc::EINVAL);
     for cgroup in cgroups {
-        let args = CloneArgs {
-            flags: libc::CLONE_PARENT as u64 | CLONE_INTO_CGROUP,
-            cgroup: u64::from(cgroup.as_raw_fd().unsigned_abs()),
-            ..Default::default()
-        };
-        // SAFETY: clone3 works like fork(2), because it gets neither a stack nor CLONE_VM. The process has one thread,
-        // so no lock is held in the child's copy of the memory. The arguments outlive the call.
-        let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
-        match i32::try_from(pid) {
-            Ok(pid) if pid >= 0 => return Ok(pid),
-            _ => last = io::Error::last_os_error(),
+        // SAFETY: the process has one thread.
+        match unsafe { clone_sibling_into(cgroup) } {
+            Ok(pid) => return Ok(pid),
+            Err(error) => last = error,
         }
     }
     error_log::record(&format!("failed to clone the process: {last}"));

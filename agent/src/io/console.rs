@@ -77,7 +77,6 @@ pub fn chown_slave(master: &Endpoint, uid: u32) {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::os::fd::AsRawFd;
 
     use super::*;
 
@@ -87,10 +86,7 @@ mod tests {
         let master = relay::endpoint(master.into()).unwrap();
         for (size, expected) in [((80, 24), (80, 24)), ((0, 0), (0, 0)), ((1 << 16, 1), (u16::MAX, 1))] {
             resize(&master, size.0, size.1).unwrap();
-            let mut found = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
-            // SAFETY: TIOCGWINSZ writes a winsize, which outlives the call.
-            assert_eq!(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGWINSZ, &raw mut found) }, 0);
-            assert_eq!((found.ws_col, found.ws_row), expected);
+            assert_eq!(terminal::window_size(master.get_ref()).unwrap(), expected);
         }
     }
 }

@@ -23,7 +23,7 @@ pub type Endpoint = Arc<AsyncFd<File>>;
 /// Makes an fd non-blocking and registers it.
 pub fn endpoint(fd: OwnedFd) -> io::Result<Endpoint> {
     set_nonblocking(&fd)?;
-    Ok(Arc::new(crate::async_fd::register(File::from(fd), Interest::READABLE | Interest::WRITABLE)?))
+    Ok(Arc::new(husk_base::async_fd::register(File::from(fd), Interest::READABLE | Interest::WRITABLE)?))
 }
 
 /// Copies until `from` reaches its end. After `close` has been notified, copies only data that has already arrived.

@@ -123,7 +123,7 @@ impl Streams {
 }
 
 async fn read_header(stream: OwnedFd) -> io::Result<(Header, OwnedFd)> {
-    let stream = crate::async_fd::register(File::from(stream), Interest::READABLE)?;
+    let stream = husk_base::async_fd::register(File::from(stream), Interest::READABLE)?;
     let mut bytes = [0; HEADER_LEN];
     let mut filled = 0;
     while let Some(unread) = bytes.get_mut(filled..).filter(|unread| !unread.is_empty()) {

@@ -4,14 +4,13 @@ use std::collections::BTreeSet;
 use std::path::{Component, Path};
 
 use husk_policy::Container;
+use husk_proto::annotations::{CRIO_IMAGE_NAME, IMAGE_NAME};
 use husk_proto::containerd::api::CreateTaskRequest;
 use husk_proto::{GUEST_MIRRORS, GUEST_SHARE, GUEST_SHM, GUEST_SUBPATHS, GUEST_VOLUMES, SHARED_VOLUMES};
 use libcontainer::oci_spec::runtime::{Linux, LinuxNamespaceType, Mount, Process, Spec};
 
 use crate::helper::devices::allows_device_type;
 
-/// containerd's annotation with the image reference.
-const IMAGE_NAME: &str = "io.kubernetes.cri.image-name";
 /// File system types that expose neither a device nor another file system of the guest.
 const HARMLESS_TYPES: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
 /// Paths in procfs with which root can control the guest's kernel, even without any capability.
@@ -19,11 +18,10 @@ const KERNEL_CONTROLS: [&str; 2] = ["/proc/sys", "/proc/sysrq-trigger"];
 
 /// Returns the properties of the container that `request` creates.
 pub fn container<'a>(spec: &'a Spec, request: &'a CreateTaskRequest, rootfs: &str) -> Container<'a> {
-    let annotation = |key: &str| spec.annotations().as_ref().and_then(|all| all.get(key)).map(String::as_str);
     let mounts = spec.mounts().as_deref().unwrap_or_default();
     Container {
         id: &request.id,
-        image: annotation(IMAGE_NAME).filter(|image| !image.is_empty()),
+        image: image(spec),
         input: match (request.terminal, request.stdin.is_empty()) {
             (true, _) => Some("a terminal"),
             (false, false) => Some("stdin"),
@@ -33,6 +31,20 @@ pub fn container<'a>(spec: &'a Spec, request: &'a CreateTaskRequest, rootfs: &st
         capabilities: spec.process().as_ref().map(capabilities).unwrap_or_default(),
         mounts: mounts.iter().filter(|mount| is_bind(mount)).map(|mount| mount.destination().as_path()).collect(),
     }
+}
+
+/// Returns the reference of the container's image, as containerd or CRI-O reports it.
+///
+/// CRI-O, and containerd with `pod_annotations`, copy annotations of the pod to its containers. Therefore, a tenant may
+/// be able to add the key of the CRI implementation that the node does not use. If the specification has both keys with
+/// different values, the reference is unknown.
+fn image(spec: &Spec) -> Option<&str> {
+    let annotation = |key: &str| spec.annotations().as_ref()?.get(key).map(String::as_str);
+    let reference = match (annotation(IMAGE_NAME), annotation(CRIO_IMAGE_NAME)) {
+        (Some(of_containerd), Some(of_crio)) if of_containerd != of_crio => None,
+        (of_containerd, of_crio) => of_containerd.or(of_crio),
+    };
+    reference.filter(|reference| !reference.is_empty())
 }
 
 /// Returns the names of the capabilities that are in any capability set of the process.
@@ -221,6 +233,22 @@ mod tests {
         assert_eq!(container(&spec, &request, ROOTFS).input, Some("a terminal"));
         let spec = parse(|value| value["annotations"] = json!({}));
         assert_eq!(container(&spec, &request, ROOTFS).image, None);
+    }
+
+    #[test]
+    fn image_is_unknown_if_containerd_and_crio_annotations_differ() {
+        let of = |annotations: Value| {
+            let spec = parse(|value| value["annotations"] = annotations);
+            image(&spec).map(str::to_owned)
+        };
+        let both =
+            |of_containerd: &str, of_crio: &str| of(json!({ IMAGE_NAME: of_containerd, CRIO_IMAGE_NAME: of_crio }));
+        assert_eq!(of(json!({ CRIO_IMAGE_NAME: "example.com/app:1" })).unwrap(), "example.com/app:1");
+        assert_eq!(both("example.com/app:1", "example.com/app:1").unwrap(), "example.com/app:1");
+        assert_eq!(both("example.com/app:1", "example.com/app:2"), None);
+        assert_eq!(both("example.com/app:1", ""), None);
+        assert_eq!(both("", "example.com/app:1"), None);
+        assert_eq!(of(json!({ CRIO_IMAGE_NAME: "" })), None);
     }
 
     #[test]

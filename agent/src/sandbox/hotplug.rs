@@ -46,7 +46,7 @@ pub fn set_online_cpus(count: u32) -> Result<u32, CpuError> {
     let (present, online) = (parse_cpu_list(&read("present")?), parse_cpu_list(&read("online")?));
     let count = count.max(1);
     if count as usize > present.len() {
-        return Err(CpuError::TooMany { requested: count, present: present.len() as u32 });
+        return Err(CpuError::TooMany { requested: count, present: number(&present) });
     }
     for (position, &number) in present.iter().enumerate() {
         let online_after = position < count as usize;
@@ -55,7 +55,11 @@ pub fn set_online_cpus(count: u32) -> Result<u32, CpuError> {
                 .map_err(|source| CpuError::SetOnline { number, source })?;
         }
     }
-    Ok(parse_cpu_list(&read("online")?).len() as u32)
+    Ok(number(&parse_cpu_list(&read("online")?)))
+}
+
+fn number(cpus: &[u32]) -> u32 {
+    u32::try_from(cpus.len()).unwrap_or(u32::MAX)
 }
 
 /// Sets the policy that puts most of the hot-plugged memory into ZONE_MOVABLE. Memory in this zone can be unplugged

@@ -17,7 +17,7 @@ impl LinkNotifications {
     /// Subscribes to notifications of the current network namespace.
     pub fn subscribe() -> io::Result<Self> {
         let socket = socket(libc::RTMGRP_LINK as u32, libc::SOCK_NONBLOCK)?;
-        Ok(Self { socket: crate::async_fd::register(socket, Interest::READABLE)? })
+        Ok(Self { socket: husk_base::async_fd::register(socket, Interest::READABLE)? })
     }
 
     /// Waits for the next notification. A receive buffer overrun (ENOBUFS) counts as a notification.

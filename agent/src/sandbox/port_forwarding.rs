@@ -24,7 +24,7 @@ const MAX_CONNECTIONS: usize = 1024;
 /// Timeout for each of two steps: reading the header, and connecting.
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// Reply to a connection that the agent policy does not allow.
-const REFUSED: u8 = libc::EACCES as u8;
+const REFUSED: u8 = (libc::EACCES & 0xff) as u8;
 
 /// Accepts connections until the listener fails.
 pub async fn serve(listener: Listener, sandbox: Arc<Sandbox>) {
@@ -62,7 +62,8 @@ async fn forward_connection(stream: OwnedFd, policy: &Guard) -> io::Result<()> {
             tokio::io::copy_bidirectional(&mut host, &mut server).await.map(drop)
         }
         Err(error) => {
-            let code = error.raw_os_error().and_then(|code| u8::try_from(code).ok()).unwrap_or(libc::EIO as u8);
+            let code =
+                error.raw_os_error().and_then(|code| u8::try_from(code).ok()).unwrap_or((libc::EIO & 0xff) as u8);
             host.write_all(&[code]).await?;
             Err(error)
         }

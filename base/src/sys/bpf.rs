@@ -100,7 +100,8 @@ impl SocketMap {
     /// The errors of bpf(2).
     pub fn create(max_entries: u32) -> io::Result<Self> {
         // Word 0: map_type, key_size. 1: value_size, max_entries.
-        let (key_size, value_size) = (size_of::<u32>() as u32, size_of::<u64>() as u32);
+        // The sizes are in bytes.
+        let (key_size, value_size) = (u32::BITS / 8, u64::BITS / 8);
         let attributes = [pair(BPF_MAP_TYPE_SOCKMAP, key_size), pair(value_size, max_entries)];
         // SAFETY: the attributes of BPF_MAP_CREATE have no pointers. The command returns a new fd or -1.
         unsafe { new_fd(bpf(BPF_MAP_CREATE, &attributes)) }.map(Self)

@@ -57,11 +57,12 @@ pub fn get() -> io::Result<Capabilities> {
 /// # Errors
 /// EPERM if the thread may not have these capabilities, and the other errors of capset(2).
 pub fn set(sets: Capabilities) -> io::Result<()> {
-    // The conversions truncate on purpose, because each structure has 32 of the 64 bits.
+    // Each structure has 32 of the 64 bits.
+    let part = |set: u64, shift: u32| (set >> shift & 0xffff_ffff) as u32;
     let data = [0, 32].map(|shift| Data {
-        effective: (sets.effective >> shift) as u32,
-        permitted: (sets.permitted >> shift) as u32,
-        inheritable: (sets.inheritable >> shift) as u32,
+        effective: part(sets.effective, shift),
+        permitted: part(sets.permitted, shift),
+        inheritable: part(sets.inheritable, shift),
     });
     let mut header = Header { version: VERSION, pid: 0 };
     // SAFETY: the kernel reads the header and the two structures that version 3 has. All outlive the call.

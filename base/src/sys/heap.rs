@@ -17,3 +17,41 @@ pub fn keep_small() {
         libc::mallopt(libc::M_TRIM_THRESHOLD, TRIM_THRESHOLD);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::process::{exit_immediately, wait};
+
+    /// Returns the number of bytes in mappings that malloc has made for single allocations.
+    fn mapped_bytes() -> usize {
+        // SAFETY: mallinfo2 takes no arguments. It acquires the locks of the arenas.
+        unsafe { libc::mallinfo2() }.hblkhd
+    }
+
+    #[test]
+    fn large_allocation_is_unmapped_when_it_is_freed() {
+        const LEN: usize = 96 << 10;
+        // The child process has one thread, so no other test allocates memory or gets the settings.
+        // SAFETY: glibc's fork(2) takes the locks of malloc, so that the child process can use malloc.
+        match unsafe { nix::unistd::fork() }.unwrap() {
+            nix::unistd::ForkResult::Child => {
+                // Freeing a mapping raises malloc's default threshold, which is 128 KiB, above the size of the mapping.
+                drop(std::hint::black_box(vec![1_u8; 1 << 20]));
+                let before = mapped_bytes();
+                let unmapped = std::hint::black_box(vec![1_u8; LEN]);
+                let is_in_heap = mapped_bytes() == before;
+                keep_small();
+                let mapped = std::hint::black_box(vec![1_u8; LEN]);
+                let is_mapped = mapped_bytes() >= before + LEN;
+                drop(mapped);
+                let is_freed = mapped_bytes() == before;
+                drop(unmapped);
+                exit_immediately(i32::from(!(is_in_heap && is_mapped && is_freed)));
+            }
+            nix::unistd::ForkResult::Parent { child } => {
+                assert_eq!(wait(child.as_raw(), 0), Ok(Some((child.as_raw(), 0))));
+            }
+        }
+    }
+}

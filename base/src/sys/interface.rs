@@ -21,7 +21,7 @@ impl Request {
             *to = libc::c_char::from_ne_bytes([from]);
         }
         // Flags are 16 unsigned bits in a signed type.
-        request.ifr_ifru.ifru_flags = flags as libc::c_short;
+        request.ifr_ifru.ifru_flags = ((flags.cast_unsigned() & 0xffff) as u16).cast_signed();
         Self(request)
     }
 

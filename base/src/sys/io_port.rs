@@ -1,4 +1,7 @@
 //! Access to x86 I/O ports.
+//!
+//! This file has no unit test, because the kernel of the machine that builds Husk may lack ioperm(2). The agent calls
+//! the function at each boot of a guest.
 
 use std::io;
 

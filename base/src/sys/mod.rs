@@ -10,11 +10,13 @@ pub mod heap;
 pub mod interface;
 pub mod io_port;
 pub mod landlock;
+pub mod loop_device;
 pub mod mount;
 pub mod pidfd;
 pub mod process;
 pub mod scm_rights;
 pub mod terminal;
+pub mod user_namespace;
 pub mod vsock;
 pub mod xattr;
 

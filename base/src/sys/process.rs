@@ -4,7 +4,7 @@
 //! `waitpid` consumes the status and then fails.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
@@ -92,6 +92,48 @@ pub unsafe fn clone_sibling() -> io::Result<Cloned> {
     }
 }
 
+/// `struct clone_args` of linux/sched.h.
+#[repr(C)]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// Copies this process like [`clone_sibling`]. The new process starts in `cgroup`, which is the open directory of a
+/// cgroup v2 (CLONE_INTO_CGROUP, Linux 5.7). Returns the PID of the new process, and 0 in the new process. The new
+/// process has the exit signal of this process.
+///
+/// # Errors
+/// EBUSY if the cgroup cannot have processes, and the other errors of clone3(2).
+///
+/// # Safety
+/// See [`clone_sibling`].
+pub unsafe fn clone_sibling_into(cgroup: impl AsFd) -> io::Result<i32> {
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    let args = CloneArgs {
+        flags: u64::from(libc::CLONE_PARENT.cast_unsigned()) | CLONE_INTO_CGROUP,
+        cgroup: u64::from(cgroup.as_fd().as_raw_fd().unsigned_abs()),
+        ..Default::default()
+    };
+    // SAFETY: without a stack and without CLONE_VM, the call is equivalent to fork(2). The caller guarantees the
+    // conditions under which fork(2) is safe (see Safety). The arguments outlive the call.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
+    match i32::try_from(pid) {
+        Ok(pid) if pid >= 0 => Ok(pid),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Ends the process with all its threads at once (_exit(2)). Runs no destructors or exit handlers, and flushes no
 /// buffers.
 pub fn exit_immediately(code: i32) -> ! {
@@ -166,6 +208,13 @@ mod tests {
                 assert_eq!(statuses.collect::<Vec<_>>(), [7]);
             }
         }
+    }
+
+    #[test]
+    fn clone_sibling_into_fails_if_the_fd_is_not_of_a_cgroup() {
+        // SAFETY: the call fails, so there is no new process.
+        let error = unsafe { clone_sibling_into(std::fs::File::open("/").unwrap()) }.unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBADF));
     }
 
     #[test]

@@ -41,6 +41,19 @@ pub fn set_window_size(terminal: impl AsFd, columns: u16, rows: u16) -> io::Resu
     }
 }
 
+/// Returns the window size in characters, columns first.
+///
+/// # Errors
+/// The errors of the ioctl TIOCGWINSZ.
+pub fn window_size(terminal: impl AsFd) -> io::Result<(u16, u16)> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCGWINSZ writes a winsize, which outlives the call.
+    match unsafe { libc::ioctl(terminal.as_fd().as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) } {
+        0 => Ok((size.ws_col, size.ws_row)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Makes the terminal the controlling terminal of this session. The caller must be the session leader.
 ///
 /// # Errors
@@ -68,11 +81,13 @@ mod tests {
         unlock(&master).unwrap();
         let mut slave = File::from(open_slave(&master, flags).unwrap());
         set_window_size(&master, 80, 24).unwrap();
+        assert_eq!(window_size(&slave).unwrap(), (80, 24));
         slave.write_all(b"x").unwrap();
         let mut byte = [0];
         master.read_exact(&mut byte).unwrap();
         assert_eq!(byte, *b"x");
         assert!(set_window_size(io::pipe().unwrap().0, 80, 24).is_err());
+        assert!(window_size(io::pipe().unwrap().0).is_err());
         assert!(set_controlling(io::pipe().unwrap().0).is_err());
     }
 }

@@ -43,7 +43,7 @@ pub fn listen(port: u32, flags: SockFlag) -> io::Result<OwnedFd> {
 pub fn accept(listener: BorrowedFd<'_>, flags: SockFlag) -> io::Result<(OwnedFd, Peer)> {
     let mut address = *VsockAddr::new(0, 0).as_ref();
     address.svm_family = 0;
-    let mut length = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+    let mut length = libc::socklen_t::try_from(size_of::<libc::sockaddr_vm>()).map_err(io::Error::other)?;
     let flags = (SockFlag::SOCK_CLOEXEC | flags).bits();
     // SAFETY: the kernel writes at most `length` bytes to `address`, which has that size. Both outlive the call. The
     // call returns a new fd or -1.

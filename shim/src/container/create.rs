@@ -1,5 +1,6 @@
 //! Handles Create: prepares the bundle while the guest boots, then tells the agent to create the container.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -28,27 +29,28 @@ use crate::vm::agent::{Agent, timeouts, within};
 use crate::volumes;
 use crate::volumes::mirror;
 
+/// The shim cannot watch the host's mounts, so that it cannot propagate them to the guest.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to watch the host's mounts")]
+struct WatchError(#[source] io::Error);
+
 impl Shim {
     /// Creates a container. After an error, removes everything that was made for the container.
-    pub(crate) async fn create(&self, request: CreateTaskRequest) -> ttrpc::Result<()> {
+    pub(crate) async fn create(&self, request: CreateTaskRequest) -> Result<(), ServiceError> {
         if !crate::ids::is_name(&request.id) {
-            return Err(ServiceError::Invalid(format!("container id {:?}", request.id)).into());
+            return Err(ServiceError::Invalid(format!("container id {:?}", request.id)));
         }
         if !request.checkpoint.is_empty() {
-            return Err(ServiceError::Unsupported("restoring a checkpoint").into());
+            return Err(ServiceError::Unsupported("restoring a checkpoint"));
         }
         if !self.sandbox.is_launched() {
-            return Err(ServiceError::NotCreated.into());
+            return Err(ServiceError::NotCreated);
         }
         self.sandbox.timeline.mark("create begin");
         self.containers.reserve(&request.id)?;
         let created = self.create_reserved(&request).await;
         if let Err(error) = &created {
-            let text = match error {
-                ttrpc::Error::RpcStatus(status) => status.message.clone(),
-                other => other.to_string(),
-            };
-            tracing::error!(container = request.id, error = text, "failed to create the container");
+            tracing::error!(container = request.id, error = %crate::chain(error), "failed to create the container");
             self.delete_in_guest(&request.id).await;
             self.tear_down_bundle(&request.id).await;
             self.release_resources(&request.id);
@@ -58,7 +60,7 @@ impl Shim {
         created
     }
 
-    async fn create_reserved(&self, request: &CreateTaskRequest) -> ttrpc::Result<()> {
+    async fn create_reserved(&self, request: &CreateTaskRequest) -> Result<(), ServiceError> {
         let bundle = read(request.bundle.clone()).await?;
         let spec = bundle.spec.clone();
         if spec.annotations.is_sandbox() {
@@ -71,7 +73,7 @@ impl Shim {
             let prepared = self.prepare(request, bundle).await?;
             if prepared.needs_propagation {
                 let started = self.sandbox.start_propagation();
-                started.map_err(|error| ServiceError::failed(format!("failed to watch the host's mounts: {error}")))?;
+                started.map_err(|error| ServiceError::failed(WatchError(error)))?;
             }
             // The hooks may run CNI plugins, which open the pod's network namespace as /proc/PID/ns/net. The PID
             // belongs to the VMM, which does not exist before the launch. `create` has checked that the sandbox is

@@ -26,9 +26,9 @@ const EXEC_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Shim {
     /// Sends a signal to a process.
-    pub(crate) async fn kill(&self, container: &Container, request: &KillRequest) -> ttrpc::Result<()> {
+    pub(crate) async fn kill(&self, container: &Container, request: &KillRequest) -> Result<(), ServiceError> {
         if request.signal > 64 {
-            return Err(ServiceError::Invalid(format!("signal {}", request.signal)).into());
+            return Err(ServiceError::Invalid(format!("signal {}", request.signal)));
         }
         let process = container.process(&request.exec_id)?;
         // A Kill request for a finished exec must not kill the children that have outlived the exec. containerd sends a
@@ -36,15 +36,15 @@ impl Shim {
         // identical request if an exec exceeds its timeout. The shim distinguishes the two requests by the exec's
         // state.
         match process.state() {
-            State::Stopped | State::Deleted => return Err(ServiceError::Finished.into()),
-            State::Created if !process.exec.is_empty() => return Err(ServiceError::NotStarted.into()),
+            State::Stopped | State::Deleted => return Err(ServiceError::Finished),
+            State::Created if !process.exec.is_empty() => return Err(ServiceError::NotStarted),
             _ => {}
         }
         if container.is_sandbox_container() {
             self.kill_sandbox_container(container, request).await;
             return Ok(());
         }
-        let Ok(agent) = self.agent().await else { return Err(ServiceError::Finished.into()) };
+        let Ok(agent) = self.agent().await else { return Err(ServiceError::Finished) };
         let guest = KillRequest {
             id: request.id.clone(),
             exec_id: request.exec_id.clone(),
@@ -55,13 +55,13 @@ impl Shim {
         match agent.task.kill(within(timeouts::QUICK), &guest).await {
             Ok(_) => Ok(()),
             // The process exited before the signal arrived, by itself or because the VM ended.
-            Err(_) if self.sandbox.is_dead() || process.exit().is_some() => Err(ServiceError::Finished.into()),
+            Err(_) if self.sandbox.is_dead() || process.exit().is_some() => Err(ServiceError::Finished),
             Err(error) => Err(agent::error("kill", error)),
         }
     }
 
     /// Deletes a container.
-    pub(crate) async fn delete_container(&self, container: &Container) -> ttrpc::Result<DeleteResponse> {
+    pub(crate) async fn delete_container(&self, container: &Container) -> Result<DeleteResponse, ServiceError> {
         let process = &container.init;
         let before = process.begin_delete(ServiceError::NoContainer)?;
         if before == State::Stopped
@@ -110,7 +110,7 @@ impl Shim {
     }
 
     /// Deletes an exec.
-    pub(crate) async fn delete_exec(&self, container: &Container, exec: &Exec) -> ttrpc::Result<DeleteResponse> {
+    pub(crate) async fn delete_exec(&self, container: &Container, exec: &Exec) -> Result<DeleteResponse, ServiceError> {
         let process = &exec.process;
         let before = process.begin_delete(ServiceError::NoProcess(process.exec.clone()))?;
         let exit = process.exit().unwrap_or_else(|| Exit { status: 0, at: SystemTime::now() });

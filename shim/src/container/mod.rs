@@ -58,9 +58,9 @@ pub struct Shim {
 /// Runs `work` to completion, even if the caller's future is dropped. ttrpc drops a handler's future when the request's
 /// timeout expires.
 pub(crate) async fn run_to_completion<T: Send + 'static>(
-    work: impl Future<Output = ttrpc::Result<T>> + Send + 'static,
-) -> ttrpc::Result<T> {
-    tokio::spawn(work).await.unwrap_or_else(|error| Err(ServiceError::failed(error).into()))
+    work: impl Future<Output = Result<T, ServiceError>> + Send + 'static,
+) -> Result<T, ServiceError> {
+    tokio::spawn(work).await.unwrap_or_else(|error| Err(ServiceError::failed(error)))
 }
 
 impl Shim {

@@ -6,9 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use husk_proto::annotations::POD_UID;
 use serde_json::Value;
 
-use crate::oci::annotations::POD_UID;
 use crate::oci::{Bundle, Disk, TranslateError, disks, translate};
 use crate::resources::cgroup;
 use crate::volumes::bind::Flags;

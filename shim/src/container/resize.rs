@@ -18,6 +18,11 @@ pub(crate) struct ResourceLimits {
     updated: AtomicBool,
 }
 
+/// The resources in an update request cannot be parsed.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to parse the resources")]
+struct ParseError(#[source] serde_json::Error);
+
 impl Shim {
     /// Grows the pod for a new container. A container outside a pod needs no growth, because the VM of such a container
     /// boots with its full size.
@@ -57,10 +62,8 @@ impl Shim {
     /// the update, which the caller must pass to [`Shim::finish_update`].
     pub(crate) async fn prepare_update(&self, id: &str, raw: &[u8]) -> Result<LimitsUpdate, ServiceError> {
         let before = lock(&self.limits.pod).get(id).cloned().unwrap_or_default();
-        let after = before
-            .clone()
-            .with_update(raw)
-            .map_err(|error| ServiceError::Invalid(format!("failed to parse the resources: {error}")))?;
+        let after =
+            before.clone().with_update(raw).map_err(|error| ServiceError::Invalid(crate::chain(&ParseError(error))))?;
         let change = LimitsUpdate { before, after };
         if let (true, Some(size)) = (change.before != change.after, self.pod_size()) {
             self.limits.updated.store(true, Ordering::Relaxed);

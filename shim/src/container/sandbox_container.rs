@@ -17,7 +17,11 @@ use crate::oci::Spec;
 
 impl Shim {
     /// Waits until the agent is ready, runs the hooks, and adds the sandbox container without a process in the guest.
-    pub(crate) async fn create_sandbox_container(&self, request: &CreateTaskRequest, spec: Spec) -> ttrpc::Result<()> {
+    pub(crate) async fn create_sandbox_container(
+        &self,
+        request: &CreateTaskRequest,
+        spec: Spec,
+    ) -> Result<(), ServiceError> {
         self.sandbox.ready().await.map_err(|error| ServiceError::failed(error.to_string()))?;
         self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
         self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;

@@ -23,7 +23,7 @@ const EXIT_STATUS_NOT_STARTED: u32 = 255;
 
 impl Shim {
     /// Starts a container's init process.
-    pub(crate) async fn start_init(&self, container: &Container) -> ttrpc::Result<()> {
+    pub(crate) async fn start_init(&self, container: &Container) -> Result<(), ServiceError> {
         let process = &container.init;
         let agent = self.agent().await?;
         // A CNI plugin may configure the pod's network after the creation of the sandbox. Therefore, before the start
@@ -82,10 +82,10 @@ impl Shim {
     }
 
     /// Starts an exec.
-    pub(crate) async fn start_exec(&self, container: &Container, exec: &Exec) -> ttrpc::Result<()> {
+    pub(crate) async fn start_exec(&self, container: &Container, exec: &Exec) -> Result<(), ServiceError> {
         let process = &exec.process;
         if container.is_paused() {
-            return Err(ServiceError::Exec("paused").into());
+            return Err(ServiceError::Exec("paused"));
         }
         process.begin_start()?;
         if let Err(error) = self.start_exec_in_guest(exec).await {
@@ -104,7 +104,7 @@ impl Shim {
         Ok(())
     }
 
-    async fn start_exec_in_guest(&self, exec: &Exec) -> ttrpc::Result<()> {
+    async fn start_exec_in_guest(&self, exec: &Exec) -> Result<(), ServiceError> {
         let process = &exec.process;
         let agent = self.agent().await?;
         let logger = LoggerContext { id: &process.container, namespace: &self.namespace, launcher: &self.launcher };

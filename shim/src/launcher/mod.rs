@@ -16,6 +16,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use husk_base::async_fd::register;
 use husk_base::sys::fd::set_nonblocking;
 use husk_base::sys::scm_rights;
 use husk_vmm::client::Spawned;
@@ -27,7 +28,6 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
-use crate::async_fd::register;
 use request::{Reply, Request};
 
 pub use program::Program;

@@ -4,15 +4,15 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use husk_base::sys::fd::{close_all_except, copy_to, duplicate_from};
 use husk_base::sys::process::{Cloned, clone_sibling, exit_immediately};
 use husk_base::sys::scm_rights::{self, Packet};
 use husk_vmm::client::{Network, SpawnOptions, spawn};
-use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::Signal;
 
 use super::request::{Reply, Request};
@@ -32,7 +32,8 @@ pub fn run(socket: &OwnedFd) -> ! {
     // This process has inherited the shim's end of `socket`. While this copy is open, the kernel does not report that
     // the shim has closed its end. The shim's listener must be closed, too. Otherwise, clients could still connect
     // after the end of the shim, although nobody would serve them.
-    if close_all_except(socket.as_raw_fd()).is_err() {
+    // SAFETY: no code of this process uses a closed fd again, because this function never returns.
+    if unsafe { close_all_except(socket) }.is_err() {
         exit_immediately(1);
     }
     loop {
@@ -42,21 +43,6 @@ pub fn run(socket: &OwnedFd) -> ! {
             Err(_) => exit_immediately(1),
         }
     }
-}
-
-/// Closes every fd except standard input, output and error, and `kept`.
-fn close_all_except(kept: RawFd) -> io::Result<()> {
-    let close = |first: RawFd, last: RawFd| {
-        // SAFETY: no code of this process uses a closed fd again, because `run` never returns.
-        match unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
-    };
-    if kept > libc::STDERR_FILENO + 1 {
-        close(libc::STDERR_FILENO + 1, kept - 1)?;
-    }
-    close(kept + 1, RawFd::MAX)
 }
 
 /// Handles a request. Reports a failure on the request's socket. Ignores a request without a socket.
@@ -137,18 +123,11 @@ fn start_program(reply: &OwnedFd, mut command: Command, fds: &[OwnedFd]) -> io::
 fn place(fds: &[OwnedFd], reply: &OwnedFd) -> io::Result<OwnedFd> {
     // The numbers of the copies are above all targets, so that dup2(2) overwrites none of them.
     let above = RawFd::try_from(fds.len()).map_err(io::Error::other)?;
-    let copy = |fd: &OwnedFd| -> io::Result<OwnedFd> {
-        let copy = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(above))?;
-        // SAFETY: the kernel has just created this fd, and nothing else owns it.
-        Ok(unsafe { OwnedFd::from_raw_fd(copy) })
-    };
-    let reply = copy(reply)?;
-    let copies = fds.iter().map(copy).collect::<io::Result<Vec<_>>>()?;
+    let reply = duplicate_from(reply, above)?;
+    let copies = fds.iter().map(|fd| duplicate_from(fd, above)).collect::<io::Result<Vec<_>>>()?;
     for (copy, target) in copies.iter().zip(0..) {
-        // SAFETY: dup2 takes two numbers. This process exists only for the program, and uses no fd that is overwritten.
-        if unsafe { libc::dup2(copy.as_raw_fd(), target) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        // SAFETY: this process exists only for the program, and uses no fd that is overwritten.
+        unsafe { copy_to(copy, target) }?;
     }
     Ok(reply)
 }

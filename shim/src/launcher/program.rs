@@ -7,13 +7,13 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use husk_base::async_fd::register;
 use husk_base::sys::{pidfd, process};
 use nix::sys::signal::Signal;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::LaunchError;
-use crate::async_fd::register;
 
 /// A program, which is a child of the shim.
 #[derive(Debug)]

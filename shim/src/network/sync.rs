@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use husk_base::async_fd::register;
 use husk_proto::agent::{BindDeviceRequest, UnbindDeviceRequest};
 use husk_vmm::config::{FdIndex, NetConfig};
 use husk_vmm::control::{Answer, Call};
@@ -15,7 +16,6 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-use crate::async_fd::register;
 use crate::lock;
 use crate::network::{NetworkChange, NetworkError, NetworkWatcher, Tap};
 use crate::vm::agent::{Agent, timeouts, within};

@@ -48,7 +48,7 @@ pub fn create(netlink: &Netlink, link: &Link, options: TapOptions) -> Result<Tap
     // Disable the tap's link-local address. With such an address, the host's kernel would send IPv6 messages through
     // the tap to the guest.
     let addr_gen_mode = nest(&[(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE])]);
-    let addr_gen_mode = nest(&[(libc::AF_INET6 as u16, &addr_gen_mode)]);
+    let addr_gen_mode = nest(&[(husk_netlink::IPV6.into(), &addr_gen_mode)]);
     let header = link_header(index, 0, 0);
     // Ignore an error. A kernel without IPv6 rejects this request, but generates no link-local address.
     let _ = netlink.change(Message::new(libc::RTM_NEWLINK, 0, &header).attribute(libc::IFLA_AF_SPEC, &addr_gen_mode));
@@ -185,7 +185,7 @@ fn filter(netlink: &Netlink, from: i32, priority: u16, kind: &str, options: &[u8
 /// Encodes `tcm_info`. The upper 16 bits are the filter's priority. The lower 16 bits are the protocol in network byte
 /// order.
 fn tcm_info(priority: u16) -> u32 {
-    u32::from(priority) << 16 | u32::from((libc::ETH_P_ALL as u16).to_be())
+    u32::from(priority) << 16 | u32::from(((libc::ETH_P_ALL & 0xffff) as u16).to_be())
 }
 
 /// Encodes `struct tcmsg`.

@@ -1,49 +1,20 @@
-//! Annotations that containerd's CRI plugin and CRI-O set. Husk's own annotations are in [`husk_config::annotation`].
+//! Annotations of a specification, and what the annotations of containerd's CRI plugin and CRI-O say. The keys are in
+//! [`husk_proto::annotations`]. Husk's own annotations are in [`husk_config::annotation`].
 
 use std::collections::BTreeMap;
+
+use husk_proto::annotations::{CONTAINER_TYPE, POD_NAME, POD_NAMESPACE, crio_key};
 
 /// Annotations of a specification.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
 #[serde(transparent)]
 pub struct Annotations(pub BTreeMap<String, String>);
 
-/// Id of the container's sandbox.
-pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
-/// Type of the container: `sandbox` for the pod's sandbox container, `container` for every other container in the pod.
-pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
-/// Namespace of the pod.
-pub const POD_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
-/// Name of the pod.
-pub const POD_NAME: &str = "io.kubernetes.cri.sandbox-name";
-/// UID of the pod.
-pub const POD_UID: &str = "io.kubernetes.cri.sandbox-uid";
-/// CFS period in microseconds, for [`CPU_QUOTA`].
-pub const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
-/// CFS quota in microseconds, the sum of the containers' CPU limits.
-pub const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
-/// CPU shares, the sum of the containers' CPU requests.
-pub const CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
-/// Memory in bytes, the sum of the containers' memory limits.
-pub const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
-
-/// containerd's keys, each with the key that CRI-O uses for the same value. CRI-O itself defines the CRI-O keys of the
-/// first two pairs (pkg/annotations/internal.go). The CRI-O keys of the other pairs are names of labels that the
-/// kubelet sets. CRI-O has no keys for the pod's CPU and memory.
-const CRIO: [(&str, &str); 5] = [
-    (SANDBOX_ID, "io.kubernetes.cri-o.SandboxID"),
-    (CONTAINER_TYPE, "io.kubernetes.cri-o.ContainerType"),
-    (POD_NAMESPACE, "io.kubernetes.pod.namespace"),
-    (POD_NAME, "io.kubernetes.pod.name"),
-    (POD_UID, "io.kubernetes.pod.uid"),
-];
-
 impl Annotations {
-    /// Returns the value of `key`, which is a constant of this module. If `key` is absent, returns the value of the key
-    /// that CRI-O uses in place of `key`.
+    /// Returns the value of `key`, which is a key of containerd in [`husk_proto::annotations`]. If `key` is absent,
+    /// returns the value of the key that CRI-O uses in place of `key`.
     pub fn cri(&self, key: &str) -> Option<&str> {
-        let of_crio =
-            || CRIO.iter().find(|(of_containerd, _)| *of_containerd == key).and_then(|(_, key)| self.get(key));
-        self.get(key).or_else(of_crio)
+        self.get(key).or_else(|| self.get(crio_key(key)?))
     }
 
     /// Returns the value of a key.
@@ -77,6 +48,10 @@ impl Annotations {
 
 #[cfg(test)]
 mod tests {
+    use husk_proto::annotations::{
+        CRIO_CONTAINER_TYPE, CRIO_POD_NAME, CRIO_POD_NAMESPACE, CRIO_POD_UID, POD_UID, SANDBOX_ID,
+    };
+
     use super::*;
 
     #[test]
@@ -86,17 +61,17 @@ mod tests {
         };
         let containerd = of(&[(CONTAINER_TYPE, "sandbox"), (POD_NAMESPACE, "n"), (POD_NAME, "p"), (POD_UID, "u")]);
         let crio = of(&[
-            ("io.kubernetes.cri-o.ContainerType", "sandbox"),
-            ("io.kubernetes.pod.namespace", "n"),
-            ("io.kubernetes.pod.name", "p"),
-            ("io.kubernetes.pod.uid", "u"),
+            (CRIO_CONTAINER_TYPE, "sandbox"),
+            (CRIO_POD_NAMESPACE, "n"),
+            (CRIO_POD_NAME, "p"),
+            (CRIO_POD_UID, "u"),
         ]);
         for annotations in [containerd, crio] {
             assert!(annotations.is_cri() && annotations.is_sandbox());
             assert_eq!((annotations.pod().as_str(), annotations.cri(POD_UID)), ("n/p", Some("u")));
             assert_eq!(annotations.cri(SANDBOX_ID), None);
         }
-        let container = of(&[("io.kubernetes.cri-o.ContainerType", "container")]);
+        let container = of(&[(CRIO_CONTAINER_TYPE, "container")]);
         assert!(container.is_cri() && !container.is_sandbox());
         assert!(!of(&[]).is_cri() && of(&[]).pod().is_empty());
     }

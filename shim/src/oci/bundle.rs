@@ -6,10 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use husk_proto::annotations::SANDBOX_ID;
 use serde::{Deserialize, de};
 use serde_json::Value;
 
-use crate::oci::annotations::SANDBOX_ID;
 use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::{Network, Spec};
 

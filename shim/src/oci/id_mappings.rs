@@ -6,6 +6,7 @@ use std::{
     os::fd::OwnedFd,
 };
 
+use husk_base::sys::user_namespace::Holder;
 use serde::Deserialize;
 
 /// Id that the kernel shows in place of every unmapped id (`overflowuid`).
@@ -169,7 +170,7 @@ impl IdMappings {
     /// The kernel's error.
     pub fn namespace(&self) -> io::Result<OwnedFd> {
         let holder = Holder::new()?;
-        let proc = format!("/proc/{}", holder.0);
+        let proc = format!("/proc/{}", holder.pid());
         let lines = |mappings: &[IdMapping]| {
             mappings.iter().map(|m| format!("{} {} {}\n", m.container, m.host, m.size)).collect::<String>()
         };
@@ -210,40 +211,6 @@ fn check(kind: &'static str, mappings: &[IdMapping]) -> Result<(), IdMappingErro
         }
     }
     Ok(())
-}
-
-/// A process in a new user namespace. Dropping the `Holder` kills the process.
-struct Holder(libc::pid_t);
-
-impl Holder {
-    fn new() -> io::Result<Self> {
-        // The child has no exit signal. Therefore, a waitpid(-1) call in another thread does not reap the child.
-        // SAFETY: without a stack and without CLONE_VM, this clone(2) call is equivalent to fork(2). The child has one
-        // thread. The child calls only prctl(2) and pause(2), which take no lock that another thread may have held.
-        let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_NEWUSER, 0, 0, 0, 0) };
-        match libc::pid_t::try_from(pid) {
-            Ok(0) => loop {
-                // SAFETY: the child has one thread. The arguments of prctl(2) are plain integers.
-                unsafe {
-                    libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                    libc::pause();
-                }
-            },
-            Ok(pid) if pid > 0 => Ok(Self(pid)),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
-}
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        // SAFETY: only the second call, waitpid(2), reaps the child. Until then, the PID belongs to the child. The only
-        // pointer is the null pointer for the status, which waitpid(2) accepts.
-        unsafe {
-            libc::kill(self.0, libc::SIGKILL);
-            libc::waitpid(self.0, std::ptr::null_mut(), libc::__WALL);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -2,6 +2,9 @@
 //! for a sandbox container (containerd 2.1, internal/cri/server/podsandbox/sandbox_run_linux.go).
 
 use husk_config::annotation;
+use husk_proto::annotations::{
+    CONTAINER_TYPE, CPU_PERIOD, CPU_QUOTA, CPU_SHARES, MEMORY, POD_NAME, POD_NAMESPACE, POD_UID, SANDBOX_ID,
+};
 use husk_proto::cri::{IDMapping, NamespaceMode, PodSandboxConfig};
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
@@ -92,17 +95,17 @@ fn annotations(id: &str, config: &PodSandboxConfig) -> Map<String, Value> {
     // `boot_size` later rejects the annotations that Husk's configuration does not allow.
     let husk = config.annotations.iter().filter(|(key, _)| key.starts_with(annotation::PREFIX));
     let mut all: Map<String, Value> = husk.map(|(key, value)| (key.clone(), value.clone().into())).collect();
-    let mut put = |key: &str, value: String| all.insert(format!("io.kubernetes.cri.{key}"), value.into());
-    put("container-type", "sandbox".into());
-    put("sandbox-id", id.into());
-    put("sandbox-name", config.metadata.name.clone());
-    put("sandbox-namespace", config.metadata.namespace.clone());
-    put("sandbox-uid", config.metadata.uid.clone());
+    let mut put = |key: &str, value: String| all.insert(key.into(), value.into());
+    put(CONTAINER_TYPE, "sandbox".into());
+    put(SANDBOX_ID, id.into());
+    put(POD_NAME, config.metadata.name.clone());
+    put(POD_NAMESPACE, config.metadata.namespace.clone());
+    put(POD_UID, config.metadata.uid.clone());
     if let Some(resources) = config.linux.resources.as_ref() {
-        put("sandbox-cpu-period", resources.cpu_period.to_string());
-        put("sandbox-cpu-quota", resources.cpu_quota.to_string());
-        put("sandbox-cpu-shares", resources.cpu_shares.to_string());
-        put("sandbox-memory", resources.memory_limit_in_bytes.to_string());
+        put(CPU_PERIOD, resources.cpu_period.to_string());
+        put(CPU_QUOTA, resources.cpu_quota.to_string());
+        put(CPU_SHARES, resources.cpu_shares.to_string());
+        put(MEMORY, resources.memory_limit_in_bytes.to_string());
     }
     all
 }

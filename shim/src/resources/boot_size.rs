@@ -1,8 +1,8 @@
 //! Computes the size with which a pod's VM boots.
 
 use husk_config::{Config, annotation, check};
+use husk_proto::annotations;
 
-use crate::oci::annotations;
 use crate::oci::spec::{Cpu, Memory, Spec};
 use crate::resources::growth::{Growth, Size, cpus_of_shares, page_metadata_mib};
 

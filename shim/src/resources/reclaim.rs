@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
+use husk_base::async_fd::register;
 use husk_proto::agent::DropCachesRequest;
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -26,7 +27,6 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 
-use crate::async_fd::register;
 use crate::lock;
 use crate::resources::cgroup::CgroupLocation;
 use crate::resources::limits;

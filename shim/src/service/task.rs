@@ -117,14 +117,14 @@ impl Task for Handler {
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
         let container = self.container(&request.id)?;
         let shim = Arc::clone(&self.shim);
-        run_to_completion(async move {
+        let deleted = run_to_completion(async move {
             if request.exec_id.is_empty() {
                 return shim.delete_container(&container).await;
             }
             let exec = container.exec(&request.exec_id)?;
             shim.delete_exec(&container, &exec).await
-        })
-        .await
+        });
+        Ok(deleted.await?)
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
@@ -204,7 +204,7 @@ impl Task for Handler {
             ..Default::default()
         };
         let resized = self.shim.agent().await?.task.resize_pty(within(timeouts::QUICK), &guest).await;
-        resized.map_err(|error| agent::error("resize", error))
+        resized.map_err(|error| agent::error("resize", error).into())
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
@@ -235,7 +235,7 @@ impl Task for Handler {
         let change = self.shim.prepare_update(&container.id, &request.resources.value).await?;
         let updated = agent.task.update(within(timeouts::QUICK), &guest).await;
         self.shim.finish_update(&container.id, &change, updated.is_ok()).await;
-        updated.map_err(|error| agent::error("update", error))
+        updated.map_err(|error| agent::error("update", error).into())
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {

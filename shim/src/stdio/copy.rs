@@ -17,6 +17,7 @@ use std::{
     },
 };
 
+use husk_base::sys::fd::unread_bytes;
 use nix::{
     errno::Errno,
     fcntl::{SpliceFFlags, splice},
@@ -72,7 +73,7 @@ async fn to_pipe(stream: &UnixStream, pipe: &AsyncFd<OwnedFd>, copied: &AtomicU6
     let mut buffer = vec![0; SPLICE_THRESHOLD];
     loop {
         stream.readable().await?;
-        if queued_bytes(stream.as_fd())? < SPLICE_THRESHOLD {
+        if unread_bytes(stream)? < SPLICE_THRESHOLD {
             match stream.try_read(&mut buffer) {
                 Ok(0) => return Ok(()),
                 Ok(count) => write_all(pipe, buffer.get(..count).unwrap_or_default(), copied).await?,
@@ -202,16 +203,6 @@ async fn discard(stream: &UnixStream, copied: &AtomicU64) -> io::Result<()> {
             Err(error) => return Err(error),
         }
     }
-}
-
-/// Returns the number of bytes in a socket's receive queue (`SIOCINQ`, which is `FIONREAD`).
-fn queued_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
-    let mut count: libc::c_int = 0;
-    // SAFETY: FIONREAD writes one int, and `count` is an int that outlives the call.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut count) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(usize::try_from(count).unwrap_or_default())
 }
 
 fn add(copied: &AtomicU64, count: usize) {

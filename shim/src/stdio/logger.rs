@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use husk_base::async_fd::register;
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
     sys::signal::Signal,
@@ -20,7 +21,6 @@ use nix::{
 use tokio::{io::Interest, sync::oneshot, time::timeout};
 
 use super::{LoggerContext, StdioError};
-use crate::async_fd::register;
 use crate::launcher::{LaunchError, Program, ProgramOptions};
 
 /// Timeout for a logger to become ready.

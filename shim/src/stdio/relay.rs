@@ -3,12 +3,14 @@
 use std::{
     os::fd::OwnedFd,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
+use husk_base::async_fd::register;
+use husk_base::sync::lock;
 use tokio::{io::Interest, net::UnixStream, sync::watch, task::AbortHandle};
 
 use super::{
@@ -17,7 +19,6 @@ use super::{
     logger::LoggerHandle,
     target::{Input, Output},
 };
-use crate::async_fd::register;
 
 /// The copy tasks of one process. Dropping the relay stops the tasks and closes containerd's ends.
 #[derive(Debug)]
@@ -104,7 +105,7 @@ impl Relay {
     ///
     /// Stdin then ends when all clients have closed the fifo and the shim has copied the remaining data.
     pub fn close_stdin(&self) {
-        let write_end = self.write_end.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let write_end = lock(&self.write_end).take();
         drop(write_end);
     }
 }

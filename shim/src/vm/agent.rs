@@ -12,6 +12,7 @@ use husk_proto::containerd::shim_async::{Client, TaskClient};
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
+use crate::error::ServiceError;
 use crate::ids::is_name;
 use crate::vm::agent_stream::{AgentStream, UnhandledEvents};
 
@@ -145,10 +146,10 @@ pub fn check(event: Event) -> Option<Report> {
     }
 }
 
-/// Converts `error`, which a call to the agent returned, to an error for containerd. `what` is the name of the call.
+/// Converts `error`, which a call to the agent returned, to an error of the service. `what` is the name of the call.
 ///
 /// Shortens the agent's error text if the text is too long, and replaces control characters in the text.
-pub fn error(what: &str, error: ttrpc::Error) -> ttrpc::Error {
+pub fn error(what: &str, error: ttrpc::Error) -> ServiceError {
     match error {
         ttrpc::Error::RpcStatus(status) => {
             let text = bounded(&status.message, MAX_ERROR);
@@ -158,11 +159,12 @@ pub fn error(what: &str, error: ttrpc::Error) -> ttrpc::Error {
             } else {
                 text
             };
-            ttrpc::error::get_rpc_status(code, text)
+            ServiceError::Agent { code, text }
         }
-        other => {
-            ttrpc::error::get_rpc_status(ttrpc::Code::UNAVAILABLE, format!("the agent's {what} call failed: {other}"))
-        }
+        other => ServiceError::Agent {
+            code: ttrpc::Code::UNAVAILABLE,
+            text: format!("the agent's {what} call failed: {other}"),
+        },
     }
 }
 
@@ -203,8 +205,10 @@ mod tests {
     #[test]
     fn error_shortens_the_text_and_replaces_control_characters() {
         let long = ttrpc::error::get_rpc_status(ttrpc::Code::NOT_FOUND, "ä\x1b".repeat(10_000));
-        let ttrpc::Error::RpcStatus(status) = error("create", long) else { panic!("error does not return a status") };
-        assert!(status.message.len() <= MAX_ERROR * 3 && !status.message.contains('\x1b'));
-        assert_eq!(status.code.enum_value(), Ok(ttrpc::Code::NOT_FOUND));
+        let ServiceError::Agent { code, text } = error("create", long) else {
+            panic!("error does not return an error of the agent")
+        };
+        assert!(text.len() <= MAX_ERROR * 3 && !text.contains('\x1b'));
+        assert_eq!(code, ttrpc::Code::NOT_FOUND);
     }
 }

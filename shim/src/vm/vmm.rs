@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use husk_base::async_fd::register;
 use husk_base::sys::process;
 use husk_vmm::client::{self, SpawnError, SpawnOptions, Spawned};
 use husk_vmm::config::NetConfig;
@@ -18,7 +19,6 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use crate::async_fd::register;
 use crate::launcher::{LaunchError, Launcher};
 use crate::lock;
 use crate::oci::Network;

@@ -15,13 +15,11 @@ use std::{
 
 use husk_proto::SHARED_FS_TYPE;
 use husk_proto::agent::{MountVolumeRequest, VolumeDirectory};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::{kubelet_paths, mount_api};
 
-/// File system types (linux/magic.h).
-const TMPFS_MAGIC: i64 = 0x0102_1994;
-const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 /// Size of the guest's huge pages in bytes.
 const HUGE_PAGE: u64 = 2 << 20;
 
@@ -53,9 +51,10 @@ pub fn request_for(
     (container, mount): (&str, u32),
 ) -> Result<Option<MountVolumeRequest>, MemoryVolumeError> {
     let inspect = |what| move |error| MemoryVolumeError::Inspect(what, error);
-    let fs_stat = statfs(source).map_err(inspect("stat the file system"))?;
-    let (fs_type, size) = match fs_stat.f_type {
-        TMPFS_MAGIC => ("tmpfs", fs_stat.f_blocks.saturating_mul(fs_stat.f_bsize.unsigned_abs())),
+    let fs_stat = fstatfs(source).map_err(|errno| inspect("stat the file system")(errno.into()))?;
+    let block_size = fs_stat.block_size().unsigned_abs();
+    let (fs_type, size) = match fs_stat.filesystem_type() {
+        TMPFS_MAGIC => ("tmpfs", fs_stat.blocks().saturating_mul(block_size)),
         HUGETLBFS_MAGIC => ("hugetlbfs", 0),
         _ => return Ok(None),
     };
@@ -70,8 +69,8 @@ pub fn request_for(
     if volume_stat.dev() != dir_stat.dev() {
         return if huge { Err(MemoryVolumeError::Shared) } else { Ok(None) };
     }
-    if huge && fs_stat.f_bsize.unsigned_abs() != HUGE_PAGE {
-        return Err(MemoryVolumeError::Size(fs_stat.f_bsize.unsigned_abs()));
+    if huge && block_size != HUGE_PAGE {
+        return Err(MemoryVolumeError::Size(block_size));
     }
     let (uid, gid) = kubelet_paths::owner(volume_stat.uid(), volume_stat.gid(), id_mappings);
     let kind = if huge { format!("pagesize={HUGE_PAGE}") } else { format!("size={size}") };
@@ -101,16 +100,6 @@ pub fn subdirectory_request(
     let name = Path::new(root).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let (fs_type, container_id) = (SHARED_FS_TYPE.to_owned(), container.to_owned());
     MountVolumeRequest { name, fs_type, directories: subdirectory, container_id, mount, ..Default::default() }
-}
-
-fn statfs(file: &OwnedFd) -> io::Result<libc::statfs> {
-    // SAFETY: statfs is plain data, for which all zeroes is a valid value.
-    let mut fs_stat: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: fstatfs(2) writes only to `fs_stat`, which outlives the call.
-    match unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut fs_stat) } {
-        0 => Ok(fs_stat),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 #[cfg(test)]

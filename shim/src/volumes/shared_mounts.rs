@@ -8,8 +8,10 @@ use std::{
     fs, io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard},
 };
+
+use husk_base::sync::lock;
 
 use crate::volumes::mount_api;
 use crate::volumes::staging_dir::StagingDir;
@@ -35,7 +37,7 @@ struct Mounts {
 static MOUNTS: Mutex<Mounts> = Mutex::new(Mounts { next_number: 0, retired: BTreeSet::new() });
 
 fn lock_mounts() -> MutexGuard<'static, Mounts> {
-    MOUNTS.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&MOUNTS)
 }
 
 /// Returns the directory of a container's markers.

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use husk_base::sync::lock;
 
 use crate::command::{Input, Running};
 use crate::containerd;
@@ -26,7 +28,7 @@ pub fn need_image(reference: &str) {
 /// Like [`need_image`], for another containerd namespace.
 pub fn need_image_in(namespace: &str, reference: &str) {
     static KNOWN: Mutex<BTreeMap<String, Vec<String>>> = Mutex::new(BTreeMap::new());
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut known = lock(&KNOWN);
     let known = known.entry(namespace.to_owned()).or_insert_with(|| {
         containerd::images(namespace)
             .unwrap_or_else(|status| panic!("failed to list the images in the namespace {namespace}: {status}"))

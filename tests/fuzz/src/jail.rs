@@ -6,8 +6,10 @@ use std::io::{Error, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock};
 use std::thread;
+
+use husk_base::sync::lock;
 
 /// Mount point of the private root file system. chroot(2) then makes this mount point the root directory. The mount
 /// exists only in a private mount namespace. Therefore the mount disappears when the process ends.
@@ -65,7 +67,7 @@ impl<T: Send + 'static> Jail<T> {
     /// # Panics
     /// Panics if a thread of the jail panics.
     pub fn run(&self, input: T) {
-        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        let done = lock(&self.done);
         self.inputs.send(input).expect("pass the input to the jail's thread");
         if let Err(panic) = done.recv().expect("wait for the jail's thread") {
             panic!("{panic}");

@@ -68,18 +68,23 @@ pub fn write(memory: &GuestMemory, data: &BootData<'_>) -> Result<(), vm_memory:
     params.hdr.header = HEADER_MAGIC;
     params.hdr.loadflags = if data.kaslr { KASLR_FLAG } else { 0 };
     params.hdr.kernel_alignment = KERNEL_ALIGNMENT;
-    params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
-    params.hdr.cmdline_size = data.cmdline.len() as u32;
-    params.hdr.ramdisk_image = data.initrd as u32;
-    params.hdr.ramdisk_size = data.initrd_len as u32;
+    params.hdr.cmd_line_ptr = low(layout::CMDLINE)?;
+    params.hdr.cmdline_size = low(data.cmdline.len() as u64)?;
+    params.hdr.ramdisk_image = low(data.initrd)?;
+    params.hdr.ramdisk_size = low(data.initrd_len)?;
     params.hdr.setup_data = layout::SETUP_DATA;
 
     let map = e820(data.memory);
-    params.e820_entries = map.len() as u8;
+    params.e820_entries = u8::try_from(map.len()).unwrap_or(u8::MAX);
     for (slot, (addr, size, type_)) in params.e820_table.iter_mut().zip(map) {
         *slot = boot_e820_entry { addr, size, type_ };
     }
     memory.write_obj(ZeroPage(params), GuestAddress(layout::ZERO_PAGE))
+}
+
+/// Returns an address or length as the 32 bits that the fields of the setup header have.
+fn low(number: u64) -> Result<u32, vm_memory::GuestMemoryError> {
+    u32::try_from(number).map_err(|_| vm_memory::GuestMemoryError::InvalidGuestAddress(GuestAddress(number)))
 }
 
 /// Writes one element of the `setup_data` list. The next element is at `next`.
@@ -93,7 +98,7 @@ fn write_setup_data(
     let mut bytes = Vec::with_capacity(16 + data.len());
     bytes.extend_from_slice(&next.to_le_bytes());
     bytes.extend_from_slice(&kind.to_le_bytes());
-    bytes.extend_from_slice(&(data.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(&low(data.len() as u64)?.to_le_bytes());
     bytes.extend_from_slice(data);
     memory.write_slice(&bytes, GuestAddress(address))
 }
@@ -118,6 +123,20 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn write_refuses_an_initrd_that_does_not_fit_into_32_bits() {
+        let high_ram = usize::try_from(layout::HIGH_RAM).unwrap();
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), high_ram)]).unwrap();
+        let result = |initrd, initrd_len| {
+            let (cmdline, device_tree, seed) = ("quiet", &[0; 8][..], [0; SEED_LEN]);
+            let data = BootData { memory: 64 << 20, cmdline, initrd, initrd_len, device_tree, seed, kaslr: false };
+            write(&memory, &data)
+        };
+        assert!(result(u32::MAX.into(), u32::MAX.into()).is_ok());
+        assert!(result(1 << 32, 1).is_err());
+        assert!(result(1, 1 << 32).is_err());
+    }
 
     proptest! {
         #[test]

@@ -67,7 +67,7 @@ pub fn build(vcpus: u8, slots: u32) -> Result<Vec<u8>, Error> {
 
     let vmgenid = fdt.begin_node(&format!("vmgenid@{:x}", layout::VMGENID))?;
     fdt.property_string("compatible", "microsoft,vmgenid")?;
-    fdt.property_array_u64("reg", &[layout::VMGENID, layout::VMGENID_LEN])?;
+    fdt.property_array_u64("reg", &[layout::VMGENID, layout::VMGENID_LEN as u64])?;
     fdt.property_array_u32("interrupts", &[layout::VMGENID_GSI, EDGE_RISING])?;
     fdt.end_node(vmgenid)?;
 

@@ -27,7 +27,7 @@ const IMAGE_RANGE: u64 = 1 << 30;
 /// Alignment of the kernel's virtual address (CONFIG_PHYSICAL_ALIGN).
 const ALIGN: u64 = 2 << 20;
 /// Size of an ELF section header.
-const SECTION_HEADER: u64 = 64;
+const SECTION_HEADER: usize = 64;
 /// Number of bytes of the table that are read at once.
 const CHUNK: usize = 1 << 16;
 
@@ -110,9 +110,9 @@ impl Relocator {
             });
             return Ok(());
         }
-        let address = i64::from(element) as u64;
+        let address = i64::from(element).cast_unsigned();
         let at = usize::try_from(address.wrapping_sub(KERNEL_MAP)).unwrap_or(usize::MAX);
-        let narrow = self.distance as u32;
+        let narrow = (self.distance & 0xffff_ffff) as u32;
         let is_in_kernel = match self.list {
             None => return Err(KaslrError::Format),
             Some(List::Wide) => {
@@ -152,12 +152,12 @@ fn find_section(image: &File) -> io::Result<Option<(u64, u64)>> {
     // e_shoff, e_shentsize, e_shnum and e_shstrndx of `Elf64_Ehdr`.
     let headers = u64::from_le_bytes(field(&header, 0x28));
     let [entry_size, count, names] = [0x3a, 0x3c, 0x3e].map(|at| u64::from(u16::from_le_bytes(field(&header, at))));
-    if entry_size != SECTION_HEADER {
+    if entry_size != SECTION_HEADER as u64 {
         return Ok(None);
     }
     let section = |index: u64| {
-        let mut section = [0; SECTION_HEADER as usize];
-        let offset = headers.checked_add(index * SECTION_HEADER).ok_or(io::ErrorKind::InvalidData)?;
+        let mut section = [0; SECTION_HEADER];
+        let offset = headers.checked_add(index * SECTION_HEADER as u64).ok_or(io::ErrorKind::InvalidData)?;
         image.read_exact_at(&mut section, offset)?;
         // sh_name, sh_offset and sh_size of `Elf64_Shdr`.
         let [offset, len] = [0x18, 0x20].map(|at| u64::from_le_bytes(field(&section, at)));

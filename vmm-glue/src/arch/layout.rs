@@ -30,7 +30,7 @@ pub const HIGH_RAM: u64 = 0x10_0000;
 /// would otherwise merge the range and the page.
 pub const VMGENID: u64 = HIGH_RAM + 0x1000;
 /// Length of the VM Generation ID in bytes.
-pub const VMGENID_LEN: u64 = 16;
+pub const VMGENID_LEN: usize = 16;
 /// Address at which RAM continues after the VM Generation ID's page.
 pub const KERNEL_RAM: u64 = VMGENID + 0x1000;
 /// Start of the hole in RAM below 4 GiB.

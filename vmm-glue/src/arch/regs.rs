@@ -63,7 +63,7 @@ pub fn set_long_mode(sregs: &mut kvm_sregs) {
     let code = segment(1);
     let data = segment(2);
     sregs.gdt.base = layout::GDT;
-    sregs.gdt.limit = (size_of_val(&GDT) - 1) as u16;
+    sregs.gdt.limit = u16::try_from(size_of_val(&GDT) - 1).unwrap_or(u16::MAX);
     sregs.idt.base = 0;
     sregs.idt.limit = 0;
     sregs.cs = code;
@@ -83,7 +83,7 @@ pub fn set_long_mode(sregs: &mut kvm_sregs) {
 fn segment(index: u16) -> kvm_segment {
     let descriptor = GDT.get(usize::from(index)).copied().unwrap_or(0);
     let bit = |shift: u32| (descriptor >> shift & 1) as u8;
-    let limit = (descriptor & 0xffff | descriptor >> 32 & 0xf_0000) as u32;
+    let limit = (descriptor & 0xffff) as u32 | (descriptor >> 32 & 0xf_0000) as u32;
     kvm_segment {
         base: descriptor >> 16 & 0xff_ffff | descriptor >> 32 & 0xff00_0000,
         limit: if bit(55) == 1 { limit << 12 | 0xfff } else { limit },
@@ -123,7 +123,7 @@ pub fn set_lint(lapic: &mut kvm_lapic_state) {
     for (offset, mode) in [(APIC_LVT0, APIC_MODE_EXTINT), (APIC_LVT1, APIC_MODE_NMI)] {
         if let Some(register) = lapic.regs.get_mut(offset..offset + 4) {
             for (byte, value) in register.iter_mut().zip(mode.to_le_bytes()) {
-                *byte = value as i8;
+                *byte = value.cast_signed();
             }
         }
     }

@@ -24,7 +24,7 @@ const LARGE_MEMORY_BLOCK_FROM: u64 = 64 << 30;
 /// registered memory.
 const MIN_PART: u64 = 1 << 30;
 /// Maximum number of parts. In a large range, the parts are larger than [`MIN_PART`].
-const MAX_PARTS: u64 = 256;
+const MAX_PARTS: u32 = 256;
 /// KVM memory slot of the first part. The slots below belong to RAM.
 const FIRST_SLOT: u32 = 16;
 /// Size of the host's huge pages that can back a range, in bytes.
@@ -43,7 +43,7 @@ impl Backing {
     fn first_slot(self) -> u32 {
         match self {
             Self::Ordinary => FIRST_SLOT,
-            Self::Huge => FIRST_SLOT + MAX_PARTS as u32,
+            Self::Huge => FIRST_SLOT + MAX_PARTS,
         }
     }
 }
@@ -116,7 +116,7 @@ const RESERVE_FLAGS: libc::c_int = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | lib
 
 /// Reserves `size` bytes of address space, aligned to huge pages, because a huge page needs an aligned address.
 fn reserve_addresses(size: usize) -> Result<*mut libc::c_void, MemoryError> {
-    let spare = HUGE_PAGE as usize;
+    let spare = usize::try_from(HUGE_PAGE).map_err(|_| MemoryError::Size)?;
     let total = size.checked_add(spare).ok_or(MemoryError::Size)?;
     // SAFETY: without MAP_FIXED, the kernel chooses unused addresses. Therefore, no existing mapping changes.
     let start = unsafe { libc::mmap(std::ptr::null_mut(), total, libc::PROT_NONE, RESERVE_FLAGS, -1, 0) };
@@ -136,7 +136,7 @@ fn reserve_addresses(size: usize) -> Result<*mut libc::c_void, MemoryError> {
 
 /// Returns the size of the parts that are registered with KVM.
 fn part_size(len: u64) -> u64 {
-    len.div_ceil(MAX_PARTS).next_multiple_of(MIN_PART)
+    len.div_ceil(MAX_PARTS.into()).next_multiple_of(MIN_PART)
 }
 
 /// The reserved range.
@@ -328,7 +328,7 @@ mod tests {
         for gib in [1u64, 6, 255, 257, 1000, 64 << 10] {
             let len = gib << 30;
             let number = len.div_ceil(part_size(len));
-            assert!(number <= MAX_PARTS && part_size(len).is_multiple_of(MIN_PART), "wrong parts for {gib} GiB");
+            assert!(number <= MAX_PARTS.into() && part_size(len).is_multiple_of(MIN_PART), "wrong parts for {gib} GiB");
         }
     }
 

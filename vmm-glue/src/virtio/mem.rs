@@ -153,7 +153,7 @@ impl Mem {
         if chain.writable.len() < bytes.len() {
             return 0;
         }
-        chain.writable.copy_from(&bytes) as u32
+        u32::try_from(chain.writable.copy_from(&bytes)).unwrap_or(u32::MAX)
     }
 
     fn execute(&mut self, request: Request) -> Answer {

@@ -481,7 +481,7 @@ fn copy(from: &Queue, to: &mut Queue) {
 /// Returns the 32-bit half of `value` that a selector register selects.
 fn half(value: u64, select: u32) -> u32 {
     match select {
-        0 => value as u32,
+        0 => (value & 0xffff_ffff) as u32,
         1 => (value >> 32) as u32,
         _ => 0,
     }

@@ -15,7 +15,7 @@ pub mod rng;
 pub(crate) mod slot_eventfds;
 pub mod slots;
 #[cfg(any(test, feature = "testing"))]
-#[allow(clippy::indexing_slicing, clippy::unwrap_used, missing_docs)]
+#[allow(clippy::cast_possible_truncation, clippy::indexing_slicing, clippy::unwrap_used, missing_docs)]
 pub mod testing;
 pub mod vsock;
 pub mod workers;

@@ -424,3 +424,8 @@ pub fn log_guest_fault(queue: u16, fault: &dyn std::fmt::Display) {
 pub fn log_host_failure(failure: &dyn std::fmt::Display) {
     log::warn!("{failure}");
 }
+
+/// Returns the number of buffers as readv(2) and writev(2) expect it. These calls refuse more than IOV_MAX buffers.
+pub fn iovec_count(parts: &[libc::iovec]) -> libc::c_int {
+    libc::c_int::try_from(parts.len()).unwrap_or(libc::c_int::MAX)
+}

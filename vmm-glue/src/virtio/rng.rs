@@ -62,7 +62,7 @@ impl Rng {
                 }
                 let written = fill(&chain.writable);
                 // `written` is at most MAX_REQUEST.
-                queue.push(memory, chain.head, written as u32)?;
+                queue.push(memory, chain.head, u32::try_from(written).unwrap_or(u32::MAX))?;
             } else if !queue.enable_notification(memory)? {
                 more = false;
                 break;

@@ -156,7 +156,7 @@ impl Slots {
 
     /// Returns the number of slots, including empty ones.
     pub fn count(&self) -> u32 {
-        self.slots.len() as u32
+        u32::try_from(self.slots.len()).unwrap_or(u32::MAX)
     }
 
     fn find(&self, address: u64) -> Option<(&Slot, u64)> {

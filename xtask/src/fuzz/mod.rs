@@ -7,11 +7,12 @@ use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use husk_base::sync::{into_inner, lock};
 
 use crate::build::{self, TARGET, cargo};
 use crate::{cmd, paths, ui};
@@ -121,13 +122,13 @@ fn program(sanitizer: bool) -> Result<PathBuf> {
 fn run_all(program: &Path, targets: &[&str], options: &Options) -> Result<Vec<Row>> {
     let waiting = Mutex::new(targets.iter().copied().collect::<VecDeque<_>>());
     let rows = Mutex::new(Vec::new());
-    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+    let next = || lock(&waiting).pop_front();
     let work = || -> Result<()> {
         while let Some(target) = next() {
             ui::say("fuzz", format!("{target}: started"));
             let row = run(program, target, options)?;
             ui::say("fuzz", format!("{target}: {row}"));
-            let mut rows = rows.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut rows = lock(&rows);
             rows.push(row);
             rows.sort_by(|a: &Row, b: &Row| a.target.cmp(&b.target));
             report::write(&rows)?;
@@ -141,7 +142,7 @@ fn run_all(program: &Path, targets: &[&str], options: &Options) -> Result<Vec<Ro
             .into_iter()
             .try_for_each(|worker| worker.join().unwrap_or_else(|_| bail!("a thread that runs fuzz targets panicked")))
     })?;
-    Ok(rows.into_inner().unwrap_or_else(PoisonError::into_inner))
+    Ok(into_inner(rows))
 }
 
 /// Runs a target for the time or the number of inputs in `options`, or until the target finds a defect.

@@ -51,7 +51,7 @@ pub fn change_neighbour(pod: &Netlink, op: Operation, neighbour: &Neighbour, ind
 }
 
 pub(super) fn family(address: IpAddr) -> u8 {
-    if address.is_ipv4() { libc::AF_INET as u8 } else { libc::AF_INET6 as u8 }
+    if address.is_ipv4() { husk_netlink::IPV4 } else { husk_netlink::IPV6 }
 }
 
 pub(super) fn octets(address: IpAddr) -> Vec<u8> {

@@ -89,8 +89,8 @@ impl<'a> ParsedRoute<'a> {
         // The gateway does not determine the family, because a default route may have a gateway of the other family.
         let family = match destination.map(|(address, _)| address).or(source) {
             Some(address) => family(address),
-            None if route.ipv6 => libc::AF_INET6 as u8,
-            None => libc::AF_INET as u8,
+            None if route.ipv6 => husk_netlink::IPV6,
+            None => husk_netlink::IPV4,
         };
         if source.is_some_and(|source| self::family(source) != family) {
             return malformed(route.source.clone(), "source address for this route's family");
@@ -122,7 +122,7 @@ impl<'a> ParsedRoute<'a> {
     /// Returns the netlink message. If `onlink` is true, all next hops with a gateway get RTNH_F_ONLINK.
     fn message(&self, op: Operation, onlink: bool) -> Message {
         let route = self.route;
-        let v4 = self.family == libc::AF_INET as u8;
+        let v4 = self.family == husk_netlink::IPV4;
         let direct = self.kind == Kind::UNICAST && self.hops.iter().all(|hop| hop.gateway.is_none());
         let scope = match route.scope {
             0 if v4 && direct => libc::RT_SCOPE_LINK,
@@ -182,8 +182,8 @@ impl<'a> ParsedRoute<'a> {
         let mut bytes = Vec::new();
         for hop in &self.hops {
             let gateway = hop.gateway(self.family).map(|(kind, value)| nest(&[(kind, &value)])).unwrap_or_default();
-            // The sum is at most 32, so the conversion loses no bits.
-            bytes.extend(((8 + gateway.len()) as u16).to_ne_bytes());
+            // The sum is at most 32.
+            bytes.extend(u16::try_from(8 + gateway.len()).unwrap_or(u16::MAX).to_ne_bytes());
             bytes.extend([hop.flags(onlink), hop.weight]);
             bytes.extend(hop.index.to_ne_bytes());
             bytes.extend(gateway);
@@ -263,7 +263,7 @@ mod tests {
         let gateway = "fe80::1".to_owned();
         let route = Route { gateway, interface: "eth0".into(), ..Default::default() };
         let bytes = message(Operation::Add, &route);
-        assert_eq!(bytes[16], libc::AF_INET as u8);
+        assert_eq!(bytes[16], husk_netlink::IPV4);
         assert_eq!(list(&bytes)[2].0, libc::RTA_VIA);
     }
 
@@ -294,7 +294,7 @@ mod tests {
         let route =
             Route { destination: "fd00::/8".into(), kind: Kind::BLACKHOLE.into(), metric: 7, ..Default::default() };
         let bytes = message(Operation::Remove, &route);
-        assert_eq!((bytes[16], bytes[23]), (libc::AF_INET6 as u8, libc::RTN_BLACKHOLE));
+        assert_eq!((bytes[16], bytes[23]), (husk_netlink::IPV6, libc::RTN_BLACKHOLE));
         let kinds: Vec<_> = list(&bytes).into_iter().map(|(kind, _)| kind).collect();
         assert_eq!(kinds, [libc::RTA_TABLE, libc::RTA_DST, libc::RTA_PRIORITY]);
     }

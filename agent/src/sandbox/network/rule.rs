@@ -52,7 +52,7 @@ fn message(op: Operation, rule: &Rule) -> Result<Message, NetworkError> {
         Ok(Action::PROHIBIT) => 8,
         Err(other) => return malformed(other.to_string(), "action of a rule"),
     };
-    let rule_family = if rule.ipv6 { libc::AF_INET6 as u8 } else { libc::AF_INET as u8 };
+    let rule_family = if rule.ipv6 { husk_netlink::IPV6 } else { husk_netlink::IPV4 };
     let (source, destination) = (parse_optional_cidr(&rule.source)?, parse_optional_cidr(&rule.destination)?);
     for (prefix, text) in [(source, &rule.source), (destination, &rule.destination)] {
         if prefix.is_some_and(|(address, _)| family(address) != rule_family) {

@@ -82,10 +82,10 @@ fn dump_both_families<T>(
     parse: impl Fn(&[u8]) -> Option<Entry<T>>,
 ) -> io::Result<Vec<T>> {
     let mut entries = Vec::new();
-    for family in [libc::AF_INET, libc::AF_INET6] {
+    for family in [husk_netlink::IPV4, husk_netlink::IPV6] {
         // struct rtmsg and struct fib_rule_hdr have 12 bytes, and begin with the family.
         let mut fixed = [0; 12];
-        fixed[0] = family as u8;
+        fixed[0] = family;
         netlink.dump(Message::new(request, libc::NLM_F_DUMP, &fixed), |kind, body| {
             let new = kind == libc::RTM_NEWROUTE || kind == libc::RTM_NEWRULE;
             match new.then(|| parse(body)).flatten() {

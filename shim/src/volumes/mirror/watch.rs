@@ -6,13 +6,13 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::sync::Arc;
 
+use husk_base::async_fd::register;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use crate::async_fd::register;
 use crate::volumes::mirror::Volume;
 
 /// Events that count as a change. Reads do not count, because each copy reads the volume and would cause another copy.

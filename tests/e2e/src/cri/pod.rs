@@ -5,9 +5,10 @@ use std::fs;
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
 
+use husk_base::sync::lock;
 use serde_json::{Value, json};
 
 use super::{Status, bytes, call, handler, number, try_call, try_call_within};
@@ -70,7 +71,7 @@ pub fn pods_with_handler(name: &str, handler: &str, body: impl FnOnce(&Pods)) {
 /// Imports an image for the CRI, and waits until the CRI lists it.
 pub fn need_image(reference: &str) {
     static LISTED: Mutex<Vec<String>> = Mutex::new(Vec::new());
-    let mut listed = LISTED.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut listed = lock(&LISTED);
     if listed.iter().any(|one| one == reference) {
         return;
     }

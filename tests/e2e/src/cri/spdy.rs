@@ -9,9 +9,11 @@ use std::collections::HashMap;
 use std::io::{BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
+
+use husk_base::sync::lock;
 
 /// Timeout of a read.
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -192,10 +194,6 @@ fn receive(stream: &Receiver<Vec<u8>>) -> Option<Vec<u8>> {
         Err(RecvTimeoutError::Disconnected) => None,
         Err(RecvTimeoutError::Timeout) => panic!("received no data within {TIMEOUT:?}"),
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Reads a frame and dispatches it to its stream.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use husk_proto::agent::{Event, Exit, Oom, SetupRequest, SetupResponse};
 use husk_proto::containerd::api::{PidsRequest, StatsRequest};
+use husk_shim::error::ServiceError;
 use husk_shim::vm::agent::{Agent, check, error, within};
 use protobuf::Message;
 use ttrpc::proto::{Response, Status};
@@ -99,15 +100,11 @@ impl Frame {
 }
 
 fn check_error(failure: ttrpc::Error) {
-    let ttrpc::Error::RpcStatus(status) = error("setup", failure) else {
-        panic!("the error of a call is not an RpcStatus")
+    let ServiceError::Agent { text, .. } = error("setup", failure) else {
+        panic!("the error of a call is not an error of the agent")
     };
-    assert!(
-        status.message.len() < 16 << 10,
-        "the error text has {} bytes, but must have fewer than 16 KiB",
-        status.message.len()
-    );
-    assert!(!status.message.contains('\x1b'), "the error text contains an escape character, which is not allowed");
+    assert!(text.len() < 16 << 10, "the error text has {} bytes, but must have fewer than 16 KiB", text.len());
+    assert!(!text.contains('\x1b'), "the error text contains an escape character, which is not allowed");
 }
 
 /// Runs one input.

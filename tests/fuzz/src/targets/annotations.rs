@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use husk_config::{Config, annotation};
+use husk_proto::annotations;
 use husk_shim::oci::Spec;
 use husk_shim::oci::annotations::Annotations;
 use husk_shim::resources::boot_size;
@@ -16,20 +17,20 @@ const KEYS: [&str; 20] = [
     annotation::KERNEL_PARAMS,
     annotation::POLICY,
     "io.husk.other",
-    "io.kubernetes.cri.sandbox-id",
-    "io.kubernetes.cri.container-type",
-    "io.kubernetes.cri.sandbox-namespace",
-    "io.kubernetes.cri.sandbox-name",
-    "io.kubernetes.cri.sandbox-uid",
-    "io.kubernetes.cri.sandbox-cpu-period",
-    "io.kubernetes.cri.sandbox-cpu-quota",
-    "io.kubernetes.cri.sandbox-cpu-shares",
-    "io.kubernetes.cri.sandbox-memory",
-    "io.kubernetes.cri-o.SandboxID",
-    "io.kubernetes.cri-o.ContainerType",
-    "io.kubernetes.pod.namespace",
-    "io.kubernetes.pod.name",
-    "io.kubernetes.pod.uid",
+    annotations::SANDBOX_ID,
+    annotations::CONTAINER_TYPE,
+    annotations::POD_NAMESPACE,
+    annotations::POD_NAME,
+    annotations::POD_UID,
+    annotations::CPU_PERIOD,
+    annotations::CPU_QUOTA,
+    annotations::CPU_SHARES,
+    annotations::MEMORY,
+    annotations::CRIO_SANDBOX_ID,
+    annotations::CRIO_CONTAINER_TYPE,
+    annotations::CRIO_POD_NAMESPACE,
+    annotations::CRIO_POD_NAME,
+    annotations::CRIO_POD_UID,
     "",
 ];
 

@@ -23,7 +23,8 @@ struct Input {
 pub fn run(bytes: &[u8]) {
     let Some(mut input) = input::<Input>(bytes) else { return };
     // Apply the VMM's limits to the input. In the VMM, `config_check` limits the number of vCPUs, the memory size and
-    // the characters of the kernel parameters. `boot::build` limits the length of the command line.
+    // the characters of the kernel parameters. `boot::build` limits the length of the command line, and puts the initrd
+    // into the RAM after the kernel. `write` refuses an initrd whose address or length does not fit into 32 bits.
     input.parameters.retain(|char| (' '..='~').contains(&char));
     input.parameters.truncate(layout::CMDLINE_MAX - 1);
     let memory_mib = 64 + input.memory_mib % (4 << 20);
@@ -35,8 +36,8 @@ pub fn run(bytes: &[u8]) {
     let data = boot_params::BootData {
         memory: memory_mib << 20,
         cmdline: &input.parameters,
-        initrd: input.initrd,
-        initrd_len: input.initrd_len,
+        initrd: input.initrd & 0xffff_ffff,
+        initrd_len: input.initrd_len & 0xffff_ffff,
         device_tree: &tree,
         seed: [0; boot_params::SEED_LEN],
         kaslr: input.kaslr,

@@ -216,7 +216,7 @@ const DEVICE_LOOP: &[Rule] = &[
             is(1, TUNSETOFFLOAD),
             is(1, TUNSETVNETHDRSZ),
             is(1, TUNSETQUEUE),
-            is(1, FIONBIO as u32),
+            is(1, (FIONBIO & 0xffff_ffff) as u32),
         ],
         "hands queues over to vhost-net, sets the tap's offloads, and makes sockets of vsock connections non-blocking",
     ),

@@ -34,7 +34,9 @@ const QUEUE_SIZES: [u16; 1] = [128];
 /// status.
 const SEGMENTS: u32 = 126;
 /// Size of a sector in bytes. The protocol counts in sectors.
-pub const SECTOR: u64 = 512;
+pub const SECTOR: u64 = SECTOR_SIZE as u64;
+/// The same size in the type of the configuration field `blk_size`.
+const SECTOR_SIZE: u32 = 512;
 /// Length of the serial number in bytes.
 pub const SERIAL_LEN: usize = 20;
 
@@ -85,20 +87,25 @@ impl Blk {
         config.extend(SEGMENTS.to_le_bytes());
         // The device does not offer a geometry.
         config.extend([0; 4]);
-        config.extend((SECTOR as u32).to_le_bytes());
+        config.extend(SECTOR_SIZE.to_le_bytes());
         // The device does not offer a topology, writeback or several queues.
         config.extend([0; 12]);
         // These fields are max_discard_sectors, max_discard_seg and discard_sector_alignment.
-        for word in [sectors(MAX_ZEROES), MAX_RANGES as u32, 1] {
+        for word in [sectors(MAX_ZEROES), segments(MAX_RANGES), 1] {
             config.extend(word.to_le_bytes());
         }
         // These fields are max_write_zeroes_sectors, max_write_zeroes_seg and write_zeroes_may_unmap.
         let (ranges, zeroes) = self.disk.max_write_zeroes();
-        for word in [sectors(zeroes), ranges as u32, 1] {
+        for word in [sectors(zeroes), segments(ranges), 1] {
             config.extend(word.to_le_bytes());
         }
         config
     }
+}
+
+/// Returns a number of segments as a field of the configuration.
+fn segments(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
 }
 
 /// Returns the number of sectors in `bytes`.

@@ -15,7 +15,7 @@ use virtio_bindings::bindings::virtio_blk::{
 use super::{SECTOR, SERIAL_LEN};
 use crate::guest_memory::GuestMemory;
 use crate::jail::Kind;
-use crate::virtio::queue::{Chain, Iov, log_guest_fault, log_host_failure};
+use crate::virtio::queue::{Chain, Iov, iovec_count, log_guest_fault, log_host_failure};
 use crate::virtio::rate_limit::SharedLimiter;
 use crate::virtio::workers::Handler;
 
@@ -99,7 +99,8 @@ impl Handler for Disk {
             }
         };
         // The status fits into a byte, because the status codes are 0, 1 and 2.
-        status.copy_from(&[code as u8]);
+        let [code, ..] = code.to_le_bytes();
+        status.copy_from(&[code]);
         u32::try_from(written + 1).unwrap_or(u32::MAX)
     }
 }
@@ -187,7 +188,7 @@ impl Disk {
                 .map_err(|_| Failure::Guest("the offset of the disk request is too large"))?;
             // SAFETY: the buffers are checked guest memory, which stays mapped during the call. There are at most
             // MAX_SEGMENTS (IOV_MAX) buffers. preadv gets only buffers that the device may write.
-            let result = unsafe { call(self.file.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, at) };
+            let result = unsafe { call(self.file.as_raw_fd(), parts.as_ptr(), iovec_count(parts), at) };
             match usize::try_from(result) {
                 // A transfer of 0 bytes means that the file has shrunk since the device was created.
                 Ok(0) => return Err(Failure::Host(io::ErrorKind::UnexpectedEof.into())),

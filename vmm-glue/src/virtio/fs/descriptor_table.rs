@@ -46,7 +46,7 @@ impl DescriptorTable {
         // virtio-queue creates a chain only from an entry of an available ring. Therefore, the ring gets one entry. The
         // entry is 0, which is the index of the table's first descriptor.
         memory.write_obj(1_u16.to_le(), GuestAddress((AVAIL_RING + AVAIL_INDEX) as u64)).map_err(io::Error::other)?;
-        let mut queue = Queue::new(MAX_SEGMENTS as u16).map_err(io::Error::other)?;
+        let mut queue = Queue::new(u16::try_from(MAX_SEGMENTS).map_err(io::Error::other)?).map_err(io::Error::other)?;
         queue.try_set_desc_table_address(GuestAddress(0)).map_err(io::Error::other)?;
         queue.try_set_avail_ring_address(GuestAddress(AVAIL_RING as u64)).map_err(io::Error::other)?;
         queue.set_ready(true);
@@ -63,12 +63,12 @@ impl DescriptorTable {
             return Err(Error::InvalidChain);
         }
         let parts = readable.iter().map(|part| (part, 0));
-        let parts = parts.chain(writable.iter().map(|part| (part, VRING_DESC_F_WRITE as u16)));
+        let parts = parts.chain(writable.iter().map(|part| (part, (VRING_DESC_F_WRITE & 0xffff) as u16)));
         let mut table = Vec::with_capacity(count * DESCRIPTOR);
         for (next, (part, write)) in (1_u16..).zip(parts) {
             let address = guest_address(memory, part).ok_or(Error::FindMemoryRegion)?;
             let length = u32::try_from(part.iov_len).map_err(|_| Error::DescriptorChainOverflow)?;
-            let more = if usize::from(next) < count { VRING_DESC_F_NEXT as u16 } else { 0 };
+            let more = if usize::from(next) < count { (VRING_DESC_F_NEXT & 0xffff) as u16 } else { 0 };
             table.extend_from_slice(Descriptor::new(address, length, write | more, next).as_slice());
         }
         self.memory.write_slice(&table, GuestAddress(0)).map_err(Error::GuestMemoryError)?;
@@ -107,8 +107,8 @@ mod tests {
         let ranges = [(GuestAddress(0), 0x1_0000), (GuestAddress(0x10_0000), 0x4000)];
         let memory = GuestMemory::from_ranges(&ranges).unwrap();
         for index in 0..count {
-            let write = if index < READABLE { 0 } else { VRING_DESC_F_WRITE as u16 };
-            let more = if index < count - 1 { VRING_DESC_F_NEXT as u16 } else { 0 };
+            let write = if index < READABLE { 0 } else { (VRING_DESC_F_WRITE & 0xffff) as u16 };
+            let more = if index < count - 1 { (VRING_DESC_F_NEXT & 0xffff) as u16 } else { 0 };
             let descriptor = Descriptor::new(buffer(index).0, 1, write | more, index + 1);
             memory.write_obj(descriptor, GuestAddress(u64::from(index) * 16)).unwrap();
             memory.write_obj(index as u8, buffer(index)).unwrap();

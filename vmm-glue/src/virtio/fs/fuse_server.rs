@@ -32,7 +32,9 @@ const INTERRUPT: u32 = 36;
 const DESTROY: u32 = 38;
 const BATCH_FORGET: u32 = 42;
 /// Size of `struct fuse_out_header`, in bytes.
-const OUT_HEADER: usize = 16;
+const OUT_HEADER: usize = OUT_HEADER_LEN as usize;
+/// The same size in the type that virtqueues use.
+const OUT_HEADER_LEN: u32 = 16;
 /// Total size of `struct fuse_in_header` and `struct fuse_write_in`, in bytes. These structures precede the data of a
 /// WRITE request. A READ request has the same size, but no data.
 const WRITE_HEADERS: usize = 80;
@@ -177,12 +179,12 @@ fn take_batch(arguments: &mut Iov<'_>) -> Option<Vec<(Inode, u64)>> {
 /// Writes an answer that contains only an error. Returns the number of bytes written to the chain.
 fn reply_error(chain: &Chain<'_>, unique: u64, errno: i32) -> u32 {
     let mut header = [0; OUT_HEADER];
-    let fields: [&[u8]; 3] = [&(OUT_HEADER as u32).to_le_bytes(), &(-errno).to_le_bytes(), &unique.to_le_bytes()];
+    let fields: [&[u8]; 3] = [&OUT_HEADER_LEN.to_le_bytes(), &(-errno).to_le_bytes(), &unique.to_le_bytes()];
     for (to, from) in header.iter_mut().zip(fields.into_iter().flatten()) {
         *to = *from;
     }
     if chain.writable.copy_from(&header) < OUT_HEADER {
         return 0;
     }
-    OUT_HEADER as u32
+    OUT_HEADER_LEN
 }

@@ -46,7 +46,7 @@ impl Request {
             word.get_mut(..len)?.copy_from_slice(bytes.get(at..at + len)?);
             Some(u64::from_le_bytes(word))
         };
-        let (address, count) = (number(8, 8)?, number(16, 2)? as u16);
+        let (address, count) = (number(8, 8)?, (number(16, 2)? & 0xffff) as u16);
         Some(match number(0, 2)? {
             0 => Self::Plug { address, count },
             1 => Self::Unplug { address, count },

@@ -20,11 +20,12 @@ pub fn serve(
             let answer = if pairs(&chain).is_some_and(&mut set) { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
             // The response is the byte `ack` of struct virtio_net_ctrl. A chain without space for `ack` gets no
             // response.
-            let written = chain.writable.copy_from(&[answer as u8]);
+            let [answer, ..] = answer.to_le_bytes();
+            let written = chain.writable.copy_from(&[answer]);
             if written == 0 {
                 log_guest_fault(queue.index(), &"the control command has no space for a response");
             }
-            queue.push(memory, head, written as u32)?;
+            queue.push(memory, head, u32::try_from(written).unwrap_or(u32::MAX))?;
         } else if !queue.enable_notification(memory)? {
             return Ok(false);
         }

@@ -251,12 +251,12 @@ impl Net {
     /// Makes epoll watch only the taps from which frames can be received.
     fn update_interest(&mut self, ops: &mut EventOps) {
         let active = self.active.as_ref().filter(|active| active.data_path == DataPath::DeviceLoop);
-        for (index, tap_queue) in self.tap_queues.iter_mut().enumerate() {
+        for ((index, tap_queue), token) in self.tap_queues.iter_mut().enumerate().zip(TAP_TOKEN..) {
             let pair =
                 active.filter(|active| index < active.active_pairs).and_then(|active| active.queue_pairs.get(index));
             let wanted = if pair.is_some_and(|pair| !pair.rx_waiting) { EventSet::IN } else { EventSet::empty() };
             if tap_queue.registered && wanted != tap_queue.watched {
-                match ops.modify(Events::with_data(&tap_queue.tap, TAP_TOKEN | index as u32, wanted)) {
+                match ops.modify(Events::with_data(&tap_queue.tap, token, wanted)) {
                     Ok(()) => tap_queue.watched = wanted,
                     Err(error) => log::error!("virtio-net: failed to watch the tap: {error}"),
                 }
@@ -456,10 +456,11 @@ impl VirtioDevice for Net {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         // The fields of struct virtio_net_config are mac, status, max_virtqueue_pairs and mtu.
         let mut config = self.mac.to_vec();
-        config.extend((VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        config.extend(((VIRTIO_NET_S_LINK_UP & 0xffff) as u16).to_le_bytes());
         // The number of pairs has no meaning if VIRTIO_NET_F_MQ is not offered. The number fits into 16 bits, because
         // there are at most MAX_QUEUE_PAIRS pairs.
-        let pairs = if self.tap_queues.len() > 1 { self.tap_queues.len() as u16 } else { 0 };
+        let pairs = u16::try_from(self.tap_queues.len()).unwrap_or(u16::MAX);
+        let pairs = if pairs > 1 { pairs } else { 0 };
         config.extend(pairs.to_le_bytes());
         config.extend(self.mtu.to_le_bytes());
         read_config_bytes(&config, offset, data);

@@ -11,7 +11,7 @@ use super::load::Load;
 use super::{MAX_PACKET, NUM_BUFFERS_OFFSET, VNET_HEADER_LEN};
 use crate::guest_memory::GuestMemory;
 use crate::virtio::device::Interrupt;
-use crate::virtio::queue::{Chain, Iov, MAX_SEGMENTS, QueueFault, Virtqueue, log_guest_fault};
+use crate::virtio::queue::{Chain, Iov, MAX_SEGMENTS, QueueFault, Virtqueue, iovec_count, log_guest_fault};
 use crate::virtio::rate_limit::{Direction, Throttle};
 
 /// Length of an Ethernet header up to the end of the source address, in bytes.
@@ -164,7 +164,7 @@ impl QueuePair {
             parts.extend(buffers.iter().flat_map(|chain| chain.writable.as_slice()).take(MAX_SEGMENTS));
             // SAFETY: the buffers are checked guest memory that the device may write. The memory stays mapped during
             // the call. `take` limits the number of buffers to IOV_MAX.
-            let result = unsafe { libc::readv(tap.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) };
+            let result = unsafe { libc::readv(tap.as_raw_fd(), parts.as_ptr(), iovec_count(&parts)) };
             match usize::try_from(result) {
                 Ok(count) => {
                     *frames += 1;
@@ -174,14 +174,14 @@ impl QueuePair {
                         let mut header = first.writable.clone();
                         header.skip(NUM_BUFFERS_OFFSET);
                         // `taken` is at most the queue's size, which fits into 16 bits.
-                        header.copy_from(&(taken as u16).to_le_bytes());
+                        header.copy_from(&u16::try_from(taken).unwrap_or(u16::MAX).to_le_bytes());
                     }
                     let mut remaining = count;
                     for chain in buffers.drain(..taken) {
                         let used = remaining.min(chain.writable.len());
                         remaining -= used;
                         // The sum of `used` is at most MAX_PACKET, which fits into 32 bits.
-                        self.rx.push(memory, chain.head, used as u32)?;
+                        self.rx.push(memory, chain.head, u32::try_from(used).unwrap_or(u32::MAX))?;
                     }
                 }
                 Err(_) => {
@@ -241,7 +241,7 @@ fn send(tap: &File, mac: [u8; 6], mut packet: Iov<'_>, parts: &mut Vec<libc::iov
     parts.extend(packet.as_slice());
     // SAFETY: the buffers are `start`, which outlives the call, and checked guest memory, which stays mapped. writev
     // only reads the buffers. If there is one buffer more than IOV_MAX, the call fails.
-    if unsafe { libc::writev(tap.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) } < 0 {
+    if unsafe { libc::writev(tap.as_raw_fd(), parts.as_ptr(), iovec_count(parts)) } < 0 {
         // Drop the frame, because a network device may lose frames. The call fails if the guest's header is invalid,
         // the interface is down, or the interface's queue is full.
         log::debug!("virtio-net: failed to write to the tap: {}", io::Error::last_os_error());

@@ -211,8 +211,8 @@ pub fn pause(file: &File, memory: &GuestMemory, queues: [&mut Virtqueue; 2]) -> 
     for (index, queue) in (0u8..).zip(queues) {
         device.set_backend(index.into(), None)?;
         let base = device.get_vring_base(index.into()).map_err(refused("VHOST_GET_VRING_BASE"))?;
-        // The cast keeps the whole index, because the index of a split ring has 16 bits.
-        queue.set_served_until(base as u16);
+        // The mask keeps the whole index, because the index of a split ring has 16 bits.
+        queue.set_served_until((base & 0xffff) as u16);
     }
     Ok(())
 }

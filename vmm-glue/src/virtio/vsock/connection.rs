@@ -270,7 +270,7 @@ impl Connection {
     fn forward(&mut self, count: usize) {
         // `count` fits in a u32, because a connection has at most `BUF_ALLOC` received bytes that are neither delivered
         // nor dropped.
-        self.forwarded = self.forwarded.wrapping_add(count as u32);
+        self.forwarded = self.forwarded.wrapping_add(u32::try_from(count).unwrap_or(u32::MAX));
         if self.forwarded.wrapping_sub(self.reported_forwarded) >= BUF_ALLOC / 4 {
             self.pending.credit_update = true;
         }
@@ -418,7 +418,7 @@ impl Connection {
             Ok(0) => {}
             Ok(count) => {
                 // `count` is at most the credit, which is a u32.
-                let count = count as u32;
+                let count = u32::try_from(count).unwrap_or(u32::MAX);
                 self.sent = self.sent.wrapping_add(count);
                 return Some(Header { len: count, ..self.header(Op::ReadWrite) });
             }

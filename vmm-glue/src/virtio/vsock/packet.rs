@@ -4,7 +4,9 @@
 //! split a packet in any way (2.7.4.3), and Linux splits packets for MSG_ZEROCOPY.
 
 /// Length of a header in bytes.
-pub const HEADER_LEN: usize = 44;
+pub const HEADER_LEN: usize = HEADER_SIZE as usize;
+/// The same length in the type that virtqueues use.
+pub const HEADER_SIZE: u32 = 44;
 /// The host's CID.
 pub const HOST_CID: u64 = 2;
 /// Maximum length of a payload from a driver: VIRTIO_VSOCK_MAX_PKT_BUF_SIZE in Linux.

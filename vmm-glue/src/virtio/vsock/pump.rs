@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::connection::NextPacket;
-use super::packet::{HEADER_LEN, HOST_CID, Header, MAX_PAYLOAD, Op, TYPE_STREAM};
+use super::packet::{HEADER_LEN, HEADER_SIZE, HOST_CID, Header, MAX_PAYLOAD, Op, TYPE_STREAM};
 use super::{MAX_RESET_PACKETS, Vsock};
 use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::{Chain, Iov, QueueFault, log_guest_fault};
@@ -155,7 +155,7 @@ impl Vsock {
                     self.throttle.charge(Direction::Receive, header.len as usize);
                     chain.writable.copy_from(&header.to_bytes());
                     // Header and payload together have less than 2^32 bytes, because they are in one chain.
-                    active.rx.push(memory, chain.head, (HEADER_LEN as u32).saturating_add(header.len))?;
+                    active.rx.push(memory, chain.head, HEADER_SIZE.saturating_add(header.len))?;
                 }
                 None => buffer = Some(chain),
             }
