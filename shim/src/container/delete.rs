@@ -1,5 +1,6 @@
 //! Handles Kill and Delete: signals processes, and removes containers and execs.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use husk_proto::containerd::api::{DeleteRequest, DeleteResponse, KillRequest};
@@ -24,7 +25,28 @@ const INIT_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// can hold the exec's stdout open forever. runc's shim also waits 2 s.
 const EXEC_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Time within which the agent must report the exit of an init process after SIGKILL. A process exits later only if it
+/// waits for I/O that the host does not complete. Only an agent that is hostile or broken never reports the exit.
+const SIGKILL_TIMEOUT: Duration = Duration::from_secs(60);
+/// Why the VM ended, if the agent did not report an exit within [`SIGKILL_TIMEOUT`].
+const OUTLIVED_SIGKILL: &str = "the agent reported no exit of a container within 60 s after SIGKILL";
+
 impl Shim {
+    /// Kills the VM if the agent does not report the exit of `process` in time after SIGKILL. Otherwise, a hostile agent
+    /// could keep the pod on the node forever, because containerd removes no pod whose containers run.
+    fn watch_sigkill(&self, process: &Arc<Process>) {
+        if !process.begin_sigkill() {
+            return;
+        }
+        let (process, sandbox) = (Arc::clone(process), Arc::clone(&self.sandbox));
+        tokio::spawn(async move {
+            if tokio::time::timeout(SIGKILL_TIMEOUT, process.wait()).await.is_err() {
+                tracing::warn!(container = process.container, "killing the VM, because {OUTLIVED_SIGKILL}");
+                sandbox.kill_because(OUTLIVED_SIGKILL);
+            }
+        });
+    }
+
     /// Sends a signal to a process.
     pub(crate) async fn kill(&self, container: &Container, request: &KillRequest) -> Result<(), ServiceError> {
         if request.signal > 64 {
@@ -45,6 +67,9 @@ impl Shim {
             return Ok(());
         }
         let Ok(agent) = self.agent().await else { return Err(ServiceError::Finished) };
+        if request.signal == libc::SIGKILL.unsigned_abs() && process.exec.is_empty() {
+            self.watch_sigkill(&process);
+        }
         let guest = KillRequest {
             id: request.id.clone(),
             exec_id: request.exec_id.clone(),

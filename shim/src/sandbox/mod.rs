@@ -14,7 +14,6 @@ mod volume_updates;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -77,8 +76,8 @@ pub struct Sandbox {
     propagation: propagation::Propagation,
     profiles: apparmor::LoadedProfiles,
     network_sync: Arc<OnceLock<NetworkSync>>,
-    /// Whether a request has ended the VM.
-    killed: Arc<AtomicBool>,
+    /// Why the shim has killed the VM. Empty if the shim has not killed the VM.
+    killed: Arc<OnceLock<&'static str>>,
 }
 
 /// The resources that a launch acquires before the guest boots. If the boot fails, the sandbox keeps these resources.
@@ -187,9 +186,9 @@ impl Sandbox {
             };
             if let Some(vmm) = handle {
                 let status = vmm.wait().await;
-                let by_request = killed.load(Ordering::Relaxed).then_some(ENDED_BY_REQUEST);
+                let by_shim = killed.get().copied();
                 let lost = lost.map(|lost| format!("the VMM process ended with {status}, and {lost}"));
-                let reason = notices::end_reason(&mut progress, status, by_request.or(lost.as_deref())).await;
+                let reason = notices::end_reason(&mut progress, status, by_shim.or(lost.as_deref())).await;
                 tracing::debug!(reason, "the VM has ended");
                 state.enter(State::Gone(reason.into()));
             }
@@ -366,9 +365,14 @@ impl Sandbox {
 
     /// Kills the VM, because of a request.
     pub fn kill(&self) {
+        self.kill_because(ENDED_BY_REQUEST);
+    }
+
+    /// Kills the VM, because of `reason`. If the shim kills the VM several times, the first reason counts.
+    pub fn kill_because(&self, reason: &'static str) {
         if let Some(vmm) = self.vmm() {
             if !vmm.is_closed() {
-                self.killed.store(true, Ordering::Relaxed);
+                let _ = self.killed.set(reason);
             }
             vmm.kill();
         }
