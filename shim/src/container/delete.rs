@@ -113,7 +113,7 @@ impl Shim {
             match agent.task.delete(within(DELETE_TIMEOUT), &request).await {
                 Ok(_) => {}
                 Err(error) if agent::is_timeout(&error) => {
-                    self.end_silent_vm(container, "delete", DELETE_TIMEOUT).await
+                    self.end_silent_vm(container, "delete", DELETE_TIMEOUT).await;
                 }
                 Err(_) if self.sandbox.is_dead() => {}
                 Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}

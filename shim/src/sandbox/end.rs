@@ -92,9 +92,8 @@ async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mp
     // The connection normally ends with the process, after the last events. But a process that does not exit keeps the
     // connection open, and so does a copy of the socket elsewhere.
     let vmm_ended = async {
-        match vmm.wait_exit_or_give_up().await {
-            Some(_) => tokio::time::sleep(LAST_EVENTS_TIMEOUT).await,
-            None => {}
+        if vmm.wait_exit_or_give_up().await.is_some() {
+            tokio::time::sleep(LAST_EVENTS_TIMEOUT).await;
         }
     };
     tokio::pin!(vmm_ended);

@@ -2,6 +2,7 @@
 
 mod apparmor;
 pub mod boot;
+mod clock;
 pub mod disks;
 mod end;
 mod guest_image;
@@ -166,6 +167,7 @@ impl Sandbox {
                     }
                     if let Ok(agent) = &agent {
                         reclaim::start(location, agent.clone(), vmm.clone());
+                        clock::start(agent.clone(), vmm.clone());
                     }
                     if let (Ok(agent), Some((watcher, notices))) = (&agent, watcher) {
                         let _ = network_sync.set(NetworkSync::start(watcher, notices, vmm.clone(), agent.clone()));
