@@ -107,7 +107,7 @@ impl Shim {
             let made = agent.sandbox.mount_volume(within(timeouts::QUICK), volume).await;
             made.map_err(|error| agent::error("mount_volume", error))?;
         }
-        let mirroring = mirror::start(&agent, &request.id, prepared.volumes.mirrors).await;
+        let mirroring = mirror::start(&self.watchers, &agent, &request.id, prepared.volumes.mirrors).await;
         let mirroring = mirroring.map_err(ServiceError::failed)?;
         self.apply_oom_score(&request.id, &spec);
         self.reserve_resources(&request.id, Limits::from_resources(&spec.linux.resources)).await?;

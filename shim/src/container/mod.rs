@@ -35,6 +35,7 @@ use crate::sandbox::Sandbox;
 use crate::sandbox::launch::DeferredLaunch;
 use crate::stdio::{Paths, Relay, Stdio, Streams};
 use crate::vm::agent::{Agent, Report};
+use crate::volumes::mirror::Watchers;
 
 /// Exit status of a process that had not exited when the VM ended: the status after SIGKILL.
 pub(crate) const EXIT_STATUS_KILLED: u32 = 128 + 9;
@@ -50,6 +51,8 @@ pub struct Shim {
     pub(crate) pids: pids::Pids,
     pub(crate) oom_scores: Scores,
     pub(crate) events: Events,
+    /// Watches the mirrored volumes.
+    pub(crate) watchers: Watchers,
     pub(crate) launcher: Launcher,
     /// Whether the VM has ended and the shim has handled all reports from the agent. If true, all processes count as
     /// exited.
@@ -80,6 +83,7 @@ impl Shim {
             pids: pids::Pids::default(),
             oom_scores: Scores::default(),
             events,
+            watchers: Watchers::default(),
             launcher,
             vm_ended: watch::Sender::new(false),
             finishing: AtomicBool::new(false),
