@@ -2,6 +2,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use husk_e2e::case::{case, remove};
 use husk_e2e::cri::restart::restart_containerd;
 use husk_e2e::cri::{Pod, pods, try_call_within};
 use husk_e2e::{node, vm};
@@ -87,5 +88,26 @@ fn container_of_a_stopped_vmm_survives_a_restart_of_containerd() {
         assert_eq!(container.sh("echo here"), "here");
         thread::sleep(Duration::from_secs(2));
         assert_eq!((state(), vm::vmm_pids_of(&pod.id)), (json!("CONTAINER_RUNNING"), before));
+    });
+}
+
+#[test]
+fn client_that_is_killed_during_create_or_start_leaves_nothing() {
+    case("hang-client", |case| {
+        // A start takes a few seconds on the test node. The last client is killed when its container runs.
+        for step in 0..12 {
+            let run = case.sh("sleep 100000");
+            let mut client = run.command().spawn().unwrap();
+            thread::sleep(Duration::from_millis(250 * step));
+            client.kill().unwrap();
+            client.wait().unwrap();
+            // The client would have deleted its container.
+            remove(run.id());
+            let gone = node::eventually(BUDGET, || {
+                let left = vm::vmm_pids_of(run.id()).len() + vm::shim_pids_of(run.id()).len();
+                (left == 0).then_some(())
+            });
+            assert!(gone.is_some(), "a client that was killed after {step} steps left a shim or a VMM");
+        }
     });
 }
