@@ -23,6 +23,7 @@ pub mod sandbox;
 pub mod service;
 pub mod stdio;
 pub mod systemd;
+pub mod text;
 pub mod vm;
 pub mod volumes;
 
@@ -32,14 +33,7 @@ use std::process::ExitCode;
 use husk_base::sync::lock;
 
 use cli::Args;
-
-/// Maximum length of the text of an error and its causes, in bytes. A cause may contain a text from the agent.
-const MAX_ERROR_TEXT: usize = 16 << 10;
-
-/// Formats an error and its causes. Limits the length, and replaces control characters.
-fn chain(error: &dyn std::error::Error) -> String {
-    vm::agent::bounded(&husk_base::error::chain(error), MAX_ERROR_TEXT)
-}
+use text::chain;
 
 /// Runs the VMM if `argv[0]` is the VMM's name. Otherwise, runs the action that the command line names.
 pub fn main() -> ExitCode {
