@@ -11,6 +11,7 @@ mod demo;
 mod deny;
 mod dist;
 mod files;
+mod filter;
 mod fuzz;
 mod image;
 mod images;
