@@ -10,6 +10,7 @@ mod cpio;
 mod demo;
 mod deny;
 mod dist;
+mod extent;
 mod files;
 mod filter;
 mod fuzz;

@@ -6,20 +6,19 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::build::{self, Profile, Program, cargo};
+use crate::extent::{Extent, LINES, runs};
 use crate::filter::Filter;
 use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, Seat, kvm};
 use crate::plan::{self, Outcome, Plan, Retries};
 use crate::results::{AttemptOutcome, BootReport, Recorder, Results, SuiteOutcome, Summary};
 use crate::stages::{self, Stages};
-use crate::suites::{self, Lines, Needs, NodeKind};
+use crate::suites;
 use crate::{cmd, deny, dist, files, imports, kernel, modules, paths, setup, side, syscalls, ui};
 
 /// The suite whose containers build images. The suite needs additional images.
 const BUILDERS: &str = "cri_builders";
 /// The suite that runs fsx, a public test program for file systems. The suite needs an additional image.
 const FSX: &str = "cri_fsx";
-/// The containerd lines of a run without `--containerd`.
-const LINES: [Line; 4] = [Line::One, Line::Two, Line::Legacy, Line::Systemd];
 /// Maximum number of suites per boot if only one node runs at a time. With this maximum, two boots are enough for all
 /// suites of containerd 1.7. Each boot costs ten seconds, and more if the node has to import the images. Boots with
 /// fewer suites would also have advantages. Kernel state that a suite leaves behind affects only the suites of the same
@@ -154,37 +153,6 @@ fn parts() -> Result<()> {
     kernel::kernel()?;
     node::prepare()?;
     node::prepare_images()
-}
-
-/// Which tests the options select.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Extent {
-    /// The tests of a default run, which every change has to pass.
-    Change,
-    /// The tests of a default run, and the long tests.
-    All,
-    /// All tests, including the long ones, with one containerd line.
-    Line,
-}
-
-/// Whether a suite runs with a containerd line. `filtered` is true if the options have a filter that names a test of
-/// the suite.
-fn runs(needs: &Needs, line: Line, extent: Extent, filtered: bool) -> bool {
-    match (needs.node, line) {
-        (NodeKind::CgroupV1, line) => return line == Line::Legacy,
-        (NodeKind::Systemd, line) => return line == Line::Systemd,
-        (NodeKind::Any, _) if needs.by_name_only.is_some() && !filtered => return false,
-        (NodeKind::Any, _) => {}
-    }
-    match (line, needs.lines) {
-        (Line::One, Lines::One | Lines::Both) => true,
-        (Line::One, Lines::TwoInstead) => filtered || extent > Extent::Change,
-        (Line::One, Lines::TwoOnly) => false,
-        (Line::Two, Lines::One) => extent == Extent::Line,
-        (Line::Two, Lines::Both | Lines::TwoInstead | Lines::TwoOnly) => true,
-        (Line::Legacy, lines) => filtered && extent == Extent::Line && lines != Lines::TwoOnly,
-        (Line::Systemd, _) => filtered && extent == Extent::Line,
-    }
 }
 
 /// The work that nodes running side by side share. Each node takes its boots from `plans`.
@@ -418,27 +386,6 @@ mod tests {
     use crate::libtest::TestOutcome;
     use crate::node::Progress;
     use crate::results::Attempt;
-
-    #[test]
-    fn suites_run_with_the_containerd_lines_that_they_declare() {
-        let suites = suites::read().unwrap();
-        let lines = |name: &str, extent, filtered| -> Vec<Line> {
-            let suite = suites.iter().find(|suite| suite.name == name).unwrap();
-            LINES.into_iter().filter(|line| runs(&suite.needs, *line, extent, filtered)).collect()
-        };
-        let plain = |suite| lines(suite, Extent::Change, false);
-        assert_eq!(plain("process"), [Line::One]);
-        assert_eq!(plain("cri_pods"), [Line::One, Line::Two]);
-        assert_eq!(plain("cri_userns"), [Line::Two]);
-        assert_eq!(lines("cri_userns", Extent::All, false), [Line::One, Line::Two]);
-        assert_eq!(plain("cri_sandboxer"), [Line::Two]);
-        assert_eq!(plain("cri_cgroup1"), [Line::Legacy]);
-        assert_eq!(plain("cri_systemd"), [Line::Systemd]);
-        assert!(plain("soak").is_empty() && lines("soak", Extent::All, false).is_empty());
-        assert_eq!(lines("soak", Extent::Change, true), [Line::One]);
-        assert_eq!(lines("process", Extent::Line, false), [Line::One, Line::Two]);
-        assert_eq!(lines("process", Extent::Line, true), LINES);
-    }
 
     /// Runs the script of a boot on this machine, with other programs in place of the suites.
     fn boot_here(dir: &Path, results: &mut Results, boot: &Boot, args: &[&str]) -> Vec<(String, Attempt)> {
