@@ -3,29 +3,29 @@
 #![deny(clippy::indexing_slicing)]
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation, clippy::cast_possible_wrap, clippy::cast_sign_loss))]
 
-pub mod address;
+mod address;
 pub mod cli;
 pub mod confinement;
-pub mod container;
-pub mod daemon;
+mod container;
+mod daemon;
 pub mod error;
-pub mod events;
-pub mod hooks;
+mod events;
+mod hooks;
 pub mod ids;
 pub mod launcher;
-pub mod log;
+mod log;
 pub mod network;
 pub mod oci;
 pub mod pod;
-pub mod random;
+mod random;
 pub mod resources;
 pub mod sandbox;
-pub mod service;
-pub mod stdio;
+mod service;
+mod stdio;
 pub mod systemd;
-pub mod text;
+mod text;
 pub mod vm;
-pub mod volumes;
+mod volumes;
 
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;

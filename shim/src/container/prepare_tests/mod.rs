@@ -70,7 +70,7 @@ fn staged_trees(share: &Share) -> usize {
 }
 
 /// Updates the mounts in all volumes of the share. Returns the first error.
-fn sync_mounts(share: &Path) -> Result<(), SyncError> {
+fn sync_mounts(share: &Path) -> Result<(), propagate::SyncError> {
     let results: Vec<_> = propagate::volumes(share)?.iter().map(|name| propagate::update(share, name)).collect();
     results.into_iter().collect()
 }
