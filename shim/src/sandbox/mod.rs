@@ -31,6 +31,7 @@ use crate::resources::growth::Size;
 use crate::resources::resize::Resizer;
 use crate::resources::{hugepages, limits, reclaim};
 use crate::sandbox::state_dir::StateDir;
+use crate::text::bounded;
 use crate::vm::agent::{Agent, Report};
 use crate::vm::console::LogTail;
 use crate::vm::vmm::{Vmm, VmmError};
@@ -405,7 +406,7 @@ async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mp
         Ok(events) => events,
         Err(error) => {
             tracing::error!(%error, "failed to subscribe to the agent's events");
-            let error = agent::bounded(&error.to_string(), MAX_STREAM_ERROR);
+            let error = bounded(&error.to_string(), MAX_STREAM_ERROR);
             let reason = format!("failed to subscribe to the agent's events: {error}");
             state.enter(State::Failed(reason.as_str().into()));
             vmm.kill();
@@ -422,7 +423,7 @@ async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mp
             Ok(None) => break "the agent closed the stream of its events".to_owned(),
             Err(error) => {
                 tracing::debug!(%error, "the agent's event stream failed");
-                let error = agent::bounded(&error.to_string(), MAX_STREAM_ERROR);
+                let error = bounded(&error.to_string(), MAX_STREAM_ERROR);
                 break format!("the stream of the agent's events failed: {error}");
             }
         }

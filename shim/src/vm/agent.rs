@@ -14,6 +14,7 @@ use ttrpc::context::Context;
 
 use crate::error::ServiceError;
 use crate::ids::is_name;
+use crate::text::bounded;
 use crate::vm::agent_stream::{AgentStream, UnhandledEvents};
 
 /// Maximum length of an error text from the agent, in bytes.
@@ -166,12 +167,6 @@ pub fn error(what: &str, error: ttrpc::Error) -> ServiceError {
             text: format!("the agent's {what} call failed: {other}"),
         },
     }
-}
-
-/// Shortens `text` to at most `limit` bytes, then replaces control characters.
-pub(crate) fn bounded(text: &str, limit: usize) -> String {
-    let end = (0..=limit.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
-    crate::vm::console::clean(text.get(..end).unwrap_or_default())
 }
 
 #[cfg(test)]
