@@ -112,7 +112,7 @@ pub fn disk_in_user_namespace(inside: &Inside) -> Result<String, Stopped> {
 /// created in a process with threads must not allocate memory.
 fn read_without_nodev() -> Result<(), Errno> {
     let mut byte = 0u8;
-    // If the flag is still set, opening the node fails with EACCES. This errno shows that clone(2) has made a namespace.
+    // If the flag is still set, opening the node fails with EACCES. Thus the errno shows that clone(2) has succeeded.
     let _ = clear_nodev(AT_FDCWD, c"/", 0);
     // SAFETY: the path is a static text, and the buffer outlives the call.
     unsafe {
