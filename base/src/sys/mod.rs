@@ -15,6 +15,8 @@ pub mod loop_device;
 pub mod mount;
 pub mod pidfd;
 pub mod process;
+pub mod random;
+pub mod resource;
 pub mod scm_rights;
 pub mod terminal;
 pub mod user_namespace;

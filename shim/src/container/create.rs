@@ -12,6 +12,7 @@ use husk_proto::containerd::events::task::{TaskCreate, TaskIO};
 use husk_proto::containerd::topics::TASK_CREATE_EVENT_TOPIC;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
+use serde_json::Value;
 
 use super::prepare;
 use crate::container::containers::{Container, Reservation};
@@ -184,17 +185,15 @@ impl Shim {
         }
     }
 
-    /// Hot-plugs `disks`. Returns `spec` with the guest's device numbers instead of the host's numbers.
-    async fn plug_disks(&self, agent: &Agent, spec: Vec<u8>, disks: &[Disk]) -> Result<Vec<u8>, ServiceError> {
-        if disks.is_empty() {
-            return Ok(spec);
-        }
+    /// Hot-plugs `disks`. Returns `spec` as JSON, with the guest's device numbers instead of the host's numbers.
+    async fn plug_disks(&self, agent: &Agent, mut spec: Value, disks: &[Disk]) -> Result<Vec<u8>, ServiceError> {
         let mut numbers = Vec::new();
         for disk in disks {
             let guest = self.sandbox.disk(agent, *disk).await.map_err(ServiceError::failed)?;
             numbers.push((*disk, guest));
         }
-        oci::replace_disk_numbers(&spec, &numbers).map_err(ServiceError::failed)
+        oci::replace_disk_numbers(&mut spec, &numbers);
+        Ok(spec.to_string().into_bytes())
     }
 
     /// Loads a process's AppArmor profile into the guest's kernel.

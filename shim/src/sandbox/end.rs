@@ -7,6 +7,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::sandbox::ENDED_BY_REQUEST;
 use crate::sandbox::notices::{self, Progress};
+use crate::text::bounded;
 use crate::vm::agent::{self, Agent, Report};
 use crate::vm::vmm::{EXIT_TIMEOUT, Vmm};
 use crate::vm::{State, StateCell};
@@ -81,7 +82,7 @@ async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mp
         Ok(events) => events,
         Err(error) => {
             tracing::error!(%error, "failed to subscribe to the agent's events");
-            let error = agent::bounded(&error.to_string(), MAX_STREAM_ERROR);
+            let error = bounded(&error.to_string(), MAX_STREAM_ERROR);
             let reason = format!("failed to subscribe to the agent's events: {error}");
             state.enter(State::Failed(reason.as_str().into()));
             vmm.kill();
@@ -111,7 +112,7 @@ async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mp
             Ok(None) => break "the agent closed the stream of its events".to_owned(),
             Err(error) => {
                 tracing::debug!(%error, "the agent's event stream failed");
-                let error = agent::bounded(&error.to_string(), MAX_STREAM_ERROR);
+                let error = bounded(&error.to_string(), MAX_STREAM_ERROR);
                 break format!("the stream of the agent's events failed: {error}");
             }
         }

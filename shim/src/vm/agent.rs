@@ -16,6 +16,7 @@ use ttrpc::context::Context;
 
 use crate::error::ServiceError;
 use crate::ids::is_name;
+use crate::text::bounded;
 use crate::vm::agent_stream::{AgentStream, UnhandledEvents};
 
 /// The text of ttrpc's error if the agent does not answer before the timeout (ttrpc 0.10, asynchronous/client.rs).
@@ -234,12 +235,6 @@ pub fn is_timeout(error: &ttrpc::Error) -> bool {
         ttrpc::Error::Others(text) => text == CLIENT_TIMEOUT,
         _ => false,
     }
-}
-
-/// Shortens `text` to at most `limit` bytes, then replaces control characters.
-pub(crate) fn bounded(text: &str, limit: usize) -> String {
-    let end = (0..=limit.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
-    crate::vm::console::clean(text.get(..end).unwrap_or_default())
 }
 
 #[cfg(test)]

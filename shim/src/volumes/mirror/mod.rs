@@ -62,7 +62,8 @@ impl Volume {
         Ok(Self { root: Arc::new(detached), path })
     }
 
-    /// Returns the path, for messages only.
+    /// Returns the path at which the directory was opened.
+    #[cfg(test)]
     pub fn path(&self) -> &Path {
         &self.path
     }

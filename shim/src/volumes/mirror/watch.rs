@@ -52,7 +52,7 @@ impl Watch {
         match watched {
             Ok(subscription) => Ok(Self { volume, mode: Mode::Inotify(subscription) }),
             Err(error) if is_limit(&error) => {
-                let path = volume.path().display();
+                let path = volume.path.display();
                 tracing::warn!(
                     volume = %path, %error,
                     "failed to watch a volume with inotify (see fs.inotify.max_user_instances and \
