@@ -5,6 +5,7 @@
 
 pub mod bpf;
 pub mod capabilities;
+pub mod clock;
 pub mod fd;
 pub mod heap;
 pub mod interface;
