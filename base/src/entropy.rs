@@ -2,10 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 
-/// Maximum number of bytes that [`credit`] passes to the kernel.
-const MAX_CREDIT: usize = 512;
+use crate::sys::random;
 
 /// Fills `bytes` with random bytes (getrandom(2)). Never blocks.
 ///
@@ -14,15 +12,10 @@ const MAX_CREDIT: usize = 512;
 pub fn fill(bytes: &mut [u8]) -> io::Result<()> {
     let mut rest = bytes;
     while !rest.is_empty() {
-        // SAFETY: the pointer and the length are those of a writable slice.
-        let filled = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), libc::GRND_NONBLOCK) };
-        match usize::try_from(filled) {
-            // A signal can interrupt a request for more than 256 bytes. The call then returns only a part of the bytes.
+        match random::get(rest) {
             Ok(filled) => rest = rest.get_mut(filled..).unwrap_or_default(),
-            Err(_) => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::Interrupted => {}
-                error => return Err(error),
-            },
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
     }
     Ok(())
@@ -38,23 +31,12 @@ pub fn bytes<const N: usize>() -> io::Result<[u8; N]> {
     Ok(bytes)
 }
 
-/// Adds `bytes` to the kernel's pool and credits them as entropy. Ignores the bytes after the first 512. Uses the ioctl
-/// RNDADDENTROPY with `struct rand_pool_info` of linux/random.h.
+/// Adds `bytes` to the kernel's pool and credits them as entropy. Ignores the bytes after the first 512.
 ///
 /// # Errors
 /// The errors of opening `/dev/urandom` and of the ioctl, which needs CAP_SYS_ADMIN.
 pub fn credit(bytes: &[u8]) -> io::Result<()> {
-    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
-    let bytes = bytes.get(..bytes.len().min(MAX_CREDIT)).unwrap_or_default();
-    let length = i32::try_from(bytes.len()).unwrap_or(0);
-    let pool = [&(length * 8).to_ne_bytes()[..], &length.to_ne_bytes(), bytes].concat();
-    let random = File::options().write(true).open("/dev/urandom")?;
-    // SAFETY: the ioctl reads two integers, and as many bytes as the second integer says. Integers and bytes are in
-    // `pool`, which outlives the call.
-    match unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, pool.as_ptr()) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    random::add_entropy(&File::options().write(true).open("/dev/urandom")?, bytes)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation, clippy::cast_possible_wrap, clippy::cast_sign_loss))]
 
 mod check;
+mod output;
 mod ps;
 mod trace;
 
@@ -11,6 +12,8 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use husk_base::error::chain;
+
+use output::print;
 
 /// Inspects Husk on this node. Husk runs containerd's pods in microVMs.
 #[derive(Debug, Parser)]
@@ -57,14 +60,5 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         },
-    }
-}
-
-/// Writes to stdout. Unlike `print!`, does not panic if stdout is closed.
-fn print(text: &str) -> ExitCode {
-    use std::io::Write;
-    match std::io::stdout().write_all(text.as_bytes()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
     }
 }

@@ -15,6 +15,9 @@ pub enum ServiceError {
     /// A container or exec with this id already exists.
     #[error("id {0}: already exists")]
     Exists(String),
+    /// A request to delete the container arrived while the container was being created.
+    #[error("the creation of the container was cancelled, because a request deletes the container")]
+    Cancelled,
     /// The process to signal has exited.
     #[error("process already finished: not found")]
     Finished,
@@ -91,6 +94,7 @@ impl ServiceError {
         match self {
             Self::NoContainer | Self::NoSandbox(_) | Self::NoProcess(_) | Self::Finished => Code::NOT_FOUND,
             Self::Exists(_) => Code::ALREADY_EXISTS,
+            Self::Cancelled => Code::CANCELLED,
             Self::Invalid(_) => Code::INVALID_ARGUMENT,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Agent { code, .. } => *code,

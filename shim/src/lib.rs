@@ -3,28 +3,29 @@
 #![deny(clippy::indexing_slicing)]
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation, clippy::cast_possible_wrap, clippy::cast_sign_loss))]
 
-pub mod address;
+mod address;
 pub mod cli;
 pub mod confinement;
-pub mod container;
-pub mod daemon;
+mod container;
+mod daemon;
 pub mod error;
-pub mod events;
-pub mod hooks;
+mod events;
+mod hooks;
 pub mod ids;
 pub mod launcher;
-pub mod log;
+mod log;
 pub mod network;
 pub mod oci;
 pub mod pod;
-pub mod random;
+mod random;
 pub mod resources;
 pub mod sandbox;
-pub mod service;
-pub mod stdio;
+mod service;
+mod stdio;
 pub mod systemd;
+mod text;
 pub mod vm;
-pub mod volumes;
+mod volumes;
 
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
@@ -32,14 +33,7 @@ use std::process::ExitCode;
 use husk_base::sync::lock;
 
 use cli::Args;
-
-/// Maximum length of the text of an error and its causes, in bytes. A cause may contain a text from the agent.
-const MAX_ERROR_TEXT: usize = 16 << 10;
-
-/// Formats an error and its causes. Limits the length, and replaces control characters.
-fn chain(error: &dyn std::error::Error) -> String {
-    vm::agent::bounded(&husk_base::error::chain(error), MAX_ERROR_TEXT)
-}
+use text::chain;
 
 /// Runs the VMM if `argv[0]` is the VMM's name. Otherwise, runs the action that the command line names.
 pub fn main() -> ExitCode {

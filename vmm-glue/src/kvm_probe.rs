@@ -11,7 +11,8 @@ use std::{
 
 use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit};
-use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap};
+use vm_memory::mmap::FromRangesError;
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryError, GuestMemoryMmap};
 
 use crate::arch::{layout, regs};
 
@@ -51,9 +52,12 @@ pub enum ProbeError {
     /// `/dev/kvm` cannot be opened.
     #[error("failed to open /dev/kvm")]
     Open(#[source] io::Error),
-    /// Guest memory could not be set up.
-    #[error("failed to set up guest memory: {0}")]
-    Memory(String),
+    /// Guest memory could not be mapped.
+    #[error("failed to map guest memory")]
+    Map(#[source] FromRangesError),
+    /// Guest memory could not be accessed.
+    #[error("failed to access guest memory")]
+    Memory(#[from] GuestMemoryError),
     /// KVM refused an operation that every KVM supports.
     #[error("failed to {step}")]
     Kvm {
@@ -94,7 +98,7 @@ fn run_loop(rounds: u32) -> Result<Duration, ProbeError> {
     let memory = memory(rounds)?;
     let kvm = Kvm::new().map_err(|error| ProbeError::Open(error.into()))?;
     let vm = kvm.create_vm().map_err(step("create a VM"))?;
-    let host = memory.get_host_address(GuestAddress(0)).map_err(|error| ProbeError::Memory(error.to_string()))?;
+    let host = memory.get_host_address(GuestAddress(0))?;
     let region = kvm_userspace_memory_region {
         slot: 0,
         flags: 0,
@@ -124,8 +128,7 @@ fn run_loop(rounds: u32) -> Result<Duration, ProbeError> {
 
 /// Returns guest memory that holds the loop and page tables with an identity mapping of the first 2 MiB.
 fn memory(rounds: u32) -> Result<GuestMemoryMmap, ProbeError> {
-    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY)])
-        .map_err(|error| ProbeError::Memory(error.to_string()))?;
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY)]).map_err(ProbeError::Map)?;
     let mut code = vec![0xb9]; // mov ecx, rounds
     code.extend(rounds.to_le_bytes());
     code.extend([0xff, 0xc9, 0x75, 0xfc, 0xf4]); // 1: dec ecx; jnz 1b; hlt
@@ -135,8 +138,7 @@ fn memory(rounds: u32) -> Result<GuestMemoryMmap, ProbeError> {
     entries
         .iter()
         .try_for_each(|(at, entry)| memory.write_slice(&entry.to_le_bytes(), GuestAddress(*at)))
-        .and_then(|()| memory.write_slice(&code, GuestAddress(CODE)))
-        .map_err(|error| ProbeError::Memory(error.to_string()))?;
+        .and_then(|()| memory.write_slice(&code, GuestAddress(CODE)))?;
     Ok(memory)
 }
 

@@ -21,6 +21,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use syn::{Attribute, Item};
 
+use crate::filter::Filter;
 use crate::{paths, source};
 
 /// The name of husk-e2e's library. Its unit tests run as a suite too.
@@ -213,11 +214,14 @@ fn documentation(attrs: &[Attribute], file: &Path) -> Result<(String, Needs)> {
     Ok((summary.join(" "), needs))
 }
 
-/// Returns the output of `cargo xtask test --list`: the tests whose name contains `filter`, with their suites.
-pub fn list(suites: &[Suite], filter: &str) -> String {
+/// Returns the output of `cargo xtask test --list`: the tests that `filter` selects, with their suites. Fails if the
+/// filter selects no test.
+pub fn list(suites: &[Suite], filter: Filter<'_>) -> Result<String> {
+    let names: Vec<&str> = suites.iter().map(|suite| suite.name.as_str()).collect();
+    filter.check_suites(&names)?;
     let mut text = String::new();
     for suite in suites {
-        let tests: Vec<&Test> = suite.tests.iter().filter(|test| test.name.contains(filter)).collect();
+        let tests: Vec<&Test> = suite.tests.iter().filter(|test| filter.selects(&suite.name, &test.name)).collect();
         if tests.is_empty() {
             continue;
         }
@@ -230,7 +234,10 @@ pub fn list(suites: &[Suite], filter: &str) -> String {
             text.push_str(&format!("    {}{long}\n", test.name));
         }
     }
-    text
+    if text.is_empty() {
+        return filter.fail_without_match(&names);
+    }
+    Ok(text)
 }
 
 #[cfg(test)]
@@ -261,9 +268,14 @@ mod tests {
         assert_eq!(suite.needs, Needs { node: NodeKind::Systemd, lines: Lines::One, by_name_only });
         let test = |name: &str, long: Option<&str>| Test { name: name.to_owned(), long: long.map(str::to_owned) };
         assert_eq!(suite.tests, [test("a", None), test("b", Some("two minutes")), test("m::c", None)]);
-        let text = list(&[suite], "b");
+        let suites = [suite];
+        let list = |filter| list(&suites, Filter::parse(filter));
         let needs = "  [requires a node with systemd]\n  [runs by name only: it takes an hour]\n";
-        assert_eq!(text, format!("s: Pods: many of them.\n{needs}    b [long: two minutes]\n"));
+        assert_eq!(list("b").unwrap(), format!("s: Pods: many of them.\n{needs}    b [long: two minutes]\n"));
+        let all = format!("s: Pods: many of them.\n{needs}    a\n    b [long: two minutes]\n    m::c\n");
+        assert_eq!(list("@s").unwrap(), all);
+        assert_eq!(list("").unwrap(), all);
+        assert!(list("nonsense").is_err() && list("s").is_err() && list("@t").is_err());
     }
 
     #[test]

@@ -1,17 +1,18 @@
 //! `cargo xtask test`: all checks, the unit tests, and the end-to-end suites in the test node.
 
 use std::fs;
-use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::build::{self, Profile, Program, cargo};
+use crate::extent::{Extent, LINES, runs};
+use crate::filter::Filter;
 use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, Seat, kvm};
 use crate::plan::{self, Outcome, Plan, Retries};
 use crate::results::{AttemptOutcome, BootReport, Recorder, Results, SuiteOutcome, Summary};
 use crate::stages::{self, Stages};
-use crate::suites::{self, Lines, Needs, NodeKind};
+use crate::suites;
 use crate::{cmd, deny, dist, files, image, imports, kernel, modules, paths, setup, side, syscalls, ui};
 
 /// The suite whose containers build images. The suite needs additional images.
@@ -20,8 +21,6 @@ const BUILDERS: &str = "cri_builders";
 const FSX: &str = "cri_fsx";
 /// The suite with hostile guests. The suite needs the attacker of `husk-vmm`, and an initramfs with a lying agent.
 const HOSTILE: &str = "husk_hostile";
-/// The containerd lines of a run without `--containerd`.
-const LINES: [Line; 4] = [Line::One, Line::Two, Line::Legacy, Line::Systemd];
 /// Maximum number of suites per boot if only one node runs at a time. With this maximum, two boots are enough for all
 /// suites of containerd 1.7. Each boot costs ten seconds, and more if the node has to import the images. Boots with
 /// fewer suites would also have advantages. Kernel state that a suite leaves behind affects only the suites of the same
@@ -48,8 +47,8 @@ pub struct Options {
     /// run only the tests of these suites.
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
     e2e: Option<String>,
-    /// List the end-to-end suites, their tests and what each suite needs, and run nothing. With FILTER, list only the
-    /// tests whose name contains FILTER.
+    /// List the end-to-end suites, their tests and what each suite needs, and run nothing. FILTER selects tests, as
+    /// with --e2e.
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "", exclusive = true)]
     list: Option<String>,
     /// Run the end-to-end suites only with this containerd line. With 1.7 or 2, all suites that support this line run.
@@ -88,7 +87,7 @@ struct End {
 /// Runs what the options ask for. Returns the exit code.
 pub fn test(options: &Options) -> Result<u8> {
     if let Some(filter) = &options.list {
-        print!("{}", suites::list(&suites::read()?, filter));
+        print!("{}", suites::list(&suites::read()?, Filter::parse(filter))?);
         return Ok(0);
     }
     let stages = Stages::new();
@@ -123,7 +122,7 @@ fn run(options: &Options, stages: &Stages) -> Result<End> {
         })?;
     }
     let filter = options.e2e.as_deref().unwrap_or_default();
-    let mut end = e2e(filter, options, stages, results.unwrap_or_default())?;
+    let mut end = e2e(Filter::parse(filter), options, stages, results.unwrap_or_default())?;
     end.notes.push(if end.code == 0 { passed() } else { "end-to-end tests failed".to_owned() });
     Ok(end)
 }
@@ -158,58 +157,6 @@ fn parts() -> Result<()> {
     node::prepare_images()
 }
 
-/// Which tests the options select.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Extent {
-    /// The tests of a default run, which every change has to pass.
-    Change,
-    /// The tests of a default run, and the long tests.
-    All,
-    /// All tests, including the long ones, with one containerd line.
-    Line,
-}
-
-/// Whether a suite runs with a containerd line. `filtered` is true if the options have a filter that names a test of
-/// the suite.
-fn runs(needs: &Needs, line: Line, extent: Extent, filtered: bool) -> bool {
-    match (needs.node, line) {
-        (NodeKind::CgroupV1, line) => return line == Line::Legacy,
-        (NodeKind::Systemd, line) => return line == Line::Systemd,
-        (NodeKind::Any, _) if needs.by_name_only.is_some() && !filtered => return false,
-        (NodeKind::Any, _) => {}
-    }
-    match (line, needs.lines) {
-        (Line::One, Lines::One | Lines::Both) => true,
-        (Line::One, Lines::TwoInstead) => filtered || extent > Extent::Change,
-        (Line::One, Lines::TwoOnly) => false,
-        (Line::Two, Lines::One) => extent == Extent::Line,
-        (Line::Two, Lines::Both | Lines::TwoInstead | Lines::TwoOnly) => true,
-        (Line::Legacy, lines) => filtered && extent == Extent::Line && lines != Lines::TwoOnly,
-        (Line::Systemd, _) => filtered && extent == Extent::Line,
-    }
-}
-
-/// Returns the names of the suite's tests whose name contains `filter`. If `filter` has the form `@suite,suite…`,
-/// returns all tests of the suite if the list names the suite, and otherwise no test. Long tests are included only if
-/// `long` is true.
-fn selected(suite: &Program, filter: &str, long: bool) -> Result<Vec<String>> {
-    let list = |arg: Option<&str>| -> Result<Vec<String>> {
-        let list = cmd::output(Command::new(&suite.path).arg("--list").args(arg))
-            .with_context(|| format!("failed to list the tests of suite {}", suite.name))?;
-        Ok(list.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
-    };
-    let left_out = if long { Vec::new() } else { list(Some("--ignored"))? };
-    let of_suite = filter.strip_prefix('@').map(|suites| suites.split(',').any(|name| name == suite.name));
-    let is_selected = |name: &String| of_suite.unwrap_or_else(|| name.contains(filter)) && !left_out.contains(name);
-    Ok(list(None)?.into_iter().filter(is_selected).collect())
-}
-
-/// Returns whether the filter is text to match against test names. If the filter is empty or has the form
-/// `@suite,suite…`, all tests of the selected suites run.
-fn is_part_of_name(filter: &str) -> bool {
-    !filter.is_empty() && !filter.starts_with('@')
-}
-
 /// The work that nodes running side by side share. Each node takes its boots from `plans`.
 struct Work {
     plans: Vec<(Line, Plan)>,
@@ -238,8 +185,10 @@ impl Work {
 }
 
 /// Runs the end-to-end suites in nodes side by side.
-fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Result<End> {
+fn e2e(filter: Filter<'_>, options: &Options, stages: &Stages, results: Results) -> Result<End> {
     let declared = suites::read()?;
+    let names: Vec<&str> = declared.iter().map(|suite| suite.name.as_str()).collect();
+    filter.check_suites(&names)?;
     let suites = stages.measure("build of programs and suites", || {
         dist::dist(Profile::quick(!options.release))?;
         build::tests("husk-e2e")
@@ -252,19 +201,19 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
         Options { all: true, .. } => Extent::All,
         _ => Extent::Change,
     };
-    let filtered = !filter.is_empty();
+    let filtered = filter != Filter::All;
     let long = filtered || extent > Extent::Change;
     let mut named = Vec::new();
     for suite in &suites {
         let source = declared.iter().find(|declared| declared.name == suite.name);
         let source =
             source.with_context(|| format!("failed to find the source of suite {} in tests/e2e", suite.name))?;
-        if !selected(suite, filter, long)?.is_empty() {
+        if !filter.selected(suite, long)?.is_empty() {
             named.push((suite, &source.needs));
         }
     }
     if named.is_empty() {
-        bail!("failed to find a test for the filter `{filter}`; `cargo xtask test --list` lists the tests");
+        return filter.fail_without_match(&names);
     }
     // Suites are retried because QEMU's emulator has flaws. node/boot.rs avoids the worst flaw. Another flaw is in
     // helper_vmrun() of target/i386/tcg/system/svm_helper.c: in exception_index, QEMU keeps the vector of an interrupt
@@ -290,7 +239,7 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
         work.plans.push((line, Plan::new(names, batch, retries)));
     }
     let summary = |finished| Summary {
-        filter: filter.to_owned(),
+        filter: options.e2e.clone().unwrap_or_default(),
         retry: retries == Retries::Retry,
         emulated,
         finished,
@@ -349,8 +298,7 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
 
 /// Selects which tests of a suite run.
 struct Selection<'a> {
-    /// The filter of the run: empty, text in the names of the selected tests, or `@suite,suite…`.
-    filter: &'a str,
+    filter: Filter<'a>,
     /// Whether long tests run.
     long: bool,
     /// Whether the system calls of the VMMs are recorded.
@@ -361,7 +309,7 @@ impl Selection<'_> {
     /// Returns the arguments for libtest.
     fn args(&self) -> Vec<String> {
         let long = self.long.then(|| "--include-ignored".to_owned());
-        long.into_iter().chain(is_part_of_name(self.filter).then(|| self.filter.to_owned())).collect()
+        long.into_iter().chain(self.filter.part_of_name().map(str::to_owned)).collect()
     }
 }
 
@@ -393,7 +341,7 @@ fn run_boot(
         .with_context(|| format!("failed to write {}", path.display()))?;
     let mut env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()), ("RUST_BACKTRACE".into(), "1".into())];
     env.extend(handler.map(|handler| ("HUSK_E2E_HANDLER".to_owned(), handler.to_owned())));
-    let limits = if selection.filter.is_empty() { LIMITS } else { Limits::default() };
+    let limits = if selection.filter == Filter::All { LIMITS } else { Limits::default() };
     let (args, machine, containerd) = (selection.args(), Machine::default(), boot.line);
     let run = Run { script: path, args, env, add, imported: true, machine, containerd, limits, seat };
     let console = match node::run_observed(&run, &mut |progress| recorder.note(progress)) {
@@ -447,32 +395,12 @@ fn script(boot: &Boot, syscalls: bool) -> String {
 mod tests {
     use std::os::unix::fs::PermissionsExt;
     use std::path::Path;
+    use std::process::Command;
 
     use super::*;
     use crate::libtest::TestOutcome;
     use crate::node::Progress;
     use crate::results::Attempt;
-
-    #[test]
-    fn suites_run_with_the_containerd_lines_that_they_declare() {
-        let suites = suites::read().unwrap();
-        let lines = |name: &str, extent, filtered| -> Vec<Line> {
-            let suite = suites.iter().find(|suite| suite.name == name).unwrap();
-            LINES.into_iter().filter(|line| runs(&suite.needs, *line, extent, filtered)).collect()
-        };
-        let plain = |suite| lines(suite, Extent::Change, false);
-        assert_eq!(plain("process"), [Line::One]);
-        assert_eq!(plain("cri_pods"), [Line::One, Line::Two]);
-        assert_eq!(plain("cri_userns"), [Line::Two]);
-        assert_eq!(lines("cri_userns", Extent::All, false), [Line::One, Line::Two]);
-        assert_eq!(plain("cri_sandboxer"), [Line::Two]);
-        assert_eq!(plain("cri_cgroup1"), [Line::Legacy]);
-        assert_eq!(plain("cri_systemd"), [Line::Systemd]);
-        assert!(plain("soak").is_empty() && lines("soak", Extent::All, false).is_empty());
-        assert_eq!(lines("soak", Extent::Change, true), [Line::One]);
-        assert_eq!(lines("process", Extent::Line, false), [Line::One, Line::Two]);
-        assert_eq!(lines("process", Extent::Line, true), LINES);
-    }
 
     /// Runs the script of a boot on this machine, with other programs in place of the suites.
     fn boot_here(dir: &Path, results: &mut Results, boot: &Boot, args: &[&str]) -> Vec<(String, Attempt)> {
@@ -529,9 +457,10 @@ mod tests {
 
     #[test]
     fn arguments_include_ignored_tests_only_if_long_tests_run() {
-        let args = |filter, long| Selection { filter, long, syscalls: false }.args();
+        let args = |filter, long| Selection { filter: Filter::parse(filter), long, syscalls: false }.args();
         assert!(args("", false).is_empty());
         assert_eq!(args("", true), ["--include-ignored"]);
         assert_eq!(args("name", true), ["--include-ignored", "name"]);
+        assert_eq!(args("@suite", true), ["--include-ignored"]);
     }
 }

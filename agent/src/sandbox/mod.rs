@@ -1,6 +1,7 @@
 //! The sandbox in the guest: the pod's namespaces, network, volumes and kernel settings.
 
 mod apparmor;
+mod clock;
 mod hotplug;
 mod link_notifications;
 pub mod loopback;

@@ -5,18 +5,18 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use husk_proto::agent::{
-    BindDeviceRequest, BindDeviceResponse, DropCachesRequest, DropCachesResponse, Event, EventsRequest,
-    LoadAppArmorRequest, LoadAppArmorResponse, MountVolumeRequest, MountVolumeResponse, SetHugePagesRequest,
-    SetHugePagesResponse, SetOnlineVcpusRequest, SetOnlineVcpusResponse, SetupRequest, SetupResponse, SyncRequest,
-    SyncResponse, UnbindDeviceRequest, UnbindDeviceResponse, UpdateMirrorRequest, UpdateMirrorResponse,
-    UpdateNetworkRequest, UpdateNetworkResponse,
+    AdjustClockRequest, AdjustClockResponse, BindDeviceRequest, BindDeviceResponse, DropCachesRequest,
+    DropCachesResponse, Event, EventsRequest, LoadAppArmorRequest, LoadAppArmorResponse, MountVolumeRequest,
+    MountVolumeResponse, SetHugePagesRequest, SetHugePagesResponse, SetOnlineVcpusRequest, SetOnlineVcpusResponse,
+    SetupRequest, SetupResponse, SyncRequest, SyncResponse, UnbindDeviceRequest, UnbindDeviceResponse,
+    UpdateMirrorRequest, UpdateMirrorResponse, UpdateNetworkRequest, UpdateNetworkResponse,
 };
 use husk_proto::agent_ttrpc;
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use super::network::{Network, NetworkConfig};
 use super::volume::Volumes;
-use super::{Sandbox, apparmor, hotplug, namespaces, setup, slots};
+use super::{Sandbox, apparmor, clock, hotplug, namespaces, setup, slots};
 use crate::error::failed;
 use crate::events::EventHub;
 use crate::id_mappings::IdMappings;
@@ -42,7 +42,7 @@ impl agent_ttrpc::Sandbox for SandboxService {
         // Setup sets the policies first, so that they are in force even if a later step fails.
         self.sandbox.policy.accept(&request.node_policy, &request.pod_policy)?;
         if request.clock_ns > 0
-            && let Err(error) = setup::set_clock(request.clock_ns)
+            && let Err(error) = clock::set(request.clock_ns)
         {
             tracing::warn!("failed to set the clock: {error}");
         }
@@ -186,5 +186,10 @@ impl agent_ttrpc::Sandbox for SandboxService {
         let synced = tokio::task::spawn_blocking(nix::unistd::sync).await;
         synced.map_err(failed("sync file systems"))?;
         Ok(SyncResponse::new())
+    }
+
+    async fn adjust_clock(&self, _: &TtrpcContext, request: AdjustClockRequest) -> ttrpc::Result<AdjustClockResponse> {
+        let clock_ns = clock::adjust(request.offset_ns).map_err(failed("correct the clock"))?;
+        Ok(AdjustClockResponse { clock_ns, ..Default::default() })
     }
 }

@@ -1,4 +1,4 @@
-//! Steps of the Setup request: setting the clock, mounting file systems and writing sysctls.
+//! Steps of the Setup request: mounting file systems and writing sysctls.
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -6,14 +6,6 @@ use std::path::{Path, PathBuf};
 
 use husk_proto::agent::Mount;
 use nix::mount::MsFlags;
-use nix::sys::time::TimeSpec;
-use nix::time::ClockId;
-
-/// Sets the wall clock.
-pub fn set_clock(ns: i64) -> io::Result<()> {
-    ClockId::CLOCK_REALTIME.set_time(TimeSpec::new(ns / 1_000_000_000, ns % 1_000_000_000))?;
-    Ok(())
-}
 
 /// Performs one requested mount. Creates the mount point if it does not exist.
 pub fn mount(request: &Mount) -> io::Result<()> {

@@ -5,6 +5,7 @@
 
 pub mod bpf;
 pub mod capabilities;
+pub mod clock;
 pub mod fd;
 pub mod heap;
 pub mod interface;
@@ -14,6 +15,8 @@ pub mod loop_device;
 pub mod mount;
 pub mod pidfd;
 pub mod process;
+pub mod random;
+pub mod resource;
 pub mod scm_rights;
 pub mod terminal;
 pub mod user_namespace;

@@ -80,12 +80,13 @@ pub unsafe fn clone_sibling() -> io::Result<Cloned> {
     let mut pidfd: libc::c_int = -1;
     let flags = libc::CLONE_PARENT | libc::CLONE_PIDFD | libc::SIGCHLD;
     // SAFETY: without a stack and without CLONE_VM, the call is equivalent to fork(2). The caller guarantees the
-    // conditions under which fork(2) is safe (see Safety). In this process, the kernel stores a new fd in `pidfd`, and
-    // nothing else owns this fd.
+    // conditions under which fork(2) is safe (see Safety). `pidfd` outlives the call, in which the kernel writes an fd
+    // to it.
     match unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) } {
         0 => Ok(Cloned::Sibling),
         pid => match i32::try_from(pid) {
-            // SAFETY: see above.
+            // SAFETY: the call returned a pid. Therefore, the kernel has stored a new fd in `pidfd`, and nothing else
+            // owns this fd.
             Ok(pid) if pid > 0 => Ok(Cloned::Caller { pid, pidfd: unsafe { super::new_fd(pidfd) }? }),
             _ => Err(io::Error::last_os_error()),
         },
@@ -190,7 +191,7 @@ mod tests {
         // SAFETY: the child process has one thread, and makes only system calls.
         match unsafe { nix::unistd::fork() }.unwrap() {
             nix::unistd::ForkResult::Child => {
-                // SAFETY: see above.
+                // SAFETY: the calling process has one thread.
                 match unsafe { clone_sibling() } {
                     Ok(Cloned::Sibling) => exit_immediately(7),
                     Ok(Cloned::Caller { .. }) => exit_immediately(0),

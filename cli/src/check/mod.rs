@@ -8,7 +8,7 @@ use std::{fmt::Write, path::Path, process::ExitCode};
 
 use serde::Serialize;
 
-use crate::print;
+use crate::output::print;
 
 /// Output format of the findings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
 use crate::container::process::Process;
@@ -36,6 +37,7 @@ pub struct Container {
     execs: Mutex<HashMap<String, Arc<Exec>>>,
     paused: AtomicBool,
     oom_reported: AtomicBool,
+    exit_guarded: AtomicBool,
     /// Tasks that keep the mirrored volumes up to date. The tasks stop when the `Container` is dropped.
     _mirroring: JoinSet<()>,
 }
@@ -51,6 +53,7 @@ impl Container {
             execs: Mutex::default(),
             paused: AtomicBool::new(false),
             oom_reported: AtomicBool::new(false),
+            exit_guarded: AtomicBool::new(false),
             _mirroring: mirroring,
         }
     }
@@ -114,35 +117,111 @@ impl Container {
         self.spec.annotations.is_sandbox()
     }
 
+    /// Returns true for the first call only. If the result is true, the caller must watch for the container's exit.
+    pub fn claim_exit_guard(&self) -> bool {
+        !self.exit_guarded.swap(true, Ordering::Relaxed)
+    }
+
     /// Returns true for the first call only. If the result is true, the caller must publish the OOM event.
     pub fn claim_oom_report(&self) -> bool {
         !self.oom_reported.swap(true, Ordering::Relaxed)
     }
 }
 
-/// The containers of a sandbox, by id. A reserved id has the value `None`.
+/// What an id stands for.
+enum Slot {
+    /// A container that is being created. The value becomes true when the creation is to be cancelled.
+    Reserved(watch::Sender<bool>),
+    Taken(Arc<Container>),
+}
+
+/// The containers of a sandbox, by id.
 #[derive(Default)]
 pub struct Containers {
-    slots: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    slots: Mutex<HashMap<String, Slot>>,
+    /// Notified when an id that was reserved is free or belongs to a container.
+    decided: Notify,
+}
+
+/// A reserved id. When the reservation is dropped, the id becomes free, unless a container was stored under it.
+pub struct Reservation<'a> {
+    containers: &'a Containers,
+    id: String,
+    cancelled: watch::Receiver<bool>,
+}
+
+impl Reservation<'_> {
+    /// Runs `work` until it ends, or until the creation of the container is cancelled. `work` must leave nothing behind
+    /// when it is dropped.
+    ///
+    /// # Errors
+    /// [`ServiceError::Cancelled`], or the error of `work`.
+    pub async fn unless_cancelled<T>(
+        &self,
+        work: impl Future<Output = Result<T, ServiceError>>,
+    ) -> Result<T, ServiceError> {
+        let mut cancelled = self.cancelled.clone();
+        tokio::select! {
+            result = work => result,
+            // The sender is dropped only when the id is decided.
+            _ = cancelled.wait_for(|cancelled| *cancelled) => Err(ServiceError::Cancelled),
+        }
+    }
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        let mut slots = lock(&self.containers.slots);
+        if matches!(slots.get(&self.id), Some(Slot::Reserved(_))) {
+            slots.remove(&self.id);
+        }
+        drop(slots);
+        self.containers.decided.notify_waiters();
+    }
 }
 
 impl Containers {
-    /// Reserves an id. The caller must later call [`Containers::insert`] or [`Containers::remove`].
+    /// Reserves an id, until [`Containers::insert`] is called or the reservation is dropped.
     ///
     /// # Errors
     /// [`ServiceError::Exists`] if the id is reserved or belongs to a container.
-    pub fn reserve(&self, id: &str) -> Result<(), ServiceError> {
+    pub fn reserve(&self, id: &str) -> Result<Reservation<'_>, ServiceError> {
         let mut slots = lock(&self.slots);
         if slots.contains_key(id) {
             return Err(ServiceError::Exists(id.to_owned()));
         }
-        slots.insert(id.to_owned(), None);
-        Ok(())
+        let (cancel, cancelled) = watch::channel(false);
+        slots.insert(id.to_owned(), Slot::Reserved(cancel));
+        Ok(Reservation { containers: self, id: id.to_owned(), cancelled })
     }
 
     /// Stores a container under its reserved id.
     pub fn insert(&self, container: Arc<Container>) {
-        lock(&self.slots).insert(container.id.clone(), Some(container));
+        lock(&self.slots).insert(container.id.clone(), Slot::Taken(container));
+    }
+
+    /// Cancels the creation of the container `id`, or the creations of all containers if `id` is `None`. Waits until
+    /// these ids are free, or belong to a container because the cancellation came too late.
+    pub async fn cancel(&self, id: Option<&str>) {
+        loop {
+            let decided = self.decided.notified();
+            tokio::pin!(decided);
+            // From here on, no notification is missed.
+            decided.as_mut().enable();
+            let mut waiting = false;
+            for (slot_id, slot) in lock(&self.slots).iter() {
+                if let Slot::Reserved(cancel) = slot
+                    && id.is_none_or(|id| id == slot_id)
+                {
+                    cancel.send_replace(true);
+                    waiting = true;
+                }
+            }
+            if !waiting {
+                return;
+            }
+            decided.await;
+        }
     }
 
     /// Removes an id. Returns true if no ids remain.
@@ -157,7 +236,10 @@ impl Containers {
     /// # Errors
     /// [`ServiceError::NoContainer`] if no container has this id. A reserved id has no container.
     pub fn get(&self, id: &str) -> Result<Arc<Container>, ServiceError> {
-        lock(&self.slots).get(id).cloned().flatten().ok_or(ServiceError::NoContainer)
+        match lock(&self.slots).get(id) {
+            Some(Slot::Taken(container)) => Ok(Arc::clone(container)),
+            _ => Err(ServiceError::NoContainer),
+        }
     }
 
     /// Returns true if there are neither containers nor reserved ids.
@@ -173,6 +255,10 @@ impl Containers {
 
     /// Returns all containers.
     pub fn all(&self) -> Vec<Arc<Container>> {
-        lock(&self.slots).values().flatten().cloned().collect()
+        let taken = |slot: &Slot| match slot {
+            Slot::Taken(container) => Some(Arc::clone(container)),
+            Slot::Reserved(_) => None,
+        };
+        lock(&self.slots).values().filter_map(taken).collect()
     }
 }

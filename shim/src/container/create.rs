@@ -3,6 +3,7 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use husk_proto::CREATE_OPTIONS_TYPE_URL;
 use husk_proto::agent::CreateOptions;
@@ -11,9 +12,10 @@ use husk_proto::containerd::events::task::{TaskCreate, TaskIO};
 use husk_proto::containerd::topics::TASK_CREATE_EVENT_TOPIC;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
+use serde_json::Value;
 
 use super::prepare;
-use crate::container::containers::Container;
+use crate::container::containers::{Container, Reservation};
 use crate::container::prepare::Prepared;
 use crate::container::process::Process;
 use crate::container::{Shim, stdio_paths};
@@ -28,6 +30,9 @@ use crate::vm::agent;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::volumes;
 use crate::volumes::mirror;
+
+/// How long a request to delete a container may wait for the end of the container's creation.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The shim cannot watch the host's mounts, so that it cannot propagate them to the guest.
 #[derive(Debug, thiserror::Error)]
@@ -47,24 +52,29 @@ impl Shim {
             return Err(ServiceError::NotCreated);
         }
         self.sandbox.timeline.mark("create begin");
-        self.containers.reserve(&request.id)?;
-        let created = self.create_reserved(&request).await;
+        let reservation = self.containers.reserve(&request.id)?;
+        let created = self.create_reserved(&request, &reservation).await;
         if let Err(error) = &created {
             tracing::error!(container = request.id, error = %crate::chain(error), "failed to create the container");
             self.delete_in_guest(&request.id).await;
             self.tear_down_bundle(&request.id).await;
             self.release_resources(&request.id);
             self.release_pid(&request.id).await;
-            self.containers.remove(&request.id);
         }
+        // If there is no container, the id becomes free only after the cleanup.
+        drop(reservation);
         created
     }
 
-    async fn create_reserved(&self, request: &CreateTaskRequest) -> Result<(), ServiceError> {
+    async fn create_reserved(
+        &self,
+        request: &CreateTaskRequest,
+        reservation: &Reservation<'_>,
+    ) -> Result<(), ServiceError> {
         let bundle = read(request.bundle.clone()).await?;
         let spec = bundle.spec.clone();
         if spec.annotations.is_sandbox() {
-            return self.create_sandbox_container(request, spec).await;
+            return self.create_sandbox_container(request, spec, reservation).await;
         }
         let io = stdio_paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
         let logger = LoggerContext { id: &request.id, namespace: &self.namespace, launcher: &self.launcher };
@@ -82,10 +92,13 @@ impl Shim {
             self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
             Ok::<_, ServiceError>(prepared)
         };
-        let (prepared, stdio, agent) = tokio::join!(prepare, Stdio::open(&io, &logger), self.sandbox.ready());
-        let prepared = prepared?;
-        let agent = agent.map_err(|error| ServiceError::failed(error.to_string()))?;
-        let stdio = stdio.map_err(ServiceError::failed)?;
+        let stdio = async { Stdio::open(&io, &logger).await.map_err(ServiceError::failed) };
+        let (prepared, stdio, agent) = tokio::join!(
+            prepare,
+            reservation.unless_cancelled(stdio),
+            reservation.unless_cancelled(self.ready_agent()),
+        );
+        let (prepared, agent, stdio) = (prepared?, agent?, stdio?);
         for note in &prepared.notes {
             tracing::info!(container = request.id, "{note}");
         }
@@ -95,7 +108,7 @@ impl Shim {
             let made = agent.sandbox.mount_volume(within(timeouts::QUICK), volume).await;
             made.map_err(|error| agent::error("mount_volume", error))?;
         }
-        let mirroring = mirror::start(&agent, &request.id, prepared.volumes.mirrors).await;
+        let mirroring = mirror::start(&self.watchers, &agent, &request.id, prepared.volumes.mirrors).await;
         let mirroring = mirroring.map_err(ServiceError::failed)?;
         self.apply_oom_score(&request.id, &spec);
         self.reserve_resources(&request.id, Limits::from_resources(&spec.linux.resources)).await?;
@@ -117,7 +130,8 @@ impl Shim {
             ..Default::default()
         };
         let limit = within(timeouts::SLOW);
-        agent.task.create(limit, &guest).await.map_err(|error| agent::error("create", error))?;
+        let create = async { agent.task.create(limit, &guest).await.map_err(|error| agent::error("create", error)) };
+        reservation.unless_cancelled(create).await?;
         let init = Process::new(&request.id, "", io);
         init.set_relay(relay);
         let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, mirroring));
@@ -126,6 +140,29 @@ impl Shim {
         // slow down the creation.
         self.queue_resize();
         Ok(())
+    }
+
+    /// Waits until the agent accepts containers.
+    pub(crate) async fn ready_agent(&self) -> Result<Agent, ServiceError> {
+        self.sandbox.ready().await.map_err(|error| ServiceError::failed(error.to_string()))
+    }
+
+    /// Cancels the creation of the container `id`, if the container is being created. Waits at most
+    /// [`CANCEL_TIMEOUT`] until everything that was made for the container is removed.
+    pub(crate) async fn cancel_creation(&self, id: &str) {
+        self.cancel(Some(id)).await;
+    }
+
+    /// Cancels the creations of all containers, as [`Shim::cancel_creation`] does.
+    pub(crate) async fn cancel_all_creations(&self) {
+        self.cancel(None).await;
+    }
+
+    async fn cancel(&self, id: Option<&str>) {
+        if tokio::time::timeout(CANCEL_TIMEOUT, self.containers.cancel(id)).await.is_err() {
+            let id = id.unwrap_or("(all)");
+            tracing::error!(container = id, "the creation of a container does not end after its cancellation");
+        }
     }
 
     /// After a failed creation, tells the agent to delete the container and the copies of its mirrored volumes.
@@ -148,17 +185,15 @@ impl Shim {
         }
     }
 
-    /// Hot-plugs `disks`. Returns `spec` with the guest's device numbers instead of the host's numbers.
-    async fn plug_disks(&self, agent: &Agent, spec: Vec<u8>, disks: &[Disk]) -> Result<Vec<u8>, ServiceError> {
-        if disks.is_empty() {
-            return Ok(spec);
-        }
+    /// Hot-plugs `disks`. Returns `spec` as JSON, with the guest's device numbers instead of the host's numbers.
+    async fn plug_disks(&self, agent: &Agent, mut spec: Value, disks: &[Disk]) -> Result<Vec<u8>, ServiceError> {
         let mut numbers = Vec::new();
         for disk in disks {
             let guest = self.sandbox.disk(agent, *disk).await.map_err(ServiceError::failed)?;
             numbers.push((*disk, guest));
         }
-        oci::replace_disk_numbers(&spec, &numbers).map_err(ServiceError::failed)
+        oci::replace_disk_numbers(&mut spec, &numbers);
+        Ok(spec.to_string().into_bytes())
     }
 
     /// Loads a process's AppArmor profile into the guest's kernel.

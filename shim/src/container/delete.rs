@@ -8,6 +8,7 @@ use husk_proto::containerd::events::task::TaskDelete;
 use husk_proto::containerd::topics::TASK_DELETE_EVENT_TOPIC;
 
 use crate::container::containers::{Container, Exec};
+use crate::container::escalation::{DELETE_TIMEOUT, KILL_ANSWER_TIMEOUT, SIGNAL_TIMEOUT};
 use crate::container::process::{Exit, Process, State};
 use crate::container::{EXIT_STATUS_KILLED, Shim};
 use crate::error::ServiceError;
@@ -15,6 +16,8 @@ use crate::events::timestamp;
 use crate::vm::agent;
 use crate::vm::agent::{timeouts, within};
 
+/// The number of SIGKILL, which ends a process in any state.
+const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 /// After a container's exit, the shim copies the remaining output. If the shim copies no byte for this duration, the
 /// output counts as complete.
 ///
@@ -24,31 +27,23 @@ const INIT_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The counterpart of [`INIT_OUTPUT_IDLE_TIMEOUT`] for an exec. This timeout is shorter, because a child of the exec
 /// can hold the exec's stdout open forever. runc's shim also waits 2 s.
 const EXEC_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Time within which the agent must report the exit of an init process after SIGKILL. A process exits later only if it
-/// waits for I/O that the host does not complete. Only an agent that is hostile or broken never reports the exit.
-const SIGKILL_TIMEOUT: Duration = Duration::from_secs(60);
-/// Why the VM ended, if the agent did not report an exit within [`SIGKILL_TIMEOUT`].
-const OUTLIVED_SIGKILL: &str = "the agent reported no exit of a container within 60 s after SIGKILL";
+/// After this duration, the output of a container counts as complete even if more output arrives. A client that reads
+/// slowly must not delay the deletion for longer. runc's shim waits 10 s.
+const INIT_OUTPUT_TIMEOUT: Duration = Duration::from_secs(15);
+/// The counterpart of [`INIT_OUTPUT_TIMEOUT`] for an exec. A child of the exec can write output forever.
+const EXEC_OUTPUT_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Shim {
-    /// Kills the VM if the agent does not report the exit of `process` in time after SIGKILL. Otherwise, a hostile agent
-    /// could keep the pod on the node forever, because containerd removes no pod whose containers run.
-    fn watch_sigkill(&self, process: &Arc<Process>) {
-        if !process.begin_sigkill() {
-            return;
-        }
-        let (process, sandbox) = (Arc::clone(process), Arc::clone(&self.sandbox));
-        tokio::spawn(async move {
-            if tokio::time::timeout(SIGKILL_TIMEOUT, process.wait()).await.is_err() {
-                tracing::warn!(container = process.container, "killing the VM, because {OUTLIVED_SIGKILL}");
-                sandbox.kill_because(OUTLIVED_SIGKILL);
-            }
-        });
-    }
-
     /// Sends a signal to a process.
-    pub(crate) async fn kill(&self, container: &Container, request: &KillRequest) -> Result<(), ServiceError> {
+    ///
+    /// If the agent does not answer SIGKILL for a container, or the container does not exit, the shim kills the VM. Any
+    /// other signal for a guest that does not answer stays in the connection to the agent, as the kernel keeps a signal
+    /// for a process that is stopped.
+    pub(crate) async fn kill(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        request: &KillRequest,
+    ) -> Result<(), ServiceError> {
         if request.signal > 64 {
             return Err(ServiceError::Invalid(format!("signal {}", request.signal)));
         }
@@ -67,9 +62,6 @@ impl Shim {
             return Ok(());
         }
         let Ok(agent) = self.agent().await else { return Err(ServiceError::Finished) };
-        if request.signal == libc::SIGKILL.unsigned_abs() && process.exec.is_empty() {
-            self.watch_sigkill(&process);
-        }
         let guest = KillRequest {
             id: request.id.clone(),
             exec_id: request.exec_id.clone(),
@@ -77,8 +69,22 @@ impl Shim {
             all: request.all,
             ..Default::default()
         };
-        match agent.task.kill(within(timeouts::QUICK), &guest).await {
+        let ends_container = process.exec.is_empty() && request.signal == SIGKILL;
+        let limit = if ends_container { KILL_ANSWER_TIMEOUT } else { SIGNAL_TIMEOUT };
+        if ends_container {
+            self.expect_exit(container);
+        }
+        match agent.task.kill(within(limit), &guest).await {
             Ok(_) => Ok(()),
+            Err(error) if agent::is_timeout(&error) && ends_container => {
+                self.end_silent_vm(container, "kill", limit).await;
+                Ok(())
+            }
+            Err(error) if agent::is_timeout(&error) => {
+                let (signal, exec) = (request.signal, &request.exec_id);
+                tracing::warn!(container = container.id, exec, signal, "the agent has not confirmed a signal yet");
+                Ok(())
+            }
             // The process exited before the signal arrived, by itself or because the VM ended.
             Err(_) if self.sandbox.is_dead() || process.exit().is_some() => Err(ServiceError::Finished),
             Err(error) => Err(agent::error("kill", error)),
@@ -86,13 +92,15 @@ impl Shim {
     }
 
     /// Deletes a container.
+    ///
+    /// If the agent does not answer, the shim kills the VM.
     pub(crate) async fn delete_container(&self, container: &Container) -> Result<DeleteResponse, ServiceError> {
         let process = &container.init;
         let before = process.begin_delete(ServiceError::NoContainer)?;
         if before == State::Stopped
             && let Some(relay) = process.relay()
         {
-            relay.drain(INIT_OUTPUT_IDLE_TIMEOUT).await;
+            relay.drain(INIT_OUTPUT_IDLE_TIMEOUT, INIT_OUTPUT_TIMEOUT).await;
         }
         // The shim ends the VM when the sandbox container is deleted. The shim also ends the VM when the last container
         // is deleted, unless a CreateSandbox request created the sandbox. In both cases, the guest needs no cleanup.
@@ -102,8 +110,11 @@ impl Shim {
             self.sandbox.end().await;
         } else if let Ok(agent) = self.agent().await {
             let request = DeleteRequest { id: container.id.clone(), ..Default::default() };
-            match agent.task.delete(within(timeouts::SLOW), &request).await {
+            match agent.task.delete(within(DELETE_TIMEOUT), &request).await {
                 Ok(_) => {}
+                Err(error) if agent::is_timeout(&error) => {
+                    self.end_silent_vm(container, "delete", DELETE_TIMEOUT).await;
+                }
                 Err(_) if self.sandbox.is_dead() => {}
                 Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
                 Err(error) => {
@@ -141,7 +152,7 @@ impl Shim {
         let exit = process.exit().unwrap_or_else(|| Exit { status: 0, at: SystemTime::now() });
         if before == State::Stopped {
             if let Some(relay) = process.relay() {
-                relay.drain(EXEC_OUTPUT_IDLE_TIMEOUT).await;
+                relay.drain(EXEC_OUTPUT_IDLE_TIMEOUT, EXEC_OUTPUT_TIMEOUT).await;
             }
             if let Ok(agent) = self.agent().await {
                 let request =

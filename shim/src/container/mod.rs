@@ -3,6 +3,9 @@
 pub mod containers;
 mod create;
 mod delete;
+pub mod escalation;
+#[cfg(test)]
+mod hung_guest_tests;
 mod oom_score;
 mod pids;
 mod prepare;
@@ -32,6 +35,7 @@ use crate::sandbox::Sandbox;
 use crate::sandbox::launch::DeferredLaunch;
 use crate::stdio::{Paths, Relay, Stdio, Streams};
 use crate::vm::agent::{Agent, Report};
+use crate::volumes::mirror::Watchers;
 
 /// Exit status of a process that had not exited when the VM ended: the status after SIGKILL.
 pub(crate) const EXIT_STATUS_KILLED: u32 = 128 + 9;
@@ -47,20 +51,14 @@ pub struct Shim {
     pub(crate) pids: pids::Pids,
     pub(crate) oom_scores: Scores,
     pub(crate) events: Events,
+    /// Watches the mirrored volumes.
+    pub(crate) watchers: Watchers,
     pub(crate) launcher: Launcher,
     /// Whether the VM has ended and the shim has handled all reports from the agent. If true, all processes count as
     /// exited.
-    pub(crate) vm_ended: AtomicBool,
+    pub(crate) vm_ended: watch::Sender<bool>,
     pub(crate) finishing: AtomicBool,
     pub(crate) finished: watch::Sender<bool>,
-}
-
-/// Runs `work` to completion, even if the caller's future is dropped. ttrpc drops a handler's future when the request's
-/// timeout expires.
-pub(crate) async fn run_to_completion<T: Send + 'static>(
-    work: impl Future<Output = Result<T, ServiceError>> + Send + 'static,
-) -> Result<T, ServiceError> {
-    tokio::spawn(work).await.unwrap_or_else(|error| Err(ServiceError::failed(error)))
 }
 
 impl Shim {
@@ -85,8 +83,9 @@ impl Shim {
             pids: pids::Pids::default(),
             oom_scores: Scores::default(),
             events,
+            watchers: Watchers::default(),
             launcher,
-            vm_ended: AtomicBool::new(false),
+            vm_ended: watch::Sender::new(false),
             finishing: AtomicBool::new(false),
             finished: watch::Sender::new(false),
         });
@@ -108,7 +107,7 @@ impl Shim {
     /// complete.
     pub async fn finish(self: &Arc<Self>) {
         if !self.finishing.swap(true, Ordering::Relaxed) {
-            // Use a separate task, because ttrpc may drop the caller's future (see `run_to_completion`).
+            // Use a separate task, because the caller's future may be dropped.
             let shim = Arc::clone(self);
             tokio::spawn(async move {
                 shim.sandbox.tear_down().await;
@@ -150,7 +149,8 @@ impl Shim {
                 }
             }
         }
-        self.vm_ended.store(true, Ordering::Relaxed);
+        // Other tasks mark containers that are added from here on.
+        self.vm_ended.send_replace(true);
         for container in self.containers.all() {
             self.mark_all_killed(&container);
         }
@@ -169,7 +169,7 @@ impl Shim {
     }
 
     pub(crate) fn vm_has_ended(&self) -> bool {
-        self.vm_ended.load(Ordering::Relaxed)
+        *self.vm_ended.borrow()
     }
 
     pub(crate) fn publish_oom(&self, container: &Container) {

@@ -36,7 +36,7 @@ pub struct Request<'a> {
 #[derive(Debug)]
 pub struct Prepared {
     /// `config.json` for the guest.
-    pub spec: Vec<u8>,
+    pub spec: Value,
     /// Path of the rootfs in the guest.
     pub rootfs: String,
     /// Notes for the log about settings and mounts of the specification that the container does not get.
@@ -119,10 +119,10 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         return Err(error);
     }
     let profile = bundle.spec.process.apparmor_profile.clone().unwrap_or_default();
-    let (spec, disks) = (raw.to_string().into_bytes(), disks::find(&raw));
+    let disks = disks::find(&raw);
     let needs_propagation = bundle.spec.mounts.iter().any(|mount| mount.is_bind() && Flags::of(mount).slave);
     let rootfs = translate::guest_rootfs(id);
-    Ok(Prepared { spec, rootfs, notes, needs_propagation, profile, volumes, disks })
+    Ok(Prepared { spec: raw, rootfs, notes, needs_propagation, profile, volumes, disks })
 }
 
 fn mount(

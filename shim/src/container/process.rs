@@ -1,7 +1,6 @@
 //! State machine of one process: a container's init process or an exec. The state's lock is never held during a call to
 //! the agent.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
@@ -64,8 +63,6 @@ pub struct Process {
     pub paths: Paths,
     inner: Mutex<Inner>,
     exit: watch::Sender<Option<Exit>>,
-    /// Whether a Kill request with SIGKILL has arrived.
-    sigkill: AtomicBool,
 }
 
 /// How to handle a reported exit.
@@ -88,7 +85,6 @@ impl Process {
             paths,
             inner: Mutex::new(Inner { state: State::Created, deferred_exit: None, relay: None }),
             exit: watch::Sender::new(None),
-            sigkill: AtomicBool::new(false),
         }
     }
 
@@ -105,11 +101,6 @@ impl Process {
     /// Returns the exit, or `None` if the process has not exited.
     pub fn exit(&self) -> Option<Exit> {
         *self.exit.borrow()
-    }
-
-    /// Records a Kill request with SIGKILL. Returns whether this is the first such request.
-    pub fn begin_sigkill(&self) -> bool {
-        !self.sigkill.swap(true, Ordering::Relaxed)
     }
 
     /// Waits for the exit.
@@ -247,13 +238,6 @@ mod tests {
         assert_eq!(p.confirm_start(), Some(exit(3)));
         assert_eq!(p.wait().await, exit(3));
         assert_eq!(p.state(), State::Stopped);
-    }
-
-    #[test]
-    fn only_the_first_sigkill_of_a_process_begins_a_wait() {
-        let p = process();
-        assert!(p.begin_sigkill());
-        assert!(!p.begin_sigkill());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use husk_proto::containerd::api::{CreateTaskRequest, KillRequest};
 use tokio::task::JoinSet;
 
-use crate::container::containers::Container;
+use crate::container::containers::{Container, Reservation};
 use crate::container::process::{Exit, ExitReport, Process};
 use crate::container::{Shim, stdio_paths};
 use crate::error::ServiceError;
@@ -21,8 +21,9 @@ impl Shim {
         &self,
         request: &CreateTaskRequest,
         spec: Spec,
+        reservation: &Reservation<'_>,
     ) -> Result<(), ServiceError> {
-        self.sandbox.ready().await.map_err(|error| ServiceError::failed(error.to_string()))?;
+        reservation.unless_cancelled(self.ready_agent()).await?;
         self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
         self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
         let io = stdio_paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);

@@ -153,7 +153,7 @@ fn prepare(args: &DaemonArgs, dir: StateDir, timeline: Arc<Timeline>) -> (Launch
     let made =
         create_mount_namespace().map_err(|e| format!("failed to create the mount namespace: {e}")).and_then(|()| {
             let share = dir.create().map_err(|e| chain(&e))?;
-            launch::record_process(&dir, "shim.pid", std::process::id())?;
+            launch::record_process(&dir, "shim.pid", std::process::id()).map_err(|e| chain(&e))?;
             dir.write("address", &args.address.uri()).map_err(|e| chain(&e))?;
             Ok(share.guest)
         });

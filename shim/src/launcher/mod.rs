@@ -103,6 +103,13 @@ impl Launcher {
         }
     }
 
+    /// Returns a launcher that has ended.
+    #[cfg(test)]
+    pub fn ended() -> Self {
+        let (socket, _) = pair().unwrap();
+        Self { socket: Arc::new(socket) }
+    }
+
     /// Starts a program, and waits until execve(2) has succeeded. If the caller stops waiting, a program that starts later
     /// is killed.
     ///

@@ -143,16 +143,11 @@ pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError
     in_namespace(path, || {
         let netlink = Netlink::open().map_err(kernel_error("open a netlink socket"))?;
         let list = || read::links(&netlink).map_err(kernel_error("list interfaces"));
-        // Subscribe before the first listing of the interfaces, because a later subscription could miss a change.
-        let before = watcher::subscribe();
-        let links = list()?;
-        let each = options.per_interface(links.len());
-        let taps = links.iter().map(|link| tap::create(&netlink, link, each)).collect::<Result<Vec<_>, _>>()?;
-        // `before` contains messages about the new taps. These messages would wake the watcher unnecessarily. `after`
-        // contains no such messages. If no interface has changed since the first listing, `after` misses no change. In
-        // this case, use `after`.
-        let after = watcher::subscribe();
-        let notices = if without_taps(list()?, &taps) == links { after } else { before };
+        let create = |links: &[Link]| {
+            let each = options.per_interface(links.len());
+            links.iter().map(|link| tap::create(&netlink, link, each)).collect()
+        };
+        let (links, taps, notices) = create_watched(watcher::subscribe, list, create)?;
         let (config, unsupported) = read::network(&netlink, &links)?;
         watcher::log_unsupported(&unsupported);
         let watcher = notices
@@ -168,6 +163,25 @@ pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError
         };
         Ok(network)
     })?
+}
+
+/// Lists the interfaces and creates their taps. Returns the interfaces, the taps, and a subscription that misses no
+/// later change of these interfaces.
+fn create_watched<S>(
+    subscribe: impl Fn() -> S,
+    list: impl Fn() -> Result<Vec<Link>, NetworkError>,
+    create: impl FnOnce(&[Link]) -> Result<Vec<Tap>, NetworkError>,
+) -> Result<(Vec<Link>, Vec<Tap>, S), NetworkError> {
+    // Subscribe before the first listing of the interfaces, because a later subscription could miss a change.
+    let before = subscribe();
+    let links = list()?;
+    let taps = create(&links)?;
+    // `before` contains messages about the new taps. These messages would wake the watcher unnecessarily. `after`
+    // contains no such messages. If no interface has changed since the first listing, `after` misses no change. In
+    // this case, use `after`.
+    let after = subscribe();
+    let notices = if without_taps(list()?, &taps) == links { after } else { before };
+    Ok((links, taps, notices))
 }
 
 /// Removes the taps from a list of interfaces.
@@ -218,18 +232,55 @@ pub fn in_namespace<T>(path: &Path, f: impl FnOnce() -> T) -> Result<T, NetworkE
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
     use super::*;
 
     fn link(index: i32) -> Link {
         Link { index, name: format!("eth{index}"), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }
     }
 
+    /// Returns the tap of interface 2. The tap's index is 7.
+    fn tap() -> Tap {
+        let (mac, rate_limits) = ([2, 0, 0, 0, 0, 1], NetRateLimits::default());
+        Tap { fds: Vec::new(), vhost: false, link: 2, index: 7, mac, mtu: 1500, rate_limits }
+    }
+
+    /// Runs [`create_watched`] with these results of the two listings. Returns the steps in their order, and the number
+    /// of the step that made the returned subscription.
+    fn watched(first: Vec<Link>, second: Vec<Link>) -> (Vec<&'static str>, usize) {
+        let steps = RefCell::new(Vec::new());
+        let step = |name| {
+            steps.borrow_mut().push(name);
+            steps.borrow().len()
+        };
+        let listings = RefCell::new([first, second].into_iter());
+        let list = || {
+            step("list");
+            Ok(listings.borrow_mut().next().unwrap())
+        };
+        let create = |_: &[Link]| {
+            step("create");
+            Ok(vec![tap()])
+        };
+        let (_, _, subscription) = create_watched(|| step("subscribe"), list, create).unwrap();
+        (steps.into_inner(), subscription)
+    }
+
+    #[test]
+    fn create_watched_subscribes_before_each_listing() {
+        let order = ["subscribe", "list", "create", "subscribe", "list"];
+        let unchanged = watched(vec![link(2)], vec![link(2), link(7)]);
+        assert_eq!((unchanged.0.as_slice(), unchanged.1), (&order[..], 4));
+        // Only the first subscription has the message about an interface that appeared after the first listing.
+        let changed = watched(vec![link(2)], vec![link(2), link(7), link(3)]);
+        assert_eq!((changed.0.as_slice(), changed.1), (&order[..], 1));
+    }
+
     #[test]
     fn without_taps_removes_only_the_taps() {
-        let (mac, rate_limits) = ([2, 0, 0, 0, 0, 1], NetRateLimits::default());
-        let tap = Tap { fds: Vec::new(), vhost: false, link: 2, index: 7, mac, mtu: 1500, rate_limits };
         let before = vec![link(2)];
-        assert_eq!(without_taps(vec![link(2), link(7)], &[tap]), before);
+        assert_eq!(without_taps(vec![link(2), link(7)], &[tap()]), before);
         assert_ne!(without_taps(vec![link(2), link(3)], &[]), before);
         assert_ne!(without_taps(Vec::new(), &[]), before);
     }

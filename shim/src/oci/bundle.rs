@@ -10,7 +10,7 @@ use husk_proto::annotations::SANDBOX_ID;
 use serde::{Deserialize, de};
 use serde_json::Value;
 
-use crate::oci::id_mappings::IdMappings;
+use crate::oci::id_mappings::{IdMappingError, IdMappings};
 use crate::oci::spec::{Network, Spec};
 
 /// Maximum size of `config.json` in bytes. containerd sends specifications in messages of at most 16 MiB.
@@ -60,6 +60,9 @@ pub enum BundleError {
     /// A value in the specification is missing or invalid.
     #[error("invalid bundle: {0}")]
     Invalid(String),
+    /// The id mappings of the user namespace are invalid.
+    #[error("invalid bundle")]
+    IdMappings(#[source] IdMappingError),
     /// The specification has an SELinux label, but the guest's kernel does not support SELinux.
     #[error(
         "SELinux label {0:?} cannot be applied: the guest's kernel does not support SELinux; run the pod privileged, \
@@ -194,12 +197,12 @@ impl Bundle {
     /// Returns the id mappings of the user namespace, or `None` if the specification has no user namespace.
     ///
     /// # Errors
-    /// [`BundleError::Invalid`] if the mappings are invalid.
+    /// [`BundleError::IdMappings`] if the mappings are invalid.
     pub fn id_mappings(&self) -> Result<Option<IdMappings>, BundleError> {
         let linux = &self.spec.linux;
         let has_namespace = linux.namespaces.iter().any(|namespace| namespace.kind == "user");
         IdMappings::from_namespace(has_namespace, &linux.uid_mappings, &linux.gid_mappings)
-            .map_err(|error| BundleError::Invalid(error.to_string()))
+            .map_err(BundleError::IdMappings)
     }
 
     /// Rejects SELinux labels on a node with SELinux, because the guest cannot apply these labels. Ignores the labels
@@ -437,10 +440,10 @@ pub(crate) mod tests {
             (id_mappings.uid(0), id_mappings.uid(65535), id_mappings.uid(65536)),
             (Some(65536), Some(131_071), None)
         );
-        let error = with(all_ids(), Value::Null).unwrap_err().to_string();
+        let error = crate::chain(&with(all_ids(), Value::Null).unwrap_err());
         assert!(error.contains("gidMappings"), "{error}");
         let other = json!([{ "containerID": 1, "hostID": 65536, "size": 65536 }]);
-        let error = with(other, all_ids()).unwrap_err().to_string();
+        let error = crate::chain(&with(other, all_ids()).unwrap_err());
         assert!(error.contains("root"), "{error}");
     }
 

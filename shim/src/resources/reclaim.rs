@@ -6,8 +6,9 @@
 //! kernel does not know about these inodes. Without this module, a guest that reads many files would exhaust the pod's
 //! memory, and the host's kernel would kill the VMM.
 //!
-//! In cgroup v2, this module watches `memory.events`. The kernel modifies this file when the kernel throttles processes
-//! at `memory.high` (Documentation/admin-guide/cgroup-v2.rst). In cgroup v1, this module watches
+//! In cgroup v2, this module polls `memory.events`. The kernel changes this file when the kernel throttles processes at
+//! `memory.high`, and wakes who polls it (Documentation/admin-guide/cgroup-v2.rst). An inotify instance would do the
+//! same, but the number of instances is limited for all shims of a node. In cgroup v1, this module watches
 //! `memory.pressure_level`, which reports that the kernel reclaims memory
 //! (Documentation/admin-guide/cgroup-v1/memory.rst).
 
@@ -20,9 +21,7 @@ use std::time::Duration;
 
 use husk_base::async_fd::register;
 use husk_proto::agent::DropCachesRequest;
-use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
@@ -94,20 +93,20 @@ impl Guest {
 }
 
 /// Receives a notification when the kernel reclaims the cgroup's memory.
-struct Watch {
-    notices: AsyncFd<OwnedFd>,
-    /// The `memory.pressure_level` files of cgroup v1 for which notifications are registered.
-    _levels: Vec<File>,
+enum Watch {
+    /// `memory.events` of cgroup v2.
+    Events(AsyncFd<OwnedFd>),
+    /// The eventfd of cgroup v1, and the `memory.pressure_level` files for which it is registered.
+    Pressure { event: AsyncFd<OwnedFd>, _levels: Vec<File> },
 }
 
 impl Watch {
     fn new(location: &CgroupLocation) -> io::Result<Self> {
         let dir = location.controller_dir("memory").ok_or(io::ErrorKind::NotFound)?;
-        let (notices, levels) = match location {
+        match location {
             CgroupLocation::V2(_) => {
-                let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-                inotify.add_watch(&dir.join("memory.events"), AddWatchFlags::IN_MODIFY)?;
-                (OwnedFd::from(inotify), Vec::new())
+                let events = OwnedFd::from(File::open(dir.join("memory.events"))?);
+                Ok(Self::Events(register(events, Interest::PRIORITY)?))
             }
             CgroupLocation::V1(_) => {
                 let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
@@ -124,11 +123,9 @@ impl Watch {
                     fs::write(dir.join("cgroup.event_control"), control)?;
                     levels.push(level);
                 }
-                (OwnedFd::from(event), levels)
+                Ok(Self::Pressure { event: register(OwnedFd::from(event), Interest::READABLE)?, _levels: levels })
             }
-        };
-        let notices = register(notices, Interest::READABLE)?;
-        Ok(Self { notices, _levels: levels })
+        }
     }
 
     async fn run(&self, location: &CgroupLocation, guest: &Guest) -> io::Result<()> {
@@ -142,19 +139,22 @@ impl Watch {
         }
     }
 
-    /// Waits for a notification, and consumes all pending notifications.
+    /// Waits for a notification, and consumes all pending notifications. The first call can return at once.
     async fn next(&self) -> io::Result<()> {
-        let mut ready = self.notices.readable().await?;
         let mut bytes = [0u8; 4096];
-        loop {
-            match nix::unistd::read(&self.notices, &mut bytes) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => break,
-                Err(error) => return Err(error.into()),
+        match self {
+            Self::Events(events) => {
+                let mut ready = events.ready(Interest::PRIORITY).await?;
+                ready.clear_ready();
+                // The kernel reports a change until the file is read again (Linux, fs/kernfs/file.c,
+                // kernfs_generic_poll).
+                nix::sys::uio::pread(events, &mut bytes, 0)?;
+            }
+            Self::Pressure { event, .. } => {
+                let read = |event: &OwnedFd| Ok(nix::unistd::read(event, &mut bytes)?);
+                event.async_io(Interest::READABLE, read).await?;
             }
         }
-        ready.clear_ready();
         Ok(())
     }
 }

@@ -36,7 +36,7 @@ pub enum ResizeError {
     Agent(&'static str, #[source] ttrpc::Error),
     /// The number of vCPUs that are online in the guest differs from the requested number.
     #[error("failed to set the number of vCPUs: the guest has {online} of {wanted} vCPUs online")]
-    Processors {
+    Vcpus {
         /// vCPUs that are online.
         online: u32,
         /// vCPUs that were requested.
@@ -304,7 +304,7 @@ impl ResizeTask {
         let request = SetOnlineVcpusRequest { count: wanted.into(), ..Default::default() };
         let switched = self.agent()?.sandbox.set_online_vcpus(within(timeouts::SLOW), &request).await;
         let online = switched.map_err(|error| ResizeError::Agent("vCPUs", error))?.online;
-        if online == u32::from(wanted) { Ok(()) } else { Err(ResizeError::Processors { online, wanted }) }
+        if online == u32::from(wanted) { Ok(()) } else { Err(ResizeError::Vcpus { online, wanted }) }
     }
 
     /// Sets the sandbox's limits on the host. The memory limit allows the boot memory and `plugged_mib` MiB of

@@ -23,6 +23,7 @@ use crate::oci::IdMappings;
 use crate::resources::BootSize;
 use crate::resources::hugepages;
 use crate::resources::rate_limits::RateLimits;
+use crate::sandbox::end;
 use crate::sandbox::guest_image::GuestImages;
 use crate::sandbox::notices;
 use crate::sandbox::notices::Progress;
@@ -184,8 +185,10 @@ pub async fn boot(
                 || matches!(error, BootError::Vmm { source: VmmError::Gone, .. });
             if ended || progress.borrow().ended() {
                 vmm.kill();
-                let status = vmm.wait().await;
-                let reason = notices::end_reason(progress, status, None).await;
+                let reason = match vmm.wait_exit_or_give_up().await {
+                    Some(status) => notices::end_reason(progress, status, None).await,
+                    None => end::stuck(&error.to_string()),
+                };
                 return Err(BootError::Ended { reason, console: console_suffix(tail) });
             }
             Err(error)

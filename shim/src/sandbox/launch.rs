@@ -1,11 +1,12 @@
 //! Launches a sandbox: prepares everything that a boot needs, according to the sandbox's specification.
 
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use husk_config::{Config, Seccomp};
+use husk_config::{Config, ConfigError, Seccomp};
 use husk_vmm::virtio::net::MAX_QUEUE_PAIRS;
 use tokio::sync::{mpsc, oneshot};
 
@@ -13,21 +14,87 @@ use crate::chain;
 use crate::launcher::Launcher;
 use crate::log;
 use crate::network;
-use crate::oci::{Bundle, IdMappings, Network, Spec};
+use crate::network::NetworkError;
+use crate::oci::{Bundle, BundleError, IdMappings, Network, Spec};
 use crate::resources;
-use crate::resources::BootSize;
-use crate::resources::cgroup::Cgroup;
+use crate::resources::cgroup::{Cgroup, CgroupError};
 use crate::resources::limits;
 use crate::resources::oom_score;
-use crate::resources::rate_limits::RateLimits;
-use crate::sandbox::boot::{BootPlan, Pod};
-use crate::sandbox::guest_image::GuestImages;
-use crate::sandbox::policy::PodPolicies;
-use crate::sandbox::state_dir::{ProcessId, StateDir};
+use crate::resources::rate_limits::{RateLimitError, RateLimits};
+use crate::resources::{BootSize, BootSizeError};
+use crate::sandbox::boot::{BootError, BootPlan, Pod};
+use crate::sandbox::guest_image::{GuestImages, ImageError};
+use crate::sandbox::policy::{PodPolicies, PolicyError};
+use crate::sandbox::state_dir::{ProcessId, StateDir, StateError};
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{LaunchInput, Sandbox};
 use crate::vm::agent::Report;
-use crate::vm::vmm;
+use crate::vm::vmm::{self, VmmError};
+
+/// Why a sandbox cannot be launched.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The shim's daemon could not prepare the share. The text has the error and its causes.
+    #[error("{0}")]
+    Share(String),
+    /// The sandbox's specification is invalid.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// The node's configuration is invalid.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The guest kernel or the initrd cannot be opened.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The size of the VM cannot be determined.
+    #[error(transparent)]
+    BootSize(#[from] BootSizeError),
+    /// The pod's policy is invalid.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// The pod's rate limits are invalid.
+    #[error(transparent)]
+    RateLimit(#[from] RateLimitError),
+    /// The pod's network cannot be connected.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// The VMM process cannot be started.
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+    /// A file of the state directory cannot be written.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The boot cannot be prepared.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The task that enters the sandbox's cgroup panicked.
+    #[error("failed to run the task that enters the sandbox's cgroup")]
+    EnterTask(#[source] tokio::task::JoinError),
+    /// The sandbox's cgroup cannot be entered.
+    #[error("failed to enter the sandbox's cgroup {path}")]
+    EnterCgroup {
+        /// Path of the cgroup in the specification.
+        path: String,
+        /// Cause.
+        #[source]
+        source: Box<CgroupError>,
+    },
+    /// The files `cgroup.procs`, through which the VMM process enters the cgroup, cannot be opened.
+    #[error("failed to open the sandbox's cgroup")]
+    OpenCgroup(#[source] io::Error),
+    /// The thread that launches the sandbox cannot be started.
+    #[error("failed to start the thread that launches the sandbox")]
+    Thread(#[source] io::Error),
+    /// The thread that launches the sandbox panicked.
+    #[error("the thread that launches the sandbox panicked")]
+    Panicked,
+    /// The VMM's OOM score cannot be set.
+    #[error("failed to set oom_score_adj of the VMM")]
+    OomScore(#[source] io::Error),
+    /// A process ended before its start time could be read.
+    #[error("failed to record process {0}: it has already ended")]
+    ProcessEnded(u32),
+}
 
 /// Inputs of a launch that do not come from the sandbox's specification.
 #[derive(Clone)]
@@ -63,20 +130,19 @@ impl DeferredLaunch {
     /// Launches the sandbox.
     ///
     /// # Errors
-    /// Fails if `share` is an error, if the specification is invalid, or if a thread cannot be started or panics. The
-    /// returned text contains the error and its causes. [`Sandbox::ready`] reports later failures.
-    pub async fn launch(self, spec: serde_json::Value, sandbox: &Sandbox) -> Result<(), String> {
+    /// Fails if `share` is an error, if the specification is invalid, or if a thread cannot be started or panics.
+    /// [`Sandbox::ready`] reports later failures.
+    pub async fn launch(self, spec: serde_json::Value, sandbox: &Sandbox) -> Result<(), LaunchError> {
         let Self { context, share, dir, launcher, reports } = self;
-        let share = share?;
-        let bundle = Bundle::from_value(&dir, spec).map_err(|e| chain(&e))?;
-        bundle.check().map_err(|e| chain(&e))?;
+        let share = share.map_err(LaunchError::Share)?;
+        let bundle = Bundle::from_value(&dir, spec)?;
+        bundle.check()?;
         // Use a blocking thread, because waiting for systemd must not block the async runtime.
         let entered = tokio::task::spawn_blocking({
             let (context, path) = (context.clone(), bundle.spec.linux.cgroups_path.clone());
             move || (Installation::open(&context), enter_cgroup(&context, &path))
         });
-        let (installation, cgroup) =
-            entered.await.map_err(|error| format!("failed to enter the sandbox's cgroup: {error}"))?;
+        let (installation, cgroup) = entered.await.map_err(LaunchError::EnterTask)?;
         let (done, wait) = oneshot::channel();
         // Use a separate thread, because a launch enters the pod's network namespace. If the thread cannot leave this
         // namespace, the thread must end.
@@ -87,8 +153,8 @@ impl DeferredLaunch {
             let _ = done.send(partial.finish(plan));
         });
         let input = match thread {
-            Ok(_) => wait.await.map_err(|_| "the thread that launches the sandbox panicked".to_owned())?,
-            Err(error) => return Err(format!("failed to start the thread that launches the sandbox: {error}")),
+            Ok(_) => wait.await.map_err(|_| LaunchError::Panicked)?,
+            Err(error) => return Err(LaunchError::Thread(error)),
         };
         sandbox.launch(input, reports);
         Ok(())
@@ -105,20 +171,20 @@ impl Installation {
     /// Reads the configuration, and opens the guest kernel and the initrd. Must be called before [`enter_cgroup`].
     /// Otherwise, the copies that [`GuestImages::open`] makes would be charged to the sandbox's cgroup. These copies
     /// outlive the sandbox.
-    fn open(context: &LaunchContext) -> Result<Self, String> {
+    fn open(context: &LaunchContext) -> Result<Self, LaunchError> {
         let config = config()?;
         if !context.debug {
             log::set_level(config.log_level);
         }
-        let images = GuestImages::open(&config).map_err(|e| chain(&e))?;
+        let images = GuestImages::open(&config)?;
         Ok(Self { config, images })
     }
 }
 
 /// Reads the node's configuration.
-pub fn config() -> Result<Config, String> {
+pub fn config() -> Result<Config, ConfigError> {
     let path = std::env::var_os("HUSK_CONFIG").map_or_else(|| PathBuf::from(husk_config::DEFAULT_PATH), Into::into);
-    Config::load(&path).map_err(|e| chain(&e))
+    Config::load(&path)
 }
 
 /// The resources that a launch has acquired so far. The sandbox keeps these resources even if a later step fails.
@@ -142,13 +208,15 @@ pub fn prepare(context: &LaunchContext, bundle: &Bundle, share: &Path) -> Launch
     partial.finish(plan)
 }
 
-/// Returns the input of a launch that failed before it acquired a resource.
+/// Returns the input of a launch that failed because the share could not be prepared. `error` is the error and its
+/// causes.
 pub fn failed(error: String) -> LaunchInput {
-    PartialLaunch::default().finish(Err(error))
+    PartialLaunch::default().finish(Err(LaunchError::Share(error)))
 }
 
 impl PartialLaunch {
-    fn finish(self, plan: Result<BootPlan, String>) -> LaunchInput {
+    fn finish(self, plan: Result<BootPlan, LaunchError>) -> LaunchInput {
+        let plan = plan.map_err(|error| chain(&error));
         LaunchInput { cgroup: self.cgroup, vmm: self.vmm, plan, timeline_log: self.timeline_log }
     }
 
@@ -160,24 +228,23 @@ impl PartialLaunch {
         spec: &Spec,
         cgroup: Option<Cgroup>,
         launcher: Option<&Launcher>,
-    ) -> Result<Network, String> {
+    ) -> Result<Network, LaunchError> {
         self.cgroup = cgroup;
-        let network = spec.network().map_err(|e| chain(&e))?;
-        let namespace = vmm::network_namespace(&network).map_err(|e| chain(&e))?;
+        let network = spec.network()?;
+        let namespace = vmm::network_namespace(&network)?;
         let spawned = match launcher {
             Some(launcher) => {
                 let cgroups = self.cgroup.as_ref().map_or(Ok(Vec::new()), Cgroup::open_procs);
-                let cgroups = cgroups.map_err(|error| format!("failed to open the sandbox's cgroup: {error}"))?;
+                let cgroups = cgroups.map_err(LaunchError::OpenCgroup)?;
                 vmm::spawn_by_launcher(launcher, &namespace, &cgroups)
             }
             None => vmm::spawn(&namespace),
         };
-        let vmm = self.vmm.insert(spawned.map_err(|e| chain(&e))?);
+        let vmm = self.vmm.insert(spawned?);
         self.new_network = matches!(network, Network::New).then_some(namespace);
         context.timeline.mark("vmm spawned");
         record_process(&context.dir, "vmm.pid", vmm.pid)?;
-        oom_score::set(vmm.pid, oom_score::DEFAULT)
-            .map_err(|error| format!("failed to set oom_score_adj of the VMM: {error}"))?;
+        oom_score::set(vmm.pid, oom_score::DEFAULT).map_err(LaunchError::OomScore)?;
         Ok(network)
     }
 
@@ -188,18 +255,18 @@ impl PartialLaunch {
         bundle: &Bundle,
         share: &Path,
         network: Network,
-        installation: Result<Installation, String>,
-    ) -> Result<BootPlan, String> {
+        installation: Result<Installation, LaunchError>,
+    ) -> Result<BootPlan, LaunchError> {
         let Installation { config, images } = installation?;
         self.timeline_log.clone_from(&config.timeline_log);
-        bundle.check().map_err(|e| chain(&e))?;
+        bundle.check()?;
         let spec = &bundle.spec;
         let memory_limit_mib = self.cgroup.as_ref().map_or(u64::MAX, |cgroup| limits::max_guest_mib(cgroup.location()));
-        let id_mappings = bundle.id_mappings().map_err(|e| chain(&e))?;
-        let boot_size = resources::boot_size(spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
-        let policies = PodPolicies::new(&spec.annotations, &config).map_err(|e| chain(&e))?;
+        let id_mappings = bundle.id_mappings()?;
+        let boot_size = resources::boot_size(spec, &config, memory_limit_mib)?;
+        let policies = PodPolicies::new(&spec.annotations, &config)?;
         record_sandbox(context, spec, &boot_size, config.seccomp, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
-        let rate_limits = resources::rate_limits(spec, &config).map_err(|e| chain(&e))?;
+        let rate_limits = resources::rate_limits(spec, &config)?;
         // vhost-net does not apply rate limits. Without vhost-net, several queue pairs are not faster than one, because
         // the VMM moves all frames in one thread.
         let limited = rate_limits.net.is_limited();
@@ -218,15 +285,14 @@ impl PartialLaunch {
                     &PathBuf::from(format!("/proc/self/fd/{}", namespace.as_raw_fd())),
                     spec.annotations.is_sandbox(),
                     tap_options,
-                )
-                .map_err(|e| chain(&e))?,
+                )?,
                 None => network::Network::default(),
             },
-            Network::Path(path) => network::connect(path, tap_options).map_err(|e| chain(&e))?,
+            Network::Path(path) => network::connect(path, tap_options)?,
         };
         context.timeline.mark("network connected");
         let pod = pod(context, spec, id_mappings, network, policies, rate_limits);
-        BootPlan::new(pod, config, images, boot_size, share.to_owned()).map_err(|e| chain(&e))
+        Ok(BootPlan::new(pod, config, images, boot_size, share.to_owned())?)
     }
 }
 
@@ -290,12 +356,10 @@ pub fn hostname(name: &str) -> String {
 /// Records process `pid` in the file `name` of the state directory.
 ///
 /// # Errors
-/// Fails if the process has ended, or if the file cannot be written. The returned text contains the error and its
-/// causes.
-pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String> {
-    let process =
-        ProcessId::read(pid).ok_or_else(|| format!("failed to record process {pid}: it has already ended"))?;
-    dir.write_process(name, process).map_err(|e| chain(&e))
+/// Fails if the process has ended, or if the file cannot be written.
+pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), LaunchError> {
+    let process = ProcessId::read(pid).ok_or(LaunchError::ProcessEnded(pid))?;
+    Ok(dir.write_process(name, process)?)
 }
 
 /// Moves this process into the cgroup `path` from the specification. If `path` is empty, as with containerd's
@@ -304,12 +368,12 @@ pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String
 /// If the move fails, the sandbox does not start. Outside the cgroup, the sandbox would have no limits, and its usage
 /// would be charged to containerd's cgroup. runc also fails if it cannot enter the cgroup, even in rootless mode
 /// (libcontainer/cgroups/fs2/fs2.go, Apply).
-fn enter_cgroup(context: &LaunchContext, path: &str) -> Result<Option<Cgroup>, String> {
+fn enter_cgroup(context: &LaunchContext, path: &str) -> Result<Option<Cgroup>, LaunchError> {
     if path.is_empty() {
         return Ok(None);
     }
     let cgroup = Cgroup::enter(path, &context.namespace)
-        .map_err(|error| format!("failed to enter the sandbox's cgroup {path}: {}", chain(&error)))?;
+        .map_err(|source| LaunchError::EnterCgroup { path: path.to_owned(), source: Box::new(source) })?;
     let dirs: Vec<_> = cgroup.location().dirs().map(|dir| dir.display().to_string()).collect();
     let recorded = context.dir.write("cgroup", &dirs.join("\n"));
     let recorded = recorded.and_then(|()| cgroup.unit().map_or(Ok(()), |unit| context.dir.write("unit", unit.name())));

@@ -2,7 +2,9 @@
 
 mod apparmor;
 pub mod boot;
+mod clock;
 pub mod disks;
+mod end;
 mod guest_image;
 pub mod launch;
 mod notices;
@@ -20,6 +22,8 @@ use std::time::Duration;
 use husk_proto::{ports, stream};
 use husk_vmm::client::Spawned;
 use husk_vmm::config::RateLimit;
+#[cfg(test)]
+use husk_vmm::control::Notice;
 use tokio::sync::mpsc;
 
 use crate::network::port_forwarding;
@@ -33,7 +37,7 @@ use crate::sandbox::state_dir::StateDir;
 use crate::vm::agent::{Agent, Report};
 use crate::vm::console::LogTail;
 use crate::vm::vmm::{Vmm, VmmError};
-use crate::vm::{State, StateCell, agent};
+use crate::vm::{State, StateCell};
 use boot::BootPlan;
 use timeline::Timeline;
 
@@ -45,8 +49,6 @@ pub use policy::PodPolicies;
 const MAX_NOTICES: usize = 64;
 /// Timeout for the reason of the VM's end, after the VMM process has ended or has closed a connection.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
-/// Maximum length of the error of the agent's event stream in the reason of the VM's end, in bytes.
-const MAX_STREAM_ERROR: usize = 512;
 /// Why the VM ended, if a request ended the VM.
 const ENDED_BY_REQUEST: &str = "a request stopped the sandbox";
 
@@ -76,8 +78,8 @@ pub struct Sandbox {
     propagation: propagation::Propagation,
     profiles: apparmor::LoadedProfiles,
     network_sync: Arc<OnceLock<NetworkSync>>,
-    /// Why the shim has killed the VM. Empty if the shim has not killed the VM.
-    killed: Arc<OnceLock<&'static str>>,
+    /// Why the shim has killed the VM, if it has.
+    kill_reason: Arc<OnceLock<Arc<str>>>,
 }
 
 /// The resources that a launch acquires before the guest boots. If the boot fails, the sandbox keeps these resources.
@@ -121,7 +123,7 @@ impl Sandbox {
             propagation: propagation::Propagation::default(),
             profiles: apparmor::LoadedProfiles::default(),
             network_sync: Arc::default(),
-            killed: Arc::default(),
+            kill_reason: Arc::default(),
         })
     }
 
@@ -147,8 +149,8 @@ impl Sandbox {
         let disk_rate_limit = plan.as_ref().map(|plan| plan.pod.rate_limits.disk).unwrap_or_default();
         let _ = self.launched.set(Launched { cgroup, vmm: vmm.clone(), resizer, disk_rate_limit, timeline_log });
         let (handle, timeline, console) = (vmm, Arc::clone(&self.timeline), self.log_tail.clone());
-        let (network_sync, state) = (Arc::clone(&self.network_sync), self.state.clone());
-        let killed = Arc::clone(&self.killed);
+        let network_sync = Arc::clone(&self.network_sync);
+        let end = end::End { state: self.state.clone(), kill_reason: Arc::clone(&self.kill_reason) };
         let mut progress = notices::watch(notices, Arc::clone(&timeline));
         tokio::spawn(async move {
             let booted = match (plan, &handle) {
@@ -165,6 +167,7 @@ impl Sandbox {
                     }
                     if let Ok(agent) = &agent {
                         reclaim::start(location, agent.clone(), vmm.clone());
+                        clock::start(agent.clone(), vmm.clone());
                     }
                     if let (Ok(agent), Some((watcher, notices))) = (&agent, watcher) {
                         let _ = network_sync.set(NetworkSync::start(watcher, notices, vmm.clone(), agent.clone()));
@@ -172,26 +175,7 @@ impl Sandbox {
                     agent
                 }
             };
-            let lost = match (booted, &handle) {
-                (Ok(agent), Some(vmm)) => Some(forward_events(agent, vmm, &state, &reports).await),
-                (Ok(_), None) => None,
-                (Err(error), vmm) => {
-                    tracing::error!(error, "failed to start the sandbox");
-                    state.enter(State::Failed(error.into()));
-                    if let Some(vmm) = vmm {
-                        vmm.kill();
-                    }
-                    None
-                }
-            };
-            if let Some(vmm) = handle {
-                let status = vmm.wait().await;
-                let by_shim = killed.get().copied();
-                let lost = lost.map(|lost| format!("the VMM process ended with {status}, and {lost}"));
-                let reason = notices::end_reason(&mut progress, status, by_shim.or(lost.as_deref())).await;
-                tracing::debug!(reason, "the VM has ended");
-                state.enter(State::Gone(reason.into()));
-            }
+            end.follow(booted, handle, &mut progress, &reports).await;
             // Closing `reports` tells the receiver that the VM has ended.
             drop(reports);
         });
@@ -265,7 +249,7 @@ impl Sandbox {
 
     /// Returns whether the VM has ended or was never started.
     pub fn is_dead(&self) -> bool {
-        self.vmm().is_none_or(|vmm| vmm.ended().is_some())
+        self.known_end_reason().is_some() || self.vmm().is_none_or(|vmm| vmm.ended().is_some())
     }
 
     /// Returns why the VM has failed or ended. Returns `None` if the VM has not ended.
@@ -276,6 +260,33 @@ impl Sandbox {
             return self.wait_end().await;
         }
         self.known_end_reason()
+    }
+
+    /// Returns a sandbox whose boot ends when `booted` is ready. A test controls the agent and the VMM.
+    #[cfg(test)]
+    pub fn scripted(
+        id: &str,
+        booted: impl Future<Output = Agent> + Send + 'static,
+        vmm: Vmm,
+        notices: mpsc::Receiver<Notice>,
+        reports: mpsc::Sender<Report>,
+    ) -> Arc<Self> {
+        let dir = StateDir::new("test", id);
+        let timeline = Arc::new(Timeline::new("test", id, dir.timeline()));
+        let sandbox = Self::new(id, dir, Arc::clone(&timeline), None);
+        sandbox.state.enter(State::Booting);
+        let launched = Launched {
+            cgroup: None,
+            vmm: Some(vmm.clone()),
+            resizer: None,
+            disk_rate_limit: RateLimit::default(),
+            timeline_log: PathBuf::new(),
+        };
+        assert!(sandbox.launched.set(launched).is_ok());
+        let end = end::End { state: sandbox.state.clone(), kill_reason: Arc::clone(&sandbox.kill_reason) };
+        let mut progress = notices::watch(notices, timeline);
+        tokio::spawn(async move { end.follow(Ok(booted.await), Some(vmm), &mut progress, &reports).await });
+        sandbox
     }
 
     /// Waits until the VM has ended. Returns `None` if the VM has not ended before the timeout `END_TIMEOUT`.
@@ -365,14 +376,20 @@ impl Sandbox {
 
     /// Kills the VM, because of a request.
     pub fn kill(&self) {
-        self.kill_because(ENDED_BY_REQUEST);
+        self.kill_because(ENDED_BY_REQUEST.into());
     }
 
-    /// Kills the VM, because of `reason`. If the shim kills the VM several times, the first reason counts.
-    pub fn kill_because(&self, reason: &'static str) {
+    /// Kills the VM, because the guest does not do what it must do. `reason` becomes the reason of the VM's end.
+    pub fn fail(&self, reason: String) {
+        tracing::error!(reason, "the shim kills the VM");
+        self.kill_because(reason.into());
+    }
+
+    fn kill_because(&self, reason: Arc<str>) {
         if let Some(vmm) = self.vmm() {
             if !vmm.is_closed() {
-                let _ = self.killed.set(reason);
+                // The first reason stays.
+                let _ = self.kill_reason.set(reason);
             }
             vmm.kill();
         }
@@ -382,7 +399,7 @@ impl Sandbox {
     pub async fn tear_down(&self) {
         self.end().await;
         if let Some(vmm) = self.vmm() {
-            vmm.wait().await;
+            vmm.wait_exit_or_give_up().await;
         }
         if self.is_launched() {
             // The task of `launch` knows the reason.
@@ -400,37 +417,4 @@ impl Sandbox {
             self.timeline.finish(&launched.timeline_log);
         }
     }
-}
-
-/// Sets the state to running, and forwards the agent's events. When the events end, kills the VM, because without the
-/// events, the shim would not notice when processes exit. Returns why the events have ended.
-async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mpsc::Sender<Report>) -> String {
-    let mut events = match agent.events().await {
-        Ok(events) => events,
-        Err(error) => {
-            tracing::error!(%error, "failed to subscribe to the agent's events");
-            let error = agent::bounded(&error.to_string(), MAX_STREAM_ERROR);
-            let reason = format!("failed to subscribe to the agent's events: {error}");
-            state.enter(State::Failed(reason.as_str().into()));
-            vmm.kill();
-            return reason;
-        }
-    };
-    state.enter(State::Running(agent));
-    let reason = loop {
-        match events.recv().await {
-            Ok(Some(event)) => match agent::check(event) {
-                Some(report) => drop(reports.send(report).await),
-                None => tracing::warn!("the agent sent an unknown or invalid event"),
-            },
-            Ok(None) => break "the agent closed the stream of its events".to_owned(),
-            Err(error) => {
-                tracing::debug!(%error, "the agent's event stream failed");
-                let error = agent::bounded(&error.to_string(), MAX_STREAM_ERROR);
-                break format!("the stream of the agent's events failed: {error}");
-            }
-        }
-    };
-    vmm.kill();
-    reason
 }

@@ -7,7 +7,7 @@ use husk_vmm::control::{BootStep, ExitReason, Notice};
 use tokio::sync::{mpsc, watch};
 
 use crate::sandbox::timeline::Timeline;
-use crate::vm::agent::bounded;
+use crate::text::bounded;
 
 /// Maximum length of the VMM's text in a reason, in bytes. The VMM is not trusted.
 const MAX_REASON: usize = 1024;

@@ -1,5 +1,6 @@
 //! Adapters between containerd's ttrpc services and the operations in [`crate::container`].
 
+mod completion;
 mod end_reason;
 mod sandbox;
 mod task;
@@ -22,11 +23,12 @@ impl From<ServiceError> for ttrpc::Error {
     }
 }
 
-/// Returns all ttrpc services of the shim. Once the VM has ended, failed requests say why.
+/// Returns all ttrpc services of the shim. Requests that change state run to their end. Once the VM has ended, failed
+/// requests say why.
 pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
     let mut all = task::services(shim);
     all.extend(sandbox::services(shim));
-    end_reason::explained(shim, all)
+    completion::completed(end_reason::explained(shim, all))
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use protobuf::well_known_types::any::Any;
 use serde_json::json;
 use ttrpc::r#async::{Service, TtrpcContext};
 
-use crate::container::{Shim, run_to_completion};
+use crate::container::Shim;
 use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::pod;
@@ -91,12 +91,7 @@ impl Sandbox for Handler {
 
     async fn stop_sandbox(&self, _: &TtrpcContext, request: StopSandboxRequest) -> ttrpc::Result<StopSandboxResponse> {
         self.check(&request.sandbox_id)?;
-        let shim = Arc::clone(&self.shim);
-        run_to_completion(async move {
-            shim.stop_sandbox().await;
-            Ok(())
-        })
-        .await?;
+        self.shim.stop_sandbox().await;
         Ok(StopSandboxResponse::new())
     }
 
@@ -157,13 +152,8 @@ impl Sandbox for Handler {
         request: ShutdownSandboxRequest,
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
         self.check(&request.sandbox_id)?;
-        let shim = Arc::clone(&self.shim);
-        run_to_completion(async move {
-            shim.stop_sandbox().await;
-            shim.finish().await;
-            Ok(())
-        })
-        .await?;
+        self.shim.stop_sandbox().await;
+        self.shim.finish().await;
         Ok(ShutdownSandboxResponse::new())
     }
 

@@ -17,9 +17,9 @@ use husk_proto::metrics;
 use protobuf::well_known_types::any::Any;
 use ttrpc::r#async::{Service, TtrpcContext};
 
+use crate::container::Shim;
 use crate::container::containers::Container;
 use crate::container::process::State;
-use crate::container::{Shim, run_to_completion};
 use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::oci;
@@ -115,16 +115,15 @@ impl Task for Handler {
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        if request.exec_id.is_empty() {
+            self.shim.cancel_creation(&request.id).await;
+        }
         let container = self.container(&request.id)?;
-        let shim = Arc::clone(&self.shim);
-        let deleted = run_to_completion(async move {
-            if request.exec_id.is_empty() {
-                return shim.delete_container(&container).await;
-            }
-            let exec = container.exec(&request.exec_id)?;
-            shim.delete_exec(&container, &exec).await
-        });
-        Ok(deleted.await?)
+        if request.exec_id.is_empty() {
+            return Ok(self.shim.delete_container(&container).await?);
+        }
+        let exec = container.exec(&request.exec_id)?;
+        Ok(self.shim.delete_exec(&container, &exec).await?)
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
@@ -135,12 +134,24 @@ impl Task for Handler {
             let one = ProcessInfo { pid: self.shim.pid(&container.id), ..Default::default() };
             return Ok(PidsResponse { processes: vec![one], ..Default::default() });
         }
-        let agent = self.shim.agent().await?;
         let guest = PidsRequest { id: container.id.clone(), ..Default::default() };
-        let answer = agent.task.pids(within(timeouts::QUICK), &guest).await;
-        let answer = answer.map_err(|error| agent::error("pids", error))?;
-        let processes = answer.processes.iter().take(MAX_PIDS);
-        let processes = processes.map(|p| ProcessInfo { pid: p.pid, ..Default::default() }).collect();
+        let answer = match self.shim.agent().await {
+            Ok(agent) => agent.query(|context| agent.task.pids(context, &guest)).await,
+            Err(error) => Err(error.into()),
+        };
+        let processes = match answer {
+            Ok(answer) => {
+                let processes = answer.processes.iter().take(MAX_PIDS);
+                processes.map(|p| ProcessInfo { pid: p.pid, ..Default::default() }).collect()
+            }
+            // A restarted containerd gives a task up whose shim returns an error or no PID, and lets the kubelet start
+            // the container again (1.7 and 2.1, shim_load.go, loadShims). But the processes may run on, for example
+            // after a VMM that was stopped continues. Therefore this answer must not depend on the guest.
+            Err(error) => {
+                tracing::warn!(container = container.id, %error, "failed to get the container's PIDs from the agent");
+                vec![ProcessInfo { pid: self.shim.pid(&container.id), ..Default::default() }]
+            }
+        };
         Ok(PidsResponse { processes, ..Default::default() })
     }
 
@@ -176,8 +187,7 @@ impl Task for Handler {
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id)?;
-        let shim = Arc::clone(&self.shim);
-        run_to_completion(async move { shim.kill(&container, &request).await }).await?;
+        self.shim.kill(&container, &request).await?;
         Ok(Empty::new())
     }
 
@@ -247,7 +257,8 @@ impl Task for Handler {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let container = self.guest_container(&request.id)?;
         let guest = StatsRequest { id: container.id.clone(), ..Default::default() };
-        let answer = self.shim.agent().await?.task.stats(within(timeouts::QUICK), &guest).await;
+        let agent = self.shim.agent().await?;
+        let answer = agent.query(|context| agent.task.stats(context, &guest)).await;
         let answer = answer.map_err(|error| agent::error("stats", error))?;
         Ok(checked_stats(answer)?)
     }
@@ -262,6 +273,7 @@ impl Task for Handler {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
+        self.shim.cancel_all_creations().await;
         // If containerd created the sandbox through the Sandbox API, only ShutdownSandbox ends the shim.
         if self.shim.containers.is_empty() && !self.shim.sandbox_state.is_created() {
             self.shim.finish().await;

@@ -9,7 +9,7 @@
 //! // On a CloseIO request:
 //! relay.close_stdin();
 //! // On a Delete request:
-//! relay.drain(quiet).await;
+//! relay.drain(quiet, total).await;
 //! // Dropping the relay stops all copy tasks and closes containerd's ends.
 //! drop(relay);
 //! ```

@@ -83,11 +83,18 @@ impl Relay {
         Ok(())
     }
 
-    /// Waits until all output is copied. Returns early if no byte was copied for the duration `quiet`.
+    /// Waits until all output is copied. Returns early if no byte was copied for the duration `quiet`, and at the latest
+    /// after the duration `total`.
     ///
     /// Without the early return, this function could wait forever. For example, a process may keep the guest's end
-    /// open, or the fifo may have no reader.
-    pub async fn drain(&self, quiet: Duration) {
+    /// open and write to it without end, or the fifo may have no reader.
+    pub async fn drain(&self, quiet: Duration, total: Duration) {
+        if tokio::time::timeout(total, self.drain_until_quiet(quiet)).await.is_err() {
+            tracing::warn!(limit = ?total, "stopped copying the output of a process that has exited");
+        }
+    }
+
+    async fn drain_until_quiet(&self, quiet: Duration) {
         let mut open = self.open.clone();
         loop {
             let before = self.copied.load(Ordering::Relaxed);

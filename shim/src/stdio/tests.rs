@@ -65,7 +65,7 @@ async fn large_output_and_many_short_lines_arrive_completely() {
         }
     });
     drop((out, err));
-    relay.drain(LONG).await;
+    relay.drain(LONG, LONG).await;
     drop(relay);
     assert!(out_reader.join().unwrap() == bytes);
     let lines: String = (0..20_000).map(|n| format!("{n}\n")).collect();
@@ -118,7 +118,7 @@ async fn client_can_disconnect_and_reconnect() {
     guest.write_all(b"two\n").await.unwrap();
     read(b"two\n").await.unwrap();
     drop(guest);
-    relay.drain(LONG).await;
+    relay.drain(LONG, LONG).await;
 }
 
 #[tokio::test]
@@ -134,11 +134,32 @@ async fn many_short_lines_fit_into_a_fifo_without_a_reader() {
     drop(guest);
     let open = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&paths.stdout).unwrap();
     // `drain` returns before the timeout, because all output is in the fifo.
-    tokio::time::timeout(LONG, relay.drain(LONG)).await.unwrap();
+    tokio::time::timeout(LONG, relay.drain(LONG, LONG)).await.unwrap();
     drop(relay);
     let mut received = Vec::new();
     (&open).read_to_end(&mut received).unwrap();
     assert_eq!(received.len(), 22_000);
+}
+
+#[tokio::test]
+async fn drain_ends_although_output_arrives_without_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = Paths { stdout: fifo(dir.path(), "out"), ..Paths::default() };
+    let (relay, [_, guest, _]) = pipes(&paths).await;
+    let mut guest = guest.unwrap();
+    std::thread::spawn({
+        let path = paths.stdout.clone();
+        move || std::io::copy(&mut fs::File::open(path).unwrap(), &mut std::io::sink())
+    });
+    let talker = tokio::spawn(async move {
+        loop {
+            guest.write_all(b"line\n").await.unwrap();
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+    relay.drain(LONG, Duration::from_millis(500)).await;
+    assert!(!talker.is_finished());
+    talker.abort();
 }
 
 #[tokio::test]
@@ -148,7 +169,7 @@ async fn drain_ends_although_a_full_fifo_has_no_reader() {
     let (relay, [_, guest, _]) = pipes(&paths).await;
     let mut guest = guest.unwrap();
     let write = tokio::spawn(async move { guest.write_all(&pattern(8 * MIB)).await });
-    relay.drain(Duration::from_millis(200)).await;
+    relay.drain(Duration::from_millis(200), LONG).await;
     assert!(!write.is_finished());
     drop(relay);
     assert!(write.await.unwrap().is_err(), "the guest's write did not fail");
@@ -169,7 +190,7 @@ async fn file_is_truncated_and_gets_both_streams() {
     drop(out);
     err.write_all(b"err").await.unwrap();
     drop(err);
-    relay.drain(LONG).await;
+    relay.drain(LONG, LONG).await;
     assert_eq!(fs::read(&path).unwrap().len(), bytes.len() + 3);
 }
 
@@ -197,7 +218,7 @@ async fn logger_gets_both_streams_and_ends_at_eof() {
     out.write_all(&bytes).await.unwrap();
     err.write_all(b"err").await.unwrap();
     drop((out, err));
-    relay.drain(LONG).await;
+    relay.drain(LONG, LONG).await;
     drop(relay);
     let done = dir.path().join("log.done");
     tokio::time::timeout(LONG, async {
@@ -221,7 +242,7 @@ async fn output_for_a_dead_logger_is_discarded() {
     let mut out = out.unwrap();
     out.write_all(&pattern(4 * MIB)).await.unwrap();
     drop(out);
-    relay.drain(LONG).await;
+    relay.drain(LONG, LONG).await;
 }
 
 #[tokio::test]
@@ -241,7 +262,7 @@ async fn terminal_has_one_bidirectional_stream() {
     assert_eq!(&typed, b"typed");
     guest.write_all(b"shown").await.unwrap();
     drop(guest);
-    relay.drain(LONG).await;
+    relay.drain(LONG, LONG).await;
     drop(relay);
     assert_eq!(output.join().unwrap(), b"shown");
 }

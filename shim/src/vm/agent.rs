@@ -4,18 +4,25 @@
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use husk_proto::agent::{Event, EventsRequest, SetupRequest, event};
 use husk_proto::agent_ttrpc::SandboxClient;
+use husk_proto::containerd::api::ConnectRequest;
 use husk_proto::containerd::shim_async::{Client, TaskClient};
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
 use crate::error::ServiceError;
 use crate::ids::is_name;
+use crate::text::bounded;
 use crate::vm::agent_stream::{AgentStream, UnhandledEvents};
 
+/// The text of ttrpc's error if the agent does not answer before the timeout (ttrpc 0.10, asynchronous/client.rs).
+const CLIENT_TIMEOUT: &str = "Request deadline elapsed";
+/// Number of queries without an answer after which the agent counts as silent.
+const MAX_MISSED: u32 = 2;
 /// Maximum length of an error text from the agent, in bytes.
 const MAX_ERROR: usize = 4096;
 
@@ -27,6 +34,14 @@ pub struct Agent {
     /// Husk's Sandbox service.
     pub sandbox: SandboxClient,
     unhandled: Arc<UnhandledEvents>,
+    silence: Arc<Silence>,
+}
+
+/// Whether the agent answers queries.
+#[derive(Default)]
+struct Silence {
+    /// Number of queries since the agent's last answer to a query.
+    missed: AtomicU32,
 }
 
 /// The agent's events.
@@ -75,7 +90,10 @@ pub enum Report {
 pub mod timeouts {
     use std::time::Duration;
 
-    /// Timeout of calls that the agent can answer at once, such as a query or a signal.
+    /// Timeout of queries. containerd asks for the statistics of one container after another. Therefore, a guest that
+    /// hangs must not delay these queries.
+    pub const QUERY: Duration = Duration::from_secs(1);
+    /// Timeout of calls that the agent can answer at once.
     pub const QUICK: Duration = Duration::from_secs(10);
     /// Timeout of calls that create, start or delete a container or an exec.
     pub const SLOW: Duration = Duration::from_secs(60);
@@ -96,7 +114,47 @@ impl Agent {
         let unhandled = Arc::<UnhandledEvents>::default();
         let stream = AgentStream::new(tokio::net::UnixStream::from_std(stream)?, Arc::clone(&unhandled));
         let client = Client::new(Socket::new(stream));
-        Ok(Self { task: TaskClient::new(client.clone()), sandbox: SandboxClient::new(client), unhandled })
+        let (task, sandbox) = (TaskClient::new(client.clone()), SandboxClient::new(client));
+        Ok(Self { task, sandbox, unhandled, silence: Arc::default() })
+    }
+
+    /// Makes a query with the timeout [`timeouts::QUERY`]. `call` gets the context with this timeout.
+    ///
+    /// If the agent has not answered [`MAX_MISSED`] queries, further queries fail at once until the agent answers.
+    ///
+    /// # Errors
+    /// If the agent reports an error or does not answer.
+    pub async fn query<T, F: Future<Output = ttrpc::Result<T>>>(
+        &self,
+        call: impl FnOnce(Context) -> F,
+    ) -> ttrpc::Result<T> {
+        if self.silence.missed.load(Ordering::Relaxed) >= MAX_MISSED {
+            let text = "the agent has not answered earlier queries".to_owned();
+            return Err(ttrpc::error::get_rpc_status(ttrpc::Code::DEADLINE_EXCEEDED, text));
+        }
+        let result = call(within(timeouts::QUERY)).await;
+        match &result {
+            Err(error) if is_timeout(error) => {
+                if self.silence.missed.fetch_add(1, Ordering::Relaxed) + 1 == MAX_MISSED {
+                    self.wait_for_answer();
+                }
+            }
+            _ => self.silence.missed.store(0, Ordering::Relaxed),
+        }
+        result
+    }
+
+    /// Spawns a task that makes a call without a timeout. When the agent answers this call, it is no longer silent.
+    fn wait_for_answer(&self) {
+        tracing::warn!("the agent does not answer queries");
+        let agent = self.clone();
+        tokio::spawn(async move {
+            // The call ends at the latest when the VM ends, because the connection then ends.
+            if agent.task.connect(Context::default(), &ConnectRequest::default()).await.is_ok() {
+                agent.silence.missed.store(0, Ordering::Relaxed);
+                tracing::info!("the agent answers queries again");
+            }
+        });
     }
 
     /// Sends `request`, with which the agent sets up the guest. Returns the guest kernel's release.
@@ -162,16 +220,21 @@ pub fn error(what: &str, error: ttrpc::Error) -> ServiceError {
             ServiceError::Agent { code, text }
         }
         other => ServiceError::Agent {
-            code: ttrpc::Code::UNAVAILABLE,
+            code: if is_timeout(&other) { ttrpc::Code::DEADLINE_EXCEEDED } else { ttrpc::Code::UNAVAILABLE },
             text: format!("the agent's {what} call failed: {other}"),
         },
     }
 }
 
-/// Shortens `text` to at most `limit` bytes, then replaces control characters.
-pub(crate) fn bounded(text: &str, limit: usize) -> String {
-    let end = (0..=limit.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
-    crate::vm::console::clean(text.get(..end).unwrap_or_default())
+/// Returns whether the agent has not answered a call before the call's timeout.
+pub fn is_timeout(error: &ttrpc::Error) -> bool {
+    match error {
+        // The timeout expired in the agent.
+        ttrpc::Error::RpcStatus(status) => status.code() == ttrpc::Code::DEADLINE_EXCEEDED,
+        // The timeout expired in the client.
+        ttrpc::Error::Others(text) => text == CLIENT_TIMEOUT,
+        _ => false,
+    }
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::lock;
+use crate::text::clean;
 
 /// Maximum number of lines in a [`LogTail`].
 const MAX_LINES: usize = 40;
@@ -69,12 +70,6 @@ fn emit(text: &mut Vec<u8>, line: &mut impl FnMut(String)) {
         line(clean(&String::from_utf8_lossy(text)));
         text.clear();
     }
-}
-
-/// Replaces control characters, except tabs and newlines. Otherwise, the guest could send escape sequences to a
-/// terminal that shows the log.
-pub fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\t' && c != '\n' { '\u{fffd}' } else { c }).collect()
 }
 
 #[cfg(test)]

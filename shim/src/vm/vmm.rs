@@ -35,6 +35,9 @@ const FD_BYTES: usize = 256;
 
 /// Timeout of calls that do not depend on the progress of the guest.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long the VMM process may take to exit after SIGKILL. A thread that waits in a file system of the host that hangs
+/// exits only when the wait ends. The shim then leaves the process to the kernel.
+pub const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Error from starting or calling the VMM.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +95,8 @@ struct Inner {
     pending: Mutex<Option<PendingCalls>>,
     pid: u32,
     dead: watch::Receiver<Option<ExitStatus>>,
+    /// Whether the shim has sent SIGKILL to the process.
+    killed: watch::Sender<bool>,
     fd_shortage: Notify,
     vhost: VhostPermits,
     /// For each container, the VMM has a thread. The shim reports the thread's id on the host to containerd as the
@@ -215,6 +220,7 @@ impl Vmm {
             pending: Mutex::new(Some(PendingCalls::new())),
             pid,
             dead,
+            killed: watch::Sender::new(false),
             fd_shortage: Notify::new(),
             vhost: VhostPermits::default(),
             threads: Mutex::default(),
@@ -234,6 +240,22 @@ impl Vmm {
         let inner = Arc::clone(&vmm.inner);
         tokio::spawn(async move { read_all(&inner, notices).await });
         Ok(vmm)
+    }
+
+    /// Returns a VMM whose end the caller decides. The second value becomes true when the shim kills the VMM. The third
+    /// value takes the exit status. The control socket answers nothing.
+    ///
+    /// # Errors
+    /// If the socket cannot be registered with the async runtime.
+    #[cfg(test)]
+    pub fn scripted(
+        control: OwnedFd,
+    ) -> std::io::Result<(Self, watch::Receiver<bool>, watch::Sender<Option<ExitStatus>>)> {
+        let (died, dead) = watch::channel(None);
+        // No process has this PID, and `kill` sends no signal to it.
+        let vmm = Self::new(register(control, Interest::READABLE | Interest::WRITABLE)?, u32::MAX, dead);
+        let killed = vmm.inner.killed.subscribe();
+        Ok((vmm, killed, died))
     }
 
     /// Returns the PID of the process.
@@ -357,6 +379,7 @@ impl Vmm {
             // Until the process is reaped, the PID belongs to the VMM. `dead` is set immediately after the reaping.
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
         }
+        self.inner.killed.send_replace(true);
     }
 
     /// Waits until the process exits. Returns the exit status.
@@ -365,6 +388,22 @@ impl Vmm {
         match dead.wait_for(Option::is_some).await {
             Ok(status) => status.unwrap_or_default(),
             Err(_) => ExitStatus::default(),
+        }
+    }
+
+    /// Waits until the process exits, and returns the exit status. Returns `None` if the process has not exited
+    /// [`EXIT_TIMEOUT`] after [`Vmm::kill`].
+    pub async fn wait_exit_or_give_up(&self) -> Option<ExitStatus> {
+        let give_up = async {
+            let mut killed = self.inner.killed.subscribe();
+            // The wait does not fail, because `inner` owns the sender.
+            let _ = killed.wait_for(|killed| *killed).await;
+            tokio::time::sleep(EXIT_TIMEOUT).await;
+        };
+        tokio::select! {
+            biased;
+            status = self.wait() => Some(status),
+            () = give_up => None,
         }
     }
 

@@ -28,8 +28,6 @@ pub mod teardown;
 pub mod test_support;
 mod unmount;
 
-pub use error::VolumeError;
-pub use propagate::SyncError;
-pub use rootfs::{RootMount, RootfsError};
+pub use rootfs::RootMount;
 pub use share::{Share, ShareError};
-pub use teardown::{TeardownError, teardown};
+pub use teardown::teardown;

@@ -6,13 +6,11 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use husk_base::sys::loop_device;
 use nix::mount::{MntFlags, umount2};
 
-// Requests to loop devices (linux/loop.h).
-nix::ioctl_none_bad! {
-    /// Returns the number of a free loop device. If none is free, the kernel creates one.
-    loop_ctl_get_free, 0x4c82
-}
+// Requests to loop devices (linux/loop.h). `loop_device::configure` is not usable here, because the kernel would detach
+// the file as soon as the device is closed.
 nix::ioctl_write_int_bad! {
     /// Attaches a file to a loop device.
     loop_set_fd, 0x4c00
@@ -54,8 +52,7 @@ impl Disk {
         let backing = File::options().read(true).write(true).create(true).truncate(true).open(file).unwrap();
         backing.set_len(mib << 20).unwrap();
         let control = File::open("/dev/loop-control").unwrap();
-        // SAFETY: the request has no argument, and `control` is the loop control device.
-        let number = unsafe { loop_ctl_get_free(control.as_raw_fd()) }.unwrap();
+        let number = loop_device::free_number(&control).unwrap();
         let device = format!("/dev/loop{number}");
         let opened = File::options().read(true).write(true).open(&device).unwrap();
         // SAFETY: the request takes an fd as its argument, and both fds are open during the call.

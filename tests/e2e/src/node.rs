@@ -9,6 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use husk_base::sync::lock;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::command::{Input, Running};
 use crate::containerd;
@@ -18,6 +20,12 @@ pub use crate::containerd_log::log_tail;
 /// Returns the directory of the image tars. `HUSK_IMAGES` overrides this directory.
 pub fn image_dir() -> PathBuf {
     std::env::var_os("HUSK_IMAGES").map_or_else(|| PathBuf::from("/husk/images"), PathBuf::from)
+}
+
+/// Sends a signal to a process of the node.
+#[track_caller]
+pub fn send_signal(pid: i32, signal: Signal) {
+    kill(Pid::from_raw(pid), signal).unwrap_or_else(|error| panic!("failed to send {signal} to pid {pid}: {error}"));
 }
 
 /// Imports an image unless containerd has it already.

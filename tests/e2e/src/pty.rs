@@ -1,9 +1,10 @@
 //! A pseudo-terminal for `ctr -t`.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use husk_base::sys::terminal;
 use nix::pty::{Winsize, openpty};
 
 use crate::command::Running;
@@ -26,11 +27,8 @@ impl Terminal {
         unsafe {
             command.pre_exec(|| {
                 nix::unistd::setsid()?;
-                // Makes the terminal the session's controlling terminal, so that a resize sends SIGWINCH.
-                if libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
-                    return Err(std::io::Error::last_os_error());
-                }
-                Ok(())
+                // A resize sends SIGWINCH only if the terminal is the session's controlling terminal.
+                terminal::set_controlling(std::io::stdin())
             });
         }
         drop(pty.slave);
@@ -40,9 +38,7 @@ impl Terminal {
 
     /// Changes the terminal's size. The kernel sends SIGWINCH to the program.
     pub fn resize(&self, rows: u16, columns: u16) {
-        // SAFETY: the fd is an open terminal, and the structure outlives the call.
-        let result = unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &size(rows, columns)) };
-        assert_eq!(result, 0, "ioctl TIOCSWINSZ failed: {}", std::io::Error::last_os_error());
+        terminal::set_window_size(&self.master, columns, rows).expect("failed to set the terminal's size");
     }
 
     /// Types `text` on the terminal.

@@ -2,6 +2,9 @@
 
 use std::fs;
 
+use husk_base::sys::resource::{self, Limit};
+use nix::unistd::Pid;
+
 /// Returns the pids of all VMM processes, whose argv[0] is `husk-vmm`.
 pub fn vmm_pids() -> Vec<i32> {
     processes_with(|arguments| arguments.first().is_some_and(|first| first == "husk-vmm"))
@@ -37,14 +40,11 @@ fn of_shim(id: &str) -> Vec<i32> {
 /// Sets the soft fd limit (RLIMIT_NOFILE) of a process. Returns the previous limit.
 #[track_caller]
 pub fn set_fd_limit(pid: i32, limit: u64) -> u64 {
-    let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: `old` and `new` outlive the calls.
-    unsafe {
-        assert_eq!(libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut old), 0);
-        let new = libc::rlimit { rlim_cur: limit, ..old };
-        assert_eq!(libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const new, std::ptr::null_mut()), 0);
-    }
-    old.rlim_cur
+    let pid = Pid::from_raw(pid);
+    let set = |limit| resource::limit(pid, libc::RLIMIT_NOFILE, limit).expect("failed to set the fd limit");
+    let old = set(None);
+    set(Some(Limit { soft: limit, ..old }));
+    old.soft
 }
 
 fn processes_with(wanted: impl Fn(&[String]) -> bool) -> Vec<i32> {

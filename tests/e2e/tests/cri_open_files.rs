@@ -5,9 +5,11 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use husk_base::sys::resource::{self, Limit};
 use husk_e2e::cri::pod::need_image;
 use husk_e2e::cri::{pods, restart};
 use husk_e2e::{PYTHON, node, vm};
+use nix::unistd::Pid;
 use serde_json::json;
 
 /// The VMM's fd limit. It covers the VMM's own fds and the guest's files.
@@ -23,7 +25,7 @@ const NR_OPEN: &str = "/proc/sys/fs/nr_open";
 /// own limit to `nr_open`. Dropping this struct restores both limits.
 struct LowFdLimit {
     containerd: i32,
-    limit: libc::rlimit,
+    limit: Limit,
     nr_open: String,
 }
 
@@ -31,8 +33,7 @@ impl LowFdLimit {
     fn new() -> Self {
         let containerd = restart::containerd_pid().expect("containerd is not running");
         let nr_open = fs::read_to_string(NR_OPEN).unwrap();
-        let low = libc::rlimit { rlim_cur: LIMIT, rlim_max: LIMIT };
-        let limit = prlimit(containerd, &low);
+        let limit = set_limit(containerd, Limit { soft: LIMIT, hard: LIMIT });
         fs::write(NR_OPEN, LIMIT.to_string()).unwrap();
         Self { containerd, limit, nr_open }
     }
@@ -41,17 +42,13 @@ impl LowFdLimit {
 impl Drop for LowFdLimit {
     fn drop(&mut self) {
         let _ = fs::write(NR_OPEN, &self.nr_open);
-        prlimit(self.containerd, &self.limit);
+        set_limit(self.containerd, self.limit);
     }
 }
 
 /// Sets a process's fd limit. Returns the previous limit.
-fn prlimit(pid: i32, limit: &libc::rlimit) -> libc::rlimit {
-    let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: both pointers point to valid `rlimit` structures that outlive the call.
-    let set = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, limit, &raw mut old) };
-    assert_eq!(set, 0, "failed to set the fd limit: {}", std::io::Error::last_os_error());
-    old
+fn set_limit(pid: i32, limit: Limit) -> Limit {
+    resource::limit(Pid::from_raw(pid), libc::RLIMIT_NOFILE, Some(limit)).expect("failed to set the fd limit")
 }
 
 #[test]

@@ -11,6 +11,7 @@ use containerd_shim_protos::sandbox_api::{
 };
 use husk_e2e::cri::{Pod, annotations, expect_error, is_containerd_2, pod::Pods, pods_with_handler, stats, try_call};
 use husk_e2e::{KUBERNETES, Running, command::Input, containerd, node, shim, vm};
+use nix::sys::signal::Signal;
 use protobuf::Message;
 use serde_json::{Value, json};
 
@@ -260,8 +261,7 @@ fn pod_is_not_ready_and_status_names_the_reason_after_its_vmm_is_killed() {
     pods("sb-death", |pods| {
         let pod = pods.pod();
         let container = pod.sleeper();
-        // SAFETY: kill(2) takes two integers and no pointers.
-        assert_eq!(unsafe { libc::kill(pod.pid(), libc::SIGKILL) }, 0);
+        node::send_signal(pod.pid(), Signal::SIGKILL);
         assert_eq!(container.wait(), (137, "Error".into()));
         wait_until_not_ready(&pod);
         let info: Value = serde_json::from_str(pod.status()["info"]["info"].as_str().unwrap()).unwrap();
@@ -279,8 +279,7 @@ fn vm_ends_and_pod_is_not_ready_after_its_shim_is_killed() {
         let container = pod.sleeper();
         let shims = vm::shim_pids_of(&pod.id);
         assert_eq!(shims.len(), 1, "a pod must have exactly one shim");
-        // SAFETY: kill(2) takes two integers and no pointers.
-        assert_eq!(unsafe { libc::kill(shims[0], libc::SIGKILL) }, 0);
+        node::send_signal(shims[0], Signal::SIGKILL);
         let gone = node::eventually(Duration::from_secs(20), || vm::vmm_pids().is_empty().then_some(()));
         assert!(gone.is_some(), "the VM outlives its shim");
         wait_until_not_ready(&pod);

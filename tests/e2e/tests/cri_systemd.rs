@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use husk_e2e::cri::{Pod, Pods, call, pods, pods_with_handler};
 use husk_e2e::{case, node};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -239,8 +240,7 @@ fn killed_shim_leaves_no_unit() {
         let name = unit(&pod);
         let container = pod.sleeper();
         let dir = cgroup(&name);
-        // SAFETY: kill(2) takes two integers and no pointers.
-        assert_eq!(unsafe { libc::kill(shim(&pod), libc::SIGKILL) }, 0);
+        node::send_signal(shim(&pod), Signal::SIGKILL);
         wait_until_unloaded(&name);
         // containerd failed to reach the task, and retries the deletion after a second. Until then, containerd does
         // not remove the container. Therefore the test waits for the container's exit.

@@ -6,6 +6,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use husk_base::sys::xattr;
 use husk_e2e::cri::pod::{need_image, pods};
 use husk_e2e::cri::{Pod, kubelet};
 use husk_e2e::{PYTHON, node};
@@ -241,17 +242,21 @@ fn containers_share_sockets_and_locks_with_any_kind_of_mount() {
     });
 }
 
-/// Uses the features that overlayfs needs from the file system of its upper directory: whiteouts, `trusted.`
-/// attributes, renames.
+/// Uses the features that overlayfs needs from the file system of its upper directory: whiteouts, `trusted.*`
+/// attributes, renames. The owner of a symbolic link and the mode of a fifo change, because overlayfs copies such files
+/// to the upper directory without attributes.
 const OVERLAY: &str = "
     cd /data && mkdir lower upper work merged lower/dir && echo 1 > lower/gone && echo 2 > lower/dir/kept
+    ln -s dir/kept lower/link && mkfifo lower/pipe
     mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work merged
     cd merged && rm gone && mv dir moved 2>&1 | head -n 1; rm -rf dir && mkdir dir && echo new > dir/new
+    chown -h 7:7 link && chmod 600 pipe
     ls; ls dir; cd .. && umount merged
     stat -c '%F %t:%T' upper/gone
     mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work merged
     ls merged merged/dir
-    umount merged && rm -rf /data/*";
+    readlink merged/link && stat -c '%F %a %u' merged/link merged/pipe
+    umount merged";
 
 #[test]
 fn overlayfs_works_with_its_upper_directory_on_an_empty_dir() {
@@ -270,9 +275,18 @@ fn overlayfs_works_with_its_upper_directory_on_an_empty_dir() {
         let seen = container.exec(&["sh", "-c", OVERLAY]);
         let log = container.exec(&["sh", "-c", "dmesg | tail -n 5"]);
         pod.stop();
+        let attributes = xattr::list(&volume.join("upper/dir"));
         fs::remove_dir_all(dir).unwrap();
-        let expected = "dir\nmoved\nnew\ncharacter special file 0:0\nmerged:\ndir\nmoved\n\nmerged/dir:\nnew\n";
+        let expected = "dir\nlink\nmoved\npipe\nnew\ncharacter special file 0:0\n\
+            merged:\ndir\nlink\nmoved\npipe\n\nmerged/dir:\nnew\n\
+            dir/kept\nsymbolic link 777 7\nfifo 600 0\n";
         assert_eq!(seen.out, expected, "{}\n{}", seen.err, log.out);
+        // Husk adds a prefix to the attribute's name, and runc does not.
+        let attributes = String::from_utf8(attributes.unwrap()).unwrap();
+        assert!(
+            attributes.split('\0').any(|name| name.ends_with("trusted.overlay.opaque")),
+            "the new directory is not opaque on the node: {attributes:?}"
+        );
     });
 }
 

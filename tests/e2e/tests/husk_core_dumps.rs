@@ -3,6 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
+use husk_base::sys::resource::{self, Limit};
 use husk_e2e::{case, node};
 use nix::sys::ptrace;
 use nix::sys::wait::{WaitPidFlag, waitpid};
@@ -60,10 +61,8 @@ fn vmm_that_crashes_leaves_no_core_dump() {
             container.exec_with("user", &["--user", "1000"], &["touch", "/tmp/file"]).expect_code(0);
             let vmm = container.pid();
             if unlimited {
-                let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
-                // SAFETY: `limit` outlives the call.
-                let set = unsafe { libc::prlimit(vmm, libc::RLIMIT_CORE, &raw const limit, std::ptr::null_mut()) };
-                assert_eq!(set, 0);
+                let limit = Limit { soft: libc::RLIM_INFINITY, hard: libc::RLIM_INFINITY };
+                resource::limit(Pid::from_raw(vmm), libc::RLIMIT_CORE, Some(limit)).unwrap();
             }
             crash(vmm);
             container.running.wait().expect_code(137);

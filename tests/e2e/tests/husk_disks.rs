@@ -9,6 +9,7 @@ use husk_e2e::cri::pod::need_image;
 use husk_e2e::cri::{Pod, expect_error, pods};
 use husk_e2e::disk::{Disk, WRITER_PROGRAM};
 use husk_e2e::{PYTHON, node, vm};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 /// Maximum number of disks of a pod. Some slots are reserved for hot-plugged interfaces.
@@ -86,8 +87,7 @@ fn written_data_is_on_disk_after_vm_ends() {
         // exit of the container writes the data to the disk earlier.
         let shims = vm::shim_pids_of(&pod.id);
         assert_eq!(shims.len(), 1);
-        // SAFETY: kill takes two integers.
-        assert_eq!(unsafe { libc::kill(shims[0], libc::SIGTERM) }, 0);
+        node::send_signal(shims[0], Signal::SIGTERM);
         let gone = node::eventually(Duration::from_secs(30), || vm::shim_pids_of(&pod.id).is_empty().then_some(()));
         assert!(gone.is_some(), "the shim did not exit");
         assert_eq!(disks[0].read_written(), "changed");

@@ -6,20 +6,19 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use husk_base::sys::landlock;
 use husk_e2e::{case, node};
 use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
 use serde_json::Value;
 
 /// First landlock ABI that the VMM can use.
-const USABLE: i64 = 2;
+const USABLE: u32 = 2;
 /// First landlock ABI that supports every restriction that Husk applies to the VMM.
-const COMPLETE: i64 = 6;
+const COMPLETE: u32 = 6;
 
 /// Returns the ABI version of the node's landlock, or 0.
-fn abi() -> i64 {
-    // SAFETY: with LANDLOCK_CREATE_RULESET_VERSION and no attributes, the call only returns a number.
-    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<libc::c_void>(), 0, 1) };
-    version.max(0)
+fn abi() -> u32 {
+    landlock::abi().unwrap_or(0)
 }
 
 /// Returns status and detail of the finding that `husk check` has about landlock.

@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
@@ -12,6 +12,8 @@ use std::time::Duration;
 use husk_e2e::cri::pod::need_image;
 use husk_e2e::cri::{Pod, PodContainer, Pods, pods};
 use husk_e2e::{PYTHON, node, vm};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, setsockopt, socket, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
 use serde_json::json;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -249,33 +251,18 @@ send(own, b'husk-last')";
 fn assert_spoofed_frames_are_dropped(pod: &Pod, container: &PodContainer) {
     let own = container.sh("cat /sys/class/net/eth0/address");
     let node = fs::read_to_string("/sys/class/net/cni0/address").unwrap();
-    // SAFETY: socket takes three integers, and nothing else owns the new fd.
-    let all = unsafe {
-        let fd = libc::socket(
-            libc::AF_PACKET,
-            libc::SOCK_RAW | libc::SOCK_CLOEXEC,
-            libc::c_int::from((libc::ETH_P_ALL as u16).to_be()),
-        );
-        assert!(fd >= 0, "failed to open a packet socket: {}", std::io::Error::last_os_error());
-        OwnedFd::from_raw_fd(fd)
-    };
-    let limit = libc::timeval { tv_sec: 20, tv_usec: 0 };
-    // SAFETY: `limit` outlives the call, and `length` is its size.
-    let set = unsafe {
-        let length = size_of_val(&limit) as libc::socklen_t;
-        libc::setsockopt(all.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVTIMEO, (&raw const limit).cast(), length)
-    };
-    assert_eq!(set, 0);
+    let all = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)
+        .expect("failed to open a packet socket");
+    setsockopt(&all, sockopt::ReceiveTimeout, &TimeVal::seconds(20)).unwrap();
     let sent = container.exec(&["python3", "-S", "-c", FRAMES, &own, node.trim()]);
     assert_eq!(sent.code, 0, "{sent:?}");
     let (mut own, mut spoofed, mut last) = (0, 0, 0);
     // The pod sends `husk-last` in four frames. Each frame is captured on several interfaces.
     while last < 4 {
         let mut frame = [0u8; 2048];
-        // SAFETY: `frame` outlives the call, and the length is its size.
-        let length = unsafe { libc::recv(all.as_raw_fd(), frame.as_mut_ptr().cast(), frame.len(), 0) };
-        let error = std::io::Error::last_os_error();
-        assert!(length >= 0, "failed to receive a frame: {error}; {own} own and {spoofed} spoofed frames so far");
+        if let Err(error) = recv(all.as_raw_fd(), &mut frame, MsgFlags::empty()) {
+            panic!("failed to receive a frame: {error}; {own} own and {spoofed} spoofed frames so far");
+        }
         let contains = |mark: &[u8]| frame.windows(mark.len()).any(|window| window == mark);
         own += usize::from(contains(b"husk-own"));
         spoofed += usize::from(contains(b"husk-foreign"));

@@ -9,6 +9,7 @@ use std::time::Duration;
 use husk_e2e::cri::{self, PodContainer, expect_error, number, pods};
 use husk_e2e::events::{Events, number_exec_ids};
 use husk_e2e::{node, vm};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 #[test]
@@ -21,8 +22,7 @@ fn pod_is_not_ready_after_its_vmm_dies() {
         thread::scope(|scope| {
             let executing = scope.spawn(|| cri::try_call("ExecSync", &exec));
             events.wait_for(&container.id, 4);
-            // SAFETY: kill takes two integers.
-            assert_eq!(unsafe { libc::kill(pod.pid(), libc::SIGKILL) }, 0);
+            node::send_signal(pod.pid(), Signal::SIGKILL);
             assert_eq!(number(&executing.join().unwrap().unwrap()["exit_code"]), 137);
         });
         assert_eq!(container.wait(), (137, "Error".into()));
@@ -135,8 +135,7 @@ fn pod_with_killed_shim_can_be_stopped_and_removed() {
         let container = pod.sleeper();
         let shims = vm::shim_pids_of(&pod.id);
         assert_eq!(shims.len(), 1, "a pod must have exactly one shim");
-        // SAFETY: kill takes two integers.
-        assert_eq!(unsafe { libc::kill(shims[0], libc::SIGKILL) }, 0);
+        node::send_signal(shims[0], Signal::SIGKILL);
         // containerd 2.x does not ask the runtime for this exit status, and reports 255, which means "unknown".
         assert!([137, 255].contains(&container.wait().0));
         let gone = node::eventually(Duration::from_secs(20), || vm::vmm_pids().is_empty().then_some(()));

@@ -3,6 +3,7 @@
 use arbitrary::Arbitrary;
 use husk_vmm::virtio::device::VirtioDevice;
 use husk_vmm::virtio::testing::Bench;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// Maximum number of steps that are taken from one input. More steps only make fuzzing slower.
 const MAX_STEPS: usize = 64;
@@ -132,13 +133,8 @@ pub fn chain<D: VirtioDevice>(bench: &mut Bench<D>, queue: usize, readable: &[Ve
 
 /// Creates a memfd with a length of `len` bytes.
 pub fn memory_file(len: u64) -> std::fs::File {
-    use std::os::fd::FromRawFd;
-    // SAFETY: the name is NUL-terminated, and nothing else owns the new fd.
-    let file = unsafe {
-        let fd = libc::memfd_create(c"fuzz".as_ptr(), libc::MFD_CLOEXEC);
-        assert!(fd >= 0, "memfd_create failed");
-        std::fs::File::from_raw_fd(fd)
-    };
+    let file = memfd_create(c"fuzz", MFdFlags::MFD_CLOEXEC).expect("create a memfd");
+    let file = std::fs::File::from(file);
     file.set_len(len).expect("set the file length");
     file
 }

@@ -1,15 +1,16 @@
 //! Runs a fuzz target in a private root file system, so that the target cannot change the host's files.
 
-use std::ffi::{CStr, CString};
 use std::fs;
-use std::io::{Error, ErrorKind};
-use std::os::unix::ffi::OsStrExt;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, OnceLock};
 use std::thread;
 
 use husk_base::sync::lock;
+use nix::mount::MsFlags;
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{chroot, getegid, geteuid};
 
 /// Mount point of the private root file system. chroot(2) then makes this mount point the root directory. The mount
 /// exists only in a private mount namespace. Therefore the mount disappears when the process ends.
@@ -22,13 +23,11 @@ pub const OF_THE_HOST: [&str; 2] = ["/dev/null", "/proc/self/fd"];
 /// # Panics
 /// Panics if the user may not create user namespaces.
 pub fn prepare() {
-    // SAFETY: geteuid(2) and getegid(2) take no arguments and always succeed.
-    let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
-    if user == 0 {
+    let (user, group) = (geteuid(), getegid());
+    if user.is_root() {
         return;
     }
-    // SAFETY: unshare(2) takes only flags.
-    check("unshare", unsafe { libc::unshare(libc::CLONE_NEWUSER) });
+    check("unshare", unshare(CloneFlags::CLONE_NEWUSER));
     fs::write("/proc/self/setgroups", "deny").expect("write /proc/self/setgroups");
     fs::write("/proc/self/uid_map", format!("0 {user} 1")).expect("write /proc/self/uid_map");
     fs::write("/proc/self/gid_map", format!("0 {group} 1")).expect("write /proc/self/gid_map");
@@ -97,21 +96,19 @@ pub type Only<T> = OnceLock<Jail<T>>;
 fn enter() {
     let at = |path: &str| Path::new(AT).join(path);
     let limit = fs::read("/proc/sys/fs/nr_open").expect("read /proc/sys/fs/nr_open");
-    // SAFETY: unshare(2) takes only flags. The new mount namespace, root and working directory affect only this thread.
-    check("unshare", unsafe { libc::unshare(libc::CLONE_NEWNS) });
-    mount(c"none", Path::new("/"), c"", libc::MS_REC | libc::MS_PRIVATE, c"");
+    // The new mount namespace, root and working directory affect only this thread.
+    check("unshare", unshare(CloneFlags::CLONE_NEWNS));
+    mount("none", Path::new("/"), "", MsFlags::MS_REC | MsFlags::MS_PRIVATE, "");
     // With MS_NODEV, no thread can open the device nodes that fuzzed requests create.
-    mount(c"tmpfs", Path::new(AT), c"tmpfs", libc::MS_NODEV | libc::MS_NOSUID, c"size=64m,mode=755");
+    mount("tmpfs", Path::new(AT), "tmpfs", MsFlags::MS_NODEV | MsFlags::MS_NOSUID, "size=64m,mode=755");
     for directory in ["dev", "proc/self/fd", "proc/sys/fs"] {
         fs::create_dir_all(at(directory)).expect("create a directory in the jail");
     }
     fs::write(at("proc/sys/fs/nr_open"), limit).expect("write the jail's /proc/sys/fs/nr_open");
     fs::write(at("dev/null"), "").expect("create the jail's /dev/null");
-    mount(c"/dev/null", &at("dev/null"), c"", libc::MS_BIND, c"");
-    mount(c"/proc/self/fd", &at("proc/self/fd"), c"", libc::MS_BIND, c"");
-    let root = path(Path::new(AT));
-    // SAFETY: the path is NUL-terminated.
-    check("chroot", unsafe { libc::chroot(root.as_ptr()) });
+    mount("/dev/null", &at("dev/null"), "", MsFlags::MS_BIND, "");
+    mount("/proc/self/fd", &at("proc/self/fd"), "", MsFlags::MS_BIND, "");
+    check("chroot", chroot(AT));
     std::env::set_current_dir("/").expect("change to the root directory");
     assert!(is_inside(), "the jail's thread can still reach the host's files");
 }
@@ -121,21 +118,12 @@ fn is_inside() -> bool {
     matches!(fs::metadata("/etc").map_err(|error| error.kind()), Err(ErrorKind::NotFound))
 }
 
-fn path(path: &Path) -> CString {
-    CString::new(path.as_os_str().as_bytes()).expect("convert a path to a C string")
+fn mount(source: &str, target: &Path, kind: &str, flags: MsFlags, data: &str) {
+    check("mount", nix::mount::mount(Some(source), target, Some(kind), flags, Some(data)));
 }
 
-fn mount(source: &CStr, target: &Path, kind: &CStr, flags: libc::c_ulong, data: &CStr) {
-    let target = path(target);
-    // SAFETY: all strings are NUL-terminated, and the kernel copies the data.
-    let result = unsafe { libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, data.as_ptr().cast()) };
-    check("mount", result);
-}
-
-fn check(what: &str, result: libc::c_int) {
-    assert!(
-        result == 0,
-        "{what} failed: {}; the jail mounts file systems, which needs root or a user namespace",
-        Error::last_os_error()
-    );
+fn check(what: &str, result: nix::Result<()>) {
+    if let Err(error) = result {
+        panic!("{what} failed: {error}; the jail mounts file systems, which needs root or a user namespace");
+    }
 }

@@ -9,9 +9,7 @@
 //!
 //! Once the rules are set, the kernel refuses each call that changes the tree of mounts: mount, umount2, move_mount and
 //! pivot_root (security/landlock/fs.c, the hooks `sb_mount` to `sb_pivotroot`). The kernel does not ask landlock about
-//! fsopen, fsmount, open_tree and mount_setattr. With CAP_SYS_ADMIN, these calls succeed unless a seccomp filter stops
-//! them. Files on a mount that fsmount made are not beneath the share, and so the rules deny access to them. But
-//! mount_setattr can clear `nodev` of the share.
+//! fsopen, fsmount, open_tree and mount_setattr. These calls fail because no thread has CAP_SYS_ADMIN.
 
 use std::fmt;
 use std::fs::File;

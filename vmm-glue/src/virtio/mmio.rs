@@ -5,7 +5,6 @@
 //! configuration cannot change after DRIVER_OK.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use husk_base::error::chain;
@@ -16,18 +15,19 @@ use virtio_bindings::virtio_config::{
 };
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES, VIRTIO_MMIO_DEVICE_FEATURES_SEL,
-    VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INT_CONFIG,
-    VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE,
-    VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW,
-    VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY,
-    VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_BASE_HIGH,
-    VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
+    VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INTERRUPT_ACK,
+    VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE, VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW,
+    VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM,
+    VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH,
+    VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS,
+    VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
 };
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{ActivateError, Activation, ActiveQueue, Interrupt, SharedDevice, lock};
 use super::loop_handle::LoopHandle;
+use super::mmio_interrupt::MmioInterrupt;
 use crate::guest_memory::GuestMemory;
 
 /// Offset of the register that a driver writes to notify a queue. KVM turns the write into an eventfd signal.
@@ -86,63 +86,6 @@ struct Registers {
     resets: u64,
 }
 
-/// The device's single interrupt line, with two possible causes.
-pub struct MmioInterrupt {
-    status: AtomicU32,
-    generation: AtomicU32,
-    /// Whether the device has failed, so that the driver sees DEVICE_NEEDS_RESET. This flag is not in [`Registers`],
-    /// because a device sets the flag through [`Interrupt`], without the lock of the registers.
-    needs_reset: AtomicBool,
-    /// Whether vhost also writes to `irq`, after it has used buffers (see [`Interrupt::share_irq`]).
-    shared: AtomicBool,
-    irq: EventFd,
-}
-
-impl Interrupt for MmioInterrupt {
-    fn queue(&self, _index: u16) -> io::Result<()> {
-        self.status.fetch_or(VIRTIO_MMIO_INT_VRING, Ordering::SeqCst);
-        self.irq.write(1)
-    }
-
-    fn share_irq(&self) -> io::Result<EventFd> {
-        let irq = self.irq.try_clone()?;
-        self.shared.store(true, Ordering::SeqCst);
-        Ok(irq)
-    }
-
-    fn config(&self) -> io::Result<()> {
-        self.generation.fetch_add(1, Ordering::SeqCst);
-        self.status.fetch_or(VIRTIO_MMIO_INT_CONFIG, Ordering::SeqCst);
-        self.irq.write(1)
-    }
-
-    fn needs_reset(&self) -> io::Result<()> {
-        self.needs_reset.store(true, Ordering::SeqCst);
-        self.config()
-    }
-}
-
-impl MmioInterrupt {
-    /// Returns the status bits that the device adds to the driver's status bits.
-    fn status(&self) -> u32 {
-        if self.needs_reset.load(Ordering::SeqCst) { NEEDS_RESET } else { 0 }
-    }
-
-    /// Returns the causes of an interrupt. If vhost shares the eventfd, the VRING bit is always set, because vhost
-    /// cannot set this bit. Without the VRING bit, Linux's driver does not look at its queues (`vm_interrupt` in
-    /// drivers/virtio/virtio_mmio.c).
-    fn causes(&self) -> u32 {
-        let shared = if self.shared.load(Ordering::SeqCst) { VIRTIO_MMIO_INT_VRING } else { 0 };
-        self.status.load(Ordering::SeqCst) | shared
-    }
-
-    fn reset(&self) {
-        self.status.store(0, Ordering::SeqCst);
-        self.needs_reset.store(false, Ordering::SeqCst);
-        self.shared.store(false, Ordering::SeqCst);
-    }
-}
-
 impl Transport {
     /// Attaches `device` to a new transport. `irq` interrupts the guest. `device_loop` activates and resets the device.
     pub fn new(
@@ -168,13 +111,7 @@ impl Transport {
             notify,
             device_loop,
             state: Arc::new(State {
-                interrupt: Arc::new(MmioInterrupt {
-                    status: AtomicU32::new(0),
-                    generation: AtomicU32::new(0),
-                    needs_reset: AtomicBool::new(false),
-                    shared: AtomicBool::new(false),
-                    irq,
-                }),
+                interrupt: Arc::new(MmioInterrupt::new(irq)),
                 registers: Mutex::new(Registers {
                     status: 0,
                     device_features,
@@ -209,7 +146,7 @@ impl Transport {
 
     /// Returns the eventfd that interrupts the guest.
     pub fn irq_fd(&self) -> &EventFd {
-        &self.state.interrupt.irq
+        self.state.interrupt.irq()
     }
 
     /// Serves a read by the driver.
@@ -238,7 +175,7 @@ impl Transport {
         match register {
             // Read these two registers without a lock, because the driver reads them at every interrupt.
             VIRTIO_MMIO_INTERRUPT_STATUS => self.state.interrupt.causes(),
-            VIRTIO_MMIO_CONFIG_GENERATION => self.state.interrupt.generation.load(Ordering::SeqCst),
+            VIRTIO_MMIO_CONFIG_GENERATION => self.state.interrupt.generation(),
             VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
             VIRTIO_MMIO_VERSION => VERSION,
             VIRTIO_MMIO_DEVICE_ID => self.device_type,
@@ -253,7 +190,7 @@ impl Transport {
     fn write_register(self: &Arc<Self>, register: u32, value: u32) {
         match register {
             VIRTIO_MMIO_INTERRUPT_ACK => {
-                self.state.interrupt.status.fetch_and(!value, Ordering::SeqCst);
+                self.state.interrupt.acknowledge(value);
             }
             // KVM consumes a write whose value is a queue's number. Other values must have no effect.
             VIRTIO_MMIO_QUEUE_NOTIFY => {}

@@ -1,6 +1,6 @@
 //! Tests of activations and resets that wait for the device loop, and of several vCPUs that write at the same time.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 

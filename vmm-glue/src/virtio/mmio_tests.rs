@@ -6,6 +6,7 @@ use std::thread;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use proptest::prelude::*;
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use vm_memory::GuestAddress;
 
 use super::*;

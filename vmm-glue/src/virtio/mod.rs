@@ -8,6 +8,7 @@ pub mod fs;
 pub mod loop_handle;
 pub mod mem;
 pub mod mmio;
+mod mmio_interrupt;
 pub mod net;
 pub mod queue;
 pub mod rate_limit;

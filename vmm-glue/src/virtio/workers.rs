@@ -9,9 +9,9 @@
 //! worker that takes a request while other workers are idle enables the next notification. If the queue already has
 //! another request, this worker signals the notification itself.
 //!
-//! If a rate limit does not admit the next request, one worker waits until the request is admitted. The request stays
-//! in the queue, and the other workers are idle meanwhile. Therefore, requests are admitted in their order. A pause or
-//! the end of the activation only has to wait for requests that are being served.
+//! If a rate limit does not admit the next request, one worker waits until the request is admitted. Until then, the
+//! request stays in the queue, and the other workers are idle. Therefore, requests are admitted in their order. A pause
+//! or the end of the activation only has to wait for requests that are being served.
 
 use std::io;
 use std::os::fd::AsRawFd;

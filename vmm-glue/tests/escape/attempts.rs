@@ -6,15 +6,12 @@ use std::os::fd::AsRawFd;
 use syscalls::{Errno, Sysno, syscall};
 
 use crate::Stopped;
-use crate::chains::{self, CLEAR_NODEV};
+use crate::chains;
 use crate::exhaustion;
 use crate::payload::Inside;
 
 /// Why sockets do no harm without the filters.
 const EMPTY_NETWORK: &str = "the socket reaches only the pod's network";
-/// Why a virtio-fs worker thread may make the call without the filters.
-const FILE_SERVER: &str =
-    "the virtio-fs server needs CAP_SYS_ADMIN for trusted.* attributes, and this capability allows the call";
 const OWN_KEYS: &str = "the process gets access only to its own keys";
 
 type Make = fn(&Inside) -> Result<String, Stopped>;
@@ -66,6 +63,8 @@ pub fn read(directory: i32, path: &'static CStr, flags: i32) -> Result<String, S
 }
 
 pub const AT_FDCWD: i32 = libc::AT_FDCWD;
+/// The command of bpf(2) that loads a program (linux/bpf.h).
+const BPF_PROG_LOAD: i32 = 5;
 
 /// All attempts.
 pub const ATTEMPTS: &[Attempt] = &[
@@ -87,27 +86,20 @@ pub const ATTEMPTS: &[Attempt] = &[
     never("mount a tmpfs", call!(mount, text(c"x"), text(c"/"), text(c"tmpfs"), 0, 0)),
     never("mount procfs", call!(mount, text(c"x"), text(c"/"), text(c"proc"), 0, 0)),
     never("unmount the root", call!(umount2, text(c"/"), libc::MNT_DETACH)),
-    filtered("create a file system context", call!(fsopen, text(c"proc"), 0), FILE_SERVER),
-    filtered("clone the root's mount", call!(open_tree, AT_FDCWD, text(c"/"), 1), FILE_SERVER),
-    filtered(
-        "change a mount's flags",
-        |_| chains::clear_nodev(AT_FDCWD, c"/", 0).map(|()| "cleared nodev of the share".to_owned()),
-        FILE_SERVER,
-    ),
+    never("create a file system context", call!(fsopen, text(c"proc"), 0)),
+    never("clone the root's mount", call!(open_tree, AT_FDCWD, text(c"/"), 1)),
+    never("change a mount's flags", |_| {
+        chains::clear_nodev(AT_FDCWD, c"/", 0)?;
+        Ok("cleared nodev of the share".to_owned())
+    }),
     never("attach a new mount", chains::attach_new_mount),
-    never("open a device of a new devtmpfs", chains::devtmpfs),
+    never("open a device of a new devtmpfs", chains::device_of_devtmpfs),
+    never("set the mode of a device of a new devtmpfs", chains::mode_in_devtmpfs),
     never("make a device node of a host disk, and read the disk", chains::disk_in_share),
     never("make a device node on a new mount, and read the disk", chains::disk_on_new_mount),
-    filtered(
-        "clear nodev of the share, make a device node, and read the disk",
-        chains::disk_without_nodev,
-        CLEAR_NODEV,
-    ),
-    filtered(
-        "clear nodev of a clone of the share, make a device node, and read the disk",
-        chains::disk_on_clone,
-        CLEAR_NODEV,
-    ),
+    never("clear nodev of the share, make a device node, and read the disk", chains::disk_without_nodev),
+    never("clear nodev of a clone of the share, make a device node, and read the disk", chains::disk_on_clone),
+    never("clear nodev of the share in a new user namespace, and read the disk", chains::disk_in_user_namespace),
     never("open a file by its handle", |_| {
         let mut handle = [128u32; 40];
         let mut mount_id = 0i32;
@@ -152,27 +144,23 @@ pub const ATTEMPTS: &[Attempt] = &[
     filtered("netlink socket", call!(socket, libc::AF_NETLINK, libc::SOCK_RAW, 0), EMPTY_NETWORK),
     never("crypto socket", call!(socket, 38, libc::SOCK_SEQPACKET, 0)),
     never("connect to an abstract socket of the host", connect_abstract),
-    filtered(
-        "bpf",
-        |_| {
-            // An array of one element: type, key size, value size and length.
-            let attributes = [2u32, 4, 4, 1];
-            // SAFETY: the attributes outlive the call.
-            let result = unsafe { syscall!(Sysno::bpf, 0, attributes.as_ptr(), 16) };
-            Ok(result.map(|_| "has a BPF map".to_owned())?)
-        },
-        FILE_SERVER,
-    ),
-    filtered(
-        "perf_event_open",
-        |_| {
-            let attributes = [0u64, 120, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-            // SAFETY: the attributes outlive the call.
-            let result = unsafe { syscall!(Sysno::perf_event_open, attributes.as_ptr(), 0, -1i32, -1i32, 0) };
-            Ok(result.map(|_| "counts events".to_owned())?)
-        },
-        FILE_SERVER,
-    ),
+    never("load a BPF program that can read the kernel's memory", |_| {
+        // The instructions: set register 0 to 0, and exit.
+        let instructions = [0xb7u64, 0x95];
+        // BPF_PROG_TYPE_KPROBE and the number of instructions, the instructions, the licence, and no log.
+        let attributes = [2 | 2 << 32, instructions.as_ptr().addr() as u64, text(c"GPL") as u64, 0, 0, 0];
+        // SAFETY: the attributes, and what they point to, outlive the call.
+        let result = unsafe { syscall!(Sysno::bpf, BPF_PROG_LOAD, attributes.as_ptr(), 48) };
+        Ok(result.map(|_| "loaded the program".to_owned())?)
+    }),
+    never("count the events of all processes", |_| {
+        let mut attributes = [0u64; 15];
+        // PERF_TYPE_SOFTWARE, and the length of the attributes. The event is PERF_COUNT_SW_CPU_CLOCK, which is 0.
+        attributes[0] = 1 | 120 << 32;
+        // SAFETY: the attributes outlive the call.
+        let result = unsafe { syscall!(Sysno::perf_event_open, attributes.as_ptr(), -1i32, 0, -1i32, 0) };
+        Ok(result.map(|_| "counts events".to_owned())?)
+    }),
     filtered("add a key", call!(add_key, text(c"user"), text(c"husk"), text(c"x"), 1, -2i32), OWN_KEYS),
     filtered("read the id of the process's own keyring", call!(keyctl, 0, -2i32, 1), OWN_KEYS),
     filtered(
@@ -191,7 +179,7 @@ pub const ATTEMPTS: &[Attempt] = &[
         call!(unshare, libc::CLONE_NEWUSER),
         "the capabilities apply only in the new namespace, which owns no resources of the host",
     ),
-    filtered("new mount namespace", call!(unshare, libc::CLONE_NEWNS), "the new namespace has the same mounts"),
+    never("new mount namespace", call!(unshare, libc::CLONE_NEWNS)),
     filtered("new process", call!(clone, libc::SIGCHLD, 0, 0, 0, 0), "the new process is in the same jail"),
     never("new process by clone3", |_| {
         let mut arguments = [0u64; 11];

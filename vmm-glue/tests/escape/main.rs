@@ -6,6 +6,7 @@
 //! the attempt, for example the root directory or landlock, unless [`Attempt::without_filters`] contains a reason. The
 //! program prints a table of the results. The program fails unless each attempt that a wall has to stop ends with an
 //! error of the kernel or by a filter. The program also fails if the rows differ from the rows in `docs/security.md`.
+//! With `HUSK_UPDATE_DOCS=1` in the environment, the program writes the table to `docs/security.md`.
 //!
 //! The program needs root, as the shim does.
 
@@ -17,6 +18,7 @@ mod exhaustion;
 mod outside;
 mod payload;
 
+use std::fs;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::PathBuf;
@@ -36,8 +38,13 @@ use crate::outside::{Cgroup, Disk, Share};
 const KINDS: [Kind; 5] = [Kind::Control, Kind::Vcpu, Kind::DeviceLoop, Kind::FileServer, Kind::Disk];
 
 /// The document that contains the table, and the table's section.
-const DOCUMENT: &str = include_str!("../../../docs/security.md");
+const DOCUMENT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/security.md");
 const SECTION: &str = "## Attempts to leave the jail\n";
+/// The title of the table.
+const TITLE: [&str; 2] = [
+    "| attempt | with the filters | without the filters | why no other wall has to stop it |",
+    "| --- | --- | --- | --- |",
+];
 
 /// What the program tells the process in the jail.
 #[derive(Serialize, Deserialize)]
@@ -132,9 +139,13 @@ fn main() -> ExitCode {
     let address = SocketAddr::from_abstract_name("husk-escape").expect("make an abstract address");
     let _listener = UnixListener::bind_addr(&address).expect("bind an abstract socket");
     let parent = std::process::id().cast_signed();
-    let mut failures = document_differences();
-    println!("| attempt | with the filters | without the filters | why no other wall has to stop it |");
-    println!("| --- | --- | --- | --- |");
+    let mut failures = Vec::new();
+    let mut table = Vec::new();
+    let mut add_line = |line: String| {
+        println!("{line}");
+        table.push(line);
+    };
+    TITLE.iter().for_each(|line| add_line((*line).to_owned()));
     for (number, attempt) in ATTEMPTS.iter().enumerate() {
         let [enforced, logged] = [SeccompMode::Enforce, SeccompMode::Log].map(|seccomp| {
             let order =
@@ -146,8 +157,12 @@ fn main() -> ExitCode {
             cell(&ends)
         });
         let reason = attempt.without_filters.map(|reason| format!("{reason} ")).unwrap_or_default();
-        println!("| {} | {enforced} | {logged} | {reason}|", attempt.name);
+        add_line(format!("| {} | {enforced} | {logged} | {reason}|", attempt.name));
     }
+    if std::env::var_os("HUSK_UPDATE_DOCS").is_some() {
+        update_document(&table);
+    }
+    failures.extend(document_differences());
     // Other limits of pids have the same errno.
     if cgroup.refusals().expect("read pids.events of the cgroup") == 0 {
         failures.push("the cgroup's limit of pids has refused no pid".to_owned());
@@ -160,11 +175,23 @@ fn main() -> ExitCode {
     ExitCode::FAILURE
 }
 
+/// Replaces the table in the document.
+fn update_document(table: &[String]) {
+    let document = fs::read_to_string(DOCUMENT).expect("read docs/security.md");
+    let (before, section) = document.split_once(SECTION).expect("docs/security.md lacks the table's section");
+    let (introduction, rest) = section.split_once("\n|").expect("the section lacks a table");
+    let (_, after) = rest.split_once("\n\n").expect("nothing follows the table");
+    let table = table.join("\n");
+    fs::write(DOCUMENT, format!("{before}{SECTION}{introduction}\n{table}\n\n{after}"))
+        .expect("write docs/security.md");
+}
+
 /// Compares the attempts and the reasons with the table in the document. The document's results are from one kernel.
 fn document_differences() -> Vec<String> {
-    let section = DOCUMENT.split_once(SECTION).map_or("", |(_, section)| section);
+    let document = fs::read_to_string(DOCUMENT).expect("read docs/security.md");
+    let section = document.split_once(SECTION).map_or("", |(_, section)| section);
     let section = section.split_once("\n## ").map_or(section, |(section, _)| section);
-    let rows = section.lines().filter(|line| line.starts_with('|')).skip(2);
+    let rows = section.lines().filter(|line| line.starts_with('|')).skip(TITLE.len());
     let cells = rows.map(|row| row.split('|').map(str::trim).collect::<Vec<_>>());
     let documented: Vec<_> = cells.map(|cells| (cells[1], cells[4])).collect();
     let made: Vec<_> = ATTEMPTS.iter().map(|made| (made.name, made.without_filters.unwrap_or_default())).collect();

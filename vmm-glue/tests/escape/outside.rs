@@ -2,10 +2,11 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use husk_base::sys::loop_device;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// The limit of pids in the cgroup. In a pod, the shim sets this limit (`shim/src/resources/cgroup/mod.rs`).
@@ -13,15 +14,6 @@ pub const MAX_PIDS: u64 = 64;
 
 /// Mount point of cgroup v2, or parent directory of the cgroup v1 mounts.
 const CGROUPS: &str = "/sys/fs/cgroup";
-
-// linux/loop.h
-const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
-const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
-const LO_FLAGS_AUTOCLEAR: u32 = 4;
-/// Length of `struct loop_config` in units of four bytes.
-const LOOP_CONFIG_WORDS: usize = 76;
-/// Position of `info.lo_flags` in `struct loop_config`, in units of four bytes.
-const LOOP_CONFIG_FLAGS: usize = 15;
 
 /// The pod's share, mounted as the shim mounts it.
 pub struct Share(pub PathBuf);
@@ -68,15 +60,10 @@ impl Disk {
 /// Attaches a file to a free loop device. Returns `None` if the device is no longer free.
 fn attach(file: &File) -> Option<File> {
     let control = File::open("/dev/loop-control").expect("open /dev/loop-control, which needs root");
-    // SAFETY: the request takes no argument.
-    let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) };
+    let number = loop_device::free_number(&control).expect("get the number of a free loop device");
     let device = format!("/dev/loop{number}");
     let device = File::options().read(true).write(true).open(device).expect("open a free loop device");
-    let mut config = [0u32; LOOP_CONFIG_WORDS];
-    config[0] = file.as_raw_fd().cast_unsigned();
-    config[LOOP_CONFIG_FLAGS] = LO_FLAGS_AUTOCLEAR;
-    // SAFETY: `config` has the length of `struct loop_config`, and outlives the call.
-    (unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, config.as_ptr()) } == 0).then_some(device)
+    loop_device::configure(&device, file, false).is_ok().then_some(device)
 }
 
 /// A cgroup with a limit of pids.

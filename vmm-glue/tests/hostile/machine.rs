@@ -16,9 +16,10 @@ use husk_vmm::control::{Call, ExitReason, Notice, PageKind, Request, wire};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
 use nix::sys::time::TimeVal;
-use nix::unistd::{dup, dup2_stderr};
+use nix::unistd::{Pid, dup, dup2_stderr};
 
 use crate::guest::{END, Guest, REACTION};
 use crate::traffic::Traffic;
@@ -135,8 +136,7 @@ impl Node {
         let hung = matches!(end, Err(End::Hung(_)));
         let reason = if hung { None } else { exit_reason(&mut vmm, &mut notices) };
         if hung {
-            // SAFETY: the process is a child that nobody has reaped.
-            let _ = unsafe { libc::kill(spawned.pid.cast_signed(), libc::SIGKILL) };
+            let _ = kill(Pid::from_raw(spawned.pid.cast_signed()), Signal::SIGKILL);
         }
         let status = husk_base::sys::process::wait(spawned.pid.cast_signed(), 0).expect("wait for the VMM process");
         let status = ExitStatus::from_raw(status.expect("the VMM process has ended").1);

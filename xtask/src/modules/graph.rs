@@ -5,6 +5,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use super::uses::Use;
 use crate::source::Module;
 
+/// The name under which the functions of the crate's root count as a module. No module can have this name.
+const ROOT: &str = "crate";
+
 /// Uses among the children of one module. The key is the pair of the using child and the used child. The value is the
 /// first use of the used child by the using child.
 type Siblings<'a> = BTreeMap<(&'a str, &'a str), &'a Use>;
@@ -29,10 +32,11 @@ pub struct Graph<'a> {
 
 impl<'a> Graph<'a> {
     /// Creates the graph. Each use counts as a use between two children of the innermost module that contains both the
-    /// using and the used module.
+    /// using and the used module. The functions of the crate's root count as one more child of the root, [`ROOT`].
     pub fn new(modules: &'a [Module], uses: &'a [Use]) -> Self {
         let mut siblings: BTreeMap<&[String], Siblings<'_>> = BTreeMap::new();
         let (mut up, mut down) = (BTreeSet::new(), BTreeSet::new());
+        let root: &[String] = &[];
         for used in uses {
             let (from, to) = (modules[used.from].path.as_slice(), modules[used.to].path.as_slice());
             let common = from.iter().zip(to).take_while(|(a, b)| a == b).count();
@@ -41,8 +45,18 @@ impl<'a> Graph<'a> {
                 (Some(from), Some(to)) => {
                     siblings.entry(within).or_default().entry((from, to)).or_insert(used);
                 }
-                (Some(child), None) => drop(up.insert((within, child))),
-                (None, Some(child)) => drop(down.insert((within, child))),
+                (Some(child), None) => {
+                    up.insert((within, child));
+                    if used.root_function {
+                        siblings.entry(root).or_default().entry((child, ROOT)).or_insert(used);
+                    }
+                }
+                (None, Some(child)) => {
+                    down.insert((within, child));
+                    if used.root_function {
+                        siblings.entry(root).or_default().entry((ROOT, child)).or_insert(used);
+                    }
+                }
                 (None, None) => {}
             }
         }
@@ -135,7 +149,10 @@ mod tests {
             test_only: false,
         };
         let index = |name: &str| paths.iter().position(|path| *path == name).unwrap();
-        let uses = pairs.iter().map(|(from, to)| Use { from: index(from), to: index(to), line: 1 }).collect();
+        let uses = pairs
+            .iter()
+            .map(|(from, to)| Use { from: index(from), to: index(to), line: 1, root_function: false })
+            .collect();
         (paths.iter().map(module).collect(), uses)
     }
 
@@ -151,6 +168,17 @@ mod tests {
         assert_eq!(knots.len(), 2);
         assert_eq!(knots[0].cycle("b", "c"), [("b", "c"), ("c", "a"), ("a", "b")]);
         assert_eq!(graph.uses(), 6);
+    }
+
+    #[test]
+    fn functions_of_the_root_count_as_a_module() {
+        let (modules, mut uses) = crate_of(&["", "a", "b", "b::x"], &[("a", ""), ("", "b"), ("b::x", "a")]);
+        assert!(Graph::new(&modules, &uses).knots().is_empty());
+        for used in &mut uses {
+            used.root_function = true;
+        }
+        let graph = Graph::new(&modules, &uses);
+        assert_eq!(graph.knots()[0].cycle("a", "crate"), [("a", "crate"), ("crate", "b"), ("b", "a")]);
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! If one module uses another, this counts as a use between two children of the innermost module that contains both
 //! modules. For example, a use of `crate::b::y` by `crate::a::x` counts as a use of `b` by `a`. A module and its child
 //! may use each other, because a parent often has the types that its children share. Pairs of a module and its child
-//! that use each other are only counted.
+//! that use each other are only counted. The functions of the crate's root are an exception: together, they count as
+//! one more module, `crate`. Otherwise, a function that all modules call could hide a cycle of these modules.
 
 mod graph;
 mod known;
@@ -170,6 +171,24 @@ mod tests {
     use std::fs;
 
     use super::*;
+
+    #[test]
+    fn cycle_through_a_function_of_the_root_is_reported() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("lib.rs");
+        let files = [
+            ("lib.rs", "mod a; mod b; mod c;\nuse other::lock;\nuse c::chain;\nfn text() { b::text() }"),
+            ("a.rs", "use crate::text;\nfn f() { text() }"),
+            ("b.rs", "use crate::a::A;\nuse crate::{chain, lock};"),
+            ("c.rs", "use crate::lock;"),
+        ];
+        for (name, text) in files {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        let report = inspect(&Crate { name: "x".into(), root }, &BTreeSet::new()).unwrap();
+        let pairs: Vec<_> = report.uses.iter().map(|used| used.pair.as_str()).collect();
+        assert_eq!(pairs, ["a > crate", "b > a", "crate > b"]);
+    }
 
     #[test]
     fn unknown_cycle_is_reported_with_files_and_lines() {

@@ -22,6 +22,8 @@ pub struct Use {
     pub to: usize,
     /// The line in the file of `from`.
     pub line: usize,
+    /// Whether a function of the crate's root uses `to`, or `from` uses such a function.
+    pub root_function: bool,
 }
 
 /// A path that occurs in a module.
@@ -29,6 +31,8 @@ struct Named {
     segments: Vec<String>,
     line: usize,
     kind: Kind,
+    /// Whether the path is in a function that is an item of the module.
+    in_function: bool,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -45,6 +49,8 @@ enum Kind {
 #[derive(Default)]
 struct Names {
     items: HashSet<String>,
+    /// The items that are functions.
+    functions: HashSet<String>,
     /// The path that each imported name stands for.
     imports: HashMap<String, Vec<String>>,
     /// The paths of the modules from which all names are imported.
@@ -77,9 +83,11 @@ pub fn uses(modules: &[Module]) -> Vec<Use> {
             // An import of all names of an enclosing module does not count. The imported names are resolved where they
             // are used.
             let around = named.kind == Kind::Glob && scope.is_within(from, to);
-            let twice = uses.iter().any(|earlier: &Use| (earlier.from, earlier.to) == (from, to));
+            let root_function = (scope.is_root(from) && named.in_function) || scope.names_root_function(to, named);
+            let key = (from, to, root_function);
+            let twice = uses.iter().any(|earlier: &Use| (earlier.from, earlier.to, earlier.root_function) == key);
             if from != to && !around && !twice {
-                uses.push(Use { from, to, line: named.line });
+                uses.push(Use { from, to, line: named.line, root_function });
             }
         }
     }
@@ -87,6 +95,16 @@ pub fn uses(modules: &[Module]) -> Vec<Use> {
 }
 
 impl Scope<'_> {
+    fn is_root(&self, module: usize) -> bool {
+        self.modules[module].path.is_empty()
+    }
+
+    /// Whether `named` is a path to a function of the crate's root. `to` is the module to which the path leads.
+    fn names_root_function(&self, to: usize, named: &Named) -> bool {
+        let first = named.segments.iter().find(|name| !matches!(name.as_str(), "crate" | "self" | "super"));
+        self.is_root(to) && first.is_some_and(|name| self.names[to].functions.contains(name))
+    }
+
     /// Whether `module` is the module `around`, or is inside `around`.
     fn is_within(&self, module: usize, around: usize) -> bool {
         self.modules[module].path.starts_with(&self.modules[around].path)
@@ -126,7 +144,9 @@ impl Scope<'_> {
                 at = child;
             } else if self.is_within(from, at) && !self.names[at].items.contains(name) {
                 let rest = path.get(number + 1..).unwrap_or_default();
-                return self.imported(from, at, name, rest, depth).or(Some(at));
+                let target = self.imported(from, at, name, rest, depth);
+                // An imported name without a target is of another crate.
+                return if self.names[at].imports.contains_key(name) { target } else { target.or(Some(at)) };
             } else {
                 break;
             }
@@ -191,8 +211,12 @@ fn names(module: &Module) -> Names {
             _ => continue,
         };
         names.items.extend(ident.map(source::name));
+        let in_function = matches!(item, Item::Fn(_));
+        if in_function {
+            names.functions.extend(ident.map(source::name));
+        }
         if !source::is_test_only(attrs) {
-            Collector { named: &mut names.named }.visit_item(item);
+            Collector { named: &mut names.named, in_function }.visit_item(item);
         }
     }
     names
@@ -242,20 +266,23 @@ fn leaves(tree: &UseTree, prefix: &mut Vec<String>, found: &mut Found<'_>) {
 /// Collects the paths that occur in items.
 struct Collector<'a> {
     named: &'a mut Vec<Named>,
+    /// Whether the item is a function.
+    in_function: bool,
 }
 
 impl<'ast> Visit<'ast> for Collector<'_> {
     fn visit_item_use(&mut self, item: &'ast syn::ItemUse) {
         leaves(&item.tree, &mut Vec::new(), &mut |path, name, line| {
             let kind = if name.is_none() { Kind::Glob } else { Kind::Declared };
-            self.named.push(Named { segments: path.to_vec(), line, kind });
+            self.named.push(Named { segments: path.to_vec(), line, kind, in_function: self.in_function });
         });
     }
 
     fn visit_path(&mut self, path: &'ast syn::Path) {
         if let (None, Some(first)) = (&path.leading_colon, path.segments.first()) {
             let segments = path.segments.iter().map(|segment| source::name(&segment.ident)).collect();
-            self.named.push(Named { segments, line: first.ident.span().start().line, kind: Kind::Path });
+            let line = first.ident.span().start().line;
+            self.named.push(Named { segments, line, kind: Kind::Path, in_function: self.in_function });
         }
         visit::visit_path(self, path);
     }
@@ -320,7 +347,7 @@ impl Collector<'_> {
 
     fn end(&mut self, path: &mut Option<(Vec<String>, usize)>) {
         if let Some((segments, line)) = path.take() {
-            self.named.push(Named { segments, line, kind: Kind::Path });
+            self.named.push(Named { segments, line, kind: Kind::Path, in_function: self.in_function });
         }
     }
 }

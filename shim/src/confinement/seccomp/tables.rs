@@ -91,6 +91,8 @@ const RUNTIME: &[Rule] = &[
     allow(Sysno::epoll_ctl, "the async runtime"),
     allow(Sysno::epoll_wait, "the async runtime"),
     allow(Sysno::eventfd2, "wakes the async runtime"),
+    allow(Sysno::timerfd_create, "notices steps of the node's clock"),
+    allow(Sysno::timerfd_settime, "notices steps of the node's clock"),
     allow(Sysno::poll, "waits for one fd"),
     allow(Sysno::ppoll, "waits for one fd"),
 ];

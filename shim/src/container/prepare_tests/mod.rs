@@ -52,8 +52,7 @@ fn bundle(dir: &Path, change: impl FnOnce(&mut Value)) -> Bundle {
 
 /// Returns the source of mount `index` in `prepared.spec`, as a host path below `share.guest`.
 fn guest_source(share: &Share, prepared: &Prepared, index: usize) -> PathBuf {
-    let spec: Value = serde_json::from_slice(&prepared.spec).unwrap();
-    let path = spec["mounts"][index]["source"].as_str().unwrap().to_owned();
+    let path = prepared.spec["mounts"][index]["source"].as_str().unwrap().to_owned();
     share.guest.join(Path::new(&path).strip_prefix(husk_proto::GUEST_SHARE).unwrap())
 }
 
@@ -71,7 +70,7 @@ fn staged_trees(share: &Share) -> usize {
 }
 
 /// Updates the mounts in all volumes of the share. Returns the first error.
-fn sync_mounts(share: &Path) -> Result<(), SyncError> {
+fn sync_mounts(share: &Path) -> Result<(), propagate::SyncError> {
     let results: Vec<_> = propagate::volumes(share)?.iter().map(|name| propagate::update(share, name)).collect();
     results.into_iter().collect()
 }

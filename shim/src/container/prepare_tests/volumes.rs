@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, fs, time::Duration};
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::container::prepare::*;
 use crate::container::prepare_tests::*;
@@ -28,7 +28,7 @@ fn prepare_makes_mounts_and_teardown_removes_them() {
         let request = Request { id: "c1", share: &share.host, rootfs: &rootfs, pids: &HashMap::new() };
         let prepared = prepare(&bundle, &request).unwrap();
         assert_eq!(prepared.rootfs, "/run/husk/share/c1/rootfs");
-        let spec: Value = serde_json::from_slice(&prepared.spec).unwrap();
+        let spec = &prepared.spec;
         let (second, third) = (guest_source(&share, &prepared, 2), guest_source(&share, &prepared, 3));
         assert_eq!(spec["mounts"][0], sample()["mounts"][0]);
 

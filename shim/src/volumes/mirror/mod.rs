@@ -7,6 +7,7 @@
 
 mod walk;
 mod watch;
+mod watcher;
 
 use std::ffi::OsStr;
 use std::io;
@@ -25,6 +26,8 @@ use crate::oci::IdMappings;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::volumes::mirror::watch::Watch;
 use crate::volumes::mount_api;
+
+pub use watcher::Watchers;
 
 /// Names of the directories that contain mirrored volumes, below a pod's directory `volumes`. Each name is an escaped
 /// plugin name (Kubernetes, pkg/volume/{configmap,secret,projected,downwardapi}).
@@ -59,7 +62,8 @@ impl Volume {
         Ok(Self { root: Arc::new(detached), path })
     }
 
-    /// Returns the path, for messages only.
+    /// Returns the path at which the directory was opened.
+    #[cfg(test)]
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -169,17 +173,22 @@ pub fn guest_path(container: &str, mount: usize) -> String {
 /// # Errors
 /// [`MirrorError`] if a volume cannot be copied. If a volume cannot be watched, logs a warning and copies the volume
 /// only once.
-pub async fn start(agent: &Agent, container: &str, mirrors: Vec<Mirror>) -> Result<JoinSet<()>, MirrorError> {
+pub async fn start(
+    watchers: &Watchers,
+    agent: &Agent,
+    container: &str,
+    mirrors: Vec<Mirror>,
+) -> Result<JoinSet<()>, MirrorError> {
     let mut tasks = JoinSet::new();
     for mirror in mirrors {
         // Create the watch before the copy, so that no change between these steps is missed.
-        let watch = Watch::new(&mirror.source).await;
+        let watch = Watch::new(watchers, &mirror.source).await;
         copy(agent, container, &mirror).await?;
         match watch {
             Ok(watch) => drop(tasks.spawn(keep_updated(agent.clone(), container.to_owned(), mirror, watch))),
             Err(error) => tracing::warn!(
                 container, volume = %mirror.source.path.display(), %error,
-                "failed to watch a volume: its later changes do not reach the guest (see fs.inotify.max_user_watches)"
+                "failed to watch a volume: its later changes do not reach the guest"
             ),
         }
     }
@@ -202,7 +211,7 @@ async fn keep_updated(agent: Agent, container: String, mirror: Mirror, mut watch
             },
             () = tokio::time::sleep(RETRY_DELAY), if failures > 0 => {}
         }
-        let watched = watch.add_new_directories(&mirror.source).await;
+        let watched = watch.add_new_directories().await;
         let watched = watched.map_err(|source| MirrorError::Watch { path: mirror.source.path.clone(), source });
         // Copy the changes even if new directories cannot be watched.
         let copied = copy(&agent, &container, &mirror).await;
@@ -295,7 +304,7 @@ mod tests {
     async fn keep_updated_retries_until_the_volume_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let volume = |path: &Path| Volume::new(mount_api::open_path(path, false).unwrap(), path.to_owned()).unwrap();
-        let watch = Watch::new(&volume(dir.path())).await.unwrap();
+        let watch = Watch::new(&Watchers::default(), &volume(dir.path())).await.unwrap();
         // This volume is a file instead of a directory. Therefore, the shim can neither watch nor copy the volume.
         let path = dir.path().join("file");
         std::fs::write(&path, "").unwrap();

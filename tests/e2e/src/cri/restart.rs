@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use super::{Pod, PodContainer, Pods, try_call};
@@ -28,8 +29,7 @@ pub fn containerd_pid() -> Option<i32> {
 fn stop() {
     let pid = containerd_pid().expect("containerd is not running");
     grpc::disconnect();
-    // SAFETY: kill(2) takes two integers and no pointers.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+    node::send_signal(pid, Signal::SIGTERM);
     let gone = node::eventually(TIMEOUT, || containerd_pid().is_none().then_some(()));
     assert!(gone.is_some(), "containerd does not exit:\n{}", node::log_tail(20));
 }

@@ -37,8 +37,7 @@ pub fn run(bytes: &[u8]) {
         check_id_mappings(&bundle);
         let disks: Vec<_> = disks::find(&bundle.raw);
         let numbers = |disk| (disk, husk_shim::oci::DeviceNumbers { major: 254, minor: 16 });
-        replace_disk_numbers(bytes, &disks.into_iter().map(numbers).collect::<Vec<_>>())
-            .expect("replace the device numbers of the disks");
+        replace_disk_numbers(&mut bundle.raw.clone(), &disks.into_iter().map(numbers).collect::<Vec<_>>());
         pod::add_mounts(&mut bundle, bundle_dir());
         let pids = HashMap::from([(7, "other".to_owned())]);
         if translate::spec(&mut bundle.raw, "id", &pids, &mut Vec::new()).is_ok() {

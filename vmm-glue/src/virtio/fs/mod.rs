@@ -28,6 +28,9 @@ mod test_tree;
 #[cfg(test)]
 mod tests;
 mod writer;
+mod xattr_names;
+#[cfg(test)]
+mod xattr_names_tests;
 
 use std::fs::File;
 use std::io;
@@ -38,6 +41,7 @@ use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 
 use self::checked_fs::CheckedFs;
@@ -157,7 +161,8 @@ impl Fs {
         let threshold = guest_fd_limit - guest_fd_limit / SPARE_FRACTION;
         let fd_limit = fd_directory.try_clone().map_err(FsError::Event)?;
         let fd_limit = FdLimit::new(fd_limit, threshold, Box::new(request_forget));
-        let fs = PassthroughFs::new(passthrough_config(share.root.clone(), fd_directory, guest_fd_limit));
+        let xattrmap = xattr_names::map().map_err(|error| root_error(io::Error::other(error)))?;
+        let fs = PassthroughFs::new(passthrough_config(share.root.clone(), fd_directory, guest_fd_limit, xattrmap));
         let limiter = SharedLimiter::new(share.rate_limit);
         let server = fs.and_then(|fs| FuseServer::new(CheckedFs::new(fs, fd_limit, dev_null, limiter)));
         let server = server.map_err(root_error)?;
@@ -195,7 +200,7 @@ impl Fs {
 }
 
 /// Returns the configuration of virtiofsd's file system.
-fn passthrough_config(root_dir: String, fd_directory: File, guest_fd_limit: u64) -> Config {
+fn passthrough_config(root_dir: String, fd_directory: File, guest_fd_limit: u64, xattrmap: XattrMap) -> Config {
     Config {
         root_dir,
         proc_sfd_rawfd: Some(fd_directory),
@@ -211,6 +216,7 @@ fn passthrough_config(root_dir: String, fd_directory: File, guest_fd_limit: u64)
         // no data that the guest has reported as written may be lost.
         writeback: false,
         xattr: true,
+        xattrmap: Some(xattrmap),
         posix_acl: NegotiationMode::Auto,
         // With this option, the guest need not send a GETXATTR of security.capability before each write.
         killpriv_v2: true,

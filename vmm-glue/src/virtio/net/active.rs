@@ -8,9 +8,9 @@ use event_manager::EventOps;
 use husk_base::error::chain;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::TapQueue;
 use super::load::Load;
 use super::pump::{FrameRules, QueuePair};
+use super::tap_queue::TapQueue;
 use super::vhost::{self, VhostError};
 use crate::guest_memory::GuestMemory;
 use crate::virtio::device::Interrupt;

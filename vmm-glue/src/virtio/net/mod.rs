@@ -14,6 +14,7 @@ mod pump;
 #[cfg(test)]
 mod rate_limit_tests;
 mod tap;
+mod tap_queue;
 #[cfg(test)]
 mod tests;
 mod vhost;
@@ -34,12 +35,12 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_queue::QueueT;
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::active::{Active, DataPath};
 use self::load::Load;
 use self::offload::Offload;
 use self::pump::{FrameRules, QueuePair};
+use self::tap_queue::{FAULT_TOKEN, TAP_TOKEN, TapQueue, set_active_queues, switch_active_pairs};
 use self::vhost::VhostError;
 use super::activation;
 use super::device::{ActivateError, Activation, VirtioDevice};
@@ -55,10 +56,6 @@ pub use self::tap::flags as tap_flags;
 /// this interrupt busy.
 pub const MAX_QUEUE_PAIRS: usize = 8;
 
-/// Event tokens of the taps and of vhost-net's faults. The lower half of a token is the pair's index. The token of a
-/// queue is the queue's index.
-const TAP_TOKEN: u32 = 1 << 16;
-const FAULT_TOKEN: u32 = 2 << 16;
 /// Maximum size of a queue for frames, and of the control queue.
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
@@ -95,18 +92,6 @@ pub struct Net {
     offload: Offload,
     active: Option<Active>,
     throttle: Throttle,
-}
-
-/// The host's side of a queue pair.
-struct TapQueue {
-    tap: File,
-    /// The events for which epoll watches the tap.
-    watched: EventSet,
-    registered: bool,
-    /// Whether this queue of the tap is attached, so that it may receive frames for the guest.
-    attached: bool,
-    /// vhost-net, if it is open, and the eventfd that vhost-net signals when the guest breaks a queue.
-    vhost: Option<(File, EventFd)>,
 }
 
 impl Net {
@@ -346,59 +331,6 @@ impl Net {
         let interrupt = self.active.as_ref().map(|active| Arc::clone(&active.interrupt));
         activation::stop_broken_device(self, "virtio-net", fault, interrupt);
     }
-}
-
-impl TapQueue {
-    fn new(tap: File) -> io::Result<Self> {
-        husk_base::sys::fd::set_nonblocking(&tap)?;
-        Ok(Self { tap, watched: EventSet::empty(), registered: false, attached: true, vhost: None })
-    }
-
-    fn init(&mut self, index: u32, ops: &mut EventOps) {
-        match ops.add(Events::with_data(&self.tap, TAP_TOKEN | index, EventSet::empty())) {
-            Ok(()) => self.registered = true,
-            Err(error) => log::error!("virtio-net: failed to register the tap: {error}"),
-        }
-    }
-
-    /// Takes the open file of vhost-net for this queue pair, and watches for faults of vhost-net.
-    fn set_vhost(&mut self, file: File, index: u32, ops: &mut EventOps) -> io::Result<()> {
-        let fault = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        ops.add(Events::with_data(&fault, FAULT_TOKEN | index, EventSet::IN)).map_err(io::Error::other)?;
-        self.vhost = Some((file, fault));
-        Ok(())
-    }
-
-    fn close_vhost(&mut self, ops: &mut EventOps) {
-        if let Some((_, fault)) = self.vhost.take()
-            && let Err(error) = ops.remove(Events::empty(&fault))
-        {
-            log::warn!("virtio-net: failed to unregister vhost-net from the device loop: {error}");
-        }
-    }
-}
-
-/// Attaches the first `count` queues of the tap, and detaches the other queues.
-fn set_active_queues(tap_queues: &mut [TapQueue], switchable: bool, count: usize) -> io::Result<()> {
-    for (index, tap_queue) in tap_queues.iter_mut().enumerate() {
-        let wanted = index < count;
-        if switchable && tap_queue.attached != wanted {
-            husk_base::sys::interface::set_queue_attached(&tap_queue.tap, wanted)?;
-            tap_queue.attached = wanted;
-        }
-    }
-    Ok(())
-}
-
-/// Changes the number of active queue pairs from `before` to `count`. Returns whether the change succeeded.
-fn switch_active_pairs(tap_queues: &mut [TapQueue], switchable: bool, before: usize, count: usize) -> bool {
-    let switched = set_active_queues(tap_queues, switchable, count);
-    if let Err(error) = &switched {
-        log::warn!("virtio-net: failed to change the number of attached queues of the tap to {count}: {error}");
-        // Best effort: attach the same queues as before the change.
-        let _ = set_active_queues(tap_queues, switchable, before);
-    }
-    switched.is_ok()
 }
 
 impl MutEventSubscriber for Net {

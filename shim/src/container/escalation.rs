@@ -1,0 +1,50 @@
+//! Ends the VM if the guest does not carry out a request to end a container.
+//!
+//! A hung guest, a hung VMM, or a process that waits in a file system of the host that hangs cannot end a container.
+//! The shim then kills the VMM process. This ends all containers of the pod, because they share the guest.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::container::Shim;
+use crate::container::containers::Container;
+use crate::vm::vmm::EXIT_TIMEOUT;
+
+/// Timeout of the agent's answer to a signal. The answer needs no other process of the guest.
+pub const SIGNAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout of the agent's answer to SIGKILL for a container.
+pub const KILL_ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a container may take to exit after SIGKILL.
+pub const KILL_EXIT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Timeout of the agent's answer to the deletion of a container whose processes have ended.
+pub const DELETE_TIMEOUT: Duration = Duration::from_secs(25);
+/// How long the shim waits for the exits of all containers after it has killed the VMM process.
+const END_TIMEOUT: Duration = EXIT_TIMEOUT.saturating_add(Duration::from_secs(2));
+
+impl Shim {
+    /// Kills the VM if the container's init process does not exit within [`KILL_EXIT_TIMEOUT`]. Returns at once. Only
+    /// the first call for a container has an effect.
+    pub(crate) fn expect_exit(self: &Arc<Self>, container: &Arc<Container>) {
+        if !container.claim_exit_guard() {
+            return;
+        }
+        let (shim, container) = (Arc::clone(self), Arc::clone(container));
+        tokio::spawn(async move {
+            if tokio::time::timeout(KILL_EXIT_TIMEOUT, container.init.wait()).await.is_err() {
+                let limit = KILL_EXIT_TIMEOUT.as_secs();
+                shim.sandbox.fail(format!("container {} did not exit within {limit} s after SIGKILL", container.id));
+            }
+        });
+    }
+
+    /// Kills the VM because the agent has not answered. Waits until the VM has ended, and all processes count as exited.
+    /// `call` says what the agent has not done.
+    pub(crate) async fn end_silent_vm(&self, container: &Container, call: &str, limit: Duration) {
+        let id = &container.id;
+        self.sandbox.fail(format!("the agent did not {call} container {id} within {} s", limit.as_secs()));
+        let mut ended = self.vm_ended.subscribe();
+        if tokio::time::timeout(END_TIMEOUT, ended.wait_for(|ended| *ended)).await.is_err() {
+            tracing::error!(container = id, "the VM has not ended, although the shim has killed it");
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! Keeps the guest's wall clock at the host's wall clock.
+//!
+//! The guest's kernel measures time with the CPU's time-stamp counter. Therefore the guest's clock does not follow NTP's
+//! corrections of the host's clock, nor a step of the host's clock. The shim compares both clocks at intervals, and
+//! whenever the host's clock has been stepped. Only the wall clock is corrected. The guest's monotonic clock never goes
+//! back.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant, SystemTime};
+
+use husk_base::async_fd::register;
+use husk_proto::agent::AdjustClockRequest;
+use nix::errno::Errno;
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::vm::agent::{Agent, timeouts, within};
+use crate::vm::vmm::Vmm;
+
+/// Time from the end of the boot, which sets the guest's clock, to the first comparison. A pod that ends earlier needs no
+/// comparison.
+const FIRST_INTERVAL: Duration = Duration::from_secs(10);
+/// Interval between two comparisons. A clock that is 100 ppm fast gains 30 ms in this time.
+const INTERVAL: Duration = Duration::from_secs(300);
+/// Interval after a comparison that failed, or that took so long that it was not accurate.
+const RETRY_INTERVAL: Duration = Duration::from_secs(10);
+/// Offset that is not worth a correction.
+const TOLERANCE: Duration = Duration::from_millis(1);
+/// Number of measurements for one comparison. The fastest one is the most accurate one.
+const ATTEMPTS: usize = 3;
+
+/// Starts to correct the guest's clock. Stops when the VM ends.
+pub fn start(agent: Agent, vmm: Vmm) {
+    tokio::spawn(async move {
+        tokio::select! {
+            result = follow(&agent) => if let Err(error) = result {
+                tracing::warn!(%error, "failed to watch the host's clock; the guest's clock does not follow it");
+            },
+            _ = vmm.wait() => {}
+        }
+    });
+}
+
+async fn follow(agent: &Agent) -> io::Result<()> {
+    let steps = Steps::new()?;
+    let mut interval = FIRST_INTERVAL;
+    loop {
+        tokio::select! {
+            result = steps.wait() => {
+                result?;
+                tracing::info!("the host's clock was stepped");
+            }
+            () = tokio::time::sleep(interval) => {}
+        }
+        interval = if compare(agent).await { INTERVAL } else { RETRY_INTERVAL };
+    }
+}
+
+/// A measurement of the difference between the two clocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Measurement {
+    /// Nanoseconds that the guest's clock is behind the host's clock.
+    offset_ns: i64,
+    /// Maximum error of `offset_ns`.
+    error_ns: i64,
+}
+
+impl Measurement {
+    /// Returns the measurement from the guest's answer. `begin_ns` is the host's clock before the request, and `took` is
+    /// the time until the answer. The agent has read its clock `guest_ns` between these times. Therefore the error is at
+    /// most half of `took`.
+    fn new(begin_ns: i64, took: Duration, guest_ns: i64) -> Self {
+        let half = i64::try_from(took.as_nanos() / 2).unwrap_or(i64::MAX);
+        Self { offset_ns: begin_ns.saturating_add(half).saturating_sub(guest_ns), error_ns: half }
+    }
+
+    /// Returns the correction, or 0 if the measured offset may be an error of the measurement.
+    fn correction(self) -> i64 {
+        let tolerance = i64::try_from(TOLERANCE.as_nanos()).unwrap_or(i64::MAX).max(self.error_ns);
+        if self.offset_ns.saturating_abs() > tolerance { self.offset_ns } else { 0 }
+    }
+}
+
+/// Compares both clocks, and corrects the guest's clock. Returns whether this succeeded.
+async fn compare(agent: &Agent) -> bool {
+    let mut best: Option<Measurement> = None;
+    for _ in 0..ATTEMPTS {
+        match measure(agent, 0).await {
+            Ok(measured) if best.is_none_or(|best| measured.error_ns < best.error_ns) => best = Some(measured),
+            Ok(_) => {}
+            Err(error) => {
+                tracing::debug!(%error, "failed to read the guest's clock");
+                return false;
+            }
+        }
+    }
+    let Some(best) = best else { return false };
+    let correction = best.correction();
+    if correction == 0 {
+        return true;
+    }
+    tracing::debug!(offset_us = correction / 1000, "correcting the guest's clock");
+    if let Err(error) = measure(agent, correction).await {
+        tracing::warn!(%error, "failed to correct the guest's clock");
+        return false;
+    }
+    true
+}
+
+/// Corrects the guest's clock by `correction_ns`, and measures the offset before this correction.
+async fn measure(agent: &Agent, correction_ns: i64) -> ttrpc::Result<Measurement> {
+    let request = AdjustClockRequest { offset_ns: correction_ns, ..Default::default() };
+    let (clock, begin) = (SystemTime::now(), Instant::now());
+    let response = agent.sandbox.adjust_clock(within(timeouts::QUICK), &request).await?;
+    let took = begin.elapsed();
+    let since_epoch = clock.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let begin_ns = i64::try_from(since_epoch.as_nanos()).unwrap_or(i64::MAX);
+    Ok(Measurement::new(begin_ns, took, response.clock_ns))
+}
+
+/// Notices steps of the host's wall clock.
+struct Steps(AsyncFd<OwnedFd>);
+
+impl Steps {
+    fn new() -> io::Result<Self> {
+        let timer = TimerFd::new(ClockId::CLOCK_REALTIME, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)?;
+        // The time never comes. If the clock is stepped, the kernel cancels the timer, and read fails with ECANCELED
+        // (timerfd_create(2), TFD_TIMER_CANCEL_ON_SET).
+        let never = Expiration::OneShot(TimeSpec::new(i64::MAX / 1_000_000_000, 0));
+        let flags = TimerSetTimeFlags::TFD_TIMER_ABSTIME | TimerSetTimeFlags::TFD_TIMER_CANCEL_ON_SET;
+        timer.set(never, flags)?;
+        Ok(Self(register(OwnedFd::from(timer), Interest::READABLE)?))
+    }
+
+    async fn wait(&self) -> io::Result<()> {
+        let read = |timer: &OwnedFd| match nix::unistd::read(timer, &mut [0; 8]) {
+            Ok(_) | Err(Errno::ECANCELED) => Ok(()),
+            Err(error) => Err(error.into()),
+        };
+        self.0.async_io(Interest::READABLE, read).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: i64 = 1_000_000;
+
+    #[test]
+    fn correction_is_zero_within_the_error_of_the_measurement() {
+        // The guest is 20 ms behind, but the answer took 100 ms.
+        let slow = Measurement::new(1000 * MS, Duration::from_millis(100), 1030 * MS);
+        assert_eq!(slow, Measurement { offset_ns: 20 * MS, error_ns: 50 * MS });
+        assert_eq!(slow.correction(), 0);
+        let fast = Measurement::new(1000 * MS, Duration::from_millis(2), 981 * MS);
+        assert_eq!(fast.correction(), 20 * MS);
+        let ahead = Measurement::new(1000 * MS, Duration::from_millis(2), 3_601_001 * MS);
+        assert_eq!(ahead.correction(), -3_600_000 * MS);
+        let equal = Measurement::new(1000 * MS, Duration::ZERO, 1000 * MS - MS / 2);
+        assert_eq!(equal.correction(), 0);
+    }
+
+    #[test]
+    fn clock_of_a_hostile_guest_causes_no_overflow() {
+        for guest in [i64::MIN, 0, i64::MAX] {
+            for took in [Duration::ZERO, Duration::MAX] {
+                Measurement::new(i64::MAX, took, guest).correction();
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn steps_waits_while_the_clock_is_not_stepped() {
+        let steps = Steps::new().unwrap();
+        assert!(tokio::time::timeout(Duration::from_millis(50), steps.wait()).await.is_err());
+    }
+}

@@ -1,0 +1,122 @@
+//! Follows a VM from the end of its boot to its own end, and determines why it has ended.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+
+use crate::sandbox::ENDED_BY_REQUEST;
+use crate::sandbox::notices::{self, Progress};
+use crate::text::bounded;
+use crate::vm::agent::{self, Agent, Report};
+use crate::vm::vmm::{EXIT_TIMEOUT, Vmm};
+use crate::vm::{State, StateCell};
+
+/// How long the agent's last events may take to arrive after the VMM process has exited.
+const LAST_EVENTS_TIMEOUT: Duration = Duration::from_secs(2);
+/// Maximum length of the error of the agent's event stream in the reason of the VM's end, in bytes.
+const MAX_STREAM_ERROR: usize = 512;
+
+/// What the end of the VM changes.
+pub struct End {
+    /// The state, which becomes final.
+    pub state: StateCell,
+    /// Why the shim has killed the VM, if it has.
+    pub kill_reason: Arc<OnceLock<Arc<str>>>,
+}
+
+impl End {
+    /// Forwards the agent's reports until the VM ends, and then records why it has ended. `booted` is the result of the
+    /// boot. `vmm` is `None` if the VMM process was not started.
+    pub async fn follow(
+        &self,
+        booted: Result<Agent, String>,
+        vmm: Option<Vmm>,
+        progress: &mut watch::Receiver<Progress>,
+        reports: &mpsc::Sender<Report>,
+    ) {
+        let lost = match (booted, &vmm) {
+            (Ok(agent), Some(vmm)) => Some(forward_events(agent, vmm, &self.state, reports).await),
+            (Ok(_), None) => None,
+            (Err(error), vmm) => {
+                tracing::error!(error, "failed to start the sandbox");
+                self.state.enter(State::Failed(error.into()));
+                if let Some(vmm) = vmm {
+                    vmm.kill();
+                }
+                None
+            }
+        };
+        let Some(vmm) = vmm else { return };
+        let status = vmm.wait_exit_or_give_up().await;
+        let by_shim = self.kill_reason.get().map(|reason| &**reason);
+        let reason = match status {
+            Some(status) => {
+                let lost = lost.map(|lost| format!("the VMM process ended with {status}, and {lost}"));
+                notices::end_reason(progress, status, by_shim.or(lost.as_deref())).await
+            }
+            None => {
+                let reason = stuck(by_shim.or(lost.as_deref()).unwrap_or(ENDED_BY_REQUEST));
+                tracing::error!(pid = vmm.pid(), reason, "the VMM process does not exit");
+                reason
+            }
+        };
+        tracing::debug!(reason, "the VM has ended");
+        self.state.enter(State::Gone(reason.into()));
+    }
+}
+
+/// Returns the reason of the VM's end if the VMM process has not exited after SIGKILL. `killed` says why the shim killed
+/// the process.
+pub fn stuck(killed: &str) -> String {
+    format!(
+        "{killed}; the VMM process did not exit within {} s after SIGKILL, because a thread waits in the host's kernel",
+        EXIT_TIMEOUT.as_secs()
+    )
+}
+
+/// Sets the state to running, and forwards the agent's events. When the events end, kills the VM, because without the
+/// events, the shim would not notice when processes exit. Returns why the events have ended.
+async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mpsc::Sender<Report>) -> String {
+    let mut events = match agent.events().await {
+        Ok(events) => events,
+        Err(error) => {
+            tracing::error!(%error, "failed to subscribe to the agent's events");
+            let error = bounded(&error.to_string(), MAX_STREAM_ERROR);
+            let reason = format!("failed to subscribe to the agent's events: {error}");
+            state.enter(State::Failed(reason.as_str().into()));
+            vmm.kill();
+            return reason;
+        }
+    };
+    state.enter(State::Running(agent));
+    // The connection normally ends with the process, after the last events. But a process that does not exit keeps the
+    // connection open, and so does a copy of the socket elsewhere.
+    let vmm_ended = async {
+        if vmm.wait_exit_or_give_up().await.is_some() {
+            tokio::time::sleep(LAST_EVENTS_TIMEOUT).await;
+        }
+    };
+    tokio::pin!(vmm_ended);
+    let reason = loop {
+        let event = tokio::select! {
+            biased;
+            event = events.recv() => event,
+            () = &mut vmm_ended => break "the connection to the agent did not end".to_owned(),
+        };
+        match event {
+            Ok(Some(event)) => match agent::check(event) {
+                Some(report) => drop(reports.send(report).await),
+                None => tracing::warn!("the agent sent an unknown or invalid event"),
+            },
+            Ok(None) => break "the agent closed the stream of its events".to_owned(),
+            Err(error) => {
+                tracing::debug!(%error, "the agent's event stream failed");
+                let error = bounded(&error.to_string(), MAX_STREAM_ERROR);
+                break format!("the stream of the agent's events failed: {error}");
+            }
+        }
+    };
+    vmm.kill();
+    reason
+}

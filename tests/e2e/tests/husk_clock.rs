@@ -1,0 +1,71 @@
+//! The guest's wall clock follows the node's wall clock.
+use std::time::{Duration, SystemTime};
+
+use husk_e2e::cri::{PodContainer, pods};
+use husk_e2e::node;
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_gettime, clock_settime};
+
+/// Adds `seconds` to the node's wall clock.
+fn step(seconds: i64) {
+    let now = clock_gettime(ClockId::CLOCK_REALTIME).unwrap();
+    clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::new(now.tv_sec() + seconds, now.tv_nsec())).unwrap();
+}
+
+/// Keeps the node's clock one hour ahead until this value is dropped.
+struct Ahead;
+
+impl Ahead {
+    fn new() -> Self {
+        step(3600);
+        Self
+    }
+}
+
+impl Drop for Ahead {
+    fn drop(&mut self) {
+        step(-3600);
+    }
+}
+
+/// Returns the guest's wall clock and its monotonic clock, in seconds.
+fn clocks(container: &PodContainer) -> (f64, f64) {
+    let program = "import time; print(time.time(), time.monotonic())";
+    let text = container.exec(&["python3", "-c", program]).out;
+    let (wall, monotonic) = text.trim().split_once(' ').unwrap_or_else(|| panic!("{text:?}"));
+    (wall.parse().unwrap(), monotonic.parse().unwrap())
+}
+
+/// Waits until the guest's clock shows a time at which the node may have read it. Returns the guest's
+/// monotonic clock.
+#[track_caller]
+fn wait_for_node_clock(container: &PodContainer) -> f64 {
+    let node_clock = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64();
+    let mut seen = Vec::new();
+    let followed = node::eventually(Duration::from_secs(30), || {
+        let before = node_clock();
+        let (guest, monotonic) = clocks(container);
+        let after = node_clock();
+        seen.push((before - guest, after - guest));
+        // The clocks may differ by 100 ms.
+        (before - 0.1 <= guest && guest <= after + 0.1).then_some(monotonic)
+    });
+    followed.unwrap_or_else(|| panic!("the node's clock minus the guest's clock, before and after: {seen:?}"))
+}
+
+#[test]
+fn guest_clock_follows_steps_of_the_node_clock() {
+    pods("cri-clock", |pods| {
+        let pod = pods.pod();
+        let container = pod.start(&pod.python("import time; time.sleep(1000000)"));
+        let first = wait_for_node_clock(&container);
+        let ahead = Ahead::new();
+        let second = wait_for_node_clock(&container);
+        drop(ahead);
+        let third = wait_for_node_clock(&container);
+        assert!(
+            first < second && second < third && third < first + 600.0,
+            "monotonic clocks {first}, {second}, {third}"
+        );
+    });
+}

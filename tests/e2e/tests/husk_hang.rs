@@ -1,0 +1,113 @@
+//! Pods whose VMM or guest hangs: requests end, nothing runs twice, and nothing stays.
+use std::thread;
+use std::time::{Duration, Instant};
+
+use husk_e2e::case::{case, remove};
+use husk_e2e::cri::restart::restart_containerd;
+use husk_e2e::cri::{Pod, pods, try_call_within};
+use husk_e2e::{node, vm};
+use serde_json::{Value, json};
+
+/// The limit of each request that ends a container or a pod, on the test node.
+const BUDGET: Duration = Duration::from_secs(45);
+
+/// A VMM process that is stopped until this value is dropped.
+struct Stopped(i32);
+
+impl Stopped {
+    fn stop(pod: &Pod) -> Self {
+        let pid = pod.pid();
+        // SAFETY: kill takes two integers.
+        assert_eq!(unsafe { libc::kill(pid, libc::SIGSTOP) }, 0);
+        Self(pid)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        // SAFETY: kill takes two integers. A test that kills the VMM does not reuse the PID.
+        unsafe { libc::kill(self.0, libc::SIGCONT) };
+    }
+}
+
+fn within(limit: Duration, method: &str, request: &Value) -> Duration {
+    let begin = Instant::now();
+    try_call_within(limit, "RuntimeService", method, request).unwrap_or_else(|error| panic!("{method}: {error}"));
+    begin.elapsed()
+}
+
+#[test]
+fn pod_with_a_stopped_vmm_can_be_stopped_and_removed() {
+    pods("cri-hang", |pods| {
+        let (pod, witness) = (pods.pod(), pods.pod());
+        let (container, other, neighbour) = (pod.sleeper(), pod.sleeper(), witness.sleeper());
+        let stopped = Stopped::stop(&pod);
+        // The statistics of the hung pod do not hold up the statistics of the neighbour.
+        let stats = try_call_within(BUDGET, "RuntimeService", "ListContainerStats", &json!({})).unwrap();
+        assert!(stats["stats"].to_string().contains(&neighbour.id), "{stats}");
+        // A kubelet sends SIGTERM first, and does not send SIGKILL if SIGTERM fails.
+        let request = json!({ "container_id": container.id, "timeout": 2 });
+        let stop = within(BUDGET, "StopContainer", &request);
+        assert_eq!(container.wait().0, 137);
+        assert_eq!(other.wait().0, 137);
+        let pod_id = json!({ "pod_sandbox_id": pod.id });
+        let stop_pod = within(BUDGET, "StopPodSandbox", &pod_id);
+        let remove_pod = within(BUDGET, "RemovePodSandbox", &pod_id);
+        println!("StopContainer {stop:.1?}, StopPodSandbox {stop_pod:.1?}, RemovePodSandbox {remove_pod:.1?}");
+        let gone = node::eventually(BUDGET, || vm::vmm_pids_of(&pod.id).is_empty().then_some(()));
+        assert!(gone.is_some(), "the VMM process still runs");
+        assert_eq!(neighbour.sh("echo here"), "here");
+        drop(stopped);
+    });
+}
+
+#[test]
+fn pod_with_a_stopped_vmm_can_be_removed_at_once() {
+    pods("cri-hang-remove", |pods| {
+        let pod = pods.pod();
+        let _container = pod.sleeper();
+        let _stopped = Stopped::stop(&pod);
+        let pod_id = json!({ "pod_sandbox_id": pod.id });
+        within(BUDGET, "StopPodSandbox", &pod_id);
+        within(BUDGET, "RemovePodSandbox", &pod_id);
+    });
+}
+
+#[test]
+fn container_of_a_stopped_vmm_survives_a_restart_of_containerd() {
+    pods("cri-hang-restart", |pods| {
+        let pod = pods.pod();
+        let container = pod.sleeper();
+        let before = vm::vmm_pids_of(&pod.id);
+        let stopped = Stopped::stop(&pod);
+        restart_containerd();
+        drop(stopped);
+        // containerd still knows the container. Otherwise the kubelet would start a second copy beside the first one.
+        let state = || container.status()["state"].clone();
+        assert_eq!(state(), json!("CONTAINER_RUNNING"));
+        assert_eq!(container.sh("echo here"), "here");
+        thread::sleep(Duration::from_secs(2));
+        assert_eq!((state(), vm::vmm_pids_of(&pod.id)), (json!("CONTAINER_RUNNING"), before));
+    });
+}
+
+#[test]
+fn client_that_is_killed_during_create_or_start_leaves_nothing() {
+    case("hang-client", |case| {
+        // A start takes a few seconds on the test node. The last client is killed when its container runs.
+        for step in 0..12 {
+            let run = case.sh("sleep 100000");
+            let mut client = run.command().spawn().unwrap();
+            thread::sleep(Duration::from_millis(250 * step));
+            client.kill().unwrap();
+            client.wait().unwrap();
+            // The client would have deleted its container.
+            remove(run.id());
+            let gone = node::eventually(BUDGET, || {
+                let left = vm::vmm_pids_of(run.id()).len() + vm::shim_pids_of(run.id()).len();
+                (left == 0).then_some(())
+            });
+            assert!(gone.is_some(), "a client that was killed after {step} steps left a shim or a VMM");
+        }
+    });
+}
