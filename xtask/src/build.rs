@@ -103,6 +103,14 @@ pub fn tests(package: &str) -> Result<Vec<Program>> {
     run(command, true)
 }
 
+/// Builds the test program `name` of `package`, without running it.
+pub fn test(package: &str, name: &str) -> Result<Program> {
+    let mut command = static_cargo("test", Profile::Node);
+    command.args(["--no-run", "--test", name, "--package", package]);
+    ui::say("build", format!("test {name} of {package} (static)"));
+    run(command, true)?.pop().with_context(|| format!("failed to find test program {name} of {package}"))
+}
+
 /// Runs cargo and returns the programs that cargo's messages name. Returns only test programs if `tests` is true, and
 /// otherwise only binaries.
 pub fn run(mut command: Command, tests: bool) -> Result<Vec<Program>> {

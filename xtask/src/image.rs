@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::BufWriter;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -42,6 +42,13 @@ pub fn pack(agent: &Program) -> Result<PathBuf> {
     stamp.write(&key)?;
     ui::say("image", format!("{} ({:.1} MiB)", made.display(), mebibytes(&made)?));
     Ok(made)
+}
+
+/// Writes an initramfs to `made` that has another program in place of the agent.
+pub fn pack_other(init: &Program, made: &Path) -> Result<()> {
+    let context = || format!("failed to write {}", made.display());
+    let init = fs::read(&init.path).with_context(|| format!("failed to read {}", init.path.display()))?;
+    archive(Cpio::new(BufWriter::new(File::create(made).with_context(context)?)), &init).with_context(context)
 }
 
 /// Writes the initramfs. The archive is not compressed, because the kernel copies data faster than it decompresses

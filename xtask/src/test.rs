@@ -13,12 +13,14 @@ use crate::plan::{self, Outcome, Plan, Retries};
 use crate::results::{AttemptOutcome, BootReport, Recorder, Results, SuiteOutcome, Summary};
 use crate::stages::{self, Stages};
 use crate::suites;
-use crate::{cmd, deny, dist, files, imports, kernel, modules, paths, setup, side, syscalls, ui};
+use crate::{cmd, deny, dist, files, image, imports, kernel, modules, paths, setup, side, syscalls, ui};
 
 /// The suite whose containers build images. The suite needs additional images.
 const BUILDERS: &str = "cri_builders";
 /// The suite that runs fsx, a public test program for file systems. The suite needs an additional image.
 const FSX: &str = "cri_fsx";
+/// The suite with hostile guests. The suite needs the attacker of `husk-vmm`, and an initramfs with a lying agent.
+const HOSTILE: &str = "husk_hostile";
 /// Maximum number of suites per boot if only one node runs at a time. With this maximum, two boots are enough for all
 /// suites of containerd 1.7. Each boot costs ten seconds, and more if the node has to import the images. Boots with
 /// fewer suites would also have advantages. Kernel state that a suite leaves behind affects only the suites of the same
@@ -328,6 +330,9 @@ fn run_boot(
         if name == FSX {
             add.extend(node::fsx_image()?);
         }
+        if name == HOSTILE {
+            add.extend(hostile_guests(seat)?);
+        }
         add.push(Add::new(path, format!("/husk/tests/{name}")));
     }
     files::make_dir(&seat.dir())?;
@@ -353,6 +358,16 @@ fn run_boot(
         syscalls::keep(&seat.out_dir(), boot.number)?;
     }
     recorder.finish(console.as_deref(), boot.number)
+}
+
+/// Builds the hostile guests: the program that attacks the VMM's devices, and an initramfs with a lying agent.
+fn hostile_guests(seat: Seat) -> Result<[Add; 2]> {
+    let attacker = build::test("husk-vmm", "hostile")?;
+    let programs = build::programs(&["husk-e2e"], Profile::Node)?;
+    files::make_dir(&seat.dir())?;
+    let initrd = seat.dir().join("lying-agent.cpio");
+    image::pack_other(build::find(&programs, &["husk-lying-agent"])?, &initrd)?;
+    Ok([Add::new(attacker.path, "/husk/hostile"), Add::new(initrd, "/husk/lying-agent.cpio")])
 }
 
 /// Returns the script that runs the suites of a boot. [`Recorder`] reads the script's marks, and the line that the

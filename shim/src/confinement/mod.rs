@@ -12,7 +12,9 @@ use std::os::fd::OwnedFd;
 
 use husk_vmm::config::SeccompMode;
 use husk_vmm::jail::UNJAILED;
+use nix::errno::Errno;
 use nix::sys::prctl;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 pub use mounts::MountError;
 
@@ -25,6 +27,9 @@ pub enum ConfinementError {
     /// The capabilities cannot be reduced.
     #[error("failed to reduce the shim's capabilities")]
     Capabilities(#[source] io::Error),
+    /// The fd limit cannot be lowered.
+    #[error("failed to lower the shim's fd limit (RLIMIT_NOFILE)")]
+    Fds(#[source] Errno),
     /// `prctl(PR_SET_NO_NEW_PRIVS)` failed.
     #[error("failed to set no_new_privs for the shim")]
     NoNewPrivileges(#[source] io::Error),
@@ -32,6 +37,9 @@ pub enum ConfinementError {
     #[error("failed to filter the shim's system calls")]
     Seccomp(#[from] seccomp::LoadError),
 }
+
+/// Maximum number of open fds. The shim has a few fds for each container, each exec and each forwarded connection.
+const MAX_FDS: u64 = 16_384;
 
 /// Confines this process, which must have a single thread and its own mount namespace. Threads that start later inherit
 /// the confinement. Does nothing in a build without a jail, which only benchmarks use. Returns the read end of a pipe,
@@ -43,8 +51,18 @@ pub fn enter(mode: SeccompMode) -> Result<Option<OwnedFd>, ConfinementError> {
     if UNJAILED {
         return Ok(None);
     }
+    lower_fd_limit().map_err(ConfinementError::Fds)?;
     mounts::protect()?;
     capabilities::reduce().map_err(ConfinementError::Capabilities)?;
     prctl::set_no_new_privs().map_err(|errno| ConfinementError::NoNewPrivileges(errno.into()))?;
     Ok(Some(seccomp::load(mode)?))
+}
+
+/// Lowers the fd limit, which the shim has inherited from containerd, to [`MAX_FDS`]. containerd often has no limit.
+/// The launcher, which starts hooks and loggers, was started before. Therefore these programs do not inherit the lower
+/// limit. The VMM sets its own limit.
+fn lower_fd_limit() -> Result<(), Errno> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let limit = hard.min(MAX_FDS);
+    setrlimit(Resource::RLIMIT_NOFILE, limit, limit)
 }

@@ -55,15 +55,8 @@ pub fn start(location: Option<CgroupLocation>, agent: Agent, vmm: Vmm) {
                 Ok(()) => {}
             }
         };
-        let files = async {
-            loop {
-                vmm.wait_for_fd_shortage().await;
-                guest.drop_caches("the VMM has nearly reached its fd limit").await;
-                tokio::time::sleep(MIN_INTERVAL).await;
-            }
-        };
         tokio::select! {
-            () = async { tokio::join!(memory, files).1 } => {}
+            () = async { tokio::join!(memory, guest.free_fds(&vmm)).1 } => {}
             _ = vmm.wait() => {}
         }
     });
@@ -76,6 +69,16 @@ struct Guest {
 }
 
 impl Guest {
+    /// Makes the guest drop caches whenever the VMM has nearly reached its fd limit. A VMM that reports this without
+    /// end makes the guest drop caches at most once per [`MIN_INTERVAL`].
+    async fn free_fds(&self, vmm: &Vmm) {
+        loop {
+            vmm.wait_for_fd_shortage().await;
+            self.drop_caches("the VMM has nearly reached its fd limit").await;
+            tokio::time::sleep(MIN_INTERVAL).await;
+        }
+    }
+
     /// Tells the guest to drop unused inodes. If the last drop was less than [`PAGE_CACHE_WINDOW`] ago, the guest drops
     /// the page cache, too.
     async fn drop_caches(&self, reason: &str) {
@@ -188,7 +191,51 @@ fn field(stat: &str, name: &str) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use husk_vmm::control::{Notice, Reply, wire};
+    use tokio::sync::mpsc;
+    use ttrpc::proto::{MESSAGE_HEADER_LENGTH, MESSAGE_TYPE_RESPONSE, MessageHeader};
+
     use super::*;
+
+    /// Starts an agent that answers each request with an empty message. Returns the shim's client of this agent, and
+    /// the number of requests.
+    fn agent() -> (Agent, Arc<AtomicUsize>) {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let count = Arc::<AtomicUsize>::default();
+        let counted = Arc::clone(&count);
+        std::thread::spawn(move || {
+            let mut header = [0; MESSAGE_HEADER_LENGTH];
+            while theirs.read_exact(&mut header).is_ok() {
+                let request = MessageHeader::from(header);
+                theirs.read_exact(&mut vec![0; request.length as usize]).unwrap();
+                counted.fetch_add(1, Ordering::Relaxed);
+                let answer = MessageHeader { length: 0, type_: MESSAGE_TYPE_RESPONSE, ..request };
+                theirs.write_all(&Vec::from(answer)).unwrap();
+            }
+        });
+        (Agent::new(ours).unwrap(), count)
+    }
+
+    #[tokio::test]
+    async fn vmm_that_reports_scarce_fds_without_end_makes_the_guest_drop_caches_once_per_interval() {
+        let (ours, theirs) = wire::pair().unwrap();
+        husk_base::sys::fd::set_nonblocking(&ours).unwrap();
+        let (notify, _notices) = mpsc::channel(1);
+        let vmm = Vmm::over(ours, notify).unwrap();
+        std::thread::spawn(move || while wire::send(&theirs, &Reply::Notice(Notice::FdShortage), &[]).is_ok() {});
+        let (agent, drops) = agent();
+        let guest = Guest { agent, last: Mutex::new(None) };
+        let begin = Instant::now();
+        let end = tokio::time::timeout(3 * MIN_INTERVAL, guest.free_fds(&vmm)).await;
+        let most = 1 + begin.elapsed().div_duration_f64(MIN_INTERVAL) as usize;
+        let drops = drops.load(Ordering::Relaxed);
+        assert!(end.is_err() && (1..=most).contains(&drops), "{drops} drops, expected 1 to {most}");
+    }
 
     #[test]
     fn is_nearly_exhausted_ignores_the_page_cache() {

@@ -1,13 +1,14 @@
 //! A pod uses more files than the VMM's fd limit allows. The shim then makes the guest forget files that are not in
-//! use.
+//! use. If the guest keeps the files open, it gets an error.
 
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use husk_base::sys::resource::{self, Limit};
+use husk_e2e::cri::pod::need_image;
 use husk_e2e::cri::{pods, restart};
-use husk_e2e::node;
+use husk_e2e::{PYTHON, node, vm};
 use nix::unistd::Pid;
 use serde_json::json;
 
@@ -85,6 +86,62 @@ fn pod_uses_more_files_than_the_fd_limit_of_the_vmm() {
         let made = container.exec_within(TIMEOUT, &["sh", "-c", script]);
         assert_eq!((made.out.trim(), made.err.as_str()), ("2000", ""), "{}", node::log_tail(20));
         container.stop(0);
+    });
+    fs::remove_dir_all(dir).unwrap();
+}
+
+/// Processes that together keep more files open than the VMM's fd limit allows. Each process prints the error with which
+/// it stopped.
+const HOLDERS: &str = r#"
+import os, time
+for process in range(8):
+    if os.fork() == 0:
+        files = []
+        try:
+            for n in range(900):
+                files.append(os.open("/data/held-%d-%d" % (process, n), os.O_CREAT | os.O_RDWR))
+            error = 0
+        except OSError as e:
+            error = e.errno
+        print("stopped", error, len(files), flush=True)
+        time.sleep(100000)
+time.sleep(100000)
+"#;
+
+#[test]
+#[ignore = "long: thousands of files are opened one after another"]
+fn guest_that_keeps_more_files_open_than_the_fd_limit_allows_gets_an_error() {
+    let dir = PathBuf::from("/var/lib/husk-held-files");
+    fs::create_dir_all(&dir).unwrap();
+    need_image(PYTHON);
+    pods("cri-held-files", |pods| {
+        let neighbour = pods.pod();
+        let beside = neighbour.sleeper();
+        let pod = {
+            let _low = LowFdLimit::new();
+            pods.pod()
+        };
+        let vmm = vm::vmm_pids_of(&pod.id)[0];
+        let other = pod.sleeper();
+        let mut config = pod.python(HOLDERS);
+        config["mounts"] = json!([{ "host_path": dir.to_string_lossy(), "container_path": "/data" }]);
+        let holder = pod.start(&config);
+        let stopped = || Some(holder.log()).filter(|log| log.matches("stopped").count() == 8);
+        let log = node::eventually(Duration::from_secs(240), stopped);
+        let log = log.unwrap_or_else(|| panic!("not all processes stopped: {}\n{}", holder.log(), node::log_tail(20)));
+        let numbers = |line: &str| -> Vec<usize> { line.split_whitespace().filter_map(|w| w.parse().ok()).collect() };
+        let stops: Vec<_> =
+            log.lines().filter_map(|line| line.split_once("stopped")).map(|(_, n)| numbers(n)).collect();
+        let held: usize = stops.iter().map(|stop| stop[1]).sum();
+        let refused = stops.iter().filter(|stop| [libc::EMFILE, libc::ENFILE].contains(&(stop[0] as i32))).count();
+        let fds = fs::read_dir(format!("/proc/{vmm}/fd")).unwrap().count();
+        println!("{refused} of 8 processes were refused; together they hold {held} files; the VMM has {fds} fds");
+        assert!(refused > 0, "no process got EMFILE or ENFILE:\n{log}");
+        assert!(held <= LIMIT as usize && fds <= LIMIT as usize, "{held} files, {fds} fds, but the limit is {LIMIT}");
+        assert!(pod.is_ready() && beside.sh("echo new > /file; cat /file") == "new");
+        // When the files are closed, the pod can open files again.
+        holder.stop(0);
+        assert_eq!(other.sh("echo new > /file; cat /file"), "new");
     });
     fs::remove_dir_all(dir).unwrap();
 }

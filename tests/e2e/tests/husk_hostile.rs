@@ -1,17 +1,23 @@
 //! A pod that attacks its VMM: another pod of the node is still served, and the node's log grows little.
 //!
 //! The test `hostile` of `husk-vmm` attacks every device from a guest without a kernel. Here, the attacker is a
-//! privileged container, and the shim and containerd take part.
+//! privileged container or an agent that lies, and the shim and containerd take part. The suite also runs the attacks
+//! of `husk-vmm` on an interface whose queues vhost-net serves, because a machine that only builds Husk may lack
+//! vhost-net.
 
 use std::fs;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use husk_e2e::bench::median;
 use husk_e2e::cri::pod::need_image;
-use husk_e2e::cri::{Pod, PodContainer, pods};
+use husk_e2e::cri::{Pod, PodContainer, Pods, pods, try_call};
 use husk_e2e::figures::print_figure;
+use husk_e2e::node::Config;
+use husk_e2e::vm::{shim_pids_of, vmm_pids_of};
 use husk_e2e::{PYTHON, containerd_log, node};
 use serde_json::json;
+use sha2::{Digest, Sha256};
 
 /// Number of execs in the neighbour pod for each measurement.
 const EXECS: usize = 15;
@@ -194,5 +200,121 @@ fn hostile_pod_that_runs_out_of_memory_again_and_again_logs_few_lines() {
         print_figure(format_args!("20 OOM kills have caused {of_pod} lines in containerd's log"));
         assert!(killed.is_some(), "the container was not killed 20 times:\n{}", container.log());
         assert!(of_pod < 100, "{of_pod} lines:\n{}", ends(&lines));
+    });
+}
+
+#[test]
+#[ignore = "long: each of the attacks boots a VM"]
+fn attacks_on_vhost_net_neither_end_the_vmm_nor_touch_the_host() {
+    let output = Command::new("/husk/hostile").arg("--vhost-net").output().expect("run /husk/hostile");
+    let (table, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    print_figure(format_args!("attacks on vhost-net:\n{table}"));
+    assert!(output.status.success(), "{}:\n{table}{errors}", output.status);
+    assert!(table.lines().count() > 40, "the table has too few rows:\n{table}");
+}
+
+/// Initramfs whose PID 1 is `husk-lying-agent`.
+const LYING_AGENT: &str = "/husk/lying-agent.cpio";
+/// Maximum of the resident memory that a shim has had, in KiB. A shim with an honest agent stays below a quarter.
+const SHIM_PEAK_KIB: u64 = 48 << 10;
+/// Maximum length of an error text that containerd returns.
+const ERROR_LEN: usize = 16 << 10;
+
+/// Sets a configuration with which the agent of each new pod lies. [`LYING_AGENT`] says which lies there are.
+fn agent_that_lies(lie: &str) -> Config {
+    let digest = Sha256::digest(fs::read(LYING_AGENT).unwrap());
+    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    Config::set(&format!(
+        "initrd = \"{LYING_AGENT}\"\ninitrd_sha256 = \"{digest}\"\nkernel_params = \"lie={lie}\"\n\
+         start_timeout_secs = 30\n"
+    ))
+}
+
+/// Returns the highest resident memory that a process has had, in KiB.
+fn peak_kib(pid: i32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    peak.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Asserts that a pod whose agent lies fails to start, and that the error contains `expected`.
+#[track_caller]
+fn assert_fails_to_start(pods: &Pods, lie: &str, expected: &str) {
+    let _config = agent_that_lies(lie);
+    let (log, begin) = (containerd_log::len(), Instant::now());
+    let error = pods.expect_error(&pods.config());
+    let (lines, secs) = (containerd_log::since(log).lines().count(), begin.elapsed().as_secs());
+    print_figure(format_args!(
+        "agent with the lie {lie}: {lines} log lines in {secs} s; the error has {} bytes",
+        error.len()
+    ));
+    assert!(error.contains(expected), "the error does not contain {expected:?}: {error}");
+    assert!(error.len() <= ERROR_LEN, "the error has {} bytes: {error}", error.len());
+    let control = error.chars().find(|c| c.is_control() && *c != '\n');
+    assert_eq!(control, None, "the error contains a control character: {error:?}");
+    assert!(lines <= LOG_LINES, "{lines} log lines, more than {LOG_LINES}:\n{}", node::log_tail(40));
+}
+
+#[test]
+#[ignore = "long: waits until the start of a pod times out"]
+fn pod_whose_agent_lies_during_the_boot_fails_with_a_clear_error() {
+    pods("lying-boot", |pods| {
+        let neighbour = pods.pod();
+        let container = neighbour.sleeper();
+        assert_fails_to_start(pods, "garbage", "failed to set up the sandbox in the guest");
+        assert_fails_to_start(pods, "silent", "the guest's agent was not ready after 30 s");
+        assert_fails_to_start(pods, "error", "failed to set up the sandbox in the guest");
+        assert_fails_to_start(pods, "connect", "0 connections succeeded: []");
+        assert!(neighbour.is_ready() && container.sh("echo served") == "served");
+    });
+}
+
+#[test]
+#[ignore = "long: waits until the shim ends a VM whose agent ignores SIGKILL"]
+fn pod_whose_agent_floods_the_shim_can_be_removed_and_its_neighbour_works() {
+    pods("lying-flood", |pods| {
+        let neighbour = pods.pod();
+        let container = neighbour.sleeper();
+        let quiet = latencies(&container);
+        let (log, begin) = (containerd_log::len(), Instant::now());
+        let config = agent_that_lies("flood");
+        let liar = pods.pod();
+        drop(config);
+        // The agent claims that the container runs. Its output never ends.
+        let flooded = liar.sleeper();
+        let output = node::eventually(Duration::from_secs(60), || {
+            fs::metadata(flooded.log_path()).ok().map(|file| file.len()).filter(|len| *len > 4 << 20)
+        });
+        assert!(output.is_some(), "the lying agent's output did not arrive:\n{}", node::log_tail(40));
+        let stats = try_call("ContainerStats", &json!({ "container_id": flooded.id }));
+        if let Err(status) = &stats {
+            assert!(status.message.len() <= ERROR_LEN, "the error has {} bytes", status.message.len());
+        }
+        let attacked = latencies(&container);
+        let (shim, vmm) = (shim_pids_of(&liar.id)[0], vmm_pids_of(&liar.id)[0]);
+        let peak = peak_kib(shim);
+        let fds = |pid: i32| fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+        let duration = begin.elapsed();
+        let lines = containerd_log::since(log);
+        let of_liar = lines.lines().filter(|line| line.contains(&liar.id)).count();
+        print_figure(format_args!("latency of an exec in the neighbour pod, in ms: {}", describe(&quiet)));
+        print_figure(format_args!("during the flood of the lying agent: {}", describe(&attacked)));
+        print_figure(format_args!(
+            "after {} s of the flood: {of_liar} log lines of the pod, shim's peak memory {peak} KiB, {} fds of the \
+             shim, {} of the VMM; ContainerStats: {}",
+            duration.as_secs(),
+            fds(shim),
+            fds(vmm),
+            if stats.is_ok() { "an answer" } else { "an error" },
+        ));
+        assert!(peak <= SHIM_PEAK_KIB, "the shim has used {peak} KiB, more than {SHIM_PEAK_KIB} KiB");
+        let limit = LOG_LINES + 20 * duration.as_secs() as usize;
+        assert!(of_liar <= limit, "{of_liar} log lines, more than {limit}:\n{}", ends(&lines));
+        // The agent claims that it has killed the container, but reports no exit. The shim then ends the VM.
+        let begin = Instant::now();
+        liar.remove();
+        print_figure(format_args!("the pod was removed in {} s", begin.elapsed().as_secs()));
+        assert_eq!((shim_pids_of(&liar.id), vmm_pids_of(&liar.id)), (Vec::new(), Vec::new()));
+        assert!(neighbour.is_ready() && container.sh("echo served") == "served");
     });
 }

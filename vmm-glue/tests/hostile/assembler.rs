@@ -149,6 +149,16 @@ impl Assembler {
         self.jump_target(start);
     }
 
+    /// Waits until the 32-bit register has a bit of `mask`.
+    pub fn wait32_has(&mut self, register: u64, mask: u32) {
+        let start = self.code.len();
+        self.load(Size::Long, register);
+        self.raw(&[0xa9]); // test eax, mask
+        self.raw(&mask.to_le_bytes());
+        self.raw(&[0x0f, 0x84]); // jz start
+        self.jump_target(start);
+    }
+
     /// Waits until the 16-bit numbers at two addresses are equal.
     pub fn wait_equal16(&mut self, first: u64, second: u64) {
         let start = self.code.len();
@@ -156,6 +166,15 @@ impl Assembler {
         self.load(Size::Word, first);
         self.rdi(second);
         self.raw(&[0x66, 0x3b, 0x07, 0x0f, 0x85]); // cmp ax, [rdi]; jne start
+        self.jump_target(start);
+    }
+
+    /// Waits until the first bit of the 32-bit register `status` is set, although the register `ack` clears the bit.
+    pub fn wait_for_lasting_bit(&mut self, status: u64, ack: u64) {
+        let start = self.code.len();
+        self.store32(ack, 3);
+        self.load(Size::Long, status);
+        self.raw(&[0xa9, 1, 0, 0, 0, 0x0f, 0x84]); // test eax, 1; jz start
         self.jump_target(start);
     }
 

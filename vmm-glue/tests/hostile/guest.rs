@@ -36,6 +36,7 @@ pub mod register {
     pub const QUEUE_NUM: u64 = 0x38;
     pub const QUEUE_READY: u64 = 0x44;
     pub const QUEUE_NOTIFY: u64 = 0x50;
+    pub const INTERRUPT_STATUS: u64 = 0x60;
     pub const INTERRUPT_ACK: u64 = 0x64;
     pub const STATUS: u64 = 0x70;
     pub const QUEUE_DESC: u64 = 0x80;
@@ -48,7 +49,17 @@ pub mod register {
 pub const FEATURES_OK: u32 = 1 | 2 | 8;
 /// The bits of [`FEATURES_OK`] and the bit DRIVER_OK.
 pub const DRIVER_OK: u32 = FEATURES_OK | 4;
-const NEEDS_RESET: u32 = 64;
+/// The status bit DEVICE_NEEDS_RESET.
+pub const NEEDS_RESET: u32 = 64;
+
+/// Index of the transmit queue of a network device.
+const TRANSMIT: usize = 1;
+/// Number of times that the attacker sends a full transmit queue of frames, so that the VMM requests vhost-net.
+const WARM_UP_TURNS: u16 = 3;
+/// Maximum number of reads of the status register in [`Guest::settle`].
+const SETTLE_READS: u32 = 300;
+/// The same for vhost-net. The limit is higher, because frames for the guest arrive every few milliseconds.
+const SETTLE_READS_VHOST: u32 = 1000;
 
 /// VIRTIO_F_VERSION_1 and VIRTIO_RING_F_INDIRECT_DESC.
 pub const VERSION_1: u64 = 1 << 32;
@@ -76,6 +87,8 @@ pub struct Device {
     pub queue: u16,
     /// Returns the bytes of a valid request that the device reads, and the length of the answer.
     pub request: fn() -> (Vec<u8>, u32),
+    /// Whether vhost-net serves the queues when an attack begins.
+    pub vhost: bool,
 }
 
 impl Device {
@@ -92,7 +105,9 @@ pub struct Queue {
     pub desc: u64,
     pub avail: u64,
     pub used: u64,
-    /// Number of heads that were offered.
+    /// The indices of both rings when the attack begins.
+    pub base: u16,
+    /// The available index after all heads that were offered.
     pub offered: u16,
 }
 
@@ -184,7 +199,7 @@ impl Guest {
         let desc = self.allocate(16 * entries);
         let avail = self.allocate(6 + 2 * entries);
         let used = self.allocate(6 + 8 * entries);
-        Queue { index, size, desc, avail, used, offered: 0 }
+        Queue { index, size, desc, avail, used, base: 0, offered: 0 }
     }
 
     /// Sets the initial content of a descriptor.
@@ -264,9 +279,43 @@ impl Guest {
 
     /// Reserves the device's queues and makes the device active.
     pub fn start(&mut self, device: &Device) -> Vec<Queue> {
-        let queues: Vec<Queue> = (0..).zip(device.queues).map(|(index, &size)| self.queue(index, size)).collect();
-        self.activate(device, &queues);
+        let mut queues: Vec<Queue> = (0..).zip(device.queues).map(|(index, &size)| self.queue(index, size)).collect();
+        if device.vhost {
+            self.start_vhost(device, &mut queues);
+        } else {
+            self.activate(device, &queues);
+        }
         queues
+    }
+
+    /// Makes a network device active with these queues, and sends frames until vhost-net serves the queues.
+    pub fn start_vhost(&mut self, device: &Device, queues: &mut [Queue]) {
+        let transmit = queues[TRANSMIT];
+        let size = u64::from(transmit.size);
+        let frame = self.buffer(&(crate::attacks::NET.request)().0);
+        let frame_len = (crate::attacks::NET.request)().0.len() as u32;
+        // All heads in the available ring are 0. The first descriptor is a frame.
+        let descs = self.buffer(&Desc { addr: frame, len: frame_len, ..Desc::default() }.bytes());
+        let heads = self.allocate(2 * size);
+        // The memory of the queue already contains the attack's descriptors and heads. They are copied back when
+        // vhost-net serves the queue.
+        let (attack_desc, attack_heads) = (self.allocate(16), self.allocate(2 * size));
+        self.copy(transmit.desc, attack_desc, 16);
+        self.copy(transmit.avail + 4, attack_heads, 2 * u32::from(transmit.size));
+        self.copy(descs, transmit.desc, 16);
+        self.copy(heads, transmit.avail + 4, 2 * u32::from(transmit.size));
+        self.activate(device, queues);
+        self.serve_again(device, &transmit, WARM_UP_TURNS.into());
+        // While vhost-net serves the queues, the first bit stays set even if the driver acknowledges the interrupt.
+        self.wait_for_lasting_bit(
+            device.register(register::INTERRUPT_STATUS),
+            device.register(register::INTERRUPT_ACK),
+        );
+        self.serve_again(device, &transmit, 1);
+        self.copy(attack_desc, transmit.desc, 16);
+        self.copy(attack_heads, transmit.avail + 4, 2 * u32::from(transmit.size));
+        let base = (WARM_UP_TURNS + 1) * transmit.size;
+        queues[TRANSMIT] = Queue { base, offered: base, ..transmit };
     }
 
     /// Shows all offered heads to the device.
@@ -279,9 +328,10 @@ impl Guest {
     /// because a device may ignore an attack.
     pub fn settle(&mut self, device: &Device, queue: &Queue) {
         let status = device.register(register::STATUS);
-        self.poll((queue.used + 2, 0), (status, NEEDS_RESET), 300);
+        let reads = if device.vhost { SETTLE_READS_VHOST } else { SETTLE_READS };
+        self.poll((queue.used + 2, queue.base), (status, NEEDS_RESET), reads);
         self.print(&format!("{REACTION}"));
-        self.if16_differs(queue.used + 2, 0, |code| print(code, "returns a chain;"));
+        self.if16_differs(queue.used + 2, queue.base, |code| print(code, "returns a chain;"));
         self.if32_has(status, NEEDS_RESET, |code| print(code, "asks for a reset"));
         self.print("\n");
     }
@@ -358,7 +408,7 @@ impl Guest {
         self.request(queue, 0, &request, answer);
         let queue = *queue;
         self.publish(device, &queue);
-        self.wait16(queue.used + 2, 0);
+        self.wait16(queue.used + 2, queue.base);
     }
 
     pub fn print(&mut self, text: &str) {

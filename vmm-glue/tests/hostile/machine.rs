@@ -22,6 +22,7 @@ use nix::sys::time::TimeVal;
 use nix::unistd::{Pid, dup, dup2_stderr};
 
 use crate::guest::{END, Guest, REACTION};
+use crate::traffic::Traffic;
 use crate::tree::Tree;
 
 /// A VMM that does not answer within this time counts as hung.
@@ -30,7 +31,7 @@ pub const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 pub const MEMORY_MIB: u64 = 64;
 /// Size of the disk in MiB.
 const DISK_MIB: u64 = 8;
-const TAP: &str = "hostile";
+pub const TAP: &str = "hostile";
 /// Sequence number of requests whose answers the test ignores.
 const UNANSWERED: u64 = 1 << 40;
 
@@ -66,6 +67,9 @@ pub struct Host {
     pub before: Option<fn(&mut Vmm)>,
     /// Called while the vCPUs run.
     pub during: Option<fn(&mut Vmm)>,
+    /// Whether the interface may have vhost-net. Then the host opens vhost-net for the VMM, and sends frames to the
+    /// guest.
+    pub vhost: bool,
 }
 
 /// The parts of the host that all VMs use.
@@ -104,7 +108,8 @@ impl Node {
         let spawned = with_stderr(&log, || spawn(SpawnOptions::default()).expect("start the VMM process"));
         let mut vmm = Vmm::new(spawned.control);
         setsockopt(&vmm, ReceiveTimeout, &TimeVal::new(HANG.as_secs() as i64, 0)).expect("set a timeout");
-        let create = self.create(&mut vmm, attacker.finish(), writer.into());
+        let create = self.create(&mut vmm, attacker.finish(), writer.into(), host.vhost);
+        let _traffic = host.vhost.then(Traffic::start);
         let mut reaction = String::new();
         let mut notices = 0;
         let end = create.and_then(|()| {
@@ -114,6 +119,9 @@ impl Node {
                 before(&mut vmm);
             }
             call(&mut vmm, Call::Resume)?;
+            if host.vhost {
+                give_vhost(&mut vmm)?;
+            }
             if let Some(during) = host.during {
                 during(&mut vmm);
             }
@@ -145,7 +153,7 @@ impl Node {
         Outcome { end, reaction, log, duration: begin.elapsed(), notices }
     }
 
-    fn create(&self, vmm: &mut Vmm, kernel: File, console: OwnedFd) -> Result<(), End> {
+    fn create(&self, vmm: &mut Vmm, kernel: File, console: OwnedFd, vhost: bool) -> Result<(), End> {
         let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("open /dev/kvm: this test needs KVM");
         let mut initrd = tempfile::tempfile().expect("create the initrd");
         initrd.write_all(b"none").expect("write the initrd");
@@ -175,7 +183,7 @@ impl Node {
             vsock_rate_limit: none,
             net: vec![NetConfig {
                 taps: vec![FdIndex(4)],
-                vhost: false,
+                vhost,
                 mac: MAC,
                 mtu: 1500,
                 receive_rate_limit: none,
@@ -211,6 +219,25 @@ fn call(vmm: &mut Vmm, request: Call) -> Result<(), End> {
         }
         error => End::Died(error.to_string()),
     })
+}
+
+/// Waits until the VMM requests vhost-net, and passes an open `/dev/vhost-net` to the VMM.
+fn give_vhost(vmm: &mut Vmm) -> Result<(), End> {
+    loop {
+        match vmm.notice() {
+            Ok(Notice::VhostRequested { mac }) => {
+                let path = "/dev/vhost-net";
+                let file = File::options().read(true).write(true).open(path).expect("open /dev/vhost-net");
+                return vmm
+                    .call(Call::StartVhost { mac }, &[file.as_fd()])
+                    .map(drop)
+                    .map_err(|error| panic!("failed to start vhost-net: {error}"));
+            }
+            Ok(Notice::Exited { reason }) => return Err(End::Died(format!("{reason:?} before vhost-net started"))),
+            Ok(_) => {}
+            Err(_) => return Err(End::Hung("the VMM did not request vhost-net")),
+        }
+    }
 }
 
 /// Sends a request whose answer does not matter.

@@ -10,7 +10,8 @@
 //! - The VMM writes few lines to its log.
 //!
 //! The program needs root and KVM, as the shim does. Each argument selects the attacks whose names contain the
-//! argument.
+//! argument. With the argument `--vhost-net`, the program runs the attacks on an interface whose queues vhost-net
+//! serves, and needs `/dev/vhost-net`. The suite `husk_hostile` runs these attacks in the test node.
 
 #![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by a panic")]
 
@@ -21,6 +22,7 @@ mod attacks;
 mod fuse;
 mod guest;
 mod machine;
+mod traffic;
 #[expect(clippy::unwrap_used, reason = "a test fails by a panic")]
 #[path = "../../src/virtio/fs/test_tree.rs"]
 mod tree;
@@ -32,7 +34,7 @@ use husk_vmm::client::{ARGV0, CONTROL_FD};
 
 use crate::attacks::{Attack, Expect};
 use crate::guest::{Device, Guest};
-use crate::machine::{End, Node, Outcome};
+use crate::machine::{End, Host, Node, Outcome};
 
 /// Maximum number of log lines of an attack: the bursts of several call sites.
 const LOG_LINES: usize = 150;
@@ -46,13 +48,15 @@ fn main() -> ExitCode {
         husk_vmm::process::main(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
     }
     let filters: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    let vhost = std::env::args().any(|argument| argument == "--vhost-net");
+    let attacks = if vhost { attacks::all_on_vhost_net() } else { attacks::all() };
     let selected = |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
     let node = Node::new();
     let surroundings = node.surroundings();
     let mut failures = Vec::new();
     println!("| attack | result | log lines |");
     println!("| --- | --- | --- |");
-    for attack in attacks::all().into_iter().filter(|attack| selected(attack.name)) {
+    for attack in attacks.into_iter().filter(|attack| selected(attack.name)) {
         let mut results: Vec<(String, Vec<&str>)> = Vec::new();
         let mut lines = 0;
         for device in &attack.devices {
@@ -83,11 +87,15 @@ fn main() -> ExitCode {
 
 fn run(node: &Node, attack: &Attack, device: &Device) -> Outcome {
     let mut guest = Guest::new();
+    if device.vhost {
+        // An attack that configures the device itself begins while vhost-net serves the queues.
+        guest.start(device);
+    }
     (attack.build)(&mut guest, device);
     if !matches!(attack.expect, Expect::Ends(_)) {
         guest.check(device);
     }
-    node.run(guest, attack.host)
+    node.run(guest, Host { vhost: device.vhost, ..attack.host })
 }
 
 /// Returns the differences between an outcome and what the attack expects.
@@ -100,6 +108,8 @@ fn faults(attack: &Attack, outcome: &Outcome) -> Vec<String> {
     }
     let panics = outcome.log.iter().filter(|line| line.contains("panicked"));
     faults.extend(panics.map(|line| format!("a thread panicked: {line}")));
+    let no_vhost = outcome.log.iter().filter(|line| line.contains("failed to start vhost-net"));
+    faults.extend(no_vhost.map(|line| format!("vhost-net did not start: {line}")));
     let limit = LOG_LINES + LOG_RATE * (outcome.duration.as_secs() as usize + 1);
     if outcome.log.len() > limit {
         let lines = outcome.log.iter().take(3).cloned().collect::<Vec<_>>().join("\n");

@@ -6,6 +6,7 @@ mod machine;
 mod memory;
 mod queues;
 mod transport;
+mod vhost;
 mod vsock;
 
 use husk_vmm::arch::layout;
@@ -78,6 +79,11 @@ pub fn all() -> Vec<Attack> {
     groups.into_iter().flatten().collect()
 }
 
+/// Returns the attacks on an interface whose queues vhost-net serves.
+pub fn all_on_vhost_net() -> Vec<Attack> {
+    vhost::attacks()
+}
+
 /// All kinds of devices, in the order of their slots.
 pub const DEVICES: [Device; 7] = [VSOCK, FS, NET, BLK, RNG, BALLOON, MEM];
 
@@ -88,6 +94,7 @@ pub const VSOCK: Device = Device {
     queues: &[128, 128, 8],
     queue: 1,
     request: || (vsock_packet(1, 1, 1, 2, 0, &[]), 0),
+    vhost: false,
 };
 
 pub const FS: Device = Device {
@@ -97,6 +104,7 @@ pub const FS: Device = Device {
     queues: &[64, 512],
     queue: 1,
     request: || (fuse_init(), 4096),
+    vhost: false,
 };
 
 pub const NET: Device = Device {
@@ -106,6 +114,7 @@ pub const NET: Device = Device {
     queues: &[256, 256],
     queue: 1,
     request: || ([&[0; 12][..], &[0xff; 6], &MAC, &[0x88, 0xb5], &[0; 46]].concat(), 0),
+    vhost: false,
 };
 
 pub const BLK: Device = Device {
@@ -115,10 +124,18 @@ pub const BLK: Device = Device {
     queues: &[128],
     queue: 0,
     request: || (disk_request(0, 0), 513),
+    vhost: false,
 };
 
-pub const RNG: Device =
-    Device { name: "rng", slot: 4, features: VERSION_1, queues: &[8], queue: 0, request: || (Vec::new(), 64) };
+pub const RNG: Device = Device {
+    name: "rng",
+    slot: 4,
+    features: VERSION_1,
+    queues: &[8],
+    queue: 0,
+    request: || (Vec::new(), 64),
+    vhost: false,
+};
 
 pub const BALLOON: Device = Device {
     name: "balloon",
@@ -128,6 +145,7 @@ pub const BALLOON: Device = Device {
     queues: &[64, 64, 64],
     queue: 0,
     request: || (SPARE_PAGE.to_le_bytes().to_vec(), 0),
+    vhost: false,
 };
 
 pub const MEM: Device = Device {
@@ -138,6 +156,7 @@ pub const MEM: Device = Device {
     queues: &[8],
     queue: 0,
     request: || (mem_request(3, HOTPLUG, 1), 10),
+    vhost: false,
 };
 
 /// Number of a page that the attacker does not use.

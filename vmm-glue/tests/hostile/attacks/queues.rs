@@ -86,7 +86,7 @@ pub fn attacks() -> Vec<Attack> {
         Attack::on_all("jumps of the available index", |guest, device| {
             for index in [device.queues[usize::from(device.queue)] + 1, 0x7fff, 0x8000, u16::MAX] {
                 let queue = guest.start(device)[usize::from(device.queue)];
-                guest.store16(queue.avail + 2, index);
+                guest.store16(queue.avail + 2, queue.base.wrapping_add(index));
                 guest.write(device, register::QUEUE_NOTIFY, device.queue.into());
                 guest.settle(device, &queue);
             }
@@ -99,9 +99,9 @@ pub fn attacks() -> Vec<Attack> {
             let queue = *queue;
             guest.publish(device, &queue);
             guest.settle(device, &queue);
-            guest.store16(queue.avail + 2, 0);
+            guest.store16(queue.avail + 2, queue.base);
             guest.write(device, register::QUEUE_NOTIFY, device.queue.into());
-            guest.settle(device, &Queue { used: queue.used + 2, ..queue });
+            guest.settle(device, &Queue { used: queue.used + 2, base: 0, ..queue });
         }),
         Attack::on_all("same head many times", |guest, device| {
             let queue = offer_one_head(guest, device);

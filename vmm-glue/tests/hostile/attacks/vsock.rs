@@ -25,8 +25,8 @@ const CREDIT_REQUEST: u16 = 7;
 
 pub fn attacks() -> Vec<Attack> {
     let waiting =
-        Host { before: Some(|vmm| (0..40).for_each(|_| send(vmm, Call::Connect { port: PORT }))), during: None };
-    let connected = Host { before: None, during: Some(connect_and_write) };
+        Host { before: Some(|vmm| (0..40).for_each(|_| send(vmm, Call::Connect { port: PORT }))), ..Host::default() };
+    let connected = Host { during: Some(connect_and_write), ..Host::default() };
     vec![
         Attack::on(VSOCK, "packets of every type and operation", |guest, device| {
             let packets = every_packet(1, 2, &[]);
