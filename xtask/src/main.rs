@@ -3,6 +3,7 @@
 
 mod bench;
 mod build;
+mod cargo_test;
 mod cli;
 mod cmd;
 mod conformance;
@@ -33,6 +34,7 @@ mod suites;
 mod syscalls;
 mod test;
 mod ui;
+mod unit;
 mod user_cache;
 
 use std::process::ExitCode;
