@@ -1,7 +1,7 @@
 //! Runs `cargo test` or `cargo miri test`, and reads the result of each test binary from the output.
 //!
-//! Cargo names a binary before it runs the binary, and says afterwards if the binary failed. Cargo writes to stderr, and
-//! the binaries write to stdout and stderr. All of them write to one pipe, so that the order of the lines is right.
+//! Cargo names a binary before it runs the binary, and says afterwards if the binary failed. Cargo writes to stderr,
+//! and the binaries write to stdout and stderr. All of them write to one pipe, so that the order of the lines is right.
 
 use std::io::Read;
 use std::path::Path;

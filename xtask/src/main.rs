@@ -19,6 +19,7 @@ mod imports;
 mod kernel;
 mod libtest;
 mod lock;
+mod miri;
 mod modules;
 mod node;
 mod paths;

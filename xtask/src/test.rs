@@ -108,22 +108,25 @@ fn run(options: &Options, stages: &Stages) -> Result<End> {
     let results = if options.unit { None } else { Some(Results::new(paths::results())?) };
     let unit = if options.e2e.is_none() { Some(Unit::new(stages)?) } else { None };
     stages.measure("setup", setup::setup)?;
+    let mut notes = Vec::new();
     if let Some(mut unit) = unit {
         unit.format()?;
         if results.is_none() {
-            unit.lints_and_tests()?;
-            return Ok(End { code: 0, notes: vec![passed()] });
+            notes.extend(unit.lints_and_tests()?);
+            notes.push(passed());
+            return Ok(End { code: 0, notes });
         }
         // Cargo often keeps only one processor busy, and a download keeps no processor busy. Therefore the node's
         // files, which have to be downloaded, are made while cargo runs.
         std::thread::scope(|scope| {
             let parts = scope.spawn(|| stages.measure("files of the node (during lints and unit tests)", parts));
-            unit.lints_and_tests()?;
+            notes.extend(unit.lints_and_tests()?);
             parts.join().unwrap_or_else(|_| bail!("the thread that builds the node's files panicked"))
         })?;
     }
     let filter = options.e2e.as_deref().unwrap_or_default();
     let mut end = e2e(filter, options, stages, results.unwrap_or_default())?;
+    end.notes.extend(notes);
     end.notes.push(if end.code == 0 { passed() } else { "end-to-end tests failed".to_owned() });
     Ok(end)
 }

@@ -1,5 +1,5 @@
-//! The stages of `cargo xtask test` before the end-to-end suites: checks, lints and unit tests. Their results are kept
-//! after each stage.
+//! The stages of `cargo xtask test` before the end-to-end suites: checks, lints, unit tests, and unit tests under Miri.
+//! Their results are kept after each stage.
 
 use std::time::{Duration, Instant};
 
@@ -8,9 +8,9 @@ use anyhow::{Result, bail};
 use crate::build::cargo;
 use crate::cargo_test::{self, Binary};
 use crate::libtest::{TestOutcome, TestRun};
-use crate::results::{Results, Summary, UNIT};
+use crate::results::{MIRI, Results, Summary, UNIT};
 use crate::stages::{self, Part, Stages};
-use crate::{cmd, deny, imports, modules, paths, suites, ui};
+use crate::{cmd, deny, imports, miri, modules, paths, suites, ui};
 
 /// A check: its name, and the function that fails if the check does.
 type Check = (&'static str, fn() -> Result<()>);
@@ -49,8 +49,9 @@ impl<'a> Unit<'a> {
         self.checks("format and structure", "format", &FORMAT)
     }
 
-    /// Runs the lints and the unit tests.
-    pub fn lints_and_tests(&mut self) -> Result<()> {
+    /// Runs the lints, the unit tests, and unit tests under Miri. Returns a line for the end of the run if Miri is not
+    /// installed.
+    pub fn lints_and_tests(&mut self) -> Result<Option<String>> {
         ui::say("test", "lints");
         self.checks("lints", "lints", &LINTS)?;
         ui::say("test", "unit tests");
@@ -60,7 +61,13 @@ impl<'a> Unit<'a> {
         // libtest tells when a test begins only if it runs one test at a time.
         tests.env("RUST_TEST_THREADS", "1");
         self.tests("unit tests", UNIT, || cargo_test::run("test", &mut tests))?;
-        self.write(true)
+        let absence = miri::absence();
+        match &absence {
+            None => self.tests("unit tests under Miri", MIRI, || Ok(miri::run("")?.0))?,
+            Some(line) => ui::say("test", line),
+        }
+        self.write(true)?;
+        Ok(absence)
     }
 
     /// Runs the checks of a stage, until a check fails. `suite` is the name of the stage in the results.

@@ -24,12 +24,12 @@ use outcome::SuiteResult;
 
 pub use outcome::{Attempt, AttemptOutcome, SuiteOutcome};
 pub use recorder::{BootReport, Recorder};
-pub use unit::UNIT;
+pub use unit::{MIRI, UNIT};
 
 /// The tests that a set of results covers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Scope {
-    /// The checks, the lints and the unit tests.
+    /// The checks, the unit tests, and the unit tests under Miri.
     Unit,
     /// The end-to-end suites.
     #[default]

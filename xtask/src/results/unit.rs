@@ -17,6 +17,8 @@ use crate::stages;
 const CHECKS: &str = "checks";
 /// The line of the test binaries.
 pub const UNIT: &str = "unit";
+/// The line of the test binaries under Miri.
+pub const MIRI: &str = "miri";
 
 impl Results {
     /// Creates an empty set of results of unit tests, which will be written to `dir`. Removes the results of unit tests
@@ -26,7 +28,7 @@ impl Results {
         for file in [format!("{name}.json"), format!("{name}.xml")] {
             files::remove(&dir.join(file))?;
         }
-        for line in [CHECKS, UNIT] {
+        for line in [CHECKS, UNIT, MIRI] {
             files::remove(&dir.join("logs").join(line))?;
         }
         files::make_dir(&dir)?;
