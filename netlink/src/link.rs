@@ -66,6 +66,7 @@ mod tests {
     use crate::nest;
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no socket(AF_NETLINK)")]
     fn links_include_the_loopback_interface() {
         let links = links(&Netlink::open().unwrap()).unwrap();
         let loopback = links.iter().find(|link| link.index == 1).unwrap();

@@ -101,6 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no socketpair(SOCK_SEQPACKET)")]
     fn each_boot_step_is_reported_once() {
         let (control, shim) = wire::pair().unwrap();
         let reporter = Reporter::new(control);

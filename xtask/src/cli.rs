@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::build::Profile;
 use crate::node::{Add, Limits, Line, Machine, Run, Seat};
 use crate::{
-    bench, conformance, demo, deny, dist, fuzz, image, imports, kernel, modules, node, setup, test, user_cache,
+    bench, conformance, demo, deny, dist, fuzz, image, imports, kernel, miri, modules, node, setup, test, user_cache,
 };
 
 /// Builds, runs and tests Husk.
@@ -49,6 +49,8 @@ enum Task {
     Test(test::Options),
     /// Run the fuzz targets. Exit with 1 if a target found a defect.
     Fuzz(fuzz::Options),
+    /// Run unit tests of unsafe code and of parsers under Miri. Exit with 1 if a test failed.
+    Miri(miri::Options),
     /// Check licences, duplicate versions and sources of the dependencies against deny.toml.
     Deny,
     /// Check that imports are grouped: the standard library, other crates, this crate.
@@ -161,6 +163,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Task::Demo(options) => return demo::demo(&options),
         Task::Test(options) => return test::test(&options),
         Task::Fuzz(options) => return fuzz::fuzz(&options),
+        Task::Miri(options) => return miri::miri(&options),
         Task::Deny => deny::deny()?,
         Task::Imports { fix } => imports::imports(fix)?,
         Task::Modules { shrink } => modules::modules(shrink)?,

@@ -18,7 +18,7 @@ const FAILURE_TEXT: usize = 8192;
 pub enum TestOutcome {
     Passed,
     Failed,
-    /// The test is long, and the run left out long tests.
+    /// The test has `#[ignore]`, and the run left out such tests.
     Ignored,
     /// The output ended while the test ran.
     Unfinished,
@@ -32,6 +32,15 @@ pub struct TestRun {
     pub duration: Duration,
     /// What a failed test printed. `None` if libtest showed no output of the test.
     pub failure: Option<String>,
+    /// The reason in the test's `#[ignore]`, if the test was ignored and its `#[ignore]` has a reason.
+    pub ignored: Option<String>,
+}
+
+impl TestRun {
+    /// Creates the result of a test that printed nothing.
+    pub fn new(name: &str, outcome: TestOutcome, duration: Duration) -> Self {
+        TestRun { name: name.to_owned(), outcome, duration, failure: None, ignored: None }
+    }
 }
 
 /// The part of the output that the next line belongs to.
@@ -90,6 +99,9 @@ impl Parser {
             }
             if let Some(outcome) = outcome(rest) {
                 self.end(outcome, now);
+                if let Some((test, reason)) = self.tests.last_mut().zip(rest.strip_prefix("ignored, ")) {
+                    test.ignored = Some(reason.to_owned());
+                }
             }
         } else if line == "failures:" {
             self.end(TestOutcome::Passed, self.last);
@@ -124,7 +136,7 @@ impl Parser {
     /// Ends the running test, if there is one.
     fn end(&mut self, outcome: TestOutcome, now: Instant) {
         if let Some((name, since)) = self.running.take() {
-            self.tests.push(TestRun { name, outcome, duration: now.saturating_duration_since(since), failure: None });
+            self.tests.push(TestRun::new(&name, outcome, now.saturating_duration_since(since)));
         }
     }
 
@@ -172,8 +184,8 @@ mod tests {
     type Row = (String, TestOutcome, u64);
 
     /// Parses lines that arrive one second apart. The part of a line before a "|" arrives one second before the rest of
-    /// the line. Returns the tests, and the failure text of each test.
-    fn read(text: &str) -> (Vec<Row>, Vec<Option<String>>) {
+    /// the line.
+    fn parse(text: &str) -> Vec<TestRun> {
         let begin = Instant::now();
         let (mut parser, mut now) = (Parser::new(begin), begin);
         for line in text.lines() {
@@ -184,7 +196,12 @@ mod tests {
             }
             parser.line(&line.replace('|', ""), now);
         }
-        let tests = parser.finish(now + Duration::from_secs(1));
+        parser.finish(now + Duration::from_secs(1))
+    }
+
+    /// Parses lines as [`parse`] does. Returns the tests, and the failure text of each test.
+    fn read(text: &str) -> (Vec<Row>, Vec<Option<String>>) {
+        let tests = parse(text);
         let failures = tests.iter().map(|test| test.failure.clone()).collect();
         let tests = tests.into_iter().map(|test| (test.name, test.outcome, test.duration.as_secs()));
         (tests.collect(), failures)
@@ -210,6 +227,13 @@ mod tests {
         assert_eq!(tests, expected);
         assert_eq!(failures[1].as_deref(), Some("thread 'm::b' panicked at x:1:\nwhy"));
         assert!(failures[0].is_none());
+    }
+
+    #[test]
+    fn ignored_test_has_the_reason_of_its_attribute() {
+        let tests = parse("test a ... ignored, long: a minute\ntest b ... ignored\ntest c ... ok\n");
+        let reasons: Vec<_> = tests.iter().map(|test| test.ignored.as_deref()).collect();
+        assert_eq!(reasons, [Some("long: a minute"), None, None]);
     }
 
     #[test]

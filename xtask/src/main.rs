@@ -3,6 +3,7 @@
 
 mod bench;
 mod build;
+mod cargo_test;
 mod cli;
 mod cmd;
 mod conformance;
@@ -20,6 +21,7 @@ mod imports;
 mod kernel;
 mod libtest;
 mod lock;
+mod miri;
 mod modules;
 mod node;
 mod paths;
@@ -35,6 +37,7 @@ mod suites;
 mod syscalls;
 mod test;
 mod ui;
+mod unit;
 mod user_cache;
 
 use std::process::ExitCode;

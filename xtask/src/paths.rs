@@ -37,7 +37,7 @@ pub fn node() -> PathBuf {
     state().join("node")
 }
 
-/// Returns the directory with the results of the last end-to-end run: JSON, JUnit and logs.
+/// Returns the directory with the results of the last runs: JSON, JUnit and logs.
 pub fn results() -> PathBuf {
     state().join("results")
 }

@@ -19,6 +19,8 @@ const THREADS: [&str; 7] = ["husk-vmm", "vcpu*", "devices", "virtio-fs*", "virti
 /// Beginnings of the names of the shim's threads. For these threads, xtask reports violations but counts no calls,
 /// because runc's shim has a thread of the same name.
 const SHIM_THREADS: [&str; 5] = ["containerd-shim", "husk-shim", "launch", "mount", "pod-network"];
+/// Part of the names of the tests that make a call that a filter has to stop. Filters that only log do not stop it.
+pub const NEEDS_FILTERS: &str = "seccomp_violation";
 const EVENT: &str = "/sys/kernel/tracing/events/raw_syscalls/sys_enter";
 /// Names of the result files in /out of the test node.
 const COUNTS: &str = "syscalls.txt";

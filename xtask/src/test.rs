@@ -5,15 +5,16 @@ use std::fs;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::build::{self, Profile, Program, cargo};
+use crate::build::{self, Profile, Program};
 use crate::extent::{Extent, LINES, runs};
 use crate::filter::Filter;
 use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, Seat, kvm};
 use crate::plan::{self, Outcome, Plan, Retries};
-use crate::results::{AttemptOutcome, BootReport, Recorder, Results, SuiteOutcome, Summary};
+use crate::results::{AttemptOutcome, BootReport, E2eSummary, Recorder, Results, SuiteOutcome, Summary};
 use crate::stages::{self, Stages};
 use crate::suites;
-use crate::{cmd, deny, dist, files, image, imports, kernel, modules, paths, setup, side, syscalls, ui};
+use crate::unit::Unit;
+use crate::{dist, files, image, kernel, paths, setup, side, syscalls, ui};
 
 /// The suite whose containers build images. The suite needs additional images.
 const BUILDERS: &str = "cri_builders";
@@ -103,21 +104,22 @@ pub fn test(options: &Options) -> Result<u8> {
 
 fn run(options: &Options, stages: &Stages) -> Result<End> {
     let passed = || "all passed".to_owned();
-    // `Results::new` also removes the results of an earlier run. Otherwise, if this run failed before its first suite,
-    // the old results would look like results of this run.
+    // `Results::new` also removes the results of an earlier run, and so does `Unit::new`. Otherwise, if this run failed
+    // before its first suite, the old results would look like results of this run.
     let results = if options.unit { None } else { Some(Results::new(paths::results())?) };
+    let unit = if options.e2e.is_none() { Some(Unit::new(stages)?) } else { None };
     stages.measure("setup", setup::setup)?;
-    if options.e2e.is_none() {
-        stages.measure("format and structure", format)?;
-        let Some(_) = results else {
-            unit(stages)?;
+    if let Some(mut unit) = unit {
+        unit.format()?;
+        if results.is_none() {
+            unit.lints_and_tests()?;
             return Ok(End { code: 0, notes: vec![passed()] });
-        };
+        }
         // Cargo often keeps only one processor busy, and a download keeps no processor busy. Therefore the node's
         // files, which have to be downloaded, are made while cargo runs.
         std::thread::scope(|scope| {
             let parts = scope.spawn(|| stages.measure("files of the node (during lints and unit tests)", parts));
-            unit(stages)?;
+            unit.lints_and_tests()?;
             parts.join().unwrap_or_else(|_| bail!("the thread that builds the node's files panicked"))
         })?;
     }
@@ -125,29 +127,6 @@ fn run(options: &Options, stages: &Stages) -> Result<End> {
     let mut end = e2e(Filter::parse(filter), options, stages, results.unwrap_or_default())?;
     end.notes.push(if end.code == 0 { passed() } else { "end-to-end tests failed".to_owned() });
     Ok(end)
-}
-
-/// Runs the checks that need no compiler.
-fn format() -> Result<()> {
-    ui::say("test", "checking dependencies, format, imports, needs of the suites, and modules");
-    deny::deny()?;
-    cmd::shown(cargo().args(["fmt", "--all", "--check"]))?;
-    imports::imports(false)?;
-    suites::read()?;
-    modules::check()
-}
-
-/// Runs the lints and the unit tests.
-fn unit(stages: &Stages) -> Result<()> {
-    ui::say("test", "lints");
-    let mut clippy = cargo();
-    clippy.args(["clippy", "--quiet", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]);
-    stages.measure("lints", || cmd::shown(&mut clippy))?;
-    ui::say("test", "unit tests");
-    // husk-e2e has the end-to-end suites, which can run only in the node.
-    let mut tests = cargo();
-    tests.args(["test", "--quiet", "--workspace", "--exclude", "husk-e2e", "--locked"]);
-    stages.measure("unit tests", || cmd::shown(&mut tests))
 }
 
 /// Makes what cargo does not build: the guest kernel and the files of the test node.
@@ -239,9 +218,11 @@ fn e2e(filter: Filter<'_>, options: &Options, stages: &Stages, results: Results)
         work.plans.push((line, Plan::new(names, batch, retries)));
     }
     let summary = |finished| Summary {
-        filter: options.e2e.clone().unwrap_or_default(),
-        retry: retries == Retries::Retry,
-        emulated,
+        e2e: Some(E2eSummary {
+            filter: options.e2e.clone().unwrap_or_default(),
+            retry: retries == Retries::Retry,
+            emulated,
+        }),
         finished,
         seconds: stages.elapsed(),
         stages: stages.list(),
@@ -291,6 +272,7 @@ fn e2e(filter: Filter<'_>, options: &Options, stages: &Stages, results: Results)
     }
     let mut failed = work.plans.iter().any(|(_, plan)| !plan.failed().is_empty());
     if options.syscalls {
+        ui::say("test", format!("did not run the tests with `{}` in their names", syscalls::NEEDS_FILTERS));
         failed |= !syscalls::report()?;
     }
     Ok(End { code: u8::from(failed), notes })
@@ -308,8 +290,13 @@ struct Selection<'a> {
 impl Selection<'_> {
     /// Returns the arguments for libtest.
     fn args(&self) -> Vec<String> {
-        let long = self.long.then(|| "--include-ignored".to_owned());
-        long.into_iter().chain(self.filter.part_of_name().map(str::to_owned)).collect()
+        let mut args = Vec::new();
+        args.extend(self.long.then(|| "--include-ignored".to_owned()));
+        if self.syscalls {
+            args.extend(["--skip".to_owned(), syscalls::NEEDS_FILTERS.to_owned()]);
+        }
+        args.extend(self.filter.part_of_name().map(str::to_owned));
+        args
     }
 }
 

@@ -165,6 +165,7 @@ mod tests {
     const EXIT: Instruction = Instruction::new(0x95, 0, 0, 0, 0);
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no bpf")]
     fn verifier_accepts_only_valid_programs() {
         load_program(SOCKET_FILTER, 0, &[MOVE_ZERO, EXIT])
             .expect("this test needs root and bpf(2), because it loads a program");

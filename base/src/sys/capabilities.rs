@@ -105,6 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no capget")]
     fn get_agrees_with_proc() {
         let capabilities = get().unwrap();
         let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
@@ -113,6 +114,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no capget")]
     fn set_drops_capabilities_of_only_this_thread() {
         let before = get().unwrap();
         let none = Capabilities { effective: 0, permitted: before.permitted & 1, inheritable: 0 };
@@ -125,6 +127,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no prctl")]
     fn drop_from_bounding_set_affects_only_this_thread() {
         let bounding = || {
             let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();

@@ -98,6 +98,7 @@ mod tests {
     use crate::sys::process::{exit_immediately, wait};
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no fork")]
     fn close_all_except_closes_all_other_fds() {
         let (reader, _writer) = io::pipe().unwrap();
         // SAFETY: the child process has one thread, and makes only system calls.
@@ -120,6 +121,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no close-on-exec flag, and fcntl(F_GETFD) always returns it")]
     fn copies_get_the_requested_numbers() {
         let (mut reader, writer) = io::pipe().unwrap();
         let copy = duplicate_from(&writer, 200).unwrap();
@@ -137,6 +139,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no ioctl for pipes")]
     fn unread_bytes_counts_what_is_in_the_pipe() {
         let (reader, mut writer) = io::pipe().unwrap();
         writer.write_all(b"abc").unwrap();
@@ -151,6 +154,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no fcntl(F_SETFD)")]
     fn close_on_exec_from_sets_the_flag() {
         let (reader, _writer) = io::pipe().unwrap();
         fcntl(&reader, FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();

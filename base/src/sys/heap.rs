@@ -30,6 +30,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no fork")]
     fn large_allocation_is_unmapped_when_it_is_freed() {
         const LEN: usize = 96 << 10;
         // The child process has one thread, so no other test allocates memory or gets the settings.

@@ -91,6 +91,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no ioctl for files")]
     fn requests_to_other_files_fail() {
         let file = tempfile::tempfile().unwrap();
         assert_eq!(free_number(&file).unwrap_err().raw_os_error(), Some(libc::ENOTTY));

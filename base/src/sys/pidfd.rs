@@ -37,6 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no posix_spawn")]
     fn send_signal_reaches_the_process_until_it_is_reaped() {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         let pidfd = open(child.id().cast_signed()).unwrap();
@@ -46,6 +47,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no pidfd_open")]
     fn open_fails_without_a_process() {
         assert_eq!(open(i32::MAX).unwrap_err().raw_os_error(), Some(libc::ESRCH));
     }

@@ -173,6 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no posix_spawn")]
     fn wait_returns_the_status_of_a_real_time_signal() {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         let pid = child.id().cast_signed();
@@ -187,6 +188,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no fork")]
     fn sibling_is_a_child_of_the_parent() {
         // SAFETY: the child process has one thread, and makes only system calls.
         match unsafe { nix::unistd::fork() }.unwrap() {
@@ -212,6 +214,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no clone3")]
     fn clone_sibling_into_fails_if_the_fd_is_not_of_a_cgroup() {
         // SAFETY: the call fails, so there is no new process.
         let error = unsafe { clone_sibling_into(std::fs::File::open("/").unwrap()) }.unwrap_err();
@@ -219,12 +222,14 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no signal")]
     fn set_default_action_rejects_sigkill() {
         set_default_action(Signal::SIGWINCH).unwrap();
         assert!(set_default_action(Signal::SIGKILL).is_err());
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no prctl")]
     fn secure_bits_can_be_set_to_their_current_value() {
         let bits = secure_bits().unwrap();
         set_secure_bits(bits).expect("this test needs root, because it sets the securebits flags");

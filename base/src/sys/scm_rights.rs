@@ -74,11 +74,23 @@ pub fn receive(socket: impl AsFd, bytes: &mut [u8]) -> io::Result<Packet> {
         }
     };
     let truncated = header.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0;
+    // SAFETY: recvmsg has filled the control buffer and set its length. Each fd in an SCM_RIGHTS message is new and has
+    // no other owner.
+    let fds = unsafe { take_fds(&header) };
+    Ok(Packet { len, fds, truncated })
+}
+
+/// Returns the fds of all SCM_RIGHTS messages in the control buffer of `header`.
+///
+/// # Safety
+/// `msg_control` must point to `msg_controllen` bytes of control messages, aligned for `cmsghdr`. Each fd in an
+/// SCM_RIGHTS message must be open and have no other owner.
+unsafe fn take_fds(header: &libc::msghdr) -> Vec<OwnedFd> {
     let mut fds = Vec::new();
-    // SAFETY: recvmsg has filled the control buffer and set its length, and the CMSG macros stay within that length.
-    // Each fd in an SCM_RIGHTS message is new and has no other owner.
+    // SAFETY: the CMSG macros stay within the control buffer, whose length the caller ensures. The caller also ensures
+    // that the fds have no other owner.
     unsafe {
-        let mut message = libc::CMSG_FIRSTHDR(&raw const header);
+        let mut message = libc::CMSG_FIRSTHDR(header);
         while !message.is_null() {
             if (*message).cmsg_level == libc::SOL_SOCKET && (*message).cmsg_type == libc::SCM_RIGHTS {
                 let data = libc::CMSG_DATA(message).cast::<RawFd>();
@@ -87,15 +99,16 @@ pub fn receive(socket: impl AsFd, bytes: &mut [u8]) -> io::Result<Packet> {
                     fds.push(OwnedFd::from_raw_fd(data.add(index).read_unaligned()));
                 }
             }
-            message = libc::CMSG_NXTHDR(&raw const header, message);
+            message = libc::CMSG_NXTHDR(header, message);
         }
     }
-    Ok(Packet { len, fds, truncated })
+    fds
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
+    use std::os::fd::IntoRawFd;
 
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
@@ -106,6 +119,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no socketpair(SOCK_SEQPACKET)")]
     fn fds_arrive_with_the_bytes() {
         let (a, b) = pair();
         let (mut reader, writer) = io::pipe().unwrap();
@@ -121,6 +135,45 @@ mod tests {
     }
 
     #[test]
+    fn take_fds_returns_the_fds_of_each_message() {
+        let mut control = Control([0; CONTROL_LEN]);
+        let mut header = libc::msghdr {
+            msg_name: std::ptr::null_mut(),
+            msg_namelen: 0,
+            msg_iov: std::ptr::null_mut(),
+            msg_iovlen: 0,
+            msg_control: control.0.as_mut_ptr().cast(),
+            msg_controllen: CONTROL_LEN,
+            msg_flags: 0,
+        };
+        let (mut reader, writer) = io::pipe().unwrap();
+        let copies: Vec<RawFd> = (0..3).map(|_| OwnedFd::from(writer.try_clone().unwrap()).into_raw_fd()).collect();
+        // SAFETY: no control message was written yet.
+        assert!(unsafe { take_fds(&libc::msghdr { msg_controllen: 0, ..header }) }.is_empty());
+        // SAFETY: the messages fit into the control buffer. Each of the copies is in one SCM_RIGHTS message.
+        let fds = unsafe {
+            let mut end = 0;
+            for (kind, fds) in [(libc::SCM_RIGHTS, &copies[..1]), (2, &[9][..]), (libc::SCM_RIGHTS, &copies[1..])] {
+                let message = control.0.as_mut_ptr().add(end).cast::<libc::cmsghdr>();
+                (*message).cmsg_level = libc::SOL_SOCKET;
+                (*message).cmsg_type = kind;
+                let bytes = size_of_val(fds) as u32;
+                (*message).cmsg_len = libc::CMSG_LEN(bytes) as usize;
+                libc::CMSG_DATA(message).cast::<RawFd>().copy_from_nonoverlapping(fds.as_ptr(), fds.len());
+                end += libc::CMSG_SPACE(bytes) as usize;
+            }
+            header.msg_control = control.0.as_mut_ptr().cast();
+            header.msg_controllen = end;
+            take_fds(&header)
+        };
+        assert_eq!(fds.iter().map(AsRawFd::as_raw_fd).collect::<Vec<_>>(), copies);
+        drop(writer);
+        drop(fds);
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no socketpair(SOCK_SEQPACKET)")]
     fn receive_accepts_the_maximum_number_of_fds() {
         let (a, b) = pair();
         send(&a, b"x", &[a.as_fd(); MAX_FDS]).unwrap();
@@ -129,6 +182,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no socketpair(SOCK_SEQPACKET)")]
     fn fds_of_truncated_packets_are_closed() {
         let (a, b) = pair();
         let (mut reader, writer) = io::pipe().unwrap();
@@ -142,6 +196,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no socketpair(SOCK_SEQPACKET)")]
     fn bytes_arrive_without_fds() {
         let (a, b) = pair();
         send(&a, b"plain", &[]).unwrap();

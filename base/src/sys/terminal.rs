@@ -74,6 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no ioctl for files")]
     fn slave_opens_after_unlock() {
         let mut master = File::options().read(true).write(true).open("/dev/ptmx").unwrap();
         let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;

@@ -53,6 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no clone")]
     fn holder_has_its_own_user_namespace_until_it_is_dropped() {
         let holder = Holder::new().expect("this test needs root: it creates a user namespace");
         let path = format!("/proc/{}/ns/user", holder.pid());

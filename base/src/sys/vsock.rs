@@ -68,6 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no socket(AF_UNIX)")]
     fn accept_returns_the_address_family_of_a_unix_socket() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");

@@ -50,6 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no lsetxattr")]
     fn attributes_are_set_listed_and_read() {
         // tmpfs supports user attributes only since Linux 6.6. The file system of the source directory supports them.
         let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();

@@ -54,6 +54,7 @@ fn exec_is_refused_unless_the_command_is_listed() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "random policies take minutes, and the code has no unsafe blocks")]
 fn refusal_is_short_and_escaped() {
     let long = "ä\n".repeat(2000);
     for list in [vec!["sh", "-c", &long, &long], vec!["x"; 5000], vec!["\x1b"; 5000]] {
@@ -241,6 +242,7 @@ impl Request {
 
 proptest! {
     #[test]
+    #[cfg_attr(miri, ignore = "random policies take minutes, and the code has no unsafe blocks")]
     fn request_is_allowed_if_and_only_if_both_policies_allow_it(
         node in any_policy(), pod in any_policy(), request in any_request()
     ) {
@@ -254,6 +256,7 @@ proptest! {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "random policies take minutes, and the code has no unsafe blocks")]
     fn shorter_list_never_allows_more(policy in any_policy(), request in any_request()) {
         let mut tighter = policy.clone();
         fn shorten<T>(list: &mut AtMost<T>) {
@@ -272,6 +275,7 @@ proptest! {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "random policies take minutes, and the code has no unsafe blocks")]
     fn policy_is_unchanged_after_conversion_to_json_and_back(policy in any_policy()) {
         let text = policy.to_json();
         prop_assert!(text.len() < MAX_JSON);
@@ -279,6 +283,7 @@ proptest! {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "random policies take minutes, and the code has no unsafe blocks")]
     fn parsing_and_checking_arbitrary_text_never_panics(
         text in ".{0,60}", list in prop::collection::vec(".{0,300}", 0..4)
     ) {

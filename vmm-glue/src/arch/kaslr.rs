@@ -264,6 +264,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a table of 32 768 relocations takes minutes")]
     fn randomize_reads_a_table_that_is_longer_than_a_chunk() {
         let memory = memory();
         let at = |index: usize| (16 << 20) + index as u32 * 4 % 0x1000;

@@ -114,6 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no socketpair(SOCK_SEQPACKET)")]
     fn recv_returns_message_and_fds() {
         let (a, b) = pair().unwrap();
         let (mut reader, mut writer) = io::pipe().unwrap();
@@ -131,6 +132,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no socketpair(SOCK_SEQPACKET)")]
     fn recv_distinguishes_end_from_invalid_message() {
         let (a, b) = pair().unwrap();
         send(&a, &"text", &[]).unwrap();
@@ -140,6 +142,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no socketpair(SOCK_SEQPACKET)")]
     fn send_rejects_too_long_message() {
         let (a, _b) = pair().unwrap();
         let long = "x".repeat(MAX_MESSAGE);

@@ -84,6 +84,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no capset")]
     fn keep_for_files_changes_only_the_capabilities_of_this_thread() {
         let before = sets();
         let limited = std::thread::spawn(|| {

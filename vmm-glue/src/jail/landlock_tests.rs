@@ -60,6 +60,7 @@ fn use_as_file_server(directory: &Path) {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "Miri has no unshare")]
 fn only_files_beneath_share_and_its_later_mounts_are_accessible() {
     with_mounts(|| {
         let base = tempfile::tempdir().unwrap();
@@ -118,6 +119,7 @@ fn only_files_beneath_share_and_its_later_mounts_are_accessible() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "Miri has no landlock_create_ruleset")]
 fn no_file_is_accessible_without_share() {
     let base = tempfile::tempdir().unwrap();
     fs::write(base.path().join("file"), "").unwrap();
@@ -130,6 +132,7 @@ fn no_file_is_accessible_without_share() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "Miri has no landlock_create_ruleset")]
 fn tcp_abstract_sockets_and_other_processes_are_not_reachable() {
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
     let (tcp_address, name) = (tcp.local_addr().unwrap(), format!("husk-landlock-{}", std::process::id()));

@@ -313,6 +313,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no mmap(PROT_NONE)")]
     fn open_fails_if_host_has_too_few_huge_pages() {
         let ram = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let pages = 1u64 << 20;
@@ -333,6 +334,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no mmap(PROT_NONE)")]
     fn only_open_parts_are_accessible() {
         let ram = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let (memory, hotplug) = reserve(&ram, (4 << 30, 128 << 20), Backing::Ordinary).unwrap();

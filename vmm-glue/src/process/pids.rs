@@ -52,6 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no capset")]
     fn pid_is_a_thread_of_this_process_until_released() {
         let mut pids = Pids::default();
         let (a, b) = (pids.acquire().unwrap(), pids.acquire().unwrap());
@@ -67,6 +68,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no capset")]
     fn number_of_pids_is_bounded() {
         let mut pids = Pids::default();
         let acquired: Vec<u32> = (0..MAX_PIDS).map(|_| pids.acquire().unwrap()).collect();

@@ -429,3 +429,7 @@ pub fn log_host_failure(failure: &dyn std::fmt::Display) {
 pub fn iovec_count(parts: &[libc::iovec]) -> libc::c_int {
     libc::c_int::try_from(parts.len()).unwrap_or(libc::c_int::MAX)
 }
+
+#[cfg(test)]
+#[path = "queue_tests.rs"]
+mod tests;

@@ -324,6 +324,7 @@ mod tests {
     use crate::memory::hotplug::{Backing, reserve};
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no mmap(PROT_NONE)")]
     fn memory_range_outlives_a_failed_attach() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let (_, range) = reserve(&memory, (4 << 30, 128 << 20), Backing::Ordinary).unwrap();

@@ -1,4 +1,4 @@
-//! Converts results to JUnit. Each suite that ran with a containerd line becomes a JUnit test suite.
+//! Converts results to JUnit. Each suite becomes a JUnit test suite for each line with which the suite ran.
 
 use std::time::Duration;
 
@@ -7,16 +7,16 @@ use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestRerun, T
 use super::outcome::{Attempt, AttemptOutcome, SuiteOutcome, SuiteResult};
 use crate::libtest::{TestOutcome, TestRun};
 
-/// Returns the report of a run that took this many seconds.
-pub fn report(suites: &[SuiteResult], seconds: f64) -> Report {
-    let mut report = Report::new("husk-e2e");
+/// Returns the report, called `name`, of a run that took this many seconds.
+pub fn report(name: &str, suites: &[SuiteResult], seconds: f64) -> Report {
+    let mut report = Report::new(name);
     report.set_time(Duration::from_secs_f64(seconds));
     report.add_test_suites(suites.iter().map(junit_suite));
     report
 }
 
 /// Returns the JUnit form of a suite, with the tests of all attempts. The test case `(suite)` is added if the suite was
-/// not run, or if an attempt did not pass although none of its tests failed.
+/// not run, if an attempt did not pass although none of its tests failed, or if the suite has no test.
 fn junit_suite(result: &SuiteResult) -> TestSuite {
     let class = format!("{}.{}", result.line, result.suite);
     let mut suite = TestSuite::new(&class);
@@ -55,6 +55,7 @@ fn junit_suite(result: &SuiteResult) -> TestSuite {
             status.set_message("the suite was not run: the node ended before the suite began");
             Some(status)
         }
+        (_, true) if suite.test_cases.is_empty() => Some(TestCaseStatus::success()),
         (_, true) => None,
         (SuiteOutcome::Failed, false) => Some(TestCaseStatus::non_success(NonSuccessKind::Error)),
         (_, false) => Some(TestCaseStatus::success()),
@@ -106,6 +107,9 @@ fn junit_case(name: &str, class: &str, runs: &[(&Attempt, &TestRun)]) -> TestCas
         rerun.set_description(test.failure.as_deref().unwrap_or_default());
         rerun
     }));
+    if let Some(reason) = last.and_then(|test| test.ignored.as_deref()) {
+        status.set_message(reason);
+    }
     let mut case = TestCase::new(name, status);
     case.set_classname(class).set_time(last.map(|test| test.duration).unwrap_or_default());
     case

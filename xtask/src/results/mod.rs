@@ -1,11 +1,14 @@
-//! Keeps the results of the end-to-end suites as JSON and as JUnit, and the output of each attempt as a log file.
+//! Keeps the results of the checks, the unit tests and the end-to-end suites as JSON and as JUnit, and the output of
+//! each attempt as a log file.
 //!
-//! Everything is in `target/husk/results`. `e2e.json` and `e2e.xml` are rewritten after each boot of a node. Therefore,
-//! if a run is stopped, they have the results of the boots that have ended.
+//! Everything is in `target/husk/results`. `unit.json` and `unit.xml` are rewritten after each stage. `e2e.json` and
+//! `e2e.xml` are rewritten after each boot of a node. Therefore, if a run is stopped, the files have the results of the
+//! stages and boots that have ended.
 
 mod junit;
 mod outcome;
 mod recorder;
+mod unit;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,27 +24,57 @@ use outcome::SuiteResult;
 
 pub use outcome::{Attempt, AttemptOutcome, SuiteOutcome};
 pub use recorder::{BootReport, Recorder};
+pub use unit::UNIT;
+
+/// The tests that a set of results covers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Scope {
+    /// The checks and the unit tests.
+    Unit,
+    /// The end-to-end suites.
+    #[default]
+    E2e,
+}
+
+impl Scope {
+    /// Returns the name of the files of the results, without the extension.
+    fn name(self) -> &'static str {
+        match self {
+            Scope::Unit => "unit",
+            Scope::E2e => "e2e",
+        }
+    }
+}
 
 /// The results of a run.
 #[derive(Default)]
 pub struct Results {
     dir: PathBuf,
+    scope: Scope,
     suites: Vec<SuiteResult>,
 }
 
-/// The facts in `e2e.json` that concern the run as a whole.
+/// The facts in `unit.json` and `e2e.json` that concern the run as a whole.
 #[derive(Serialize)]
 pub struct Summary {
+    /// Facts about a run of end-to-end suites. `None` for unit tests.
+    #[serde(flatten)]
+    pub e2e: Option<E2eSummary>,
+    /// Whether all stages or all boots of the run have ended.
+    pub finished: bool,
+    pub seconds: f64,
+    pub stages: Vec<Stage>,
+}
+
+/// The facts in `e2e.json` that concern the run as a whole, and that `unit.json` does not have.
+#[derive(Serialize)]
+pub struct E2eSummary {
     /// The filter on test names. Empty if the run had no filter.
     pub filter: String,
     /// Whether suites that failed were retried.
     pub retry: bool,
     /// Whether the nodes were emulated.
     pub emulated: bool,
-    /// Whether all boots of the run have ended.
-    pub finished: bool,
-    pub seconds: f64,
-    pub stages: Vec<Stage>,
 }
 
 #[derive(Serialize)]
@@ -71,16 +104,17 @@ struct JsonTest<'a> {
     log: &'a Path,
     #[serde(skip_serializing_if = "Option::is_none")]
     failure: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ignored: Option<&'a str>,
 }
 
 impl Results {
-    /// Creates an empty set of results, which will be written to `dir`. Removes the results of an earlier run.
+    /// Creates an empty set of results of end-to-end suites, which will be written to `dir`. Removes all results of an
+    /// earlier run from `dir`.
     pub fn new(dir: PathBuf) -> Result<Self> {
-        if dir.exists() {
-            fs::remove_dir_all(&dir).with_context(|| format!("failed to remove {}", dir.display()))?;
-        }
+        files::remove(&dir)?;
         files::make_dir(&dir)?;
-        Ok(Results { dir, suites: Vec::new() })
+        Ok(Results { dir, scope: Scope::E2e, suites: Vec::new() })
     }
 
     /// Adds a suite that is to run with a containerd line.
@@ -135,14 +169,15 @@ impl Results {
         text
     }
 
-    /// Writes `e2e.json` and `e2e.xml`.
+    /// Writes the JSON file and the JUnit file.
     pub fn write(&self, summary: &Summary) -> Result<()> {
         let json = serde_json::to_vec_pretty(&self.json(summary)).context("failed to serialize the results as JSON")?;
-        let xml = junit::report(&self.suites, summary.seconds)
+        let name = self.scope.name();
+        let xml = junit::report(&format!("husk-{name}"), &self.suites, summary.seconds)
             .to_string()
             .context("failed to serialize the results as JUnit")?;
-        for (name, content) in [("e2e.json", json), ("e2e.xml", xml.into_bytes())] {
-            let (path, part) = (self.dir.join(name), self.dir.join(format!("{name}.part")));
+        for (name, content) in [(format!("{name}.json"), json), (format!("{name}.xml"), xml.into_bytes())] {
+            let (path, part) = (self.dir.join(&name), self.dir.join(format!("{name}.part")));
             fs::write(&part, content).with_context(|| format!("failed to write {}", part.display()))?;
             fs::rename(&part, &path).with_context(|| format!("failed to rename {}", part.display()))?;
         }
@@ -168,6 +203,7 @@ impl Results {
                     seconds: stages::seconds(test.duration),
                     log: &attempt.log,
                     failure: test.failure.as_deref(),
+                    ignored: test.ignored.as_deref(),
                 }));
             }
         }

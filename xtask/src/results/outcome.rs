@@ -47,6 +47,7 @@ pub struct Attempt {
 /// The attempts of a suite with one containerd line.
 #[derive(Debug)]
 pub struct SuiteResult {
+    /// The containerd line. For unit tests, the stage in which the suite runs.
     pub line: String,
     pub suite: String,
     pub attempts: Vec<Attempt>,

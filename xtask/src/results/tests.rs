@@ -3,11 +3,13 @@
 use serde_json::Value;
 
 use super::*;
+use crate::cargo_test::Binary;
 use crate::libtest::TestRun;
 use crate::node::Progress;
 
 fn summary() -> Summary {
-    Summary { filter: String::new(), retry: true, emulated: true, finished: true, seconds: 9.5, stages: vec![] }
+    let e2e = Some(E2eSummary { filter: String::new(), retry: true, emulated: true });
+    Summary { e2e, finished: true, seconds: 9.5, stages: vec![] }
 }
 
 /// Records a boot of these suites. In `script`, lines "mark …" are marks, and all other lines are output.
@@ -76,10 +78,7 @@ fn slowest_tests_come_first() {
     let dir = tempfile::tempdir().unwrap();
     let mut results = Results::new(dir.path().join("results")).unwrap();
     results.plan("1.7", "a");
-    let test = |name: &str, secs| {
-        let duration = Duration::from_secs(secs);
-        TestRun { name: name.to_owned(), outcome: TestOutcome::Passed, duration, failure: None }
-    };
+    let test = |name: &str, secs| TestRun::new(name, TestOutcome::Passed, Duration::from_secs(secs));
     let tests = vec![test("x", 1), test("y", 30), test("z", 2)];
     let (outcome, log) = (AttemptOutcome::Passed, PathBuf::new());
     let attempt = Attempt { attempt: 1, outcome, seconds: 33.0, log, console: None, tests };
@@ -90,10 +89,50 @@ fn slowest_tests_come_first() {
 #[test]
 fn junit_distinguishes_flaky_and_unfinished_tests() {
     let dir = tempfile::tempdir().unwrap();
-    let xml = junit::report(&sample(dir.path()).suites, 9.5).to_string().unwrap();
+    let xml = junit::report("husk-e2e", &sample(dir.path()).suites, 9.5).to_string().unwrap();
     assert!(xml.contains("<testsuite name=\"1.7.a\""), "{xml}");
     assert!(xml.contains("<flakyFailure ") && xml.contains("\"attempt 1 failed (logs/1.7/a.1.log)\""), "{xml}");
     assert!(xml.contains("<error message=\"attempt 1 did not end: the node ended first (logs/1.7/c.1.log"), "{xml}");
-    assert!(xml.contains("<skipped"), "{xml}");
+    assert!(xml.contains("<skipped message=\"long: x\""), "{xml}");
     assert!(xml.contains("the suite was not run"), "{xml}");
+}
+
+#[test]
+fn results_of_unit_tests_have_checks_and_test_binaries() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir_all(dir.path().join("logs/unit")).unwrap();
+    fs::write(dir.path().join("logs/unit/old.1.log"), "old").unwrap();
+    fs::write(dir.path().join("e2e.json"), "kept").unwrap();
+    let mut results = Results::new_unit(dir.path().to_owned()).unwrap();
+    let mut check = TestRun::new("modules", TestOutcome::Failed, Duration::from_secs(1));
+    check.failure = Some("a cycle".to_owned());
+    results.add_checks("format", vec![TestRun::new("imports", TestOutcome::Passed, Duration::ZERO), check]).unwrap();
+    let binary = |name: &str, passed, tests| {
+        let (name, duration, output) = (name.to_owned(), Duration::from_secs(2), "the output".to_owned());
+        Binary { name, passed, duration, tests, output }
+    };
+    let test = TestRun::new("error::tests::x", TestOutcome::Passed, Duration::from_secs(2));
+    results.add_binary(UNIT, binary("husk_base", true, vec![test])).unwrap();
+    results.add_binary(UNIT, binary("hostile.test", true, vec![])).unwrap();
+    results.add_binary(UNIT, binary("escape.test", false, vec![])).unwrap();
+    results.write(&Summary { e2e: None, finished: false, seconds: 9.5, stages: vec![] }).unwrap();
+    let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
+    let json: Value = serde_json::from_str(&read("unit.json")).unwrap();
+    let suites = json["suites"].as_array().unwrap();
+    let rows: Vec<_> = suites.iter().map(|suite| (&suite["line"], &suite["suite"], &suite["outcome"])).collect();
+    let row = |index: usize| rows[index];
+    assert_eq!(row(0), (&"checks".into(), &"format".into(), &"failed".into()));
+    assert_eq!(row(1), (&"unit".into(), &"husk_base".into(), &"passed".into()));
+    assert_eq!(row(3), (&"unit".into(), &"escape.test".into(), &"failed".into()));
+    assert_eq!((&json["finished"], json.get("filter")), (&false.into(), None));
+    assert_eq!(json["tests"][1]["failure"], "a cycle");
+    let xml = read("unit.xml");
+    assert!(xml.contains("<testsuites name=\"husk-unit\""), "{xml}");
+    assert!(xml.contains("<testcase name=\"error::tests::x\" classname=\"unit.husk_base\" time=\"2.000\""), "{xml}");
+    assert!(xml.contains("<testcase name=\"(suite)\" classname=\"unit.hostile.test\""), "{xml}");
+    assert!(xml.contains("attempt 1 failed (logs/unit/escape.test.1.log)"), "{xml}");
+    assert_eq!(read("logs/unit/hostile.test.1.log"), "the output");
+    assert_eq!(read("logs/checks/format.1.log"), "imports ... ok\nmodules ... FAILED\na cycle\n");
+    assert!(!dir.path().join("logs/unit/old.1.log").exists());
+    assert_eq!(read("e2e.json"), "kept");
 }

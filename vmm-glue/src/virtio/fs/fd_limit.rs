@@ -126,6 +126,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "the fds in /proc are those of the interpreter")]
     fn request_waits_until_fds_are_released() {
         let open = || File::open("/dev/null").unwrap();
         // Open 600 fds, which is more than the threshold of 500. After these fds are closed, fewer than 500 fds are
@@ -147,6 +148,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "the fds in /proc are those of the interpreter")]
     fn request_proceeds_after_the_timeout() {
         let (requests, requested) = channel();
         let limit = FdLimit::new(fd_directory(), 0, Box::new(move || requests.send(()).unwrap()));

@@ -188,3 +188,46 @@ fn reply_error(chain: &Chain<'_>, unique: u64, errno: i32) -> u32 {
     }
     OUT_HEADER_LEN
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::queue_without_device;
+
+    #[test]
+    fn batch_is_decoded_if_all_its_nodes_are_in_the_chain() {
+        let batch = |count: u32, nodes: &[[u64; 2]]| {
+            let (memory, mut driver, mut queue) = queue_without_device(4);
+            let mut bytes = vec![9; size_of::<InHeader>()];
+            bytes.extend(count.to_le_bytes());
+            bytes.extend([0; 4]);
+            bytes.extend(nodes.iter().flatten().flat_map(|number| number.to_le_bytes()));
+            // No structure of the request is aligned in guest memory.
+            driver.add(&[&bytes[..3], &bytes[3..43], &bytes[43..]], &[]);
+            let mut chain = queue.pop(&memory).unwrap().unwrap();
+            let header: InHeader = take(&mut chain.readable).unwrap();
+            assert_eq!((header.opcode, header.unique), (0x0909_0909, 0x0909_0909_0909_0909));
+            take_batch(&mut chain.readable)
+        };
+        assert_eq!(batch(0, &[]), Some(vec![]));
+        assert_eq!(batch(2, &[[5, 6], [7, 8]]), Some(vec![(5, 6), (7, 8)]));
+        assert_eq!(batch(1, &[[5, 6], [7, 8]]), Some(vec![(5, 6)]));
+        assert_eq!(batch(3, &[[5, 6], [7, 8]]), None);
+        assert_eq!(batch(u32::MAX, &[[5, 6]]), None);
+    }
+
+    #[test]
+    fn error_is_written_only_if_its_header_fits() {
+        let (memory, mut driver, mut queue) = queue_without_device(8);
+        for (writable, expected) in [(&[7, 9][..], 16), (&[15], 0), (&[], 0), (&[1, 20], 16)] {
+            driver.add(&[b"request"], writable);
+            let chain = queue.pop(&memory).unwrap().unwrap();
+            assert_eq!(reply_error(&chain, 77, libc::EIO), expected);
+            let head = chain.head;
+            queue.push(&memory, head, expected).unwrap();
+            let answer = driver.poll().unwrap().1;
+            let bytes = [&16u32.to_le_bytes()[..], &(-libc::EIO).to_le_bytes(), &77u64.to_le_bytes()].concat();
+            assert!(answer == bytes || expected == 0 && answer.is_empty());
+        }
+    }
+}

@@ -201,6 +201,16 @@ impl Driver {
     }
 }
 
+/// Returns a queue with `size` descriptors and no features, without a device. Guest memory ends after the buffers of
+/// the descriptors.
+#[cfg(test)]
+pub fn queue_without_device(size: u16) -> (GuestMemory, Driver, super::queue::Virtqueue) {
+    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10000 + usize::from(size) * BUFFER as usize)]).unwrap();
+    let mut driver = Driver::new(&memory, 0, size);
+    let queue = super::queue::Virtqueue::new(driver.active(0), 0, &memory, 0).unwrap();
+    (memory, driver, queue)
+}
+
 /// A device on an event loop, with its driver's queues.
 pub struct Bench<D: VirtioDevice> {
     pub device: Arc<Mutex<D>>,
