@@ -233,7 +233,7 @@ fn limits_set_vm_size_and_husk_ps_lists_vm() {
             assert_eq!((&thread["no_new_privs"], &thread["seccomp_filter"]), (&json!(true), &json!(true)), "{thread}");
             // Only the threads that serve files have capabilities.
             let count = thread["capabilities"].as_array().unwrap().len();
-            assert!(count == 0 || count == 9, "{thread}");
+            assert!(count == 0 || count == 8, "{thread}");
         }
         let text = Command::new("husk").arg("ps").output().unwrap();
         assert!(String::from_utf8_lossy(&text.stdout).contains("running"));
