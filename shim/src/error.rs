@@ -69,8 +69,8 @@ pub enum ServiceError {
     /// The VM has not ended, but its agent is not ready. For example, the guest is still booting.
     #[error("the agent in the sandbox's VM is not ready: failed precondition")]
     NotReady,
-    /// The agent refused a request, or the call to the agent failed. The text comes from the agent, but is shortened and
-    /// has no control characters.
+    /// The agent refused a request, or the call to the agent failed. The text comes from the agent, but is shortened
+    /// and has no control characters.
     #[error("{text}")]
     Agent {
         /// The status code of the agent.

@@ -1,4 +1,4 @@
-//! Texts for errors and the log, from sources that are not trusted: limits their length, and replaces control characters.
+//! Prepares texts from untrusted sources for errors and the log: limits their length, and replaces control characters.
 
 /// Maximum length of the text of an error and its causes, in bytes. A cause may contain a text from the agent.
 const MAX_ERROR_TEXT: usize = 16 << 10;

@@ -19,8 +19,8 @@ const SHOWN_LINES: usize = 200;
 /// The result of a test binary.
 #[derive(Debug, PartialEq)]
 pub struct Binary {
-    /// The name of the library. Names of programs end with `.bin`, names of integration tests with `.test`, and names
-    /// of documentation tests with `.doc`.
+    /// For the unit tests of a library: the library's name. Names of programs end with `.bin`, names of integration
+    /// tests with `.test`, and names of documentation tests with `.doc`.
     pub name: String,
     pub passed: bool,
     pub duration: Duration,
@@ -149,7 +149,7 @@ impl Reader {
         self.running = None;
     }
 
-    /// Ends the output.
+    /// Handles the end of the output.
     fn finish(&mut self, now: Instant) {
         if !self.rest.is_empty() {
             self.bytes(b"\n", now);

@@ -1,4 +1,4 @@
-//! The guest's wall clock, which the shim keeps at the host's.
+//! Sets and adjusts the guest's wall clock. The shim keeps this clock synchronized with the host's wall clock.
 
 use std::io;
 

@@ -163,7 +163,7 @@ impl Reservation<'_> {
         let mut cancelled = self.cancelled.clone();
         tokio::select! {
             result = work => result,
-            // The sender is dropped only when the id is decided.
+            // The sender exists until the reservation ends, so this branch runs only after a cancellation.
             _ = cancelled.wait_for(|cancelled| *cancelled) => Err(ServiceError::Cancelled),
         }
     }

@@ -1,7 +1,8 @@
 //! Ends the VM if the guest does not carry out a request to end a container.
 //!
-//! A hung guest, a hung VMM, or a process that waits in a file system of the host that hangs cannot end a container.
-//! The shim then kills the VMM process. This ends all containers of the pod, because they share the guest.
+//! A hung guest or VMM cannot end a container. Nor can a container end while one of its processes waits for a hung file
+//! system of the host. The shim then kills the VMM process. This ends all containers of the pod, because they share the
+//! guest.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use crate::container::Shim;
 use crate::container::containers::Container;
 use crate::vm::vmm::EXIT_TIMEOUT;
 
-/// Timeout of the agent's answer to a signal. The answer needs no other process of the guest.
+/// Timeout of the agent's answer to a signal. The agent answers without waiting for another process of the guest.
 pub const SIGNAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Timeout of the agent's answer to SIGKILL for a container.
 pub const KILL_ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -37,8 +38,8 @@ impl Shim {
         });
     }
 
-    /// Kills the VM because the agent has not answered. Waits until the VM has ended, and all processes count as exited.
-    /// `call` says what the agent has not done.
+    /// Kills the VM because the agent has not answered. Waits until the VM has ended, and all processes count as
+    /// exited. `call` says what the agent has not done.
     pub(crate) async fn end_silent_vm(&self, container: &Container, call: &str, limit: Duration) {
         let id = &container.id;
         self.sandbox.fail(format!("the agent did not {call} container {id} within {} s", limit.as_secs()));

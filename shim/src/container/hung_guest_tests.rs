@@ -1,4 +1,5 @@
-//! Tests of requests while the guest or the VMM hangs, and of requests whose caller goes.
+//! Tests of requests while the guest or the VMM hangs, and of requests whose caller disconnects or whose timeout
+//! expires.
 //!
 //! The shim, its services and its clients are the real ones. The agent and the VMM process are scripted. The clock is
 //! tokio's paused clock, so that timeouts take no time.
@@ -413,7 +414,7 @@ async fn stats_fail_at_once_after_two_misses_until_the_agent_answers() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn start_whose_caller_goes_runs_to_its_end() {
+async fn start_completes_although_its_caller_disconnects() {
     let model = Model::start(true).await;
     for caller_closes_connection in [false, true] {
         let id = if caller_closes_connection { "a" } else { "b" };
@@ -449,7 +450,7 @@ async fn begin_create(model: &Model) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn create_whose_caller_goes_runs_to_its_end() {
+async fn create_completes_although_its_caller_disconnects() {
     let mut model = Model::boot(true).await;
     begin_create(&model).await;
     model.boot.take().unwrap().send(()).unwrap();

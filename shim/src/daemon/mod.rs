@@ -197,7 +197,8 @@ impl Launch {
     }
 }
 
-/// Logs each system call that this process's filter refuses. Such a call is a defect of Husk, or the effect of an attack.
+/// Logs each system call that this process's filter refuses. Such a call is a defect of Husk, or the effect of an
+/// attack.
 fn log_refused_calls(pipe: OwnedFd) {
     match pipe::Receiver::from_owned_fd(pipe) {
         Ok(pipe) => drop(tokio::spawn(console::read_lines(pipe, |line| tracing::error!("the shim {line}")))),

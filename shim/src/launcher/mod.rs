@@ -110,8 +110,8 @@ impl Launcher {
         Self { socket: Arc::new(socket) }
     }
 
-    /// Starts a program, and waits until execve(2) has succeeded. If the caller stops waiting, a program that starts later
-    /// is killed.
+    /// Starts a program, and waits until execve(2) has succeeded. If the caller stops waiting, a program that starts
+    /// later is killed.
     ///
     /// # Errors
     /// [`LaunchError`].

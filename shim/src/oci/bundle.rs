@@ -179,9 +179,9 @@ impl Bundle {
         self.check_selinux(Path::new("/sys/fs/selinux/enforce").exists())
     }
 
-    /// Variant of [`Bundle::check`] for a container of a running sandbox, whose VMM has the PID `vmm`. The confined shim
-    /// may not inspect the namespaces of the VMM. Therefore, the sandbox's network namespace is recognized by its path,
-    /// and is not checked for the sandbox's own specification, because the launch has checked it.
+    /// Variant of [`Bundle::check`] for a container of a running sandbox, whose VMM has the PID `vmm`. The confined
+    /// shim may not inspect the namespaces of the VMM. Therefore, the sandbox's network namespace is recognized by its
+    /// path, and is not checked for the sandbox's own specification, because the launch has checked it.
     ///
     /// # Errors
     /// [`BundleError`] with the reason.

@@ -7,9 +7,9 @@
 //! memory, and the host's kernel would kill the VMM.
 //!
 //! In cgroup v2, this module polls `memory.events`. The kernel changes this file when the kernel throttles processes at
-//! `memory.high`, and wakes who polls it (Documentation/admin-guide/cgroup-v2.rst). An inotify instance would do the
-//! same, but the number of instances is limited for all shims of a node. In cgroup v1, this module watches
-//! `memory.pressure_level`, which reports that the kernel reclaims memory
+//! `memory.high`, and then wakes processes that poll the file (Documentation/admin-guide/cgroup-v2.rst). An inotify
+//! instance would do the same, but the number of instances is limited for all shims of a node. In cgroup v1, this
+//! module watches `memory.pressure_level`, which reports that the kernel reclaims memory
 //! (Documentation/admin-guide/cgroup-v1/memory.rst).
 
 use std::fs::{self, File};

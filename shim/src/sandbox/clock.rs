@@ -1,9 +1,9 @@
-//! Keeps the guest's wall clock at the host's wall clock.
+//! Keeps the guest's wall clock synchronized with the host's wall clock.
 //!
-//! The guest's kernel measures time with the CPU's time-stamp counter. Therefore the guest's clock does not follow NTP's
-//! corrections of the host's clock, nor a step of the host's clock. The shim compares both clocks at intervals, and
-//! whenever the host's clock has been stepped. Only the wall clock is corrected. The guest's monotonic clock never goes
-//! back.
+//! The guest's kernel measures time with the CPU's time-stamp counter. Therefore the guest's clock does not follow
+//! NTP's corrections of the host's clock, nor a step of the host's clock. The shim compares both clocks at intervals,
+//! and whenever the host's clock has been stepped. Only the wall clock is corrected. The guest's monotonic clock never
+//! goes back.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -20,8 +20,8 @@ use tokio::io::unix::AsyncFd;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::Vmm;
 
-/// Time from the end of the boot, which sets the guest's clock, to the first comparison. A pod that ends earlier needs no
-/// comparison.
+/// Time from the end of the boot, which sets the guest's clock, to the first comparison. A pod that ends earlier needs
+/// no comparison.
 const FIRST_INTERVAL: Duration = Duration::from_secs(10);
 /// Interval between two comparisons. A clock that is 100 ppm fast gains 30 ms in this time.
 const INTERVAL: Duration = Duration::from_secs(300);
@@ -69,9 +69,9 @@ struct Measurement {
 }
 
 impl Measurement {
-    /// Returns the measurement from the guest's answer. `begin_ns` is the host's clock before the request, and `took` is
-    /// the time until the answer. The agent has read its clock `guest_ns` between these times. Therefore the error is at
-    /// most half of `took`.
+    /// Returns the measurement from the guest's answer. `begin_ns` is the host's clock before the request, and `took`
+    /// is the time until the answer. The agent read `guest_ns` from its clock at some time between the request and the
+    /// answer. Therefore the error is at most half of `took`.
     fn new(begin_ns: i64, took: Duration, guest_ns: i64) -> Self {
         let half = i64::try_from(took.as_nanos() / 2).unwrap_or(i64::MAX);
         Self { offset_ns: begin_ns.saturating_add(half).saturating_sub(guest_ns), error_ns: half }

@@ -14,7 +14,8 @@ use crate::vm::{State, StateCell};
 
 /// How long the agent's last events may take to arrive after the VMM process has exited.
 const LAST_EVENTS_TIMEOUT: Duration = Duration::from_secs(2);
-/// Maximum length of the error of the agent's event stream in the reason of the VM's end, in bytes.
+/// The reason for the VM's end can contain an error of the agent's event stream. Maximum length of this error, in
+/// bytes.
 const MAX_STREAM_ERROR: usize = 512;
 
 /// What the end of the VM changes.
@@ -66,8 +67,8 @@ impl End {
     }
 }
 
-/// Returns the reason of the VM's end if the VMM process has not exited after SIGKILL. `killed` says why the shim killed
-/// the process.
+/// Returns the reason of the VM's end if the VMM process has not exited after SIGKILL. `killed` says why the shim
+/// killed the process.
 pub fn stuck(killed: &str) -> String {
     format!(
         "{killed}; the VMM process did not exit within {} s after SIGKILL, because a thread waits in the host's kernel",

@@ -1,4 +1,4 @@
-//! Runs requests that change state to their end.
+//! Runs each request that changes state to completion.
 //!
 //! ttrpc drops the future of a request when the request's timeout expires, and when the caller's connection ends. A
 //! dropped request would leave half of its changes behind.
@@ -10,8 +10,8 @@ use async_trait::async_trait;
 use ttrpc::r#async::{MethodHandler, Service, TtrpcContext};
 use ttrpc::{Code, Request, Response};
 
-/// The methods that change no state. A request that only reads ends when its caller goes. A Wait request could otherwise
-/// live as long as the container.
+/// The methods that change no state. A request that only reads is dropped when its caller disconnects. Otherwise, a
+/// Wait request could live as long as the container.
 const QUERIES: [&str; 10] = [
     "Connect",
     "Pids",
@@ -25,10 +25,10 @@ const QUERIES: [&str; 10] = [
     "WaitSandbox",
 ];
 
-/// A method whose requests run to their end, even if the caller goes.
+/// A method whose requests run to completion, even if the caller disconnects.
 struct Completed(Arc<dyn MethodHandler + Send + Sync>);
 
-/// Makes all methods that change state run their requests to the end.
+/// Makes all methods that change state run their requests to completion.
 pub fn completed(mut services: HashMap<String, Service>) -> HashMap<String, Service> {
     for service in services.values_mut() {
         let complete = |(name, method): (String, Box<dyn MethodHandler + Send + Sync>)| {

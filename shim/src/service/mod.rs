@@ -23,7 +23,7 @@ impl From<ServiceError> for ttrpc::Error {
     }
 }
 
-/// Returns all ttrpc services of the shim. Requests that change state run to their end. Once the VM has ended, failed
+/// Returns all ttrpc services of the shim. Requests that change state run to completion. Once the VM has ended, failed
 /// requests say why.
 pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
     let mut all = task::services(shim);

@@ -83,8 +83,8 @@ impl Relay {
         Ok(())
     }
 
-    /// Waits until all output is copied. Returns early if no byte was copied for the duration `quiet`, and at the latest
-    /// after the duration `total`.
+    /// Waits until all output is copied. Returns early if no byte was copied for the duration `quiet`, and at the
+    /// latest after the duration `total`.
     ///
     /// Without the early return, this function could wait forever. For example, a process may keep the guest's end
     /// open and write to it without end, or the fifo may have no reader.

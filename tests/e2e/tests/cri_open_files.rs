@@ -90,8 +90,8 @@ fn pod_uses_more_files_than_the_fd_limit_of_the_vmm() {
     fs::remove_dir_all(dir).unwrap();
 }
 
-/// Processes that together keep more files open than the VMM's fd limit allows. Each process prints the error with which
-/// it stopped.
+/// Processes that together keep more files open than the VMM's fd limit allows. Each process prints the error with
+/// which it stopped.
 const HOLDERS: &str = r#"
 import os, time
 for process in range(8):

@@ -36,8 +36,8 @@ fn clocks(container: &PodContainer) -> (f64, f64) {
     (wall.parse().unwrap(), monotonic.parse().unwrap())
 }
 
-/// Waits until the guest's clock shows a time at which the node may have read it. Returns the guest's
-/// monotonic clock.
+/// Waits until the guest's clock agrees with the node's clock: until it shows a time between two readings of the node's
+/// clock. Returns the guest's monotonic clock.
 #[track_caller]
 fn wait_for_node_clock(container: &PodContainer) -> f64 {
     let node_clock = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64();
@@ -50,7 +50,11 @@ fn wait_for_node_clock(container: &PodContainer) -> f64 {
         // The clocks may differ by 100 ms.
         (before - 0.1 <= guest && guest <= after + 0.1).then_some(monotonic)
     });
-    followed.unwrap_or_else(|| panic!("the node's clock minus the guest's clock, before and after: {seen:?}"))
+    followed.unwrap_or_else(|| {
+        panic!(
+            "the guest's clock did not follow within 30 s; node minus guest, before and after each reading: {seen:?}"
+        )
+    })
 }
 
 #[test]
@@ -65,7 +69,7 @@ fn guest_clock_follows_steps_of_the_node_clock() {
         let third = wait_for_node_clock(&container);
         assert!(
             first < second && second < third && third < first + 600.0,
-            "monotonic clocks {first}, {second}, {third}"
+            "the guest's monotonic clock went back or was stepped: {first}, {second}, {third}"
         );
     });
 }

@@ -21,8 +21,8 @@ use sha2::{Digest, Sha256};
 
 /// Number of execs in the neighbour pod for each measurement.
 const EXECS: usize = 15;
-/// Maximum number of log lines from one pod: the burst of several log statements of its shim, and the five lines per
-/// second of each.
+/// Maximum number of log lines from one pod. Several log statements of the shim each have a burst, and then five lines
+/// per second.
 const LOG_LINES: usize = 900;
 
 /// Attacks with one process for each kind of attack. Each process counts its rounds in a file in /dev/shm.
@@ -199,7 +199,7 @@ fn hostile_pod_that_runs_out_of_memory_again_and_again_logs_few_lines() {
         let of_pod = lines.lines().filter(|line| line.contains(&pod.id)).count();
         print_figure(format_args!("20 OOM kills have caused {of_pod} lines in containerd's log"));
         assert!(killed.is_some(), "the container was not killed 20 times:\n{}", container.log());
-        assert!(of_pod < 100, "{of_pod} lines:\n{}", ends(&lines));
+        assert!(of_pod < 100, "the pod caused {of_pod} lines in containerd's log, 100 or more:\n{}", ends(&lines));
     });
 }
 
@@ -215,12 +215,13 @@ fn attacks_on_vhost_net_neither_end_the_vmm_nor_touch_the_host() {
 
 /// Initramfs whose PID 1 is `husk-lying-agent`.
 const LYING_AGENT: &str = "/husk/lying-agent.cpio";
-/// Maximum of the resident memory that a shim has had, in KiB. A shim with an honest agent stays below a quarter.
+/// Limit for a shim's peak resident memory, in KiB. A shim with an honest agent stays below a quarter.
 const SHIM_PEAK_KIB: u64 = 48 << 10;
 /// Maximum length of an error text that containerd returns.
 const ERROR_LEN: usize = 16 << 10;
 
-/// Sets a configuration with which the agent of each new pod lies. [`LYING_AGENT`] says which lies there are.
+/// Sets a configuration with which the agent of each new pod lies. The documentation of
+/// `husk-lying-agent` lists the lies.
 fn agent_that_lies(lie: &str) -> Config {
     let digest = Sha256::digest(fs::read(LYING_AGENT).unwrap());
     let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();

@@ -7,9 +7,10 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Maximum number of open fds, if the host allows as many. virtiofsd has the same default.
 const MAX_FDS: u64 = 1_000_000;
-/// The VMM may open at most this fraction of the files that all processes of the host together may open
-/// (`fs.file-max`). Otherwise, a guest that opens many files could keep the node's other processes from opening files.
-const FRACTION_OF_ALL_FILES: u64 = 4;
+/// The VMM may open at most `fs.file-max` divided by this number. `fs.file-max` limits the open files of all processes
+/// of the host together. Otherwise, a guest that opens many files could keep the node's other processes from opening
+/// files.
+const ALL_FILES_DIVISOR: u64 = 4;
 /// Sysctls that limit the number of open files of a process, and of all processes together.
 const NR_OPEN: &str = "/proc/sys/fs/nr_open";
 const FILE_MAX: &str = "/proc/sys/fs/file-max";
@@ -70,7 +71,7 @@ pub fn set() -> Result<u64, LimitError> {
 
 /// Returns the maximum number of open fds of a VMM.
 fn fd_limit(nr_open: u64, file_max: u64) -> u64 {
-    MAX_FDS.min(nr_open).min(file_max / FRACTION_OF_ALL_FILES)
+    MAX_FDS.min(nr_open).min(file_max / ALL_FILES_DIVISOR)
 }
 
 /// Reads a sysctl that has a number.

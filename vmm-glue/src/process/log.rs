@@ -3,9 +3,9 @@
 //! A guest can cause log lines, for example with invalid requests. Therefore the rate of lines from each call site is
 //! limited. The limit also bounds the time that the device loop spends writing lines that a guest causes.
 //!
-//! Agent and shim log through `tracing` and `husk_base::log`. The VMM implements [`log::Log`] instead, because virtiofsd
-//! and the rust-vmm crates log through the crate `log`. With this logger, the VMM links neither a subscriber nor a
-//! bridge between the two. Both loggers use the limit of `husk_base::log_limit`.
+//! Agent and shim log through `tracing` and `husk_base::log`. The VMM implements [`log::Log`] instead, because
+//! virtiofsd and the rust-vmm crates log through the crate `log`. With this logger, the VMM links neither a subscriber
+//! nor a bridge between the two. Both loggers use the limit of `husk_base::log_limit`.
 
 use std::io::Write;
 use std::str::FromStr;

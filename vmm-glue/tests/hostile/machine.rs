@@ -67,7 +67,7 @@ pub struct Host {
     pub before: Option<fn(&mut Vmm)>,
     /// Called while the vCPUs run.
     pub during: Option<fn(&mut Vmm)>,
-    /// Whether the interface may have vhost-net. Then the host opens vhost-net for the VMM, and sends frames to the
+    /// Whether the interface may use vhost-net. If true, the host opens vhost-net for the VMM, and sends frames to the
     /// guest.
     pub vhost: bool,
 }
@@ -139,7 +139,7 @@ impl Node {
             let _ = kill(Pid::from_raw(spawned.pid.cast_signed()), Signal::SIGKILL);
         }
         let status = husk_base::sys::process::wait(spawned.pid.cast_signed(), 0).expect("wait for the VMM process");
-        let status = ExitStatus::from_raw(status.expect("the VMM process has ended").1);
+        let status = ExitStatus::from_raw(status.expect("get the status of the VMM process from the wait").1);
         assert!(!status.core_dumped(), "the VMM left a core dump");
         let end = match (end, reason) {
             (Err(End::Hung(what)), _) => End::Hung(what),
@@ -250,7 +250,7 @@ fn read_console(mut console: io::PipeReader) -> Result<String, End> {
     let mut text = Vec::new();
     let end = format!("\n{END}\n").into_bytes();
     loop {
-        let timeout = PollTimeout::try_from(HANG).expect("a timeout");
+        let timeout = PollTimeout::try_from(HANG).expect("convert HANG to a timeout of poll");
         let ready = poll(&mut [PollFd::new(console.as_fd(), PollFlags::POLLIN)], timeout).expect("poll the console");
         let mut buffer = [0; 4096];
         match if ready == 0 { Ok(0) } else { console.read(&mut buffer) }.expect("read the console") {

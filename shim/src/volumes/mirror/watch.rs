@@ -1,7 +1,7 @@
 //! Watches a volume for changes.
 //!
-//! The watch uses the shim's inotify instance. If there is no instance or no free watch, it compares the volume with its
-//! earlier state at intervals.
+//! A [`Watch`] uses the shim's inotify instance. Without an inotify instance or a free inotify watch, it polls: it
+//! compares the volume with the volume's earlier state.
 
 use std::collections::hash_map::DefaultHasher;
 use std::fs;
@@ -69,8 +69,8 @@ impl Watch {
     /// Adds watches for directories of the volume that have no watch.
     ///
     /// # Errors
-    /// The errors of [`Watch::new`], and ENOSPC if the node has no free inotify watch. The watch then compares the
-    /// volume from here on.
+    /// The errors of [`Watch::new`], and ENOSPC if the node has no free inotify watch. From then on, this
+    /// [`Watch`] polls the volume.
     pub async fn add_new_directories(&mut self) -> io::Result<()> {
         let Mode::Inotify(subscription) = &self.mode else { return Ok(()) };
         match add_directories(Arc::clone(subscription), self.volume.clone()).await {

@@ -137,7 +137,7 @@ impl Watcher {
                         changes.changed.notify_one();
                     }
                 }
-                // The directory was removed. The kernel may use the number again.
+                // The directory was removed. The kernel may reuse the watch descriptor.
                 if event.mask.contains(AddWatchFlags::IN_IGNORED) {
                     watches.remove(&event.wd);
                 }
@@ -185,7 +185,7 @@ impl Drop for Subscription {
         let (id, inotify) = (self.id, &self.watcher.inotify);
         routes.watches.retain(|watch, ids| {
             if ids.remove(&id) && ids.is_empty() {
-                // The kernel has removed the watch of a directory that was removed.
+                // This call fails if the directory was removed, because the kernel has then already removed the watch.
                 let _ = inotify.rm_watch(*watch);
             }
             !ids.is_empty()

@@ -111,8 +111,8 @@ pub fn report(series: &[Series], steps: &[StepTime], weights: &[(&str, MemoryUse
     text
 }
 
-/// Describes the cost of the jail: what Husk with the jail needs in addition to a build without the jail. Returns `None`
-/// if one of the two was not measured.
+/// Describes the cost of the jail: what Husk with the jail needs in addition to a build without the jail. Returns
+/// `None` if one of the two was not measured.
 ///
 /// The difference in time is the median over the rounds, because the two starts of a round run one after the other.
 fn jail_cost(series: &[Series], weights: &[(&str, MemoryUse)]) -> Option<String> {

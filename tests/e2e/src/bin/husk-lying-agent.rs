@@ -123,7 +123,7 @@ fn api(mut connection: File, lie: Lie) -> io::Result<()> {
             }
             (Lie::Flood, "Stats") => answer(&writer, call, &statistics())?,
             (Lie::Flood, _) => {
-                // Answers to no call, and messages of unknown types.
+                // Sends answers that belong to no call, and messages of unknown types.
                 for (kind, stream) in [(MESSAGE_TYPE_RESPONSE, call + 2), (MESSAGE_TYPE_RESPONSE, u32::MAX), (255, 1)] {
                     send(&writer, kind, stream, b"abc")?;
                 }

@@ -58,8 +58,8 @@ fn vmm_sees_only_the_share_and_its_threads_have_few_capabilities() {
     });
 }
 
-/// Returns whether the VMM of a pod without disks may have this fd open. `file` is the target of the fd's link in /proc.
-/// Returns true if the VMM has closed the fd.
+/// Returns whether the VMM of a pod without disks may have this fd open. `file` is the target of the fd's link in
+/// /proc. Returns true if the VMM has closed the fd.
 fn is_expected_fd(vmm: i32, fd: i32, file: &str) -> bool {
     let path = format!("/proc/{vmm}/fd/{fd}");
     let Ok(metadata) = fs::metadata(&path) else { return true };

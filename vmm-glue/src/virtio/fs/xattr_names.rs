@@ -23,7 +23,8 @@
 use virtiofsd::passthrough::xattrmap::{Error, XattrMap};
 
 /// The rules of the mapping. The first rule that matches a name applies. A rule has the fields TYPE, SCOPE, KEY and
-/// PREPEND. Names of the guest match KEY, and names in lists of the host match PREPEND.
+/// PREPEND. KEY is the prefix of a name that the guest sends. PREPEND is the prefix of a name that the host returns for
+/// listxattr(2).
 const RULES: &str = "\
     /ok/all/security.capability/security.capability/ \
     /prefix/all/trusted./user.husk./ \
