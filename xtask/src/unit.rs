@@ -1,5 +1,5 @@
-//! The stages of `cargo xtask test` before the end-to-end suites: checks, lints and unit tests. Their results are kept
-//! after each stage.
+//! The stages of `cargo xtask test` before the end-to-end suites: checks, lints and unit tests. After each
+//! stage, the results so far are written to files.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use crate::results::{Results, Summary, UNIT};
 use crate::stages::{self, Part, Stages};
 use crate::{cmd, deny, imports, modules, paths, suites, ui};
 
-/// A check: its name, and the function that fails if the check does.
+/// The name of a check, and the function that runs the check. The function returns an error if the check fails.
 type Check = (&'static str, fn() -> Result<()>);
 
 /// The checks that need no compiler.
@@ -20,7 +20,7 @@ const FORMAT: [Check; 5] = [
     ("dependencies", deny::deny),
     ("format", || cmd::shown(cargo().args(["fmt", "--all", "--check"]))),
     ("imports", || imports::imports(false)),
-    ("needs of the suites", || suites::read().map(drop)),
+    ("requirements of the suites", || suites::read().map(drop)),
     ("modules", modules::check),
 ];
 
@@ -45,7 +45,7 @@ impl<'a> Unit<'a> {
 
     /// Runs the checks that need no compiler.
     pub fn format(&mut self) -> Result<()> {
-        ui::say("test", "checking dependencies, format, imports, needs of the suites, and modules");
+        ui::say("test", "checking dependencies, format, imports, requirements of the suites, and modules");
         self.checks("format and structure", "format", &FORMAT)
     }
 
@@ -57,7 +57,7 @@ impl<'a> Unit<'a> {
         let mut tests = cargo();
         // husk-e2e has the end-to-end suites, which can run only in the node.
         tests.args(["test", "--no-fail-fast", "--workspace", "--exclude", "husk-e2e", "--locked"]);
-        // libtest tells when a test begins only if it runs one test at a time.
+        // libtest reports the start of a test only if libtest runs one test at a time.
         tests.env("RUST_TEST_THREADS", "1");
         self.tests("unit tests", UNIT, || cargo_test::run("test", &mut tests))?;
         self.write(true)

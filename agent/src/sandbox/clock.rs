@@ -8,8 +8,8 @@ use nix::time::ClockId;
 
 /// Nanoseconds in a second.
 const SECOND: i64 = 1_000_000_000;
-/// Offset from which the clock is stepped. Smaller offsets are corrected gradually, by 500 µs in each second, so that
-/// time does not go back for programs.
+/// Smallest offset for which the clock is stepped. Smaller offsets are corrected gradually, by 500 µs in each second,
+/// so that time does not go back for programs.
 const STEP_NS: i64 = 100_000_000;
 
 /// How to correct the clock.

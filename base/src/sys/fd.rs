@@ -60,8 +60,8 @@ pub fn duplicate_from(fd: impl AsFd, min: RawFd) -> io::Result<OwnedFd> {
     unsafe { new_fd(copy) }
 }
 
-/// Copies `fd` to the number `target` (dup2(2)). Closes the fd that has this number. The copy stays open on exec,
-/// unless `fd` itself has the number `target`.
+/// Copies `fd` to the number `target` (dup2(2)). Closes the fd that has this number. The copy stays open on exec.
+/// If `fd` itself has the number `target`, the call changes nothing, and the fd keeps its flags.
 ///
 /// # Errors
 /// The errors of dup2(2).
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "Miri has no close-on-exec flag, and fcntl(F_GETFD) always returns it")]
+    #[cfg_attr(miri, ignore = "Miri does not track the close-on-exec flag: fcntl(F_GETFD) always returns FD_CLOEXEC")]
     fn copies_get_the_requested_numbers() {
         let (mut reader, writer) = io::pipe().unwrap();
         let copy = duplicate_from(&writer, 200).unwrap();

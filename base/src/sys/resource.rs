@@ -13,8 +13,8 @@ pub struct Limit {
     pub hard: libc::rlim_t,
 }
 
-/// Returns a process's limit, and sets the limit if `new` is not `None`. `resource` is a constant such as
-/// `libc::RLIMIT_NOFILE`.
+/// Returns a process's previous limit. If `new` is not `None`, then sets the limit to `new`. `resource` is a constant
+/// such as `libc::RLIMIT_NOFILE`.
 ///
 /// # Errors
 /// The errors of prlimit(2).

@@ -34,7 +34,7 @@ use crate::volumes::mirror;
 /// How long a request to delete a container may wait for the end of the container's creation.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The shim cannot watch the host's mounts, so that it cannot propagate them to the guest.
+/// The shim cannot watch the host's mounts. Therefore, it cannot propagate the mounts to the guest.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to watch the host's mounts")]
 struct WatchError(#[source] io::Error);

@@ -90,7 +90,8 @@ impl Task for ScriptedAgent {
                 script.exit(&request.id, 128 + request.signal);
             }
         };
-        // A guest that hangs handles its requests when it continues, whatever their timeouts are.
+        // When a hung guest recovers, it handles the requests that it has received, even if their timeouts have
+        // expired.
         tokio::spawn(kill).await.unwrap();
         Ok(Empty::new())
     }
@@ -128,7 +129,7 @@ impl agent_ttrpc::Sandbox for ScriptedAgent {
     }
 }
 
-/// Records the events in the place of containerd.
+/// Receives the events instead of containerd, and records their topics.
 struct Recorder(Arc<Mutex<Vec<String>>>);
 
 #[async_trait]
@@ -169,7 +170,7 @@ impl Model {
         model
     }
 
-    /// Starts a shim whose VM boots.
+    /// Starts a shim whose VM is still booting. A message to the field `boot` ends the boot.
     async fn boot(mortal: bool) -> Self {
         let dir = TempDir::new().unwrap();
         let script = Arc::new(Script {

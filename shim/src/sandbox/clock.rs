@@ -127,7 +127,7 @@ struct Steps(AsyncFd<OwnedFd>);
 impl Steps {
     fn new() -> io::Result<Self> {
         let timer = TimerFd::new(ClockId::CLOCK_REALTIME, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)?;
-        // The time never comes. If the clock is stepped, the kernel cancels the timer, and read fails with ECANCELED
+        // The timer never expires. If the clock is stepped, the kernel cancels the timer, and read fails with ECANCELED
         // (timerfd_create(2), TFD_TIMER_CANCEL_ON_SET).
         let never = Expiration::OneShot(TimeSpec::new(i64::MAX / 1_000_000_000, 0));
         let flags = TimerSetTimeFlags::TFD_TIMER_ABSTIME | TimerSetTimeFlags::TFD_TIMER_CANCEL_ON_SET;

@@ -126,7 +126,11 @@ mod tests {
     #[tokio::test]
     async fn reason_has_a_maximum_length_and_no_control_characters() {
         let reason = reason_after(vec![failed(&"\x1b".repeat(100_000))], None).await;
-        assert!(reason.len() < 4 * MAX_REASON && !reason.contains('\x1b'), "{} bytes", reason.len());
+        assert!(
+            reason.len() < 4 * MAX_REASON && !reason.contains('\x1b'),
+            "the reason has {} bytes, or contains an escape character",
+            reason.len()
+        );
     }
 
     #[tokio::test]

@@ -137,7 +137,10 @@ fn guest_that_keeps_more_files_open_than_the_fd_limit_allows_gets_an_error() {
         let fds = fs::read_dir(format!("/proc/{vmm}/fd")).unwrap().count();
         println!("{refused} of 8 processes were refused; together they hold {held} files; the VMM has {fds} fds");
         assert!(refused > 0, "no process got EMFILE or ENFILE:\n{log}");
-        assert!(held <= LIMIT as usize && fds <= LIMIT as usize, "{held} files, {fds} fds, but the limit is {LIMIT}");
+        assert!(
+            held <= LIMIT as usize && fds <= LIMIT as usize,
+            "the pod holds {held} files and the VMM {fds} fds, more than {LIMIT}"
+        );
         assert!(pod.is_ready() && beside.sh("echo new > /file; cat /file") == "new");
         // When the files are closed, the pod can open files again.
         holder.stop(0);

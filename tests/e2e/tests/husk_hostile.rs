@@ -1,9 +1,9 @@
-//! A pod that attacks its VMM: another pod of the node is still served, and the node's log grows little.
+//! While a pod attacks its VMM, another pod on the node still works, and the node's log grows only a little.
 //!
 //! The test `hostile` of `husk-vmm` attacks every device from a guest without a kernel. Here, the attacker is a
-//! privileged container or an agent that lies, and the shim and containerd take part. The suite also runs the attacks
-//! of `husk-vmm` on an interface whose queues vhost-net serves, because a machine that only builds Husk may lack
-//! vhost-net.
+//! privileged container or an agent that lies. The test includes the shim and containerd. The suite also runs the
+//! attacks of `husk-vmm` on an interface whose queues vhost-net serves. The tests of `husk-vmm` cannot rely on
+//! vhost-net, because a machine that only builds Husk may lack it.
 
 use std::fs;
 use std::process::Command;
@@ -21,8 +21,8 @@ use sha2::{Digest, Sha256};
 
 /// Number of execs in the neighbour pod for each measurement.
 const EXECS: usize = 15;
-/// Maximum number of log lines from one pod. Several log statements of the shim each have a burst, and then five lines
-/// per second.
+/// Maximum number of log lines from one pod. The shim limits the rate of each log statement: a burst, then five lines
+/// per second. Several statements can reach their limits at the same time.
 const LOG_LINES: usize = 900;
 
 /// Attacks with one process for each kind of attack. Each process counts its rounds in a file in /dev/shm.
@@ -132,7 +132,7 @@ fn hostile_pod_neither_starves_its_neighbour_nor_floods_the_log() {
         print_figure(format_args!("rounds of the attacks:\n{rounds}"));
         let of_attacker = lines.lines().filter(|line| line.contains(&hostile.id)).count();
         print_figure(format_args!(
-            "containerd's log has grown by {} lines, {of_attacker} of the attacker",
+            "containerd's log has grown by {} lines; the attacker caused {of_attacker} of these lines",
             lines.lines().count()
         ));
         for name in ["connections", "files", "kernel-log", "rebind", "boot-marks", "console"] {
@@ -141,7 +141,11 @@ fn hostile_pod_neither_starves_its_neighbour_nor_floods_the_log() {
             assert!(count > 0, "the attack {name} did not run:\n{rounds}");
         }
         let limit = LOG_LINES + 20 * duration.as_secs() as usize;
-        assert!(of_attacker <= limit, "{of_attacker} log lines, more than {limit}:\n{}", ends(&lines));
+        assert!(
+            of_attacker <= limit,
+            "the attacker caused {of_attacker} log lines, more than {limit}:\n{}",
+            ends(&lines)
+        );
         assert!(neighbour.is_ready() && container.sh("echo served") == "served");
         assert!(hostile.is_ready(), "the attack ended its own pod:\n{}", node::log_tail(40));
     });
@@ -250,10 +254,14 @@ fn assert_fails_to_start(pods: &Pods, lie: &str, expected: &str) {
         error.len()
     ));
     assert!(error.contains(expected), "the error does not contain {expected:?}: {error}");
-    assert!(error.len() <= ERROR_LEN, "the error has {} bytes: {error}", error.len());
+    assert!(error.len() <= ERROR_LEN, "the error has {} bytes, more than {ERROR_LEN}: {error}", error.len());
     let control = error.chars().find(|c| c.is_control() && *c != '\n');
     assert_eq!(control, None, "the error contains a control character: {error:?}");
-    assert!(lines <= LOG_LINES, "{lines} log lines, more than {LOG_LINES}:\n{}", node::log_tail(40));
+    assert!(
+        lines <= LOG_LINES,
+        "the failed start caused {lines} log lines, more than {LOG_LINES}:\n{}",
+        node::log_tail(40)
+    );
 }
 
 #[test]
@@ -281,7 +289,7 @@ fn pod_whose_agent_floods_the_shim_can_be_removed_and_its_neighbour_works() {
         let config = agent_that_lies("flood");
         let liar = pods.pod();
         drop(config);
-        // The agent claims that the container runs. Its output never ends.
+        // The agent claims that the container runs. The output that it sends for the container never ends.
         let flooded = liar.sleeper();
         let output = node::eventually(Duration::from_secs(60), || {
             fs::metadata(flooded.log_path()).ok().map(|file| file.len()).filter(|len| *len > 4 << 20)
@@ -289,7 +297,11 @@ fn pod_whose_agent_floods_the_shim_can_be_removed_and_its_neighbour_works() {
         assert!(output.is_some(), "the lying agent's output did not arrive:\n{}", node::log_tail(40));
         let stats = try_call("ContainerStats", &json!({ "container_id": flooded.id }));
         if let Err(status) = &stats {
-            assert!(status.message.len() <= ERROR_LEN, "the error has {} bytes", status.message.len());
+            assert!(
+                status.message.len() <= ERROR_LEN,
+                "the error of ContainerStats has {} bytes, more than {ERROR_LEN}",
+                status.message.len()
+            );
         }
         let attacked = latencies(&container);
         let (shim, vmm) = (shim_pids_of(&liar.id)[0], vmm_pids_of(&liar.id)[0]);
@@ -310,7 +322,11 @@ fn pod_whose_agent_floods_the_shim_can_be_removed_and_its_neighbour_works() {
         ));
         assert!(peak <= SHIM_PEAK_KIB, "the shim has used {peak} KiB, more than {SHIM_PEAK_KIB} KiB");
         let limit = LOG_LINES + 20 * duration.as_secs() as usize;
-        assert!(of_liar <= limit, "{of_liar} log lines, more than {limit}:\n{}", ends(&lines));
+        assert!(
+            of_liar <= limit,
+            "the pod with the lying agent caused {of_liar} log lines, more than {limit}:\n{}",
+            ends(&lines)
+        );
         // The agent claims that it has killed the container, but reports no exit. The shim then ends the VM.
         let begin = Instant::now();
         liar.remove();

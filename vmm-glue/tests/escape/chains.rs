@@ -29,7 +29,7 @@ pub fn clear_nodev(directory: i32, path: &'static CStr, flags: i32) -> Result<()
 fn read_disk(inside: &Inside, directory: i32) -> Result<String, Stopped> {
     // SAFETY: the path is a static text.
     match unsafe { syscall!(Sysno::mknodat, directory, text(c"disk"), libc::S_IFBLK | 0o600, inside.disk) } {
-        // Another process in the jail made the node.
+        // EEXIST: another process in the jail has already made the node.
         Ok(_) | Err(Errno::EEXIST) => read(directory, c"disk", libc::O_RDONLY),
         Err(errno) => Err(errno.into()),
     }
@@ -57,7 +57,8 @@ pub fn device_of_devtmpfs(_: &Inside) -> Result<String, Stopped> {
     read(new_mount(c"devtmpfs")?, c"zero", libc::O_RDONLY)
 }
 
-/// Sets the mode that the device already has, because every mount of devtmpfs shows the files of the host's `/dev`.
+/// Every mount of devtmpfs shows the files of the host's `/dev`. Therefore, the attempt sets the mode that the device
+/// already has, and changes nothing on the host if it succeeds.
 pub fn mode_in_devtmpfs(_: &Inside) -> Result<String, Stopped> {
     let mount = new_mount(c"devtmpfs")?;
     // SAFETY: the path is a static text.
@@ -88,7 +89,8 @@ pub fn disk_on_clone(inside: &Inside) -> Result<String, Stopped> {
 /// In a new user namespace, a process has all capabilities over a copy of the mounts. But the kernel does not let the
 /// process clear flags of the copies.
 pub fn disk_in_user_namespace(inside: &Inside) -> Result<String, Stopped> {
-    // The new process may not make device nodes. Without the node, its own attempt would fail for another reason.
+    // The new process may not make device nodes. Therefore, this process tries to make the node first. Otherwise, the
+    // new process would fail because the node does not exist.
     let _ = read_disk(inside, AT_FDCWD);
     let flags = libc::CLONE_NEWUSER | libc::CLONE_NEWNS | libc::SIGCHLD;
     let mut status = 0i32;
@@ -112,7 +114,8 @@ pub fn disk_in_user_namespace(inside: &Inside) -> Result<String, Stopped> {
 /// created in a process with threads must not allocate memory.
 fn read_without_nodev() -> Result<(), Errno> {
     let mut byte = 0u8;
-    // If the flag is still set, opening the node fails with EACCES. Thus the errno shows that clone(2) has succeeded.
+    // If the flag is still set, opening the node fails with EACCES. A failed clone(2)
+    // gives a different errno. Therefore, EACCES shows that clone(2) has succeeded.
     let _ = clear_nodev(AT_FDCWD, c"/", 0);
     // SAFETY: the path is a static text, and the buffer outlives the call.
     unsafe {

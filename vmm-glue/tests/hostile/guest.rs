@@ -107,7 +107,7 @@ pub struct Queue {
     pub used: u64,
     /// The indices of both rings when the attack begins.
     pub base: u16,
-    /// The available index after all heads that were offered.
+    /// Value of the available ring's index that makes all offered heads visible to the device.
     pub offered: u16,
 }
 
@@ -214,7 +214,8 @@ impl Guest {
         queue.offered += 1;
     }
 
-    /// Runs code on the second vCPU. Returns the address of 16 bits that become 1 at the code's end.
+    /// Runs code on the second vCPU. Returns the address of a 16-bit value, which is 0 until the code
+    /// ends, and then 1.
     pub fn on_second_vcpu(&mut self, code: &[u8]) -> u64 {
         let (done, stack) = (self.allocate(2), self.allocate(4096));
         let mut second = Assembler::new(0);

@@ -13,9 +13,9 @@ use crate::files;
 use crate::libtest::{TestOutcome, TestRun};
 use crate::stages;
 
-/// The line of the suite with the checks.
+/// Name that the results use instead of a containerd line for suites of checks.
 const CHECKS: &str = "checks";
-/// The line of the test binaries.
+/// Name that the results use instead of a containerd line for test binaries.
 pub const UNIT: &str = "unit";
 
 impl Results {
@@ -33,7 +33,7 @@ impl Results {
         Ok(Results { dir, scope: Scope::Unit, suites: Vec::new() })
     }
 
-    /// Adds a test binary, and writes what the binary printed to a log.
+    /// Adds the results of a test binary, and writes the binary's output to a log.
     pub fn add_binary(&mut self, line: &str, binary: Binary) -> Result<()> {
         let outcome = if binary.passed { AttemptOutcome::Passed } else { AttemptOutcome::Failed };
         let log = self.write_log(line, &binary.name, &binary.output)?;

@@ -6,8 +6,8 @@
 //!
 //! * The device walks each chain once. `Server` gets a copy of the checked descriptors ([`DescriptorTable`]).
 //! * `Server` reads the request's header again, and can then find another opcode than this module. Therefore, no check
-//!   of a request for `Server` depends on the opcode. With every opcode, such a request must have space for the header
-//!   of an answer, and runs on a worker thread.
+//!   of a request for `Server` depends on the opcode. Whatever its opcode, a request for `Server` must have space
+//!   for the header of an answer, and runs on a worker thread.
 //! * `Server` gets no request of the high-priority queue, because the device loop serves this queue. The device loop
 //!   must not block, and does not have the capabilities that `Server` needs.
 

@@ -23,8 +23,9 @@
 use virtiofsd::passthrough::xattrmap::{Error, XattrMap};
 
 /// The rules of the mapping. The first rule that matches a name applies. A rule has the fields TYPE, SCOPE, KEY and
-/// PREPEND. KEY is the prefix of a name that the guest sends. PREPEND is the prefix of a name that the host returns for
-/// listxattr(2).
+/// PREPEND. KEY is the prefix of a name that the guest sends. For a rule of the type `prefix`, the file server
+/// adds PREPEND to the guest's name, and removes PREPEND from the names that the host's listxattr(2) returns. For other
+/// rules, PREPEND is the prefix of names from the host. The type `bad` hides or refuses a name.
 const RULES: &str = "\
     /ok/all/security.capability/security.capability/ \
     /prefix/all/trusted./user.husk./ \
