@@ -101,7 +101,7 @@ pub struct Config {
     pub virtio_fs_rate_limit: RateLimit,
     /// Rate limit of each direction of vsock.
     pub vsock_rate_limit: RateLimit,
-    /// What happens when the VMM makes a system call that its seccomp filters do not allow.
+    /// What happens when the VMM or the shim makes a system call that its seccomp filter does not allow.
     pub seccomp: Seccomp,
     /// Whether a pod fails to start if the host's kernel cannot restrict the VMM's access to files with landlock.
     pub require_landlock: bool,
@@ -151,7 +151,7 @@ impl Default for Config {
     }
 }
 
-/// What happens when the VMM makes a system call that its seccomp filters do not allow.
+/// What happens when the VMM or the shim makes a system call that its seccomp filter does not allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Seccomp {

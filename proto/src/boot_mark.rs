@@ -1,10 +1,10 @@
-//! Boot marks: steps of the guest's start. At each step, the agent writes one byte to an I/O port. The VMM records the
-//! time of the write and sends a notice to the shim.
+//! Boot marks: bytes with which the agent reports the progress of the guest's boot. The agent writes each boot mark to
+//! an I/O port. The VMM records the time of the write and sends a notice to the shim.
 
 /// The I/O port, in a range that no PC device uses.
 pub const PORT: u16 = 0x5f0;
 
-/// A step of the guest's start.
+/// A boot mark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum BootMark {

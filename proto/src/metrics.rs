@@ -40,8 +40,8 @@ impl Cgroup<'_> {
 /// Type URL of the metrics in containerd's API.
 pub const TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
 
-/// Reads the metrics of the cgroup at `path`. If a controller is absent, its values are zero, and memory limits are
-/// `u64::MAX`. The call is cheap, because it reads only a few files.
+/// Reads the metrics of the cgroup at `path`. If a controller is absent, its values are zero. If the memory
+/// controller is absent, its limits are `u64::MAX` instead. The call is cheap, because it reads only a few files.
 pub fn read(path: &Path) -> Metrics {
     let cgroup = &Cgroup(path);
     Metrics {

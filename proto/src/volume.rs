@@ -22,7 +22,7 @@ pub fn guest_path(request: &MountVolumeRequest) -> PathBuf {
     Path::new(GUEST_SUBPATHS).join(&request.container_id).join(format!("{}{volume}", request.mount))
 }
 
-/// Returns the root of the shared volume to which `path` belongs. [`guest_path`] must have returned `path`.
+/// Returns the root of the shared volume to which `path` belongs. `path` must be a result of [`guest_path`].
 ///
 /// Returns `None` if the volume is not shared. If `path` is a bind mount of a directory in a shared volume, returns
 /// that volume's root. If `path` is the root itself, returns `path`.

@@ -56,7 +56,7 @@ pub fn capabilities(process: &Process) -> Vec<String> {
     names.into_iter().collect()
 }
 
-/// Returns the first difference between an exec and the container's own process. Ignores arguments, terminal, `TERM`
+/// Returns the first difference between an exec and the container's init process. Ignores arguments, terminal, `TERM`
 /// and OOM score.
 pub fn difference(own: &Process, exec: &Process) -> Option<&'static str> {
     // containerd's CRI sets TERM for an exec with a terminal.

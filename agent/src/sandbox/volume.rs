@@ -102,8 +102,8 @@ fn lock_shared_volumes() -> MutexGuard<'static, ()> {
     lock(&SHARED_VOLUMES_LOCK)
 }
 
-/// Unmounts the volumes of the share in `paths`, except volumes with a subpath that a container uses. Blocks the
-/// calling thread.
+/// Unmounts the shared volumes whose paths are in `paths`. A shared volume stays mounted if a container uses one of its
+/// subpaths. Blocks the calling thread.
 pub fn unmount_unused(mut paths: Vec<PathBuf>) {
     let _guard = lock_shared_volumes();
     if !paths.is_empty() {
@@ -113,7 +113,7 @@ pub fn unmount_unused(mut paths: Vec<PathBuf>) {
     shared_volumes::unmount(&paths);
 }
 
-/// Returns the volumes of the share with a subpath that a container uses. Derives the volumes from the paths
+/// Returns the shared volumes of which a container uses a subpath. Derives the volumes from the paths
 /// `<container>/<subpath>` below `dir`.
 fn shared_volumes_in_use(dir: &Path) -> HashSet<PathBuf> {
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());

@@ -60,7 +60,8 @@ pub fn duplicate_from(fd: impl AsFd, min: RawFd) -> io::Result<OwnedFd> {
     unsafe { new_fd(copy) }
 }
 
-/// Copies `fd` to the number `target` (dup2(2)). Closes the fd that has this number. The copy stays open on exec.
+/// Copies `fd` to the number `target` (dup2(2)). If another open fd already has this number, that fd is closed
+/// first. The copy stays open on exec.
 /// If `fd` itself has the number `target`, the call changes nothing, and the fd keeps its flags.
 ///
 /// # Errors

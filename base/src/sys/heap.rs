@@ -33,11 +33,13 @@ mod tests {
     #[cfg_attr(miri, ignore = "Miri has no fork")]
     fn large_allocation_is_unmapped_when_it_is_freed() {
         const LEN: usize = 96 << 10;
-        // The child process has one thread, so no other test allocates memory or gets the settings.
+        // The test runs in a child process, so the settings of malloc do not affect other tests. The child has one
+        // thread, so no other test allocates memory in it.
         // SAFETY: glibc's fork(2) takes the locks of malloc, so that the child process can use malloc.
         match unsafe { nix::unistd::fork() }.unwrap() {
             nix::unistd::ForkResult::Child => {
-                // Freeing a mapping raises malloc's default threshold, which is 128 KiB, above the size of the mapping.
+                // When a mapped allocation is freed, malloc raises its threshold from the default (128 KiB) to the size
+                // of this allocation. Afterwards, an allocation of LEN bytes is certainly in the heap.
                 drop(std::hint::black_box(vec![1_u8; 1 << 20]));
                 let before = mapped_bytes();
                 let unmapped = std::hint::black_box(vec![1_u8; LEN]);

@@ -24,7 +24,7 @@ pub fn configuration(path: &Path) -> (Config, Vec<Finding>) {
 pub fn images(config: &Config) -> [Finding; 2] {
     [
         image("guest kernel", "kernel", (&config.kernel, &config.kernel_sha256), kernel),
-        image("guest image", "initrd", (&config.initrd, &config.initrd_sha256), initrd),
+        image("guest initrd", "initrd", (&config.initrd, &config.initrd_sha256), initrd),
     ]
 }
 

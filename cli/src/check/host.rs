@@ -90,7 +90,8 @@ fn namespaces(dir: &Path) -> Finding {
     Finding::fail(name, format!("missing: {}", missing.join(", ")), "use a kernel with these namespaces")
 }
 
-/// Checks whether the kernel has the actions of the filters that the VMM and the shim load in `mode`.
+/// Checks whether the kernel supports the seccomp actions that Husk needs in `mode`. The seccomp filters of the VMM and
+/// the shim use these actions.
 fn seccomp(available: io::Result<String>, mode: Seccomp) -> Finding {
     let name = "seccomp";
     let needed = match mode {
@@ -101,7 +102,11 @@ fn seccomp(available: io::Result<String>, mode: Seccomp) -> Finding {
         Ok(available) => available,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let detail = format!("the kernel has no seccomp filters: {SECCOMP_ACTIONS} does not exist");
-            return Finding::fail(name, detail, "use a kernel with CONFIG_SECCOMP_FILTER: no pod can start without");
+            return Finding::fail(
+                name,
+                detail,
+                "use a kernel with CONFIG_SECCOMP_FILTER: without this option, no pod can start",
+            );
         }
         Err(error) => {
             let detail = format!("failed to read {SECCOMP_ACTIONS}: {error}");

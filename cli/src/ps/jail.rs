@@ -1,4 +1,4 @@
-//! The confinement of a VMM or shim process, as /proc shows it.
+//! The restrictions of a VMM process (jail) or shim process (confinement), as /proc shows them.
 
 use std::{fs, path::Path};
 
@@ -17,7 +17,7 @@ const NAMESPACES: [&str; 7] = ["cgroup", "ipc", "mnt", "net", "pid", "user", "ut
 pub struct Jail {
     /// Kinds of namespaces that the process does not share with this command.
     own_namespaces: Vec<&'static str>,
-    /// The process's root directory, as a path in the directory's file system (field `root` of mountinfo).
+    /// Path of the process's root directory within the file system that contains it (field `root` of mountinfo).
     root: Option<String>,
     /// The source of the mount at the process's root directory (field `mount source` of mountinfo).
     root_source: Option<String>,

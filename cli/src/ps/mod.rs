@@ -171,7 +171,7 @@ k8s.io     0123456789abc  shop/cart  running  2      320 MiB  41 MiB  90s  12   
         let json = serde_json::to_value(&rows).unwrap();
         assert_eq!((&json[0]["pod"], &json[0]["used_kib"]), (&"shop/cart".into(), &41_984.into()));
         assert_eq!(json[0]["configured_seccomp"], "log");
-        // The file of a shim that does not record the mode.
+        // An older shim writes a file without `configured_seccomp`. `husk ps` must still read this file.
         let old = state.join("k8s.io/0123456789abcdef/sandbox.json");
         let text = fs::read_to_string(&old).unwrap().replace(",\"configured_seccomp\":\"log\"", "");
         fs::write(&old, text).unwrap();

@@ -102,8 +102,8 @@ pub struct Exec<'a> {
     pub container: &'a str,
     /// The program and its arguments.
     pub arguments: &'a [String],
-    /// Text about a difference between the exec and the container's own process. Differences in the arguments or the
-    /// terminal do not count. `None` if there is no other difference.
+    /// First difference between the exec and the container's init process, as the reason of a refusal. Differences in
+    /// arguments, terminal, `TERM` and OOM score do not count. `None` if there is no other difference.
     pub difference: Option<&'static str>,
     /// Names of the capabilities that are in any capability set of the exec's process.
     pub capabilities: Vec<String>,
@@ -119,7 +119,7 @@ pub struct Policies {
 }
 
 impl Policies {
-    /// Parses the policies, as [`Policy::to_json`] writes them.
+    /// Parses policies in the form that [`Policy::to_json`] returns.
     ///
     /// # Errors
     /// Returns the [`ParseError`] of the first invalid policy.

@@ -11,13 +11,14 @@ use crate::container::Shim;
 use crate::container::containers::Container;
 use crate::vm::vmm::EXIT_TIMEOUT;
 
-/// Timeout of the agent's answer to a signal. The agent answers without waiting for another process of the guest.
+/// Timeout for the agent's answer to a request that sends a signal. The agent answers without waiting for another
+/// process of the guest.
 pub const SIGNAL_TIMEOUT: Duration = Duration::from_secs(5);
-/// Timeout of the agent's answer to SIGKILL for a container.
+/// Timeout for the agent's answer to a request that sends SIGKILL to a container.
 pub const KILL_ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a container may take to exit after SIGKILL.
 pub const KILL_EXIT_TIMEOUT: Duration = Duration::from_secs(30);
-/// Timeout of the agent's answer to the deletion of a container whose processes have ended.
+/// Timeout for the agent's answer to a request that deletes a container whose processes have ended.
 pub const DELETE_TIMEOUT: Duration = Duration::from_secs(25);
 /// How long the shim waits for the exits of all containers after it has killed the VMM process.
 const END_TIMEOUT: Duration = EXIT_TIMEOUT.saturating_add(Duration::from_secs(2));
@@ -38,8 +39,8 @@ impl Shim {
         });
     }
 
-    /// Kills the VM because the agent has not answered. Waits until the VM has ended, and all processes count as
-    /// exited. `call` says what the agent has not done.
+    /// Kills the VM because the agent has not answered. Waits until the VM has ended. From then on, all processes
+    /// of the pod count as exited. `call` says what the agent has not done.
     pub(crate) async fn end_silent_vm(&self, container: &Container, call: &str, limit: Duration) {
         let id = &container.id;
         self.sandbox.fail(format!("the agent did not {call} container {id} within {} s", limit.as_secs()));

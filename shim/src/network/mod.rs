@@ -33,7 +33,7 @@ use read::Link;
 pub use sk_lookup::PortForwarding;
 pub use watcher::{NetworkChange, NetworkWatcher};
 
-/// Private parts that the fuzz targets use.
+/// Private items that the fuzz targets use.
 #[cfg(feature = "testing")]
 pub mod testing {
     pub use super::read::{links, network};

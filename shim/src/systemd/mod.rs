@@ -16,7 +16,7 @@ use message::Body;
 pub use connection::CallError;
 pub use message::{Property, Value};
 
-/// Private parts that the fuzz targets use.
+/// Private items that the fuzz targets use.
 #[cfg(feature = "testing")]
 pub mod testing {
     pub use super::connection::Connection;

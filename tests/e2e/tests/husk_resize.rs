@@ -12,8 +12,8 @@ use husk_e2e::{node, vm};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
-/// Timeout for reclaim. Reclaim takes long because the guest has to search for free memory, and reports freed memory
-/// only after a delay.
+/// Timeout for reclaim. Reclaim takes a long time because the guest has to search for free memory, and reports freed
+/// memory only after a delay.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn limits(millis: u64, mib: u64) -> Value {

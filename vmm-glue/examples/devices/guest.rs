@@ -43,7 +43,7 @@ fn mount(source: &str, target: &str, kind: &str) -> Result<()> {
     Ok(())
 }
 
-/// Returns the test data. The data is computed only once, because computing it takes long in an emulated node.
+/// Returns the test data. The data is computed only once, because computing it takes a long time in an emulated node.
 fn data() -> &'static [u8] {
     static DATA: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
     DATA.get_or_init(|| pattern(64 * MIB))

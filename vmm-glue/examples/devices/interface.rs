@@ -1,4 +1,4 @@
-//! Sets up a tap and an interface's address with ioctls, so that neither the node nor the guest needs a tool.
+//! Sets up a tap and an interface's address with ioctls, so that neither the node nor the guest needs ip(8).
 
 use std::fs::File;
 use std::io::{Error, Result};

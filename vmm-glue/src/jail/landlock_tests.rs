@@ -133,7 +133,7 @@ fn no_file_is_accessible_without_share() {
 
 #[test]
 #[cfg_attr(miri, ignore = "Miri has no landlock_create_ruleset")]
-fn tcp_abstract_sockets_and_other_processes_are_not_reachable() {
+fn tcp_and_abstract_sockets_and_other_processes_are_not_reachable() {
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
     let (tcp_address, name) = (tcp.local_addr().unwrap(), format!("husk-landlock-{}", std::process::id()));
     let abstract_address = SocketAddr::from_abstract_name(name).unwrap();

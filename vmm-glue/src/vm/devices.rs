@@ -219,7 +219,7 @@ mod tests {
         assert_eq!(disk.lock().unwrap().activations, 0);
         let slots = devices.slots.clone();
         let waker = std::thread::spawn(move || {
-            // The device loop goes on when the slot is empty.
+            // Let the device loop continue only after the slot is empty.
             while slots.devices().count() > 0 {
                 std::thread::yield_now();
             }

@@ -22,7 +22,8 @@ pub fn key(rule: &Rule) -> Key {
 }
 
 /// Returns the number of attributes that a rule sets. The kernel removes the first rule that matches all attributes of
-/// the request (net/core/fib_rules.c, `rule_find`). Therefore the rule with the most attributes must be removed first.
+/// the request (net/core/fib_rules.c, `rule_find`). A request with few attributes also matches a rule that has these
+/// attributes and others. Therefore the rule with the most attributes must be removed first.
 pub fn selector_count(rule: &Rule) -> usize {
     let texts = [&rule.source, &rule.destination, &rule.input_interface, &rule.output_interface];
     let numbers = [rule.mark, rule.mask, rule.tos, rule.ip_protocol, rule.table, rule.protocol];

@@ -1,5 +1,6 @@
-//! The seccomp filter of the shim's threads (seccomp(2)). All threads have the same filter, because they share their
-//! memory, and because each thread for blocking calls can get any work of the shim.
+//! The seccomp filter of the shim's threads (seccomp(2)). All threads have the same filter. They share their memory, so
+//! an attacker could use the thread with the weakest filter. Each thread for blocking calls may also execute any task
+//! of the shim.
 
 mod tables;
 mod violation;
@@ -23,11 +24,12 @@ pub enum LoadError {
     Handler(#[source] io::Error),
 }
 
-/// Loads the filter for this thread. Threads that this thread starts later inherit the filter. Returns the read end of a
-/// pipe, to which the process writes a line for each refused call.
+/// Loads the filter for this thread. Threads that this thread starts later inherit the filter. Returns the read end of
+/// a pipe, to which the process writes a line for each refused call.
 ///
 /// In mode [`SeccompMode::Enforce`], a call that the filter does not allow fails with EPERM, and is logged. The shim
-/// keeps running, because its end would end the pod. A client may cause a necessary call that no test has found. If the
+/// keeps running, because its end would end the pod. The filter may lack a call that the
+/// shim needs, because no test has covered the request that causes it. If the
 /// thread has blocked SIGSYS, as during posix_spawn(3), the kernel ends the shim.
 pub fn load(mode: SeccompMode) -> Result<OwnedFd, LoadError> {
     let lines = violation::handle().map_err(LoadError::Handler)?;

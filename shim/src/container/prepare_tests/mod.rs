@@ -69,7 +69,7 @@ fn staged_trees(share: &Share) -> usize {
     dirs.map(|dir| fs::read_dir(dir.unwrap().path()).unwrap().count()).sum()
 }
 
-/// Updates the mounts in all volumes of the share. Returns the first error.
+/// Updates the mounts in all shared volumes. Returns the first error.
 fn sync_mounts(share: &Path) -> Result<(), propagate::SyncError> {
     let results: Vec<_> = propagate::volumes(share)?.iter().map(|name| propagate::update(share, name)).collect();
     results.into_iter().collect()

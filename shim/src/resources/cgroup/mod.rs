@@ -19,8 +19,9 @@ const MOUNT: &str = "/sys/fs/cgroup";
 const ATTEMPTS: u32 = 10;
 
 /// Maximum number of threads of a sandbox's processes on the host. The VMM has at most 64 vCPUs, 64 virtio-fs workers,
-/// one thread for each disk, 1024 threads whose ids are the pids of containers, and 128 threads of vhost-net. The shim
-/// has at most 64 threads for blocking calls, and a thread for each volume with propagation.
+/// one thread for each disk, and 128 threads of vhost-net. It also has up to 1024 idle threads, whose ids the shim
+/// reports as pids of containers. The shim has at most 64 threads for blocking calls, and a thread for each volume with
+/// propagation.
 pub const MAX_TASKS: u64 = 2048;
 
 /// Location of a sandbox's cgroup.

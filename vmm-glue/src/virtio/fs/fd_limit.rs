@@ -71,8 +71,8 @@ impl FdLimit {
     /// Wakes the requests that wait for an fd. The caller calls this function after the guest has forgotten files.
     pub fn released(&self) {
         if self.scarce.load(Ordering::Relaxed) {
-            // Take the lock before the notification. A thread that counts too many open fds holds the lock until the
-            // thread waits for the notification. Therefore, the thread cannot miss the notification.
+            // Take the lock before the notification. A thread that finds the threshold reached holds the lock until
+            // it waits for the notification. Therefore, the thread cannot miss the notification.
             drop(self.lock());
             self.changed.notify_all();
         }

@@ -14,7 +14,8 @@ use husk_vmm::arch::layout;
 use crate::guest::{Device, Guest, INDIRECT_DESC, VERSION_1};
 use crate::machine::{Host, MAC};
 
-/// Maximum number of notices that the VMM may send to the shim in one attack: boot steps, and the fd shortage.
+/// Maximum number of notices that the VMM may send to the shim in one attack. The VMM reports boot steps, and that it
+/// is close to its fd limit.
 pub const NOTICES: usize = 8;
 
 /// How an attack has to end.

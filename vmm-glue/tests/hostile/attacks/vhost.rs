@@ -38,7 +38,7 @@ fn own_of_both() -> Vec<Attack> {
                 vec![queues::desc(buffer, 64, NEXT, 1), queues::desc(HOTPLUG + 4096, 512, 0, 0)]
             });
         }),
-        Attack::on_all("queue that the balloon takes while vhost-net serves it", |guest, device| {
+        Attack::on_all("queue whose pages the balloon takes while vhost-net serves the queue", |guest, device| {
             let mut balloon = guest.start(&BALLOON);
             let mut queue = guest.start(device)[usize::from(device.queue)];
             let pages = [queue.desc, queue.avail, queue.used].map(|address| (address >> 12) as u32);
