@@ -44,7 +44,7 @@ pub fn pack(agent: &Program) -> Result<PathBuf> {
     Ok(made)
 }
 
-/// Writes an initramfs to `made` that has another program in place of the agent.
+/// Writes to `made` an initramfs that contains another program in place of the agent.
 pub fn pack_other(init: &Program, made: &Path) -> Result<()> {
     let context = || format!("failed to write {}", made.display());
     let init = fs::read(&init.path).with_context(|| format!("failed to read {}", init.path.display()))?;

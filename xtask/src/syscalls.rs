@@ -17,9 +17,10 @@ use crate::{cmd, files, paths, ui};
 /// Names of the VMM's threads: one glob for each kind of thread.
 const THREADS: [&str; 7] = ["husk-vmm", "vcpu*", "devices", "virtio-fs*", "virtio-blk*", "prefault", "husk-task"];
 /// Beginnings of the names of the shim's threads. For these threads, xtask reports violations but counts no calls,
-/// because runc's shim has a thread of the same name.
+/// because threads of runc's shim can have the same names (`containerd-shim`).
 const SHIM_THREADS: [&str; 5] = ["containerd-shim", "husk-shim", "launch", "mount", "pod-network"];
-/// Part of the names of the tests that make a call that a filter has to stop. Filters that only log do not stop it.
+/// A test whose name contains this text makes a call that a filter must block. `--syscalls` leaves out these tests,
+/// because its filters only log.
 pub const NEEDS_FILTERS: &str = "seccomp_violation";
 const EVENT: &str = "/sys/kernel/tracing/events/raw_syscalls/sys_enter";
 /// Names of the result files in /out of the test node.

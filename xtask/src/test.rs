@@ -20,7 +20,8 @@ use crate::{dist, files, image, kernel, paths, setup, side, syscalls, ui};
 const BUILDERS: &str = "cri_builders";
 /// The suite that runs fsx, a public test program for file systems. The suite needs an additional image.
 const FSX: &str = "cri_fsx";
-/// The suite with hostile guests. The suite needs the attacker of `husk-vmm`, and an initramfs with a lying agent.
+/// The suite with hostile guests. The suite needs the test program `hostile` of `husk-vmm`, which attacks the VMM's
+/// devices, and an initramfs with a lying agent.
 const HOSTILE: &str = "husk_hostile";
 /// Maximum number of suites per boot if only one node runs at a time. With this maximum, two boots are enough for all
 /// suites of containerd 1.7. Each boot costs ten seconds, and more if the node has to import the images. Boots with

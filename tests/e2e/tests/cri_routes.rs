@@ -187,7 +187,7 @@ ip -6 rule add pref 202 from fd00:9::/64 blackhole
 ";
 
 #[test]
-fn guest_follows_all_kinds_of_routes_and_rules() {
+fn guest_mirrors_all_kinds_of_routes_and_rules() {
     network_by_script("cri-routes", ALL_KINDS, |pods| {
         let pod = pods.pod();
         let container = start_listener(&pod);
@@ -198,7 +198,7 @@ fn guest_follows_all_kinds_of_routes_and_rules() {
         assert!(rules.contains("303:\tfrom all iif notyet [detached] nop"), "{rules}");
         assert!(routes.contains("blackhole 10.72.0.0/16") && routes.contains("weight 5"), "{routes}");
 
-        // A rule that the container adds itself stays when the node's rules change.
+        // When the node's rules change, a rule that the container has added stays.
         in_guest(&container, "rule add pref 250 from 10.250.0.0/16 lookup 250");
         let containers_rule = "from 10.250.0.0/16 lookup 250";
         for change in [

@@ -1,5 +1,5 @@
-//! Files that a guest creates in the share. Device nodes, programs and symbolic links have no effect on the node. Root
-//! is the only user of a guest that can use the blocks that are reserved for root.
+//! Files that a guest creates in the share. Device nodes, programs and symbolic links have no effect on the node. A
+//! file system of the node can have blocks that are reserved for root. In a guest, only root can use these blocks.
 
 use std::fs::{self, File};
 use std::io;

@@ -51,7 +51,8 @@ enum Command {
         #[arg(long, default_value_t = 128)]
         mib: u64,
     },
-    /// Measures whether each device holds its rate limits. Fails if a rate differs from its limit by more than 5 %.
+    /// Measures whether the rates of each device match its rate limits. Fails if a rate differs from its limit by more
+    /// than 5 %.
     Limits {
         /// Duration of each measurement, in seconds.
         #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..))]
