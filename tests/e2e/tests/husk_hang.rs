@@ -64,6 +64,7 @@ fn pod_with_a_stopped_vmm_can_be_stopped_and_removed() {
 }
 
 #[test]
+#[ignore = "long: a part of pod_with_a_stopped_vmm_can_be_stopped_and_removed"]
 fn pod_with_a_stopped_vmm_can_be_removed_at_once() {
     pods("cri-hang-remove", |pods| {
         let pod = pods.pod();
@@ -99,10 +100,10 @@ fn client_that_is_killed_during_create_or_start_leaves_nothing() {
         let fifos = || fs::read_dir("/run/containerd/fifo").into_iter().flatten().map(|entry| entry.unwrap().path());
         let before: Vec<_> = fifos().collect();
         // A start takes a few seconds on the test node. The last client is killed when its container runs.
-        for step in 0..9 {
+        for step in 0..6 {
             let run = case.sh("sleep 100000");
             let mut client = run.command().spawn().unwrap();
-            thread::sleep(Duration::from_millis(500 * step));
+            thread::sleep(Duration::from_millis(800 * step));
             client.kill().unwrap();
             client.wait().unwrap();
             // The client would have deleted its container.
@@ -111,7 +112,7 @@ fn client_that_is_killed_during_create_or_start_leaves_nothing() {
                 let left = vm::vmm_pids_of(run.id()).len() + vm::shim_pids_of(run.id()).len();
                 (left == 0).then_some(())
             });
-            assert!(gone.is_some(), "a client that was killed after {} ms left a shim or a VMM", 500 * step);
+            assert!(gone.is_some(), "a client that was killed after {} ms left a shim or a VMM", 800 * step);
         }
         // A client makes the fifos of its container, and removes them at its end.
         fifos().filter(|path| !before.contains(path)).for_each(|path| fs::remove_dir_all(path).unwrap());
