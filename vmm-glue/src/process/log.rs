@@ -63,6 +63,9 @@ impl Log for Stderr {
 pub fn init() {
     let level = std::env::var(VARIABLE).ok().and_then(|text| LevelFilter::from_str(&text).ok());
     log::set_max_level(level.unwrap_or(LevelFilter::Warn));
+    // The hash table needs random keys, and the filters of most threads do not allow getrandom. Without this line, the
+    // first warning of a vCPU's thread would end the VM.
+    LazyLock::force(&STDERR.0);
     // This call fails only if there is already a logger. In this case, the existing logger stays.
     let _ = log::set_logger(&STDERR);
 }

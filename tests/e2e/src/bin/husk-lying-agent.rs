@@ -123,8 +123,11 @@ fn api(mut connection: File, lie: Lie) -> io::Result<()> {
             }
             (Lie::Flood, "Stats") => answer(&writer, call, &statistics())?,
             (Lie::Flood, _) => {
-                // Sends answers that belong to no call, and messages of unknown types.
-                for (kind, stream) in [(MESSAGE_TYPE_RESPONSE, call + 2), (MESSAGE_TYPE_RESPONSE, u32::MAX), (255, 1)] {
+                // Sends answers that belong to no call, and a message of an unknown type. A message of an unknown type
+                // that belongs to a call would end the connection.
+                for (kind, stream) in
+                    [(MESSAGE_TYPE_RESPONSE, call + 2), (MESSAGE_TYPE_RESPONSE, u32::MAX), (255, call + 4)]
+                {
                     send(&writer, kind, stream, b"abc")?;
                 }
                 answer(&writer, call, &[])?;
