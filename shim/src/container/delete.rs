@@ -87,7 +87,15 @@ impl Shim {
             }
             // The process exited before the signal arrived, by itself or because the VM ended.
             Err(_) if self.sandbox.is_dead() || process.exit().is_some() => Err(ServiceError::Finished),
-            Err(error) => Err(agent::error("kill", error)),
+            Err(error) => match agent::error("kill", error) {
+                // A hostile agent can answer with an error. If the container does not exit, the shim kills the VM.
+                error if ends_container && error.code() != ttrpc::Code::NOT_FOUND => {
+                    let error = crate::chain(&error);
+                    tracing::warn!(container = container.id, error, "the agent failed to send SIGKILL");
+                    Ok(())
+                }
+                error => Err(error),
+            },
         }
     }
 

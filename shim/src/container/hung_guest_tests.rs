@@ -47,6 +47,8 @@ struct Script {
     hung: Mutex<HashSet<&'static str>>,
     /// Whether killed containers do not exit.
     immortal: AtomicBool,
+    /// Whether the agent answers Kill requests with an error.
+    refuses_kill: AtomicBool,
     /// How long the agent takes for a Start request.
     start_delay: Mutex<Duration>,
     events: broadcast::Sender<Event>,
@@ -83,6 +85,9 @@ impl Task for ScriptedAgent {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        if self.0.refuses_kill.load(Ordering::Relaxed) {
+            return Err(ttrpc::error::get_rpc_status(ttrpc::Code::INTERNAL, "no"));
+        }
         let script = Arc::clone(&self.0);
         let kill = async move {
             script.call("kill").await;
@@ -176,6 +181,7 @@ impl Model {
         let script = Arc::new(Script {
             hung: Mutex::default(),
             immortal: AtomicBool::new(false),
+            refuses_kill: AtomicBool::new(false),
             start_delay: Mutex::default(),
             events: broadcast::channel(64).0,
         });
@@ -309,6 +315,17 @@ async fn sigkill_ends_the_pod_if_the_container_does_not_exit() {
     assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
     assert_eq!(model.wait("a").await, 137);
     assert!(begin.elapsed() < KILL_EXIT_TIMEOUT + Duration::from_secs(1), "{:?}", begin.elapsed());
+    assert_eq!(model.reason(), "container a did not exit within 30 s after SIGKILL");
+}
+
+#[tokio::test(start_paused = true)]
+async fn sigkill_ends_the_pod_if_the_agent_answers_with_an_error() {
+    let model = Model::start(true).await;
+    model.run("a").await;
+    model.script.refuses_kill.store(true, Ordering::Relaxed);
+    assert!(model.kill("a", libc::SIGTERM).await.is_err());
+    model.kill("a", libc::SIGKILL).await.unwrap();
+    assert_eq!(model.wait("a").await, 137);
     assert_eq!(model.reason(), "container a did not exit within 30 s after SIGKILL");
 }
 
