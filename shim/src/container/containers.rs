@@ -162,9 +162,11 @@ impl Reservation<'_> {
     ) -> Result<T, ServiceError> {
         let mut cancelled = self.cancelled.clone();
         tokio::select! {
-            result = work => result,
+            // A creation that was cancelled earlier must not begin `work`.
+            biased;
             // The sender exists until the reservation ends, so this branch runs only after a cancellation.
             _ = cancelled.wait_for(|cancelled| *cancelled) => Err(ServiceError::Cancelled),
+            result = work => result,
         }
     }
 }

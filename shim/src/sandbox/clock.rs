@@ -27,6 +27,8 @@ const FIRST_INTERVAL: Duration = Duration::from_secs(10);
 const INTERVAL: Duration = Duration::from_secs(300);
 /// Interval after a comparison that failed, or that took so long that it was not accurate.
 const RETRY_INTERVAL: Duration = Duration::from_secs(10);
+/// Error of a measurement that is accurate enough.
+const MAX_ERROR: Duration = Duration::from_millis(50);
 /// Offset that is not worth a correction.
 const TOLERANCE: Duration = Duration::from_millis(1);
 /// Number of measurements for one comparison. The fastest one is the most accurate one.
@@ -77,6 +79,11 @@ impl Measurement {
         Self { offset_ns: begin_ns.saturating_add(half).saturating_sub(guest_ns), error_ns: half }
     }
 
+    /// Returns whether the measurement says enough about the offset.
+    fn is_accurate(self) -> bool {
+        u128::try_from(self.error_ns).is_ok_and(|error_ns| error_ns <= MAX_ERROR.as_nanos())
+    }
+
     /// Returns the correction, or 0 if the measured offset may be an error of the measurement.
     fn correction(self) -> i64 {
         let tolerance = i64::try_from(TOLERANCE.as_nanos()).unwrap_or(i64::MAX).max(self.error_ns);
@@ -84,7 +91,7 @@ impl Measurement {
     }
 }
 
-/// Compares both clocks, and corrects the guest's clock. Returns whether this succeeded.
+/// Compares both clocks, and corrects the guest's clock. Returns whether this succeeded with an accurate measurement.
 async fn compare(agent: &Agent) -> bool {
     let mut best: Option<Measurement> = None;
     for _ in 0..ATTEMPTS {
@@ -100,14 +107,14 @@ async fn compare(agent: &Agent) -> bool {
     let Some(best) = best else { return false };
     let correction = best.correction();
     if correction == 0 {
-        return true;
+        return best.is_accurate();
     }
     tracing::debug!(offset_us = correction / 1000, "correcting the guest's clock");
     if let Err(error) = measure(agent, correction).await {
         tracing::warn!(%error, "failed to correct the guest's clock");
         return false;
     }
-    true
+    best.is_accurate()
 }
 
 /// Corrects the guest's clock by `correction_ns`, and measures the offset before this correction.
@@ -156,6 +163,8 @@ mod tests {
         let slow = Measurement::new(1000 * MS, Duration::from_millis(100), 1030 * MS);
         assert_eq!(slow, Measurement { offset_ns: 20 * MS, error_ns: 50 * MS });
         assert_eq!(slow.correction(), 0);
+        assert!(slow.is_accurate());
+        assert!(!Measurement::new(0, Duration::from_millis(102), 0).is_accurate());
         let fast = Measurement::new(1000 * MS, Duration::from_millis(2), 981 * MS);
         assert_eq!(fast.correction(), 20 * MS);
         let ahead = Measurement::new(1000 * MS, Duration::from_millis(2), 3_601_001 * MS);

@@ -101,7 +101,6 @@ async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mp
     tokio::pin!(vmm_ended);
     let reason = loop {
         let event = tokio::select! {
-            biased;
             event = events.recv() => event,
             () = &mut vmm_ended => break "the connection to the agent did not end".to_owned(),
         };

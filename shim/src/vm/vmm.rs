@@ -18,6 +18,7 @@ use nix::sys::socket::{SockType, UnixAddr, getpeername, getsockopt, sockopt};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::time::Instant;
 
 use crate::launcher::{LaunchError, Launcher};
 use crate::lock;
@@ -95,8 +96,8 @@ struct Inner {
     pending: Mutex<Option<PendingCalls>>,
     pid: u32,
     dead: watch::Receiver<Option<ExitStatus>>,
-    /// Whether the shim has sent SIGKILL to the process.
-    killed: watch::Sender<bool>,
+    /// When the shim sent SIGKILL to the process, if it has.
+    killed: watch::Sender<Option<Instant>>,
     fd_shortage: Notify,
     vhost: VhostPermits,
     /// For each container, the VMM has a thread. The shim reports the thread's id on the host to containerd as the
@@ -220,7 +221,7 @@ impl Vmm {
             pending: Mutex::new(Some(PendingCalls::new())),
             pid,
             dead,
-            killed: watch::Sender::new(false),
+            killed: watch::Sender::new(None),
             fd_shortage: Notify::new(),
             vhost: VhostPermits::default(),
             threads: Mutex::default(),
@@ -242,7 +243,7 @@ impl Vmm {
         Ok(vmm)
     }
 
-    /// Returns a VMM whose end the caller decides. The second value becomes true when the shim kills the VMM. The third
+    /// Returns a VMM whose end the caller decides. The second value is set when the shim kills the VMM. The third
     /// value takes the exit status. The control socket answers nothing.
     ///
     /// # Errors
@@ -250,7 +251,7 @@ impl Vmm {
     #[cfg(test)]
     pub fn scripted(
         control: OwnedFd,
-    ) -> std::io::Result<(Self, watch::Receiver<bool>, watch::Sender<Option<ExitStatus>>)> {
+    ) -> std::io::Result<(Self, watch::Receiver<Option<Instant>>, watch::Sender<Option<ExitStatus>>)> {
         let (died, dead) = watch::channel(None);
         // No process has this PID, and `kill` sends no signal to it.
         let vmm = Self::new(register(control, Interest::READABLE | Interest::WRITABLE)?, u32::MAX, dead);
@@ -379,7 +380,11 @@ impl Vmm {
             // Until the process is reaped, the PID belongs to the VMM. `dead` is set immediately after the reaping.
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
         }
-        self.inner.killed.send_replace(true);
+        self.inner.killed.send_if_modified(|killed| {
+            let first = killed.is_none();
+            killed.get_or_insert_with(Instant::now);
+            first
+        });
     }
 
     /// Waits until the process exits. Returns the exit status.
@@ -397,8 +402,8 @@ impl Vmm {
         let give_up = async {
             let mut killed = self.inner.killed.subscribe();
             // The wait does not fail, because `inner` owns the sender.
-            let _ = killed.wait_for(|killed| *killed).await;
-            tokio::time::sleep(EXIT_TIMEOUT).await;
+            let at = killed.wait_for(Option::is_some).await.map_or(None, |at| *at);
+            tokio::time::sleep_until(at.unwrap_or_else(Instant::now) + EXIT_TIMEOUT).await;
         };
         tokio::select! {
             biased;
