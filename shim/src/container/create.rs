@@ -59,7 +59,7 @@ impl Shim {
             self.delete_in_guest(&request.id).await;
             self.tear_down_bundle(&request.id).await;
             self.release_resources(&request.id);
-            self.release_pid(&request.id).await;
+            self.release_pid(&request.id);
         }
         // If there is no container, the id becomes free only after the cleanup.
         drop(reservation);

@@ -149,7 +149,7 @@ impl Shim {
         self.events.publish(TASK_DELETE_EVENT_TOPIC, &event);
         self.run_late_hooks("poststop", container, "stopped").await;
         let deleted = self.publish_deleted(process, exit);
-        self.release_pid(&container.id).await;
+        self.release_pid(&container.id);
         Ok(deleted)
     }
 

@@ -49,12 +49,12 @@ impl Shim {
     }
 
     /// Releases the PID of a container that was deleted or could not be created.
-    pub(crate) async fn release_pid(&self, container: &str) {
+    pub(crate) fn release_pid(&self, container: &str) {
         let pid = lock(&self.pids.0).remove(container);
         if let Some(pid) = pid
             && !self.sandbox.is_dead()
         {
-            self.sandbox.release_pid(pid).await;
+            self.sandbox.release_pid(pid);
         }
     }
 }

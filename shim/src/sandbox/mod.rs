@@ -240,10 +240,10 @@ impl Sandbox {
         self.vmm().ok_or(VmmError::Gone)?.acquire_pid().await
     }
 
-    /// Releases a PID that [`Sandbox::acquire_pid`] returned.
-    pub async fn release_pid(&self, pid: u32) {
-        if let Some(vmm) = self.vmm() {
-            vmm.release_pid(pid).await;
+    /// Releases a PID that [`Sandbox::acquire_pid`] returned. Returns at once, because the VMM may not answer.
+    pub fn release_pid(&self, pid: u32) {
+        if let Some(vmm) = self.vmm().cloned() {
+            tokio::spawn(async move { vmm.release_pid(pid).await });
         }
     }
 
