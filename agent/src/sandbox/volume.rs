@@ -113,7 +113,7 @@ pub fn unmount_unused(mut paths: Vec<PathBuf>) {
     shared_volumes::unmount(&paths);
 }
 
-/// Returns the shared volumes of which a container uses a subpath. Derives the volumes from the paths
+/// Returns the shared volumes that have a subpath in use by a container. Derives the volumes from the paths
 /// `<container>/<subpath>` below `dir`.
 fn shared_volumes_in_use(dir: &Path) -> HashSet<PathBuf> {
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());

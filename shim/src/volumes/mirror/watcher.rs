@@ -40,8 +40,8 @@ struct Watcher {
     reader: AbortHandle,
 }
 
-/// Which subscription gets the events of which watch. Volumes can have directories in common, and inotify has only one
-/// watch for each directory.
+/// Maps each inotify watch to the subscriptions that get its events. Volumes can have directories in common, and
+/// inotify has only one watch for each directory.
 #[derive(Default)]
 struct Routes {
     last_id: u64,
