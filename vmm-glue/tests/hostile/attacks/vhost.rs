@@ -1,7 +1,7 @@
 //! Attacks on an interface whose queues vhost-net serves: the host's kernel reads the rings in guest memory itself.
 
 use super::{Attack, BALLOON, Expect, HOTPLUG, MEM, NET, disk_and_net, mem_request, queues, transport};
-use crate::guest::{Desc, Device, Guest, INDIRECT_DESC, NEXT, WRITE, register};
+use crate::guest::{Desc, Device, Guest, INDIRECT_DESC, NEXT, Queue, WRITE, register};
 use crate::machine::MAC;
 
 /// An interface whose transmit queue is attacked.
@@ -62,6 +62,15 @@ fn own_of_both() -> Vec<Attack> {
     ]
 }
 
+/// Starts the device, and fills the transmit queue with one frame. The device has not been notified yet.
+fn start_with_full_queue(guest: &mut Guest, device: &Device) -> Queue {
+    let mut queue = guest.start(device)[usize::from(NET.queue)];
+    let (request, _) = (NET.request)();
+    guest.request(&mut queue, 0, &request, 0);
+    (1..queue.size).for_each(|_| guest.offer(&mut queue, 0));
+    queue
+}
+
 /// Attacks on the whole interface that concern vhost-net only.
 fn own() -> Vec<Attack> {
     vec![
@@ -77,23 +86,13 @@ fn own() -> Vec<Attack> {
         }),
         Attack::on_all("reset while vhost-net serves full queues, 20 times", |guest, device| {
             for _ in 0..20 {
-                let mut queues = guest.start(device);
-                let (request, _) = (NET.request)();
-                let queue = &mut queues[usize::from(NET.queue)];
-                guest.request(queue, 0, &request, 0);
-                (1..queue.size).for_each(|_| guest.offer(queue, 0));
-                let queue = *queue;
+                let queue = start_with_full_queue(guest, device);
                 guest.publish(device, &queue);
                 guest.write(device, register::STATUS, 0);
             }
         }),
         Attack::on_all("reset from the second vCPU while vhost-net serves full queues", |guest, device| {
-            let mut queues = guest.start(device);
-            let (request, _) = (NET.request)();
-            let queue = &mut queues[usize::from(NET.queue)];
-            guest.request(queue, 0, &request, 0);
-            (1..queue.size).for_each(|_| guest.offer(queue, 0));
-            let queue = *queue;
+            let queue = start_with_full_queue(guest, device);
             let resets =
                 Guest::fragment(|body| body.repeat(200, |code| code.store32(device.register(register::STATUS), 0)));
             let done = guest.on_second_vcpu(&resets);
