@@ -34,6 +34,10 @@ use crate::volumes::mirror;
 /// How long a request to delete a container may wait for the end of the container's creation.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How long the removal of a container's mounts may take. A file system of the host that hangs can delay it. The removal
+/// then continues in the background.
+const TEARDOWN_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// The shim cannot watch the host's mounts. Therefore, it cannot propagate the mounts to the guest.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to watch the host's mounts")]
@@ -249,16 +253,19 @@ impl Shim {
         }
     }
 
-    /// Removes the container's mounts from the host. Best effort.
+    /// Removes the container's mounts from the host. Best effort. Waits at most [`TEARDOWN_TIMEOUT`].
     pub(crate) async fn tear_down_bundle(&self, id: &str) {
         let (container, share) = (id.to_owned(), self.sandbox.share());
         let done = tokio::task::spawn_blocking(move || {
             volumes::teardown(&share, &container).map_err(|error| crate::chain(&error))
         });
-        match done.await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(container = id, error, "failed to remove the container's mounts"),
-            Err(error) => {
+        match tokio::time::timeout(TEARDOWN_TIMEOUT, done).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => tracing::warn!(container = id, error, "failed to remove the container's mounts"),
+            Err(_) => {
+                tracing::error!(container = id, "the container's mounts are not removed yet: a file system may hang");
+            }
+            Ok(Err(error)) => {
                 tracing::warn!(container = id, %error, "failed to run the task that removes the container's mounts");
             }
         }
