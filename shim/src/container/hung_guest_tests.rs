@@ -36,7 +36,7 @@ use crate::events::{Publish, PublishError, RetryPolicy};
 use crate::lock;
 use crate::oci::Spec;
 use crate::vm::agent::timeouts;
-use crate::vm::vmm::{EXIT_TIMEOUT, Vmm};
+use crate::vm::vmm::{EXIT_TIMEOUT, ScriptedVmm, Vmm};
 
 /// The limit of every request that ends a container or a pod.
 const BUDGET: Duration = Duration::from_secs(45);
@@ -195,7 +195,7 @@ impl Model {
         let agent = Agent::new(stream).unwrap();
         let (control, _vmm_end) = wire::pair().unwrap();
         husk_base::sys::fd::set_nonblocking(&control).unwrap();
-        let (vmm, mut killed, died) = Vmm::scripted(control).unwrap();
+        let ScriptedVmm { vmm, mut killed, died } = Vmm::scripted(control).unwrap();
         let (notify, notices) = mpsc::channel(1);
         let process = tokio::spawn(async move {
             killed.wait_for(Option::is_some).await.unwrap();

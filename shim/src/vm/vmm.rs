@@ -126,6 +126,17 @@ pub struct Vmm {
     inner: Arc<Inner>,
 }
 
+/// A VMM whose end a test decides.
+#[cfg(test)]
+pub struct ScriptedVmm {
+    /// The handle that the shim gets.
+    pub vmm: Vmm,
+    /// Is set when the shim kills the VMM.
+    pub killed: watch::Receiver<Option<Instant>>,
+    /// Takes the exit status.
+    pub died: watch::Sender<Option<ExitStatus>>,
+}
+
 /// Opens the sandbox's network namespace, or creates it.
 ///
 /// # Errors
@@ -243,20 +254,17 @@ impl Vmm {
         Ok(vmm)
     }
 
-    /// Returns a VMM whose end the caller decides. The second value is set when the shim kills the VMM. The third
-    /// value takes the exit status. The control socket answers nothing.
+    /// Returns a VMM whose end the caller decides. The control socket answers nothing.
     ///
     /// # Errors
     /// If the socket cannot be registered with the async runtime.
     #[cfg(test)]
-    pub fn scripted(
-        control: OwnedFd,
-    ) -> std::io::Result<(Self, watch::Receiver<Option<Instant>>, watch::Sender<Option<ExitStatus>>)> {
+    pub fn scripted(control: OwnedFd) -> std::io::Result<ScriptedVmm> {
         let (died, dead) = watch::channel(None);
         // No process has this PID, and `kill` sends no signal to it.
         let vmm = Self::new(register(control, Interest::READABLE | Interest::WRITABLE)?, u32::MAX, dead);
         let killed = vmm.inner.killed.subscribe();
-        Ok((vmm, killed, died))
+        Ok(ScriptedVmm { vmm, killed, died })
     }
 
     /// Returns the PID of the process.
