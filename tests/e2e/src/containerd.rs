@@ -34,11 +34,14 @@ pub fn containers(namespace: &str) -> Result<Vec<String>, Status> {
 
 /// Deletes a container from containerd, and removes the container's snapshot. The container must not have a task.
 ///
+/// The snapshot is removed first, as containerd's own client does (`WithSnapshotCleanup`). A snapshot that no container
+/// names may be removed by containerd's garbage collection at any time.
+///
 /// # Errors
 /// The status of the failed call.
 pub fn delete_container(namespace: &str, id: &str) -> Result<(), Status> {
-    call(namespace, "containers.v1.Containers", "Delete", &json!({ "id": id }))?;
-    remove_snapshot(namespace, id)
+    remove_snapshot(namespace, id)?;
+    call(namespace, "containers.v1.Containers", "Delete", &json!({ "id": id })).map(drop)
 }
 
 /// Returns the tasks that containerd knows in a namespace.
