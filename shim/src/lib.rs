@@ -4,6 +4,7 @@
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation, clippy::cast_possible_wrap, clippy::cast_sign_loss))]
 
 mod address;
+mod blocking;
 pub mod cli;
 pub mod confinement;
 mod container;

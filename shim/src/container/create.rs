@@ -15,6 +15,7 @@ use protobuf::well_known_types::any::Any;
 use serde_json::Value;
 
 use super::prepare;
+use crate::blocking;
 use crate::container::containers::{Container, Reservation};
 use crate::container::prepare::Prepared;
 use crate::container::process::Process;
@@ -236,7 +237,7 @@ impl Shim {
         let (files, pids) = (self.sandbox_state.files(), self.pids());
         let rootfs: Vec<_> = request.rootfs.iter().map(volumes::RootMount::from).collect();
         let (is_of_sandbox, vmm) = (id == self.sandbox.id, self.sandbox.pid());
-        let prepared = tokio::task::spawn_blocking(move || {
+        let prepared = blocking::spawn(move || {
             bundle.check_in_sandbox(is_of_sandbox, vmm).map_err(|e| crate::chain(&e))?;
             if let Some(files) = files {
                 pod::add_mounts(&mut bundle, &files);
@@ -256,9 +257,7 @@ impl Shim {
     /// Removes the container's mounts from the host. Best effort. Waits at most [`TEARDOWN_TIMEOUT`].
     pub(crate) async fn tear_down_bundle(&self, id: &str) {
         let (container, share) = (id.to_owned(), self.sandbox.share());
-        let done = tokio::task::spawn_blocking(move || {
-            volumes::teardown(&share, &container).map_err(|error| crate::chain(&error))
-        });
+        let done = blocking::spawn(move || volumes::teardown(&share, &container).map_err(|error| crate::chain(&error)));
         match tokio::time::timeout(TEARDOWN_TIMEOUT, done).await {
             Ok(Ok(Ok(()))) => {}
             Ok(Ok(Err(error))) => tracing::warn!(container = id, error, "failed to remove the container's mounts"),
@@ -312,7 +311,7 @@ impl Shim {
 
 /// Reads the bundle's specification. Runs on a blocking thread, because reading a file can block.
 async fn read(dir: String) -> Result<Bundle, ServiceError> {
-    match tokio::task::spawn_blocking(move || Bundle::read(Path::new(&dir))).await {
+    match blocking::spawn(move || Bundle::read(Path::new(&dir))).await {
         Ok(bundle) => bundle.map_err(ServiceError::failed),
         Err(error) => Err(ServiceError::failed(error)),
     }

@@ -9,6 +9,7 @@ use husk_proto::cri::PodSandboxConfig;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
+use crate::blocking;
 use crate::container::process::Exit;
 use crate::container::{EXIT_STATUS_KILLED, Shim};
 use crate::error::ServiceError;
@@ -113,7 +114,7 @@ impl Shim {
                 let spec = pod::specification(&self.sandbox.id, config, netns);
                 let dir = self.sandbox.dir().path().to_owned();
                 let (files, pod_config, name) = (dir.clone(), config.clone(), hostname(&config.hostname));
-                let written = tokio::task::spawn_blocking(move || pod::write(&dir, &pod_config, &name)).await;
+                let written = blocking::spawn(move || pod::write(&dir, &pod_config, &name)).await;
                 written
                     .map_err(|e| e.to_string())
                     .and_then(|done| done.map_err(|e| crate::chain(&e)))

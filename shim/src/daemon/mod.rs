@@ -33,11 +33,6 @@ use crate::vm::console;
 const EVENT_FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout for sending the last responses when the daemon ends.
 const SERVER_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
-/// Maximum number of threads for blocking calls. A thread ends after it has been idle for one second.
-///
-/// Each call that hangs in a file system occupies a thread. If all threads are occupied, Create and Delete requests
-/// wait.
-const MAX_BLOCKING_THREADS: usize = 64;
 /// Maximum number of reports from the agent that wait until they are handled. If this number of reports is waiting, the
 /// agent has to wait before it can send another report.
 const MAX_REPORTS: usize = 64;
@@ -100,12 +95,7 @@ pub fn run(args: DaemonArgs) -> i32 {
     });
     // Leave the bundle directory, because containerd removes the directory before the shim ends.
     let _ = std::env::set_current_dir("/");
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .thread_name("husk-shim")
-        .max_blocking_threads(MAX_BLOCKING_THREADS)
-        .thread_keep_alive(Duration::from_secs(1))
-        .build();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     match runtime {
         Ok(runtime) => {
             let code = runtime.block_on(async {
@@ -114,7 +104,7 @@ pub fn run(args: DaemonArgs) -> i32 {
                 }
                 serve(args, context, launch, launcher, vmm_log).await
             });
-            // Do not wait for blocking tasks, because a task may hang in a file system.
+            // Do not wait for the runtime's own threads. No thread is awaited that may hang in a file system.
             runtime.shutdown_background();
             code
         }

@@ -14,6 +14,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::LaunchError;
+use crate::blocking;
 
 /// A program, which is a child of the shim.
 #[derive(Debug)]
@@ -35,7 +36,7 @@ impl Program {
         // The pidfd is missing if this process has no free fd.
         let pidfd = fds.pop().ok_or_else(|| nix::Error::EMFILE.into());
         let pidfd = pidfd.and_then(|pidfd| register(pidfd, Interest::READABLE)).map_err(|error| {
-            tokio::task::spawn_blocking(move || kill_and_reap(pid));
+            drop(blocking::spawn(move || kill_and_reap(pid)));
             LaunchError::Receive(error)
         })?;
         Ok(Self { child: Arc::new(Child { pid, pidfd, reaped: AtomicBool::new(false) }), kill_on_drop: true })

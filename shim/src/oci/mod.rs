@@ -1,6 +1,6 @@
 //! Parses and checks a container's OCI specification, and translates the specification for the guest.
 //!
-//! Many functions in these modules block on file system calls. Call these functions only in `spawn_blocking`, or before
+//! Many functions in these modules block on file system calls. Call these functions only in `blocking::spawn`, or before
 //! the async runtime starts.
 
 pub mod annotations;

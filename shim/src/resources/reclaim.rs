@@ -26,6 +26,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 
+use crate::blocking;
 use crate::lock;
 use crate::resources::cgroup::CgroupLocation;
 use crate::resources::limits;
@@ -132,7 +133,7 @@ impl Watch {
         loop {
             self.next().await?;
             let location = location.clone();
-            if tokio::task::spawn_blocking(move || is_nearly_exhausted(&location)).await.unwrap_or(false) {
+            if blocking::spawn(move || is_nearly_exhausted(&location)).await.unwrap_or(false) {
                 guest.drop_caches("the pod's memory on the host is nearly exhausted").await;
             }
             tokio::time::sleep(MIN_INTERVAL).await;

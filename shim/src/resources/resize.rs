@@ -14,6 +14,7 @@ use husk_proto::agent::{BindDeviceRequest, SetHugePagesRequest, SetOnlineVcpusRe
 use husk_vmm::control::{Answer, Call, PageKind};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::blocking;
 use crate::resources::cgroup::CgroupLocation;
 use crate::resources::growth::{Growth, HostLimits, Size};
 use crate::resources::{hugepages, limits};
@@ -313,7 +314,7 @@ impl ResizeTask {
         let Some((location, unit)) = self.cgroup.clone() else { return };
         let (limits, guest_mib) = (self.current.host.clone(), self.start.memory_mib.saturating_add(self.plugged_mib));
         let set = move || limits::set(&location, unit.as_ref(), &limits, guest_mib);
-        if let Err(error) = tokio::task::spawn_blocking(set).await {
+        if let Err(error) = blocking::spawn(set).await {
             tracing::warn!(%error, "failed to set the sandbox's limits on the host");
         }
     }
@@ -322,7 +323,7 @@ impl ResizeTask {
     async fn record_size(&mut self) {
         let (record, vcpus) = (Arc::clone(&self.record), self.current.size.vcpus);
         let memory_mib = self.start.memory_mib.saturating_add(self.plugged_mib);
-        if let Err(error) = tokio::task::spawn_blocking(move || record(Size { vcpus, memory_mib })).await {
+        if let Err(error) = blocking::spawn(move || record(Size { vcpus, memory_mib })).await {
             tracing::warn!(%error, "failed to record the VM's size for husk ps");
         }
     }

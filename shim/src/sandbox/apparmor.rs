@@ -13,6 +13,7 @@ use std::sync::Mutex;
 
 use husk_proto::agent::LoadAppArmorRequest;
 
+use crate::blocking;
 use crate::lock;
 use crate::sandbox::Sandbox;
 use crate::vm::agent::{Agent, timeouts, within};
@@ -72,10 +73,10 @@ impl Sandbox {
             return Ok(());
         }
         let name = profile.to_owned();
-        let read = tokio::task::spawn_blocking(move || policy(Path::new(PROFILES), &name)).await;
+        let read = blocking::spawn(move || policy(Path::new(PROFILES), &name)).await;
         let policy = read.unwrap_or_else(|error| {
             let (profile, path) = (profile.to_owned(), PROFILES.into());
-            Err(AppArmorError::Read { profile, path, source: io::Error::other(error) })
+            Err(AppArmorError::Read { profile, path, source: error })
         })?;
         let mut digest = DefaultHasher::new();
         policy.hash(&mut digest);

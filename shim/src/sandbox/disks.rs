@@ -3,6 +3,7 @@
 //! Each device is hot-plugged once, and stays attached until the pod ends.
 
 use std::collections::HashMap;
+use std::convert::identity;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -15,6 +16,7 @@ use husk_vmm::config::{BlkConfig, FdIndex};
 use husk_vmm::control::{Answer, Call};
 use tokio::sync::OnceCell;
 
+use crate::blocking;
 use crate::lock;
 use crate::oci::{DeviceNumbers, Disk};
 use crate::sandbox::Sandbox;
@@ -112,7 +114,7 @@ impl Sandbox {
     /// Hot-plugs the disk. Returns its slot.
     async fn attach(&self, disk: Disk) -> Result<u32, DiskError> {
         let Disk { major, minor, read_only } = disk;
-        let file = tokio::task::spawn_blocking(move || open(disk)).await.unwrap_or_else(|e| Err(io::Error::other(e)));
+        let file = blocking::spawn(move || open(disk)).await.and_then(identity);
         let file = file.map_err(|source| DiskError::Open { major, minor, source })?;
         let plug = |source| DiskError::Plug { major, minor, source };
         let vmm = self.vmm().ok_or_else(|| plug(VmmError::Gone))?;

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use crate::blocking;
 use crate::sandbox::volume_updates::Updates;
 use crate::volumes::propagate;
 
@@ -134,7 +135,7 @@ async fn run(list: AsyncFd<File>, share: PathBuf, mut requests: watch::Receiver<
 
 /// Returns the names of the volumes with `rslave` propagation.
 async fn volumes_of(share: PathBuf) -> Result<Vec<OsString>, String> {
-    match tokio::task::spawn_blocking(move || propagate::volumes(&share)).await {
+    match blocking::spawn(move || propagate::volumes(&share)).await {
         Ok(volumes) => volumes.map_err(|error| crate::chain(&error)),
         Err(error) => Err(error.to_string()),
     }

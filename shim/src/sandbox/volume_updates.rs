@@ -9,6 +9,8 @@ use std::time::Duration;
 use tokio::task::{Id, JoinSet};
 use tokio::time::Instant;
 
+use crate::blocking;
+
 /// Duration after which an update counts as hanging. Requests do not wait for an update that hangs. Normally, an update
 /// takes milliseconds.
 const HANG_TIMEOUT: Duration = Duration::from_secs(1);
@@ -74,7 +76,9 @@ impl Updates {
 
     fn spawn(&mut self, volume: OsString, served: u64) {
         let (update, name) = (Arc::clone(&self.update), volume.clone());
-        let task = self.tasks.spawn_blocking(move || update(&name));
+        let task = self.tasks.spawn(async move {
+            blocking::spawn(move || update(&name)).await.unwrap_or_else(|error| Err(error.to_string()))
+        });
         let (started, request) = (Instant::now(), self.requested);
         self.in_progress.insert(task.id(), InProgress { volume, started, request, served, again: false, hangs: false });
     }

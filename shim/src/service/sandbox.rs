@@ -18,6 +18,7 @@ use protobuf::well_known_types::any::Any;
 use serde_json::json;
 use ttrpc::r#async::{Service, TtrpcContext};
 
+use crate::blocking;
 use crate::container::Shim;
 use crate::error::ServiceError;
 use crate::events::timestamp;
@@ -169,7 +170,7 @@ impl Sandbox for Handler {
         self.check(&request.sandbox_id)?;
         let cgroup =
             self.shim.sandbox.cgroup().map(|cgroup| cgroup.location().clone()).ok_or(ServiceError::NoMetrics)?;
-        let read = tokio::task::spawn_blocking(move || match &cgroup {
+        let read = blocking::spawn(move || match &cgroup {
             CgroupLocation::V2(path) => metrics::read(path),
             CgroupLocation::V1(_) => cgroup_v1_metrics::read(&cgroup),
         })

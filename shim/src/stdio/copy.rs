@@ -29,6 +29,8 @@ use tokio::{
     net::UnixStream,
 };
 
+use crate::blocking;
+
 /// The shim splices output if the socket's receive queue contains at least this many bytes.
 const SPLICE_THRESHOLD: usize = 16 << 10;
 /// Maximum number of bytes per splice: the default capacity of a pipe.
@@ -168,7 +170,7 @@ async fn write_all(pipe: &AsyncFd<OwnedFd>, mut bytes: &[u8], copied: &AtomicU64
     Ok(())
 }
 
-/// Copies output from `stream` to a file. The writes run in the runtime's blocking pool, because a write to a file
+/// Copies output from `stream` to a file. The writes run on other threads, because a write to a file
 /// blocks and never returns EAGAIN.
 async fn to_file(stream: &UnixStream, file: Arc<File>, copied: &AtomicU64) -> io::Result<()> {
     let mut buffer = vec![0; SPLICE_MAX];
@@ -181,11 +183,11 @@ async fn to_file(stream: &UnixStream, file: Arc<File>, copied: &AtomicU64) -> io
             Err(_) => return Ok(()),
         };
         let file = Arc::clone(&file);
-        let written = tokio::task::spawn_blocking(move || {
+        let written = blocking::spawn(move || {
             let result = (&*file).write_all(buffer.get(..count).unwrap_or_default());
             (buffer, result)
         });
-        let (returned, result) = written.await.map_err(io::Error::other)?;
+        let (returned, result) = written.await?;
         buffer = returned;
         result?;
         add(copied, count);

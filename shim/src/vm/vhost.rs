@@ -10,6 +10,7 @@ use std::sync::Mutex;
 
 use husk_vmm::config::NetConfig;
 
+use crate::blocking;
 use crate::lock;
 
 /// Device node of vhost-net.
@@ -49,7 +50,7 @@ impl VhostPermits {
 pub async fn open(pairs: usize) -> io::Result<Vec<File>> {
     // The first open(2) may load the kernel module. The load can take long, and must not block the async runtime.
     let open = move || (0..pairs).map(|_| File::options().read(true).write(true).open(DEVICE)).collect();
-    tokio::task::spawn_blocking(open).await.unwrap_or_else(|error| Err(io::Error::other(error)))
+    blocking::spawn(open).await?
 }
 
 #[cfg(test)]

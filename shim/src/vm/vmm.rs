@@ -1,6 +1,7 @@
 //! Client of the VMM: starts the process, sends requests over the control socket, and waits until the process exits.
 
 use std::collections::HashMap;
+use std::convert::identity;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
@@ -20,6 +21,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
+use crate::blocking;
 use crate::launcher::{LaunchError, Launcher};
 use crate::lock;
 use crate::oci::Network;
@@ -281,8 +283,8 @@ impl Vmm {
             return Err(VmmError::Unexpected);
         };
         let vmm = self.inner.pid;
-        let found = tokio::task::spawn_blocking(move || thread_id::on_host(vmm, inner)).await;
-        let pid = match found.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
+        let found = blocking::spawn(move || thread_id::on_host(vmm, inner)).await;
+        let pid = match found.and_then(identity) {
             Ok(pid) => pid,
             Err(error) => {
                 // Best effort. The caller gets the error from `thread_id::on_host`.

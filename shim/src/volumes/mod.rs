@@ -1,7 +1,7 @@
 //! Makes a container's rootfs and volumes available to the guest: in the share, as mirrored volumes, or as memory
 //! volumes.
 //!
-//! All functions outside [`mirror`] block. Call these functions in `spawn_blocking`, or before the async runtime
+//! All functions outside [`mirror`] block. Call these functions in `blocking::spawn`, or before the async runtime
 //! starts.
 
 pub mod bind;

@@ -9,6 +9,7 @@ mod walk;
 mod watch;
 mod watcher;
 
+use std::convert::identity;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,6 +23,7 @@ use nix::sys::stat::fstat;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use crate::blocking;
 use crate::oci::IdMappings;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::volumes::mirror::watch::Watch;
@@ -252,7 +254,7 @@ async fn copy(agent: &Agent, container: &str, mirror: &Mirror) -> Result<(), Mir
 async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<(), MirrorError> {
     let (sender, mut batches) = mpsc::channel::<Vec<MirrorEntry>>(1);
     let source = mirror.source.clone();
-    let walk = tokio::task::spawn_blocking(move || walk::walk(&source, |batch| sender.blocking_send(batch).is_ok()));
+    let walk = blocking::spawn(move || walk::walk(&source, |batch| sender.blocking_send(batch).is_ok()));
     let send = async |entries, last| {
         let request = UpdateMirrorRequest {
             container_id: container.to_owned(),
@@ -270,7 +272,7 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
         }
         send(batch, false).await?;
     }
-    let walked = walk.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+    let walked = walk.await.and_then(identity);
     walked.map_err(|source| MirrorError::Read { path: mirror.source.path.clone(), source })?;
     // This message completes the copy. The agent then removes old entries that the copy does not contain.
     send(Vec::new(), true).await

@@ -16,6 +16,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 
+use crate::blocking;
 use crate::volumes::mirror::Volume;
 use crate::volumes::mirror::watcher::{Subscription, Watchers};
 
@@ -111,7 +112,7 @@ fn is_limit(error: &io::Error) -> bool {
 
 async fn add_directories(subscription: Arc<Subscription>, volume: Volume) -> io::Result<Arc<Subscription>> {
     let watch = move || watch_tree(&subscription, &volume, Path::new("")).map(|()| subscription);
-    tokio::task::spawn_blocking(watch).await.map_err(io::Error::other)?
+    blocking::spawn(watch).await?
 }
 
 /// Watches the directory `path` of the volume, and all directories below `path`. Blocks the calling thread.
@@ -138,7 +139,7 @@ async fn read_fingerprint(volume: Volume) -> io::Result<u64> {
         let mut hasher = DefaultHasher::new();
         hash_tree(&mut hasher, &volume, Path::new(""), 0).map(|()| hasher.finish())
     };
-    tokio::task::spawn_blocking(read).await.map_err(io::Error::other)?
+    blocking::spawn(read).await?
 }
 
 /// Adds the names, times and sizes of all entries below the directory `path` to the hash. Blocks the calling thread.

@@ -1,0 +1,186 @@
+//! Runs blocking code on threads, and reports an error if no thread can be started.
+//!
+//! tokio's `spawn_blocking` panics if no thread can be started, for example because the pod's cgroup has reached its
+//! limit of pids. A panic would end the shim, and with it the pod.
+
+use std::collections::VecDeque;
+use std::io;
+use std::pin::Pin;
+use std::sync::{Condvar, Mutex};
+use std::task::{Context, Poll, ready};
+use std::thread;
+use std::time::Duration;
+
+use husk_base::sync::{lock, wait_timeout};
+use tokio::sync::oneshot;
+
+/// Maximum number of threads. Each call that hangs in a file system occupies a thread. If all threads are occupied,
+/// further calls wait.
+const MAX_THREADS: usize = 64;
+/// How long an idle thread waits for the next call before it ends.
+const IDLE: Duration = Duration::from_secs(1);
+
+type Job = Box<dyn FnOnce() + Send>;
+
+static POOL: Pool = Pool::new();
+
+/// Runs `work` on another thread, at once. `work` runs to its end even if the returned [`Task`] is dropped.
+pub fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Task<T> {
+    let (sender, receiver) = oneshot::channel();
+    #[cfg(test)]
+    let work = tests::hold_paused_clock(work);
+    let job = Box::new(move || drop(sender.send(work())));
+    let start = || thread::Builder::new().name("husk-shim".into()).spawn(|| POOL.work()).map(drop);
+    Task { error: POOL.run(job, start).err(), receiver }
+}
+
+/// The result of [`spawn`]. The future is ready when the work has ended.
+///
+/// # Errors
+/// The future's output is an error if no thread could be started, or if the work panicked.
+#[must_use = "the result may be an error"]
+pub struct Task<T> {
+    error: Option<io::Error>,
+    receiver: oneshot::Receiver<T>,
+}
+
+impl<T> Future for Task<T> {
+    type Output = io::Result<T>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        if let Some(error) = self.error.take() {
+            return Poll::Ready(Err(error));
+        }
+        let result = ready!(Pin::new(&mut self.receiver).poll(context));
+        Poll::Ready(result.map_err(|_| io::Error::other("a blocking call panicked")))
+    }
+}
+
+/// Threads that run jobs.
+struct Pool {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    /// Jobs that no thread has taken yet.
+    jobs: VecDeque<Job>,
+    threads: usize,
+    /// The number of threads that wait for a job.
+    idle: usize,
+}
+
+impl Pool {
+    const fn new() -> Self {
+        let state = State { jobs: VecDeque::new(), threads: 0, idle: 0 };
+        Self { state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    /// Adds a job. Calls `start` if another thread is needed, which must call [`Pool::work`].
+    fn run(&self, job: Job, start: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        if state.jobs.len() >= state.idle && state.threads < MAX_THREADS {
+            start().map_err(|error| {
+                let text =
+                    format!("failed to start a thread, because the node or the pod's cgroup has too many: {error}");
+                io::Error::new(error.kind(), text)
+            })?;
+            state.threads += 1;
+        }
+        state.jobs.push_back(job);
+        drop(state);
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    /// Runs jobs until there has been none for [`IDLE`].
+    fn work(&self) {
+        let _ended = Ended(self);
+        while let Some(job) = self.next() {
+            job();
+        }
+    }
+
+    fn next(&self) -> Option<Job> {
+        let mut state = lock(&self.state);
+        if let Some(job) = state.jobs.pop_front() {
+            return Some(job);
+        }
+        state.idle += 1;
+        let (mut state, _) = wait_timeout(&self.changed, state, IDLE);
+        state.idle -= 1;
+        state.jobs.pop_front()
+    }
+}
+
+/// Counts a thread as ended when dropped, even if a job panics.
+struct Ended<'a>(&'a Pool);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.state).threads -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// Keeps tokio's paused clock from advancing while `work` runs. The clock advances whenever tokio has nothing to
+    /// do, except while one of tokio's own blocking tasks runs.
+    pub fn hold_paused_clock<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
+        let (running, ended) = mpsc::channel::<()>();
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn_blocking(move || ended.recv());
+        }
+        move || {
+            let result = work();
+            drop(running);
+            result
+        }
+    }
+
+    #[tokio::test]
+    async fn spawn_runs_work_even_if_the_task_is_dropped() {
+        let (sender, receiver) = mpsc::channel();
+        drop(spawn(move || sender.send(7)));
+        assert_eq!(spawn(move || receiver.recv()).await.unwrap(), Ok(7));
+    }
+
+    #[tokio::test]
+    async fn task_reports_a_panic() {
+        let error = spawn(|| panic!("of the test")).await.unwrap_err();
+        assert_eq!(error.to_string(), "a blocking call panicked");
+    }
+
+    #[test]
+    fn run_reports_that_no_thread_can_be_started() {
+        let pool = Pool::new();
+        let error = pool.run(Box::new(|| ()), || Err(io::Error::from_raw_os_error(libc::EAGAIN))).unwrap_err();
+        assert!(error.to_string().starts_with("failed to start a thread"), "{error}");
+        let state = lock(&pool.state);
+        assert_eq!((state.threads, state.jobs.len()), (0, 0));
+    }
+
+    #[test]
+    fn threads_run_all_jobs_and_are_bounded() {
+        let pool = Pool::new();
+        let (sender, receiver) = mpsc::channel();
+        let mut started = 0;
+        for number in 0..2 * MAX_THREADS {
+            let sender = sender.clone();
+            let job = Box::new(move || sender.send(number).unwrap());
+            pool.run(job, || {
+                started += 1;
+                Ok(())
+            })
+            .unwrap();
+        }
+        assert_eq!(started, MAX_THREADS);
+        pool.work();
+        assert!((0..2 * MAX_THREADS).eq(receiver.try_iter()));
+        assert_eq!(lock(&pool.state).threads, MAX_THREADS - 1);
+    }
+}
