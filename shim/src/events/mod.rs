@@ -2,15 +2,17 @@
 
 mod publish;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
+use husk_base::sync::lock;
 use husk_proto::containerd::shim::event::Envelope;
+use husk_proto::containerd::topics::TASK_EXIT_EVENT_TOPIC;
 use protobuf::MessageFull;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, watch};
 
 pub use publish::{Destination, PublishError};
 
@@ -24,23 +26,27 @@ pub trait Publish: Send {
     async fn publish(&mut self, event: &Envelope) -> Result<(), PublishError>;
 }
 
-enum Item {
-    Event(Box<Envelope>),
-    Flush(oneshot::Sender<()>),
-}
-
 /// The sending end of the event queue.
 #[derive(Clone)]
 pub struct Events {
     namespace: Arc<str>,
-    queue: mpsc::UnboundedSender<Item>,
-    waiting: Arc<AtomicUsize>,
+    queue: Arc<Queue>,
+}
+
+/// Events that wait for their delivery, in order.
+#[derive(Default)]
+struct Queue {
+    events: Mutex<VecDeque<Box<Envelope>>>,
+    added: Notify,
+    /// The number of events that are queued or in delivery.
+    waiting: watch::Sender<usize>,
 }
 
 /// Timeout and backoff for the delivery of one event.
 #[derive(Debug, Clone, Copy)]
 pub struct RetryPolicy {
-    /// Timeout for the delivery of an event. If the next retry would start after this timeout, the event is dropped.
+    /// How long the delivery of an event is retried that containerd refuses. While containerd does not answer, the
+    /// delivery is retried without a limit.
     pub timeout: Duration,
     /// Delay before the first retry. The delay doubles with each retry, up to two seconds.
     pub initial_backoff: Duration,
@@ -55,23 +61,18 @@ impl Default for RetryPolicy {
 impl Events {
     /// Starts delivery on the current async runtime.
     pub fn start(namespace: &str, publisher: impl Publish + 'static, retry: RetryPolicy) -> Self {
-        let (queue, items) = mpsc::unbounded_channel();
-        let waiting = Arc::new(AtomicUsize::new(0));
-        tokio::spawn(deliver(items, Arc::clone(&waiting), publisher, retry));
-        Self { namespace: namespace.into(), queue, waiting }
+        let queue = Arc::<Queue>::default();
+        tokio::spawn(deliver(Arc::clone(&queue), publisher, retry));
+        Self { namespace: namespace.into(), queue }
     }
 
-    /// Queues an event. If the queue is full, drops the event.
+    /// Queues an event. If the queue is full, an event is dropped. Exits are dropped last, because a client that misses
+    /// an exit waits for it forever.
     pub fn publish<M: MessageFull>(&self, topic: &str, event: &M) {
         let value = match event.write_to_bytes() {
             Ok(value) => value,
             Err(error) => return tracing::error!(topic, %error, "failed to encode an event"),
         };
-        if self.waiting.fetch_add(1, Ordering::Relaxed) >= MAX_QUEUED {
-            self.waiting.fetch_sub(1, Ordering::Relaxed);
-            tracing::error!(topic, "dropped an event, because the queue of events for containerd is full");
-            return;
-        }
         let envelope = Envelope {
             timestamp: Some(timestamp(SystemTime::now())).into(),
             namespace: self.namespace.to_string(),
@@ -81,17 +82,46 @@ impl Events {
             event: Some(Any { type_url: M::descriptor().full_name().to_owned(), value, ..Default::default() }).into(),
             ..Default::default()
         };
-        let _ = self.queue.send(Item::Event(Box::new(envelope)));
+        if let Some(dropped) = self.queue.push(envelope) {
+            let topic = dropped.topic;
+            tracing::error!(topic, "dropped an event, because the queue of events for containerd is full");
+        }
     }
 
     /// Waits until all queued events have been delivered or dropped, but at most `timeout`.
     pub async fn flush(&self, timeout: Duration) {
-        let (done, wait) = oneshot::channel();
-        if self.queue.send(Item::Flush(done)).is_ok() && tokio::time::timeout(timeout, wait).await.is_err() {
-            tracing::warn!(
-                waiting = self.waiting.load(Ordering::Relaxed),
-                "timed out while delivering the last events to containerd"
-            );
+        let mut waiting = self.queue.waiting.subscribe();
+        if tokio::time::timeout(timeout, waiting.wait_for(|waiting| *waiting == 0)).await.is_err() {
+            let waiting = *self.queue.waiting.borrow();
+            tracing::warn!(waiting, "timed out while delivering the last events to containerd");
+        }
+    }
+}
+
+impl Queue {
+    /// Adds an event. If the queue is full, removes the oldest event that is not an exit, and returns it.
+    fn push(&self, event: Envelope) -> Option<Box<Envelope>> {
+        let mut events = lock(&self.events);
+        events.push_back(Box::new(event));
+        let dropped = if events.len() > MAX_QUEUED {
+            let oldest = events.iter().position(|event| event.topic != TASK_EXIT_EVENT_TOPIC);
+            events.remove(oldest.unwrap_or(0))
+        } else {
+            self.waiting.send_modify(|waiting| *waiting += 1);
+            None
+        };
+        drop(events);
+        self.added.notify_one();
+        dropped
+    }
+
+    async fn pop(&self) -> Box<Envelope> {
+        loop {
+            let added = self.added.notified();
+            if let Some(event) = lock(&self.events).pop_front() {
+                return event;
+            }
+            added.await;
         }
     }
 }
@@ -104,36 +134,28 @@ impl Events {
 /// The shim retries nevertheless, because the kubelet and containerd's CRI wait for exit events. A second exit event of
 /// a container is harmless, because the kubelet and containerd's CRI ignore it. containerd's event service cannot drop
 /// duplicates, because the `Forward` request has no event id.
-async fn deliver(
-    mut items: mpsc::UnboundedReceiver<Item>,
-    waiting: Arc<AtomicUsize>,
-    mut publisher: impl Publish,
-    retry: RetryPolicy,
-) {
-    while let Some(item) = items.recv().await {
-        let event = match item {
-            Item::Event(event) => event,
-            Item::Flush(done) => {
-                let _ = done.send(());
-                continue;
-            }
-        };
+async fn deliver(queue: Arc<Queue>, mut publisher: impl Publish, retry: RetryPolicy) {
+    loop {
+        let event = queue.pop().await;
         let deadline = tokio::time::Instant::now() + retry.timeout;
         let mut backoff = retry.initial_backoff;
+        let mut is_reported = false;
         while let Err(error) = publisher.publish(&event).await {
-            if tokio::time::Instant::now() + backoff > deadline {
-                tracing::error!(
-                    topic = event.topic,
-                    error = %crate::chain(&error),
-                    "dropped an event, because all attempts to deliver it failed"
-                );
+            let (topic, is_late) = (&event.topic, tokio::time::Instant::now() + backoff > deadline);
+            if is_late && error.is_refusal() {
+                let error = crate::chain(&error);
+                tracing::error!(topic, error, "dropped an event, because containerd refused it");
                 break;
             }
-            tracing::debug!(topic = event.topic, error = %crate::chain(&error), "failed to deliver an event; retrying");
+            if is_late && !std::mem::replace(&mut is_reported, true) {
+                let error = crate::chain(&error);
+                tracing::warn!(topic, error, "containerd does not accept an event; events wait until it does");
+            }
+            tracing::debug!(topic, error = %crate::chain(&error), "failed to deliver an event; retrying");
             tokio::time::sleep(backoff).await;
             backoff = (backoff * 2).min(Duration::from_secs(2));
         }
-        waiting.fetch_sub(1, Ordering::Relaxed);
+        queue.waiting.send_modify(|waiting| *waiting -= 1);
     }
 }
 
@@ -149,14 +171,14 @@ pub fn timestamp(at: SystemTime) -> Timestamp {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-
     use husk_proto::containerd::events::task::{TaskExit, TaskStart};
 
     use super::*;
 
+    /// Fails some attempts, and then delivers events to a list.
     struct Flaky {
         fails: usize,
+        error: fn() -> PublishError,
         delivered: Arc<Mutex<Vec<String>>>,
     }
 
@@ -165,62 +187,70 @@ mod tests {
         async fn publish(&mut self, event: &Envelope) -> Result<(), PublishError> {
             if self.fails > 0 {
                 self.fails -= 1;
-                return Err(PublishError::NoDestination);
+                return Err((self.error)());
             }
-            self.delivered.lock().unwrap().push(format!("{} {}", event.topic, event.event.type_url));
+            lock(&self.delivered).push(format!("{} {}", event.topic, event.event.type_url));
             Ok(())
         }
     }
 
+    const START: &str = "/tasks/start containerd.events.TaskStart";
+    const EXIT: &str = "/tasks/exit containerd.events.TaskExit";
+
+    /// Returns events whose first `fails` attempts end with an error, and the events that are delivered.
+    fn flaky(fails: usize, error: fn() -> PublishError) -> (Events, Arc<Mutex<Vec<String>>>) {
+        let delivered = Arc::<Mutex<Vec<String>>>::default();
+        let publisher = Flaky { fails, error, delivered: Arc::clone(&delivered) };
+        (Events::start("default", publisher, RetryPolicy::default()), delivered)
+    }
+
     #[tokio::test(start_paused = true)]
-    async fn retries_keep_the_order_of_events() {
-        let delivered = Arc::new(Mutex::new(Vec::new()));
-        let events =
-            Events::start("default", Flaky { fails: 3, delivered: Arc::clone(&delivered) }, RetryPolicy::default());
-        events.publish("/tasks/start", &TaskStart::new());
-        events.publish("/tasks/exit", &TaskExit::new());
-        events.flush(Duration::from_secs(60)).await;
-        assert_eq!(
-            *delivered.lock().unwrap(),
-            ["/tasks/start containerd.events.TaskStart", "/tasks/exit containerd.events.TaskExit"]
-        );
+    async fn events_wait_in_order_while_containerd_does_not_answer() {
+        for fails in [3, 1000] {
+            let (events, delivered) = flaky(fails, || PublishError::Timeout);
+            events.publish("/tasks/start", &TaskStart::new());
+            events.publish(TASK_EXIT_EVENT_TOPIC, &TaskExit::new());
+            events.flush(Duration::from_secs(3600)).await;
+            assert_eq!(*lock(&delivered), [START, EXIT]);
+        }
     }
 
     #[tokio::test(start_paused = true)]
     async fn invalid_event_takes_no_place_in_the_queue() {
-        let delivered = Arc::new(Mutex::new(Vec::new()));
-        let events =
-            Events::start("default", Flaky { fails: 0, delivered: Arc::clone(&delivered) }, RetryPolicy::default());
+        let (events, delivered) = flaky(0, || PublishError::Timeout);
         // This message cannot be encoded, because its required fields are missing.
         let invalid = protobuf::descriptor::uninterpreted_option::NamePart::new();
         events.publish("/invalid", &invalid);
-        assert_eq!(events.waiting.load(Ordering::Relaxed), 0);
-        events.publish("/tasks/exit", &TaskExit::new());
+        assert_eq!(*events.queue.waiting.borrow(), 0);
+        events.publish(TASK_EXIT_EVENT_TOPIC, &TaskExit::new());
         events.flush(Duration::from_secs(60)).await;
-        assert_eq!(*delivered.lock().unwrap(), ["/tasks/exit containerd.events.TaskExit"]);
+        assert_eq!(*lock(&delivered), [EXIT]);
     }
 
     /// The events are published before the runtime delivers the first one.
     #[tokio::test(start_paused = true)]
-    async fn number_of_queued_events_is_bounded() {
-        let delivered = Arc::new(Mutex::new(Vec::new()));
-        let events =
-            Events::start("default", Flaky { fails: 0, delivered: Arc::clone(&delivered) }, RetryPolicy::default());
-        for _ in 0..MAX_QUEUED + 100 {
-            events.publish("/tasks/exit", &TaskExit::new());
+    async fn number_of_queued_events_is_bounded_and_exits_are_dropped_last() {
+        let (events, delivered) = flaky(0, || PublishError::Timeout);
+        for _ in 0..100 {
+            events.publish("/tasks/start", &TaskStart::new());
         }
+        for _ in 0..MAX_QUEUED - 1 {
+            events.publish(TASK_EXIT_EVENT_TOPIC, &TaskExit::new());
+        }
+        assert_eq!(*events.queue.waiting.borrow(), MAX_QUEUED);
         events.flush(Duration::from_secs(60)).await;
-        assert_eq!(delivered.lock().unwrap().len(), MAX_QUEUED);
+        let mut delivered = lock(&delivered);
+        assert_eq!((delivered.len(), delivered.remove(0).as_str()), (MAX_QUEUED, START));
+        assert!(delivered.iter().all(|event| event == EXIT));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn delivery_continues_after_a_dropped_event() {
-        let delivered = Arc::new(Mutex::new(Vec::new()));
-        let retry = RetryPolicy { timeout: Duration::from_secs(1), initial_backoff: Duration::from_millis(400) };
-        let events = Events::start("default", Flaky { fails: 2, delivered: Arc::clone(&delivered) }, retry);
+    async fn delivery_continues_after_an_event_that_containerd_refuses() {
+        // An event is retried for 30 s, with delays of 20 ms to 2 s.
+        let (events, delivered) = flaky(21, || PublishError::NoDestination);
         events.publish("/tasks/start", &TaskStart::new());
-        events.publish("/tasks/exit", &TaskExit::new());
+        events.publish(TASK_EXIT_EVENT_TOPIC, &TaskExit::new());
         events.flush(Duration::from_secs(60)).await;
-        assert_eq!(*delivered.lock().unwrap(), ["/tasks/exit containerd.events.TaskExit"]);
+        assert_eq!(*lock(&delivered), [EXIT]);
     }
 }

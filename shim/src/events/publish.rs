@@ -11,6 +11,7 @@ use husk_proto::containerd::shim_async::{Client, EventsClient};
 use protobuf::Message;
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
+use ttrpc::Code;
 use ttrpc::asynchronous::transport::Socket;
 
 use super::Publish;
@@ -66,6 +67,19 @@ pub enum PublishError {
     /// The binary exceeded its timeout.
     #[error("containerd's publish command timed out after {} s", TIMEOUT.as_secs())]
     Timeout,
+}
+
+impl PublishError {
+    /// Returns whether containerd has answered, and another attempt would end in the same way.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::NoDestination => true,
+            Self::Forward(ttrpc::Error::RpcStatus(status)) => {
+                !matches!(status.code(), Code::UNAVAILABLE | Code::DEADLINE_EXCEEDED | Code::CANCELLED)
+            }
+            _ => false,
+        }
+    }
 }
 
 /// The containerd instance that receives the events.
