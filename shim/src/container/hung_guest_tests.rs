@@ -35,6 +35,8 @@ use crate::container::escalation::{KILL_ANSWER_TIMEOUT, KILL_EXIT_TIMEOUT, SIGNA
 use crate::events::{Publish, PublishError, RetryPolicy};
 use crate::lock;
 use crate::oci::Spec;
+use crate::resources::cgroup::CgroupLocation;
+use crate::sandbox::end::OOM_KILLED;
 use crate::vm::agent::timeouts;
 use crate::vm::vmm::{EXIT_TIMEOUT, ScriptedVmm, Vmm};
 
@@ -151,6 +153,7 @@ struct Model {
     script: Arc<Script>,
     events: Arc<Mutex<Vec<String>>>,
     socket: std::path::PathBuf,
+    vmm: Vmm,
     process: AbortHandle,
     /// Ends the boot.
     boot: Option<oneshot::Sender<()>>,
@@ -212,7 +215,8 @@ impl Model {
             let _ = booted.await;
             agent
         };
-        let sandbox = Sandbox::scripted("model", booted, vmm, notices, report);
+        let cgroup = CgroupLocation::V2(dir.path().to_owned());
+        let sandbox = Sandbox::scripted("model", booted, vmm.clone(), notices, report, cgroup);
         let published = Arc::<Mutex<Vec<String>>>::default();
         let events = Events::start("test", Recorder(Arc::clone(&published)), RetryPolicy::default());
         let shim = Shim::new("test", sandbox, events, Launcher::ended(), reports, None);
@@ -224,6 +228,7 @@ impl Model {
             script,
             events: published,
             socket,
+            vmm,
             process,
             boot: Some(boot),
             _servers: [server, agent_server],
@@ -302,6 +307,21 @@ async fn sigkill_ends_the_pod_if_the_agent_does_not_answer() {
     }
     assert!(begin.elapsed() < BUDGET);
     assert_eq!(lock(&model.events).iter().filter(|topic| *topic == TASK_EXIT_EVENT_TOPIC).count(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn running_containers_report_an_oom_kill_of_the_vmm() {
+    for (kills, reason, oom_events) in [(0, "the VMM process ended with signal: 9 (SIGKILL)", 0), (1, OOM_KILLED, 1)] {
+        let model = Model::start(true).await;
+        model.run("running").await;
+        model.add("created");
+        std::fs::write(model.dir.path().join("memory.events"), format!("oom 1\noom_kill {kills}\n")).unwrap();
+        model.vmm.kill();
+        assert_eq!(model.wait("running").await, 137);
+        assert!(model.reason().starts_with(reason), "{}", model.reason());
+        let count = || lock(&model.events).iter().filter(|topic| *topic == TASK_OOM_EVENT_TOPIC).count();
+        assert_eq!(count(), oom_events);
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -152,6 +152,9 @@ impl Shim {
         // Other tasks mark containers that are added from here on.
         self.vm_ended.send_replace(true);
         for container in self.containers.all() {
+            if self.sandbox.is_oom_killed() && container.init.state() == process::State::Running {
+                self.publish_oom(&container);
+            }
             self.mark_all_killed(&container);
         }
         self.sandbox_state.record_end();

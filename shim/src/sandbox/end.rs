@@ -1,10 +1,15 @@
 //! Follows a VM from the end of its boot to its own end, and determines why it has ended.
 
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
+use crate::blocking;
+use crate::resources::cgroup::{CgroupLocation, oom};
 use crate::sandbox::ENDED_BY_REQUEST;
 use crate::sandbox::notices::{self, Progress};
 use crate::text::bounded;
@@ -18,12 +23,20 @@ const LAST_EVENTS_TIMEOUT: Duration = Duration::from_secs(2);
 /// bytes.
 const MAX_STREAM_ERROR: usize = 512;
 
+/// The reason of the VM's end if the node's OOM killer has killed the VMM process.
+pub const OOM_KILLED: &str = "the node's OOM killer killed the VMM process: the pod needs a higher memory limit or \
+                              overhead, or the node has too little memory";
+
 /// What the end of the VM changes.
 pub struct End {
     /// The state, which becomes final.
     pub state: StateCell,
     /// Why the shim has killed the VM, if it has.
     pub kill_reason: Arc<OnceLock<Arc<str>>>,
+    /// The sandbox's cgroup, if it has one.
+    pub cgroup: Option<CgroupLocation>,
+    /// Whether the node's OOM killer has killed the VMM process.
+    pub oom_killed: Arc<AtomicBool>,
 }
 
 impl End {
@@ -52,6 +65,11 @@ impl End {
         let status = vmm.wait_exit_or_give_up().await;
         let by_shim = self.kill_reason.get().map(|reason| &**reason);
         let reason = match status {
+            Some(status) if by_shim.is_none() && self.is_oom_kill(status).await => {
+                self.oom_killed.store(true, Ordering::Relaxed);
+                tracing::warn!(pid = vmm.pid(), "{OOM_KILLED}");
+                OOM_KILLED.to_owned()
+            }
             Some(status) => {
                 let lost = lost.map(|lost| format!("the VMM process ended with {status}, and {lost}"));
                 notices::end_reason(progress, status, by_shim.or(lost.as_deref())).await
@@ -64,6 +82,13 @@ impl End {
         };
         tracing::debug!(reason, "the VM has ended");
         self.state.enter(State::Gone(reason.into()));
+    }
+
+    /// Returns whether the node's OOM killer caused the VMM's exit with `status`. The shim cannot tell a SIGKILL of the
+    /// OOM killer from another SIGKILL, but the kernel counts the former for the cgroup.
+    async fn is_oom_kill(&self, status: ExitStatus) -> bool {
+        let Some(cgroup) = self.cgroup.clone().filter(|_| status.signal() == Some(libc::SIGKILL)) else { return false };
+        blocking::spawn(move || oom::kills(&cgroup)).await.is_ok_and(|kills| kills > 0)
     }
 }
 

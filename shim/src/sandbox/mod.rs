@@ -4,7 +4,7 @@ mod apparmor;
 pub mod boot;
 mod clock;
 pub mod disks;
-mod end;
+pub(crate) mod end;
 mod guest_image;
 pub mod launch;
 mod notices;
@@ -16,6 +16,7 @@ mod volume_updates;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -29,7 +30,7 @@ use tokio::sync::mpsc;
 use crate::network::port_forwarding;
 use crate::network::sync::NetworkSync;
 use crate::random;
-use crate::resources::cgroup::Cgroup;
+use crate::resources::cgroup::{Cgroup, CgroupLocation};
 use crate::resources::growth::Size;
 use crate::resources::resize::Resizer;
 use crate::resources::{hugepages, limits, reclaim};
@@ -80,6 +81,8 @@ pub struct Sandbox {
     network_sync: Arc<OnceLock<NetworkSync>>,
     /// Why the shim has killed the VM, if it has.
     kill_reason: Arc<OnceLock<Arc<str>>>,
+    /// Whether the node's OOM killer has killed the VMM process.
+    oom_killed: Arc<AtomicBool>,
 }
 
 /// The resources that a launch acquires before the guest boots. If the boot fails, the sandbox keeps these resources.
@@ -124,6 +127,7 @@ impl Sandbox {
             profiles: apparmor::LoadedProfiles::default(),
             network_sync: Arc::default(),
             kill_reason: Arc::default(),
+            oom_killed: Arc::default(),
         })
     }
 
@@ -150,7 +154,7 @@ impl Sandbox {
         let _ = self.launched.set(Launched { cgroup, vmm: vmm.clone(), resizer, disk_rate_limit, timeline_log });
         let (handle, timeline, console) = (vmm, Arc::clone(&self.timeline), self.log_tail.clone());
         let network_sync = Arc::clone(&self.network_sync);
-        let end = end::End { state: self.state.clone(), kill_reason: Arc::clone(&self.kill_reason) };
+        let end = self.end_follower(location.clone());
         let mut progress = notices::watch(notices, Arc::clone(&timeline));
         tokio::spawn(async move {
             let booted = match (plan, &handle) {
@@ -212,6 +216,16 @@ impl Sandbox {
         }
     }
 
+    fn end_follower(&self, cgroup: Option<CgroupLocation>) -> end::End {
+        let (kill_reason, oom_killed) = (Arc::clone(&self.kill_reason), Arc::clone(&self.oom_killed));
+        end::End { state: self.state.clone(), kill_reason, cgroup, oom_killed }
+    }
+
+    /// Returns whether the node's OOM killer has killed the VMM process.
+    pub fn is_oom_killed(&self) -> bool {
+        self.oom_killed.load(Ordering::Relaxed)
+    }
+
     /// Returns the sandbox's cgroup on the host, or `None` if the sandbox has no cgroup.
     pub fn cgroup(&self) -> Option<&Cgroup> {
         self.launched.get()?.cgroup.as_ref()
@@ -270,6 +284,7 @@ impl Sandbox {
         vmm: Vmm,
         notices: mpsc::Receiver<Notice>,
         reports: mpsc::Sender<Report>,
+        cgroup: CgroupLocation,
     ) -> Arc<Self> {
         let dir = StateDir::new("test", id);
         let timeline = Arc::new(Timeline::new("test", id, dir.timeline()));
@@ -283,7 +298,7 @@ impl Sandbox {
             timeline_log: PathBuf::new(),
         };
         assert!(sandbox.launched.set(launched).is_ok());
-        let end = end::End { state: sandbox.state.clone(), kill_reason: Arc::clone(&sandbox.kill_reason) };
+        let end = sandbox.end_follower(Some(cgroup));
         let mut progress = notices::watch(notices, timeline);
         tokio::spawn(async move { end.follow(Ok(booted.await), Some(vmm), &mut progress, &reports).await });
         sandbox

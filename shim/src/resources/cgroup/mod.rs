@@ -1,6 +1,7 @@
 //! The sandbox's cgroup on the host. The cgroup contains the shim and its child processes, because containerd expects
 //! the cgroup to account for the whole pod.
 
+pub mod oom;
 mod path;
 mod remove;
 mod v1;
@@ -8,6 +9,7 @@ mod v1;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use crate::blocking;
 use crate::systemd::{Unit, UnitError};
 
 pub use crate::resources::cgroup::remove::remove;
@@ -172,7 +174,7 @@ impl Cgroup {
         self.leave();
         let (location, namespace, unit) = (self.location.clone(), self.namespace.clone(), self.unit.clone());
         // Use a blocking task, because the removal waits until the last process has left the cgroup.
-        let removed = tokio::task::spawn_blocking(move || {
+        let removed = blocking::spawn(move || {
             let dirs: Vec<&Path> = location.dirs().collect();
             remove(&dirs, unit.as_ref(), &namespace);
         })
