@@ -12,6 +12,7 @@ pub mod devices;
 mod error_log;
 mod exec;
 mod executor;
+pub mod pod_init;
 pub mod protocol;
 mod terminal;
 mod tmpfs;
@@ -30,13 +31,18 @@ pub const ARGV0: &str = "husk-helper";
 pub const CREATE: &str = "create";
 /// First argument of the helper that starts an exec.
 pub const EXEC: &str = "exec";
-/// First argument of PID 1 of a pod's shared PID namespace. Processes that hold namespaces open have the same argument.
+/// First argument of PID 1 of a pod's shared PID namespace. The paths of the pod's other namespaces follow.
 pub const POD_INIT: &str = "pod-init";
+/// First argument of a process that holds its namespaces open until the agent kills it.
+pub const HOLDER: &str = "hold-namespaces";
 
-/// Runs the helper in the role `role`: [`CREATE`], [`EXEC`] or [`POD_INIT`].
+/// Runs the helper in the role `role`: [`CREATE`], [`EXEC`], [`POD_INIT`] or [`HOLDER`].
 pub fn main(role: &OsStr, mut args: impl Iterator<Item = OsString>) -> ExitCode {
     if role == POD_INIT {
-        return pod_init();
+        return pod_init::run(args);
+    }
+    if role == HOLDER {
+        return reap_forever();
     }
     let (Some(request), Some(response_file)) = (args.next().map(PathBuf::from), args.next().map(PathBuf::from)) else {
         return ExitCode::FAILURE;
@@ -64,8 +70,8 @@ pub fn main(role: &OsStr, mut args: impl Iterator<Item = OsString>) -> ExitCode 
     }
 }
 
-/// Runs PID 1 of a PID namespace that several containers share. The only task of this PID 1 is to reap orphans.
-fn pod_init() -> ExitCode {
+/// Reaps children until the process is killed.
+fn reap_forever() -> ExitCode {
     loop {
         if wait(-1, 0).is_err() {
             nix::unistd::pause();

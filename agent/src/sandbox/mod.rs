@@ -11,6 +11,7 @@ pub(crate) mod network;
 pub mod port_forwarding;
 pub mod service;
 pub(crate) mod setup;
+mod shared_pid;
 mod slots;
 pub mod volume;
 
@@ -86,7 +87,7 @@ impl Sandbox {
         let mut state = lock(&self.state);
         if !state.has_shared_pid {
             let id_mappings = state.id_mappings.as_ref().map(|_| Path::new(USER_NAMESPACE));
-            namespaces::create_shared_pid(Path::new(PID_NAMESPACE), id_mappings)?;
+            shared_pid::create(Path::new(PID_NAMESPACE), id_mappings)?;
             state.has_shared_pid = true;
         }
         Ok(PathBuf::from(PID_NAMESPACE))

@@ -7,14 +7,13 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use husk_base::sys::process::exit_immediately;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 
 use super::{IPC_NAMESPACE, NET_NAMESPACE, USER_NAMESPACE, UTS_NAMESPACE, loopback};
+use crate::helper::{ARGV0, HOLDER};
 use crate::id_mappings::IdMappings;
 
 /// Reason why creating or entering namespaces failed.
@@ -118,7 +117,7 @@ pub fn create(id_mappings: Option<&IdMappings>) -> Result<(), NamespaceError> {
 /// namespace.
 fn create_in_user_namespace(id_mappings: &IdMappings) -> Result<(), NamespaceError> {
     let all = KINDS.iter().fold(CloneFlags::CLONE_NEWUSER, |all, kind| all | kind.1);
-    let mut holder = spawn_holder(move || unshare(all)).map_err(NamespaceError::Spawn)?;
+    let mut holder = spawn(&[HOLDER], Stdio::null(), move || unshare(all)).map_err(NamespaceError::Spawn)?;
     let result = (|| {
         let proc = format!("/proc/{}", holder.id());
         for (name, text) in [("uid_map", id_mappings.uid_map()), ("gid_map", id_mappings.gid_map())] {
@@ -135,12 +134,17 @@ fn create_in_user_namespace(id_mappings: &IdMappings) -> Result<(), NamespaceErr
     result
 }
 
-/// Spawns a process that calls `enter` and then idles. `enter` has finished when this function returns.
-fn spawn_holder(enter: impl FnMut() -> nix::Result<()> + Send + Sync + 'static) -> io::Result<Child> {
+/// Spawns the helper with the arguments `args`. The new process calls `enter` before it executes the helper. `enter`
+/// has finished when this function returns.
+pub(super) fn spawn(
+    args: &[&str],
+    stdout: Stdio,
+    enter: impl FnMut() -> nix::Result<()> + Send + Sync + 'static,
+) -> io::Result<Child> {
     let mut enter = enter;
     let mut command = Command::new("/proc/self/exe");
-    command.arg0(crate::helper::ARGV0).arg(crate::helper::POD_INIT).env_clear();
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.arg0(ARGV0).args(args).env_clear();
+    command.stdin(Stdio::null()).stdout(stdout).stderr(Stdio::null());
     // SAFETY: `enter` makes only system calls. It takes no lock that another thread could hold.
     unsafe { command.pre_exec(move || Ok(enter()?)) };
     command.spawn()
@@ -165,56 +169,4 @@ pub fn run_in_pod<T>(f: impl FnOnce() -> T) -> Result<T, NamespaceError> {
     let result = f();
     drop(guard);
     Ok(result)
-}
-
-/// Creates a shared PID namespace, starts its PID 1 and pins the namespace at `pin`. If `user_namespace` is given, that
-/// user namespace owns the PID namespace.
-pub fn create_shared_pid(pin: &Path, user_namespace: Option<&Path>) -> io::Result<()> {
-    if let Some(user_namespace) = user_namespace {
-        return create_shared_pid_in(pin, user_namespace);
-    }
-    let current = File::open("/proc/self/ns/pid")?;
-    unshare(CloneFlags::CLONE_NEWPID)?;
-    let child = Command::new("/proc/self/exe")
-        .arg0(crate::helper::ARGV0)
-        .arg(crate::helper::POD_INIT)
-        .env_clear()
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn();
-    if setns(current.as_fd(), CloneFlags::CLONE_NEWPID).is_err() {
-        crate::fatal::die("failed to return to the agent's PID namespace");
-    }
-    let path = format!("/proc/{}/ns/pid", child?.id());
-    File::create(pin)?;
-    mount(Some(path.as_str()), pin, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
-    Ok(())
-}
-
-/// Creates the shared PID namespace in a user namespace.
-///
-/// unshare(2) puts only children into the new PID namespace. Therefore an intermediate process forks a child, which is
-/// the namespace's PID 1. The intermediate process reports the child's PID and exits.
-fn create_shared_pid_in(pin: &Path, user_namespace: &Path) -> io::Result<()> {
-    let user_namespace = File::open(user_namespace)?;
-    let (mut pid_reader, pid_writer) = io::pipe()?;
-    spawn_holder(move || {
-        setns(user_namespace.as_fd(), CloneFlags::CLONE_NEWUSER)?;
-        unshare(CloneFlags::CLONE_NEWPID)?;
-        // SAFETY: this process is between fork and exec, so it has one thread.
-        match unsafe { nix::unistd::fork() }? {
-            nix::unistd::ForkResult::Child => Ok(()),
-            nix::unistd::ForkResult::Parent { child } => {
-                let written = nix::unistd::write(&pid_writer, &child.as_raw().to_ne_bytes());
-                exit_immediately(i32::from(written.is_err()))
-            }
-        }
-    })?;
-    let mut pid = [0; 4];
-    io::Read::read_exact(&mut pid_reader, &mut pid)?;
-    File::create(pin)?;
-    let path = format!("/proc/{}/ns/pid", i32::from_ne_bytes(pid));
-    mount(Some(path.as_str()), pin, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
-    Ok(())
 }

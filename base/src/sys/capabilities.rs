@@ -6,7 +6,7 @@ use std::io;
 const VERSION: u32 = 0x2008_0522;
 
 /// Capability sets of a thread. Bit n is capability n of linux/capability.h.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Capabilities {
     /// Capabilities that permission checks use.
     pub effective: u64,

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use husk_e2e::cri::userns::{HOST_ID_BASE, SLEEP, check_root_is_mapped, options, pod, sh, with_user_namespace};
-use husk_e2e::cri::{expect_error, is_containerd_2, pods};
+use husk_e2e::cri::{expect_error, is_containerd_2, pid_1, pods};
 use serde_json::json;
 
 #[test]
@@ -103,6 +103,19 @@ fn containers_of_a_user_namespace_share_the_pid_namespace() {
         first.sh(&format!("kill -KILL $({find})"));
         assert_eq!(second.wait().0, 137);
         assert_eq!(first.sh("echo still"), "still");
+    });
+}
+
+/// Only Husk passes this test. Under runc, PID 1 is the pause process.
+#[test]
+fn husk_confines_pid_1_of_a_shared_pid_namespace() {
+    pods("userns-pid-1", |pods| {
+        let mut config = with_user_namespace(pods.config());
+        config["linux"]["security_context"]["namespace_options"]["pid"] = json!("POD");
+        let pod = pods.run(config);
+        let mut config = sh(&pod, SLEEP);
+        config["linux"]["security_context"]["capabilities"] = json!({ "add_capabilities": ["SYS_PTRACE"] });
+        pid_1::check(&pod, config);
     });
 }
 

@@ -4,6 +4,7 @@ pub mod annotations;
 pub mod cni;
 pub mod kubelet;
 pub mod manifest;
+pub mod pid_1;
 pub mod pod;
 pub mod restart;
 pub mod spdy;

@@ -8,6 +8,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use husk_e2e::cri::pid_1;
 use husk_e2e::cri::pod::{need_image, pods};
 use husk_e2e::{Case, PYTHON, case, node};
 use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
@@ -89,6 +90,16 @@ fn container_cannot_connect_to_agent() {
                 "container with {context}: exit code {code}\n{log}"
             );
         }
+    });
+}
+
+#[test]
+fn pid_1_of_a_shared_pid_namespace_is_confined() {
+    pods("walls-pid-1", |pods| {
+        let pod = pods.pod();
+        let mut config = pod.sh("exec sleep 1000");
+        config["linux"]["security_context"]["capabilities"] = json!({ "add_capabilities": ["SYS_PTRACE"] });
+        pid_1::check(&pod, config);
     });
 }
 
