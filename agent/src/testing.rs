@@ -75,11 +75,11 @@ fn pid_namespaces_of_containers(spec: &Spec) -> bool {
     paths.all(|path| path.strip_prefix(GUEST_PID_NAMESPACES).is_ok_and(|id| id.to_str().is_some()))
 }
 
-/// Parses the resources of an Update request, and adapts them to the guest.
-pub fn update(resources: &[u8]) {
-    if let Ok(mut resources) = serde_json::from_slice::<LinuxResources>(resources) {
-        spec::adapt_resources(&mut resources, &Cgroup::for_container("c"));
-    }
+/// Parses the resources of an Update request, and adapts them to the guest. Returns `None` if the agent rejects them.
+pub fn update(resources: &[u8]) -> Option<LinuxResources> {
+    let mut resources = serde_json::from_slice::<LinuxResources>(resources).ok()?;
+    spec::adapt_resources(&mut resources, &Cgroup::for_container("c")).ok()?;
+    Some(resources)
 }
 
 /// Adds the interfaces, routes, neighbours and rules of a pod through `netlink`.

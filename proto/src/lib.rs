@@ -11,6 +11,8 @@ pub mod mmio_slots;
 pub mod port_forwarding;
 pub mod ports;
 pub mod stream;
+pub mod sysctls;
+pub mod unified;
 pub mod volume;
 
 pub use containerd_shim_protos as containerd;
@@ -32,6 +34,11 @@ pub mod cri {
 pub mod agent_ttrpc {
     include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
 }
+
+/// Version of the protocol between shim and agent: the messages of this crate, the guest's paths, and what both sides do
+/// with them. A change that an older shim or agent would misunderstand increases the version. 0 stands for agents before
+/// versions were introduced.
+pub const AGENT_PROTOCOL: u32 = 1;
 
 /// Type URL of [`agent::CreateOptions`] in the options of a create request.
 pub const CREATE_OPTIONS_TYPE_URL: &str = "husk.agent.v1.CreateOptions";

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use husk_proto::agent::{EventsRequest, Interface, Neighbour, Route, SetupRequest, event};
 use husk_proto::agent_ttrpc::SandboxClient;
 use husk_proto::containerd::shim_async::TaskClient;
-use husk_proto::ports;
+use husk_proto::{AGENT_PROTOCOL, ports};
 
 use driver::{Driver, Outcome, ctx, dial, timed};
 
@@ -57,7 +57,12 @@ async fn all(rootfs: String) -> Outcome {
             }
         }
     });
-    let mut setup = SetupRequest { hostname: "pod".into(), entropy: vec![7; 32], ..Default::default() };
+    let mut setup = SetupRequest {
+        hostname: "pod".into(),
+        entropy: vec![7; 32],
+        protocol_version: AGENT_PROTOCOL,
+        ..Default::default()
+    };
     // If the guest has a network interface (QEMU's user network), the test configures that interface as the pod's
     // interface `pod0`.
     let device = std::fs::read_to_string("/sys/class/net/eth0/address");

@@ -11,13 +11,13 @@ use husk_proto::agent::{
     SetupRequest, SetupResponse, SyncRequest, SyncResponse, UnbindDeviceRequest, UnbindDeviceResponse,
     UpdateMirrorRequest, UpdateMirrorResponse, UpdateNetworkRequest, UpdateNetworkResponse,
 };
-use husk_proto::agent_ttrpc;
+use husk_proto::{AGENT_PROTOCOL, agent_ttrpc, sysctls};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use super::network::{Network, NetworkConfig};
 use super::volume::Volumes;
 use super::{Sandbox, apparmor, clock, hotplug, namespaces, setup, slots};
-use crate::error::failed;
+use crate::error::{ServiceError, failed};
 use crate::events::EventHub;
 use crate::id_mappings::IdMappings;
 
@@ -36,9 +36,21 @@ impl SandboxService {
     }
 }
 
+/// Checks the shim's version of the protocol.
+fn check_protocol(version: u32) -> Result<(), ServiceError> {
+    if version == AGENT_PROTOCOL {
+        return Ok(());
+    }
+    Err(ServiceError::FailedPrecondition(format!(
+        "the shim has version {version} of the agent's protocol, and the guest's agent has version {AGENT_PROTOCOL}: \
+         install the shim and the initrd from the same release"
+    )))
+}
+
 #[async_trait]
 impl agent_ttrpc::Sandbox for SandboxService {
     async fn setup(&self, _: &TtrpcContext, request: SetupRequest) -> ttrpc::Result<SetupResponse> {
+        check_protocol(request.protocol_version)?;
         // Setup sets the policies first, so that they are in force even if a later step fails.
         self.sandbox.policy.accept(&request.node_policy, &request.pod_policy)?;
         if request.clock_ns > 0
@@ -54,7 +66,12 @@ impl agent_ttrpc::Sandbox for SandboxService {
         if request.pids_max > 0 {
             crate::cgroup::limit_pids(request.pids_max).map_err(failed("limit the number of processes and threads"))?;
         }
-        self.sandbox.prepare(IdMappings::from_setup(&request)).map_err(failed("prepare the pod's namespaces"))?;
+        let id_mappings = IdMappings::from_setup(&request);
+        for name in request.sysctls.keys() {
+            sysctls::check(name, id_mappings.is_some())
+                .map_err(|error| ServiceError::InvalidArgument(error.to_string()))?;
+        }
+        self.sandbox.prepare(id_mappings).map_err(failed("prepare the pod's namespaces"))?;
         namespaces::run_in_pod(|| -> io::Result<()> {
             if !request.hostname.is_empty() {
                 nix::unistd::sethostname(&request.hostname)?;
@@ -80,6 +97,7 @@ impl agent_ttrpc::Sandbox for SandboxService {
         Ok(SetupResponse {
             kernel_release: kernel_release.trim().to_owned(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            protocol_version: AGENT_PROTOCOL,
             ..Default::default()
         })
     }
@@ -191,5 +209,22 @@ impl agent_ttrpc::Sandbox for SandboxService {
     async fn adjust_clock(&self, _: &TtrpcContext, request: AdjustClockRequest) -> ttrpc::Result<AdjustClockResponse> {
         let clock_ns = clock::adjust(request.offset_ns).map_err(failed("correct the clock"))?;
         Ok(AdjustClockResponse { clock_ns, ..Default::default() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn check_protocol_names_both_versions() {
+        check_protocol(AGENT_PROTOCOL).unwrap();
+        for other in [0, AGENT_PROTOCOL + 1] {
+            let error = check_protocol(other).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("version {other} ")) && error.contains(&AGENT_PROTOCOL.to_string()),
+                "{error}"
+            );
+        }
     }
 }

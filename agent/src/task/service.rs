@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use ttrpc::asynchronous::TtrpcContext;
 
 use super::process::Phase;
-use super::{Tasks, kill, spec};
+use super::{Container, Tasks, kill, spec};
 use crate::error::{ServiceError, failed, malformed};
 use crate::oom::FileWatch;
 
@@ -167,18 +167,11 @@ impl Task for TaskService {
         let container = self.tasks.get(&request.id)?;
         let mut resources: LinuxResources =
             serde_json::from_slice(&request.resources.value).map_err(malformed("failed to parse the resources"))?;
-        spec::adapt_resources(&mut resources, &container.cgroup);
-        let manager =
-            libcgroups::v2::manager::Manager::new(crate::cgroup::MOUNT.into(), container.cgroup.name().to_owned())
-                .map_err(failed("open the cgroup"))?;
-        manager
-            .apply(&ControllerOpt {
-                resources: &resources,
-                disable_oom_killer: false,
-                oom_score_adj: None,
-                freezer_state: None,
-            })
-            .map_err(failed("update the resources"))?;
+        spec::adapt_resources(&mut resources, &container.cgroup)?;
+        // If a memory limit is lowered, the kernel reclaims memory before the write returns. This can take long, and
+        // must not block the agent's only async thread.
+        let applied = tokio::task::spawn_blocking(move || apply(&container, &resources)).await;
+        applied.map_err(failed("update the resources"))??;
         Ok(Empty::new())
     }
 
@@ -212,25 +205,40 @@ impl Task for TaskService {
 }
 
 impl TaskService {
+    /// Freezes or thaws a container. Runs to completion, so that a failed change is undone even if the client has gone.
     async fn freeze(&self, id: &str, frozen: bool) -> ttrpc::Result<Empty> {
-        const TIMEOUT: Duration = Duration::from_secs(10);
         let container = self.tasks.get(id)?;
-        if !matches!(container.init.phase(), Phase::Running(_) | Phase::Created(_)) {
-            return Err(ServiceError::FailedPrecondition("the container is not running".into()).into());
-        }
-        let events = container.cgroup.path().join("cgroup.events");
-        let watch = FileWatch::new(&events).map_err(failed("watch the freezer state"))?;
-        container.cgroup.freeze(frozen).map_err(failed("set the freezer state"))?;
-        let deadline = Instant::now() + TIMEOUT;
-        if let Err(error) = watch.wait_until(deadline, || container.cgroup.is_frozen() == frozen).await {
-            let _ = container.cgroup.freeze(!frozen);
-            let action = if frozen { "freeze" } else { "thaw" };
-            return Err(ServiceError::Unknown(format!(
-                "unable to {action} the container: failed to wait for the change of the freezer state: {error}"
-            ))
-            .into());
-        }
-        container.paused.store(frozen, Ordering::Relaxed);
+        run_to_completion(async move { freeze(&container, frozen).await }).await?;
         Ok(Empty::new())
     }
+}
+
+/// Sets the limits of a container's cgroup. Blocks while the kernel reclaims memory.
+fn apply(container: &Container, resources: &LinuxResources) -> Result<(), ServiceError> {
+    let manager =
+        libcgroups::v2::manager::Manager::new(crate::cgroup::MOUNT.into(), container.cgroup.name().to_owned())
+            .map_err(failed("open the cgroup"))?;
+    let options = ControllerOpt { resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None };
+    manager.apply(&options).map_err(failed("update the resources"))
+}
+
+async fn freeze(container: &Container, frozen: bool) -> Result<(), ServiceError> {
+    // The shim waits for 10 s. A client that gets the shim's timeout would not know whether the change was undone.
+    const TIMEOUT: Duration = Duration::from_secs(8);
+    if !matches!(container.init.phase(), Phase::Running(_) | Phase::Created(_)) {
+        return Err(ServiceError::FailedPrecondition("the container is not running".into()));
+    }
+    let events = container.cgroup.path().join("cgroup.events");
+    let watch = FileWatch::new(&events).map_err(failed("watch the freezer state"))?;
+    container.cgroup.freeze(frozen).map_err(failed("set the freezer state"))?;
+    let deadline = Instant::now() + TIMEOUT;
+    if let Err(error) = watch.wait_until(deadline, || container.cgroup.is_frozen() == frozen).await {
+        let _ = container.cgroup.freeze(!frozen);
+        let action = if frozen { "freeze" } else { "thaw" };
+        return Err(ServiceError::Unknown(format!(
+            "unable to {action} the container: failed to wait for the change of the freezer state: {error}"
+        )));
+    }
+    container.paused.store(frozen, Ordering::Relaxed);
+    Ok(())
 }

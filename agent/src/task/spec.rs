@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use husk_proto::unified;
 use libcontainer::oci_spec::runtime::{
     LinuxCapabilities, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Process, Spec,
 };
@@ -71,7 +72,7 @@ pub fn adapt(
     let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), sandbox, target)?;
     linux.set_namespaces(Some(namespaces));
     if let Some(resources) = linux.resources_mut() {
-        adapt_resources(resources, cgroup);
+        adapt_resources(resources, cgroup)?;
     }
     Ok(())
 }
@@ -187,7 +188,15 @@ fn no_capabilities() -> LinuxCapabilities {
 ///
 /// Limits for the host's block and RDMA devices do not reach the agent, because the shim rejects such limits. If a
 /// request contains such limits nevertheless, this function removes them.
-pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
+///
+/// # Errors
+/// Fails if a key of `unified` is not the name of a limit. libcontainer would write to any path, with the agent's
+/// privileges.
+pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) -> Result<(), ServiceError> {
+    for key in resources.unified().iter().flat_map(|files| files.keys()) {
+        unified::check(key)
+            .map_err(|error| ServiceError::InvalidArgument(format!("invalid resources.unified.{key}: {error}")))?;
+    }
     resources.set_block_io(None).set_rdma(None).set_network(None);
     if let Some(pages) = resources.hugepage_limits().clone() {
         let known = pages
@@ -217,6 +226,7 @@ pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
             cpu.set_mems(None);
         }
     }
+    Ok(())
 }
 
 /// Converts the cpuset `requested` of the host to a cpuset of the guest. If the guest has all requested CPUs, returns
@@ -265,13 +275,24 @@ mod tests {
     fn equal_memory_and_swap_limits_disable_swap() {
         let adapted = |memory: &str| {
             let mut resources: LinuxResources = serde_json::from_str(&format!(r#"{{"memory":{memory}}}"#)).unwrap();
-            adapt_resources(&mut resources, &Cgroup::for_container("none"));
+            adapt_resources(&mut resources, &Cgroup::for_container("none")).unwrap();
             resources.unified().as_ref().and_then(|unified| unified.get("memory.swap.max").cloned())
         };
         assert_eq!(adapted(r#"{"limit":100,"swap":100}"#).as_deref(), Some("0"));
         assert_eq!(adapted(r#"{"limit":100,"swap":150}"#), None);
         assert_eq!(adapted(r#"{"limit":-1,"swap":-1}"#), None);
         assert_eq!(adapted(r#"{"limit":100}"#), None);
+    }
+
+    #[test]
+    fn adapt_resources_refuses_paths_as_keys_of_unified() {
+        let text = r#"{"unified":{"/proc/sys/kernel/core_pattern":"|/bin/x"}}"#;
+        let error =
+            adapt_resources(&mut serde_json::from_str(text).unwrap(), &Cgroup::for_container("none")).unwrap_err();
+        assert!(
+            error.to_string().contains("unified./proc/sys/kernel/core_pattern: the key must be a file name"),
+            "{error}"
+        );
     }
 
     #[test]

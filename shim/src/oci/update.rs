@@ -1,6 +1,7 @@
 //! Translates the resource limits of a specification or an update request. Keeps limits that the guest can apply. Omits
 //! or rejects all other limits.
 
+use husk_proto::unified;
 use serde_json::{Map, Value};
 
 use crate::oci::json::{TranslateError, object, present, unsupported};
@@ -43,9 +44,12 @@ pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<Stri
         cpu.remove("realtimeRuntime");
         cpu.remove("realtimePeriod");
     }
-    if let Some(unified) = object(resources, "unified")? {
-        unified.retain(|key, _| !key.starts_with("cpuset."));
-        if let Some(key) = unified.keys().find(|key| key.starts_with("io.")) {
+    if let Some(files) = object(resources, "unified")? {
+        for key in files.keys() {
+            unified::check(key).map_err(|error| unsupported(format!("resources.unified.{key}"), error.to_string()))?;
+        }
+        files.retain(|key, _| !key.starts_with("cpuset."));
+        if let Some(key) = files.keys().find(|key| key.starts_with("io.")) {
             return Err(unsupported(format!("resources.unified.{key}"), NO_BLOCK_IO));
         }
     }
@@ -114,6 +118,8 @@ mod tests {
         assert!(update(&throttle).unwrap_err().starts_with("resources.blockIO.throttleReadBpsDevice"));
         assert!(update(&json!({"blockIO": {"weight": 4}})).unwrap_err().starts_with("resources.blockIO.weight"));
         assert!(update(&json!({"unified": {"io.max": "8:0 rbps=1"}})).unwrap_err().contains("unified.io.max"));
+        let path = update(&json!({"unified": {"cpuset./../../x": "1"}})).unwrap_err();
+        assert_eq!(path, "resources.unified.cpuset./../../x: the key must be a file name (no slashes)");
         let gigantic = update(&json!({"hugepageLimits": [{"pageSize": "1GB", "limit": 1u64 << 30}]})).unwrap_err();
         assert!(gigantic.starts_with("resources.hugepageLimits: huge pages of 1GB"), "{gigantic}");
         assert!(update(&json!({"rdma": {"mlx5": {"hcaHandles": 1}}})).is_err());

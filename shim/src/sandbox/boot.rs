@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use husk_base::entropy;
 use husk_config::{Config, Seccomp};
 use husk_proto::agent::{IdMapping, Mount, SetupRequest};
-use husk_proto::{AUDIT_PREFIX, GUEST_SHM, SHARE_TAG, ports};
+use husk_proto::{AGENT_PROTOCOL, AUDIT_PREFIX, GUEST_SHM, SHARE_TAG, ports};
 use husk_vmm::config::{FdIndex, SeccompMode, ShareConfig, VmConfig};
 use husk_vmm::control::{Answer, Call};
 use tokio::net::unix::pipe;
@@ -29,7 +29,7 @@ use crate::sandbox::notices;
 use crate::sandbox::notices::Progress;
 use crate::sandbox::policy::PodPolicies;
 use crate::sandbox::timeline::Timeline;
-use crate::vm::agent::Agent;
+use crate::vm::agent::{Agent, SetupError};
 use crate::vm::console;
 use crate::vm::console::LogTail;
 use crate::vm::vmm::{Vmm, VmmError};
@@ -116,7 +116,7 @@ pub enum BootError {
     Connect(#[source] std::io::Error),
     /// The agent could not set up the sandbox.
     #[error("failed to set up the sandbox in the guest")]
-    Setup(#[source] ttrpc::Error),
+    Setup(#[source] SetupError),
 }
 
 /// Returns what the configuration says about system calls that a filter does not allow.
@@ -289,6 +289,7 @@ async fn connect(plan: &BootPlan, vmm: &Vmm, timeline: &Timeline, limit: Duratio
         gid_mappings: gids.iter().map(message).collect(),
         node_policy: pod.policies.node.clone(),
         pod_policy: pod.policies.pod.clone(),
+        protocol_version: AGENT_PROTOCOL,
         ..Default::default()
     };
     let kernel = agent.setup(&request, limit).await.map_err(BootError::Setup)?;

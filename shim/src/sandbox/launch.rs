@@ -7,9 +7,11 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use husk_config::{Config, ConfigError, Seccomp};
+use husk_proto::sysctls::{self, SysctlError};
 use husk_vmm::virtio::net::MAX_QUEUE_PAIRS;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::blocking;
 use crate::chain;
 use crate::launcher::Launcher;
 use crate::log;
@@ -49,6 +51,9 @@ pub enum LaunchError {
     /// The size of the VM cannot be determined.
     #[error(transparent)]
     BootSize(#[from] BootSizeError),
+    /// A sysctl of the pod does not belong to a namespace of the pod.
+    #[error(transparent)]
+    Sysctl(#[from] SysctlError),
     /// The pod's policy is invalid.
     #[error(transparent)]
     Policy(#[from] PolicyError),
@@ -67,9 +72,9 @@ pub enum LaunchError {
     /// The boot cannot be prepared.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// The task that enters the sandbox's cgroup panicked.
+    /// The task that enters the sandbox's cgroup cannot be started, or panicked.
     #[error("failed to run the task that enters the sandbox's cgroup")]
-    EnterTask(#[source] tokio::task::JoinError),
+    EnterTask(#[source] io::Error),
     /// The sandbox's cgroup cannot be entered.
     #[error("failed to enter the sandbox's cgroup {path}")]
     EnterCgroup {
@@ -138,7 +143,7 @@ impl DeferredLaunch {
         let bundle = Bundle::from_value(&dir, spec)?;
         bundle.check()?;
         // Use a blocking thread, because waiting for systemd must not block the async runtime.
-        let entered = tokio::task::spawn_blocking({
+        let entered = blocking::spawn({
             let (context, path) = (context.clone(), bundle.spec.linux.cgroups_path.clone());
             move || (Installation::open(&context), enter_cgroup(&context, &path))
         });
@@ -291,7 +296,7 @@ impl PartialLaunch {
             Network::Path(path) => network::connect(path, tap_options)?,
         };
         context.timeline.mark("network connected");
-        let pod = pod(context, spec, id_mappings, network, policies, rate_limits);
+        let pod = pod(context, spec, id_mappings, network, policies, rate_limits)?;
         Ok(BootPlan::new(pod, config, images, boot_size, share.to_owned())?)
     }
 }
@@ -327,11 +332,14 @@ fn pod(
     network: network::Network,
     policies: PodPolicies,
     rate_limits: RateLimits,
-) -> Pod {
+) -> Result<Pod, SysctlError> {
     let is_sandbox = spec.annotations.is_sandbox();
     let sysctls = if is_sandbox { spec.linux.sysctl.clone() } else { Default::default() };
+    for name in sysctls.keys() {
+        sysctls::check(name, id_mappings.is_some())?;
+    }
     let (id, hostname) = (context.sandbox.clone(), hostname(&spec.hostname));
-    Pod {
+    Ok(Pod {
         id,
         hostname,
         shared_memory: is_sandbox,
@@ -341,7 +349,7 @@ fn pod(
         network,
         policies,
         rate_limits,
-    }
+    })
 }
 
 /// Returns `name`, the host name from the specification. If `name` is empty, returns the node's host name, as under

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
+use husk_proto::AGENT_PROTOCOL;
 use husk_proto::agent::{Event, EventsRequest, SetupRequest, event};
 use husk_proto::agent_ttrpc::SandboxClient;
 use husk_proto::containerd::api::ConnectRequest;
@@ -35,6 +36,20 @@ pub struct Agent {
     pub sandbox: SandboxClient,
     unhandled: Arc<UnhandledEvents>,
     silence: Arc<Silence>,
+}
+
+/// Why the agent did not set up the guest.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// The agent refused the request, or did not answer.
+    #[error(transparent)]
+    Agent(ttrpc::Error),
+    /// The agent has another version of the protocol.
+    #[error(
+        "the guest's agent has version {0} of its protocol, and the shim has version {AGENT_PROTOCOL}: install the shim \
+         and the initrd from the same release"
+    )]
+    Protocol(u32),
 }
 
 /// Whether the agent answers queries.
@@ -160,9 +175,12 @@ impl Agent {
     /// Sends `request`, with which the agent sets up the guest. Returns the guest kernel's release.
     ///
     /// # Errors
-    /// If the agent reports an error, or does not answer within `limit`.
-    pub async fn setup(&self, request: &SetupRequest, limit: Duration) -> ttrpc::Result<String> {
-        let response = self.sandbox.setup(within(limit), request).await?;
+    /// If the agent reports an error, has another version of the protocol, or does not answer within `limit`.
+    pub async fn setup(&self, request: &SetupRequest, limit: Duration) -> Result<String, SetupError> {
+        let response = self.sandbox.setup(within(limit), request).await.map_err(SetupError::Agent)?;
+        if response.protocol_version != AGENT_PROTOCOL {
+            return Err(SetupError::Protocol(response.protocol_version));
+        }
         Ok(bounded(&response.kernel_release, 256))
     }
 

@@ -179,11 +179,24 @@ async fn agent_that_closes_the_connection_ends_all_calls() {
 }
 
 #[tokio::test]
+async fn agent_of_another_release_is_refused_and_named() {
+    let (agent, _script) = HostileAgent::start(|mut agent| {
+        let setup = agent.request();
+        // An agent without versions does not set the field.
+        agent.answer(setup, &SetupResponse::new());
+        agent
+    });
+    let error = agent.setup(&SetupRequest::new(), Duration::from_secs(5)).await.unwrap_err();
+    assert!(crate::chain(&error).starts_with("the guest's agent has version 0 of its protocol"), "{error}");
+}
+
+#[tokio::test]
 async fn huge_texts_of_the_agent_are_shortened() {
     let (agent, _script) = HostileAgent::start(|mut agent| {
         let setup = agent.request();
         let kernel_release = "\x1b[2J".repeat(1 << 19);
-        agent.answer(setup, &SetupResponse { kernel_release, ..Default::default() });
+        let protocol_version = AGENT_PROTOCOL;
+        agent.answer(setup, &SetupResponse { kernel_release, protocol_version, ..Default::default() });
         let call = agent.request();
         let status = ttrpc::get_status(ttrpc::Code::INTERNAL, "x\n\x1b".repeat(1 << 20));
         let response = Response { status: Some(status).into(), ..Default::default() }.write_to_bytes().unwrap();

@@ -3,7 +3,7 @@ use std::fs;
 use std::process::Command;
 
 use husk_e2e::command::{Input, Output, Running};
-use husk_e2e::cri::pods;
+use husk_e2e::cri::{expect_error, pods};
 use husk_e2e::node::Config;
 use husk_e2e::{case, spec};
 use serde_json::json;
@@ -109,6 +109,44 @@ fn create_rejects_block_io_limits() {
             let run = case.with_spec("true", |spec| spec["linux"]["resources"] = limits.clone());
             run.output().expect_error(&[part]);
         }
+    });
+}
+
+#[test]
+fn sysctls_and_cgroup_files_outside_of_the_pod_are_rejected() {
+    pods("husk-outside", |pods| {
+        let mut config = pods.config();
+        config["linux"]["sysctls"] = json!({ "kernel.core_pattern": "|/bin/sh" });
+        let error = pods.expect_error(&config);
+        assert!(
+            error.contains("kernel.core_pattern") && error.contains("not in a separate kernel namespace"),
+            "{error}"
+        );
+
+        let pod = pods.pod();
+        let files = [
+            ("/proc/sys/kernel/core_pattern", "must be a file name (no slashes)"),
+            ("../memory.max", "must be a file name (no slashes)"),
+            ("cgroup.procs", "is not a limit"),
+            ("memory", "must be in the form controller.parameter"),
+        ];
+        for (file, reason) in files {
+            let mut config = pod.sh("echo must not run");
+            config["linux"]["resources"] = json!({ "unified": { file: "1" } });
+            let container = pod.create(&config);
+            let error = expect_error("StartContainer", &json!({ "container_id": container.id }));
+            assert!(error.contains(&format!("unified.{file}")) && error.contains(reason), "{error}");
+            container.remove();
+        }
+        let container = pod.start(&pod.sh("trap 'exit 0' TERM; sleep 100000 & wait"));
+        let pattern = container.sh("cat /proc/sys/kernel/core_pattern");
+        for (file, reason) in files {
+            let linux = json!({ "unified": { file: "1" } });
+            let request = json!({ "container_id": container.id, "linux": linux });
+            let error = expect_error("UpdateContainerResources", &request);
+            assert!(error.contains(&format!("unified.{file}")) && error.contains(reason), "{error}");
+        }
+        assert_eq!(container.sh("cat /proc/sys/kernel/core_pattern"), pattern);
     });
 }
 

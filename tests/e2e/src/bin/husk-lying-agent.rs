@@ -20,7 +20,8 @@ use std::time::Duration;
 
 use husk_base::sync::lock;
 use husk_base::sys::{io_port, vsock};
-use husk_proto::agent::{Event, Exit, Oom};
+use husk_proto::AGENT_PROTOCOL;
+use husk_proto::agent::{Event, Exit, Oom, SetupResponse};
 use husk_proto::boot_mark::{self, BootMark};
 use husk_proto::containerd::shim::shim::StatsResponse;
 use husk_proto::ports;
@@ -120,6 +121,11 @@ fn api(mut connection: File, lie: Lie) -> io::Result<()> {
             (Lie::Flood, "Events") => {
                 let writer = Arc::clone(&writer);
                 thread::spawn(move || events(&writer, call));
+            }
+            (Lie::Flood, "Setup") => {
+                let protocol_version = AGENT_PROTOCOL;
+                let setup = SetupResponse { protocol_version, ..Default::default() };
+                answer(&writer, call, &setup.write_to_bytes().map_err(io::Error::other)?)?;
             }
             (Lie::Flood, "Stats") => answer(&writer, call, &statistics())?,
             (Lie::Flood, _) => {

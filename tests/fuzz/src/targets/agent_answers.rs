@@ -4,10 +4,11 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use husk_proto::AGENT_PROTOCOL;
 use husk_proto::agent::{Event, Exit, Oom, SetupRequest, SetupResponse};
 use husk_proto::containerd::api::{PidsRequest, StatsRequest};
 use husk_shim::error::ServiceError;
-use husk_shim::vm::agent::{Agent, check, error, within};
+use husk_shim::vm::agent::{Agent, SetupError, check, error, within};
 use protobuf::Message;
 use ttrpc::proto::{Response, Status};
 
@@ -68,6 +69,7 @@ impl Frame {
                 let setup = SetupResponse {
                     kernel_release: kernel.clone(),
                     agent_version: agent.clone(),
+                    protocol_version: AGENT_PROTOCOL,
                     ..Default::default()
                 };
                 Response { payload: setup.write_to_bytes()?, ..Default::default() }.write_to_bytes()
@@ -150,7 +152,8 @@ pub fn run(bytes: &[u8]) {
                 "the kernel's release has {} bytes, but at most 768 are allowed",
                 kernel.len()
             ),
-            Err(failure) => check_error(failure),
+            Err(SetupError::Agent(failure)) => check_error(failure),
+            Err(SetupError::Protocol(_)) => {}
         }
         let _ = pids.map_err(check_error);
         let _ = stats.map_err(check_error);

@@ -3,6 +3,7 @@
 use husk_agent::testing::{PreparedSandbox, sysctl_path, update};
 use husk_proto::agent::{CreateOptions, IdMapping, SetupRequest};
 use husk_proto::containerd::api::CreateTaskRequest;
+use husk_proto::sysctls;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
@@ -19,6 +20,16 @@ const POLICIES: [&str; 7] = [
     r#"{"attach": false, "port_forward": false}"#,
 ];
 const NAMESPACES: [&str; 8] = ["pid", "mount", "ipc", "network", "uts", "cgroup", "user", "time"];
+/// Prefixes of the sysctls that belong to a namespace of the pod.
+const SYSCTLS: [&str; 7] = [
+    "/proc/sys/net/",
+    "/proc/sys/user/",
+    "/proc/sys/fs/mqueue/",
+    "/proc/sys/kernel/msg",
+    "/proc/sys/kernel/sem",
+    "/proc/sys/kernel/shm",
+    "/proc/sys/kernel/domainname",
+];
 const MOUNT_TYPES: [&str; 9] = ["proc", "sysfs", "tmpfs", "bind", "cgroup", "mqueue", "devpts", "ext4", ""];
 const PATHS: [&str; 10] = [
     "/proc",
@@ -63,6 +74,7 @@ struct Specification {
     hugepages: Vec<(String, i64)>,
     memory: Option<(i64, i64)>,
     cpus: Option<String>,
+    unified: Vec<(String, String)>,
 }
 
 impl Specification {
@@ -89,6 +101,7 @@ impl Specification {
             .iter()
             .map(|(container, host, size)| json!({ "containerID": container, "hostID": host, "size": size }))
             .collect();
+        let unified = self.unified.iter().cloned().collect::<std::collections::BTreeMap<_, _>>();
         let hugepages = self.hugepages.iter().map(|(size, limit)| json!({ "pageSize": size, "limit": limit }));
         json!({
             "ociVersion": "1.1.0",
@@ -110,6 +123,7 @@ impl Specification {
                     "hugepageLimits": hugepages.collect::<Vec<_>>(),
                     "memory": self.memory.map(|(limit, swap)| json!({ "limit": limit, "swap": swap })),
                     "cpu": { "cpus": self.cpus },
+                    "unified": unified,
                 },
             },
         })
@@ -140,6 +154,12 @@ pub fn run(bytes: &[u8]) {
             "the sysctl path {path:?} leads out of /proc/sys"
         );
     }
+    if sysctls::check(&input.sysctl, true).is_ok() {
+        let path = sysctl_path(&input.sysctl).expect("make the path of a sysctl that was accepted");
+        let path = path.to_string_lossy().replace('.', "/");
+        let is_of_namespace = SYSCTLS.iter().any(|prefix| path.starts_with(prefix));
+        assert!(is_of_namespace, "the sysctl {path} belongs to no namespace of the pod");
+    }
     let policy = |which: u8| POLICIES[usize::from(which) % POLICIES.len()].as_bytes().to_vec();
     let mapping = |(container, host, size): &(u32, u32, u32)| IdMapping {
         container: *container,
@@ -157,7 +177,10 @@ pub fn run(bytes: &[u8]) {
     };
     let sandbox = PreparedSandbox::new(&setup).expect("prepare the sandbox with valid policies");
     let spec = input.raw.unwrap_or_else(|| input.specification.json().to_string().into_bytes());
-    update(&spec);
+    if let Some(resources) = update(&spec) {
+        let mut keys = resources.unified().iter().flat_map(|files| files.keys());
+        assert_eq!(keys.find(|key| key.contains('/')), None, "the agent kept a path as a key of `unified`");
+    }
     let options = CreateOptions { spec: spec.clone(), rootfs: input.rootfs.text().to_owned(), ..Default::default() };
     let value = options.write_to_bytes().expect("encode the options");
     let request = CreateTaskRequest {
