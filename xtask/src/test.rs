@@ -1,6 +1,8 @@
 //! `cargo xtask test`: all checks, the unit tests, and the end-to-end suites in the test node.
 
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, ScopedJoinHandle};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -110,24 +112,42 @@ fn run(options: &Options, stages: &Stages) -> Result<End> {
     let results = if options.unit { None } else { Some(Results::new(paths::results())?) };
     let unit = if options.e2e.is_none() { Some(Unit::new(stages)?) } else { None };
     stages.measure("setup", setup::setup)?;
-    if let Some(mut unit) = unit {
-        unit.format()?;
-        if results.is_none() {
-            unit.lints_and_tests()?;
-            return Ok(End { code: 0, notes: vec![passed()] });
-        }
-        // Cargo often keeps only one processor busy, and a download keeps no processor busy. Therefore the node's
-        // files, which have to be downloaded, are made while cargo runs.
-        std::thread::scope(|scope| {
-            let parts = scope.spawn(|| stages.measure("files of the node (during lints and unit tests)", parts));
-            unit.lints_and_tests()?;
-            parts.join().unwrap_or_else(|_| bail!("the thread that builds the node's files panicked"))
-        })?;
-    }
-    let filter = options.e2e.as_deref().unwrap_or_default();
-    let mut end = e2e(Filter::parse(filter), options, stages, results.unwrap_or_default())?;
-    end.notes.push(if end.code == 0 { passed() } else { "end-to-end tests failed".to_owned() });
-    Ok(end)
+    let end_to_end = |results, stop: &AtomicBool| -> Result<End> {
+        let filter = options.e2e.as_deref().unwrap_or_default();
+        let mut end = e2e(Filter::parse(filter), options, stages, results, stop)?;
+        end.notes.push(if end.code == 0 { passed() } else { "end-to-end tests failed".to_owned() });
+        Ok(end)
+    };
+    let stop = AtomicBool::new(false);
+    let Some(mut unit) = unit else { return end_to_end(results.unwrap_or_default(), &stop) };
+    unit.format()?;
+    let Some(results) = results else {
+        unit.lints()?;
+        unit.unit_tests()?;
+        return Ok(End { code: 0, notes: vec![passed()] });
+    };
+    thread::scope(|scope| {
+        // Cargo often keeps only one processor busy, and a download keeps no processor busy. Therefore the node's files,
+        // which have to be downloaded, are made while cargo runs.
+        let parts = scope.spawn(|| stages.measure("files of the node (beside other stages)", parts));
+        unit.lints()?;
+        // An emulated node keeps 1.3 processors busy, and most unit tests keep one busy. Therefore the unit tests run
+        // while the first node runs. If a unit test fails, no further node is booted.
+        let unit_tests = scope.spawn(|| {
+            let tested = unit.unit_tests();
+            stop.store(tested.is_err(), Ordering::Relaxed);
+            tested
+        });
+        joined(parts)?;
+        let end = end_to_end(results, &stop);
+        joined(unit_tests)?;
+        end
+    })
+}
+
+/// Waits for a thread of [`run`]. Returns the thread's result.
+fn joined(thread: ScopedJoinHandle<'_, Result<()>>) -> Result<()> {
+    thread.join().unwrap_or_else(|_| bail!("a thread of the run panicked"))
 }
 
 /// Makes what cargo does not build: the guest kernel and the files of the test node.
@@ -165,7 +185,8 @@ impl Work {
 }
 
 /// Runs the end-to-end suites in nodes side by side.
-fn e2e(filter: Filter<'_>, options: &Options, stages: &Stages, results: Results) -> Result<End> {
+/// Once `stop` is true, no further node is booted.
+fn e2e(filter: Filter<'_>, options: &Options, stages: &Stages, results: Results, stop: &AtomicBool) -> Result<End> {
     let declared = suites::read()?;
     let names: Vec<&str> = declared.iter().map(|suite| suite.name.as_str()).collect();
     filter.check_suites(&names)?;
@@ -230,7 +251,7 @@ fn e2e(filter: Filter<'_>, options: &Options, stages: &Stages, results: Results)
     };
     let work = side::side_by_side(
         work,
-        Work::next,
+        |work| if stop.load(Ordering::Relaxed) { None } else { work.next() },
         |seat, boot| {
             let program = |(name, _): &(String, usize)| named.iter().map(|(suite, _)| *suite).find(|s| s.name == *name);
             let programs: Vec<&Program> = boot.suites.iter().filter_map(program).collect();

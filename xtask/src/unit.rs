@@ -49,10 +49,14 @@ impl<'a> Unit<'a> {
         self.checks("format and structure", "format", &FORMAT)
     }
 
-    /// Runs the lints and the unit tests.
-    pub fn lints_and_tests(&mut self) -> Result<()> {
+    /// Runs the lints.
+    pub fn lints(&mut self) -> Result<()> {
         ui::say("test", "lints");
-        self.checks("lints", "lints", &LINTS)?;
+        self.checks("lints", "lints", &LINTS)
+    }
+
+    /// Runs the unit tests.
+    pub fn unit_tests(&mut self) -> Result<()> {
         ui::say("test", "unit tests");
         let mut tests = cargo();
         // husk-e2e has the end-to-end suites, which can run only in the node.
