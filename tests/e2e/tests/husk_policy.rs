@@ -203,15 +203,19 @@ fn pod_with_an_invalid_or_disallowed_policy_is_rejected() {
 }
 
 #[test]
-fn images_are_allowed_by_digest_only() {
+fn images_are_allowed_by_digest_only_and_no_exec_is_allowed() {
     let digest = format!("sha256:{}", "0123456789abcdef".repeat(4));
-    let _config = Config::set(&format!("policy.images = [\"{digest}\"]\n"));
+    let _config = Config::set(&format!("policy.images = [\"{digest}\"]\npolicy.exec = []\n"));
     let named = |reference: &str| format!("io.kubernetes.cri.image-name={reference}");
     case("policy-images", |case| {
-        let run = |reference: &str| case.sh("echo runs").flags(&["--annotation", &named(reference)]).output();
-        run(&format!("example.com/app@{digest}")).expect_out("runs");
+        let run = |reference: &str| case.sh("echo up; exec sleep 1000").flags(&["--annotation", &named(reference)]);
+        let container = case.container(run(&format!("example.com/app@{digest}")));
+        container.exec("none", &["true"]).expect_error(&["is refused by the rule \"exec\" of the node's policy"]);
+        container.kill();
         let other = format!("example.com/app@{}", digest.replace("0123", "4567"));
-        run(&other).expect_error(&["is refused by the rule \"images\" of the node's policy: the digest is not listed"]);
+        run(&other)
+            .output()
+            .expect_error(&["is refused by the rule \"images\" of the node's policy: the digest is not listed"]);
     });
     // The reference of the image has a tag, but no digest.
     pods("policy-image-tag", |pods| {

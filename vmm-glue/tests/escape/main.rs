@@ -34,9 +34,6 @@ use syscalls::Errno;
 use crate::attempts::{ATTEMPTS, Attempt};
 use crate::outside::{Cgroup, Disk, Share};
 
-/// The kinds of threads that serve the guest or the shim.
-const KINDS: [Kind; 5] = [Kind::Control, Kind::Vcpu, Kind::DeviceLoop, Kind::FileServer, Kind::Disk];
-
 /// The document that contains the table, and the table's section.
 const DOCUMENT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/security.md");
 const SECTION: &str = "## Attempts to leave the jail\n";
@@ -51,7 +48,7 @@ const TITLE: [&str; 2] = [
 struct Order {
     /// Position of the attempt in [`ATTEMPTS`].
     attempt: usize,
-    /// Position of the thread's kind in [`KINDS`].
+    /// Position of the thread's kind in [`Kind::ALL`].
     kind: usize,
     seccomp: SeccompMode,
     share: PathBuf,
@@ -150,8 +147,8 @@ fn main() -> ExitCode {
         let [enforced, logged] = [SeccompMode::Enforce, SeccompMode::Log].map(|seccomp| {
             let order =
                 |kind| Order { attempt: number, kind, seccomp, share: share.0.clone(), parent, disk: disk.number() };
-            let ends: Vec<_> = (0..KINDS.len()).map(|kind| run(&order(kind), &cgroup)).collect();
-            let failed = KINDS.iter().zip(&ends).filter(|(_, end)| end.is_failure(attempt, seccomp));
+            let ends: Vec<_> = (0..Kind::ALL.len()).map(|kind| run(&order(kind), &cgroup)).collect();
+            let failed = Kind::ALL.iter().zip(&ends).filter(|(_, end)| end.is_failure(attempt, seccomp));
             failures
                 .extend(failed.map(|(kind, end)| format!("{}, {kind:?}, {seccomp:?}: {}", attempt.name, end.text())));
             cell(&ends)
@@ -204,7 +201,7 @@ fn document_differences() -> Vec<String> {
 /// Returns the results of all kinds of threads as one cell of the table.
 fn cell(ends: &[Ended]) -> String {
     let mut groups: Vec<(&Ended, Vec<String>)> = Vec::new();
-    for (kind, end) in KINDS.iter().zip(ends) {
+    for (kind, end) in Kind::ALL.iter().zip(ends) {
         match groups.iter_mut().find(|(known, _)| known == &end) {
             Some((_, kinds)) => kinds.push(format!("{kind:?}")),
             None => groups.push((end, vec![format!("{kind:?}")])),

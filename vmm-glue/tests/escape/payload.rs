@@ -10,7 +10,7 @@ use husk_vmm::process;
 use nix::sys::resource::{Resource, setrlimit};
 
 use crate::attempts::ATTEMPTS;
-use crate::{KINDS, Order, Outcome};
+use crate::{Order, Outcome};
 
 /// The fd limit (RLIMIT_NOFILE) of the process. The limit of the VMM is higher, and a test with so many fds would take
 /// too long.
@@ -37,7 +37,7 @@ pub fn run() -> ! {
     process::prepare().expect("prepare the process");
     let (order, _) = wire::recv::<Order>(&control).expect("receive the order");
     let Entered { belongings, .. } = jail::enter(Some(&order.share), false, order.seccomp).expect("enter the jail");
-    let (attempt, kind) = (&ATTEMPTS[order.attempt], KINDS[order.kind]);
+    let (attempt, kind) = (&ATTEMPTS[order.attempt], Kind::ALL[order.kind]);
     setrlimit(Resource::RLIMIT_NOFILE, MAX_FDS, MAX_FDS).expect("lower the fd limit");
     let inside = Inside { belongings, parent: order.parent, disk: order.disk };
     let make = move || {

@@ -33,7 +33,10 @@ fn vmm_sees_only_the_share_and_its_threads_have_few_capabilities() {
             assert_ne!(of(&vmm.to_string()), of("self"), "the VMM is in the node's {namespace} namespace");
         }
         let limits = fs::read_to_string(format!("/proc/{vmm}/limits")).unwrap();
-        assert!(limits.lines().any(|line| line.starts_with("Max core file size") && line.contains(" 1 ")), "{limits}");
+        for (name, expected) in [("Max core file size", "1"), ("Max locked memory", "0"), ("Max msgqueue size", "0")] {
+            let values = limits.lines().find_map(|line| line.strip_prefix(name)).unwrap().split_whitespace();
+            assert!(values.take(2).eq([expected, expected]), "{name} in {limits}");
+        }
         let mut file_servers = 0;
         for thread in fs::read_dir(format!("/proc/{vmm}/task")).unwrap() {
             let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
