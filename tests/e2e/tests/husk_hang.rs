@@ -1,12 +1,14 @@
 //! Pods whose VMM or guest hangs: requests end, nothing runs twice, and nothing stays.
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use husk_e2e::case::{case, remove};
 use husk_e2e::cri::restart::restart_containerd;
-use husk_e2e::cri::{Pod, pods, try_call_within};
+use husk_e2e::cri::{Pod, expect_error, pods, try_call_within};
 use husk_e2e::{node, vm};
+use nix::mount::umount;
 use serde_json::{Value, json};
 
 /// The limit of each request that ends a container or a pod, on the test node.
@@ -114,7 +116,52 @@ fn client_that_is_killed_during_create_or_start_leaves_nothing() {
             });
             assert!(gone.is_some(), "a client that was killed after {} ms left a shim or a VMM", 800 * step);
         }
+        // To read the image's files, a client mounts the image for a moment (WithTempMount of containerd's client).
+        for line in fs::read_to_string("/proc/mounts").unwrap().lines() {
+            let point = line.split_whitespace().nth(1).unwrap();
+            if point.starts_with("/tmp/containerd-mount") {
+                umount(point).unwrap();
+                fs::remove_dir(point).unwrap();
+            }
+        }
         // A client makes the fifos of its container, and removes them at its end.
         fifos().filter(|path| !before.contains(path)).for_each(|path| fs::remove_dir_all(path).unwrap());
+    });
+}
+
+/// Returns the directory of the pod's cgroup.
+fn cgroup(pod: &Pod) -> PathBuf {
+    let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", vm::shim_pids_of(&pod.id)[0])).unwrap();
+    Path::new("/sys/fs/cgroup").join(cgroup.trim().trim_start_matches("0::/"))
+}
+
+#[test]
+fn pod_whose_vmm_is_killed_by_the_oom_killer_says_so() {
+    pods("cri-hang-oom", |pods| {
+        let pod = pods.pod();
+        let container = pod.sleeper();
+        // The shim needs 4 MiB, and the VMM needs more than the limit.
+        fs::write(cgroup(&pod).join("memory.max"), "16M").unwrap();
+        assert_eq!(container.wait(), (137, "OOMKilled".to_owned()));
+        let error = container.try_exec(&["true"]).unwrap_err().message;
+        assert!(error.contains("not running") || error.contains("OOM killer"), "{error}");
+    });
+}
+
+#[test]
+fn pod_without_free_pids_refuses_a_container_and_runs_on() {
+    pods("cri-hang-pids", |pods| {
+        let pod = pods.pod();
+        let first = pod.sleeper();
+        let second = pod.create(&pod.sh("exec sleep 100000"));
+        let cgroup = cgroup(&pod);
+        // Idle threads of the shim end after a second. Without them, the shim needs a new thread.
+        thread::sleep(Duration::from_secs(2));
+        let limit = fs::read_to_string(cgroup.join("pids.max")).unwrap();
+        fs::write(cgroup.join("pids.max"), fs::read(cgroup.join("pids.current")).unwrap()).unwrap();
+        let error = expect_error("StartContainer", &json!({ "container_id": second.id }));
+        fs::write(cgroup.join("pids.max"), limit).unwrap();
+        assert!(error.contains("failed to start a thread"), "{error}");
+        assert_eq!(first.sh("echo here"), "here");
     });
 }
