@@ -78,11 +78,30 @@ fn main() -> ExitCode {
             results.into_iter().map(|(result, devices)| format!("{}: {result}", devices.join(", "))).collect();
         println!("| {} | {} | {lines} |", attack.name, cells.join("; "));
     }
+    if !vhost {
+        // The test node does not have the document. Therefore, this run also checks the names of the other table.
+        failures.extend(document_differences("## Attacks from inside of a VM\n", &attacks::all()));
+        failures.extend(document_differences("### Attacks on vhost-net\n", &attacks::all_on_vhost_net()));
+    }
     for failure in &failures {
         println!("FAILED: {failure}");
     }
     println!("{} failures", failures.len());
     if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Compares the names of attacks with the rows of a table in docs/security.md.
+fn document_differences(section: &str, attacks: &[Attack]) -> Vec<String> {
+    let document = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/security.md");
+    let document = std::fs::read_to_string(document).expect("read docs/security.md");
+    let section = document.split_once(section).map_or("", |(_, section)| section);
+    let section = section.split("\n##").next().unwrap_or_default();
+    let rows = section.lines().filter_map(|line| line.strip_prefix("| ")?.split(" |").next()).skip(2);
+    let documented: Vec<&str> = rows.collect();
+    let missing = attacks.iter().filter(|attack| !documented.contains(&attack.name));
+    let unknown = documented.iter().filter(|name| !attacks.iter().any(|attack| attack.name == **name));
+    let missing = missing.map(|attack| format!("docs/security.md lacks the row {:?}", attack.name));
+    missing.chain(unknown.map(|name| format!("docs/security.md has the unknown row {name:?}"))).collect()
 }
 
 fn run(node: &Node, attack: &Attack, device: &Device) -> Outcome {
