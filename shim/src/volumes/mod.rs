@@ -5,6 +5,7 @@
 //! starts.
 
 pub mod bind;
+mod covers;
 pub mod error;
 #[cfg(test)]
 pub mod hanging_fs;

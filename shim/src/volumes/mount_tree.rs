@@ -21,6 +21,9 @@ pub struct Submount<'a> {
     pub path: PathBuf,
     /// The mount's entry in the mount list.
     pub entry: &'a Entry,
+    /// Whether a cover ([`crate::volumes::covers`]) is at the path: in the share, the mount itself is a cover. In the
+    /// host's tree, the mount is left out, and the share has a cover in its place.
+    pub is_cover: bool,
 }
 
 impl<'a> Tree<'a> {
@@ -59,7 +62,7 @@ impl<'a> Tree<'a> {
         let mut reached = Vec::new();
         while let Some(entry) = found.pop() {
             let Ok(path) = entry.point.strip_prefix(&self.base.point) else { continue };
-            let submount = Submount { path: path.to_owned(), entry };
+            let submount = Submount { path: path.to_owned(), entry, is_cover: false };
             if excluded(entry) {
                 left_out.push(submount);
             } else {
@@ -100,12 +103,14 @@ impl<'a> Tree<'a> {
 
 /// Returns two lists that turn `old` into `new`: the submounts to remove, and the submounts to add.
 ///
-/// Two submounts are equal if they show the same directory of the same file system at the same path. An unmount
-/// of a submount includes all mounts below it. Therefore, the first list omits a submount below another removed
+/// Two submounts are equal if they show the same directory of the same file system at the same path, or if both are
+/// covers at the same path. An unmount of a submount includes all mounts below it. Therefore, the first list omits a submount below another removed
 /// submount. The second list includes each submount of `new` that is below a removed submount.
 pub fn differences<'a>(old: Vec<Submount<'a>>, new: Vec<Submount<'a>>) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
     let same = |a: &Submount<'_>, b: &Submount<'_>| {
-        (&a.path, a.entry.device, &a.entry.root) == (&b.path, b.entry.device, &b.entry.root)
+        a.path == b.path
+            && a.is_cover == b.is_cover
+            && (a.is_cover || (a.entry.device, &a.entry.root) == (b.entry.device, &b.entry.root))
     };
     let gone: Vec<&Submount<'_>> = old.iter().filter(|old| !new.iter().any(|new| same(old, new))).collect();
     let below_gone = |path: &Path| gone.iter().any(|gone| path != gone.path && path.starts_with(&gone.path));
@@ -195,5 +200,10 @@ mod tests {
         assert_eq!(differences(all(), all()), (vec![], vec![]));
         let (gone, new) = differences(vec![], all());
         assert_eq!((gone, new), (vec![], all()));
+        // Covers of different mounts are equal. A cover and a mount differ.
+        let one = |entry, is_cover| vec![Submount { path: "a".into(), entry, is_cover }];
+        assert_eq!(differences(one(&entries[2], true), one(&entries[3], true)), (vec![], vec![]));
+        let (gone, new) = differences(one(&entries[2], true), one(&entries[2], false));
+        assert_eq!((gone, new), (one(&entries[2], true), one(&entries[2], false)));
     }
 }

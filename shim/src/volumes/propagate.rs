@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::volumes::covers::{self, Covers};
 use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_tree::{Submount, Tree, differences};
 use crate::volumes::shared_mounts::VOLUMES;
@@ -51,12 +52,12 @@ pub fn update(share: &Path, name: &OsStr) -> Result<(), SyncError> {
     let target = share.join(VOLUMES).join(name);
     let host_only = stage.host_only(share).map_err(error("determine which file systems are host-only for", share))?;
     let entries = mountinfo::read().map_err(error("list the mounts of", &target))?;
-    update_from(&entries, &host_only, &stage.receiving_point(name), &target)
+    update_from(&entries, (&host_only, &stage.covers()), &stage.receiving_point(name), &target)
 }
 
 fn update_from(
     entries: &[mountinfo::Entry],
-    host_only: &HostOnly,
+    (host_only, covers): (&HostOnly, &Covers),
     point: &Path,
     target: &Path,
 ) -> Result<(), SyncError> {
@@ -70,25 +71,30 @@ fn update_from(
         return Ok(());
     };
     let (Some(received), Some(shared)) = (Tree::of(entries, from.id), Tree::of(entries, to.id)) else { return Ok(()) };
-    let (received, _) = received.reachable(|entry| host_only.contains(entry));
-    let (shared, _) = shared.reachable(|_| false);
+    let (mut received, left_out) = received.reachable(|entry| host_only.contains(entry));
+    let left_out = left_out.into_iter().filter(|submount| !host_only.is_of_sandbox(submount.entry));
+    received.extend(left_out.map(|submount| Submount { is_cover: true, ..submount }));
+    let (mut shared, _) = shared.reachable(|entry| covers::is_permanent(entry, host_only));
+    for submount in &mut shared {
+        submount.is_cover = covers::is_cover(submount.entry, host_only);
+    }
     let (removed, added) = differences(shared, received);
     // Each unmount includes the mounts below the submount. Therefore, `removed` omits these mounts. A lookup of their
     // paths might hang.
     let unmounted = removed.iter().map(|submount| detach(&to.file, submount).map_err(error("unmount", &submount.path)));
     let unmounted = first_error(unmounted);
-    let mounted = copy_new(&from.file, target, &added, host_only);
+    let mounted = copy_new(&from.file, target, &added, (host_only, covers));
     unmounted?;
     mounted.map_err(|(path, source)| error("mount", &path)(source))
 }
 
-/// Copies the submounts in `added` from the tree at `from` to the mount at `to`. Returns the first error, with the path
-/// of the submount.
+/// Copies the submounts in `added` from the tree at `from` to the mount at `to`, and covers the places of host-only
+/// mounts. Returns the first error, with the path of the submount.
 fn copy_new(
     from: &OwnedFd,
     to: &Path,
     added: &[Submount<'_>],
-    host_only: &HostOnly,
+    (host_only, covers): (&HostOnly, &Covers),
 ) -> Result<(), (PathBuf, io::Error)> {
     if added.is_empty() {
         return Ok(());
@@ -102,8 +108,9 @@ fn copy_new(
         let copied = source.and_then(|source| {
             let id = mount_api::mount_id(source.as_fd())?;
             match entries.iter().find(|entry| entry.id == id) {
-                Some(entry) if !host_only.contains(entry) => attach_copy(&source, to, &submount.path),
-                // The mount was unmounted, or replaced by a host-only mount.
+                Some(entry) if host_only.contains(entry) => covers.cover(&source, false, to, &submount.path),
+                Some(_) if !submount.is_cover => attach_copy(&source, to, &submount.path),
+                // The mount was unmounted, or has replaced a host-only mount. The next update finds this change.
                 _ => Ok(()),
             }
         });
@@ -119,6 +126,7 @@ mod tests {
     use nix::mount::{MsFlags, mount};
 
     use super::*;
+    use crate::volumes::Share;
     use crate::volumes::test_support::{isolated, tmpfs};
 
     /// Returns the id of the mount at `point`.
@@ -127,8 +135,9 @@ mod tests {
     }
 
     #[test]
-    fn a_host_only_mount_with_a_reused_id_is_not_copied() {
+    fn a_host_only_mount_with_a_reused_id_is_covered_and_not_copied() {
         isolated(|dir| {
+            let stage = StagingDir::for_share(&Share::mount(dir).unwrap().host);
             let at = |path: &str| dir.join(path);
             for path in ["from", "to"] {
                 tmpfs(&at(path));
@@ -137,13 +146,14 @@ mod tests {
             tmpfs(&at("from/a"));
             let entries = mountinfo::read().unwrap();
             let old = id(&at("from/a"));
-            let added = [Submount { path: "a".into(), entry: entries.iter().find(|entry| entry.id == old).unwrap() }];
+            let entry = entries.iter().find(|entry| entry.id == old).unwrap();
+            let added = [Submount { path: "a".into(), entry, is_cover: false }];
             // Make `entries` outdated. The new mount gets the lowest free id, which is `old`.
             nix::mount::umount(&at("from/a")).unwrap();
             mount(Some("proc"), &at("from/a"), Some("proc"), MsFlags::empty(), None::<&Path>).unwrap();
             let from = mount_api::open_path(&at("from"), false).unwrap();
-            copy_new(&from, &at("to"), &added, &HostOnly::new([]).unwrap()).unwrap();
-            assert!(mounted(&at("to/a")).unwrap().is_none());
+            copy_new(&from, &at("to"), &added, (&HostOnly::new([]).unwrap(), &stage.covers())).unwrap();
+            assert!(mounted(&at("to/a")).unwrap().is_some() && fs::read_dir(at("to/a")).unwrap().count() == 0);
         });
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! To copy a tree, the shim first attaches the tree here, because the mount list contains only attached mounts. The
 //! shim then copies the submounts one by one. The copy omits host-only file systems, and submounts that no path lookup
-//! reaches.
+//! reaches. The place of each omitted host-only file system gets a cover ([`crate::volumes::covers`]).
 //!
 //! A volume with `rslave` propagation has a receiving tree here. The host's later mounts propagate to this tree, and
 //! [`crate::volumes::propagate`] copies these mounts to the share. If the host's mounts propagated directly to the
@@ -17,6 +17,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
+use crate::volumes::covers::Covers;
 use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_tree::Tree;
 use crate::volumes::submounts::{copy_staged, detach, first_error, mounted};
@@ -54,23 +55,30 @@ impl StagingDir {
         HostOnly::new([share, &self.dir])
     }
 
-    /// Creates the subdirectories. The tmpfs of the staging directory must be mounted (see [`crate::volumes::Share`]).
+    /// Creates the subdirectories and the covers. The tmpfs of the staging directory must be mounted (see [`crate::volumes::Share`]).
     ///
     /// # Errors
-    /// The error of mkdir(2).
+    /// The error of mkdir(2), open(2) or chmod(2).
     pub fn create(&self) -> io::Result<()> {
-        [RECEIVING, COPYING].iter().try_for_each(|name| fs::create_dir(self.dir.join(name)))
+        [RECEIVING, COPYING].iter().try_for_each(|name| fs::create_dir(self.dir.join(name)))?;
+        self.covers().create()
     }
 
-    /// Copies the detached mount tree `tree` without host-only file systems. Returns the copy, which is detached and
-    /// private. Also returns the path of each omitted mount, with the reason.
+    /// Returns the covers for the mounts that are left out of the share.
+    pub fn covers(&self) -> Covers {
+        Covers::in_stage(&self.dir)
+    }
+
+    /// Copies the detached mount tree `tree` without host-only file systems, and covers their places. Returns the copy,
+    /// which is detached and private. Also returns the path of each omitted mount, with the reason.
     ///
     /// # Errors
-    /// If the tree's root cannot be copied, or the temporary mounts cannot be removed.
+    /// If the tree's root cannot be copied, the place of a host-only file system cannot be covered, or the temporary
+    /// mounts cannot be removed.
     pub fn copy(&self, tree: &OwnedFd, host_only: &HostOnly) -> io::Result<(OwnedFd, Vec<String>)> {
         let dir = self.dir.join(COPYING).join(NEXT_COPY.fetch_add(1, Ordering::Relaxed).to_string());
         let (from, to) = (dir.join("from"), dir.join("to"));
-        let copied = copy_in(tree, host_only, &dir, (&from, &to));
+        let copied = copy_in(tree, (host_only, &self.covers()), &dir, (&from, &to));
         let points = [&to, &from];
         let removed = points.iter().map(|point| unmount::unmount(point).and_then(|()| unmount::remove(point)));
         let points_removed = first_error(removed);
@@ -141,7 +149,7 @@ impl StagingDir {
 
 fn copy_in(
     tree: &OwnedFd,
-    host_only: &HostOnly,
+    (host_only, covers): (&HostOnly, &Covers),
     dir: &Path,
     (from, to): (&Path, &Path),
 ) -> io::Result<(OwnedFd, Vec<String>)> {
@@ -155,9 +163,9 @@ fn copy_in(
     mount_api::attach(base.as_fd(), mount_api::open_path(to, false)?.as_fd())?;
     let entries = mountinfo::read()?;
     let tree = Tree::of(&entries, from.id).ok_or(io::ErrorKind::NotFound)?;
-    let (reachable, left_out) = tree.reachable(|entry| host_only.contains(entry));
+    let (reachable, excluded) = tree.reachable(|entry| host_only.contains(entry));
     let describe = |path: &Path, reason: &str| format!("{} ({reason})", Path::new("/").join(path).display());
-    let mut left_out: Vec<String> = left_out.iter().map(|out| describe(&out.path, &out.entry.kind)).collect();
+    let mut left_out: Vec<String> = excluded.iter().map(|out| describe(&out.path, &out.entry.kind)).collect();
     let mut unreachable: Vec<&Path> = Vec::new();
     for submount in &reachable {
         if unreachable.iter().any(|path| submount.path.starts_with(path)) {
@@ -170,6 +178,12 @@ fn copy_in(
             if error.kind() != io::ErrorKind::NotFound {
                 left_out.push(describe(&submount.path, &error.to_string()));
             }
+        }
+    }
+    for submount in &excluded {
+        // If the mount around the place was not copied, the guest cannot reach the place.
+        if !unreachable.iter().any(|path| submount.path.starts_with(path)) {
+            covers.cover_staged(&from.file, to, submount, host_only)?;
         }
     }
     Ok((mount_api::clone_tree(mount_api::open_path(to, false)?.as_fd(), true)?, left_out))

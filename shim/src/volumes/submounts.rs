@@ -121,16 +121,16 @@ mod tests {
             let entries = mountinfo::read().unwrap();
             let entry = |id: u64| -> &Entry { entries.iter().find(|entry| entry.id == id).unwrap() };
             let (from, to) = (mount_api::open_path(&at("from"), false).unwrap(), at("to"));
-            let submount = Submount { path: "a/b".into(), entry: entry(id(&at("from/a/b"))) };
+            let submount = Submount { path: "a/b".into(), entry: entry(id(&at("from/a/b"))), is_cover: false };
             let before = mountinfo::read().unwrap().len();
             assert_eq!(copy_staged(&from, &to, &submount).unwrap_err().raw_os_error(), Some(libc::ELOOP));
-            let outside = Submount { path: "a/b".into(), entry: entry(id(&at("outside/b"))) };
+            let outside = Submount { path: "a/b".into(), entry: entry(id(&at("outside/b"))), is_cover: false };
             let to = mount_api::open_path(&to, false).unwrap();
             assert_eq!(detach(&to, &outside).unwrap_err().raw_os_error(), Some(libc::ELOOP));
             assert_eq!(mountinfo::read().unwrap().len(), before);
             assert!(at("outside/b/file").exists());
             // A mount whose id differs from the id in the list is not unmounted.
-            let other = Submount { path: "real".into(), entry: entry(id(&at("outside/b"))) };
+            let other = Submount { path: "real".into(), entry: entry(id(&at("outside/b"))), is_cover: false };
             assert!(detach(&to, &other).is_err());
             assert_eq!(mountinfo::read().unwrap().len(), before);
         });

@@ -65,8 +65,8 @@ fn entries_in_share(share: &Share) -> usize {
 
 /// Returns the number of mount trees in the staging directory.
 fn staged_trees(share: &Share) -> usize {
-    let dirs = fs::read_dir(staging_dir::StagingDir::for_share(&share.host).dir()).unwrap();
-    dirs.map(|dir| fs::read_dir(dir.unwrap().path()).unwrap().count()).sum()
+    let stage = staging_dir::StagingDir::for_share(&share.host);
+    ["receiving", "copying"].map(|name| fs::read_dir(stage.dir().join(name)).unwrap().count()).iter().sum()
 }
 
 /// Updates the mounts in all shared volumes. Returns the first error.

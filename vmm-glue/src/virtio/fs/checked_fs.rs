@@ -185,6 +185,10 @@ impl FileSystem for CheckedFs {
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
+        // The limiter does not count the length. The host's file system allocates or zeroes the range by a change of
+        // its metadata, and writes no data. Moreover, there is no answer for a part of the range. Therefore, tokens for
+        // a long range would stop all other requests of the pod for a long time.
+        request_checks::fallocate_mode(mode)?;
         let _writer = writer::act_as(ctx.uid)?;
         self.fs.fallocate(ctx, inode, handle, mode, offset, length)
     }

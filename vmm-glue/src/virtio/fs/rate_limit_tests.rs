@@ -77,3 +77,38 @@ fn copy_file_range_takes_tokens_from_the_byte_rate_limit() {
         "COPY_FILE_RANGE and the next GETATTR must take at least 45 ms, but took {elapsed:?}"
     );
 }
+
+#[test]
+fn syncfs_and_fallocate_take_one_token_from_the_operation_rate_limit() {
+    let limit = RateLimit { bytes: None, operations: Some(Rate { per_second: 20, burst: 1 }) };
+    let mut guest = Guest::with_limit(1, limit);
+    let begin = Instant::now();
+    guest.init();
+    let node = guest.lookup(ROOT, "hello");
+    let handle = guest.open(OPEN, node, libc::O_RDWR);
+    for _ in 0..2 {
+        assert_eq!(guest.call(SYNCFS, ROOT, &longs([0]), 0).0, 0);
+        assert_eq!(guest.call(FALLOCATE, node, &[longs([handle, 0, 1 << 20]), words([0, 0])].concat(), 0).0, 0);
+    }
+    let elapsed = begin.elapsed();
+    assert!(elapsed >= Duration::from_millis(300), "7 requests must take at least 300 ms, but took {elapsed:?}");
+}
+
+#[test]
+fn fallocate_modes_that_copy_or_move_data_are_not_supported() {
+    let mut guest = Guest::new(1);
+    guest.init();
+    let node = guest.lookup(ROOT, "hello");
+    let handle = guest.open(OPEN, node, libc::O_RDWR);
+    let mut fallocate = |mode: i32| {
+        let body = [longs([handle, 0, 4096]), words([mode.cast_unsigned(), 0])].concat();
+        guest.error(FALLOCATE, node, &body)
+    };
+    for mode in [0, libc::FALLOC_FL_KEEP_SIZE, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE] {
+        assert_eq!(fallocate(mode), 0, "{mode}");
+    }
+    let modes = [libc::FALLOC_FL_UNSHARE_RANGE, libc::FALLOC_FL_COLLAPSE_RANGE, libc::FALLOC_FL_INSERT_RANGE];
+    for mode in modes {
+        assert_eq!(fallocate(mode), libc::EOPNOTSUPP, "{mode}");
+    }
+}

@@ -41,6 +41,16 @@ pub fn offset(offset: u64) -> io::Result<()> {
     reject_if(i64::try_from(offset).is_err())
 }
 
+/// Checks the mode of FALLOCATE. Returns EOPNOTSUPP, which Linux returns for a mode that a file system lacks, unless the
+/// mode is one that the guest's kernel sends (fuse_file_fallocate() in fs/fuse/file.c).
+///
+/// FALLOC_FL_UNSHARE_RANGE is one of the other modes. With this mode, XFS copies all data of the range. The request
+/// cannot be answered in parts, and therefore the rate limit of bytes could not bound the copy.
+pub fn fallocate_mode(mode: u32) -> io::Result<()> {
+    let sent = libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE;
+    if mode.cast_signed() & !sent == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)) }
+}
+
 fn reject_if(invalid: bool) -> io::Result<()> {
     if invalid { Err(io::Error::from_raw_os_error(libc::EINVAL)) } else { Ok(()) }
 }
