@@ -140,8 +140,11 @@ fn pod_whose_vmm_is_killed_by_the_oom_killer_says_so() {
     pods("cri-hang-oom", |pods| {
         let pod = pods.pod();
         let container = pod.sleeper();
-        // The shim needs 4 MiB, and the VMM needs more than the limit.
-        fs::write(cgroup(&pod).join("memory.max"), "16M").unwrap();
+        // The limit is above the current use. A write of a lower limit would kill the shim, too: the kernel goes on to
+        // the next process before the first one has released its memory (`memory_max_write` in mm/memcontrol.c).
+        let used: u64 = fs::read_to_string(cgroup(&pod).join("memory.current")).unwrap().trim().parse().unwrap();
+        fs::write(cgroup(&pod).join("memory.max"), (used + (8 << 20)).to_string()).unwrap();
+        let _ = container.try_exec(&["dd", "if=/dev/zero", "of=/dev/shm/fill", "bs=1M", "count=100"]);
         assert_eq!(container.wait(), (137, "OOMKilled".to_owned()));
         let error = container.try_exec(&["true"]).unwrap_err().message;
         assert!(error.contains("not running") || error.contains("OOM killer"), "{error}");
