@@ -91,7 +91,7 @@ pub fn receive(socket: impl AsFd) -> io::Result<Packet> {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
     bytes.truncate(packet.len);
-    Ok(Packet { bytes, fds: packet.fds, truncated: packet.truncated })
+    Ok(Packet { bytes, fds: packet.fds, truncated: packet.truncated || packet.lost_fds })
 }
 
 /// Receives a message with its fds, which are close-on-exec.
