@@ -227,7 +227,7 @@ impl ResizeTask {
             let vmm = self.vmm.clone();
             self.shrinking = Some(Box::pin(async move {
                 match vmm.call(Call::RequestMemory { pages: PageKind::Ordinary, mib: wanted_mib }, &[]).await {
-                    Ok((Answer::PluggedMemory { plugged_mib }, _)) => Some(plugged_mib),
+                    Ok(Answer::PluggedMemory { plugged_mib }) => Some(plugged_mib),
                     _ => None,
                 }
             }));
@@ -257,7 +257,7 @@ impl ResizeTask {
         };
         if known.is_none() {
             let answer = self.vmm.call(Call::AttachMem(pages), &[]).await.map_err(ResizeError::Vmm)?;
-            let (Answer::Attached { slot }, _) = answer else {
+            let Answer::Attached { slot } = answer else {
                 return Err(ResizeError::Vmm(VmmError::Unexpected));
             };
             let request = BindDeviceRequest { slot, ..Default::default() };
@@ -274,8 +274,8 @@ impl ResizeTask {
         )
         .await
         {
-            Ok(answer) => answer.map_err(ResizeError::Vmm)?.0,
-            Err(_) => self.vmm.call(Call::GetPluggedMemory(pages), &[]).await.map_err(ResizeError::Vmm)?.0,
+            Ok(answer) => answer.map_err(ResizeError::Vmm)?,
+            Err(_) => self.vmm.call(Call::GetPluggedMemory(pages), &[]).await.map_err(ResizeError::Vmm)?,
         };
         match plugged_mib {
             Answer::PluggedMemory { plugged_mib } if plugged_mib >= wanted_mib => Ok(()),
