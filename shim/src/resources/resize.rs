@@ -226,9 +226,14 @@ impl ResizeTask {
         } else if wanted_mib < previous_mib {
             let vmm = self.vmm.clone();
             self.shrinking = Some(Box::pin(async move {
-                match vmm.call(Call::RequestMemory { pages: PageKind::Ordinary, mib: wanted_mib }, &[]).await {
-                    Ok(Answer::PluggedMemory { plugged_mib }) => Some(plugged_mib),
-                    _ => None,
+                loop {
+                    let request = Call::RequestMemory { pages: PageKind::Ordinary, mib: wanted_mib };
+                    match vmm.call(request, &[]).await {
+                        Ok(Answer::PluggedMemory { plugged_mib }) => return Some(plugged_mib),
+                        // A guest that uses its memory can return it at any later time.
+                        Err(VmmError::Timeout { .. }) => {}
+                        _ => return None,
+                    }
                 }
             }));
         }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use husk_base::sys::resource;
-use husk_vmm::control::{BootStep, ExitReason};
+use husk_vmm::control::{BootStep, ExitReason, PageKind};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::time::TimeValLike;
@@ -345,14 +345,21 @@ async fn packet_without_bytes_ends_all_calls() {
 async fn call_ends_after_its_timeout_if_the_vmm_does_not_answer() {
     let (vmm, _hostile) = HostileVmm::start();
     for port in 0..10 {
-        assert!(matches!(vmm.connect(port).await, Err(VmmError::Timeout)));
+        assert!(matches!(vmm.connect(port).await, Err(VmmError::Timeout { request: "Connect", .. })));
+    }
+    let slow = [Call::Resume, Call::RequestMemory { pages: PageKind::Ordinary, mib: 1 }];
+    for (call, name) in slow.into_iter().zip(["Resume", "RequestMemory"]) {
+        let start = tokio::time::Instant::now();
+        let error = vmm.call(call, &[]).await.unwrap_err();
+        assert_eq!(start.elapsed().as_secs(), SLOW_ANSWER_TIMEOUT.as_secs());
+        assert_eq!(error.to_string(), format!("the VMM did not answer the request {name} within 3600 s"));
     }
     let waiting = lock(&vmm.inner.pending).as_ref().map(HashMap::len);
     assert_eq!(waiting, Some(0), "calls without an answer are kept after their timeout");
     // The VMM does not read the requests. Therefore, the socket becomes full.
     let calls = (0..600).map(|_| vmm.call(Call::AcquirePid, &[]));
     for call in calls {
-        assert!(matches!(call.await, Err(VmmError::Timeout)));
+        assert!(matches!(call.await, Err(VmmError::Timeout { request: "AcquirePid", .. })));
     }
 }
 

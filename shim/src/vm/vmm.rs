@@ -35,6 +35,8 @@ const FDS_BYTES: usize = 64 << 10;
 
 /// Timeout of calls that do not depend on the progress of the guest.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Timeout of the calls that create and start the VM, and of requests for memory. No `start_timeout_secs` is longer.
+const SLOW_ANSWER_TIMEOUT: Duration = Duration::from_secs(3600);
 /// How long the VMM process may take to exit after SIGKILL. A thread that waits in a file system of the host that hangs
 /// exits only when the wait ends. The shim then leaves the process to the kernel.
 pub const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -82,8 +84,13 @@ pub enum VmmError {
     #[error("failed to open {}: run `modprobe vhost_net`, or set vhost_net = false", vhost::DEVICE)]
     Vhost(#[source] std::io::Error),
     /// The VMM does not answer.
-    #[error("the VMM did not answer a request within {} s", ANSWER_TIMEOUT.as_secs())]
-    Timeout,
+    #[error("the VMM did not answer the request {request} within {} s", limit.as_secs())]
+    Timeout {
+        /// Name of the request.
+        request: &'static str,
+        /// The timeout.
+        limit: Duration,
+    },
     /// The VMM's answer does not match the request.
     #[error("the VMM's answer does not match the request")]
     Unexpected,
@@ -349,12 +356,14 @@ impl Vmm {
     /// # Errors
     /// [`VmmError`] if the VMM rejects the request, does not answer, or exits before it answers.
     pub async fn call(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<Answer, VmmError> {
-        match call {
-            // The timeout of the boot applies to the first two calls. The guest decides when it has plugged or
-            // unplugged memory.
-            Call::Create(_) | Call::Resume | Call::RequestMemory { .. } => self.answer(call, fds).await,
-            _ => tokio::time::timeout(ANSWER_TIMEOUT, self.answer(call, fds)).await.map_err(|_| VmmError::Timeout)?,
-        }
+        let limit = match call {
+            // The boot and requests for more memory have shorter timeouts. The guest decides when it unplugs memory.
+            Call::Create(_) | Call::Resume | Call::RequestMemory { .. } => SLOW_ANSWER_TIMEOUT,
+            _ => ANSWER_TIMEOUT,
+        };
+        let request = call.name();
+        let answer = tokio::time::timeout(limit, self.answer(call, fds)).await;
+        answer.map_err(|_| VmmError::Timeout { request, limit })?
     }
 
     /// Sends a request and waits for the answer without a timeout.

@@ -95,6 +95,31 @@ pub enum Call {
     Stop,
 }
 
+impl Call {
+    /// Returns the operation's name, for error messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Create(_) => "Create",
+            Self::Resume => "Resume",
+            Self::Pause => "Pause",
+            Self::Connect { .. } => "Connect",
+            Self::AttachNet(_) => "AttachNet",
+            Self::StartVhost { .. } => "StartVhost",
+            Self::AttachBlk(_) => "AttachBlk",
+            Self::FindNet(_) => "FindNet",
+            Self::Detach { .. } => "Detach",
+            Self::SetBalloon { .. } => "SetBalloon",
+            Self::HotplugVcpus { .. } => "HotplugVcpus",
+            Self::AttachMem(_) => "AttachMem",
+            Self::RequestMemory { .. } => "RequestMemory",
+            Self::GetPluggedMemory(_) => "GetPluggedMemory",
+            Self::AcquirePid => "AcquirePid",
+            Self::ReleasePid { .. } => "ReleasePid",
+            Self::Stop => "Stop",
+        }
+    }
+}
+
 /// The kind of host pages that back hot-plugged memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PageKind {
