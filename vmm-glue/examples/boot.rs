@@ -63,7 +63,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     if let Some(disk) = disk {
         let serial = "attached".to_owned();
         let config = BlkConfig { file: FdIndex(0), read_only: false, serial, rate_limit: RateLimit::default() };
-        let (answer, _) = vmm.call(Call::AttachBlk(config), &[disk.as_fd()])?;
+        let answer = vmm.call(Call::AttachBlk(config), &[disk.as_fd()])?;
         eprintln!("[attached the disk: {answer:?}]");
     }
     if let Some(port) = port {

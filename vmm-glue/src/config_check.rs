@@ -6,7 +6,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::socket::{SockType, getsockopt, sockopt};
 
 use crate::arch::layout;
 use crate::config::{BlkConfig, FdIndex, NetConfig, RateLimit, ShareConfig, VmConfig};
@@ -183,6 +185,17 @@ pub fn vhost(fds: Vec<OwnedFd>) -> Result<Vec<File>, ConfigError> {
         check_kind(has_file_type(fd, "vhost-net", libc::S_IFCHR)?, "vhost-net", "/dev/vhost-net")?;
     }
     Ok(fds.into_iter().map(File::from).collect())
+}
+
+/// Validates the socket of a connection to the guest.
+pub fn stream(fd: OwnedFd) -> Result<OwnedFd, ConfigError> {
+    let stream = match getsockopt(&fd, sockopt::SockType) {
+        Ok(kind) => kind == SockType::Stream,
+        Err(Errno::ENOTSOCK) => false,
+        Err(errno) => return Err(ConfigError::Examine("the connection's socket", errno.into())),
+    };
+    check_kind(stream, "connection", "a stream socket")?;
+    Ok(fd)
 }
 
 /// Validates a disk and its file.

@@ -1,7 +1,7 @@
 //! The VMM's end of the control socket: sends answers and notices to the shim, and ends the process with a reason.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -27,9 +27,16 @@ impl Reporter {
         Self { control, console: OnceLock::new(), ending: AtomicBool::new(false), reported: AtomicU32::new(0) }
     }
 
-    /// Receives the shim's next request.
+    /// Receives the shim's next request whose fds are complete. If fds of a request are missing, answers this request
+    /// with an error. A guest that has many files open can make the VMM reach its fd limit.
     pub(crate) fn receive(&self) -> io::Result<(Request, Vec<OwnedFd>)> {
-        wire::recv(&self.control)
+        loop {
+            let (request, fds) = wire::receive(&self.control)?.decode::<Request>()?;
+            match fds {
+                Ok(fds) => return Ok((request, fds)),
+                Err(lost) => self.answer(request.seq, Err(lost.to_string())),
+            }
+        }
     }
 
     /// Reports a boot step, unless the step was reported before. A guest can repeat its boot marks without bound, and
@@ -39,17 +46,17 @@ impl Reporter {
         if self.reported.fetch_or(bit, Ordering::Relaxed) & bit != 0 {
             return;
         }
-        self.send(&Reply::Notice(Notice::BootStep { step, at_ns: monotonic_ns() }), None);
+        self.send(&Reply::Notice(Notice::BootStep { step, at_ns: monotonic_ns() }));
     }
 
     /// Reports that the VMM is close to its fd limit.
     pub(crate) fn report_fd_shortage(&self) {
-        self.send(&Reply::Notice(Notice::FdShortage), None);
+        self.send(&Reply::Notice(Notice::FdShortage));
     }
 
     /// Requests vhost-net for the interface with this MAC address.
     pub(crate) fn request_vhost(&self, mac: [u8; 6]) {
-        self.send(&Reply::Notice(Notice::VhostRequested { mac }), None);
+        self.send(&Reply::Notice(Notice::VhostRequested { mac }));
     }
 
     /// Reports why the VM has ended, and ends the process.
@@ -64,7 +71,7 @@ impl Reporter {
             console.flush();
         }
         let code = i32::from(matches!(reason, ExitReason::Failed(_)));
-        self.send(&Reply::Notice(Notice::Exited { reason }), None);
+        self.send(&Reply::Notice(Notice::Exited { reason }));
         exit_immediately(code)
     }
 
@@ -74,14 +81,13 @@ impl Reporter {
         let _ = self.console.set(console);
     }
 
-    /// Answers a request, with an fd if the answer has one.
-    pub(crate) fn answer(&self, seq: u64, result: Result<Answer, String>, fd: Option<&OwnedFd>) {
-        self.send(&Reply::Answer { seq, result }, fd);
+    /// Answers a request.
+    pub(crate) fn answer(&self, seq: u64, result: Result<Answer, String>) {
+        self.send(&Reply::Answer { seq, result });
     }
 
-    fn send(&self, reply: &Reply, fd: Option<&OwnedFd>) {
-        let fds: Vec<_> = fd.iter().map(|fd| fd.as_fd()).collect();
-        if let Err(error) = wire::send(&self.control, reply, &fds) {
+    fn send(&self, reply: &Reply) {
+        if let Err(error) = wire::send(&self.control, reply, &[]) {
             // The shim has ended. Therefore, the VM is no longer needed.
             log::debug!("failed to send on the control socket: {error}");
             exit_immediately(0);
@@ -98,7 +104,13 @@ fn monotonic_ns() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+    use std::os::fd::AsFd;
+
+    use husk_base::sys::scm_rights;
+
     use super::*;
+    use crate::control::Call;
 
     #[test]
     #[cfg_attr(miri, ignore = "Miri has no socketpair(SOCK_SEQPACKET)")]
@@ -115,5 +127,24 @@ mod tests {
             steps.push(step);
         }
         assert_eq!(steps, [BootStep::AgentReady, BootStep::AgentStarted]);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no socketpair(SOCK_SEQPACKET)")]
+    fn request_whose_fds_are_lost_is_answered_with_an_error() {
+        let (control, shim) = wire::pair().unwrap();
+        let reporter = Reporter::new(control);
+        let (mut reader, writer) = io::pipe().unwrap();
+        let request = serde_json::to_vec(&Request { seq: 5, call: Call::Connect { port: 1 } }).unwrap();
+        scm_rights::send(&shim, &request, &[writer.as_fd(); wire::MAX_FDS + 1]).unwrap();
+        wire::send(&shim, &Request { seq: 6, call: Call::Pause }, &[writer.as_fd()]).unwrap();
+        drop(writer);
+        let (next, fds) = reporter.receive().unwrap();
+        assert_eq!((next.seq, fds.len()), (6, 1));
+        let (answer, _) = wire::recv::<Reply>(&shim).unwrap();
+        assert!(matches!(&answer, Reply::Answer { seq: 5, result: Err(e) } if e.contains("fd limit")), "{answer:?}");
+        drop(fds);
+        // The reader sees the end of the pipe only if every copy of the writer is closed.
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0);
     }
 }

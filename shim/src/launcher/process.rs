@@ -50,7 +50,7 @@ fn serve(packet: Packet) {
     let mut fds = packet.fds.into_iter();
     let (Some(file), Some(reply)) = (fds.next(), fds.next()) else { return };
     let fds: Vec<OwnedFd> = fds.collect();
-    if packet.truncated {
+    if packet.lost_fds {
         // Some fds are missing, because this process has reached its fd limit.
         let _ = Reply::send_failed(&reply, &nix::Error::EMFILE.into());
         return;

@@ -204,7 +204,7 @@ impl Guest {
             let config = net_config(tap, &mut fds);
             self.vmm.allow_vhost(&config);
             let attached = self.vmm.call(Call::AttachNet(config), &fds).await.map_err(NetworkSyncError::Attach)?;
-            let (Answer::Attached { slot }, _) = attached else {
+            let Answer::Attached { slot } = attached else {
                 return Err(NetworkSyncError::Attach(VmmError::Unexpected));
             };
             change.taps.remove(0);
@@ -223,7 +223,7 @@ impl Guest {
     async fn detach_removed(&mut self) -> Result<(), NetworkSyncError> {
         while let Some(&mac) = self.removed.last() {
             let found = self.vmm.call(Call::FindNet(mac), &[]).await.map_err(NetworkSyncError::Find)?;
-            if let (Answer::Attached { slot }, _) = found {
+            if let Answer::Attached { slot } = found {
                 let request = UnbindDeviceRequest { slot, ..Default::default() };
                 self.agent
                     .sandbox

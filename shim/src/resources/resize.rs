@@ -227,9 +227,14 @@ impl ResizeTask {
         } else if wanted_mib < previous_mib {
             let vmm = self.vmm.clone();
             self.shrinking = Some(Box::pin(async move {
-                match vmm.call(Call::RequestMemory { pages: PageKind::Ordinary, mib: wanted_mib }, &[]).await {
-                    Ok((Answer::PluggedMemory { plugged_mib }, _)) => Some(plugged_mib),
-                    _ => None,
+                loop {
+                    let request = Call::RequestMemory { pages: PageKind::Ordinary, mib: wanted_mib };
+                    match vmm.call(request, &[]).await {
+                        Ok(Answer::PluggedMemory { plugged_mib }) => return Some(plugged_mib),
+                        // A guest that uses its memory can return it at any later time.
+                        Err(VmmError::Timeout { .. }) => {}
+                        _ => return None,
+                    }
                 }
             }));
         }
@@ -258,7 +263,7 @@ impl ResizeTask {
         };
         if known.is_none() {
             let answer = self.vmm.call(Call::AttachMem(pages), &[]).await.map_err(ResizeError::Vmm)?;
-            let (Answer::Attached { slot }, _) = answer else {
+            let Answer::Attached { slot } = answer else {
                 return Err(ResizeError::Vmm(VmmError::Unexpected));
             };
             let request = BindDeviceRequest { slot, ..Default::default() };
@@ -275,8 +280,8 @@ impl ResizeTask {
         )
         .await
         {
-            Ok(answer) => answer.map_err(ResizeError::Vmm)?.0,
-            Err(_) => self.vmm.call(Call::GetPluggedMemory(pages), &[]).await.map_err(ResizeError::Vmm)?.0,
+            Ok(answer) => answer.map_err(ResizeError::Vmm)?,
+            Err(_) => self.vmm.call(Call::GetPluggedMemory(pages), &[]).await.map_err(ResizeError::Vmm)?,
         };
         match plugged_mib {
             Answer::PluggedMemory { plugged_mib } if plugged_mib >= wanted_mib => Ok(()),

@@ -233,7 +233,7 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
     let files = format!("from kernel {} and initrd {}", plan.config.kernel.display(), plan.config.initrd.display());
     let error = |step: String| move |source| BootError::Vmm { step, source };
     let create = Call::Create(Box::new(config));
-    let (created, _) = vmm.call(create, &fds).await.map_err(error(format!("create the VM {files}")))?;
+    let created = vmm.call(create, &fds).await.map_err(error(format!("create the VM {files}")))?;
     if let Answer::Created { unrestricted: Some(unrestricted) } = created {
         tracing::warn!(unrestricted, "the VMM runs without some Landlock restrictions");
     }

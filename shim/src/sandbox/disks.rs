@@ -121,7 +121,7 @@ impl Sandbox {
         let (serial, rate_limit) = (format!("{major}:{minor}"), self.disk_rate_limit());
         let config = BlkConfig { file: FdIndex(0), read_only, serial, rate_limit };
         match vmm.call(Call::AttachBlk(config), &[file.as_fd()]).await.map_err(plug)? {
-            (Answer::Attached { slot }, _) => Ok(slot),
+            Answer::Attached { slot } => Ok(slot),
             _ => Err(plug(VmmError::Unexpected)),
         }
     }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::convert::identity;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -11,11 +11,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use husk_base::async_fd::register;
-use husk_base::sys::process;
+use husk_base::sys::{process, scm_rights};
 use husk_vmm::client::{self, SpawnError, SpawnOptions, Spawned};
 use husk_vmm::config::NetConfig;
 use husk_vmm::control::{Answer, Call, Notice, Reply, Request, wire};
-use nix::sys::socket::{SockType, UnixAddr, getpeername, getsockopt, sockopt};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -33,11 +32,13 @@ use crate::vm::vhost::{self, VhostPermits};
 /// packet needs, and limit the rate of the shortest packets to about 1000 a second. A VMM that is not hostile sends one
 /// packet for each call of the shim, and a few notices.
 const PACKET_BYTES: usize = 1 << 10;
-/// Bytes that each fd of a packet counts.
-const FD_BYTES: usize = 256;
+/// Bytes that a packet with fds counts in addition. The kernel drops up to 253 fds for such a packet.
+const FDS_BYTES: usize = 64 << 10;
 
 /// Timeout of calls that do not depend on the progress of the guest.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Timeout of the calls that create and start the VM, and of requests for memory. No `start_timeout_secs` is longer.
+const SLOW_ANSWER_TIMEOUT: Duration = Duration::from_secs(3600);
 /// How long the VMM process may take to exit after SIGKILL. A thread that waits in a file system of the host that hangs
 /// exits only when the wait ends. The shim then leaves the process to the kernel.
 pub const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -66,6 +67,9 @@ pub enum VmmError {
         #[source]
         source: std::io::Error,
     },
+    /// The sockets of a connection to the guest cannot be created.
+    #[error("failed to create a socket pair for a connection to the guest")]
+    Socket(#[source] std::io::Error),
     /// The request cannot be sent.
     #[error("failed to send a request to the VMM")]
     Send(#[source] std::io::Error),
@@ -82,14 +86,19 @@ pub enum VmmError {
     #[error("failed to open {}: run `modprobe vhost_net`, or set vhost_net = false", vhost::DEVICE)]
     Vhost(#[source] std::io::Error),
     /// The VMM does not answer.
-    #[error("the VMM did not answer a request within {} s", ANSWER_TIMEOUT.as_secs())]
-    Timeout,
+    #[error("the VMM did not answer the request {request} within {} s", limit.as_secs())]
+    Timeout {
+        /// Name of the request.
+        request: &'static str,
+        /// The timeout.
+        limit: Duration,
+    },
     /// The VMM's answer does not match the request.
     #[error("the VMM's answer does not match the request")]
     Unexpected,
 }
 
-type PendingCalls = HashMap<u64, oneshot::Sender<Result<(Answer, Option<OwnedFd>), VmmError>>>;
+type PendingCalls = HashMap<u64, oneshot::Sender<Result<Answer, VmmError>>>;
 
 struct Inner {
     control: AsyncFd<OwnedFd>,
@@ -228,6 +237,8 @@ impl Vmm {
     }
 
     fn new(control: AsyncFd<OwnedFd>, pid: u32, dead: watch::Receiver<Option<ExitStatus>>) -> Self {
+        // Best effort, because older kernels do not have the option. On such kernels, `read` drops the fds.
+        let _ = scm_rights::accept_fds(control.get_ref(), false);
         let inner = Inner {
             control,
             next: AtomicU64::new(1),
@@ -279,7 +290,7 @@ impl Vmm {
     /// # Errors
     /// The errors of [`Vmm::call`], and [`VmmError::Thread`].
     pub async fn acquire_pid(&self) -> Result<u32, VmmError> {
-        let Answer::Pid { pid: inner } = self.call(Call::AcquirePid, &[]).await?.0 else {
+        let Answer::Pid { pid: inner } = self.call(Call::AcquirePid, &[]).await? else {
             return Err(VmmError::Unexpected);
         };
         let vmm = self.inner.pid;
@@ -346,17 +357,19 @@ impl Vmm {
     ///
     /// # Errors
     /// [`VmmError`] if the VMM rejects the request, does not answer, or exits before it answers.
-    pub async fn call(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Option<OwnedFd>), VmmError> {
-        match call {
-            // The timeout of the boot applies to the first two calls. The guest decides when it has plugged or
-            // unplugged memory.
-            Call::Create(_) | Call::Resume | Call::RequestMemory { .. } => self.answer(call, fds).await,
-            _ => tokio::time::timeout(ANSWER_TIMEOUT, self.answer(call, fds)).await.map_err(|_| VmmError::Timeout)?,
-        }
+    pub async fn call(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<Answer, VmmError> {
+        let limit = match call {
+            // The boot and requests for more memory have shorter timeouts. The guest decides when it unplugs memory.
+            Call::Create(_) | Call::Resume | Call::RequestMemory { .. } => SLOW_ANSWER_TIMEOUT,
+            _ => ANSWER_TIMEOUT,
+        };
+        let request = call.name();
+        let answer = tokio::time::timeout(limit, self.answer(call, fds)).await;
+        answer.map_err(|_| VmmError::Timeout { request, limit })?
     }
 
     /// Sends a request and waits for the answer without a timeout.
-    async fn answer(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Option<OwnedFd>), VmmError> {
+    async fn answer(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<Answer, VmmError> {
         let seq = self.inner.next.fetch_add(1, Ordering::Relaxed);
         let request = Request { seq, call };
         let (answer, wait) = oneshot::channel();
@@ -371,13 +384,18 @@ impl Vmm {
         wait.await.map_err(|_| VmmError::Gone)?
     }
 
-    /// Connects to a vsock port of the guest.
+    /// Connects to a vsock port of the guest. The VMM gets one end of a new socket pair, and copies data between this
+    /// end and the guest.
     ///
     /// # Errors
-    /// [`VmmError`] if the guest refuses the connection, or the VMM has exited.
+    /// [`VmmError`] if the guest refuses the connection, or the VMM has exited. [`VmmError::Socket`] if the shim has no
+    /// free fds.
     pub async fn connect(&self, port: u32) -> Result<UnixStream, VmmError> {
-        match self.call(Call::Connect { port }, &[]).await? {
-            (Answer::Connected, Some(fd)) if is_stream_socket(&fd) => Ok(UnixStream::from(fd)),
+        let (ours, theirs) = UnixStream::pair().map_err(VmmError::Socket)?;
+        // Best effort, because older kernels do not have the option. On such kernels, reads of the stream drop the fds.
+        let _ = scm_rights::accept_fds(&ours, false);
+        match self.call(Call::Connect { port }, &[theirs.as_fd()]).await? {
+            Answer::Connected => Ok(ours),
             _ => Err(VmmError::Unexpected),
         }
     }
@@ -439,13 +457,6 @@ impl Vmm {
     }
 }
 
-/// Returns whether an fd is a connected stream socket of UNIX domain. The VMM may send any fd, for example an fd of a
-/// file system that hangs when the shim polls the fd.
-fn is_stream_socket(fd: &OwnedFd) -> bool {
-    let connected = getpeername::<UnixAddr>(fd.as_raw_fd()).is_ok();
-    connected && getsockopt(fd, sockopt::SockType).is_ok_and(|kind| kind == SockType::Stream)
-}
-
 /// Reads until the socket is closed. Then ends all calls that wait for an answer.
 async fn read_all(inner: &Arc<Inner>, notices: mpsc::Sender<Notice>) {
     read(inner, &notices).await;
@@ -459,16 +470,19 @@ async fn read(inner: &Arc<Inner>, notices: &mpsc::Sender<Notice>) {
     let mut budget = Budget::new();
     loop {
         budget.wait().await;
-        let packet = match inner.control.async_io(Interest::READABLE, |socket| wire::receive(socket)).await {
+        let packet = match inner.control.async_io(Interest::READABLE, |socket| wire::receive_bytes(socket)).await {
             Ok(packet) => packet,
             Err(error) => return tracing::debug!(%error, "the VMM's control socket is closed"),
         };
-        budget.take(PACKET_BYTES + packet.len() + FD_BYTES * packet.fd_count());
+        budget.take(PACKET_BYTES + packet.len());
+        if packet.lost_fds() {
+            budget.take(FDS_BYTES);
+            tracing::warn!("dropped fds that the VMM sent; a VMM sends fds only if its guest has taken it over");
+        }
         match packet.decode::<Reply>() {
-            Ok((Reply::Answer { seq, result }, fds)) => {
+            Ok((Reply::Answer { seq, result }, _)) => {
                 let waiting = lock(&inner.pending).as_mut().and_then(|pending| pending.remove(&seq));
                 if let Some(waiting) = waiting {
-                    let result = result.map(|answer| (answer, fds.into_iter().next()));
                     let _ = waiting.send(result.map_err(VmmError::Refused));
                 }
             }

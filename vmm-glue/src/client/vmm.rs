@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 
 use crate::control::{Answer, Call, Notice, Reply, Request, wire};
 
@@ -15,6 +16,9 @@ pub enum CallError {
     /// The request could not be sent.
     #[error("failed to send a request on the control socket")]
     Send(#[source] io::Error),
+    /// The sockets of a connection could not be created.
+    #[error("failed to create a socket pair for a connection to the guest")]
+    Socket(#[source] io::Error),
     /// The control socket failed, or was closed because the VMM has ended.
     #[error("failed to receive from the control socket")]
     Receive(#[source] io::Error),
@@ -35,18 +39,21 @@ impl Vmm {
     }
 
     /// Sends a request and waits for its answer.
-    pub fn call(&mut self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Vec<OwnedFd>), CallError> {
+    pub fn call(&mut self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<Answer, CallError> {
         self.seq += 1;
         wire::send(&self.control, &Request { seq: self.seq, call }, fds).map_err(CallError::Send)?;
         loop {
-            match wire::recv::<Reply>(&self.control).map_err(CallError::Receive)? {
-                (Reply::Answer { seq, result }, fds) if seq == self.seq => {
-                    return result.map(|answer| (answer, fds)).map_err(CallError::Refused);
-                }
-                (Reply::Answer { .. }, _) => {}
-                (Reply::Notice(notice), _) => self.notices.push_back(notice),
+            match self.receive()? {
+                Reply::Answer { seq, result } if seq == self.seq => return result.map_err(CallError::Refused),
+                Reply::Answer { .. } => {}
+                Reply::Notice(notice) => self.notices.push_back(notice),
             }
         }
+    }
+
+    fn receive(&self) -> Result<Reply, CallError> {
+        let received = wire::receive_bytes(&self.control).and_then(wire::Packet::decode::<Reply>);
+        received.map(|(reply, _)| reply).map_err(CallError::Receive)
     }
 
     /// Removes and returns the notices that arrived while the client waited for answers.
@@ -63,19 +70,21 @@ impl Vmm {
             if let Some(notice) = self.notices.pop_front() {
                 return Ok(notice);
             }
-            if let (Reply::Notice(notice), _) = wire::recv::<Reply>(&self.control).map_err(CallError::Receive)? {
+            if let Reply::Notice(notice) = self.receive()? {
                 self.notices.push_back(notice);
             }
         }
     }
 
     /// Opens a vsock connection to a port in the guest.
-    pub fn connect(&mut self, port: u32) -> Result<std::os::unix::net::UnixStream, CallError> {
-        match self.call(Call::Connect { port }, &[])? {
-            (Answer::Connected, mut fds) => fds.pop().map(Into::into).ok_or_else(|| {
-                CallError::Refused(format!("failed to connect to guest port {port}: the VMM's answer has no socket"))
-            }),
-            (other, _) => {
+    ///
+    /// # Errors
+    /// [`CallError`]. [`CallError::Socket`] if the sockets cannot be created.
+    pub fn connect(&mut self, port: u32) -> Result<UnixStream, CallError> {
+        let (ours, theirs) = UnixStream::pair().map_err(CallError::Socket)?;
+        match self.call(Call::Connect { port }, &[theirs.as_fd()])? {
+            Answer::Connected => Ok(ours),
+            other => {
                 Err(CallError::Refused(format!("failed to connect to guest port {port}: unexpected answer {other:?}")))
             }
         }

@@ -1,8 +1,9 @@
 //! Messages between the shim and the VMM process on the control socket.
 //!
-//! The socket is one end of a `SOCK_SEQPACKET` pair. Each packet is one JSON message, with fds as `SCM_RIGHTS`. A
-//! request has a sequence number, which the answer repeats. Notices do not have a sequence number, and are sent in the
-//! order of their events.
+//! The socket is one end of a `SOCK_SEQPACKET` pair. Each packet is one JSON message. A request can carry fds as
+//! `SCM_RIGHTS`. The VMM never sends fds. Otherwise, a guest that has taken over its VMM could give the shim any file,
+//! and the closing of a file can block. A request has a sequence number, which the answer repeats. Notices do not have
+//! a sequence number, and are sent in the order of their events.
 
 use serde::{Deserialize, Serialize};
 
@@ -30,8 +31,9 @@ pub enum Call {
     /// Stops the vCPUs, and stops the device loop when it has served its current event. The answer is sent when the
     /// vCPUs and the device loop have stopped.
     Pause,
-    /// Opens a vsock connection to a port in the guest. When the guest has accepted the connection, the VMM sends the
-    /// answer with one connected stream socket. If the guest refuses the connection, the answer is an error.
+    /// Opens a vsock connection to a port in the guest. The packet carries one end of a pair of stream sockets. The VMM
+    /// copies data between this socket and the guest. The answer is `Connected` when the guest has accepted the
+    /// connection. If the guest refuses the connection, the answer is an error, and the VMM closes the socket.
     Connect {
         /// Port in the guest.
         port: u32,
@@ -93,6 +95,31 @@ pub enum Call {
     Stop,
 }
 
+impl Call {
+    /// Returns the operation's name, for error messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Create(_) => "Create",
+            Self::Resume => "Resume",
+            Self::Pause => "Pause",
+            Self::Connect { .. } => "Connect",
+            Self::AttachNet(_) => "AttachNet",
+            Self::StartVhost { .. } => "StartVhost",
+            Self::AttachBlk(_) => "AttachBlk",
+            Self::FindNet(_) => "FindNet",
+            Self::Detach { .. } => "Detach",
+            Self::SetBalloon { .. } => "SetBalloon",
+            Self::HotplugVcpus { .. } => "HotplugVcpus",
+            Self::AttachMem(_) => "AttachMem",
+            Self::RequestMemory { .. } => "RequestMemory",
+            Self::GetPluggedMemory(_) => "GetPluggedMemory",
+            Self::AcquirePid => "AcquirePid",
+            Self::ReleasePid { .. } => "ReleasePid",
+            Self::Stop => "Stop",
+        }
+    }
+}
+
 /// The kind of host pages that back hot-plugged memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PageKind {
@@ -129,7 +156,7 @@ pub enum Answer {
     },
     /// The requested item does not exist.
     NotFound,
-    /// The connection is open. The packet carries the socket.
+    /// The connection is open.
     Connected,
     /// The amount of plugged memory.
     PluggedMemory {

@@ -1,9 +1,8 @@
 //! Sends and receives messages on the control socket. Each message is one `SOCK_SEQPACKET` packet with JSON, and fds as
 //! ancillary data.
 //!
-//! `send`, `receive` and `recv` make one system call each and keep the socket's blocking mode. On a non-blocking
-//! socket, they fail with [`io::ErrorKind::WouldBlock`] instead of waiting. Therefore, an asynchronous caller can wrap
-//! these functions.
+//! The functions keep the socket's blocking mode. On a non-blocking socket, they fail with
+//! [`io::ErrorKind::WouldBlock`] instead of waiting. Therefore, an asynchronous caller can wrap these functions.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -44,9 +43,15 @@ pub struct Packet {
     bytes: Vec<u8>,
     fds: Vec<OwnedFd>,
     truncated: bool,
+    lost_fds: bool,
 }
 
 impl Packet {
+    fn new(mut bytes: Vec<u8>, packet: scm_rights::Packet) -> Self {
+        bytes.truncate(packet.len);
+        Self { bytes, fds: packet.fds, truncated: packet.truncated, lost_fds: packet.lost_fds }
+    }
+
     /// Returns the number of bytes that were received, at most [`MAX_MESSAGE`].
     pub fn len(&self) -> usize {
         self.bytes.len()
@@ -57,49 +62,70 @@ impl Packet {
         self.bytes.is_empty()
     }
 
-    /// Returns the number of fds that were received, at most [`MAX_FDS`].
-    pub fn fd_count(&self) -> usize {
-        self.fds.len()
+    /// Returns whether fds of the packet are missing.
+    pub fn lost_fds(&self) -> bool {
+        self.lost_fds
     }
 
-    /// Decodes the message. Returns the message with its fds.
+    /// Decodes the message. Returns the message with its fds, or with [`LostFds`] if some of its fds are missing.
     ///
     /// # Errors
     /// [`io::ErrorKind::InvalidData`] if the packet is too long or is not a message of type `T`.
-    pub fn decode<T: DeserializeOwned>(self) -> io::Result<(T, Vec<OwnedFd>)> {
+    pub fn decode<T: DeserializeOwned>(self) -> io::Result<(T, Result<Vec<OwnedFd>, LostFds>)> {
         if self.truncated {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                format!("failed to receive a control message: it has more than {MAX_MESSAGE} bytes or {MAX_FDS} fds"),
+                format!("failed to receive a control message: it has more than {MAX_MESSAGE} bytes"),
             ));
         }
         let message =
             serde_json::from_slice(&self.bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-        Ok((message, self.fds))
+        Ok((message, if self.lost_fds { Err(LostFds) } else { Ok(self.fds) }))
     }
 }
 
-/// Receives a packet with its fds, which are close-on-exec. Does not decode the message. Therefore, a caller that does
-/// not trust the sender can count the packet before the packet is decoded.
+/// Fds of a message are missing.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "failed to receive the fds of a control message: the fd limit is reached, or there are more than {MAX_FDS} fds"
+)]
+pub struct LostFds;
+
+/// Receives a packet with its fds, which are close-on-exec. Does not decode the message.
 ///
 /// # Errors
 /// The error of `recvmsg`. [`io::ErrorKind::UnexpectedEof`] if the other side has closed the socket.
 pub fn receive(socket: impl AsFd) -> io::Result<Packet> {
     let mut bytes = vec![0u8; MAX_MESSAGE];
     let packet = scm_rights::receive(socket, &mut bytes)?;
-    if packet.len == 0 && packet.fds.is_empty() {
+    if packet.len == 0 && packet.fds.is_empty() && !packet.lost_fds {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    bytes.truncate(packet.len);
-    Ok(Packet { bytes, fds: packet.fds, truncated: packet.truncated })
+    Ok(Packet::new(bytes, packet))
+}
+
+/// Receives a packet of the VMM, which must not send fds. The kernel drops fds of the packet
+/// ([`scm_rights::receive_bytes`]). Does not decode the message. Therefore, the caller can count the packet before the
+/// packet is decoded.
+///
+/// # Errors
+/// The error of `recvmsg`. [`io::ErrorKind::UnexpectedEof`] if the other side has closed the socket.
+pub fn receive_bytes(socket: impl AsFd) -> io::Result<Packet> {
+    let mut bytes = vec![0u8; MAX_MESSAGE];
+    let packet = scm_rights::receive_bytes(socket, &mut bytes)?;
+    if packet.len == 0 && !packet.lost_fds {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(Packet::new(bytes, packet))
 }
 
 /// Receives a message with its fds, which are close-on-exec.
 ///
 /// # Errors
-/// The errors of [`receive`] and [`Packet::decode`].
+/// The errors of [`receive`] and [`Packet::decode`]. [`LostFds`] as the source of an [`io::ErrorKind::Other`].
 pub fn recv<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<(T, Vec<OwnedFd>)> {
-    receive(socket)?.decode()
+    let (message, fds) = receive(socket)?.decode()?;
+    Ok((message, fds.map_err(io::Error::other)?))
 }
 
 /// Creates a connected pair of control sockets, which are close-on-exec.
@@ -139,6 +165,18 @@ mod tests {
         assert_eq!(recv::<u32>(&b).unwrap_err().kind(), io::ErrorKind::InvalidData);
         drop(a);
         assert_eq!(recv::<u32>(&b).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no socketpair(SOCK_SEQPACKET)")]
+    fn message_arrives_even_if_fds_are_lost() {
+        let (a, b) = pair().unwrap();
+        let (mut reader, writer) = io::pipe().unwrap();
+        scm_rights::send(&a, b"7", &[writer.as_fd(); MAX_FDS + 1]).unwrap();
+        drop(writer);
+        assert!(matches!(receive(&b).unwrap().decode::<u32>(), Ok((7, Err(LostFds)))));
+        // The reader sees the end of the pipe only if every copy of the writer is closed.
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0);
     }
 
     #[test]

@@ -54,7 +54,7 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
     let Request { seq, call } = request;
     let answer = match (call, current_vm.as_mut()) {
         (Call::Stop, _) => {
-            reporter.answer(seq, Ok(Answer::Done), None);
+            reporter.answer(seq, Ok(Answer::Done));
             reporter.exit(ExitReason::Stopped)
         }
         (Call::Create(config), None) => match create(*config, fds, reporter) {
@@ -79,18 +79,17 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
         }
         (Call::Pause, Some(vm)) => done(vm.pause()),
         (Call::Connect { port }, Some(vm)) => {
+            let failure = move |error: &dyn std::error::Error| {
+                Err(format!("failed to connect to guest port {port}: {}", chain(error)))
+            };
             let reporter = reporter.clone();
-            vm.connect(
-                port,
-                Box::new(move |result| match result {
-                    Ok(stream) => reporter.answer(seq, Ok(Answer::Connected), Some(&stream)),
-                    Err(error) => {
-                        let text = format!("failed to connect to guest port {port}: {}", chain(&error));
-                        reporter.answer(seq, Err(text), None);
-                    }
-                }),
-            );
-            return;
+            let connected = move |result: io::Result<()>| {
+                reporter.answer(seq, result.map_or_else(|error| failure(&error), |()| Ok(Answer::Connected)));
+            };
+            match vm.connect(port, fds, Box::new(connected)) {
+                Ok(()) => return,
+                Err(error) => failure(&error),
+            }
         }
         (Call::AttachNet(config), Some(vm)) => attached(vm.attach_net(&config, fds)),
         (Call::StartVhost { mac }, Some(vm)) => done(vm.start_vhost(mac, fds)),
@@ -104,8 +103,7 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
         (Call::GetPluggedMemory(pages), Some(vm)) => Ok(Answer::PluggedMemory { plugged_mib: vm.plugged_mib(pages) }),
         (Call::RequestMemory { pages, mib }, Some(vm)) => {
             let reporter = reporter.clone();
-            let reached =
-                move |bytes| reporter.answer(seq, Ok(Answer::PluggedMemory { plugged_mib: bytes >> 20 }), None);
+            let reached = move |bytes| reporter.answer(seq, Ok(Answer::PluggedMemory { plugged_mib: bytes >> 20 }));
             match vm.request_memory(pages, mib, Box::new(reached)) {
                 Ok(()) => return,
                 Err(error) => Err(chain(&error)),
@@ -113,7 +111,7 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
         }
         (Call::SetBalloon { mib }, Some(vm)) => done(vm.set_balloon(mib)),
     };
-    reporter.answer(seq, answer, None);
+    reporter.answer(seq, answer);
 }
 
 fn done(result: Result<(), VmError>) -> Result<Answer, String> {

@@ -44,8 +44,8 @@ pub enum VmError {
     /// The device's configuration is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The request for a disk does not carry exactly one fd.
-    #[error("failed to attach the disk: exactly one fd is required, but {0} fds were received")]
+    /// The request for a disk or a connection does not carry exactly one fd.
+    #[error("exactly one fd is required, but {0} fds were received")]
     Fds(usize),
     /// The interface could not be created.
     #[error(transparent)]
@@ -200,10 +200,14 @@ impl Vm {
         self.devices.pause()
     }
 
-    /// Opens a vsock connection to a port in the guest. `reply` gets the connected socket when the guest has accepted
-    /// the connection.
-    pub fn connect(&self, port: u32, reply: vsock::Reply) {
-        lock(&self.vsock).connect(port, reply);
+    /// Opens a vsock connection to a port in the guest. `fds` is one end of a pair of stream sockets. The client has the
+    /// other end. `reply` is called when the guest has accepted or refused the connection.
+    ///
+    /// # Errors
+    /// [`VmError`] if `fds` is not one stream socket. After an error, `reply` is dropped and not called.
+    pub fn connect(&self, port: u32, fds: Vec<OwnedFd>, reply: vsock::Reply) -> Result<(), VmError> {
+        lock(&self.vsock).connect(port, stream_socket(fds)?, reply);
+        Ok(())
     }
 
     /// Hot-plugs a network interface into a spare slot and returns the slot's number.
@@ -310,6 +314,10 @@ impl Vm {
     }
 }
 
+fn stream_socket(fds: Vec<OwnedFd>) -> Result<OwnedFd, VmError> {
+    Ok(config_check::stream(single_fd(fds)?)?)
+}
+
 fn single_fd(fds: Vec<OwnedFd>) -> Result<OwnedFd, VmError> {
     let count = fds.len();
     let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| VmError::Fds(count))?;
@@ -318,10 +326,33 @@ fn single_fd(fds: Vec<OwnedFd>) -> Result<OwnedFd, VmError> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+    use std::os::unix::net::{UnixDatagram, UnixStream};
+
     use vm_memory::GuestAddress;
 
     use super::*;
+    use crate::control::wire;
     use crate::memory::hotplug::{Backing, reserve};
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no socketpair(SOCK_SEQPACKET)")]
+    fn connection_needs_one_stream_socket() {
+        let (mut client, stream) = UnixStream::pair().unwrap();
+        let (datagram, _other) = UnixDatagram::pair().unwrap();
+        let (mut reader, pipe) = io::pipe().unwrap();
+        let packets = wire::pair().unwrap().0;
+        let copy = OwnedFd::from(stream.try_clone().unwrap());
+        assert!(matches!(stream_socket(Vec::new()), Err(VmError::Fds(0))));
+        assert!(matches!(stream_socket(vec![copy, pipe.try_clone().unwrap().into()]), Err(VmError::Fds(2))));
+        for other in [datagram.into(), pipe.into(), packets] {
+            let error = stream_socket(vec![other]).unwrap_err();
+            assert!(matches!(error, VmError::Config(ConfigError::Kind { .. })), "{error:?}");
+        }
+        drop(stream_socket(vec![stream.into()]).unwrap());
+        // The readers see the end only if every copy of the other end is closed.
+        assert_eq!((client.read(&mut [0]).unwrap(), reader.read(&mut [0]).unwrap()), (0, 0));
+    }
 
     #[test]
     #[cfg_attr(miri, ignore = "Miri has no mmap(PROT_NONE)")]

@@ -3,14 +3,15 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use husk_base::sys::interface;
-use husk_vmm::client::{SpawnOptions, Vmm, spawn};
+use husk_vmm::client::{CallError, SpawnOptions, Vmm, spawn};
 use husk_vmm::config::{BlkConfig, FdIndex, NetConfig, RateLimit, SeccompMode, ShareConfig, VmConfig};
 use husk_vmm::control::{Call, ExitReason, Notice, PageKind, Request, wire};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -114,7 +115,7 @@ impl Node {
         let mut notices = 0;
         let end = create.and_then(|()| {
             call(&mut vmm, Call::AttachMem(PageKind::Ordinary))?;
-            send(&vmm, Call::RequestMemory { pages: PageKind::Ordinary, mib: 32 });
+            send(&vmm, Call::RequestMemory { pages: PageKind::Ordinary, mib: 32 }, &[]);
             if let Some(before) = host.before {
                 before(&mut vmm);
             }
@@ -130,6 +131,7 @@ impl Node {
             for request in [Call::Pause, Call::Resume, Call::FindNet(MAC), Call::GetPluggedMemory(PageKind::Ordinary)] {
                 call(&mut vmm, request)?;
             }
+            refuse_connections_without_a_socket(&mut vmm);
             notices = vmm.take_notices().len();
             call(&mut vmm, Call::Stop)
         });
@@ -214,11 +216,26 @@ fn path(path: PathBuf) -> String {
 /// Calls the VMM. An error means that the VMM has ended or hangs.
 fn call(vmm: &mut Vmm, request: Call) -> Result<(), End> {
     vmm.call(request, &[]).map(drop).map_err(|error| match error {
-        husk_vmm::client::CallError::Receive(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            End::Hung("a request got no answer")
-        }
+        CallError::Receive(error) if error.kind() == io::ErrorKind::WouldBlock => End::Hung("a request got no answer"),
         error => End::Died(error.to_string()),
     })
+}
+
+/// Checks that a request to connect needs exactly one stream socket.
+fn refuse_connections_without_a_socket(vmm: &mut Vmm) {
+    let (reader, writer) = io::pipe().expect("create a pipe");
+    let (packets, _) = wire::pair().expect("create a socket pair");
+    let (one, other) = UnixStream::pair().expect("create a socket pair");
+    for fds in [&[][..], &[writer.as_fd()], &[packets.as_fd()], &[one.as_fd(), other.as_fd()]] {
+        let answer = vmm.call(Call::Connect { port: 1 }, fds);
+        assert!(matches!(answer, Err(CallError::Refused(_))), "a request with {} fds: {answer:?}", fds.len());
+    }
+    drop((writer, one));
+    // The ends are closed only if the VMM has closed its copies.
+    for fd in [reader.as_fd(), other.as_fd()] {
+        let ended = poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::from(60_000_u16));
+        assert_eq!(ended, Ok(1), "the VMM keeps an fd of a request that it has refused");
+    }
 }
 
 /// Waits until the VMM requests vhost-net, and passes an open `/dev/vhost-net` to the VMM.
@@ -241,8 +258,8 @@ fn give_vhost(vmm: &mut Vmm) -> Result<(), End> {
 }
 
 /// Sends a request whose answer does not matter.
-pub fn send(vmm: &Vmm, call: Call) {
-    wire::send(vmm, &Request { seq: UNANSWERED, call }, &[]).expect("send a request");
+pub fn send(vmm: &Vmm, call: Call, fds: &[BorrowedFd<'_>]) {
+    wire::send(vmm, &Request { seq: UNANSWERED, call }, fds).expect("send a request");
 }
 
 /// Reads the console until the attacker's last line. Returns the lines that say what the device did.

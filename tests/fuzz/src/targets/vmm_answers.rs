@@ -73,7 +73,11 @@ pub fn run(bytes: &[u8]) {
             // `join!` polls the four calls below before this future. Therefore, each call already waits for its answer.
             for packet in packets.iter().take(32) {
                 let fds: Vec<BorrowedFd<'_>> = (0..packet.fds()).map(|_| file.as_fd()).collect();
-                let _ = scm_rights::send(&theirs, &packet.encode(), &fds);
+                let bytes = packet.encode();
+                // Since Linux 6.16, the kernel refuses a packet with fds, because the shim's socket accepts none.
+                if scm_rights::send(&theirs, &bytes, &fds).is_err() {
+                    let _ = scm_rights::send(&theirs, &bytes, &[]);
+                }
                 tokio::task::yield_now().await;
             }
             drop(theirs);

@@ -1,7 +1,6 @@
 //! Fuzzes virtio-vsock with guest packets, while the host connects, writes, reads and closes.
 
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::channel;
 
@@ -63,8 +62,11 @@ pub fn run(bytes: &[u8]) {
     let Some(input) = input::<Input>(bytes) else { return };
     let mut bench = Bench::new(Vsock::new(CID, RateLimit::default()).expect("create the device"));
     bench.activate(0);
-    let (sender, receiver) = channel::<std::io::Result<OwnedFd>>();
-    bench.lock().connect(PORTS.0, Box::new(move |result| drop(sender.send(result))));
+    let (sender, receiver) = channel();
+    let (ours, theirs) = UnixStream::pair().expect("create a socket pair");
+    ours.set_nonblocking(true).expect("set non-blocking mode");
+    let reply = move |result: std::io::Result<()>| drop(sender.send(result.map(|()| ours)));
+    bench.lock().connect(PORTS.0, theirs.into(), Box::new(reply));
     let mut stream: Option<UnixStream> = None;
     for action in input.actions.iter().take(64) {
         // Free the descriptors of completed chains, so that new chains can use these descriptors.
@@ -88,8 +90,6 @@ pub fn run(bytes: &[u8]) {
         }
         bench.run();
         if let Ok(Ok(socket)) = receiver.try_recv() {
-            let socket = UnixStream::from(socket);
-            socket.set_nonblocking(true).expect("set non-blocking mode");
             stream = Some(socket);
         }
     }

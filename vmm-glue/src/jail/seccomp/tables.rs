@@ -1,9 +1,9 @@
 //! The system calls that each kind of thread may make.
 
 use libc::{
-    AF_UNIX, CLONE_CHILD_CLEARTID, CLONE_FILES, CLONE_FS, CLONE_PARENT_SETTID, CLONE_SETTLS, CLONE_SIGHAND,
-    CLONE_SYSVSEM, CLONE_THREAD, CLONE_VM, F_GETFD, FIONBIO, PR_CAP_AMBIENT, PR_CAPBSET_READ, PR_GET_NAME, PR_SET_NAME,
-    PR_SET_NO_NEW_PRIVS, PROT_EXEC,
+    CLONE_CHILD_CLEARTID, CLONE_FILES, CLONE_FS, CLONE_PARENT_SETTID, CLONE_SETTLS, CLONE_SIGHAND, CLONE_SYSVSEM,
+    CLONE_THREAD, CLONE_VM, F_GETFD, FIONBIO, PR_CAP_AMBIENT, PR_CAPBSET_READ, PR_GET_NAME, PR_SET_NAME,
+    PR_SET_NO_NEW_PRIVS, PROT_EXEC, SO_TYPE,
 };
 use syscalls::Sysno;
 
@@ -193,11 +193,6 @@ const DEVICE_LOOP: &[Rule] = &[
     allow(Sysno::close, "closes sockets and eventfds"),
     allow(Sysno::recvmsg, "sockets of vsock connections"),
     allow_if(
-        Sysno::socketpair,
-        &[is(0, AF_UNIX as u32)],
-        "creates the socket pair of a vsock connection; the shim gets one socket",
-    ),
-    allow_if(
         Sysno::ioctl,
         &[
             is(1, VHOST_GET_FEATURES),
@@ -236,6 +231,7 @@ const CONTROL: &[Rule] = &[
     allow(Sysno::read, "clears eventfds"),
     allow(Sysno::lseek, "determines the size of a hot-plugged disk"),
     allow(Sysno::statx, "checks the fds of hot-plugged devices"),
+    allow_if(Sysno::getsockopt, &[is(2, SO_TYPE as u32)], "checks the sockets of vsock connections"),
     allow_if(Sysno::clone, &[is(0, THREAD_FLAGS)], "starts threads of hot-plugged devices and vCPUs, but no process"),
     allow(
         Sysno::clone3,
@@ -305,9 +301,9 @@ mod tests {
     use super::*;
 
     const KINDS: [(Kind, usize); 7] = [
-        (Kind::Control, 45),
+        (Kind::Control, 46),
         (Kind::Vcpu, 15),
-        (Kind::DeviceLoop, 35),
+        (Kind::DeviceLoop, 34),
         (Kind::FileServer, 70),
         (Kind::Disk, 35),
         (Kind::Prefault, 15),

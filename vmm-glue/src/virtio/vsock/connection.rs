@@ -16,13 +16,12 @@ use crate::virtio::queue::Iov;
 pub const BUF_ALLOC: u32 = 256 * 1024;
 
 /// A callback that gets the result of a connection attempt.
-pub type Reply = Box<dyn FnOnce(io::Result<OwnedFd>) + Send>;
+pub type Reply = Box<dyn FnOnce(io::Result<()>) + Send>;
 
 /// State of a connection.
 enum State {
-    /// The device has sent REQUEST or is about to send REQUEST. The client gets `peer` when the guest has accepted the
-    /// connection.
-    Connecting { peer: OwnedFd, reply: Reply },
+    /// The device has sent REQUEST or is about to send REQUEST.
+    Connecting { reply: Reply },
     /// The guest has accepted the connection.
     Open,
     /// The device sends no more data to the guest, but may still send RST. The device still delivers the buffered data
@@ -95,14 +94,13 @@ pub struct Connection {
 
 impl Connection {
     /// Creates a connection from the host to the guest. The connection's REQUEST is pending.
-    pub fn connect(guest_cid: u64, local_port: u32, guest_port: u32, pair: (OwnedFd, OwnedFd), reply: Reply) -> Self {
-        let (socket, peer) = pair;
+    pub fn connect(guest_cid: u64, local_port: u32, guest_port: u32, socket: OwnedFd, reply: Reply) -> Self {
         Self {
             guest_cid,
             local_port,
             guest_port,
             socket,
-            state: State::Connecting { peer, reply },
+            state: State::Connecting { reply },
             pending: Pending { request: true, ..Pending::default() },
             sent: 0,
             guest_buf_alloc: 0,
@@ -148,7 +146,7 @@ impl Connection {
     /// Aborts the connection because the device is reset. Reports `error` if the guest has not accepted the connection
     /// yet. Does not send RST. The caller closes the socket by dropping the connection.
     pub fn abort(&mut self, error: io::ErrorKind) {
-        if let State::Connecting { reply, .. } = std::mem::replace(&mut self.state, State::Dead) {
+        if let State::Connecting { reply } = std::mem::replace(&mut self.state, State::Dead) {
             reply(Err(error.into()));
         }
     }
@@ -156,7 +154,7 @@ impl Connection {
     /// Ends the connection with an RST packet to the guest, and drops the buffered data. Reports `ConnectionReset` if
     /// the guest has not accepted the connection yet.
     pub fn reset(&mut self) {
-        if let State::Connecting { reply, .. } = std::mem::replace(&mut self.state, State::Draining) {
+        if let State::Connecting { reply } = std::mem::replace(&mut self.state, State::Draining) {
             reply(Err(io::ErrorKind::ConnectionReset.into()));
         }
         self.buffered = VecDeque::new();
@@ -187,8 +185,8 @@ impl Connection {
 
     fn accepted(&mut self) {
         match std::mem::replace(&mut self.state, State::Open) {
-            State::Connecting { peer, reply } if !self.pending.request => reply(Ok(peer)),
-            State::Connecting { reply, .. } => {
+            State::Connecting { reply } if !self.pending.request => reply(Ok(())),
+            State::Connecting { reply } => {
                 // The guest has sent RESPONSE before the device has sent REQUEST.
                 reply(Err(io::ErrorKind::InvalidData.into()));
                 self.state = State::Draining;
@@ -203,7 +201,7 @@ impl Connection {
 
     fn refused(&mut self) {
         match std::mem::replace(&mut self.state, State::Draining) {
-            State::Connecting { reply, .. } => {
+            State::Connecting { reply } => {
                 self.state = State::Dead;
                 reply(Err(io::ErrorKind::ConnectionRefused.into()));
             }

@@ -1,9 +1,8 @@
-//! virtio-vsock (virtio 1.2, 5.10): connections from the host to ports in the guest. The client on the host gets a
-//! socket for each connection.
+//! virtio-vsock (virtio 1.2, 5.10): connections from the host to ports in the guest. The client on the host has a socket
+//! for each connection.
 //!
-//! Each connection has a pair of AF_UNIX stream sockets. The client gets one end when the guest has accepted the
-//! connection. The device keeps the other end, and moves data between this end and guest memory without an
-//! intermediate copy. The device buffers data from the guest only when the socket is full. The buffer never holds more
+//! Each connection has a pair of AF_UNIX stream sockets. The client makes the pair, keeps one end, and gives the device
+//! the other end. The device moves data between its end and guest memory without an intermediate copy. The device buffers data from the guest only when the socket is full. The buffer never holds more
 //! data than the credit that the device has granted to the guest. On the host, a connection has neither a socket file
 //! nor an abstract socket name.
 
@@ -16,7 +15,7 @@ mod tests;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
@@ -55,7 +54,8 @@ pub struct Vsock {
     guest_cid: u64,
     wake: WakeEvent,
     active: Option<Active>,
-    pending: VecDeque<(u32, Reply)>,
+    /// Connection attempts that wait for the driver: the guest's port, the device's socket, and the callback.
+    pending: VecDeque<(u32, OwnedFd, Reply)>,
     connections: HashMap<u32, Connection>,
     /// Connections that need a receive buffer, in the order of their turns.
     ready: VecDeque<u32>,
@@ -99,16 +99,16 @@ impl Vsock {
         })
     }
 
-    /// Connects to a port in the guest. `reply` is called while the device is locked. `reply` gets a connected stream
-    /// socket if the guest accepts, or `ConnectionRefused` if the guest refuses. If the driver is not ready, the
-    /// connection attempt waits until the driver is ready.
-    pub fn connect(&mut self, port: u32, reply: Reply) {
+    /// Connects to a port in the guest. `socket` is one end of a pair of stream sockets, whose other end the client has.
+    /// `reply` is called while the device is locked. `reply` gets `ConnectionRefused` if the guest refuses. If the driver
+    /// is not ready, the connection attempt waits until the driver is ready.
+    pub fn connect(&mut self, port: u32, socket: OwnedFd, reply: Reply) {
         if self.connections.len() + self.pending.len() >= MAX_CONNECTIONS && !self.evict() {
             return reply(Err(io::Error::other(format!(
                 "failed to open a vsock connection: {MAX_CONNECTIONS} connections already exist"
             ))));
         }
-        self.pending.push_back((port, reply));
+        self.pending.push_back((port, socket, reply));
         self.wake.wake();
     }
 
@@ -141,16 +141,9 @@ impl Vsock {
         if self.active.is_none() {
             return;
         }
-        while let Some((port, reply)) = self.pending.pop_front() {
-            let pair = match socket::pair() {
-                Ok(pair) => pair,
-                Err(error) => {
-                    reply(Err(error));
-                    continue;
-                }
-            };
+        while let Some((port, socket, reply)) = self.pending.pop_front() {
             let local = self.free_port();
-            self.connections.insert(local, Connection::connect(self.guest_cid, local, port, pair, reply));
+            self.connections.insert(local, Connection::connect(self.guest_cid, local, port, socket, reply));
             self.mark_changed(local);
         }
     }

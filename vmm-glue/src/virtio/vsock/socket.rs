@@ -2,15 +2,8 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 
 use nix::sys::socket::Shutdown;
-
-/// Creates a connected pair of stream sockets, which are close-on-exec.
-pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    let (one, other) = UnixStream::pair()?;
-    Ok((one.into(), other.into()))
-}
 
 /// Returns an I/O vector element for a slice. The caller must use the element only for system calls that read from the
 /// slice.

@@ -1,6 +1,8 @@
 //! Attacks with packets of virtio-vsock.
 
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 
 use husk_vmm::client::Vmm;
 use husk_vmm::control::Call;
@@ -24,8 +26,7 @@ const CREDIT_UPDATE: u16 = 6;
 const CREDIT_REQUEST: u16 = 7;
 
 pub fn attacks() -> Vec<Attack> {
-    let waiting =
-        Host { before: Some(|vmm| (0..40).for_each(|_| send(vmm, Call::Connect { port: PORT }))), ..Host::default() };
+    let waiting = Host { before: Some(|vmm| (0..40).for_each(|_| start_to_connect(vmm))), ..Host::default() };
     let connected = Host { during: Some(connect_and_write), ..Host::default() };
     vec![
         Attack::on(VSOCK, "packets of every type and operation", |guest, device| {
@@ -118,6 +119,12 @@ pub fn attacks() -> Vec<Attack> {
         })
         .with_host(connected),
     ]
+}
+
+/// Sends a request to connect, and closes the client's socket.
+fn start_to_connect(vmm: &mut Vmm) {
+    let (_client, socket) = UnixStream::pair().expect("create a socket pair");
+    send(vmm, Call::Connect { port: PORT }, &[socket.as_fd()]);
 }
 
 /// Connects to the guest, and sends as much data as the connection accepts. A thread then reads until the

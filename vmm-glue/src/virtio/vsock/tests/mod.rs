@@ -4,7 +4,6 @@ mod hostile;
 mod rate_limit;
 mod streams;
 
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
 
@@ -47,9 +46,12 @@ impl Guest {
         self.bench.run();
     }
 
-    fn connect(&mut self, port: u32) -> Receiver<std::io::Result<OwnedFd>> {
+    /// Starts to connect. The receiver gets the result, with the client's socket.
+    fn connect(&mut self, port: u32) -> Receiver<std::io::Result<UnixStream>> {
         let (sender, receiver) = channel();
-        self.bench.lock().connect(port, Box::new(move |result| sender.send(result).unwrap()));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let reply = move |result: std::io::Result<()>| sender.send(result.map(|()| ours)).unwrap();
+        self.bench.lock().connect(port, theirs.into(), Box::new(reply));
         self.bench.run();
         receiver
     }
@@ -106,7 +108,7 @@ impl Guest {
         assert!(reply.try_recv().is_err(), "the client received a reply before the guest answered");
         let side = Side { host: request.src_port, guest: port };
         self.send(side, Op::Response, 0, 0, &[]);
-        let stream = UnixStream::from(reply.try_recv().unwrap().unwrap());
+        let stream = reply.try_recv().unwrap().unwrap();
         stream.set_nonblocking(true).unwrap();
         (side, stream)
     }

@@ -20,10 +20,40 @@ fn connect_reports_refusal_and_acceptance() {
 }
 
 #[test]
+fn client_that_gives_up_before_the_guest_accepts_is_told_to_the_guest() {
+    let mut guest = Guest::new(0);
+    let (sender, receiver) = channel();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    guest.bench.lock().connect(7, theirs.into(), Box::new(move |result| sender.send(result).unwrap()));
+    let (request, _) = guest.packets()[0];
+    drop(ours);
+    let side = Side { host: request.src_port, guest: 7 };
+    guest.send(side, Op::Response, 0, 0, &[]);
+    assert!(receiver.try_recv().unwrap().is_ok());
+    let packets = guest.packets();
+    assert_eq!((packets[0].0.op, packets[0].0.flags), (Op::Shutdown, SHUTDOWN_BOTH));
+    guest.send(side, Op::Reset, 0, 0, &[]);
+    assert_eq!(guest.connections(), 0);
+}
+
+#[test]
+fn refused_connection_closes_the_devices_socket() {
+    let mut guest = Guest::new(0);
+    let (sender, receiver) = channel();
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    guest.bench.lock().connect(7, theirs.into(), Box::new(move |result| sender.send(result).unwrap()));
+    let (request, _) = guest.packets()[0];
+    guest.send(Side { host: request.src_port, guest: 7 }, Op::Reset, 0, 0, &[]);
+    assert!(receiver.try_recv().unwrap().is_err());
+    assert_eq!(ours.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
 fn connect_waits_for_the_driver_and_a_receive_buffer() {
     let mut bench = Bench::new(Vsock::new(CID, RateLimit::default()).unwrap());
     let (sender, receiver) = channel();
-    bench.lock().connect(5, Box::new(move |result| sender.send(result).unwrap()));
+    let (_ours, theirs) = UnixStream::pair().unwrap();
+    bench.lock().connect(5, theirs.into(), Box::new(move |result| sender.send(result).unwrap()));
     bench.run();
     bench.activate(0);
     let mut guest = Guest { bench };
