@@ -204,9 +204,9 @@ impl Vm {
     /// other end. `reply` is called when the guest has accepted or refused the connection.
     ///
     /// # Errors
-    /// [`VmError`] if `fds` is not one stream socket. After an error, `reply` is dropped and not called.
+    /// [`VmError`] if `fds` is not one socket. After an error, `reply` is dropped and not called.
     pub fn connect(&self, port: u32, fds: Vec<OwnedFd>, reply: vsock::Reply) -> Result<(), VmError> {
-        lock(&self.vsock).connect(port, stream_socket(fds)?, reply);
+        lock(&self.vsock).connect(port, socket(fds)?, reply);
         Ok(())
     }
 
@@ -314,8 +314,8 @@ impl Vm {
     }
 }
 
-fn stream_socket(fds: Vec<OwnedFd>) -> Result<OwnedFd, VmError> {
-    Ok(config_check::stream(single_fd(fds)?)?)
+fn socket(fds: Vec<OwnedFd>) -> Result<OwnedFd, VmError> {
+    Ok(config_check::connection(single_fd(fds)?)?)
 }
 
 fn single_fd(fds: Vec<OwnedFd>) -> Result<OwnedFd, VmError> {
@@ -327,29 +327,27 @@ fn single_fd(fds: Vec<OwnedFd>) -> Result<OwnedFd, VmError> {
 #[cfg(test)]
 mod tests {
     use std::io::Read;
-    use std::os::unix::net::{UnixDatagram, UnixStream};
+    use std::os::unix::net::UnixStream;
 
     use vm_memory::GuestAddress;
 
     use super::*;
-    use crate::control::wire;
     use crate::memory::hotplug::{Backing, reserve};
 
     #[test]
     #[cfg_attr(miri, ignore = "Miri has no socketpair(SOCK_SEQPACKET)")]
-    fn connection_needs_one_stream_socket() {
+    fn connection_needs_one_socket() {
         let (mut client, stream) = UnixStream::pair().unwrap();
-        let (datagram, _other) = UnixDatagram::pair().unwrap();
         let (mut reader, pipe) = io::pipe().unwrap();
-        let packets = wire::pair().unwrap().0;
+        let file = File::open("/dev/null").unwrap();
         let copy = OwnedFd::from(stream.try_clone().unwrap());
-        assert!(matches!(stream_socket(Vec::new()), Err(VmError::Fds(0))));
-        assert!(matches!(stream_socket(vec![copy, pipe.try_clone().unwrap().into()]), Err(VmError::Fds(2))));
-        for other in [datagram.into(), pipe.into(), packets] {
-            let error = stream_socket(vec![other]).unwrap_err();
+        assert!(matches!(socket(Vec::new()), Err(VmError::Fds(0))));
+        assert!(matches!(socket(vec![copy, pipe.try_clone().unwrap().into()]), Err(VmError::Fds(2))));
+        for other in [file.into(), pipe.into()] {
+            let error = socket(vec![other]).unwrap_err();
             assert!(matches!(error, VmError::Config(ConfigError::Kind { .. })), "{error:?}");
         }
-        drop(stream_socket(vec![stream.into()]).unwrap());
+        drop(socket(vec![stream.into()]).unwrap());
         // The readers see the end only if every copy of the other end is closed.
         assert_eq!((client.read(&mut [0]).unwrap(), reader.read(&mut [0]).unwrap()), (0, 0));
     }

@@ -3,7 +3,7 @@
 use libc::{
     CLONE_CHILD_CLEARTID, CLONE_FILES, CLONE_FS, CLONE_PARENT_SETTID, CLONE_SETTLS, CLONE_SIGHAND, CLONE_SYSVSEM,
     CLONE_THREAD, CLONE_VM, F_GETFD, FIONBIO, PR_CAP_AMBIENT, PR_CAPBSET_READ, PR_GET_NAME, PR_SET_NAME,
-    PR_SET_NO_NEW_PRIVS, PROT_EXEC, SO_TYPE,
+    PR_SET_NO_NEW_PRIVS, PROT_EXEC,
 };
 use syscalls::Sysno;
 
@@ -231,7 +231,6 @@ const CONTROL: &[Rule] = &[
     allow(Sysno::read, "clears eventfds"),
     allow(Sysno::lseek, "determines the size of a hot-plugged disk"),
     allow(Sysno::statx, "checks the fds of hot-plugged devices"),
-    allow_if(Sysno::getsockopt, &[is(2, SO_TYPE as u32)], "checks the sockets of vsock connections"),
     allow_if(Sysno::clone, &[is(0, THREAD_FLAGS)], "starts threads of hot-plugged devices and vCPUs, but no process"),
     allow(
         Sysno::clone3,
@@ -301,9 +300,9 @@ mod tests {
     use super::*;
 
     const KINDS: [(Kind, usize); 7] = [
-        (Kind::Control, 46),
+        (Kind::Control, 45),
         (Kind::Vcpu, 15),
-        (Kind::DeviceLoop, 34),
+        (Kind::DeviceLoop, 35),
         (Kind::FileServer, 70),
         (Kind::Disk, 35),
         (Kind::Prefault, 15),
