@@ -35,9 +35,9 @@ pub mod agent_ttrpc {
     include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
 }
 
-/// Version of the protocol between shim and agent: the messages of this crate, the guest's paths, and what both sides do
-/// with them. A change that an older shim or agent would misunderstand increases the version. 0 stands for agents before
-/// versions were introduced.
+/// Version of the protocol between shim and agent: the messages of this crate, the guest's paths, and what both sides
+/// do with them. A change that an older shim or agent would misunderstand increases the version. 0 means that the other
+/// side has no version yet.
 pub const AGENT_PROTOCOL: u32 = 1;
 
 /// Type URL of [`agent::CreateOptions`] in the options of a create request.

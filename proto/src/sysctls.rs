@@ -1,6 +1,6 @@
 //! Checks the names of a pod's sysctls. Only sysctls of a namespace may be set, as under runc.
 
-/// Sysctls of the IPC namespace outside of `fs.mqueue` (ipc_namespaces(7)).
+/// Sysctls of the IPC namespace outside `fs.mqueue` (ipc_namespaces(7)).
 const IPC: [&str; 8] = [
     "kernel.msgmax",
     "kernel.msgmnb",
@@ -15,8 +15,8 @@ const IPC: [&str; 8] = [
 /// Why a sysctl is refused. The texts are those of runc (libcontainer/configs/validate).
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SysctlError {
-    /// The sysctl belongs to the whole kernel. With such a sysctl, for example `kernel.core_pattern`, a client could run
-    /// programs with the privileges of the guest's root.
+    /// The sysctl belongs to the whole kernel. With such a sysctl, for example `kernel.core_pattern`, a client could
+    /// run programs with the privileges of the guest's root.
     #[error("sysctl {0:?} is not in a separate kernel namespace")]
     NotInNamespace(String),
     /// The sysctl sets the host name, which has a field of its own in the specification.
@@ -24,8 +24,8 @@ pub enum SysctlError {
     HostName(String),
 }
 
-/// Checks the name of a sysctl. The separators in the name may be dots or slashes. `has_user_namespace` says whether the
-/// pod has a user namespace.
+/// Checks the name of a sysctl. The separators in the name may be dots or slashes. `has_user_namespace` says whether
+/// the pod has a user namespace.
 ///
 /// # Errors
 /// Fails if the sysctl does not belong to the pod's network, IPC, UTS or user namespace.

@@ -24,7 +24,8 @@ type Job = Box<dyn FnOnce() + Send>;
 
 static POOL: Pool = Pool::new();
 
-/// Runs `work` on another thread, at once. `work` runs to its end even if the returned [`Task`] is dropped.
+/// Starts `work` on another thread, without waiting for the first poll. If all threads are occupied, `work` waits. Once
+/// started, it runs to completion, even if the returned [`Task`] is dropped.
 pub fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Task<T> {
     let (sender, receiver) = oneshot::channel();
     #[cfg(test)]
@@ -76,7 +77,7 @@ impl Pool {
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    /// Adds a job. Calls `start` if another thread is needed, which must call [`Pool::work`].
+    /// Adds a job. If another thread is needed, calls `start`. The new thread must call [`Pool::work`].
     fn run(&self, job: Job, start: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let mut state = lock(&self.state);
         if state.jobs.len() >= state.idle && state.threads < MAX_THREADS {

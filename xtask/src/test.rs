@@ -127,8 +127,8 @@ fn run(options: &Options, stages: &Stages) -> Result<End> {
         return Ok(End { code: 0, notes: vec![passed()] });
     };
     thread::scope(|scope| {
-        // Cargo often keeps only one processor busy, and a download keeps no processor busy. Therefore the node's files,
-        // which have to be downloaded, are made while cargo runs.
+        // Cargo often keeps only one processor busy, and a download keeps no processor busy. Therefore the node's
+        // files, which have to be downloaded, are made while cargo runs.
         let parts = scope.spawn(|| stages.measure("files of the node (beside other stages)", parts));
         unit.lints()?;
         // An emulated node keeps 1.3 processors busy, and most unit tests keep one busy. Therefore the unit tests run
@@ -138,16 +138,16 @@ fn run(options: &Options, stages: &Stages) -> Result<End> {
             stop.store(tested.is_err(), Ordering::Relaxed);
             tested
         });
-        joined(parts)?;
+        joined(parts, "makes the node's files")?;
         let end = end_to_end(results, &stop);
-        joined(unit_tests)?;
+        joined(unit_tests, "runs the unit tests")?;
         end
     })
 }
 
-/// Waits for a thread of [`run`]. Returns the thread's result.
-fn joined(thread: ScopedJoinHandle<'_, Result<()>>) -> Result<()> {
-    thread.join().unwrap_or_else(|_| bail!("a thread of the run panicked"))
+/// Waits for a thread of [`run`], which `what` describes. Returns the thread's result.
+fn joined(thread: ScopedJoinHandle<'_, Result<()>>, what: &str) -> Result<()> {
+    thread.join().unwrap_or_else(|_| bail!("the thread that {what} panicked"))
 }
 
 /// Makes what cargo does not build: the guest kernel and the files of the test node.

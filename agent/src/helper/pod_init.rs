@@ -31,12 +31,12 @@ enum ConfineError {
     NoNewPrivs(#[source] nix::Error),
 }
 
-/// Runs PID 1 of a shared PID namespace. Its only task is to reap orphans. `namespaces` are the paths of namespaces that
-/// the process enters.
+/// Runs PID 1 of a shared PID namespace. Its only task is to reap orphans. `namespaces` are the paths of namespaces
+/// that the process enters.
 ///
-/// Every container of the pod sees this process. With CAP_SYS_PTRACE, a container can trace it, and open `/proc/1/root`.
-/// Therefore, this process has nothing that such a container lacks: an empty root directory, the pod's namespaces and no
-/// capability.
+/// Every container of the pod sees this process. With CAP_SYS_PTRACE, a container can trace it, and open
+/// `/proc/1/root`. Therefore, this process gives such a container no further access. Its root directory is empty, it is
+/// in the pod's namespaces, and it has no capability.
 pub fn run(namespaces: impl Iterator<Item = OsString>) -> ExitCode {
     let confined = confine(namespaces);
     let text = match &confined {
@@ -44,7 +44,7 @@ pub fn run(namespaces: impl Iterator<Item = OsString>) -> ExitCode {
         Err(error) => chain(error),
     };
     let reported = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush());
-    // The agent reads until the end of the file.
+    // Replace the pipe by /dev/null, because the agent reads until the pipe is closed.
     let closed = nix::unistd::dup2_stdout(io::stdin());
     match (confined, reported, closed) {
         (Ok(()), Ok(()), Ok(())) => super::reap_forever(),

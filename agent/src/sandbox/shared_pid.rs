@@ -54,8 +54,8 @@ fn spawn_in(user_namespace: &Path) -> io::Result<(u32, Option<ChildStdout>)> {
     let (mut pid_reader, pid_writer) = io::pipe()?;
     let mut intermediate = namespaces::spawn(&ARGS, Stdio::piped(), move || {
         setns(user_namespace.as_fd(), CloneFlags::CLONE_NEWUSER)?;
-        // The guest's root has no id in the user namespace. A process with this id would lose all capabilities at
-        // execve(2), and a container that traces PID 1 could write the guest's files.
+        // The agent's uid, the guest's root, is not mapped in the user namespace. With this uid, the process would lose
+        // all capabilities at execve(2). A container that traces PID 1 could also write the guest's files.
         setresgid(Gid::from_raw(0), Gid::from_raw(0), Gid::from_raw(0))?;
         setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0))?;
         unshare(CloneFlags::CLONE_NEWPID)?;

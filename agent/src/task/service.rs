@@ -205,7 +205,8 @@ impl Task for TaskService {
 }
 
 impl TaskService {
-    /// Freezes or thaws a container. Runs to completion, so that a failed change is undone even if the client has gone.
+    /// Freezes or thaws a container. Runs to completion, so that a failed change is undone even if the client
+    /// disconnects.
     async fn freeze(&self, id: &str, frozen: bool) -> ttrpc::Result<Empty> {
         let container = self.tasks.get(id)?;
         run_to_completion(async move { freeze(&container, frozen).await }).await?;
@@ -223,7 +224,7 @@ fn apply(container: &Container, resources: &LinuxResources) -> Result<(), Servic
 }
 
 async fn freeze(container: &Container, frozen: bool) -> Result<(), ServiceError> {
-    // The shim waits for 10 s. A client that gets the shim's timeout would not know whether the change was undone.
+    // Shorter than the shim's timeout of 10 s. Otherwise, the client would not learn whether the change was undone.
     const TIMEOUT: Duration = Duration::from_secs(8);
     if !matches!(container.init.phase(), Phase::Running(_) | Phase::Created(_)) {
         return Err(ServiceError::FailedPrecondition("the container is not running".into()));

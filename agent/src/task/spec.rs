@@ -190,7 +190,7 @@ fn no_capabilities() -> LinuxCapabilities {
 /// request contains such limits nevertheless, this function removes them.
 ///
 /// # Errors
-/// Fails if a key of `unified` is not the name of a limit. libcontainer would write to any path, with the agent's
+/// Fails if [`unified::check`] refuses a key of `unified`. libcontainer would write to any path, with the agent's
 /// privileges.
 pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) -> Result<(), ServiceError> {
     for key in resources.unified().iter().flat_map(|files| files.keys()) {

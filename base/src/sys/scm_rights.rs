@@ -44,8 +44,7 @@ pub struct Packet {
     pub fds: Vec<OwnedFd>,
     /// Whether bytes are missing, because the packet was larger than the buffer.
     pub truncated: bool,
-    /// Whether fds are missing, because the packet had more than [`MAX_FDS`], or because this process has reached its
-    /// fd limit.
+    /// Whether fds were dropped: more than [`MAX_FDS`], over the fd limit, or any fd with [`receive_bytes`].
     pub lost_fds: bool,
 }
 
@@ -65,8 +64,8 @@ pub fn receive(socket: impl AsFd, bytes: &mut [u8]) -> io::Result<Packet> {
 }
 
 /// Receives the bytes of a packet from a peer that must not send fds. The kernel drops fds that the peer sends
-/// nevertheless, and `lost_fds` of the packet says so. This process never owns such an fd. To close an fd that it owns,
-/// it would have to call close(2). This call can block, for example if the file system of the fd's file hangs.
+/// nevertheless, and `lost_fds` of the packet says so. This process never owns such an fd. Otherwise, it would have to
+/// close the fd, and close(2) can block, for example if the file system hangs.
 ///
 /// # Errors
 /// The errors of recvmsg(2), such as [`io::ErrorKind::WouldBlock`] on a non-blocking socket. Retries after EINTR.
@@ -77,9 +76,9 @@ pub fn receive_bytes(socket: impl AsFd, bytes: &mut [u8]) -> io::Result<Packet> 
     Ok(Packet { len, fds: Vec::new(), truncated, lost_fds })
 }
 
-/// Sets whether a socket accepts fds (SO_PASSRIGHTS, Linux 6.16). If not, the peer's call fails with EPERM when the peer
-/// sends fds. Otherwise, a thread that receives a packet with fds can be the one that drops the last reference to a
-/// file, even with [`receive_bytes`]. This can block, for example if an NFS server does not answer a CLOSE.
+/// Sets whether a socket accepts fds (SO_PASSRIGHTS, Linux 6.16). If `accept` is false, sendmsg(2) of a peer that sends
+/// fds fails with EPERM. If `accept` is true, even [`receive_bytes`] can drop the last reference to a file, and block,
+/// for example if an NFS server does not answer a CLOSE.
 ///
 /// # Errors
 /// The errors of setsockopt(2), such as ENOPROTOOPT on older kernels.

@@ -35,8 +35,8 @@ use crate::volumes::mirror;
 /// How long a request to delete a container may wait for the end of the container's creation.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How long the removal of a container's mounts may take. A file system of the host that hangs can delay it. The removal
-/// then continues in the background.
+/// How long the removal of a container's mounts may take. A file system of the host that hangs can delay it. The
+/// removal then continues in the background.
 const TEARDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The shim cannot watch the host's mounts. Therefore, it cannot propagate the mounts to the guest.

@@ -104,7 +104,7 @@ pub fn run(args: DaemonArgs) -> i32 {
                 }
                 serve(args, context, launch, launcher, vmm_log).await
             });
-            // Do not wait for the runtime's own threads. No thread is awaited that may hang in a file system.
+            // Do not wait for threads, because a thread may hang in a file system. They end with the process.
             runtime.shutdown_background();
             code
         }

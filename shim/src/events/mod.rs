@@ -45,8 +45,8 @@ struct Queue {
 /// Timeout and backoff for the delivery of one event.
 #[derive(Debug, Clone, Copy)]
 pub struct RetryPolicy {
-    /// How long the delivery of an event is retried that containerd refuses. While containerd does not answer, the
-    /// delivery is retried without a limit.
+    /// How long the shim retries an event that containerd refuses. If containerd does not answer, retries have no
+    /// limit.
     pub timeout: Duration,
     /// Delay before the first retry. The delay doubles with each retry, up to two seconds.
     pub initial_backoff: Duration,
@@ -99,7 +99,8 @@ impl Events {
 }
 
 impl Queue {
-    /// Adds an event. If the queue is full, removes the oldest event that is not an exit, and returns it.
+    /// Adds an event. If the queue is full, removes the oldest event, and returns it. Removes an exit only if the queue
+    /// has nothing else.
     fn push(&self, event: Envelope) -> Option<Box<Envelope>> {
         let mut events = lock(&self.events);
         events.push_back(Box::new(event));
@@ -144,12 +145,16 @@ async fn deliver(queue: Arc<Queue>, mut publisher: impl Publish, retry: RetryPol
             let (topic, is_late) = (&event.topic, tokio::time::Instant::now() + backoff > deadline);
             if is_late && error.is_refusal() {
                 let error = crate::chain(&error);
-                tracing::error!(topic, error, "dropped an event, because containerd refused it");
+                tracing::error!(topic, error, "dropped an event, because it cannot be delivered");
                 break;
             }
             if is_late && !std::mem::replace(&mut is_reported, true) {
                 let error = crate::chain(&error);
-                tracing::warn!(topic, error, "containerd does not accept an event; events wait until it does");
+                tracing::warn!(
+                    topic,
+                    error,
+                    "failed to deliver an event for 30 s; events wait until containerd answers"
+                );
             }
             tracing::debug!(topic, error = %crate::chain(&error), "failed to deliver an event; retrying");
             tokio::time::sleep(backoff).await;
@@ -197,7 +202,7 @@ mod tests {
     const START: &str = "/tasks/start containerd.events.TaskStart";
     const EXIT: &str = "/tasks/exit containerd.events.TaskExit";
 
-    /// Returns events whose first `fails` attempts end with an error, and the events that are delivered.
+    /// Returns a queue whose first `fails` deliveries fail with `error`, and the list of delivered events.
     fn flaky(fails: usize, error: fn() -> PublishError) -> (Events, Arc<Mutex<Vec<String>>>) {
         let delivered = Arc::<Mutex<Vec<String>>>::default();
         let publisher = Flaky { fails, error, delivered: Arc::clone(&delivered) };

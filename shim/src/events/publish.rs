@@ -70,10 +70,10 @@ pub enum PublishError {
 }
 
 impl PublishError {
-    /// Returns whether containerd has answered, and another attempt would end in the same way.
+    /// Returns whether a retry is useless: containerd has refused the event, or the shim knows no destination.
     pub fn is_refusal(&self) -> bool {
         match self {
-            Self::NoDestination => true,
+            Self::NoDestination | Self::BinaryStatus { .. } => true,
             Self::Forward(ttrpc::Error::RpcStatus(status)) => {
                 !matches!(status.code(), Code::UNAVAILABLE | Code::DEADLINE_EXCEEDED | Code::CANCELLED)
             }

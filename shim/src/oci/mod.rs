@@ -1,7 +1,7 @@
 //! Parses and checks a container's OCI specification, and translates the specification for the guest.
 //!
-//! Many functions in these modules block on file system calls. Call these functions only in `blocking::spawn`, or before
-//! the async runtime starts.
+//! Many functions in these modules block on file system calls. Call these functions only in `blocking::spawn`, or
+//! before the async runtime starts.
 
 pub mod annotations;
 pub mod bundle;

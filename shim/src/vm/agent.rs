@@ -44,10 +44,10 @@ pub enum SetupError {
     /// The agent refused the request, or did not answer.
     #[error(transparent)]
     Agent(ttrpc::Error),
-    /// The agent has another version of the protocol.
+    /// The agent has a different version of the protocol.
     #[error(
-        "the guest's agent has version {0} of its protocol, and the shim has version {AGENT_PROTOCOL}: install the shim \
-         and the initrd from the same release"
+        "the guest's agent has version {0} of its protocol, and the shim has version {AGENT_PROTOCOL}: install the \
+         shim and the initrd from the same release"
     )]
     Protocol(u32),
 }
@@ -175,7 +175,7 @@ impl Agent {
     /// Sends `request`, with which the agent sets up the guest. Returns the guest kernel's release.
     ///
     /// # Errors
-    /// If the agent reports an error, has another version of the protocol, or does not answer within `limit`.
+    /// If the agent reports an error, has a different version of the protocol, or does not answer within `limit`.
     pub async fn setup(&self, request: &SetupRequest, limit: Duration) -> Result<String, SetupError> {
         let response = self.sandbox.setup(within(limit), request).await.map_err(SetupError::Agent)?;
         if response.protocol_version != AGENT_PROTOCOL {

@@ -32,12 +32,13 @@ use crate::vm::vhost::{self, VhostPermits};
 /// packet needs, and limit the rate of the shortest packets to about 1000 a second. A VMM that is not hostile sends one
 /// packet for each call of the shim, and a few notices.
 const PACKET_BYTES: usize = 1 << 10;
-/// Bytes that a packet with fds counts in addition. The kernel drops up to 253 fds for such a packet.
+/// Additional bytes that a packet with fds counts. The kernel drops up to 253 fds for such a packet.
 const FDS_BYTES: usize = 64 << 10;
 
 /// Timeout of calls that do not depend on the progress of the guest.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
-/// Timeout of the calls that create and start the VM, and of requests for memory. No `start_timeout_secs` is longer.
+/// Timeout of the calls that create and start the VM, and of requests for memory. The maximum of `start_timeout_secs`
+/// is equal.
 const SLOW_ANSWER_TIMEOUT: Duration = Duration::from_secs(3600);
 /// How long the VMM process may take to exit after SIGKILL. A thread that waits in a file system of the host that hangs
 /// exits only when the wait ends. The shim then leaves the process to the kernel.
@@ -237,7 +238,7 @@ impl Vmm {
     }
 
     fn new(control: AsyncFd<OwnedFd>, pid: u32, dead: watch::Receiver<Option<ExitStatus>>) -> Self {
-        // Best effort, because older kernels do not have the option. On such kernels, `read` drops the fds.
+        // The error is ignored. On older kernels, which lack the option, the kernel drops the fds at each read.
         let _ = scm_rights::accept_fds(control.get_ref(), false);
         let inner = Inner {
             control,
@@ -359,7 +360,8 @@ impl Vmm {
     /// [`VmmError`] if the VMM rejects the request, does not answer, or exits before it answers.
     pub async fn call(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<Answer, VmmError> {
         let limit = match call {
-            // The boot and requests for more memory have shorter timeouts. The guest decides when it unplugs memory.
+            // The callers of the boot and of a growth have timeouts of their own. The guest decides when it unplugs
+            // memory.
             Call::Create(_) | Call::Resume | Call::RequestMemory { .. } => SLOW_ANSWER_TIMEOUT,
             _ => ANSWER_TIMEOUT,
         };
@@ -392,7 +394,7 @@ impl Vmm {
     /// free fds.
     pub async fn connect(&self, port: u32) -> Result<UnixStream, VmmError> {
         let (ours, theirs) = UnixStream::pair().map_err(VmmError::Socket)?;
-        // Best effort, because older kernels do not have the option. On such kernels, reads of the stream drop the fds.
+        // The error is ignored. On older kernels, which lack the option, the kernel drops the fds at each read.
         let _ = scm_rights::accept_fds(&ours, false);
         match self.call(Call::Connect { port }, &[theirs.as_fd()]).await? {
             Answer::Connected => Ok(ours),

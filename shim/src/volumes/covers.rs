@@ -30,11 +30,12 @@ use crate::volumes::submounts::{mounted, open_below};
 
 /// Subdirectory of the staging directory.
 const COVERS: &str = "covers";
-/// Covers the place of a directory of the host.
+/// Source of the covers for mount points that are directories.
 const DIRECTORY: &str = "directory";
-/// Covers the place of a file of the host. For example, `ip netns` binds a network namespace (nsfs) to a file.
+/// Source of the covers for mount points that are files. For example, `ip netns` binds a network namespace (nsfs) to a
+/// file.
 const FILE: &str = "file";
-/// Covers the place of a mount of the sandbox, such as the share.
+/// Source of the covers for the sandbox's own mounts, such as the share.
 const SANDBOX: &str = "sandbox";
 
 /// The place of a left-out mount could not be covered.
@@ -89,7 +90,7 @@ impl Covers {
         };
         let covered = is_there().and_then(|mount| {
             self.cover(&mount, host_only.is_of_sandbox(entry), to, path)?;
-            // If the path led to another place in the meantime, the cover is not at the place of the mount.
+            // A rename may have raced with the lookup. Then the cover is not at the place of the mount.
             is_there().map(drop)
         });
         let Err(source) = covered else { return Ok(()) };
@@ -102,9 +103,9 @@ impl Covers {
         Err(io::Error::other(CoverError { path, kind, source }))
     }
 
-    /// Covers `path` below the mount at `to`. `mount` is the root of the mount whose place is covered. Its type is that
-    /// of the place, because the kernel mounts only directories on directories. Does nothing if `to` is not a mount
-    /// point.
+    /// Covers `path` below the mount at `to`. `mount` is the root of the mount whose place is covered. Both `mount` and
+    /// its mount point are directories, or neither is. Therefore, the type of `mount` selects the cover. Does nothing
+    /// if `to` is not a mount point.
     pub fn cover(&self, mount: &OwnedFd, of_sandbox: bool, to: &Path, path: &Path) -> io::Result<()> {
         // The fd refers to the mount, not to the mount point. See `submounts::attach_copy`.
         let Some(to) = mounted(to)? else { return Ok(()) };
@@ -123,12 +124,12 @@ impl Covers {
 
 /// Returns whether `mount`, a submount of a volume in the share, is a cover.
 pub fn is_cover(mount: &Entry, host_only: &HostOnly) -> bool {
-    // A copy contains no mount of the sandbox's own file systems.
+    // Apart from covers, a volume in the share contains no mount of the sandbox's own file systems.
     host_only.is_of_sandbox(mount)
 }
 
-/// Returns whether `mount`, a submount of a volume in the share, covers the place of a mount of the sandbox. Such a cover
-/// stays, because a receiving tree does not contain the mounts of the sandbox.
+/// Returns whether `mount`, a submount of a volume in the share, covers the place of a mount of the sandbox. Such a
+/// cover stays, because a receiving tree does not contain the mounts of the sandbox.
 pub fn is_permanent(mount: &Entry, host_only: &HostOnly) -> bool {
     is_cover(mount, host_only) && mount.root.ends_with(Path::new(COVERS).join(SANDBOX))
 }

@@ -104,8 +104,9 @@ impl<'a> Tree<'a> {
 /// Returns two lists that turn `old` into `new`: the submounts to remove, and the submounts to add.
 ///
 /// Two submounts are equal if they show the same directory of the same file system at the same path, or if both are
-/// covers at the same path. An unmount of a submount includes all mounts below it. Therefore, the first list omits a submount below another removed
-/// submount. The second list includes each submount of `new` that is below a removed submount.
+/// covers at the same path. An unmount of a submount includes all mounts below it. Therefore, the first list omits a
+/// submount below another removed submount. The second list includes each submount of `new` that is below a removed
+/// submount.
 pub fn differences<'a>(old: Vec<Submount<'a>>, new: Vec<Submount<'a>>) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
     let same = |a: &Submount<'_>, b: &Submount<'_>| {
         a.path == b.path

@@ -55,7 +55,8 @@ impl StagingDir {
         HostOnly::new([share, &self.dir])
     }
 
-    /// Creates the subdirectories and the covers. The tmpfs of the staging directory must be mounted (see [`crate::volumes::Share`]).
+    /// Creates the subdirectories and the covers. The tmpfs of the staging directory must be mounted (see
+    /// [`crate::volumes::Share`]).
     ///
     /// # Errors
     /// The error of mkdir(2), open(2) or chmod(2).

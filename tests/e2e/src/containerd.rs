@@ -34,8 +34,8 @@ pub fn containers(namespace: &str) -> Result<Vec<String>, Status> {
 
 /// Deletes a container from containerd, and removes the container's snapshot. The container must not have a task.
 ///
-/// The snapshot is removed first, as containerd's own client does (`WithSnapshotCleanup`). A snapshot that no container
-/// names may be removed by containerd's garbage collection at any time.
+/// The snapshot is removed first, as containerd's own client does (`WithSnapshotCleanup`). containerd's garbage
+/// collection may remove a snapshot that no container references at any time.
 ///
 /// # Errors
 /// The status of the failed call.

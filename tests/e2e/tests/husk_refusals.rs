@@ -127,7 +127,7 @@ fn sysctls_and_cgroup_files_outside_of_the_pod_are_rejected() {
         let files = [
             ("/proc/sys/kernel/core_pattern", "must be a file name (no slashes)"),
             ("../memory.max", "must be a file name (no slashes)"),
-            ("cgroup.procs", "is not a limit"),
+            ("cgroup.procs", "cannot be set"),
             ("memory", "must be in the form controller.parameter"),
         ];
         for (file, reason) in files {

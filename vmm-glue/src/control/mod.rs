@@ -2,7 +2,7 @@
 //!
 //! The socket is one end of a `SOCK_SEQPACKET` pair. Each packet is one JSON message. A request can carry fds as
 //! `SCM_RIGHTS`. The VMM never sends fds. Otherwise, a guest that has taken over its VMM could give the shim any file,
-//! and the closing of a file can block. A request has a sequence number, which the answer repeats. Notices do not have
+//! and closing a file can block. A request has a sequence number, which the answer repeats. Notices do not have
 //! a sequence number, and are sent in the order of their events.
 
 use serde::{Deserialize, Serialize};

@@ -45,7 +45,7 @@ pub enum VmError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// The request for a disk or a connection does not carry exactly one fd.
-    #[error("exactly one fd is required, but {0} fds were received")]
+    #[error("failed to check the fds of the request: exactly one fd is required, but {0} were received")]
     Fds(usize),
     /// The interface could not be created.
     #[error(transparent)]
@@ -200,8 +200,8 @@ impl Vm {
         self.devices.pause()
     }
 
-    /// Opens a vsock connection to a port in the guest. `fds` is one end of a pair of stream sockets. The client has the
-    /// other end. `reply` is called when the guest has accepted or refused the connection.
+    /// Opens a vsock connection to a port in the guest. `fds` must be one stream socket. The client has the other end.
+    /// `reply` is called when the guest has accepted or refused the connection.
     ///
     /// # Errors
     /// [`VmError`] if `fds` is not one socket. After an error, `reply` is dropped and not called.

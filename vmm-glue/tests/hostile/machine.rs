@@ -230,7 +230,7 @@ fn refuse_connections_without_a_socket(vmm: &mut Vmm) {
         assert!(matches!(answer, Err(CallError::Refused(_))), "a request with {} fds: {answer:?}", fds.len());
     }
     drop((writer, one));
-    // The ends are closed only if the VMM has closed its copies.
+    // The poll reports a hang-up only if the VMM has closed its copies.
     for fd in [reader.as_fd(), other.as_fd()] {
         let ended = poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::from(60_000_u16));
         assert_eq!(ended, Ok(1), "the VMM keeps an fd of a request that it has refused");

@@ -79,7 +79,7 @@ fn main() -> ExitCode {
         println!("| {} | {} | {lines} |", attack.name, cells.join("; "));
     }
     if !vhost {
-        // The test node does not have the document. Therefore, this run also checks the names of the other table.
+        // The vhost-net attacks run in the test node, which lacks the document. Therefore, this run checks both tables.
         failures.extend(document_differences("## Attacks from inside of a VM\n", &attacks::all()));
         failures.extend(document_differences("### Attacks on vhost-net\n", &attacks::all_on_vhost_net()));
     }

@@ -4,8 +4,8 @@ use std::fs;
 
 use super::CgroupLocation;
 
-/// Returns the number of the cgroup's processes that the node's OOM killer has killed, for any limit: that of the
-/// cgroup, that of a parent cgroup, or the node's memory. Returns 0 if the number is unknown.
+/// Returns how many processes of the cgroup the OOM killer has killed, for the limit of the cgroup or of a parent, or
+/// because the node has no memory. Returns 0 if the number is unknown.
 ///
 /// Sources: `memory.events` (Documentation/admin-guide/cgroup-v2.rst), and `memory.oom_control` of cgroup v1, which has
 /// the number since Linux 4.13.

@@ -10,7 +10,7 @@ use super::Pod;
 pub fn check(pod: &Pod, mut config: Value) {
     let context = &mut config["linux"]["security_context"];
     context["namespace_options"]["pid"] = json!("POD");
-    // Containerd's default profile would deny the access to PID 1 anyway.
+    // containerd's default AppArmor profile would deny access to PID 1 anyway.
     context["apparmor"] = json!({ "profile_type": "Unconfined" });
     let container = pod.start(&config);
     let script = "cd /proc/1 && for i in root root/.. cwd; do ls -A $i/; done

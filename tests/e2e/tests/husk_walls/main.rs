@@ -191,8 +191,8 @@ fn host_only_mounts() -> Vec<String> {
     mount_points(|kind| HOST_ONLY.contains(&kind))
 }
 
-/// Lists the entries of each mount point below each directory in `HOSTS`, and prints the mount points with entries. Then
-/// tries to open files that would give a container control of the node, and to detach the mounts of the node.
+/// Lists the entries of each mount point below each directory in `HOSTS`, and prints the mount points with entries.
+/// Then tries to open files that would give a container control of the node, and to detach the mounts of the node.
 const INSPECT: &str = r#"
 import errno, os
 def detach(host, at):
@@ -213,7 +213,7 @@ def detach(host, at):
             action()
             print(host, "could", name, at)
         except OSError as error:
-            # EROFS comes from a read-only volume, and from the read-only cover in the place of the mount.
+            # EROFS comes from a read-only volume, and from the read-only cover at the place of the mount.
             if error.errno not in (errno.EBUSY, errno.EROFS):
                 print(host, "could not", name, at, "because of", errno.errorcode[error.errno])
         if os.path.isdir(made):
@@ -227,7 +227,7 @@ def inspect(host):
             found = [f"{len(open(path, 'rb').read())} bytes"]
         else:
             found = []
-        # The node's mount points that are files, such as those of network namespaces, are empty files.
+        # If a mount point is a file, such as that of a network namespace, its cover is an empty file.
         if found not in ([], ["0 bytes"]):
             print(host, "has", at, found[:3])
     for at in ["proc/kcore", "proc/1/mem", "proc/1/root/etc/hostname", "proc/sys/kernel/core_pattern", "proc/sysrq-trigger",

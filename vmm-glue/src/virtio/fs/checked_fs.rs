@@ -186,8 +186,8 @@ impl FileSystem for CheckedFs {
         length: u64,
     ) -> io::Result<()> {
         // The limiter does not count the length. The host's file system allocates or zeroes the range by a change of
-        // its metadata, and writes no data. Moreover, there is no answer for a part of the range. Therefore, tokens for
-        // a long range would stop all other requests of the pod for a long time.
+        // its metadata, and writes no data. The request cannot be answered in parts. Therefore, all tokens of a long
+        // range would be due at once, and would stop the pod's other requests for a long time.
         request_checks::fallocate_mode(mode)?;
         let _writer = writer::act_as(ctx.uid)?;
         self.fs.fallocate(ctx, inode, handle, mode, offset, length)

@@ -41,8 +41,8 @@ pub fn offset(offset: u64) -> io::Result<()> {
     reject_if(i64::try_from(offset).is_err())
 }
 
-/// Checks the mode of FALLOCATE. Returns EOPNOTSUPP, which Linux returns for a mode that a file system lacks, unless the
-/// mode is one that the guest's kernel sends (fuse_file_fallocate() in fs/fuse/file.c).
+/// Checks the mode of FALLOCATE. Accepts the modes that the guest's kernel sends (fuse_file_fallocate() in
+/// fs/fuse/file.c). For others, returns EOPNOTSUPP, as Linux does for modes that a file system lacks.
 ///
 /// FALLOC_FL_UNSHARE_RANGE is one of the other modes. With this mode, XFS copies all data of the range. The request
 /// cannot be answered in parts, and therefore the rate limit of bytes could not bound the copy.

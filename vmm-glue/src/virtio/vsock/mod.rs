@@ -1,10 +1,10 @@
-//! virtio-vsock (virtio 1.2, 5.10): connections from the host to ports in the guest. The client on the host has a socket
-//! for each connection.
+//! virtio-vsock (virtio 1.2, 5.10): connections from the host to ports in the guest. The client on the host has a
+//! socket for each connection.
 //!
 //! Each connection has a pair of AF_UNIX stream sockets. The client makes the pair, keeps one end, and gives the device
-//! the other end. The device moves data between its end and guest memory without an intermediate copy. The device buffers data from the guest only when the socket is full. The buffer never holds more
-//! data than the credit that the device has granted to the guest. On the host, a connection has neither a socket file
-//! nor an abstract socket name.
+//! the other end. The device moves data between its end and guest memory without an intermediate copy. The device
+//! buffers data from the guest only when the socket is full. The buffer never holds more data than the credit that the
+//! device has granted to the guest. On the host, a connection has neither a socket file nor an abstract socket name.
 
 mod connection;
 mod packet;
@@ -99,9 +99,9 @@ impl Vsock {
         })
     }
 
-    /// Connects to a port in the guest. `socket` is one end of a pair of stream sockets, whose other end the client has.
-    /// `reply` is called while the device is locked. `reply` gets `ConnectionRefused` if the guest refuses. If the driver
-    /// is not ready, the connection attempt waits until the driver is ready.
+    /// Connects to a port in the guest. `socket` is one end of a pair of stream sockets, whose other end the client
+    /// has. `reply` is called while the device is locked: with `Ok` if the guest accepts, and with `ConnectionRefused`
+    /// if it refuses. If the driver is not ready, the connection attempt waits until the driver is ready.
     pub fn connect(&mut self, port: u32, socket: OwnedFd, reply: Reply) {
         if self.connections.len() + self.pending.len() >= MAX_CONNECTIONS && !self.evict() {
             return reply(Err(io::Error::other(format!(
