@@ -64,13 +64,9 @@ impl NetworkSync {
     pub fn start(watcher: NetworkWatcher, notices: OwnedFd, vmm: Vmm, agent: Agent) -> Self {
         let (request, mut requests) = mpsc::unbounded_channel();
         let end = vmm.clone();
-        let mut guest = Guest {
-            watcher: Arc::new(Mutex::new(watcher)),
-            vmm,
-            agent,
-            unbound_slots: Vec::new(),
-            removed: Vec::new(),
-        };
+        let watcher = Arc::new(Mutex::new(watcher));
+        let mut guest =
+            Guest { watcher: Arc::clone(&watcher), vmm, agent, unbound_slots: Vec::new(), removed: Vec::new() };
         let updates = async move {
             let Err(error) = watch(notices, &mut requests, &mut guest).await else { return };
             tracing::warn!(%error, "stopped watching the pod's network; the guest does not get further changes");
@@ -83,6 +79,7 @@ impl NetworkSync {
                 () = updates => {}
                 _ = end.wait() => {}
             }
+            remove_all(watcher);
         });
         Self(request)
     }
@@ -275,6 +272,15 @@ async fn read_change(watcher: &Arc<Mutex<NetworkWatcher>>) -> Result<Option<Netw
     });
     thread.map_err(NetworkSyncError::Thread)?;
     Ok(changes.await.map_err(|error| NetworkSyncError::Thread(io::Error::other(error)))??)
+}
+
+/// Removes the taps and tc filters in a new thread, because [`NetworkWatcher::remove_all`] permanently moves the calling
+/// thread to the pod's network namespace.
+fn remove_all(watcher: Arc<Mutex<NetworkWatcher>>) {
+    let thread = std::thread::Builder::new().name("pod-network".into()).spawn(move || lock(&watcher).remove_all());
+    if let Err(error) = thread {
+        tracing::warn!(%error, "failed to start the thread that removes the pod's tc filters");
+    }
 }
 
 /// Returns the VMM's configuration of the network device for `tap`. Adds the tap's fds to `fds`.

@@ -58,7 +58,15 @@ pub fn create(netlink: &Netlink, link: &Link, options: TapOptions) -> Result<Tap
     netlink.change(message).map_err(kernel_error(format!("bring up the tap of {}", link.name)))?;
     let to_guest = || {
         ingress(netlink, link.index)?;
-        redirect(netlink, link.index, index)
+        match redirect(netlink, link.index, index) {
+            // The filter is that of a pod whose shim was killed. Its tap no longer exists, because otherwise this tap
+            // could not have been created under the same name.
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                remove_redirect(netlink, link.index)?;
+                redirect(netlink, link.index, index)
+            }
+            result => result,
+        }
     };
     let from_guest = || {
         ingress(netlink, index)?;
@@ -90,11 +98,14 @@ pub fn remove(netlink: &Netlink, link: i32, tap: i32) -> io::Result<()> {
         result => result,
     };
     ignore_missing(netlink.change(Message::new(libc::RTM_DELLINK, 0, &link_header(tap, 0, 0))))?;
-    ignore_missing(netlink.change(Message::new(
-        libc::RTM_DELTFILTER,
-        0,
-        &tcmsg(link, 0, INGRESS, tcm_info(FIRST_PRIORITY)),
-    )))
+    ignore_missing(remove_redirect(netlink, link))
+}
+
+/// Removes the filter that [`redirect`] has made. Fails with EINVAL if the filter with this priority is of another kind,
+/// because another program has made it.
+fn remove_redirect(netlink: &Netlink, from: i32) -> io::Result<()> {
+    let message = Message::new(libc::RTM_DELTFILTER, 0, &tcmsg(from, 0, INGRESS, tcm_info(FIRST_PRIORITY)));
+    netlink.change(message.text(libc::TCA_KIND, "matchall"))
 }
 
 /// Returns whether the host has vhost-net.

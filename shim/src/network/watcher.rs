@@ -163,6 +163,22 @@ impl NetworkWatcher {
         Ok(())
     }
 
+    /// Removes all taps, and the tc filters on the pod's interfaces. A network namespace that a client made may outlive
+    /// the pod. Best effort, because the namespace may have been removed.
+    ///
+    /// Blocks, and moves the calling thread to the namespace permanently, as [`NetworkWatcher::read_change`] does.
+    pub fn remove_all(&mut self) {
+        let entered = setns(self.namespace.as_fd(), CloneFlags::CLONE_NEWNET).map_err(io::Error::from);
+        let removed = entered.and_then(|()| {
+            let netlink = Netlink::open()?;
+            let links = self.tap_links.drain(..).chain(self.stale.drain(..));
+            links.map(|tap_link| tap::remove(&netlink, tap_link.link, tap_link.tap)).fold(Ok(()), io::Result::and)
+        });
+        if let Err(error) = removed {
+            tracing::warn!(%error, "failed to remove the pod's tc filters");
+        }
+    }
+
     /// Records that the guest did not get the change which `read_change` returned. `taps` contains the new interfaces'
     /// taps that were not attached to the VM.
     ///

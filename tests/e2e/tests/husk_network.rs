@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use husk_e2e::cri::pod::need_image;
 use husk_e2e::cri::{Pod, PodContainer, Pods, pods};
-use husk_e2e::{PYTHON, node, vm};
+use husk_e2e::{PYTHON, case, node, vm};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, setsockopt, socket, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use serde_json::json;
@@ -306,5 +306,41 @@ fn failed_network_update_is_retried() {
         let applied = node::eventually(TIMEOUT, || container.sh("ip route").contains("10.77.0.0/16").then_some(()));
         assert!(applied.is_some(), "{}", node::log_tail(20));
         pod.stop();
+    });
+}
+
+/// Runs a program of the node. Returns its output.
+fn on_node(program: &str, arguments: &str) -> String {
+    let output = Command::new(program).args(arguments.split(' ')).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// A client such as `ctr` can run one pod after another in a network namespace of its own.
+#[test]
+fn network_namespace_that_outlives_a_pod_serves_the_next_pod() {
+    case("netns-again", |case| {
+        on_node("ip", "netns add husk-again");
+        on_node("ip", "link add again0 type veth peer name eth0 netns husk-again");
+        on_node("ip", "addr add 10.97.0.1/24 dev again0");
+        on_node("ip", "link set again0 up");
+        on_node("ip", "-n husk-again addr add 10.97.0.2/24 dev eth0");
+        on_node("ip", "-n husk-again link set eth0 up");
+        let filters = || on_node("tc", "-n husk-again filter show dev eth0 ingress");
+        for _ in 0..2 {
+            let run = case.sh("ping -c 1 -w 30 10.97.0.1 > /dev/null && echo up; exec sleep 1000");
+            let container = case.container(run.flags(&["--with-ns", "network:/run/netns/husk-again"]));
+            container.kill();
+            let removed = node::eventually(TIMEOUT, || filters().trim().is_empty().then_some(()));
+            assert!(removed.is_some(), "the pod has left a filter: {}", filters());
+            // A shim that is killed leaves a filter that redirects to a tap which no longer exists.
+            on_node("ip", "-n husk-again link add gone type dummy");
+            on_node(
+                "tc",
+                "-n husk-again filter add dev eth0 ingress prio 1 matchall action mirred egress redirect dev gone",
+            );
+            on_node("ip", "-n husk-again link del gone");
+        }
+        on_node("ip", "netns del husk-again");
     });
 }
