@@ -342,5 +342,7 @@ fn network_namespace_that_outlives_a_pod_serves_the_next_pod() {
             on_node("ip", "-n husk-again link del gone");
         }
         on_node("ip", "netns del husk-again");
+        // `ip netns add` has made this mount for the names of namespaces.
+        on_node("umount", "/run/netns");
     });
 }
