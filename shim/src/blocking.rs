@@ -29,8 +29,12 @@ static POOL: Pool = Pool::new();
 pub fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Task<T> {
     let (sender, receiver) = oneshot::channel();
     #[cfg(test)]
-    let work = tests::hold_paused_clock(work);
-    let job = Box::new(move || drop(sender.send(work())));
+    let clock = tests::hold_paused_clock();
+    let job = Box::new(move || {
+        drop(sender.send(work()));
+        #[cfg(test)]
+        drop(clock);
+    });
     let start = || thread::Builder::new().name("husk-shim".into()).spawn(|| POOL.work()).map(drop);
     Task { error: POOL.run(job, start).err(), receiver }
 }
@@ -129,18 +133,14 @@ mod tests {
 
     use super::*;
 
-    /// Keeps tokio's paused clock from advancing while `work` runs. The clock advances whenever tokio has nothing to
-    /// do, except while one of tokio's own blocking tasks runs.
-    pub fn hold_paused_clock<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
+    /// Keeps tokio's paused clock from advancing until the returned value is dropped. The clock advances whenever tokio
+    /// has nothing to do, except while one of tokio's own blocking tasks runs.
+    pub fn hold_paused_clock() -> mpsc::Sender<()> {
         let (running, ended) = mpsc::channel::<()>();
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn_blocking(move || ended.recv());
         }
-        move || {
-            let result = work();
-            drop(running);
-            result
-        }
+        running
     }
 
     #[tokio::test]
