@@ -25,13 +25,15 @@ fn ip(pod: &Pod, arguments: &str) {
     run("nsenter", &all);
 }
 
-/// Waits until `holds` accepts the output of a command in the container.
+/// Waits until a command in the container succeeds, and `holds` accepts its output. `ip` prints an error if an interface
+/// disappears between two of its system calls.
 #[track_caller]
 fn wait_until(container: &PodContainer, command: &str, holds: impl Fn(&str) -> bool) {
     let mut last = String::new();
     let held = node::eventually(Duration::from_secs(30), || {
-        last = container.sh(command);
-        holds(&last).then_some(())
+        let done = container.exec(&["sh", "-c", command]);
+        last = done.out.trim_end().to_owned();
+        (done.code == 0 && done.err.is_empty() && holds(&last)).then_some(())
     });
     assert!(held.is_some(), "{command} still prints\n{last}\n{}", node::log_tail(20));
 }
