@@ -19,6 +19,7 @@ use crate::blocking;
 use crate::container::containers::{Container, Reservation};
 use crate::container::prepare::Prepared;
 use crate::container::process::Process;
+use crate::container::streams::ConnectedStdio;
 use crate::container::{Shim, stdio_paths};
 use crate::error::ServiceError;
 use crate::hooks;
@@ -117,7 +118,8 @@ impl Shim {
         let mirroring = mirroring.map_err(ServiceError::failed)?;
         self.apply_oom_score(&request.id, &spec);
         self.reserve_resources(&request.id, Limits::from_resources(&spec.linux.resources)).await?;
-        let (relay, tokens) = self.connect_stdio(stdio).await?;
+        let connect = self.connect_stdio(stdio);
+        let ConnectedStdio { relay, tokens, turn } = reservation.unless_cancelled(connect).await?;
         let options = CreateOptions { spec: guest_spec, rootfs: prepared.rootfs, ..Default::default() };
         let options = Any {
             type_url: CREATE_OPTIONS_TYPE_URL.to_owned(),
@@ -137,6 +139,7 @@ impl Shim {
         let limit = within(timeouts::SLOW);
         let create = async { agent.task.create(limit, &guest).await.map_err(|error| agent::error("create", error)) };
         reservation.unless_cancelled(create).await?;
+        drop(turn);
         let init = Process::new(&request.id, "", io);
         init.set_relay(relay);
         let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, mirroring));

@@ -16,6 +16,7 @@ mod resize;
 mod sandbox_container;
 pub mod sandbox_state;
 mod start;
+mod streams;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,7 +34,7 @@ use crate::launcher::Launcher;
 use crate::resources::oom_score::Scores;
 use crate::sandbox::Sandbox;
 use crate::sandbox::launch::DeferredLaunch;
-use crate::stdio::{Paths, Relay, Stdio, Streams};
+use crate::stdio::Paths;
 use crate::vm::agent::{Agent, Report};
 use crate::volumes::mirror::Watchers;
 
@@ -50,6 +51,7 @@ pub struct Shim {
     pub(crate) limits: resize::ResourceLimits,
     pub(crate) pids: pids::Pids,
     pub(crate) oom_scores: Scores,
+    pub(crate) stream_turns: streams::StreamTurns,
     pub(crate) events: Events,
     /// Watches the mirrored volumes.
     pub(crate) watchers: Watchers,
@@ -82,6 +84,7 @@ impl Shim {
             limits: resize::ResourceLimits::default(),
             pids: pids::Pids::default(),
             oom_scores: Scores::default(),
+            stream_turns: streams::StreamTurns::default(),
             events,
             watchers: Watchers::default(),
             launcher,
@@ -209,51 +212,6 @@ impl Shim {
         }
         self.sandbox.agent().ok_or(ServiceError::NotReady)
     }
-
-    /// Opens the streams for a process's stdio, and starts a relay between the streams and the stdio. Returns the relay
-    /// and the stream tokens. The request to the agent must contain the tokens.
-    pub(crate) async fn connect_stdio(&self, stdio: Stdio) -> Result<(Relay, StreamTokens), ServiceError> {
-        let needed = stdio.needed_streams();
-        let open = async |wanted: bool| match wanted {
-            true => self.sandbox.open_stream().await.map(Some),
-            false => Ok(None),
-        };
-        let failed = |error: &dyn std::error::Error| ServiceError::failed(crate::chain(error));
-        let mut tokens = StreamTokens::default();
-        let streams = if needed.terminal {
-            let (token, stream) = self.sandbox.open_stream().await.map_err(|e| failed(&e))?;
-            tokens.stdout = token.to_string();
-            if needed.stdin {
-                tokens.stdin.clone_from(&tokens.stdout);
-            }
-            Streams::Terminal(stream)
-        } else {
-            let (stdin, stdout, stderr) = tokio::join!(open(needed.stdin), open(needed.stdout), open(needed.stderr));
-            let mut take = |name: fn(&mut StreamTokens) -> &mut String, opened: Result<Option<_>, _>| match opened {
-                Ok(Some((token, stream))) => {
-                    *name(&mut tokens) = u64::to_string(&token);
-                    Ok(Some(stream))
-                }
-                Ok(None) => Ok(None),
-                Err(error) => Err(failed(&error)),
-            };
-            Streams::Pipes {
-                stdin: take(|t| &mut t.stdin, stdin)?,
-                stdout: take(|t| &mut t.stdout, stdout)?,
-                stderr: take(|t| &mut t.stderr, stderr)?,
-            }
-        };
-        let relay = stdio.start(streams).map_err(|e| failed(&e))?;
-        Ok((relay, tokens))
-    }
-}
-
-/// The tokens of a process's streams. If the process does not need a stream, the stream's token is empty.
-#[derive(Debug, Default)]
-pub(crate) struct StreamTokens {
-    stdin: String,
-    stdout: String,
-    stderr: String,
 }
 
 pub(crate) fn stdio_paths(stdin: &str, stdout: &str, stderr: &str, terminal: bool) -> Paths {

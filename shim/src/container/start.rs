@@ -11,6 +11,7 @@ use protobuf::well_known_types::any::Any;
 
 use crate::container::containers::{Container, Exec};
 use crate::container::process::{Exit, Process, State};
+use crate::container::streams::ConnectedStdio;
 use crate::container::{Shim, stdio_paths};
 use crate::error::ServiceError;
 use crate::oci;
@@ -111,7 +112,7 @@ impl Shim {
         self.load_profile(&agent, &exec.profile).await?;
         self.sandbox.wait_for_propagation().await;
         let stdio = Stdio::open(&process.paths, &logger).await.map_err(ServiceError::failed)?;
-        let (relay, tokens) = self.connect_stdio(stdio).await?;
+        let ConnectedStdio { relay, tokens, turn } = self.connect_stdio(stdio).await?;
         process.set_relay(relay);
         let spec = Any { type_url: exec.type_url.clone(), value: exec.spec.clone(), ..Default::default() };
         let request = ExecProcessRequest {
@@ -125,6 +126,7 @@ impl Shim {
             ..Default::default()
         };
         agent.task.exec(within(timeouts::SLOW), &request).await.map_err(|error| agent::error("exec", error))?;
+        drop(turn);
         let start = StartRequest { id: process.container.clone(), exec_id: process.exec.clone(), ..Default::default() };
         if let Err(error) = agent.task.start(within(timeouts::SLOW), &start).await {
             let forget =

@@ -3,7 +3,7 @@
 use libc::{
     CLONE_CHILD_CLEARTID, CLONE_FILES, CLONE_FS, CLONE_PARENT_SETTID, CLONE_SETTLS, CLONE_SIGHAND, CLONE_SYSVSEM,
     CLONE_THREAD, CLONE_VM, F_GETFD, FIONBIO, PR_CAP_AMBIENT, PR_CAPBSET_READ, PR_GET_NAME, PR_SET_NAME,
-    PR_SET_NO_NEW_PRIVS, PROT_EXEC,
+    PR_SET_NO_NEW_PRIVS, PROT_EXEC, SO_SNDBUF,
 };
 use syscalls::Sysno;
 
@@ -192,6 +192,11 @@ const DEVICE_LOOP: &[Rule] = &[
     allow(Sysno::writev, "frames to the tap"),
     allow(Sysno::close, "closes sockets and eventfds"),
     allow(Sysno::recvmsg, "sockets of vsock connections"),
+    allow_if(
+        Sysno::setsockopt,
+        &[is(2, SO_SNDBUF as u32)],
+        "sets the send buffers of the sockets of vsock connections",
+    ),
     allow_if(
         Sysno::ioctl,
         &[

@@ -9,11 +9,8 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::packet::{HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM};
 use super::socket;
+use super::window::{Window, WindowPool};
 use crate::virtio::queue::Iov;
-
-/// Size in bytes of a connection's buffer for data from the guest. This size is also the guest's maximum credit. The
-/// buffer uses memory only while a slow client keeps the socket full.
-pub const BUF_ALLOC: u32 = 256 * 1024;
 
 /// A callback that gets the result of a connection attempt.
 pub type Reply = Box<dyn FnOnce(io::Result<()>) + Send>;
@@ -77,7 +74,10 @@ pub struct Connection {
     received: u32,
     forwarded: u32,
     reported_forwarded: u32,
+    /// Data that the socket did not accept. The buffer uses memory only while a slow client keeps the socket full.
     buffered: VecDeque<u8>,
+    /// The maximum number of received bytes that are not delivered. This is also the guest's maximum credit.
+    window: Window,
     /// Whether the client no longer reads the data that the guest sends.
     reader_gone: bool,
     /// Whether the device has shut down the socket's write direction, because the guest sends no more data.
@@ -94,7 +94,15 @@ pub struct Connection {
 
 impl Connection {
     /// Creates a connection from the host to the guest. The connection's REQUEST is pending.
-    pub fn connect(guest_cid: u64, local_port: u32, guest_port: u32, socket: OwnedFd, reply: Reply) -> Self {
+    pub fn connect(
+        guest_cid: u64,
+        local_port: u32,
+        guest_port: u32,
+        socket: OwnedFd,
+        windows: &WindowPool,
+        reply: Reply,
+    ) -> Self {
+        let window = windows.window(&socket);
         Self {
             guest_cid,
             local_port,
@@ -113,6 +121,7 @@ impl Connection {
             forwarded: 0,
             reported_forwarded: 0,
             buffered: VecDeque::new(),
+            window,
             reader_gone: false,
             write_shut_down: false,
             guest_shutdown: 0,
@@ -230,7 +239,7 @@ impl Connection {
     fn data(&mut self, mut payload: Iov<'_>) {
         let Ok(length) = u32::try_from(payload.len()) else { return self.reset() };
         let in_use = self.received.wrapping_sub(self.forwarded);
-        if self.guest_shutdown & SHUTDOWN_SEND != 0 || length > BUF_ALLOC.saturating_sub(in_use) {
+        if self.guest_shutdown & SHUTDOWN_SEND != 0 || length > self.window.size().saturating_sub(in_use) {
             // The guest has sent data after it shut down its send direction, or has sent more data than its credit.
             return self.reset();
         }
@@ -266,10 +275,11 @@ impl Connection {
     /// Records that the device has delivered or dropped `count` bytes from the guest. Requests a credit update if many
     /// such bytes have not been reported to the guest.
     fn forward(&mut self, count: usize) {
-        // `count` fits in a u32, because a connection has at most `BUF_ALLOC` received bytes that are neither delivered
-        // nor dropped.
-        self.forwarded = self.forwarded.wrapping_add(u32::try_from(count).unwrap_or(u32::MAX));
-        if self.forwarded.wrapping_sub(self.reported_forwarded) >= BUF_ALLOC / 4 {
+        // `count` fits in a u32, because the received bytes that are neither delivered nor dropped fit in the window.
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        self.forwarded = self.forwarded.wrapping_add(count);
+        self.window.delivered(count);
+        if self.forwarded.wrapping_sub(self.reported_forwarded) >= self.window.size() / 4 {
             self.pending.credit_update = true;
         }
     }
@@ -389,6 +399,9 @@ impl Connection {
             return NextPacket::Control(self.header(Op::Request));
         }
         if std::mem::take(&mut pending.credit_update) {
+            if self.buffered.is_empty() {
+                self.window.grow(&self.socket);
+            }
             return NextPacket::Control(self.header(Op::CreditUpdate));
         }
         // The flags contain SEND only after the device has read all data from the socket. Therefore, this packet does
@@ -445,7 +458,7 @@ impl Connection {
             kind: TYPE_STREAM,
             op,
             flags: 0,
-            buf_alloc: BUF_ALLOC,
+            buf_alloc: self.window.size(),
             fwd_cnt: self.forwarded,
         }
     }

@@ -12,6 +12,7 @@ mod pump;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod window;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -25,6 +26,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 use self::connection::{Connection, NextPacket};
 use self::packet::Header;
+use self::window::WindowPool;
 use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
 use super::queue::{QueueFault, TIMER_TOKEN, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
@@ -57,6 +59,7 @@ pub struct Vsock {
     /// Connection attempts that wait for the driver: the guest's port, the device's socket, and the callback.
     pending: VecDeque<(u32, OwnedFd, Reply)>,
     connections: HashMap<u32, Connection>,
+    windows: WindowPool,
     /// Connections that need a receive buffer, in the order of their turns.
     ready: VecDeque<u32>,
     /// Connections whose watched events may have changed in this iteration of the device loop.
@@ -90,6 +93,7 @@ impl Vsock {
             active: None,
             pending: VecDeque::new(),
             connections: HashMap::new(),
+            windows: WindowPool::default(),
             ready: VecDeque::new(),
             changed: Vec::new(),
             reset_packets: VecDeque::new(),
@@ -143,7 +147,8 @@ impl Vsock {
         }
         while let Some((port, socket, reply)) = self.pending.pop_front() {
             let local = self.free_port();
-            self.connections.insert(local, Connection::connect(self.guest_cid, local, port, socket, reply));
+            let connection = Connection::connect(self.guest_cid, local, port, socket, &self.windows, reply);
+            self.connections.insert(local, connection);
             self.mark_changed(local);
         }
     }

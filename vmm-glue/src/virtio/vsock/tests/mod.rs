@@ -7,8 +7,8 @@ mod streams;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
 
-use super::connection::BUF_ALLOC;
 use super::packet::{HEADER_LEN, Header, Op, TYPE_STREAM};
+use super::window::{MAX_WINDOW, MIN_WINDOW};
 use super::*;
 use crate::virtio::testing::Bench;
 
@@ -104,7 +104,7 @@ impl Guest {
         let packets = self.packets();
         let (request, _) = packets[0];
         assert_eq!((packets.len(), request.op, request.dst_port), (1, Op::Request, port));
-        assert_eq!((request.src_cid, request.dst_cid, request.buf_alloc), (2, CID, BUF_ALLOC));
+        assert_eq!((request.src_cid, request.dst_cid, request.buf_alloc), (2, CID, MIN_WINDOW));
         assert!(reply.try_recv().is_err(), "the client received a reply before the guest answered");
         let side = Side { host: request.src_port, guest: port };
         self.send(side, Op::Response, 0, 0, &[]);

@@ -71,7 +71,7 @@ fn transfer(without: u64) {
     let total = 3 * 1024 * 1024;
     let (down, up) = (pattern(total, 1), pattern(total, 2));
     let (mut written, mut received_down, mut taken) = (0, Vec::new(), 0_u32);
-    let (mut sent, mut received_up, mut host_fwd) = (0_usize, Vec::new(), 0_u32);
+    let (mut sent, mut received_up, mut host_fwd, mut window) = (0_usize, Vec::new(), 0_u32, MIN_WINDOW);
     for turn in 0.. {
         assert!(
             turn < 100_000,
@@ -85,7 +85,7 @@ fn transfer(without: u64) {
             written += count;
         }
         for (header, data) in guest.packets() {
-            host_fwd = header.fwd_cnt;
+            (host_fwd, window) = (header.fwd_cnt, header.buf_alloc);
             received_down.extend(data);
             if header.op == Op::CreditRequest {
                 taken = received_down.len() as u32;
@@ -99,7 +99,7 @@ fn transfer(without: u64) {
         if turn % 3 == 0 {
             taken = received_down.len() as u32;
         }
-        let credit = BUF_ALLOC as usize - (sent as u32).wrapping_sub(host_fwd) as usize;
+        let credit = window as usize - (sent as u32).wrapping_sub(host_fwd) as usize;
         let count = credit.min(65536).min(total - sent);
         if count > 0 {
             guest.send(side, Op::ReadWrite, 0, taken, &up[sent..sent + count]);
@@ -151,25 +151,68 @@ fn data_is_sent_only_with_credit() {
     assert!(more > 0 && written > GUEST_BUFFER as usize);
 }
 
+/// Sends `data` until the connection has no credit, although the client does not read: fills the socket, and then the
+/// connection's buffer. Returns the number of bytes sent.
+fn fill(guest: &mut Guest, side: Side, data: &[u8]) -> usize {
+    let (mut sent, mut fwd, mut window) = (0, 0, MIN_WINDOW);
+    loop {
+        for (header, _) in guest.packets() {
+            (fwd, window) = (header.fwd_cnt, header.buf_alloc);
+        }
+        let credit = (window - (sent as u32 - fwd)) as usize;
+        if credit == 0 {
+            return sent;
+        }
+        let count = credit.min(60_000);
+        guest.send(side, Op::ReadWrite, 0, 0, &data[sent..sent + count]);
+        sent += count;
+    }
+}
+
+#[test]
+fn stalled_connections_together_hold_a_bounded_amount_of_data() {
+    let mut guest = Guest::new(0);
+    let data = pattern(MAX_WINDOW as usize, 0);
+    let mut stalled = Vec::new();
+    let mut held = 0;
+    for port in 0..200 {
+        let (side, stream) = guest.open(port);
+        held += fill(&mut guest, side, &data);
+        stalled.push(stream);
+    }
+    // Each connection holds at most its window, and about a window in the socket.
+    assert!(held < 8 << 20, "200 stalled connections hold {} KiB", held >> 10);
+    let (side, mut stream) = guest.open(1000);
+    guest.send(side, Op::ReadWrite, 0, 0, b"hello");
+    assert_eq!(stream.read(&mut [0; 16]).unwrap(), 5);
+}
+
+#[test]
+fn window_grows_while_the_client_reads() {
+    let mut guest = Guest::new(0);
+    let (side, mut stream) = guest.open(1);
+    let (mut fwd, mut window, mut sent) = (0, MIN_WINDOW, 0);
+    for _ in 0..200 {
+        let count = (window - (sent - fwd)).min(60_000);
+        guest.send(side, Op::ReadWrite, 0, 0, &vec![1; count as usize]);
+        sent += count;
+        while stream.read(&mut [0; 65536]).is_ok() {
+            guest.bench.run();
+        }
+        for (header, _) in guest.packets() {
+            (fwd, window) = (header.fwd_cnt, header.buf_alloc);
+        }
+    }
+    assert_eq!(window, MAX_WINDOW);
+}
+
 #[test]
 fn slow_reader_does_not_delay_other_connections() {
     let mut guest = Guest::new(0);
     let (slow, mut slow_stream) = guest.open(1);
     let (quick, mut quick_stream) = guest.open(2);
-    let mut sent = 0;
-    let data = pattern(BUF_ALLOC as usize * 2, 0);
-    let mut fwd = 0;
-    // Fill the socket and then the connection's buffer, up to the last byte of credit.
-    loop {
-        fwd = guest.packets().iter().map(|(header, _)| header.fwd_cnt).max().unwrap_or(fwd).max(fwd);
-        let credit = (BUF_ALLOC - (sent as u32 - fwd)) as usize;
-        if credit == 0 {
-            break;
-        }
-        let count = credit.min(60_000);
-        guest.send(slow, Op::ReadWrite, 0, 0, &data[sent..sent + count]);
-        sent += count;
-    }
+    let data = pattern(MAX_WINDOW as usize, 0);
+    let sent = fill(&mut guest, slow, &data);
     guest.send(quick, Op::ReadWrite, 0, 0, b"hello");
     let mut buffer = [0; 16];
     assert_eq!(quick_stream.read(&mut buffer).unwrap(), 5);

@@ -1,0 +1,86 @@
+//! Many requests at once, and many streams whose readers have stopped.
+use std::fs::File;
+use std::net::TcpStream;
+use std::thread;
+use std::time::Duration;
+
+use husk_e2e::cri::pod::need_image;
+use husk_e2e::cri::{Pod, pods, try_call_within};
+use husk_e2e::node;
+use nix::sched::{CloneFlags, setns};
+use serde_json::json;
+
+/// Each exec has two streams to the guest.
+const EXECS: usize = 130;
+/// Each connection has a stream to the guest.
+const CONNECTIONS: usize = 150;
+/// The timeout of an exec. The test node takes long for so many.
+const LIMIT: Duration = Duration::from_secs(240);
+/// The timeout of a connection's first byte.
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A server that sends without end to every client.
+const SERVER: &str = "
+import _thread, socket, time
+def send(peer):
+    while True:
+        peer.sendall(bytes(65536))
+def serve(listener):
+    while True:
+        _thread.start_new_thread(send, (listener.accept()[0],))
+_thread.start_new_thread(serve, (socket.create_server(('127.0.0.1', 8001), backlog=128),))
+print('up', flush=True)
+time.sleep(100000)";
+
+#[test]
+#[ignore = "long: 130 execs take a minute in an emulated node"]
+fn many_execs_at_once_all_run() {
+    pods("cri-burst", |pods| {
+        let pod = pods.pod();
+        let container = pod.sleeper();
+        let id = &container.id;
+        let results = thread::scope(|scope| {
+            let exec = |number: usize| {
+                let command = ["echo", &format!("exec {number}")];
+                let request = json!({ "container_id": id, "cmd": command, "timeout": LIMIT.as_secs() });
+                try_call_within(LIMIT, "RuntimeService", "ExecSync", &request)
+            };
+            let execs: Vec<_> = (0..EXECS).map(|number| scope.spawn(move || exec(number))).collect();
+            execs.into_iter().map(|exec| exec.join().unwrap()).collect::<Vec<_>>()
+        });
+        let failed: Vec<_> = results.iter().filter_map(|result| result.as_ref().err()).collect();
+        assert!(failed.is_empty(), "{} of {EXECS} execs failed: {:?}\n{}", failed.len(), failed[0], node::log_tail(20));
+        assert!(results.iter().all(|result| result.as_ref().unwrap()["exit_code"].as_i64().unwrap_or(0) == 0));
+    });
+}
+
+/// Connects to the server in the pod as port forwarding does: from a process on the node, in the pod's network
+/// namespace.
+fn connect(pod: &Pod) -> Vec<TcpStream> {
+    let netns = File::open(pod.netns()).unwrap();
+    // The thread ends afterwards, because it stays in the namespace.
+    let connect = move || {
+        setns(netns, CloneFlags::CLONE_NEWNET).unwrap();
+        (0..CONNECTIONS).map(|_| TcpStream::connect("127.0.0.1:8001").unwrap()).collect()
+    };
+    thread::spawn(connect).join().unwrap()
+}
+
+#[test]
+fn pod_with_many_stalled_connections_runs_on() {
+    need_image(husk_e2e::PYTHON);
+    pods("cri-burst-stall", |pods| {
+        let pod = pods.pod();
+        let server = pod.start(&pod.python(SERVER));
+        server.wait_for("up");
+        let stalled = connect(&pod);
+        // Each stalled connection gets data until the buffers on its way are full.
+        for stream in &stalled {
+            stream.set_read_timeout(Some(READ_TIMEOUT)).unwrap();
+            assert_eq!(stream.peek(&mut [0; 1]).unwrap(), 1);
+        }
+        assert_eq!(server.exec(&["echo", "here"]).out, "here\n");
+        drop(stalled);
+        assert_eq!(server.exec(&["echo", "here"]).out, "here\n");
+    });
+}
