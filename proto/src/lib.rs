@@ -8,6 +8,7 @@ pub mod annotations;
 pub mod boot_mark;
 pub mod metrics;
 pub mod mmio_slots;
+pub mod network;
 pub mod port_forwarding;
 pub mod ports;
 pub mod stream;
@@ -38,7 +39,7 @@ pub mod agent_ttrpc {
 /// Version of the protocol between shim and agent: the messages of this crate, the guest's paths, and what both sides
 /// do with them. A change that an older shim or agent would misunderstand increases the version. 0 means that the other
 /// side has no version yet.
-pub const AGENT_PROTOCOL: u32 = 1;
+pub const AGENT_PROTOCOL: u32 = 2;
 
 /// Type URL of [`agent::CreateOptions`] in the options of a create request.
 pub const CREATE_OPTIONS_TYPE_URL: &str = "husk.agent.v1.CreateOptions";

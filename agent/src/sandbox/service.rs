@@ -137,9 +137,7 @@ impl agent_ttrpc::Sandbox for SandboxService {
         _: &TtrpcContext,
         request: UpdateNetworkRequest,
     ) -> ttrpc::Result<UpdateNetworkResponse> {
-        let UpdateNetworkRequest { interfaces, routes, neighbours, rules, .. } = request;
-        let changed = self.network.apply(NetworkConfig { interfaces, routes, neighbours, rules }).await;
-        changed.map_err(failed("update the network"))?;
+        self.network.update(request).await.map_err(failed("update the network"))?;
         Ok(UpdateNetworkResponse::new())
     }
 

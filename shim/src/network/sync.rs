@@ -24,6 +24,11 @@ use crate::vm::vmm::{Vmm, VmmError};
 /// Delay between a netlink notification and the update. The update applies all changes that happen within this delay.
 /// For example, CNI adds an interface, addresses and routes one after another.
 const COALESCE_DELAY: Duration = Duration::from_millis(50);
+/// Maximum delay. While the network changes all the time, the delay doubles with every update. Each update reads the
+/// pod's whole network, and a pod that changes its network must not take the node's CPU time.
+const MAX_DELAY: Duration = Duration::from_secs(2);
+/// After this time without a change, the delay is [`COALESCE_DELAY`] again.
+const QUIET: Duration = Duration::from_secs(5);
 /// First backoff after a failed update. The backoff doubles with every retry.
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 /// Maximum backoff.
@@ -120,6 +125,27 @@ impl Retry {
     }
 }
 
+/// The delays between notifications and updates.
+struct Pace {
+    delay: Duration,
+    last: Instant,
+}
+
+impl Pace {
+    fn new() -> Self {
+        Self { delay: COALESCE_DELAY, last: Instant::now() }
+    }
+
+    /// Returns the delay after a notification.
+    fn next(&mut self) -> Duration {
+        let quiet = self.last.elapsed() >= QUIET;
+        let delay = if quiet { COALESCE_DELAY } else { self.delay };
+        self.delay = (delay * 2).min(MAX_DELAY);
+        self.last = Instant::now();
+        delay
+    }
+}
+
 /// Applies changes until the [`NetworkSync`] handle is dropped.
 async fn watch(
     notices: OwnedFd,
@@ -128,6 +154,7 @@ async fn watch(
 ) -> io::Result<()> {
     let notices = register(notices, Interest::READABLE)?;
     let mut retry: Option<Retry> = None;
+    let mut pace = Pace::new();
     loop {
         let retry_at = retry.as_ref().map(|retry| retry.retry_at);
         let request = tokio::select! {
@@ -136,7 +163,7 @@ async fn watch(
             ready = notices.readable(), if retry_at.is_none() => {
                 ready?.clear_ready();
                 tokio::select! {
-                    () = tokio::time::sleep(COALESCE_DELAY) => None,
+                    () = tokio::time::sleep(pace.next()) => None,
                     // A request ends the delay, because callers send a request only after the pod's network is
                     // completely configured.
                     request = requests.recv() => request,
@@ -192,7 +219,7 @@ impl Guest {
         self.bind_devices().await?;
         if !change.taps.is_empty() || !self.removed.is_empty() {
             let rest = change.without_new();
-            self.agent.sandbox.update_network(within(timeouts::SLOW), &rest).await.map_err(NetworkSyncError::Guest)?;
+            self.agent.update_network(&rest, timeouts::SLOW).await.map_err(NetworkSyncError::Guest)?;
         }
         // Detach removed interfaces first, because a new interface may have a removed interface's MAC address.
         self.detach_removed().await?;
@@ -208,12 +235,7 @@ impl Guest {
             self.unbound_slots.push(slot);
             self.bind_devices().await?;
         }
-        self.agent
-            .sandbox
-            .update_network(within(timeouts::SLOW), &change.current)
-            .await
-            .map_err(NetworkSyncError::Guest)?;
-        Ok(())
+        self.agent.update_network(&change.current, timeouts::SLOW).await.map_err(NetworkSyncError::Guest)
     }
 
     /// Hot-unplugs the devices of the interfaces in `removed`.
@@ -354,6 +376,22 @@ mod tests {
         }
         // The eighth attempt succeeded. The notification from this attempt causes a ninth attempt, without a backoff.
         assert!((tried.recv().await.unwrap() - last) < FIRST_BACKOFF);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn network_that_changes_all_the_time_is_read_less_often() {
+        let (_network_sync, mut input, mut tried) = watched(0);
+        // Each attempt of this guest causes the next notification.
+        input.write_all(b"x").unwrap();
+        let mut last = tried.recv().await.unwrap();
+        let mut pauses = Vec::new();
+        for _ in 0..10 {
+            let at = tried.recv().await.unwrap();
+            pauses.push(at - last);
+            last = at;
+        }
+        assert!(pauses[0] < Duration::from_millis(150), "{pauses:?}");
+        assert!(pauses[6..].iter().all(|&pause| pause >= MAX_DELAY), "{pauses:?}");
     }
 
     #[tokio::test(start_paused = true)]

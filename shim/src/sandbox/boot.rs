@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use husk_base::entropy;
 use husk_config::{Config, Seccomp};
-use husk_proto::agent::{IdMapping, Mount, SetupRequest};
+use husk_proto::agent::{IdMapping, Mount, SetupRequest, UpdateNetworkRequest};
 use husk_proto::{AGENT_PROTOCOL, AUDIT_PREFIX, GUEST_SHM, SHARE_TAG, ports};
 use husk_vmm::config::{FdIndex, SeccompMode, ShareConfig, VmConfig};
 use husk_vmm::control::{Answer, Call};
@@ -117,6 +117,9 @@ pub enum BootError {
     /// The agent could not set up the sandbox.
     #[error("failed to set up the sandbox in the guest")]
     Setup(#[source] SetupError),
+    /// The agent could not configure the pod's network.
+    #[error("failed to configure the pod's network in the guest")]
+    Network(#[source] ttrpc::Error),
 }
 
 /// Returns what the configuration says about system calls that a filter does not allow.
@@ -273,16 +276,20 @@ async fn connect(plan: &BootPlan, vmm: &Vmm, timeline: &Timeline, limit: Duratio
             .collect(),
         ..Default::default()
     };
+    let network = &pod.network.config;
+    // A configuration that does not fit in one message follows after Setup.
+    let fits = husk_proto::network::parts(network).len() == 1;
+    let first = if fits { network.clone() } else { UpdateNetworkRequest::new() };
     let request = SetupRequest {
         sandbox_id: pod.id.clone(),
         hostname: pod.hostname.clone(),
         clock_ns: i64::try_from(now.as_nanos()).unwrap_or(0),
         entropy,
         mounts: pod.shared_memory.then_some(shared_memory).into_iter().collect(),
-        interfaces: pod.network.config.interfaces.clone(),
-        routes: pod.network.config.routes.clone(),
-        neighbours: pod.network.config.neighbours.clone(),
-        rules: pod.network.config.rules.clone(),
+        interfaces: network.interfaces.clone(),
+        routes: first.routes,
+        neighbours: first.neighbours,
+        rules: first.rules,
         sysctls: pod.sysctls.clone(),
         pids_max: pod.pids_max.unwrap_or(0),
         uid_mappings: uids.iter().map(message).collect(),
@@ -293,6 +300,9 @@ async fn connect(plan: &BootPlan, vmm: &Vmm, timeline: &Timeline, limit: Duratio
         ..Default::default()
     };
     let kernel = agent.setup(&request, limit).await.map_err(BootError::Setup)?;
+    if !fits {
+        agent.update_network(network, limit).await.map_err(BootError::Network)?;
+    }
     timeline.mark("sandbox set up");
     tracing::debug!(kernel, "guest is up");
     Ok(agent)

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use husk_proto::AGENT_PROTOCOL;
-use husk_proto::agent::{Event, EventsRequest, SetupRequest, event};
+use husk_proto::agent::{Event, EventsRequest, SetupRequest, UpdateNetworkRequest, event};
 use husk_proto::agent_ttrpc::SandboxClient;
 use husk_proto::containerd::api::ConnectRequest;
 use husk_proto::containerd::shim_async::{Client, TaskClient};
@@ -182,6 +182,17 @@ impl Agent {
             return Err(SetupError::Protocol(response.protocol_version));
         }
         Ok(bounded(&response.kernel_release, 256))
+    }
+
+    /// Sends the configuration of the pod's network, in as many messages as it needs. `limit` applies to each message.
+    ///
+    /// # Errors
+    /// If the agent reports an error or does not answer.
+    pub async fn update_network(&self, config: &UpdateNetworkRequest, limit: Duration) -> ttrpc::Result<()> {
+        for part in husk_proto::network::parts(config) {
+            self.sandbox.update_network(within(limit), &part).await?;
+        }
+        Ok(())
     }
 
     /// Subscribes to the agent's future events.

@@ -6,6 +6,7 @@
 mod address;
 mod operation;
 mod parse;
+mod parts;
 mod route;
 mod rule;
 
@@ -19,12 +20,13 @@ use std::time::Duration;
 
 use husk_base::sync::lock;
 use husk_netlink::{Link, Message, Netlink, link_header, links};
-use husk_proto::agent::{Interface, Neighbour, Route, Rule};
+use husk_proto::agent::{Interface, Neighbour, Route, Rule, UpdateNetworkRequest};
 use tokio::time::{Instant, timeout_at};
 
 use super::link_notifications::LinkNotifications;
 use super::{NET_NAMESPACE, namespaces};
 use operation::Operation;
+use parts::Parts;
 
 /// Maximum time to wait for an interface. The shim hot-plugs the device before it sends the request.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -42,6 +44,15 @@ pub enum NetworkError {
     /// contain.
     #[error("failed to find interface {0:?} in the pod's network")]
     NoInterface(String),
+    /// An earlier part of the configuration is missing. The fields are the part's number and the expected number.
+    #[error("failed to join the parts of the network configuration: got part {0} instead of part {1}")]
+    Part(u32, u32),
+    /// The configuration has too many routes, neighbours and rules.
+    #[error(
+        "the pod's network has at least {0} routes, neighbours and rules, but the maximum is {max}",
+        max = husk_proto::network::MAX_OBJECTS
+    )]
+    TooLarge(usize),
     /// Another request is in progress.
     #[error("failed to change the pod's network: another change is in progress")]
     Busy,
@@ -74,15 +85,30 @@ impl NetworkConfig {
     /// Returns all parts that may exist after a failed change from `self` to `config`. The result contains only the
     /// interfaces of `self`, because the next change has to add the new interfaces of `config` again.
     fn merge(mut self, config: Self) -> Self {
-        fn add_missing<T: PartialEq>(all: &mut Vec<T>, new: Vec<T>) {
-            let new: Vec<T> = new.into_iter().filter(|part| !all.contains(part)).collect();
-            all.extend(new);
-        }
-        add_missing(&mut self.routes, config.routes);
-        add_missing(&mut self.rules, config.rules);
-        add_missing(&mut self.neighbours, config.neighbours);
+        let missing = missing(&self.routes, &config.routes, route::key);
+        self.routes.extend(chosen(config.routes, missing));
+        let missing = self::missing(&self.rules, &config.rules, rule::key);
+        self.rules.extend(chosen(config.rules, missing));
+        let missing = self::missing(&self.neighbours, &config.neighbours, neighbour_key);
+        self.neighbours.extend(chosen(config.neighbours, missing));
         self
     }
+}
+
+/// Returns for each part of `new` whether `all` lacks it. Compares only parts with equal keys.
+fn missing<'a, T: PartialEq, K: Eq + Hash>(all: &'a [T], new: &'a [T], key: impl Fn(&'a T) -> K) -> Vec<bool> {
+    let mut known: HashMap<K, Vec<&T>> = HashMap::new();
+    all.iter().for_each(|part| known.entry(key(part)).or_default().push(part));
+    new.iter().map(|part| known.get(&key(part)).is_none_or(|parts| !parts.contains(&part))).collect()
+}
+
+fn chosen<T>(parts: Vec<T>, choice: Vec<bool>) -> impl Iterator<Item = T> {
+    parts.into_iter().zip(choice).filter(|(_, chosen)| *chosen).map(|(part, _)| part)
+}
+
+/// Key of a neighbour: its interface and its address.
+fn neighbour_key(neighbour: &Neighbour) -> (&str, &str) {
+    (&neighbour.interface, &neighbour.address)
 }
 
 /// Configuration that has been applied.
@@ -93,28 +119,44 @@ struct Applied {
 }
 
 /// The pod's network as last requested. Does not include a bridge or route that a container has added.
-pub struct Network(Mutex<Option<Applied>>);
+pub struct Network {
+    applied: Mutex<Option<Applied>>,
+    parts: Mutex<Parts>,
+}
 
 impl Default for Network {
     fn default() -> Self {
-        Self(Mutex::new(Some(Applied { config: NetworkConfig::default(), complete: true })))
+        let applied = Applied { config: NetworkConfig::default(), complete: true };
+        Self { applied: Mutex::new(Some(applied)), parts: Mutex::default() }
     }
 }
 
 impl Network {
+    /// Adds a part of a configuration. With the last part, changes the network to the configuration.
+    ///
+    /// # Errors
+    /// If the parts do not form a configuration, or as [`Network::apply`].
+    pub async fn update(&self, part: UpdateNetworkRequest) -> Result<(), NetworkError> {
+        let config = lock(&self.parts).add(part)?;
+        match config {
+            Some(config) => self.apply(config).await,
+            None => Ok(()),
+        }
+    }
+
     /// Changes the network to `config`. Touches only parts that differ from the previous configuration.
     ///
     /// # Errors
     /// Returns the first failure. The next call recreates all parts that this call may have changed.
     pub async fn apply(&self, config: NetworkConfig) -> Result<(), NetworkError> {
-        let take_applied = || lock(&self.0).take();
+        let take_applied = || lock(&self.applied).take();
         let before = take_applied().ok_or(NetworkError::Busy)?;
         let changed = change(&before, &config).await;
         let applied = match changed {
             Ok(()) => Applied { config, complete: true },
             Err(_) => Applied { config: before.config.merge(config), complete: false },
         };
-        *lock(&self.0) = Some(applied);
+        *lock(&self.applied) = Some(applied);
         changed
     }
 }
@@ -142,8 +184,9 @@ async fn change(Applied { config: before, complete }: &Applied, after: &NetworkC
     }
     let has_added_interface = |route: &&Route| route::interfaces(route).any(|name| added.contains(&name));
     routes.extend(after.routes.iter().filter(has_added_interface).map(route::key));
+    let changed = changed_keys(&before.neighbours, &after.neighbours, *complete, neighbour_key);
     let is_new = |neighbour: &&Neighbour| {
-        !complete || !before.neighbours.contains(neighbour) || added.contains(&neighbour.interface.as_str())
+        changed.contains(&neighbour_key(neighbour)) || added.contains(&neighbour.interface.as_str())
     };
     let neighbours: Vec<_> = after.neighbours.iter().filter(is_new).collect();
     add(after, (&routes, &neighbours, &rules), &pod)
@@ -221,7 +264,8 @@ fn remove(
         return Ok(());
     }
     let indices = InterfaceIndices::read(&before.interfaces, pod)?;
-    for neighbour in before.neighbours.iter().filter(|neighbour| !after.neighbours.contains(neighbour)) {
+    let changed = changed_keys(&before.neighbours, &after.neighbours, true, neighbour_key);
+    for neighbour in before.neighbours.iter().filter(|neighbour| changed.contains(&neighbour_key(neighbour))) {
         if let Some(index) = indices.find(&neighbour.interface) {
             address::change_neighbour(pod, Operation::Remove, neighbour, index)?;
         }

@@ -9,6 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use husk_netlink::{Message, Netlink, attributes};
 use husk_proto::agent::{Interface, Neighbour, UpdateNetworkRequest};
+use husk_proto::network::MAX_OBJECTS;
 
 use super::{NetworkError, kernel_error};
 
@@ -71,6 +72,10 @@ pub fn network(netlink: &Netlink, links: &[Link]) -> Result<(UpdateNetworkReques
         rules: dump_both_families(netlink, rules, &mut unsupported, rule::parse).map_err(kernel_error("list rules"))?,
         ..Default::default()
     };
+    let objects = request.routes.len() + request.neighbours.len() + request.rules.len();
+    if objects > MAX_OBJECTS {
+        return Err(NetworkError::TooLarge(objects));
+    }
     Ok((request, unsupported))
 }
 
