@@ -247,6 +247,38 @@ mod tests {
         assert!(!state.path().exists());
     }
 
+    /// Writes the files as version 0.1.0 wrote them. If a change of the code makes this test fail, `delete` no longer
+    /// cleans up after a shim of the previous version.
+    #[test]
+    fn clean_up_reads_the_files_of_the_previous_version() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir { path: dir.path().join("k8s.io").join("s") };
+        std::fs::create_dir_all(state.path().join("share")).unwrap();
+        std::fs::create_dir(state.path().join("guest")).unwrap();
+        let [mut vmm, mut shim] = [0, 1].map(|_| std::process::Command::new("sleep").arg("60").spawn().unwrap());
+        let process = |child: &std::process::Child| {
+            let start = start_time(&std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap()).unwrap();
+            format!("{} {start}\n", child.id())
+        };
+        let cgroup = dir.path().join("cgroup");
+        for (name, text) in [
+            ("vmm.pid", process(&vmm)),
+            ("shim.pid", process(&shim)),
+            ("cgroup", format!("{}\n", cgroup.display())),
+            ("address", "unix:///run/containerd/s/0123".to_owned()),
+            ("timeline.json", "{}".to_owned()),
+            (
+                "sandbox.json",
+                r#"{"id":"s","namespace":"k8s.io","pod":"default/p","vcpus":1,"memory_mib":128}"#.to_owned(),
+            ),
+        ] {
+            std::fs::write(state.path().join(name), text).unwrap();
+        }
+        state.clean_up();
+        assert!(!vmm.wait().unwrap().success() && !shim.wait().unwrap().success());
+        assert!(!dir.path().join("k8s.io").exists());
+    }
+
     #[test]
     fn kill_and_wait_does_not_kill_a_process_that_reuses_the_pid() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();

@@ -282,6 +282,7 @@ fn pod_whose_agent_lies_during_the_boot_fails_with_a_clear_error() {
         assert_fails_to_start(pods, "silent", "the guest's agent was not ready after 30 s");
         assert_fails_to_start(pods, "error", "failed to set up the sandbox in the guest");
         assert_fails_to_start(pods, "connect", "0 connections succeeded: []");
+        assert_fails_to_start(pods, "version", "install the shim and the initrd from the same release");
         assert!(neighbour.is_ready() && container.sh("echo served") == "served");
     });
 }

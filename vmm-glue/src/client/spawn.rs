@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
 use super::{ARGV0, CONTROL_FD};
-use crate::control::wire;
+use crate::control::{PROTOCOL, wire};
 
 /// Stack size in bytes of the child between clone and exec.
 const STACK: usize = 64 << 10;
@@ -130,9 +130,10 @@ enum FailedStep {
 pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
     let exe = CString::new(options.exe.into_os_string().into_vec()).map_err(|_| SpawnError::Path)?;
     let argv0 = CString::new(ARGV0).map_err(|_| SpawnError::Path)?;
+    let protocol = CString::new(PROTOCOL.to_string()).map_err(|_| SpawnError::Path)?;
     // Pass only the environment variable that the VMM reads.
     let log = std::env::var("HUSK_VMM_LOG").ok().and_then(|level| CString::new(format!("HUSK_VMM_LOG={level}")).ok());
-    let argv = [argv0.as_ptr(), std::ptr::null()];
+    let argv = [argv0.as_ptr(), protocol.as_ptr(), std::ptr::null()];
     let envp = [log.as_deref().map_or(std::ptr::null(), CStr::as_ptr), std::ptr::null()];
     let (parent_end, child_end) = wire::pair().map_err(SpawnError::Socket)?;
     let cgroups: Vec<RawFd> = options.cgroups.iter().map(AsRawFd::as_raw_fd).collect();

@@ -11,6 +11,10 @@ use crate::config::{BlkConfig, NetConfig, VmConfig};
 
 pub mod wire;
 
+/// Version of this protocol. A change that an older shim or VMM would misunderstand increases the version. The shim
+/// passes its version as the VMM's first argument, because the argument can be read whatever the messages look like.
+pub const PROTOCOL: u32 = 1;
+
 /// A message from the shim to the VMM.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Request {

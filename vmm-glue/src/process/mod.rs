@@ -11,7 +11,7 @@ use husk_base::sys::process::exit_immediately;
 use crate::boot;
 use crate::config::VmConfig;
 use crate::config_check;
-use crate::control::{Answer, BootStep, Call, ExitReason, Request};
+use crate::control::{Answer, BootStep, Call, ExitReason, PROTOCOL, Request};
 use crate::jail::{self, Entered};
 use crate::reporter::Reporter;
 use crate::vm::{Vm, VmError};
@@ -29,6 +29,10 @@ pub use prepare::{PrepareError, prepare};
 pub fn main(control: OwnedFd) -> ! {
     let reporter = Arc::new(Reporter::new(control));
     log::init();
+    if let Err(mismatch) = check_protocol(std::env::args().nth(1).as_deref()) {
+        ::log::error!("{mismatch}");
+        reporter.exit(ExitReason::Failed(mismatch));
+    }
     if let Err(error) = prepare() {
         ::log::error!("{}", chain(&error));
         exit_immediately(1);
@@ -47,6 +51,18 @@ pub fn main(control: OwnedFd) -> ! {
             }
         }
     }
+}
+
+/// Compares the shim's version of the control protocol with [`PROTOCOL`].
+fn check_protocol(shim: Option<&str>) -> Result<(), String> {
+    if shim.and_then(|version| version.parse().ok()) == Some(PROTOCOL) {
+        return Ok(());
+    }
+    Err(format!(
+        "the shim has version {} of the VMM's protocol, and the VMM has version {PROTOCOL}: install the shim again, \
+         which contains the VMM",
+        shim.unwrap_or("0")
+    ))
 }
 
 /// Serves one request and sends its answer.
@@ -137,4 +153,17 @@ fn create(config: VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Resu
     // Confine this thread last, because the threads that it starts inherit its capabilities.
     jail::confine(jail::Kind::Control).map_err(|error| chain(&error))?;
     Ok((vm, unrestricted))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shim_of_another_version_is_refused() {
+        check_protocol(Some(&PROTOCOL.to_string())).unwrap();
+        for (version, text) in [(None, "version 0 "), (Some("0"), "version 0 "), (Some("x"), "version x ")] {
+            assert!(check_protocol(version).unwrap_err().contains(text));
+        }
+    }
 }

@@ -8,6 +8,7 @@
 //! | `silent` | answers no request |
 //! | `garbage` | answers the first request with bytes that are no message |
 //! | `connect` | connects to ports of the host, and answers the first request with an error that has the result |
+//! | `version` | answers the first request with another version of the protocol |
 //! | `error` | answers the first request with an error text of 3 MiB that contains escape sequences |
 //! | `flood` | claims that each request succeeded, but does nothing; sends events, logs, output and statistics without end |
 
@@ -46,6 +47,7 @@ enum Lie {
     Silent,
     Garbage,
     Connect,
+    Version,
     Error,
     Flood,
 }
@@ -56,6 +58,7 @@ impl Lie {
             "silent" => Self::Silent,
             "garbage" => Self::Garbage,
             "connect" => Self::Connect,
+            "version" => Self::Version,
             "error" => Self::Error,
             _ => Self::Flood,
         }
@@ -122,13 +125,13 @@ fn api(mut connection: File, lie: Lie) -> io::Result<()> {
                 let writer = Arc::clone(&writer);
                 thread::spawn(move || events(&writer, call));
             }
-            (Lie::Flood, "Setup") => {
-                let protocol_version = AGENT_PROTOCOL;
+            (Lie::Flood | Lie::Version, "Setup") => {
+                let protocol_version = if lie == Lie::Version { AGENT_PROTOCOL + 1 } else { AGENT_PROTOCOL };
                 let setup = SetupResponse { protocol_version, ..Default::default() };
                 answer(&writer, call, &setup.write_to_bytes().map_err(io::Error::other)?)?;
             }
             (Lie::Flood, "Stats") => answer(&writer, call, &statistics())?,
-            (Lie::Flood, _) => {
+            (Lie::Flood | Lie::Version, _) => {
                 // Sends answers that belong to no call, and a message of an unknown type. A message of an unknown type
                 // that belongs to a call would end the connection.
                 for (kind, stream) in
