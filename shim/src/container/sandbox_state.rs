@@ -80,6 +80,11 @@ impl SandboxState {
         self.created.get()?.files.clone()
     }
 
+    /// Records that the sandbox is being stopped. Its exit status is then 0.
+    pub fn begin_stop(&self) {
+        *lock(&self.stopping) = true;
+    }
+
     /// Records that the VM has ended.
     pub fn record_end(&self) {
         let status = if *lock(&self.stopping) { 0 } else { EXIT_STATUS_KILLED };
@@ -138,7 +143,7 @@ impl Shim {
 
     /// Ends the VM, and waits until the sandbox's exit has been recorded.
     pub(crate) async fn stop_sandbox(&self) {
-        *lock(&self.sandbox_state.stopping) = true;
+        self.sandbox_state.begin_stop();
         // If the sandbox was never launched, this drop closes the channel for the agent's reports.
         // `Shim::handle_reports` then records the exit.
         drop(lock(&self.sandbox_state.pending).take());

@@ -111,6 +111,13 @@ impl Sandbox {
         }
     }
 
+    /// Lets a test pretend that the VM has a disk.
+    #[cfg(test)]
+    pub fn pretend_disk(&self) {
+        let disk = Arc::new(AttachedDisk { slot: OnceCell::new_with(Some(9)), ..AttachedDisk::default() });
+        lock(&self.disks).insert(Disk { major: 1, minor: 1, read_only: false }, disk);
+    }
+
     /// Hot-plugs the disk. Returns its slot.
     async fn attach(&self, disk: Disk) -> Result<u32, DiskError> {
         let Disk { major, minor, read_only } = disk;
