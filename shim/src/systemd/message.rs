@@ -414,13 +414,13 @@ pub(super) mod tests {
             ("T", Value::Texts(vec!["y".into(), "z".into()])),
         ];
         let Body(bytes) = Body::default().properties(&properties);
-        let expected = b"\x8a\0\0\0\0\0\0\0\
+        let expected = b"\x8e\0\0\0\0\0\0\0\
             \x01\0\0\0P\0\x02au\0\0\0\x08\0\0\0\x01\0\0\0\x02\0\0\0\
             \x01\0\0\0D\0\x01b\0\0\0\0\x01\0\0\0\
             \x01\0\0\0M\0\x01t\0\0\0\0\0\0\0\0\
             \x03\0\0\0\0\0\0\0\
             \x01\0\0\0C\0\x02ay\0\0\0\x01\0\0\0\x06\0\0\0\0\0\0\0\
-            \x01\0\0\0S\0\x01s\0\0\0\0\x01\0\0\0x\0\0\0\
+            \x01\0\0\0S\0\x01s\0\0\0\0\x01\0\0\0x\0\0\0\0\0\0\0\
             \x01\0\0\0T\0\x02as\0\0\0\x0e\0\0\0\x01\0\0\0y\0\0\0\x01\0\0\0z\0";
         assert_eq!(bytes, expected);
         assert_eq!(Body::default().empty_structures().0, [0; 8]);
