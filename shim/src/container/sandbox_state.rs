@@ -109,6 +109,7 @@ impl Shim {
     /// If the bundle has a specification, this process has launched the VM before it accepted requests. In this case,
     /// this function only records the creation.
     pub(crate) async fn create_sandbox(&self, config: &PodSandboxConfig, netns: &str) -> Result<(), ServiceError> {
+        self.check_not_ending()?;
         let pending = lock(&self.sandbox_state.pending).take();
         let (created, launch) = match pending {
             None if self.sandbox_state.is_created() || self.sandbox.is_dead() => {
