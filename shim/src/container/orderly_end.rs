@@ -1,7 +1,9 @@
-//! Ends the pod in an orderly way after SIGTERM or SIGINT to the shim or to the VMM, for example when the node shuts down.
+//! Ends the pod in an orderly way after SIGTERM or SIGINT to the shim or to the VMM, for example when the node shuts
+//! down.
 //!
-//! The containers get their stop signals, and after a grace period SIGKILL. Then the guest writes its dirty pages to the
-//! disks, and the shim ends the VM. Each step has a limit, so that a guest that hangs cannot delay the node's shutdown.
+//! The containers get their stop signals, and after a grace period SIGKILL. Then the guest writes its dirty pages to
+//! the disks, and the shim ends the VM. Each step has a limit, so that a guest that hangs cannot delay the node's
+//! shutdown.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -37,6 +39,7 @@ impl Shim {
             self.for_each_running(KILL_TIMEOUT, Self::kill_container).await;
         }
         self.drain_output().await;
+        // The mounts of a container end with its last process. Therefore the flush also covers their last writes.
         self.sandbox.flush_disks().await;
         self.record_end_of_sandbox();
         self.sandbox.end_because(REASON.into());

@@ -30,8 +30,8 @@ impl Progress {
     }
 }
 
-/// Adds the boot steps from the VMM's notices to the timeline. Notifies `terminated` if the VMM reports SIGTERM or SIGINT.
-/// Returns what the notices report.
+/// Adds the boot steps from the VMM's notices to the timeline. Notifies `terminated` if the VMM reports SIGTERM or
+/// SIGINT. Returns what the notices report.
 pub fn watch(
     mut notices: mpsc::Receiver<Notice>,
     timeline: Arc<Timeline>,

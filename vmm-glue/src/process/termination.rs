@@ -1,9 +1,9 @@
 //! Waits for requests on the control socket, and for SIGTERM and SIGINT.
 //!
-//! The VMM cannot end the guest in an orderly way, because the guest has no power button. Only the shim can send signals
-//! to containers and tell the guest to write its dirty pages. Therefore, the VMM tells the shim about the signal, and
-//! serves the shim's requests until the shim kills it. The VMM does not flush its disks itself. What the guest has
-//! written to a disk is in the node's page cache, which outlives the VMM.
+//! The VMM cannot end the guest in an orderly way, because the guest has no power button. Only the shim can send
+//! signals to containers and tell the guest to write its dirty pages. Therefore, the VMM tells the shim about the
+//! signal, and serves the shim's requests until the shim kills it. The VMM does not flush its disks itself. What the
+//! guest has written to a disk is in the node's page cache, which outlives the VMM.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
