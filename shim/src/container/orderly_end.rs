@@ -23,6 +23,9 @@ use crate::vm::agent::within;
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long all containers together may take to exit after SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the guest may take to write its dirty pages to slow disks. This is longer than in a request that ends a
+/// pod, because no client waits.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the last output of all containers together may take.
 const OUTPUT_TIMEOUT: Duration = Duration::from_secs(2);
 /// The reason of the VM's end.
@@ -39,8 +42,9 @@ impl Shim {
             self.for_each_running(KILL_TIMEOUT, Self::kill_container).await;
         }
         self.drain_output().await;
-        // The mounts of a container end with its last process. Therefore the flush also covers their last writes.
-        self.sandbox.flush_disks().await;
+        // The mounts of a container end with its last process. Therefore the flush also covers their last writes. If an
+        // unmount is still in progress, sync(2) in the guest waits for it.
+        self.sandbox.flush_disks_within(FLUSH_TIMEOUT).await;
         self.record_end_of_sandbox();
         self.sandbox.end_because(REASON.into());
     }
