@@ -23,6 +23,9 @@ pub const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 pub const CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
 /// Memory in bytes, the sum of the containers' memory limits.
 pub const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+/// The signal that asks the container to end (OCI image specification, conversion.md). containerd
+/// does not set this key.
+pub const STOP_SIGNAL: &str = "org.opencontainers.image.stopSignal";
 
 /// CRI-O's key for [`SANDBOX_ID`].
 pub const CRIO_SANDBOX_ID: &str = "io.kubernetes.cri-o.SandboxID";

@@ -66,6 +66,9 @@ pub enum ServiceError {
     /// The VM has ended. The field says why.
     #[error("the sandbox's VM has ended: {0}: failed precondition")]
     Gone(std::sync::Arc<str>),
+    /// The shim ends the pod, because the shim or the VMM has received a signal.
+    #[error("the pod is ending, because the shim or the VMM received SIGTERM or SIGINT: failed precondition")]
+    Ending,
     /// The VM has not ended, but its agent is not ready. For example, the guest is still booting.
     #[error("the agent in the sandbox's VM is not ready: failed precondition")]
     NotReady,

@@ -75,6 +75,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             Notice::BootStep { step, at_ns } => eprintln!("[{step:?} at {} ms]", at_ns as f64 / 1e6 - started),
             Notice::VhostRequested { .. } => eprintln!("[the VMM requests vhost-net for an interface]"),
             Notice::FdShortage => eprintln!("[the VMM is close to its fd limit: the guest should forget unused files]"),
+            Notice::Terminated => eprintln!("[the VMM received SIGTERM or SIGINT]"),
             Notice::Exited { reason } => {
                 eprintln!("[exited: {reason:?} at {} ms]", now_ms() - started);
                 let _ = output.join();

@@ -1,7 +1,7 @@
 //! The VMM's end of the control socket: sends answers and notices to the shim, and ends the process with a reason.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -52,6 +52,16 @@ impl Reporter {
     /// Reports that the VMM is close to its fd limit.
     pub(crate) fn report_fd_shortage(&self) {
         self.send(&Reply::Notice(Notice::FdShortage));
+    }
+
+    /// Reports that the process has received SIGTERM or SIGINT.
+    pub(crate) fn report_termination(&self) {
+        self.send(&Reply::Notice(Notice::Terminated));
+    }
+
+    /// Returns the control socket, to wait for requests.
+    pub(crate) fn control(&self) -> BorrowedFd<'_> {
+        self.control.as_fd()
     }
 
     /// Requests vhost-net for the interface with this MAC address.
@@ -105,7 +115,6 @@ fn monotonic_ns() -> u64 {
 #[cfg(test)]
 mod tests {
     use std::io::Read;
-    use std::os::fd::AsFd;
 
     use husk_base::sys::scm_rights;
 

@@ -57,6 +57,7 @@ impl Shim {
         if !self.sandbox.is_launched() {
             return Err(ServiceError::NotCreated);
         }
+        self.check_not_ending()?;
         self.sandbox.timeline.mark("create begin");
         let reservation = self.containers.reserve(&request.id)?;
         let created = self.create_reserved(&request, &reservation).await;

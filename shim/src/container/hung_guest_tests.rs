@@ -12,16 +12,16 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use husk_proto::agent::{Event, EventsRequest, Exit as Exited};
+use husk_proto::agent::{Event, EventsRequest, Exit as Exited, SyncRequest, SyncResponse};
 use husk_proto::agent_ttrpc;
 use husk_proto::containerd::api::{
     ConnectRequest, ConnectResponse, CreateTaskRequest, DeleteRequest, DeleteResponse, Empty, KillRequest, PidsRequest,
-    PidsResponse, ShutdownRequest, StartRequest, StartResponse, StateRequest, StatsRequest, StatsResponse, Status,
-    WaitRequest,
+    PidsResponse, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StatsRequest,
+    StatsResponse, Status, WaitRequest,
 };
 use husk_proto::containerd::shim::event::Envelope;
 use husk_proto::containerd::shim_async::{Client, Task, TaskClient, create_task};
-use husk_vmm::control::wire;
+use husk_vmm::control::{Notice, wire};
 use protobuf::well_known_types::any::Any;
 use tempfile::TempDir;
 use tokio::sync::{broadcast, oneshot};
@@ -44,11 +44,15 @@ use crate::vm::vmm::{EXIT_TIMEOUT, ScriptedVmm, Vmm};
 const BUDGET: Duration = Duration::from_secs(45);
 
 /// What the scripted agent does.
-struct Script {
+pub(super) struct Script {
     /// The methods that the agent does not answer. `*` stands for all.
-    hung: Mutex<HashSet<&'static str>>,
+    pub(super) hung: Mutex<HashSet<&'static str>>,
     /// Whether killed containers do not exit.
     immortal: AtomicBool,
+    /// The signals that containers ignore.
+    pub(super) ignored: Mutex<HashSet<u32>>,
+    /// What happened in the guest, in order. The last entry is the end of the VMM process.
+    pub(super) log: Mutex<Vec<String>>,
     /// Whether the agent answers Kill requests with an error.
     refuses_kill: AtomicBool,
     /// How long the agent takes for a Start request.
@@ -57,11 +61,11 @@ struct Script {
 }
 
 impl Script {
-    fn hang(&self, method: &'static str) {
+    pub(super) fn hang(&self, method: &'static str) {
         lock(&self.hung).insert(method);
     }
 
-    fn exit(&self, container: &str, status: u32) {
+    pub(super) fn exit(&self, container: &str, status: u32) {
         let mut event = Event::new();
         event.set_exit(Exited { container_id: container.to_owned(), status, ..Default::default() });
         self.events.send(event).unwrap();
@@ -93,13 +97,21 @@ impl Task for ScriptedAgent {
         let script = Arc::clone(&self.0);
         let kill = async move {
             script.call("kill").await;
-            if !script.immortal.load(Ordering::Relaxed) {
+            lock(&script.log).push(format!("{} gets {}", request.id, request.signal));
+            let ignored = lock(&script.ignored).contains(&request.signal);
+            if !ignored && !script.immortal.load(Ordering::Relaxed) {
                 script.exit(&request.id, 128 + request.signal);
             }
         };
         // When a hung guest recovers, it handles the requests that it has received, even if their timeouts have
         // expired.
         tokio::spawn(kill).await.unwrap();
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        self.0.call("resume").await;
+        lock(&self.0.log).push(format!("{} is resumed", request.id));
         Ok(Empty::new())
     }
 
@@ -127,6 +139,12 @@ impl Task for ScriptedAgent {
 
 #[async_trait]
 impl agent_ttrpc::Sandbox for ScriptedAgent {
+    async fn sync(&self, _: &TtrpcContext, _: SyncRequest) -> ttrpc::Result<SyncResponse> {
+        self.0.call("sync").await;
+        lock(&self.0.log).push("sync".to_owned());
+        Ok(SyncResponse::new())
+    }
+
     async fn events(&self, _: &TtrpcContext, _: EventsRequest, to: ServerStreamSender<Event>) -> ttrpc::Result<()> {
         let mut events = self.0.events.subscribe();
         while let Ok(event) = events.recv().await {
@@ -148,12 +166,14 @@ impl Publish for Recorder {
 }
 
 /// A shim with a running VM.
-struct Model {
-    shim: Arc<Shim>,
-    script: Arc<Script>,
-    events: Arc<Mutex<Vec<String>>>,
+pub(super) struct Model {
+    pub(super) shim: Arc<Shim>,
+    pub(super) script: Arc<Script>,
+    pub(super) events: Arc<Mutex<Vec<String>>>,
     socket: std::path::PathBuf,
     vmm: Vmm,
+    /// Sends notices of the VMM.
+    pub(super) notices: mpsc::WeakSender<Notice>,
     process: AbortHandle,
     /// Ends the boot.
     boot: Option<oneshot::Sender<()>>,
@@ -171,7 +191,7 @@ async fn serve(path: &std::path::Path, services: HashMap<String, ttrpc::r#async:
 
 impl Model {
     /// Starts a shim whose VM runs. The VMM process exits when it is killed, if `mortal`.
-    async fn start(mortal: bool) -> Self {
+    pub(super) async fn start(mortal: bool) -> Self {
         let mut model = Self::boot(mortal).await;
         model.boot.take().unwrap().send(()).unwrap();
         model.shim.sandbox.ready().await.unwrap();
@@ -184,6 +204,8 @@ impl Model {
         let script = Arc::new(Script {
             hung: Mutex::default(),
             immortal: AtomicBool::new(false),
+            ignored: Mutex::default(),
+            log: Mutex::default(),
             refuses_kill: AtomicBool::new(false),
             start_delay: Mutex::default(),
             events: broadcast::channel(64).0,
@@ -200,8 +222,10 @@ impl Model {
         husk_base::sys::fd::set_nonblocking(&control).unwrap();
         let ScriptedVmm { vmm, mut killed, died } = Vmm::scripted(control).unwrap();
         let (notify, notices) = mpsc::channel(1);
+        let (weak_notify, log) = (notify.downgrade(), Arc::clone(&script));
         let process = tokio::spawn(async move {
             killed.wait_for(Option::is_some).await.unwrap();
+            lock(&log.log).push("the VMM ends".to_owned());
             if !mortal {
                 std::future::pending::<()>().await;
             }
@@ -229,6 +253,7 @@ impl Model {
             events: published,
             socket,
             vmm,
+            notices: weak_notify,
             process,
             boot: Some(boot),
             _servers: [server, agent_server],
@@ -237,16 +262,23 @@ impl Model {
     }
 
     /// Returns a client with a connection of its own.
-    fn client(&self) -> TaskClient {
+    pub(super) fn client(&self) -> TaskClient {
         let stream = std::os::unix::net::UnixStream::connect(&self.socket).unwrap();
         stream.set_nonblocking(true).unwrap();
         TaskClient::new(Client::new(Socket::new(tokio::net::UnixStream::from_std(stream).unwrap())))
     }
 
     /// Adds a container that has been created.
-    fn add(&self, id: &str) -> Arc<Container> {
+    pub(super) fn add(&self, id: &str) -> Arc<Container> {
+        self.add_with(id, &[])
+    }
+
+    /// Adds a container with annotations that has been created.
+    pub(super) fn add_with(&self, id: &str, annotations: &[(&str, &str)]) -> Arc<Container> {
         let init = Process::new(id, "", stdio_paths("", "", "", false));
-        let container = Arc::new(Container::new(id, "/", Spec::default(), init, JoinSet::new()));
+        let mut spec = Spec::default();
+        spec.annotations.0.extend(annotations.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
+        let container = Arc::new(Container::new(id, "/", spec, init, JoinSet::new()));
         let reservation = self.shim.containers.reserve(id).unwrap();
         self.shim.containers.insert(Arc::clone(&container));
         drop(reservation);
@@ -254,39 +286,39 @@ impl Model {
     }
 
     /// Adds a container and starts it.
-    async fn run(&self, id: &str) -> Arc<Container> {
+    pub(super) async fn run(&self, id: &str) -> Arc<Container> {
         let container = self.add(id);
         let request = StartRequest { id: id.to_owned(), ..Default::default() };
         self.client().start(within(BUDGET), &request).await.unwrap();
         container
     }
 
-    async fn kill(&self, id: &str, signal: i32) -> ttrpc::Result<Empty> {
+    pub(super) async fn kill(&self, id: &str, signal: i32) -> ttrpc::Result<Empty> {
         let request = KillRequest { id: id.to_owned(), signal: signal.unsigned_abs(), ..Default::default() };
         self.client().kill(within(BUDGET), &request).await
     }
 
-    async fn delete(&self, id: &str) -> ttrpc::Result<DeleteResponse> {
+    pub(super) async fn delete(&self, id: &str) -> ttrpc::Result<DeleteResponse> {
         let request = DeleteRequest { id: id.to_owned(), ..Default::default() };
         self.client().delete(within(BUDGET), &request).await
     }
 
-    async fn wait(&self, id: &str) -> u32 {
+    pub(super) async fn wait(&self, id: &str) -> u32 {
         let request = WaitRequest { id: id.to_owned(), ..Default::default() };
         self.client().wait(within(BUDGET), &request).await.unwrap().exit_status
     }
 
-    async fn status(&self, id: &str) -> Status {
+    pub(super) async fn status(&self, id: &str) -> Status {
         let request = StateRequest { id: id.to_owned(), ..Default::default() };
         self.client().state(within(Duration::from_secs(1)), &request).await.unwrap().status.unwrap()
     }
 
-    fn reason(&self) -> String {
+    pub(super) fn reason(&self) -> String {
         self.shim.sandbox.known_end_reason().unwrap_or_default().to_string()
     }
 }
 
-fn within(limit: Duration) -> ttrpc::context::Context {
+pub(super) fn within(limit: Duration) -> ttrpc::context::Context {
     ttrpc::context::with_duration(limit)
 }
 

@@ -7,6 +7,9 @@ pub mod escalation;
 #[cfg(test)]
 mod hung_guest_tests;
 mod oom_score;
+mod orderly_end;
+#[cfg(test)]
+mod orderly_end_tests;
 mod pids;
 mod prepare;
 #[cfg(test)]
@@ -60,6 +63,8 @@ pub struct Shim {
     /// exited.
     pub(crate) vm_ended: watch::Sender<bool>,
     pub(crate) finishing: AtomicBool,
+    /// Whether the shim ends the pod because of a signal. If true, no further process is started.
+    pub(crate) ending: AtomicBool,
     pub(crate) finished: watch::Sender<bool>,
 }
 
@@ -90,6 +95,7 @@ impl Shim {
             launcher,
             vm_ended: watch::Sender::new(false),
             finishing: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
             finished: watch::Sender::new(false),
         });
         tokio::spawn(Arc::clone(&shim).handle_reports(reports));
@@ -99,6 +105,19 @@ impl Shim {
     /// Waits until [`Shim::finish`] has torn the sandbox down.
     pub async fn wait_finished(&self) {
         let _ = self.finished.subscribe().wait_for(|done| *done).await;
+    }
+
+    /// Waits until the VMM process reports that it has received SIGTERM or SIGINT.
+    pub async fn vmm_terminated(&self) {
+        self.sandbox.terminated().await;
+    }
+
+    /// Checks that the pod may start a process.
+    ///
+    /// # Errors
+    /// [`ServiceError::Ending`] if the shim ends the pod because of a signal.
+    pub(crate) fn check_not_ending(&self) -> Result<(), ServiceError> {
+        if self.ending.load(Ordering::Relaxed) { Err(ServiceError::Ending) } else { Ok(()) }
     }
 
     /// Returns the event queue.

@@ -80,6 +80,11 @@ impl SandboxState {
         self.created.get()?.files.clone()
     }
 
+    /// Records that the sandbox is being stopped. Its exit status is then 0.
+    pub fn begin_stop(&self) {
+        *lock(&self.stopping) = true;
+    }
+
     /// Records that the VM has ended.
     pub fn record_end(&self) {
         let status = if *lock(&self.stopping) { 0 } else { EXIT_STATUS_KILLED };
@@ -104,6 +109,7 @@ impl Shim {
     /// If the bundle has a specification, this process has launched the VM before it accepted requests. In this case,
     /// this function only records the creation.
     pub(crate) async fn create_sandbox(&self, config: &PodSandboxConfig, netns: &str) -> Result<(), ServiceError> {
+        self.check_not_ending()?;
         let pending = lock(&self.sandbox_state.pending).take();
         let (created, launch) = match pending {
             None if self.sandbox_state.is_created() || self.sandbox.is_dead() => {
@@ -138,7 +144,7 @@ impl Shim {
 
     /// Ends the VM, and waits until the sandbox's exit has been recorded.
     pub(crate) async fn stop_sandbox(&self) {
-        *lock(&self.sandbox_state.stopping) = true;
+        self.sandbox_state.begin_stop();
         // If the sandbox was never launched, this drop closes the channel for the agent's reports.
         // `Shim::handle_reports` then records the exit.
         drop(lock(&self.sandbox_state.pending).take());

@@ -33,6 +33,7 @@ impl Shim {
             self.sandbox.settle_network().await.map_err(ServiceError::failed)?;
         }
         self.sandbox.wait_for_propagation().await;
+        self.check_not_ending()?;
         process.begin_start()?;
         let request = StartRequest { id: container.id.clone(), ..Default::default() };
         if !container.is_sandbox_container()
@@ -88,6 +89,7 @@ impl Shim {
         if container.is_paused() {
             return Err(ServiceError::Exec("paused"));
         }
+        self.check_not_ending()?;
         process.begin_start()?;
         if let Err(error) = self.start_exec_in_guest(exec).await {
             process.start_failed(Exit { status: EXIT_STATUS_NOT_STARTED, at: SystemTime::now() });

@@ -223,7 +223,14 @@ async fn serve(
                 () = shim.create_timed_out() => {
                     tracing::warn!("the shim ends, because no request to create the sandbox arrived in time");
                 }
-                () = termination_signal() => tracing::info!("the shim ends after SIGTERM or SIGINT"),
+                () = termination_signal() => {
+                    tracing::info!("the shim ends the pod after SIGTERM or SIGINT");
+                    shim.end_orderly().await;
+                }
+                () = shim.vmm_terminated() => {
+                    tracing::info!("the shim ends the pod after SIGTERM or SIGINT to the VMM");
+                    shim.end_orderly().await;
+                }
             }
             shim.finish().await;
             address.remove();

@@ -278,6 +278,38 @@ mod tests {
         assert_eq!(program.wait().await.unwrap().code(), Some(5));
     }
 
+    /// Returns the PIDs of this process's launchers.
+    fn launchers() -> Vec<i32> {
+        let own = format!("\nPPid:\t{}\n", std::process::id());
+        let pids =
+            std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().into_string().ok());
+        let is_launcher = |pid: &i32| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            status.starts_with("Name:\thusk-launcher\n") && status.contains(&own)
+        };
+        pids.filter_map(|pid| pid.parse().ok()).filter(is_launcher).collect()
+    }
+
+    #[tokio::test]
+    async fn launcher_goes_on_after_sigterm_and_its_programs_block_no_signal() {
+        let null = File::options().read(true).write(true).open("/dev/null").unwrap();
+        let (mut reader, writer) = io::pipe().unwrap();
+        let fds = [null.as_fd(), null.as_fd(), null.as_fd(), writer.as_fd()];
+        drop(start("exit 0", &fds, true).await.unwrap());
+        let launchers = launchers();
+        assert!(!launchers.is_empty());
+        for pid in launchers {
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM).unwrap();
+        }
+        let script = "PATH=/usr/bin:/bin; grep SigBlk /proc/self/status >&3";
+        let program = start(script, &fds, true).await.unwrap();
+        drop(writer);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "SigBlk:\t0000000000000000\n");
+        program.wait().await.unwrap();
+    }
+
     #[tokio::test]
     async fn program_that_cannot_be_executed_is_an_error() {
         let options = ProgramOptions {

@@ -13,7 +13,7 @@ use husk_base::sys::fd::{close_all_except, copy_to, duplicate_from};
 use husk_base::sys::process::{Cloned, clone_sibling, exit_immediately};
 use husk_base::sys::scm_rights::{self, Packet};
 use husk_vmm::client::{Network, SpawnOptions, spawn};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 
 use super::request::{Reply, Request};
 use crate::chain;
@@ -29,6 +29,10 @@ pub fn run(socket: &OwnedFd) -> ! {
     let _ = nix::sys::prctl::set_name(NAME);
     // This process is suspended while it starts a VMM. Then it does not see that the shim has closed the socket.
     let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
+    // systemd sends SIGTERM to all processes of a pod at once. The shim may still need the launcher to end the pod. A
+    // started program has an empty signal mask, because `Command` clears the mask.
+    let blocked: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
+    let _ = blocked.thread_block();
     // This process has inherited the shim's end of `socket`. While this copy is open, the kernel does not report that
     // the shim has closed its end. The shim's listener must be closed, too. Otherwise, clients could still connect
     // after the end of the shim, although nobody would serve them.

@@ -3,7 +3,12 @@
 
 use std::collections::BTreeMap;
 
-use husk_proto::annotations::{CONTAINER_TYPE, POD_NAME, POD_NAMESPACE, crio_key};
+use husk_proto::annotations::{CONTAINER_TYPE, POD_NAME, POD_NAMESPACE, STOP_SIGNAL, crio_key};
+use nix::sys::signal::Signal;
+
+/// The first and the last real-time signal (signal(7)). glibc uses the two signals below the first one itself.
+const RTMIN: u32 = 34;
+const RTMAX: u32 = 64;
 
 /// Annotations of a specification.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
@@ -44,6 +49,31 @@ impl Annotations {
             _ => String::new(),
         }
     }
+
+    /// Returns the signal that asks the container to end. This is SIGTERM unless the annotation with the image's stop
+    /// signal has a valid value.
+    pub fn stop_signal(&self) -> u32 {
+        self.get(STOP_SIGNAL).and_then(parse_signal).unwrap_or(libc::SIGTERM.unsigned_abs())
+    }
+}
+
+/// Parses a signal's number or name, such as `15`, `SIGTERM` or `SIGRTMIN+3`.
+fn parse_signal(text: &str) -> Option<u32> {
+    if let Ok(number) = text.parse() {
+        return (1..=RTMAX).contains(&number).then_some(number);
+    }
+    let name = text.to_ascii_uppercase();
+    let name = name.strip_prefix("SIG").unwrap_or(&name);
+    let offset =
+        |text: &str, sign| if text.is_empty() { Some(0) } else { text.strip_prefix(sign)?.parse::<u32>().ok() };
+    let number = if let Some(rest) = name.strip_prefix("RTMIN") {
+        RTMIN.checked_add(offset(rest, '+')?)?
+    } else if let Some(rest) = name.strip_prefix("RTMAX") {
+        RTMAX.checked_sub(offset(rest, '-')?)?
+    } else {
+        return Some((format!("SIG{name}").parse::<Signal>().ok()? as i32).unsigned_abs());
+    };
+    (RTMIN..=RTMAX).contains(&number).then_some(number)
 }
 
 #[cfg(test)]
@@ -74,5 +104,18 @@ mod tests {
         let container = of(&[(CRIO_CONTAINER_TYPE, "container")]);
         assert!(container.is_cri() && !container.is_sandbox());
         assert!(!of(&[]).is_cri() && of(&[]).pod().is_empty());
+    }
+
+    #[test]
+    fn stop_signal_is_sigterm_unless_the_annotation_names_a_signal() {
+        let of = |text: &str| Annotations([(STOP_SIGNAL.to_owned(), text.to_owned())].into()).stop_signal();
+        let cases = [("SIGINT", 2), ("quit", 3), ("9", 9), ("SIGRTMIN+3", 37), ("RTMAX-1", 63), ("SIGRTMIN", 34)];
+        for (text, number) in cases {
+            assert_eq!(of(text), number, "{text}");
+        }
+        for text in ["", "0", "65", "-1", "SIG", "RTMIN+31", "RTMIN+4294967295", "RTMAX-65", "RTMIN3"] {
+            assert_eq!(of(text), 15, "{text}");
+        }
+        assert_eq!(Annotations::default().stop_signal(), 15);
     }
 }

@@ -10,6 +10,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use husk_proto::agent::{BindDeviceRequest, SyncRequest};
 use husk_vmm::config::{BlkConfig, FdIndex};
@@ -95,20 +96,32 @@ impl Sandbox {
     }
 
     /// If the VM has disks, tells the guest to write its dirty pages to the disks. Waits at most ten seconds.
+    pub async fn flush_disks(&self) {
+        self.flush_disks_within(timeouts::QUICK).await;
+    }
+
+    /// If the VM has disks, tells the guest to write its dirty pages to the disks. Waits at most for `limit`.
     ///
     /// Without the flush, killing the VM would lose data in the guest's page cache. Under runc, such data stays in the
     /// node's page cache after the pod has ended.
-    pub async fn flush_disks(&self) {
+    pub async fn flush_disks_within(&self, limit: Duration) {
         let some = lock(&self.disks).values().any(|plug| plug.slot.initialized());
         let agent = self.agent().filter(|_| some && !self.is_dead());
         let Some(agent) = agent else { return };
-        match agent.sandbox.sync(within(timeouts::QUICK), &SyncRequest::new()).await {
+        match agent.sandbox.sync(within(limit), &SyncRequest::new()).await {
             Ok(_) => tracing::debug!("flushed the guest's disks"),
             Err(_) if self.is_dead() => {}
             Err(error) => {
                 tracing::warn!(%error, "failed to flush the guest's disks; the last writes may be lost");
             }
         }
+    }
+
+    /// Lets a test pretend that the VM has a disk.
+    #[cfg(test)]
+    pub fn pretend_disk(&self) {
+        let disk = Arc::new(AttachedDisk { slot: OnceCell::new_with(Some(9)), ..AttachedDisk::default() });
+        lock(&self.disks).insert(Disk { major: 1, minor: 1, read_only: false }, disk);
     }
 
     /// Hot-plugs the disk. Returns its slot.

@@ -25,7 +25,7 @@ use husk_vmm::client::Spawned;
 use husk_vmm::config::RateLimit;
 #[cfg(test)]
 use husk_vmm::control::Notice;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use crate::network::port_forwarding;
 use crate::network::sync::NetworkSync;
@@ -83,6 +83,8 @@ pub struct Sandbox {
     kill_reason: Arc<OnceLock<Arc<str>>>,
     /// Whether the node's OOM killer has killed the VMM process.
     oom_killed: Arc<AtomicBool>,
+    /// Notified when the VMM reports that it has received SIGTERM or SIGINT.
+    terminated: Arc<Notify>,
 }
 
 /// The resources that a launch acquires before the guest boots. If the boot fails, the sandbox keeps these resources.
@@ -128,6 +130,7 @@ impl Sandbox {
             network_sync: Arc::default(),
             kill_reason: Arc::default(),
             oom_killed: Arc::default(),
+            terminated: Arc::default(),
         })
     }
 
@@ -155,7 +158,7 @@ impl Sandbox {
         let (handle, timeline, console) = (vmm, Arc::clone(&self.timeline), self.log_tail.clone());
         let network_sync = Arc::clone(&self.network_sync);
         let end = self.end_follower(location.clone());
-        let mut progress = notices::watch(notices, Arc::clone(&timeline));
+        let mut progress = notices::watch(notices, Arc::clone(&timeline), Arc::clone(&self.terminated));
         tokio::spawn(async move {
             let booted = match (plan, &handle) {
                 (Err(error), _) => Err(error),
@@ -299,7 +302,7 @@ impl Sandbox {
         };
         assert!(sandbox.launched.set(launched).is_ok());
         let end = sandbox.end_follower(Some(cgroup));
-        let mut progress = notices::watch(notices, timeline);
+        let mut progress = notices::watch(notices, timeline, Arc::clone(&sandbox.terminated));
         tokio::spawn(async move { end.follow(Ok(booted.await), Some(vmm), &mut progress, &reports).await });
         sandbox
     }
@@ -398,6 +401,16 @@ impl Sandbox {
     pub fn fail(&self, reason: String) {
         tracing::error!(reason, "the shim kills the VM");
         self.kill_because(reason.into());
+    }
+
+    /// Kills the VM. `reason` becomes the reason of the VM's end, unless the VM was killed before.
+    pub fn end_because(&self, reason: Arc<str>) {
+        self.kill_because(reason);
+    }
+
+    /// Waits until the VMM reports that it has received SIGTERM or SIGINT.
+    pub async fn terminated(&self) {
+        self.terminated.notified().await;
     }
 
     fn kill_because(&self, reason: Arc<str>) {

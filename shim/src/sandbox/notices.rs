@@ -1,10 +1,10 @@
-//! Handles the VMM's notices: the progress of the boot, and the reason why the VM ended.
+//! Handles the VMM's notices: the progress of the boot, signals to the VMM, and the reason why the VM ended.
 
 use std::process::ExitStatus;
 use std::sync::Arc;
 
 use husk_vmm::control::{BootStep, ExitReason, Notice};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 
 use crate::sandbox::timeline::Timeline;
 use crate::text::bounded;
@@ -30,8 +30,13 @@ impl Progress {
     }
 }
 
-/// Adds the boot steps from the VMM's notices to the timeline. Returns what the notices report.
-pub fn watch(mut notices: mpsc::Receiver<Notice>, timeline: Arc<Timeline>) -> watch::Receiver<Progress> {
+/// Adds the boot steps from the VMM's notices to the timeline. Notifies `terminated` if the VMM reports SIGTERM or
+/// SIGINT. Returns what the notices report.
+pub fn watch(
+    mut notices: mpsc::Receiver<Notice>,
+    timeline: Arc<Timeline>,
+    terminated: Arc<Notify>,
+) -> watch::Receiver<Progress> {
     let (update, progress) = watch::channel(Progress::default());
     let task = async move {
         while let Some(notice) = notices.recv().await {
@@ -42,6 +47,7 @@ pub fn watch(mut notices: mpsc::Receiver<Notice>, timeline: Arc<Timeline>) -> wa
                         update.send_modify(|p| p.ready = true);
                     }
                 }
+                Notice::Terminated => terminated.notify_one(),
                 // `Vmm` handles these notices itself.
                 Notice::FdShortage | Notice::VhostRequested { .. } => {}
                 Notice::Exited { reason } => {
@@ -104,7 +110,7 @@ mod tests {
     async fn reason_after(notices: Vec<Notice>, killed: Option<&str>) -> String {
         let (sender, receiver) = mpsc::channel(1);
         let timeline = Arc::new(Timeline::new("ns", "s", std::path::PathBuf::new()));
-        let mut progress = watch(receiver, timeline);
+        let mut progress = watch(receiver, timeline, Arc::default());
         for notice in notices {
             sender.send(notice).await.unwrap();
         }

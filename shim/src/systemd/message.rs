@@ -18,6 +18,8 @@ pub enum Value {
     U64(u64),
     /// `s`
     Text(String),
+    /// `as`
+    Texts(Vec<String>),
     /// `au`
     Numbers(Vec<u32>),
     /// `ay`
@@ -137,6 +139,10 @@ impl Body {
             Value::Text(text) => {
                 self.signature("s");
                 self.put_text(text);
+            }
+            Value::Texts(texts) => {
+                self.signature("as");
+                self.array(4, |body| texts.iter().for_each(|text| body.put_text(text)));
             }
             Value::Numbers(numbers) => {
                 self.signature("au");
@@ -405,15 +411,17 @@ pub(super) mod tests {
             ("M", Value::U64(3)),
             ("C", Value::Bytes(vec![6])),
             ("S", Value::Text("x".into())),
+            ("T", Value::Texts(vec!["y".into(), "z".into()])),
         ];
         let Body(bytes) = Body::default().properties(&properties);
-        let expected = b"\x6a\0\0\0\0\0\0\0\
+        let expected = b"\x8e\0\0\0\0\0\0\0\
             \x01\0\0\0P\0\x02au\0\0\0\x08\0\0\0\x01\0\0\0\x02\0\0\0\
             \x01\0\0\0D\0\x01b\0\0\0\0\x01\0\0\0\
             \x01\0\0\0M\0\x01t\0\0\0\0\0\0\0\0\
             \x03\0\0\0\0\0\0\0\
             \x01\0\0\0C\0\x02ay\0\0\0\x01\0\0\0\x06\0\0\0\0\0\0\0\
-            \x01\0\0\0S\0\x01s\0\0\0\0\x01\0\0\0x\0";
+            \x01\0\0\0S\0\x01s\0\0\0\0\x01\0\0\0x\0\0\0\0\0\0\0\
+            \x01\0\0\0T\0\x02as\0\0\0\x0e\0\0\0\x01\0\0\0y\0\0\0\x01\0\0\0z\0";
         assert_eq!(bytes, expected);
         assert_eq!(Body::default().empty_structures().0, [0; 8]);
     }

@@ -31,6 +31,17 @@ const SET_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout for stopping a scope, shorter than the three seconds for which containerd waits for a shim to exit.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Units that a node's shutdown stops after the scope, because the pod's end needs them. A unit that does not exist has
+/// no effect.
+///
+/// `remote-fs-pre.target` comes after services that the node needs for its remote disks, such as iSCSI.
+/// `remote-fs.target` is not here, because a remote file system that hangs at boot would delay all pods.
+const STOPPED_LATER: [&str; 5] =
+    ["containerd.service", "crio.service", "network.target", "local-fs.target", "remote-fs-pre.target"];
+/// Time in microseconds between SIGTERM to the scope's processes and SIGKILL. This is systemd's default, which a node
+/// can lower. The shim needs less time.
+const SCOPE_STOP_LIMIT_US: u64 = 90_000_000;
+
 const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
 const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
 
@@ -134,6 +145,13 @@ impl Scope {
             ("TasksAccounting", Value::Bool(true)),
             ("TasksMax", Value::U64(self.max_tasks)),
             ("DefaultDependencies", Value::Bool(false)),
+            // When the node shuts down, the scope is stopped, and its processes get SIGTERM. A VM has data that only
+            // its guest can write to a disk. The order of the stop is the reverse of the order below. The kubelet ends
+            // before, because it would start the containers again. CRI-O orders the scopes of its containers, too.
+            ("Conflicts", Value::Texts(vec!["shutdown.target".into()])),
+            ("Before", Value::Texts(["shutdown.target", "kubelet.service"].map(Into::into).into())),
+            ("After", Value::Texts(STOPPED_LATER.map(Into::into).into())),
+            ("TimeoutStopUSec", Value::U64(SCOPE_STOP_LIMIT_US)),
             // If the OOM killer kills the VMM, the scope fails. With this mode, systemd removes the failed scope.
             ("CollectMode", Value::Text("inactive-or-failed".into())),
         ]
@@ -277,7 +295,9 @@ mod tests {
         scope().start_at(&socket, 77).unwrap();
         scope().unit.stop_at(&socket).unwrap();
         let calls = calls.join().unwrap();
-        for text in ["StartTransientUnit", "pods.slice", "Delegate", "TasksMax"] {
+        for text in
+            ["StartTransientUnit", "pods.slice", "Delegate", "TasksMax", "shutdown.target", "containerd.service"]
+        {
             assert!(has(&calls[0], text), "the first call does not contain {text}");
         }
         assert!(has(&calls[1], "StopUnit") && has(&calls[1], "p-n.scope"));

@@ -29,6 +29,20 @@ print("written", flush=True)
 time.sleep(100000)
 "#;
 
+/// Python program that, after SIGTERM, writes "changed" to `/dev/xvda` without fsync(2), and exits with status 7.
+pub const TERM_WRITER_PROGRAM: &str = r#"
+import os, signal, time
+fd = os.open("/dev/xvda", os.O_RDWR)
+def stop(*_):
+    os.pwrite(fd, b"changed", 1 << 20)
+    print("stopped", flush=True)
+    os._exit(7)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+while True:
+    time.sleep(1000)
+"#;
+
 /// Runs a command on the node, and returns its standard output. Fails if the command fails.
 #[track_caller]
 pub fn run_on_node(command: &[&str]) -> String {

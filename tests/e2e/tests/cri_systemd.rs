@@ -1,5 +1,5 @@
-//! Pods with the kubelet's systemd cgroup driver: each VM has a scope. Except for the limit of threads, the scope has
-//! the same properties as runc's scopes.
+//! Pods with the kubelet's systemd cgroup driver: each VM has a scope. Except for the limit of threads and the order of
+//! its stop, the scope has the same properties as runc's scopes.
 //!
 //! Requires: systemd
 
@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use husk_e2e::cri::pod::need_image;
 use husk_e2e::cri::{Pod, Pods, call, pods, pods_with_handler};
-use husk_e2e::{case, node};
+use husk_e2e::disk::{Disk, TERM_WRITER_PROGRAM};
+use husk_e2e::{PYTHON, case, node};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -159,11 +161,15 @@ fn scope_has_runcs_properties_and_systemd_keeps_its_limits() {
         for key in ["LoadState", "ActiveState", "SubState", "Slice", "Transient", "Delegate", "DelegateControllers"]
             .into_iter()
             .chain(["DefaultDependencies", "CPUAccounting", "MemoryAccounting", "IOAccounting", "TasksAccounting"])
-            .chain(["KillMode", "OOMPolicy", "Conflicts", "Before"])
+            .chain(["KillMode", "OOMPolicy"])
         {
             assert_eq!(shown.get(key), expected.get(key), "property {key} differs between Husk's scope and runc's");
         }
         assert_eq!([&shown["ActiveState"], &shown["Slice"], &shown["Delegate"]], ["active", slice.as_str(), "yes"]);
+        // At the node's shutdown, systemd stops Husk's scope after the kubelet and before containerd.
+        for (key, unit) in [("Conflicts", "shutdown.target"), ("Before", "kubelet"), ("After", "containerd.service")] {
+            assert!(shown[key].contains(unit), "{key}={}", shown[key]);
+        }
         // For TasksMax, runc's scope has systemd's default. Husk's scope has the maximum number of a pod's threads
         // on the host.
         assert_eq!(shown["TasksMax"], "2048");
@@ -228,6 +234,30 @@ fn pod_of_the_shim_sandboxer_has_a_scope() {
         pod.stop();
         pod.remove();
         wait_until_unloaded(&name);
+        systemctl(&["stop", &slice]);
+    });
+}
+
+#[test]
+fn stop_of_the_scope_ends_the_pod_in_order() {
+    need_image(PYTHON);
+    pods("cri-systemd-stop", |pods| {
+        let (config, slice) = in_a_slice(pods);
+        let disk = Disk::new(&pods.dir().join("disk"), 4);
+        let pod = pods.run(config);
+        let name = unit(&pod);
+        let dir = cgroup(&name);
+        let mut config = pod.python(TERM_WRITER_PROGRAM);
+        config["devices"] = json!([{ "container_path": "/dev/xvda", "host_path": disk.device, "permissions": "rwm" }]);
+        let writer = pod.start(&config);
+        writer.wait_for("ready");
+        systemctl(&["stop", &name]);
+        assert_eq!(disk.read_written(), "changed");
+        assert_eq!(writer.wait().0, 7);
+        wait_until_unloaded(&name);
+        pod.stop();
+        pod.remove();
+        assert!(!dir.exists());
         systemctl(&["stop", &slice]);
     });
 }

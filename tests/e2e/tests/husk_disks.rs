@@ -83,8 +83,8 @@ fn written_data_is_on_disk_after_vm_ends() {
         config["devices"] = config_with_disks(&pod, &disks)["devices"].clone();
         let writer = pod.start(&config);
         writer.wait_for("written");
-        // SIGTERM ends the shim, as a shutdown of the node does. The container runs until its VM ends. Therefore, no
-        // exit of the container writes the data to the disk earlier.
+        // SIGTERM ends the pod, as a shutdown of the node does. The program ignores SIGTERM, because it is PID 1 and
+        // has no handler. Therefore, it gets SIGKILL after the grace period.
         let shims = vm::shim_pids_of(&pod.id);
         assert_eq!(shims.len(), 1);
         node::send_signal(shims[0], Signal::SIGTERM);

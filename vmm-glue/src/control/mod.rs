@@ -198,6 +198,9 @@ pub enum Notice {
         /// The interface's MAC address.
         mac: [u8; 6],
     },
+    /// The VMM process has received SIGTERM or SIGINT. The shim should end the pod in an orderly way. If the shim does
+    /// not, the VMM process ends after a timeout.
+    Terminated,
     /// The VM has ended. The VMM process ends after this notice.
     Exited {
         /// The reason.

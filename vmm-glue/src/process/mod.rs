@@ -1,5 +1,5 @@
 //! The VMM process from `main` to its end. The process ends when the guest or the shim ends, or when the control socket
-//! is closed.
+//! is closed. After SIGTERM or SIGINT, the process leaves it to the shim to end the pod in an orderly way.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -20,8 +20,10 @@ mod log;
 mod memory_fault;
 mod pids;
 mod prepare;
+mod termination;
 
 use pids::Pids;
+use termination::Inbox;
 
 pub use prepare::{PrepareError, prepare};
 
@@ -37,14 +39,22 @@ pub fn main(control: OwnedFd) -> ! {
         ::log::error!("{}", chain(&error));
         exit_immediately(1);
     }
+    let mut inbox = match Inbox::new(reporter.control()) {
+        Ok(inbox) => inbox,
+        Err(error) => {
+            ::log::error!("failed to watch the control socket and signals: {error}");
+            exit_immediately(1);
+        }
+    };
     reporter.report_boot_step(BootStep::ProcessStarted);
     let mut current_vm = None;
     let mut pids = Pids::default();
     loop {
-        match reporter.receive() {
+        match inbox.wait(&reporter).and_then(|()| reporter.receive()) {
             Ok((request, fds)) => serve(&mut current_vm, &mut pids, request, fds, &reporter),
             // The shim has ended or has closed its end of the control socket.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => exit_immediately(0),
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => reporter.exit(ExitReason::Failed(chain(&error))),
             Err(error) => {
                 ::log::error!("failed to receive from the control socket: {error}");
                 exit_immediately(1);

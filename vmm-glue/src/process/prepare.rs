@@ -1,13 +1,13 @@
 //! Prepares the VMM process. The process gets SIGKILL when its parent ends. Core dumps are disabled, the heap is kept
-//! small, and all signals are unblocked.
+//! small, and all signals except SIGTERM and SIGINT are unblocked.
 
 use std::io;
 
 use husk_base::sys::heap;
 use nix::sys::prctl;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::Signal;
 
-use super::memory_fault;
+use super::{memory_fault, termination};
 
 /// Error from preparing the process.
 #[derive(Debug, thiserror::Error)]
@@ -21,8 +21,8 @@ pub enum PrepareError {
     /// The handler of memory faults could not be installed.
     #[error("failed to install the handler of memory faults")]
     Fault(#[source] io::Error),
-    /// The signal mask could not be cleared.
-    #[error("failed to unblock signals")]
+    /// The signal mask could not be set.
+    #[error("failed to set the signal mask")]
     Signals(#[source] io::Error),
 }
 
@@ -38,5 +38,5 @@ pub fn prepare() -> Result<(), PrepareError> {
     memory_fault::handle().map_err(PrepareError::Fault)?;
     let _ = prctl::set_name(c"husk-vmm");
     heap::keep_small();
-    SigSet::empty().thread_set_mask().map_err(|errno| PrepareError::Signals(errno.into()))
+    termination::signals().thread_set_mask().map_err(|errno| PrepareError::Signals(errno.into()))
 }

@@ -36,11 +36,12 @@ impl Packet {
                 };
                 Reply::Answer { seq: u64::from(*seq % 8), result: Ok(answer) }
             }
-            Packet::Notice { which, number, mac, text } => Reply::Notice(match which % 5 {
+            Packet::Notice { which, number, mac, text } => Reply::Notice(match which % 6 {
                 0 => Notice::FdShortage,
                 1 => Notice::VhostRequested { mac: *mac },
                 2 => Notice::BootStep { step: BootStep::AgentReady, at_ns: *number },
-                3 => Notice::Exited { reason: ExitReason::Failed(text.clone()) },
+                3 => Notice::Terminated,
+                4 => Notice::Exited { reason: ExitReason::Failed(text.clone()) },
                 _ => Notice::Exited { reason: ExitReason::Reset },
             }),
         };

@@ -227,13 +227,14 @@ const DEVICE_LOOP: &[Rule] = &[
 ];
 
 const CONTROL: &[Rule] = &[
+    allow(Sysno::epoll_wait, "waits for requests, SIGTERM and SIGINT"),
     allow(Sysno::mremap, "the allocator resizes large blocks"),
     allow(Sysno::recvmsg, "requests on the control socket"),
     allow(Sysno::close, "closes fds"),
     allow(Sysno::eventfd2, "eventfds of hot-plugged devices"),
     allow(Sysno::fcntl, "duplicates eventfds"),
     allow(Sysno::timerfd_create, "creates the timer of a hot-plugged interface that has rate limits"),
-    allow(Sysno::read, "clears eventfds"),
+    allow(Sysno::read, "clears eventfds, and reads signals from the signalfd"),
     allow(Sysno::lseek, "determines the size of a hot-plugged disk"),
     allow(Sysno::statx, "checks the fds of hot-plugged devices"),
     allow_if(Sysno::clone, &[is(0, THREAD_FLAGS)], "starts threads of hot-plugged devices and vCPUs, but no process"),

@@ -72,6 +72,17 @@ fn disk_serves_read_write_flush_and_get_id() {
 }
 
 #[test]
+fn flush_reaches_the_host_and_its_failure_reaches_the_guest() {
+    const IO_ERROR: u8 = 1;
+    // The kernel refuses fdatasync(2) for this device. An answer without a call of fdatasync would be a success.
+    let file = File::options().read(true).write(true).open("/dev/null").unwrap();
+    let mut bench = Bench::new(Blk::new(file, false, "null", RateLimit::default()).unwrap());
+    assert_ne!(bench.lock().features() & 1 << VIRTIO_BLK_F_FLUSH, 0);
+    bench.activate(0);
+    assert_eq!(call(&mut bench, &[&header(FLUSH, 0)], &[1]), [IO_ERROR]);
+}
+
+#[test]
 fn discard_and_write_zeroes_clear_only_the_given_sectors() {
     let (file, mut bench) = disk(false);
     let ranges = [range(1, 2, 0), range(8, 8, 0)].concat();

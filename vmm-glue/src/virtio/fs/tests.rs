@@ -16,6 +16,18 @@ fn file_is_looked_up_and_read() {
 }
 
 #[test]
+fn fsync_reaches_the_host() {
+    // Files of proc(5) have no fsync. An answer without a call of fsync(2) or fdatasync(2) would be a success.
+    let mut guest = Guest::with_share(std::path::Path::new("/proc/sys/kernel"), 1);
+    guest.init();
+    let node = guest.lookup(ROOT, "ostype");
+    let handle = guest.open(OPEN, node, libc::O_RDONLY);
+    for datasync in [0, 1] {
+        assert_eq!(guest.error(FSYNC, node, &longs([handle, datasync])), libc::EINVAL);
+    }
+}
+
+#[test]
 fn many_requests_are_served_in_parallel() {
     let mut guest = Guest::new(4);
     guest.init();
