@@ -82,7 +82,10 @@ impl CheckedFs {
         name: &CStr,
         remove: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
-        let removed = self.lookup(ctx, parent, name).ok();
+        let removed = self.fs.lookup(ctx, parent, name).ok();
+        if let Some(entry) = &removed {
+            self.nodes.add(parent, name, entry);
+        }
         let result = remove();
         if let Some(entry) = removed {
             let is_directory = entry.attr.mode & libc::S_IFMT == libc::S_IFDIR;

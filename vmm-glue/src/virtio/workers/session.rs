@@ -17,7 +17,7 @@ use crate::virtio::device::Interrupt;
 use crate::virtio::queue::{Chain, HeldChain, QueueFault, Virtqueue};
 
 /// Maximum time that a pause waits for the requests that are being served.
-pub const PAUSE_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
+pub const PAUSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A worker is added if all workers have been busy for this time, and none has taken another request.
 const GROW_DELAY: Duration = Duration::from_millis(100);
 /// Time after which another worker is tried if none could be added.
