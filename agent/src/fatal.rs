@@ -1,8 +1,13 @@
 //! Handles fatal errors of PID 1: writes the reason to the console, then resets the VM.
 
 use std::io::Write;
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use nix::sys::reboot::{RebootMode, reboot};
+
+/// How long the file systems may take to write their data before the VM is reset.
+const SYNC_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Installs a panic hook that writes the message to the console and resets the VM. Without the hook, PID 1 would exit,
 /// and the kernel would panic.
@@ -13,10 +18,22 @@ pub fn install_panic_hook() {
 /// Writes `message` to the console, where the host reads it, and resets the VM.
 pub fn die(message: &str) -> ! {
     write_console(message);
-    nix::unistd::sync();
+    sync();
     let _ = reboot(RebootMode::RB_AUTOBOOT);
     loop {
         nix::unistd::pause();
+    }
+}
+
+/// Writes the data of all file systems, but does not wait for a file system of the host that hangs.
+fn sync() {
+    let (done, synced) = channel();
+    let thread = std::thread::Builder::new().spawn(move || {
+        nix::unistd::sync();
+        done.send(())
+    });
+    if thread.is_ok() {
+        let _ = synced.recv_timeout(SYNC_TIMEOUT);
     }
 }
 

@@ -84,7 +84,7 @@ pub struct Config {
     pub memory_overhead_mib: u64,
     /// Minimum memory limit of a pod, in MiB.
     pub min_memory_mib: u64,
-    /// Number of virtio-fs threads per pod.
+    /// Number of virtio-fs threads per pod. More threads run only while requests hang.
     pub virtio_fs_workers: u8,
     /// Whether the guest returns unused memory to the host (virtio-balloon).
     pub free_page_reporting: bool,

@@ -18,7 +18,9 @@ if the page is out of date.
 Each thread of the VMM has the filter of its kind. A call that is not in the filter ends the VM, and the shim's error
 names the thread and the call. A new thread inherits the filter of the thread that starts it. The control thread starts
 the threads of hot-plugged vCPUs and disks, and the threads whose ids are the PIDs of containers. Therefore, the control
-thread's filter also contains the calls of these threads.
+thread's filter also contains the calls of these threads. For the same reason, the filter of the virtio-fs supervisor
+contains the calls of the virtio-fs threads. The supervisor starts such threads while others hang on a file system of
+the node. It does not read guest memory.
 
 A cell lists the conditions on the arguments of a call, which count from 1: `2 = 0xae80` means that the second argument
 is 0xae80, and `3 lacks 0x4` means that the third argument does not have this bit.
@@ -26,11 +28,12 @@ is 0xae80, and `3 lacks 0x4` means that the third argument does not have this bi
 ";
 
 /// The kinds of threads, each with the title of its column.
-const KINDS: [(Kind, &str); 7] = [
+const KINDS: [(Kind, &str); 8] = [
     (Kind::Control, "control"),
     (Kind::Vcpu, "vCPU"),
     (Kind::DeviceLoop, "device loop"),
     (Kind::FileServer, "virtio-fs"),
+    (Kind::FileSupervisor, "virtio-fs supervisor"),
     (Kind::Disk, "disk"),
     (Kind::Prefault, "prefault"),
     (Kind::Pid, "pid"),

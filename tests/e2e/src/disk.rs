@@ -20,6 +20,16 @@ nix::ioctl_none_bad! {
     loop_clr_fd, 0x4c01
 }
 
+// Requests to file systems (linux/fs.h).
+nix::ioctl_write_int_bad! {
+    /// Suspends the writes to a file system.
+    fifreeze, nix::request_code_readwrite!(b'X', 119, size_of::<libc::c_int>())
+}
+nix::ioctl_write_int_bad! {
+    /// Continues the writes to a file system.
+    fithaw, nix::request_code_readwrite!(b'X', 120, size_of::<libc::c_int>())
+}
+
 /// Python program that writes "changed" to `/dev/xvda` without fsync(2), and keeps the device open.
 pub const WRITER_PROGRAM: &str = r#"
 import os, time
@@ -112,6 +122,27 @@ impl Drop for Disk {
 
 /// A mount. Dropping it unmounts the disk.
 pub struct Mounted(PathBuf);
+
+impl Mounted {
+    /// Suspends all writes to the file system. A process that writes waits in the kernel, and cannot be killed.
+    #[track_caller]
+    pub fn freeze(&self) -> Frozen {
+        let directory = File::open(&self.0).unwrap();
+        // SAFETY: the request ignores its argument.
+        unsafe { fifreeze(directory.as_raw_fd(), 0) }.unwrap();
+        Frozen(directory)
+    }
+}
+
+/// A file system whose writes are suspended until this value is dropped.
+pub struct Frozen(File);
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        // SAFETY: the request ignores its argument.
+        let _ = unsafe { fithaw(self.0.as_raw_fd(), 0) };
+    }
+}
 
 impl Drop for Mounted {
     fn drop(&mut self) {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use husk_e2e::case::{case, remove};
 use husk_e2e::cri::restart::restart_containerd;
 use husk_e2e::cri::{Pod, expect_error, pods, try_call_within};
+use husk_e2e::disk::Disk;
 use husk_e2e::{node, vm};
 use nix::mount::umount;
 use serde_json::{Value, json};
@@ -126,6 +127,47 @@ fn client_that_is_killed_during_create_or_start_leaves_nothing() {
         }
         // A client makes the fifos of its container, and removes them at its end.
         fifos().filter(|path| !before.contains(path)).for_each(|path| fs::remove_dir_all(path).unwrap());
+    });
+}
+
+#[test]
+fn volume_that_hangs_stops_only_the_container_that_uses_it() {
+    pods("cri-hang-volume", |pods| {
+        let disk = Disk::new(&pods.dir().join("disk"), 64);
+        let (frozen, other) = (pods.dir().join("frozen"), pods.dir().join("other"));
+        let mounted = disk.format().mount(&frozen, "defaults");
+        fs::create_dir(&other).unwrap();
+        let pod = pods.pod();
+        let with_volume = |script: &str, volume: &Path| {
+            let mut config = pod.sh(script);
+            config["mounts"] = json!([{ "container_path": "/volume", "host_path": volume }]);
+            config
+        };
+        // There are more writers than the share has threads.
+        let writers = "for i in 0 1 2 3 4 5 6 7; do while :; do echo x >> /volume/$i; sleep 0.1; done & done; wait";
+        let writer = pod.start(&with_volume(writers, &frozen));
+        let worker = pod.start(&with_volume("trap 'exit 0' TERM; sleep 100000 & wait", &other));
+        let all_write = node::eventually(BUDGET, || frozen.join("7").exists().then_some(()));
+        assert!(all_write.is_some(), "the writers do not run");
+        let hang = mounted.freeze();
+        thread::sleep(Duration::from_secs(2));
+        let begin = Instant::now();
+        for number in 0..3 {
+            let script = format!("echo {number} > /volume/f && mv /volume/f /file && cat /file && ls -lR /bin > /list");
+            assert_eq!(worker.sh(&script), number.to_string());
+        }
+        assert_eq!(pod.sleeper().sh("echo here"), "here");
+        assert!(begin.elapsed() < BUDGET, "the work of other containers took {:?}", begin.elapsed());
+        let request = json!({ "container_id": writer.id, "timeout": 1 });
+        let stop = within(BUDGET, "StopContainer", &request);
+        assert_eq!(writer.wait().0, 137);
+        let pod_id = json!({ "pod_sandbox_id": pod.id });
+        let stop_pod = within(BUDGET, "StopPodSandbox", &pod_id);
+        let remove_pod = within(BUDGET, "RemovePodSandbox", &pod_id);
+        println!("StopContainer {stop:.1?}, StopPodSandbox {stop_pod:.1?}, RemovePodSandbox {remove_pod:.1?}");
+        drop(hang);
+        let gone = node::eventually(BUDGET, || vm::vmm_pids_of(&pod.id).is_empty().then_some(()));
+        assert!(gone.is_some(), "the VMM process still runs");
     });
 }
 

@@ -11,6 +11,9 @@ pub enum Kind {
     DeviceLoop,
     /// A worker thread of the VMM's virtio-fs server.
     FileServer,
+    /// The thread that starts worker threads of the virtio-fs server while other worker threads hang. It does not read
+    /// guest memory.
+    FileSupervisor,
     /// The worker thread of a disk.
     Disk,
     /// The thread that faults in guest memory.
@@ -21,8 +24,16 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 7] =
-        [Self::Control, Self::Vcpu, Self::DeviceLoop, Self::FileServer, Self::Disk, Self::Prefault, Self::Pid];
+    pub const ALL: [Self; 8] = [
+        Self::Control,
+        Self::Vcpu,
+        Self::DeviceLoop,
+        Self::FileServer,
+        Self::FileSupervisor,
+        Self::Disk,
+        Self::Prefault,
+        Self::Pid,
+    ];
 
     /// Returns the prefix of the names of this kind's threads (comm in proc(5)).
     pub fn thread_name(self) -> &'static str {
@@ -31,6 +42,7 @@ impl Kind {
             Self::Vcpu => "vcpu",
             Self::DeviceLoop => "devices",
             Self::FileServer => "virtio-fs",
+            Self::FileSupervisor => "fs-supervisor",
             Self::Disk => "virtio-blk",
             Self::Prefault => "prefault",
             Self::Pid => "husk-task",

@@ -42,7 +42,7 @@ pub fn confine(kind: Kind) -> Result<(), ConfineError> {
     if UNJAILED {
         return Ok(());
     }
-    if kind == Kind::FileServer {
+    if matches!(kind, Kind::FileServer | Kind::FileSupervisor) {
         capabilities::keep_for_files().map_err(error("reduce the capabilities"))?;
     } else {
         capabilities::drop_all().map_err(error("drop the capabilities"))?;

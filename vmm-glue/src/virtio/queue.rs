@@ -4,6 +4,7 @@
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use event_manager::{EventOps, Events};
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -209,6 +210,40 @@ impl<'m> Chain<'m> {
             }
         }
         (head, Ok(this))
+    }
+}
+
+/// A chain that a device keeps for later. The value keeps guest memory mapped.
+#[derive(Debug)]
+pub struct HeldChain {
+    head: u16,
+    readable: Vec<libc::iovec>,
+    writable: Vec<libc::iovec>,
+    /// Keeps the addresses mapped.
+    _memory: Arc<GuestMemory>,
+}
+
+// SAFETY: the vectors contain addresses in guest memory, which `_memory` keeps mapped. Any thread may access guest memory.
+unsafe impl Send for HeldChain {}
+
+impl HeldChain {
+    /// Keeps a chain. No bytes of the chain may have been consumed.
+    ///
+    /// # Safety
+    /// The chain must be a chain of `memory`.
+    pub unsafe fn new(chain: Chain<'_>, memory: Arc<GuestMemory>) -> Self {
+        Self { head: chain.head, readable: chain.readable.parts, writable: chain.writable.parts, _memory: memory }
+    }
+
+    /// Returns the chain. The chain has the buffers that were checked when the chain was popped.
+    pub fn chain(&self) -> Chain<'_> {
+        let iov = |parts: &Vec<libc::iovec>| Iov {
+            parts: parts.clone(),
+            first: 0,
+            len: parts.iter().map(|part| part.iov_len).sum(),
+            memory: PhantomData,
+        };
+        Chain { head: self.head, readable: iov(&self.readable), writable: iov(&self.writable) }
     }
 }
 

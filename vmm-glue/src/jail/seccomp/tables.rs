@@ -2,8 +2,8 @@
 
 use libc::{
     CLONE_CHILD_CLEARTID, CLONE_FILES, CLONE_FS, CLONE_PARENT_SETTID, CLONE_SETTLS, CLONE_SIGHAND, CLONE_SYSVSEM,
-    CLONE_THREAD, CLONE_VM, F_GETFD, FIONBIO, PR_CAP_AMBIENT, PR_CAPBSET_READ, PR_GET_NAME, PR_SET_NAME,
-    PR_SET_NO_NEW_PRIVS, PROT_EXEC, SO_SNDBUF,
+    CLONE_THREAD, CLONE_VM, F_GETFD, FIONBIO, PR_CAP_AMBIENT, PR_CAPBSET_READ, PR_GET_NAME, PR_GET_SECUREBITS,
+    PR_SET_NAME, PR_SET_NO_NEW_PRIVS, PR_SET_SECUREBITS, PROT_EXEC, SO_SNDBUF,
 };
 use syscalls::Sysno;
 
@@ -182,6 +182,31 @@ const FILE_SERVER: &[Rule] = &[
     allow(Sysno::getrandom, "seeds the keys of hash tables"),
 ];
 
+/// Calls that start and confine a worker thread of the virtio-fs server.
+const FILE_SUPERVISOR: &[Rule] = &[
+    allow_if(Sysno::clone, &[is(0, THREAD_FLAGS)], "starts worker threads, but no process"),
+    allow(
+        Sysno::clone3,
+        "another filter makes the call fail with ENOSYS, so that glibc calls clone; SIGSYS would end the VMM",
+    ),
+    allow(Sysno::set_robust_list, "starts a thread"),
+    allow(Sysno::rseq, "starts a thread"),
+    allow(Sysno::sched_getaffinity, "starts a thread"),
+    allow_if(Sysno::unshare, &[is(0, CLONE_FS.cast_unsigned())], "gives a worker thread its own working directory"),
+    allow_if(
+        Sysno::prctl,
+        &[
+            is(0, PR_SET_NAME as u32),
+            is(0, PR_GET_NAME as u32),
+            is(0, PR_SET_NO_NEW_PRIVS as u32),
+            is(0, PR_GET_SECUREBITS as u32),
+            is(0, PR_SET_SECUREBITS as u32),
+        ],
+        "starts and confines a thread",
+    ),
+    allow(Sysno::seccomp, "confines a thread"),
+];
+
 const DEVICE_LOOP: &[Rule] = &[
     allow(Sysno::mremap, "the allocator resizes large blocks"),
     allow(Sysno::epoll_ctl, "registers the events of devices and connections"),
@@ -288,6 +313,8 @@ fn tables(kind: Kind) -> &'static [&'static [Rule]] {
         Kind::Vcpu => &[EVERY_THREAD, VCPU],
         Kind::DeviceLoop => &[EVERY_THREAD, DEVICE_LOOP],
         Kind::FileServer => &[EVERY_THREAD, THREAD_END, WORKER, FILE_SERVER],
+        // The worker threads that this thread starts inherit its filter.
+        Kind::FileSupervisor => &[EVERY_THREAD, THREAD_END, WORKER, FILE_SERVER, FILE_SUPERVISOR],
         Kind::Disk => &[EVERY_THREAD, THREAD_END, WORKER, DISK],
         Kind::Prefault => &[EVERY_THREAD, THREAD_END],
         Kind::Pid => &[EVERY_THREAD, THREAD_END, PID],
@@ -305,11 +332,12 @@ mod tests {
 
     use super::*;
 
-    const KINDS: [(Kind, usize); 7] = [
+    const KINDS: [(Kind, usize); 8] = [
         (Kind::Control, 45),
         (Kind::Vcpu, 15),
         (Kind::DeviceLoop, 35),
         (Kind::FileServer, 70),
+        (Kind::FileSupervisor, 80),
         (Kind::Disk, 35),
         (Kind::Prefault, 15),
         (Kind::Pid, 16),
@@ -336,11 +364,12 @@ mod tests {
 
     #[test]
     fn powerful_calls_are_allowed_only_with_certain_arguments() {
-        use Sysno::{clone, ioctl, mmap, mprotect, prctl, socket, socketpair, tgkill};
+        use Sysno::{clone, ioctl, mmap, mprotect, prctl, socket, socketpair, tgkill, unshare};
         for (kind, _) in KINDS {
             for rule in rules(kind) {
                 let filtered = !rule.when.is_empty();
-                let powerful = [clone, ioctl, mmap, mprotect, prctl, socket, socketpair, tgkill].contains(&rule.call);
+                let powerful =
+                    [clone, ioctl, mmap, mprotect, prctl, socket, socketpair, tgkill, unshare].contains(&rule.call);
                 assert!(filtered || !powerful, "{} is allowed with any arguments for {kind:?}", rule.call);
             }
         }

@@ -1,6 +1,6 @@
 //! Wraps virtiofsd's file system. The wrapper rejects hostile requests ([`request_checks`]) and reports short writes.
 //! The wrapper also makes requests wait while fds are scarce ([`FdLimit`]), and writes data as the guest's user
-//! ([`writer`]).
+//! ([`writer`]). It records the mounts of nodes ([`Nodes`]), and closes files without virtiofsd's locks ([`closing`]).
 //!
 //! After a short write, virtiofsd 1.14 writes the rest of the data (`ZcReader` in virtiofsd's server.rs). This second
 //! write can fail, for example because the disk is full or a quota is used up. virtiofsd then answers with only the
@@ -23,7 +23,8 @@ use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::soft_idmap::GuestUid;
 
 use super::fd_limit::FdLimit;
-use super::{request_checks, writer};
+use super::nodes::Nodes;
+use super::{closing, request_checks, writer};
 use crate::virtio::rate_limit::SharedLimiter;
 
 /// Maximum number of bytes that one COPY_FILE_RANGE request copies if the share has a byte rate limit. The tokens for
@@ -33,7 +34,7 @@ const MAX_LIMITED_COPY: u64 = 1 << 20;
 
 /// A node id of FUSE.
 pub type Inode = <PassthroughFs as FileSystem>::Inode;
-type Handle = <PassthroughFs as FileSystem>::Handle;
+pub type Handle = <PassthroughFs as FileSystem>::Handle;
 type Opened = (Option<Handle>, OpenOptions);
 
 /// The wrapped file system. All clones share one state.
@@ -41,14 +42,21 @@ type Opened = (Option<Handle>, OpenOptions);
 pub struct CheckedFs {
     fs: Arc<PassthroughFs>,
     fd_limit: Arc<FdLimit>,
+    nodes: Arc<Nodes>,
     dev_null: Arc<File>,
     limiter: SharedLimiter,
 }
 
 impl CheckedFs {
     /// Wraps a file system. `dev_null` is /dev/null, opened for writing.
-    pub fn new(fs: PassthroughFs, fd_limit: FdLimit, dev_null: File, limiter: SharedLimiter) -> Self {
-        Self { fs: Arc::new(fs), fd_limit: Arc::new(fd_limit), dev_null: Arc::new(dev_null), limiter }
+    pub fn new(fs: PassthroughFs, fd_limit: FdLimit, nodes: Nodes, dev_null: File, limiter: SharedLimiter) -> Self {
+        let (fd_limit, nodes, dev_null) = (Arc::new(fd_limit), Arc::new(nodes), Arc::new(dev_null));
+        Self { fs: Arc::new(fs), fd_limit, nodes, dev_null, limiter }
+    }
+
+    /// Returns the nodes that the guest has looked up.
+    pub fn nodes(&self) -> &Nodes {
+        &self.nodes
     }
 
     /// Returns the limiter of the requests.
@@ -64,6 +72,29 @@ impl CheckedFs {
     /// Returns the owner of a file.
     fn owner(&self, ctx: Context, inode: Inode) -> io::Result<GuestUid> {
         Ok(self.fs.getattr(ctx, inode, None)?.0.uid)
+    }
+
+    /// Calls `remove`, which removes a name. If this is the last name of a file, records that the file is unlinked.
+    fn removing(
+        &self,
+        ctx: Context,
+        parent: Inode,
+        name: &CStr,
+        remove: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<()> {
+        let removed = self.fs.lookup(ctx, parent, name).ok();
+        if let Some(entry) = &removed {
+            self.nodes.add(parent, name, entry);
+        }
+        let result = remove();
+        if let Some(entry) = removed {
+            let is_directory = entry.attr.mode & libc::S_IFMT == libc::S_IFDIR;
+            if result.is_ok() && (is_directory || entry.attr.nlink <= 1) {
+                self.nodes.set_unlinked(entry.inode);
+            }
+            self.forget(ctx, entry.inode, 1);
+        }
+        result
     }
 }
 
@@ -122,14 +153,34 @@ macro_rules! check {
     ($argument:ident: $kind:ident) => {};
 }
 
-/// Defines methods that check their arguments and then call the same method of virtiofsd's file system. A method
-/// that is marked `#[wait_for_fd]` may open a file, and therefore first calls [`CheckedFs::wait_for_fd`].
+/// Calls a method of virtiofsd's file system. A method that is marked `#[wait_for_fd]` may open a file, and therefore
+/// first calls [`CheckedFs::wait_for_fd`]. A method that is marked `#[entry(PARENT, NAME)]` may also open a file. It
+/// returns a node, which is recorded.
+macro_rules! call {
+    ($self:ident, [], $call:expr) => {
+        $call
+    };
+    ($self:ident, [wait_for_fd], $call:expr) => {{
+        $self.wait_for_fd();
+        $call
+    }};
+    ($self:ident, [entry($parent:ident, $name:ident)], $call:expr) => {{
+        $self.wait_for_fd();
+        let entry = $call?;
+        $self.nodes.add($parent, $name, &entry);
+        Ok(entry)
+    }};
+}
+
+/// Defines methods that check their arguments and then call the same method of virtiofsd's file system with `call`.
 macro_rules! forward {
-    ($($(#[$before:ident])? fn $name:ident($($argument:ident: $kind:ident $(<$of:ident>)?),*) -> $result:ty;)*) => {
+    (
+        $($(#[$mark:ident $(($($marked:ident),*))?])?
+        fn $name:ident($($argument:ident: $kind:ident $(<$of:ident>)?),*) -> $result:ty;)*
+    ) => {
         $(fn $name(&self, $($argument: kind!($kind $(<$of>)?)),*) -> $result {
             $(check!($argument: $kind);)*
-            $(self.$before();)?
-            self.fs.$name($($argument),*)
+            call!(self, [$($mark $(($($marked),*))?)?], self.fs.$name($($argument),*))
         })*
     };
 }
@@ -217,13 +268,80 @@ impl FileSystem for CheckedFs {
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
+        let open = if self.nodes.forget(inode, count) { closing::keep_open(&self.fs, ctx, inode) } else { None };
         self.fs.forget(ctx, inode, count);
+        if let Some(handle) = open {
+            closing::close(&self.fs, ctx, inode, handle);
+        }
         self.fd_limit.released();
     }
 
-    fn batch_forget(&self, ctx: Context, requests: Vec<(Inode, u64)>) {
-        self.fs.batch_forget(ctx, requests);
-        self.fd_limit.released();
+    fn release(
+        &self,
+        ctx: Context,
+        inode: Inode,
+        flags: u32,
+        handle: Handle,
+        flush: bool,
+        flock_release: bool,
+        lock_owner: Option<u64>,
+    ) -> io::Result<()> {
+        closing::while_open(&self.fs, ctx, inode, handle, || {
+            self.fs.release(ctx, inode, flags, handle, flush, flock_release, lock_owner)
+        })
+    }
+
+    fn releasedir(&self, ctx: Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()> {
+        closing::while_open(&self.fs, ctx, inode, handle, || self.fs.releasedir(ctx, inode, flags, handle))
+    }
+
+    fn create(
+        &self,
+        ctx: Context,
+        parent: Inode,
+        name: &CStr,
+        mode: u32,
+        kill_priv: bool,
+        flags: u32,
+        umask: u32,
+        extensions: Extensions,
+    ) -> io::Result<(Entry, Option<Handle>, OpenOptions)> {
+        request_checks::name(name)?;
+        request_checks::open_flags(flags)?;
+        self.wait_for_fd();
+        let created = self.fs.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)?;
+        self.nodes.add(parent, name, &created.0);
+        Ok(created)
+    }
+
+    fn unlink(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
+        request_checks::name(name)?;
+        self.removing(ctx, parent, name, || self.fs.unlink(ctx, parent, name))
+    }
+
+    fn rmdir(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
+        request_checks::name(name)?;
+        self.removing(ctx, parent, name, || self.fs.rmdir(ctx, parent, name))
+    }
+
+    fn rename(
+        &self,
+        ctx: Context,
+        olddir: Inode,
+        oldname: &CStr,
+        newdir: Inode,
+        newname: &CStr,
+        flags: u32,
+    ) -> io::Result<()> {
+        request_checks::name(oldname)?;
+        request_checks::name(newname)?;
+        let rename = || self.fs.rename(ctx, olddir, oldname, newdir, newname, flags);
+        if flags == 0 { self.removing(ctx, newdir, newname, rename) } else { rename() }
+    }
+
+    fn destroy(&self) {
+        self.fs.destroy();
+        self.nodes.clear();
     }
 
     /// Rejects a guest kernel that does not support FUSE_SUBMOUNTS, because such a kernel cannot tell mounts apart.
@@ -238,45 +356,29 @@ impl FileSystem for CheckedFs {
     // These are the remaining methods that PassthroughFs implements. The trait's defaults apply to the methods that
     // PassthroughFs does not implement.
     forward! {
-        fn destroy() -> ();
         fn statfs(ctx: Context, inode: Inode) -> io::Result<libc::statvfs64>;
-        #[wait_for_fd]
+        #[entry(parent, name)]
         fn lookup(ctx: Context, parent: Inode, name: Name) -> io::Result<Entry>;
         #[wait_for_fd]
         fn opendir(ctx: Context, inode: Inode, flags: OpenFlags) -> io::Result<Opened>;
-        fn releasedir(ctx: Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()>;
-        #[wait_for_fd]
+        #[entry(parent, name)]
         fn mkdir(
             ctx: Context, parent: Inode, name: Name, mode: u32, umask: u32, extensions: Extensions
         ) -> io::Result<Entry>;
-        fn rmdir(ctx: Context, parent: Inode, name: Name) -> io::Result<()>;
         fn readdir(ctx: Context, inode: Inode, handle: Handle, size: u32, offset: u64) -> io::Result<Self::DirIter>;
         #[wait_for_fd]
         fn open(ctx: Context, inode: Inode, kill_priv: bool, flags: OpenFlags) -> io::Result<Opened>;
-        fn release(
-            ctx: Context, inode: Inode, flags: u32, handle: Handle, flush: bool, flock_release: bool,
-            lock_owner: Option<u64>
-        ) -> io::Result<()>;
-        #[wait_for_fd]
-        fn create(
-            ctx: Context, parent: Inode, name: Name, mode: u32, kill_priv: bool, flags: OpenFlags, umask: u32,
-            extensions: Extensions
-        ) -> io::Result<(Entry, Option<Handle>, OpenOptions)>;
-        fn unlink(ctx: Context, parent: Inode, name: Name) -> io::Result<()>;
         fn getattr(ctx: Context, inode: Inode, handle: Option<Handle>) -> io::Result<(Attr, Duration)>;
         fn setattr(
             ctx: Context, inode: Inode, attr: SetattrIn, handle: Option<Handle>, valid: SetattrValid
         ) -> io::Result<(Attr, Duration)>;
-        fn rename(
-            ctx: Context, olddir: Inode, oldname: Name, newdir: Inode, newname: Name, flags: u32
-        ) -> io::Result<()>;
-        #[wait_for_fd]
+        #[entry(inode, name)]
         fn mknod(
             ctx: Context, inode: Inode, name: Name, mode: u32, rdev: u32, umask: u32, extensions: Extensions
         ) -> io::Result<Entry>;
-        #[wait_for_fd]
+        #[entry(newparent, newname)]
         fn link(ctx: Context, inode: Inode, newparent: Inode, newname: Name) -> io::Result<Entry>;
-        #[wait_for_fd]
+        #[entry(parent, name)]
         fn symlink(
             ctx: Context, linkname: Text, parent: Inode, name: Name, extensions: Extensions
         ) -> io::Result<Entry>;

@@ -26,6 +26,10 @@ use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::{Chain, Iov, log_guest_fault};
 use crate::virtio::rate_limit::SharedLimiter;
 
+/// FUSE operation that looks up a name (include/uapi/linux/fuse.h, `enum fuse_opcode`).
+const LOOKUP: u32 = 1;
+/// Maximum length of a name, with the byte that ends it.
+const MAX_NAME: usize = 256;
 // FUSE operations without an answer (include/uapi/linux/fuse.h, `enum fuse_opcode`).
 const FORGET: u32 = 2;
 const INTERRUPT: u32 = 36;
@@ -75,7 +79,9 @@ impl FuseServer {
         };
         if matches!(header.opcode, FORGET | BATCH_FORGET | INTERRUPT | DESTROY) {
             chain.readable.skip(size_of::<InHeader>());
-            self.serve_unanswered(REQUEST_QUEUE, header, chain.readable);
+            self.serve_unanswered(REQUEST_QUEUE, header, chain.readable, |node, count| {
+                self.fs.forget(Context::from(header), node, count);
+            });
             return 0;
         }
         // virtiofsd splits the writer after the answer's header, and panics if the writer is shorter than this header.
@@ -103,10 +109,18 @@ impl FuseServer {
 
     /// Serves a request of the high-priority queue: FORGET, BATCH_FORGET or INTERRUPT. Answers any other request with
     /// EOPNOTSUPP. Returns the number of bytes written to the chain.
-    pub fn serve_high_priority(&self, mut chain: Chain<'_>) -> u32 {
+    ///
+    /// The device loop calls this function. When the guest has no more references to a node, FORGET closes the node's
+    /// O_PATH fd. Closing the fd can block if the file is already unlinked. The close then causes the last iput() of the
+    /// file's inode, which returns only after the host's file system has freed the file. Therefore, this function only
+    /// records the dropped references. It adds to `jobs` the nodes for which a worker has to call [`Self::run_job`],
+    /// each with its group.
+    pub fn serve_high_priority(&self, mut chain: Chain<'_>, jobs: &mut Vec<(u64, u64)>) -> u32 {
         match take::<InHeader>(&mut chain.readable) {
             Some(header) if matches!(header.opcode, FORGET | BATCH_FORGET | INTERRUPT) => {
-                self.serve_unanswered(HIGH_PRIORITY_QUEUE, header, chain.readable);
+                self.serve_unanswered(HIGH_PRIORITY_QUEUE, header, chain.readable, |node, count| {
+                    jobs.extend(self.fs.nodes().queue_forget(node, count).map(|group| (group, node)));
+                });
                 0
             }
             Some(header) => reply_error(&chain, header.unique, libc::EOPNOTSUPP),
@@ -117,20 +131,52 @@ impl FuseServer {
         }
     }
 
+    /// Drops the references that [`Self::serve_high_priority`] has recorded for a node.
+    pub fn run_job(&self, node: Inode) {
+        let count = self.fs.nodes().take_forgotten(node);
+        self.fs.forget(Context::from(InHeader::default()), node, count);
+    }
+
+    /// Returns the group of a request: the mount of its node. The guest can change the request afterwards. Then the
+    /// request only counts for another mount.
+    pub fn group(&self, chain: &Chain<'_>) -> u64 {
+        let mut request = [0; size_of::<InHeader>() + MAX_NAME];
+        let (length, Some(header)) = (chain.readable.copy_to(&mut request), peek::<InHeader>(&chain.readable)) else {
+            return 0;
+        };
+        let nodes = self.fs.nodes();
+        if header.opcode != LOOKUP {
+            return nodes.group(header.nodeid);
+        }
+        let name = request.get(size_of::<InHeader>()..length).unwrap_or_default();
+        nodes.lookup_group(header.nodeid, name.split(|&byte| byte == 0).next().unwrap_or_default())
+    }
+
+    /// Answers a request with EIO. Returns the number of bytes written to the chain.
+    pub fn refuse(&self, chain: &Chain<'_>) -> u32 {
+        let header = peek::<InHeader>(&chain.readable);
+        header.map_or(0, |header| reply_error(chain, header.unique, libc::EIO))
+    }
+
+    /// Ends an activation of the device, whose jobs were dropped.
+    pub fn forget_jobs(&self) {
+        self.fs.nodes().clear_forgotten();
+    }
+
     /// Serves a request that has no answer. `header` and the decoded arguments are private copies, which the guest
-    /// cannot change.
-    ///
-    /// FORGET may run on the device loop. When the guest has no more references to a node, FORGET closes the node's
-    /// O_PATH fd. Closing the fd can block if the file is already unlinked. The close then causes the last iput() of
-    /// the file's inode, which returns only after the host's file system has freed the file.
-    fn serve_unanswered(&self, queue: u16, header: InHeader, mut arguments: Iov<'_>) {
+    /// cannot change. Calls `forget` with each node to forget, and the number of references.
+    fn serve_unanswered(
+        &self,
+        queue: u16,
+        header: InHeader,
+        mut arguments: Iov<'_>,
+        mut forget: impl FnMut(Inode, u64),
+    ) {
         let decoded = match header.opcode {
-            FORGET => take::<ForgetIn>(&mut arguments).map(|ForgetIn { nlookup }| {
-                self.fs.forget(Context::from(header), header.nodeid, nlookup);
-            }),
-            BATCH_FORGET => take_batch(&mut arguments).map(|nodes| {
-                self.fs.batch_forget(Context::from(header), nodes);
-            }),
+            FORGET => take::<ForgetIn>(&mut arguments).map(|ForgetIn { nlookup }| forget(header.nodeid, nlookup)),
+            BATCH_FORGET => {
+                take_batch(&mut arguments).map(|nodes| nodes.into_iter().for_each(|(node, count)| forget(node, count)))
+            }
             DESTROY => {
                 self.server.destroy();
                 Some(())

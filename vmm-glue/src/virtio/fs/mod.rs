@@ -3,15 +3,24 @@
 //! Worker threads take requests from the request queue themselves ([`super::workers`]). Therefore, each request wakes
 //! only one thread. The device loop serves only the high-priority queue. Therefore, FORGET never waits for a request
 //! that blocks.
+//!
+//! A file system of the host can hang. Then only the requests for this file system wait. Each mount has a limited number
+//! of worker threads, and threads are added when all hang ([`super::workers`]).
 
 mod checked_fs;
+mod closing;
 mod descriptor_table;
 mod fd_limit;
 mod fuse_server;
 #[cfg(test)]
+mod hang_tests;
+#[cfg(test)]
+mod hanging_fs;
+#[cfg(test)]
 mod landlock_tests;
 #[cfg(test)]
 mod names_tests;
+mod nodes;
 #[cfg(test)]
 mod race_tests;
 #[cfg(test)]
@@ -47,11 +56,12 @@ use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, Negotiat
 use self::checked_fs::CheckedFs;
 use self::fd_limit::FdLimit;
 use self::fuse_server::{FuseServer, HIGH_PRIORITY_QUEUE};
+use self::nodes::Nodes;
 use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, OnIdle, VirtioDevice};
 use super::queue::{Chain, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
 use super::rate_limit::SharedLimiter;
-use super::workers::{Handler, Workers};
+use super::workers::{Growth, Handler, Workers};
 use crate::config::ShareConfig;
 use crate::guest_memory::GuestMemory;
 use crate::jail::{Belongings, Kind};
@@ -68,6 +78,10 @@ const RESERVED_FDS: u64 = 512;
 /// The VMM asks the shim to make the guest forget files when less than 1/`SPARE_FRACTION` of the fds for guest files is
 /// free.
 const SPARE_FRACTION: u64 = 8;
+/// Maximum number of worker threads that are added while others hang. A thread needs about 50 KiB.
+const ADDED_WORKERS: usize = 64;
+/// Maximum number of worker threads of one mount, unless the device has more from its start.
+const WORKERS_PER_MOUNT: usize = 8;
 /// How long the guest caches names and attributes. A change that the host makes in a volume is visible in the guest
 /// after at most this time.
 const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -110,6 +124,8 @@ pub struct Fs {
 impl Handler for FuseServer {
     const KIND: Kind = Kind::FileServer;
     const NAME: &'static str = "virtio-fs";
+    const GROWTH: Option<Growth> =
+        Some(Growth { workers: ADDED_WORKERS, per_group: WORKERS_PER_MOUNT, supervisor: Kind::FileSupervisor });
 
     fn limiter(&self) -> &SharedLimiter {
         FuseServer::limiter(self)
@@ -121,6 +137,18 @@ impl Handler for FuseServer {
 
     fn serve(&self, memory: &GuestMemory, chain: Chain<'_>) -> u32 {
         FuseServer::serve(self, memory, chain)
+    }
+
+    fn group(&self, request: &Chain<'_>) -> u64 {
+        FuseServer::group(self, request)
+    }
+
+    fn refuse(&self, request: &Chain<'_>) -> u32 {
+        FuseServer::refuse(self, request)
+    }
+
+    fn run_job(&self, job: u64) {
+        FuseServer::run_job(self, job);
     }
 }
 
@@ -164,7 +192,8 @@ impl Fs {
         let xattrmap = xattr_names::map().map_err(|error| root_error(io::Error::other(error)))?;
         let fs = PassthroughFs::new(passthrough_config(share.root.clone(), fd_directory, guest_fd_limit, xattrmap));
         let limiter = SharedLimiter::new(share.rate_limit);
-        let server = fs.and_then(|fs| FuseServer::new(CheckedFs::new(fs, fd_limit, dev_null, limiter)));
+        let nodes = Nodes::new(guest_fd_limit);
+        let server = fs.and_then(|fs| FuseServer::new(CheckedFs::new(fs, fd_limit, nodes, dev_null, limiter)));
         let server = server.map_err(root_error)?;
         let server = Arc::new(server);
         Ok(Self {
@@ -181,11 +210,11 @@ impl Fs {
         let memory = Arc::clone(&active.memory);
         let queue = &mut active.high_priority;
         queue.disable_notification(&memory)?;
-        let mut more = true;
+        let (mut more, mut jobs) = (true, Vec::new());
         for _ in 0..queue.size() {
             if let Some(chain) = queue.pop(&memory)? {
                 let head = chain.head;
-                let used = self.server.serve_high_priority(chain);
+                let used = self.server.serve_high_priority(chain, &mut jobs);
                 queue.push(&memory, head, used)?;
             } else if !queue.enable_notification(&memory)? {
                 more = false;
@@ -194,6 +223,9 @@ impl Fs {
         }
         if more {
             self.wake.wake();
+        }
+        if !jobs.is_empty() {
+            self.workers.submit(jobs);
         }
         queue.flush(&memory, &*active.interrupt)
     }
@@ -285,6 +317,7 @@ impl VirtioDevice for Fs {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let OpenedActivation { memory, interrupt, queues: [high_priority, requests], .. } =
             activation::open_queues(activation)?;
+        self.server.forget_jobs();
         self.workers
             .activate(Arc::clone(&memory), requests, Arc::clone(&interrupt))
             .map_err(|error| ActivateError::Host("the virtio-fs threads", error))?;
