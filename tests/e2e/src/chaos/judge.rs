@@ -92,3 +92,18 @@ fn sweep(life: &Life<'_, '_>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::is_containerds;
+
+    #[test]
+    fn what_containerd_itself_leaves_is_known() {
+        assert!(is_containerds("path /run/netns/cni-1"));
+        assert!(is_containerds("mount /run/containerd/io.containerd.grpc.v1.cri/sandboxes/a/shm"));
+        for thing in ["process 7 (husk-vmm)", "path /run/husk/a", "containerd still has the task a", "2 taps, 1 before"]
+        {
+            assert!(!is_containerds(thing), "{thing}");
+        }
+    }
+}

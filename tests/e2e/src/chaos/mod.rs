@@ -72,7 +72,7 @@ impl<'a> Shard<'a> {
     /// Starts the witness, and takes the first census.
     #[track_caller]
     pub fn new(pods: &'a Pods) -> Self {
-        let files = FileSystems::new();
+        let files = FileSystems::mount();
         let witness = Witness::start(pods);
         let events = Events::watch();
         Self { pods, witness, files, base: Census::take(), events, namespaces: targets::network_namespaces() }

@@ -123,7 +123,7 @@ impl Victim {
         let mut script = format!(
             "trap 'exit 0' TERM
             (until [ -e /v/attack ]; do sleep 0.5; done; . /v/attack) &
-            (while :; do date; sleep 0.5; done) 2>/dev/null >> /fs/data &
+            (while :; do date >> /fs/data; sleep 0.5; done) 2>/dev/null &
             while :; do echo >> /v/{name}; echo >> /v/{name}; sleep 0.5; done"
         );
         let mut mounts = vec![json!({ "host_path": self.dir.to_string_lossy(), "container_path": "/v" })];

@@ -16,6 +16,8 @@ use sample::Sample;
 
 /// containerd is restarted after this many lives.
 const RESTART: u32 = 50;
+/// Caches are dropped after this many lives. Without caches, the next life takes longer.
+const RECLAIM: u32 = 10;
 /// Number of first lives that are not judged: caches are filled, and the kernel makes its threads.
 const WARM_UP: usize = 10;
 /// Number of lives below which nothing is judged.
@@ -78,18 +80,17 @@ impl Outcome {
 #[track_caller]
 pub fn soak(pods: &Pods, first: u32, lives: u32) -> Outcome {
     let begin = Instant::now();
-    let mut samples = Vec::new();
+    let (mut samples, mut dying) = (Vec::new(), 0);
     for life in first..first + lives {
         let since = Instant::now();
         live(pods);
         if (life + 1).is_multiple_of(RESTART) {
             restart::restart_containerd();
         }
-        // Kernel objects of a dead pod are freed after an RCU grace period, and dying cgroups with their page cache.
-        if let Err(error) = fs::write("/proc/sys/vm/drop_caches", "2") {
-            eprintln!("failed to drop caches: {error}");
+        if life % RECLAIM == 0 {
+            dying = sample::after_reclaim();
         }
-        samples.push(Sample::take());
+        samples.push(Sample::take(dying));
         println!("life {life}: {:.1} s", since.elapsed().as_secs_f64());
     }
     Outcome { lives: samples.len(), resources: judge(&samples), seconds: begin.elapsed().as_secs_f64() }

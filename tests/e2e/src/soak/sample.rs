@@ -32,11 +32,11 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// Measures.
-    pub fn take() -> Self {
+    /// Measures. `dying` is the last number of dying cgroups that [`after_reclaim`] has returned.
+    pub fn take(dying: u64) -> Self {
         let mut numbers: BTreeMap<String, u64> = BTreeMap::new();
         numbers.extend(Held::count().0.into_iter().map(|(name, count)| (name.to_owned(), count)));
-        numbers.insert("dying cgroups".to_owned(), dying_cgroups());
+        numbers.insert("dying cgroups".to_owned(), dying);
         numbers.insert("cgroups".to_owned(), directories(Path::new("/sys/fs/cgroup")));
         numbers.insert("mounts".to_owned(), lines("/proc/self/mountinfo"));
         numbers.insert("interfaces".to_owned(), entries("/sys/class/net"));
@@ -62,6 +62,15 @@ impl Sample {
         ]);
         Self { numbers, memory }
     }
+}
+
+/// Drops caches, and returns the number of dying cgroups afterwards. The kernel keeps a removed cgroup as long as the
+/// page cache has pages that were charged to it.
+pub fn after_reclaim() -> u64 {
+    if let Err(error) = fs::write("/proc/sys/vm/drop_caches", "3") {
+        eprintln!("failed to drop caches: {error}");
+    }
+    dying_cgroups()
 }
 
 /// Returns a field of /proc/meminfo or /proc/PID/status, in KiB.
@@ -130,7 +139,7 @@ mod tests {
 
     #[test]
     fn sample_has_the_resources_of_this_machine() {
-        let sample = Sample::take();
+        let sample = Sample::take(0);
         assert!(sample.numbers["processes"] > 0 && sample.numbers["mounts"] > 0);
         assert!(sample.memory["memory in use without containerd and page cache"] > 0);
     }

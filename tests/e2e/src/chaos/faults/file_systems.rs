@@ -32,9 +32,9 @@ pub struct FileSystems {
 }
 
 impl FileSystems {
-    /// Makes the file systems.
+    /// Makes and mounts the file systems.
     #[track_caller]
-    pub fn new() -> Self {
+    pub fn mount() -> Self {
         for dir in ["ext4", "tmpfs"] {
             fs::create_dir_all(Path::new(DIR).join(dir)).unwrap();
         }
