@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::build::{self, Profile};
 use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, Seat};
-use crate::{dist, files, paths, setup, ui};
+use crate::{dist, files, image, paths, setup, ui};
 
 /// Number of shards of a seed (`tests/e2e/src/chaos/plan.rs`).
 const SHARDS: usize = 10;
@@ -23,7 +23,7 @@ const PROGRAM: &str = "husk-chaos";
 #[derive(Args)]
 pub struct Chaos {
     /// The seed, from which all faults follow.
-    #[arg(long, required_unless_present = "replay")]
+    #[arg(long, required_unless_present_any = ["replay", "failpoints"])]
     seed: Option<u64>,
     /// Run only this shard of the ten.
     #[arg(long, value_parser = clap::value_parser!(u64).range(..SHARDS as u64))]
@@ -37,6 +37,9 @@ pub struct Chaos {
     /// Run only one step again.
     #[arg(long, value_name = "SEED:SHARD:STEP", conflicts_with_all = ["seed", "shard", "steps"])]
     replay: Option<String>,
+    /// Instead of the faults of a seed, run each action at each failpoint of shim, VMM and agent.
+    #[arg(long, conflicts_with_all = ["seed", "shard", "replay"])]
+    failpoints: bool,
     #[command(flatten)]
     place: Place,
 }
@@ -75,7 +78,15 @@ struct Shard {
 
 /// Runs the faults of a seed. Returns the exit code, which is 1 if a step found something, or if a node crashed.
 pub fn chaos(options: &Chaos) -> Result<u8> {
-    let shards = if let Some(step) = &options.replay {
+    let range = || {
+        let mut args = vec!["--from".to_owned(), options.from.to_string()];
+        args.extend(options.steps.iter().flat_map(|steps| ["--steps".to_owned(), steps.to_string()]));
+        args
+    };
+    let shards = if options.failpoints {
+        let args = [vec!["failpoints".to_owned()], range()].concat();
+        vec![Shard { name: "failpoints".to_owned(), args, result: "chaos.json" }]
+    } else if let Some(step) = &options.replay {
         let name = step.replace(':', "-");
         vec![Shard { name, args: vec!["replay".to_owned(), step.clone()], result: "chaos.json" }]
     } else {
@@ -87,13 +98,12 @@ pub fn chaos(options: &Chaos) -> Result<u8> {
         let shard = |number: usize| {
             let mut args = vec!["chaos".to_owned()];
             args.extend(["--seed".to_owned(), seed.to_string(), "--shard".to_owned(), number.to_string()]);
-            args.extend(["--from".to_owned(), options.from.to_string()]);
-            args.extend(options.steps.iter().flat_map(|steps| ["--steps".to_owned(), steps.to_string()]));
+            args.extend(range());
             Shard { name: format!("{seed}-{number}"), args, result: "chaos.json" }
         };
         chosen.map(shard).collect()
     };
-    run("chaos", &shards, &options.place, |result| {
+    run("chaos", &shards, &options.place, options.failpoints, |result| {
         let steps = result.as_array().map(Vec::as_slice).unwrap_or_default();
         let count = |key: &str| {
             let has =
@@ -113,7 +123,7 @@ pub fn soak(options: &Soak) -> Result<u8> {
         Shard { name: format!("soak-{first}"), args, result: "soak.json" }
     };
     let shards: Vec<Shard> = (0..options.lives).step_by(size).map(shard).collect();
-    run("soak", &shards, &options.place, |result| {
+    run("soak", &shards, &options.place, false, |result| {
         let resources = result.get("resources").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
         let growing: Vec<&str> = resources
             .iter()
@@ -129,13 +139,22 @@ pub fn soak(options: &Soak) -> Result<u8> {
 }
 
 /// Runs the shards one after the other. `summary` describes the result that a shard left.
-fn run(what: &str, shards: &[Shard], place: &Place, summary: impl Fn(&Value) -> String) -> Result<u8> {
+fn run(
+    what: &str,
+    shards: &[Shard],
+    place: &Place,
+    failpoints: bool,
+    summary: impl Fn(&Value) -> String,
+) -> Result<u8> {
     setup::setup()?;
     dist::dist(Profile::quick(!place.release))?;
     let programs = build::programs(&["husk-e2e"], Profile::Node)?;
     let program = build::find(&programs, &[PROGRAM])?;
     let mut add = node::images()?;
     add.push(Add::new(&program.path, format!("/husk/{PROGRAM}")));
+    if failpoints {
+        add.extend(with_failpoints(Profile::quick(!place.release))?);
+    }
     let kept = paths::state().join(what);
     files::make_dir(&kept)?;
     let (mut code, mut lines) = (0, Vec::new());
@@ -175,6 +194,16 @@ fn run(what: &str, shards: &[Shard], place: &Place, summary: impl Fn(&Value) -> 
         ui::say(what, line.lines().next().unwrap_or_default());
     }
     Ok(code)
+}
+
+/// Builds the programs with failpoints. In the node, they replace those of `dist/root`.
+fn with_failpoints(profile: Profile) -> Result<Vec<Add>> {
+    let programs = build::with_failpoints(profile)?;
+    let shim = build::find(&programs, &["containerd-shim-husk-v2"])?;
+    let initrd = paths::state().join("failpoints/initrd.cpio");
+    image::pack_other(build::find(&programs, &[image::AGENT])?, &initrd)?;
+    let shim = Add::new(&shim.path, "/usr/local/bin/containerd-shim-husk-v2");
+    Ok(vec![shim, Add::new(initrd, "/usr/local/share/husk/initrd.cpio")])
 }
 
 /// Copies the shard's result and containerd's log. Returns the result, or `None` if the shard left none.

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use husk_e2e::chaos::plan::{self, Step, StepId};
-use husk_e2e::chaos::{Report, Shard};
+use husk_e2e::chaos::plan::{self, StepId};
+use husk_e2e::chaos::{Report, Shard, failpoints};
 use husk_e2e::cri::pods;
 use husk_e2e::soak;
 use serde_json::{Value, json};
@@ -41,6 +41,15 @@ enum Command {
         /// The step, as SEED:SHARD:STEP.
         step: StepId,
     },
+    /// Runs each action at each failpoint.
+    Failpoints {
+        /// Number of the first step.
+        #[arg(long, default_value_t = 0)]
+        from: usize,
+        /// Number of steps.
+        #[arg(long, default_value_t = usize::MAX)]
+        steps: usize,
+    },
     /// Lets pods live and die.
     Soak {
         /// Number of the first life.
@@ -55,20 +64,30 @@ enum Command {
 fn main() -> Result<ExitCode> {
     let passed = match Cli::parse().command {
         Command::Chaos { seed, shard, from, steps } => {
-            chaos(plan::shard(seed, shard).into_iter().skip(from).take(steps).collect())?
+            chaos(plan::shard(seed, shard).into_iter().skip(from).take(steps), |shard, step| shard.run(step))?
         }
-        Command::Replay { step } => chaos(vec![plan::plan(step.seed)[step.shard * plan::STEPS + step.step]])?,
+        Command::Replay { step } => {
+            chaos([plan::plan(step.seed)[step.shard * plan::STEPS + step.step]].into_iter(), |shard, step| {
+                shard.run(step)
+            })?
+        }
+        Command::Failpoints { from, steps } => {
+            chaos(failpoints::all().into_iter().skip(from).take(steps), |shard, failpoint| {
+                shard.run_failpoint(failpoint)
+            })?
+        }
         Command::Soak { first, lives } => soak(first, lives)?,
     };
     Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn chaos(steps: Vec<Step>) -> Result<bool> {
+/// Runs steps in one shard. Returns whether all have passed.
+fn chaos<S>(steps: impl Iterator<Item = S>, run: impl Fn(&mut Shard<'_>, S) -> Report) -> Result<bool> {
     let mut reports: Vec<Report> = Vec::new();
     pods("chaos", |pods| {
         let mut shard = Shard::new(pods);
         for step in steps {
-            reports.push(shard.run(step));
+            reports.push(run(&mut shard, step));
             // The node can crash in the next step.
             let _ = write("chaos.json", &json!(reports.iter().map(Report::to_json).collect::<Vec<Value>>()));
         }

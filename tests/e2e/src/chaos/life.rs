@@ -58,10 +58,10 @@ pub fn run(shard: &mut Shard<'_>, step: Step) -> (Option<String>, Vec<String>) {
         pod: None,
         container: None,
         armed: None,
-        struck: false,
+        struck: step.fault == Fault::Failpoint,
         healed: None,
         missed: None,
-        disturbed: Disturbed::default(),
+        disturbed: Disturbed { repeated: step.fault == Fault::Failpoint, lossy: false },
         ended_events: Vec::new(),
         findings: Vec::new(),
     };
@@ -113,7 +113,7 @@ impl Life<'_, '_> {
             self.probe();
             self.replace();
         }
-        if self.strikes(Phase::Exec) {
+        if self.strikes(Phase::Exec) || self.step.fault == Fault::Failpoint {
             let command = ["sh", "-c", "echo a; sleep 1; echo b"];
             let request = json!({ "container_id": self.container, "cmd": command, "timeout": 30 });
             self.request(Phase::Exec, "ExecSync", request, START_BUDGET);

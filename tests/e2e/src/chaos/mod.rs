@@ -5,6 +5,7 @@
 //! node ([`census`]), disturb the order of events ([`grammar`]), or reach the witness.
 
 pub mod census;
+pub mod failpoints;
 pub mod faults;
 pub mod grammar;
 mod judge;
@@ -33,6 +34,8 @@ use witness::Witness;
 pub struct Report {
     /// The step.
     pub step: Step,
+    /// The line that was printed before the step.
+    pub name: String,
     /// Duration in seconds.
     pub seconds: f64,
     /// Why the fault could not strike.
@@ -46,6 +49,7 @@ impl Report {
     pub fn to_json(&self) -> Value {
         json!({
             "step": self.step.id.to_string(),
+            "name": self.name,
             "phase": format!("{:?}", self.step.phase),
             "class": format!("{:?}", self.step.fault.class()),
             "fault": format!("{:?}", self.step.fault),
@@ -80,7 +84,11 @@ impl<'a> Shard<'a> {
 
     /// Runs one step. Prints the step before it begins, and its result.
     pub fn run(&mut self, step: Step) -> Report {
-        println!("{step}");
+        self.run_named(step, &step.to_string())
+    }
+
+    fn run_named(&mut self, step: Step, name: &str) -> Report {
+        println!("{name}");
         let begin = Instant::now();
         let (missed, findings) = life::run(self, step);
         if !findings.is_empty() {
@@ -88,7 +96,7 @@ impl<'a> Shard<'a> {
             // What this step has left is not held against the next one.
             self.rebase();
         }
-        let report = Report { step, seconds: begin.elapsed().as_secs_f64(), missed, findings };
+        let report = Report { step, name: name.to_owned(), seconds: begin.elapsed().as_secs_f64(), missed, findings };
         let missed = report.missed.as_ref().map(|why| format!(", no fault: {why}")).unwrap_or_default();
         println!("    {:.1} s{missed}", report.seconds);
         for finding in &report.findings {

@@ -164,10 +164,12 @@ pub enum Fault {
     ClockBack,
     /// The container is paused for a while.
     Pause,
+    /// An action at a failpoint of shim, VMM or agent ([`super::failpoints`]). Not part of a seed's plan.
+    Failpoint,
 }
 
 impl Fault {
-    /// All faults.
+    /// All faults of a plan.
     pub const ALL: [Self; 36] = [
         Self::KillShim,
         Self::TermShim,
@@ -212,7 +214,7 @@ impl Fault {
         use Fault::*;
         match self {
             KillShim | TermShim | StopShim | KillVmm | TermVmm | StopVmm | KillLauncher | StopLauncher
-            | TermContainerd | StopContainerd => Class::Processes,
+            | TermContainerd | StopContainerd | Failpoint => Class::Processes,
             DropRequest | KillContainerd => Class::Callers,
             StarvePod | BusyLoop | ForkBomb | ContainerMemory | GuestMemory => Class::Guest,
             ShimFds | VmmFds | PodPids | PodMemory | RunFull | NoInotify => Class::Limits,
