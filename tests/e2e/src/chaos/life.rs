@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 use serde_json::{Value, json};
 
+use super::Shard;
 use super::faults::{self, Armed, Field, Hold, sleep_until};
 use super::grammar::Disturbed;
 use super::plan::{Fault, Phase, Step};
 use super::victim::{Call, QUERY_BUDGET, START_BUDGET, STOP_BUDGET, Victim};
-use super::{Shard, judge};
 use crate::cri::pod::text;
 use crate::cri::{restart, try_call_within};
 use crate::events::Events;
@@ -47,31 +47,39 @@ pub struct Life<'a, 'b> {
     pub findings: Vec<String>,
 }
 
-/// Runs one step. Returns why the fault could not strike, and what is wrong.
-pub fn run(shard: &mut Shard<'_>, step: Step) -> (Option<String>, Vec<String>) {
-    let victim = Victim::new(shard.pods);
-    let mut life = Life {
-        shard,
-        step,
-        random: Rng::with_seed(step.random),
-        victim,
-        pod: None,
-        container: None,
-        armed: None,
-        struck: step.fault == Fault::Failpoint,
-        healed: None,
-        missed: None,
-        disturbed: Disturbed { repeated: step.fault == Fault::Failpoint, lossy: false },
-        ended_events: Vec::new(),
-        findings: Vec::new(),
-    };
+impl<'a, 'b> Life<'a, 'b> {
+    /// Prepares the life of a step.
+    fn new(shard: &'a mut Shard<'b>, step: Step) -> Self {
+        let victim = Victim::new(shard.pods);
+        Self {
+            shard,
+            step,
+            random: Rng::with_seed(step.random),
+            victim,
+            pod: None,
+            container: None,
+            armed: None,
+            struck: step.fault == Fault::Failpoint,
+            healed: None,
+            missed: None,
+            disturbed: Disturbed { repeated: step.fault == Fault::Failpoint, lossy: false },
+            ended_events: Vec::new(),
+            findings: Vec::new(),
+        }
+    }
+}
+
+/// Lets a victim live and die, with the fault of `step`. Then calls `judge`. Returns why the fault could not strike,
+/// and what is wrong.
+pub fn run(shard: &mut Shard<'_>, step: Step, judge: fn(&mut Life<'_, '_>)) -> (Option<String>, Vec<String>) {
+    let mut life = Life::new(shard, step);
     life.guarded("life", Life::live);
     life.guarded("end", Life::end);
     life.guarded("healing", Life::heal);
     if !life.struck {
         life.missed = Some("the phase was not reached".to_owned());
     }
-    life.guarded("judgement", judge::judge);
+    life.guarded("judgement", judge);
     life.victim.clean_up();
     (life.missed, life.findings)
 }
@@ -123,7 +131,7 @@ impl Life<'_, '_> {
     /// Creates and starts a container. Returns whether the container has started.
     fn run_container(&mut self) -> bool {
         let Some(pod) = self.pod.clone() else { return false };
-        let request = self.victim.create_request(&pod, self.step.fault);
+        let request = self.victim.create_request(&pod, faults::equipment(self.step.fault));
         let answer = self.request(Phase::CreateContainer, "CreateContainer", request, START_BUDGET);
         let Some(answer) = answer else { return false };
         let id = text(&answer["container_id"]);

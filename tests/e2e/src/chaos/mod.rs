@@ -23,7 +23,6 @@ use serde_json::{Value, json};
 use crate::cri::Pods;
 use crate::events::Events;
 use crate::node;
-
 use census::Census;
 use faults::file_systems::FileSystems;
 use plan::Step;
@@ -90,7 +89,7 @@ impl<'a> Shard<'a> {
     fn run_named(&mut self, step: Step, name: &str) -> Report {
         println!("{name}");
         let begin = Instant::now();
-        let (missed, findings) = life::run(self, step);
+        let (missed, findings) = life::run(self, step, judge::judge);
         if !findings.is_empty() {
             println!("--- last 40 lines of containerd's log\n{}\n---", node::log_tail(40));
             // What this step has left is not held against the next one.

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::plan::Fault;
 use crate::BUSYBOX;
 use crate::cri::pod::{KUBELET, Pods, remove_parent, text};
 use crate::cri::{Status, try_call_within};
@@ -54,6 +53,14 @@ impl Call {
         let (result, end) = self.thread.join().expect("a request panicked");
         Ended { result, begin: self.begin, end }
     }
+}
+
+/// What a fault needs in the victim's container.
+pub struct Equipment {
+    /// A directory of the node, `/fs` in the container. The container writes to a file in it.
+    pub host_path: Option<String>,
+    /// The container's limits.
+    pub resources: Value,
 }
 
 /// A container of the victim, and the file to which it writes.
@@ -117,7 +124,7 @@ impl Victim {
 
     /// Returns the request that creates a container. The container writes to a file of its own twice a second, and
     /// later runs the script of [`Victim::attack`].
-    pub fn create_request(&mut self, pod: &str, fault: Fault) -> Value {
+    pub fn create_request(&mut self, pod: &str, equipment: Equipment) -> Value {
         let name = format!("c{}", self.writers.len());
         self.writers.push(Writer { name: name.clone(), file: self.dir.join(&name), ended: None });
         let mut script = format!(
@@ -127,7 +134,7 @@ impl Victim {
             while :; do echo >> /v/{name}; echo >> /v/{name}; sleep 0.5; done"
         );
         let mut mounts = vec![json!({ "host_path": self.dir.to_string_lossy(), "container_path": "/v" })];
-        match super::faults::file_systems::host_path(fault) {
+        match equipment.host_path {
             Some(path) => mounts.push(json!({ "host_path": path, "container_path": "/fs" })),
             None => script = script.replace("/fs/data", "/dev/null"),
         }
@@ -137,7 +144,7 @@ impl Victim {
             "command": ["sh", "-c", script],
             "log_path": format!("{name}.log"),
             "mounts": mounts,
-            "linux": { "resources": super::faults::guest::resources(fault), "security_context": KUBELET.clone() },
+            "linux": { "resources": equipment.resources, "security_context": KUBELET.clone() },
         }})
     }
 

@@ -11,7 +11,6 @@ use serde_json::{Value, json};
 
 use crate::cri::{Pods, call, restart};
 use crate::node;
-
 use sample::Sample;
 
 /// containerd is restarted after this many lives.

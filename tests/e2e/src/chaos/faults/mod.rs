@@ -16,7 +16,7 @@ use fastrand::Rng;
 
 use super::plan::{Class, Fault};
 use super::targets::{self, Targets};
-use super::victim::Victim;
+use super::victim::{Equipment, Victim};
 use crate::node;
 
 /// Timeout for the process that a fault strikes to appear.
@@ -113,6 +113,11 @@ impl Field<'_> {
     fn seconds(&mut self, least: f64, most: f64) -> Duration {
         Duration::from_secs_f64(least + (most - least) * self.random.f64())
     }
+}
+
+/// Returns what the fault needs in the victim's container.
+pub fn equipment(fault: Fault) -> Equipment {
+    Equipment { host_path: file_systems::host_path(fault), resources: guest::resources(fault) }
 }
 
 /// Strikes.
