@@ -10,6 +10,7 @@
 pub mod async_fd;
 pub mod entropy;
 pub mod error;
+pub mod failpoint;
 pub mod log;
 pub mod log_limit;
 pub mod sync;

@@ -94,6 +94,17 @@ pub fn unjailed_shim(profile: Profile) -> Result<Program> {
     run(command, false)?.pop().context("cargo built no shim")
 }
 
+/// Builds a shim and an agent with failpoints, for `cargo xtask chaos --failpoints`.
+pub fn with_failpoints(profile: Profile) -> Result<Vec<Program>> {
+    let mut command = static_cargo("build", profile);
+    command.args(["--bins", "--package", "husk-shim", "--package", "husk-agent"]);
+    command.args(["--features", "husk-shim/failpoints,husk-agent/failpoints"]);
+    // A separate target directory, so that no program with failpoints gets into `dist/root`.
+    command.arg("--target-dir").arg(paths::state().join("failpoints"));
+    ui::say("build", format!("husk-shim and husk-agent with failpoints ({}, static)", profile.name()));
+    run(command, false)
+}
+
 /// Builds the test programs of `package`, without running them.
 pub fn tests(package: &str) -> Result<Vec<Program>> {
     let mut command = static_cargo("test", Profile::Node);

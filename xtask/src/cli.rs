@@ -8,7 +8,8 @@ use clap::{Args, Parser, Subcommand};
 use crate::build::Profile;
 use crate::node::{Add, Limits, Line, Machine, Run, Seat};
 use crate::{
-    bench, conformance, demo, deny, dist, fuzz, image, imports, kernel, miri, modules, node, setup, test, user_cache,
+    bench, chaos, conformance, demo, deny, dist, fuzz, image, imports, kernel, miri, modules, node, setup, test,
+    user_cache,
 };
 
 /// Builds, runs and tests Husk.
@@ -67,6 +68,11 @@ enum Task {
     },
     /// Run the CRI conformance suite with runc and with Husk, and write the results to docs/conformance.md.
     Conformance,
+    /// Run pods in the test node while faults strike: 500 faults that follow from a seed. Exit with 1 if something is
+    /// left, hangs or runs twice.
+    Chaos(chaos::Chaos),
+    /// Let many pods live and die in the test node. Exit with 1 if a resource of the node grows with the lives.
+    Soak(chaos::Soak),
     /// Run a benchmark in the test node.
     Bench {
         #[command(subcommand)]
@@ -168,6 +174,8 @@ pub fn run(cli: Cli) -> Result<u8> {
         Task::Imports { fix } => imports::imports(fix)?,
         Task::Modules { shrink } => modules::modules(shrink)?,
         Task::Conformance => return conformance::conformance(),
+        Task::Chaos(options) => return chaos::chaos(&options),
+        Task::Soak(options) => return chaos::soak(&options),
         Task::Bench { command } => return bench::bench(&command),
     }
     Ok(0)

@@ -4,6 +4,7 @@
 mod bench;
 mod build;
 mod cargo_test;
+mod chaos;
 mod cli;
 mod cmd;
 mod conformance;

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use husk_base::failpoint;
 use husk_proto::containerd::api::{
     CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
     DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
@@ -53,12 +54,15 @@ fn timestamp(ns: i64) -> MessageField<Timestamp> {
 #[async_trait]
 impl Task for TaskService {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
+        failpoint!(async "agent.create").map_err(failed("pass the failpoint"))?;
         let tasks = self.tasks.clone();
         let pid = run_to_completion(async move { tasks.create(request).await }).await?;
+        failpoint!(async "agent.created").map_err(failed("pass the failpoint"))?;
         Ok(CreateTaskResponse { pid: pid.unsigned_abs(), ..Default::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        failpoint!(async "agent.start").map_err(failed("pass the failpoint"))?;
         let container = self.tasks.get(&request.id)?;
         let pid = if request.exec_id.is_empty() {
             self.tasks.start_init(&container)?
@@ -67,10 +71,12 @@ impl Task for TaskService {
             let tasks = self.tasks.clone();
             run_to_completion(async move { tasks.start_exec(&container, &process).await }).await?
         };
+        failpoint!(async "agent.started").map_err(failed("pass the failpoint"))?;
         Ok(StartResponse { pid: pid.unsigned_abs(), ..Default::default() })
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        failpoint!(async "agent.delete").map_err(failed("pass the failpoint"))?;
         let tasks = self.tasks.clone();
         let (pid, exit) = run_to_completion(async move { tasks.delete(&request.id, &request.exec_id).await }).await?;
         Ok(DeleteResponse {
@@ -111,6 +117,7 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        failpoint!(async "agent.exec").map_err(failed("pass the failpoint"))?;
         let tasks = self.tasks.clone();
         run_to_completion(async move { tasks.exec(request).await }).await?;
         Ok(Empty::new())
@@ -131,6 +138,7 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        failpoint!(async "agent.kill").map_err(failed("pass the failpoint"))?;
         let container = self.tasks.get(&request.id)?;
         let process = container.process(&request.exec_id)?;
         let signal = i32::try_from(request.signal).unwrap_or(-1);

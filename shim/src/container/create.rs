@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use husk_base::failpoint;
 use husk_proto::CREATE_OPTIONS_TYPE_URL;
 use husk_proto::agent::CreateOptions;
 use husk_proto::containerd::api::{CreateTaskRequest, DeleteRequest};
@@ -78,6 +79,7 @@ impl Shim {
         request: &CreateTaskRequest,
         reservation: &Reservation<'_>,
     ) -> Result<(), ServiceError> {
+        failpoint!(async "shim.create.reserved").map_err(ServiceError::failed)?;
         let bundle = read(request.bundle.clone()).await?;
         let spec = bundle.spec.clone();
         if spec.annotations.is_sandbox() {
@@ -106,6 +108,7 @@ impl Shim {
             reservation.unless_cancelled(self.ready_agent()),
         );
         let (prepared, agent, stdio) = (prepared?, agent?, stdio?);
+        failpoint!(async "shim.create.prepared").map_err(ServiceError::failed)?;
         for note in &prepared.notes {
             tracing::info!(container = request.id, "{note}");
         }
@@ -121,6 +124,7 @@ impl Shim {
         self.reserve_resources(&request.id, Limits::from_resources(&spec.linux.resources)).await?;
         let connect = self.connect_stdio(stdio);
         let ConnectedStdio { relay, tokens, turn } = reservation.unless_cancelled(connect).await?;
+        failpoint!(async "shim.create.connected").map_err(ServiceError::failed)?;
         let options = CreateOptions { spec: guest_spec, rootfs: prepared.rootfs, ..Default::default() };
         let options = Any {
             type_url: CREATE_OPTIONS_TYPE_URL.to_owned(),
@@ -141,6 +145,7 @@ impl Shim {
         let create = async { agent.task.create(limit, &guest).await.map_err(|error| agent::error("create", error)) };
         reservation.unless_cancelled(create).await?;
         drop(turn);
+        failpoint!(async "shim.create.answered").map_err(ServiceError::failed)?;
         let init = Process::new(&request.id, "", io);
         init.set_relay(relay);
         let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, mirroring));

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use husk_base::failpoint;
 use husk_proto::containerd::api::{DeleteRequest, DeleteResponse, KillRequest};
 use husk_proto::containerd::events::task::TaskDelete;
 use husk_proto::containerd::topics::TASK_DELETE_EVENT_TOPIC;
@@ -69,6 +70,7 @@ impl Shim {
             all: request.all,
             ..Default::default()
         };
+        failpoint!(async "shim.kill").map_err(ServiceError::failed)?;
         let ends_container = process.exec.is_empty() && request.signal == SIGKILL;
         let limit = if ends_container { KILL_ANSWER_TIMEOUT } else { SIGNAL_TIMEOUT };
         if ends_container {
@@ -103,6 +105,7 @@ impl Shim {
     ///
     /// If the agent does not answer, the shim kills the VM.
     pub(crate) async fn delete_container(&self, container: &Container) -> Result<DeleteResponse, ServiceError> {
+        failpoint!(async "shim.delete").map_err(ServiceError::failed)?;
         let process = &container.init;
         let before = process.begin_delete(ServiceError::NoContainer)?;
         if before == State::Stopped
@@ -134,6 +137,8 @@ impl Shim {
         for process in container.processes() {
             process.drop_relay();
         }
+        // The container is gone in the guest. Its removal on the node cannot be undone.
+        let _ = failpoint!(async "shim.delete.guest");
         self.tear_down_bundle(&container.id).await;
         let exit = process.exit().unwrap_or_else(|| Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() });
         self.containers.remove(&container.id);

@@ -2,6 +2,7 @@
 
 use std::time::SystemTime;
 
+use husk_base::failpoint;
 use husk_proto::containerd::api::{DeleteRequest, ExecProcessRequest, KillRequest, StartRequest};
 use husk_proto::containerd::events::task::{TaskExecAdded, TaskExecStarted, TaskStart};
 use husk_proto::containerd::topics::{
@@ -34,6 +35,7 @@ impl Shim {
         }
         self.sandbox.wait_for_propagation().await;
         self.check_not_ending()?;
+        failpoint!(async "shim.start").map_err(ServiceError::failed)?;
         process.begin_start()?;
         let request = StartRequest { id: container.id.clone(), ..Default::default() };
         if !container.is_sandbox_container()
@@ -44,6 +46,8 @@ impl Shim {
             let _ = agent.task.kill(within(timeouts::QUICK), &kill).await;
             return Err(agent::error("start", error));
         }
+        // Nothing can fail any more after the agent has started the process.
+        let _ = failpoint!(async "shim.start.answered");
         self.sandbox.timeline.mark("started");
         self.sandbox.timeline.save();
         let event =
@@ -115,6 +119,7 @@ impl Shim {
         self.sandbox.wait_for_propagation().await;
         let stdio = Stdio::open(&process.paths, &logger).await.map_err(ServiceError::failed)?;
         let ConnectedStdio { relay, tokens, turn } = self.connect_stdio(stdio).await?;
+        failpoint!(async "shim.exec.connected").map_err(ServiceError::failed)?;
         process.set_relay(relay);
         let spec = Any { type_url: exec.type_url.clone(), value: exec.spec.clone(), ..Default::default() };
         let request = ExecProcessRequest {

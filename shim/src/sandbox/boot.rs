@@ -200,6 +200,17 @@ pub async fn boot(
     }
 }
 
+/// Returns the kernel parameters of the configuration and of the pod.
+fn kernel_params(plan: &BootPlan) -> String {
+    let params = format!("{} {}", plan.config.kernel_params, plan.boot_size.kernel_params);
+    #[cfg(feature = "failpoints")]
+    let params = match husk_base::failpoint::rule() {
+        rule if rule.is_empty() => params,
+        rule => format!("{params} {}={rule}", husk_base::failpoint::PARAMETER),
+    };
+    params.trim().to_owned()
+}
+
 /// Tells the VMM to create and start the VM.
 async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
     let huge_mib = hugepages::pool_mib();
@@ -216,7 +227,7 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: FdIndex(2),
-        kernel_params: format!("{} {}", plan.config.kernel_params, plan.boot_size.kernel_params).trim().to_owned(),
+        kernel_params: kernel_params(plan),
         console: FdIndex(3),
         share: Some(ShareConfig {
             tag: SHARE_TAG.to_owned(),

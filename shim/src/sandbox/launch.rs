@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use husk_base::failpoint;
 use husk_config::{Config, ConfigError, Seccomp};
 use husk_proto::sysctls::{self, SysctlError};
 use husk_vmm::virtio::net::MAX_QUEUE_PAIRS;
@@ -96,6 +97,9 @@ pub enum LaunchError {
     /// The VMM's OOM score cannot be set.
     #[error("failed to set oom_score_adj of the VMM")]
     OomScore(#[source] io::Error),
+    /// A failpoint of the chaos test.
+    #[error("failed at a failpoint")]
+    Failpoint(#[source] io::Error),
     /// A process ended before its start time could be read.
     #[error("failed to record process {0}: it has already ended")]
     ProcessEnded(u32),
@@ -235,6 +239,7 @@ impl PartialLaunch {
         launcher: Option<&Launcher>,
     ) -> Result<Network, LaunchError> {
         self.cgroup = cgroup;
+        failpoint!("shim.launch.entered").map_err(LaunchError::Failpoint)?;
         let network = spec.network()?;
         let namespace = vmm::network_namespace(&network)?;
         let spawned = match launcher {
@@ -246,6 +251,7 @@ impl PartialLaunch {
             None => vmm::spawn(&namespace),
         };
         let vmm = self.vmm.insert(spawned?);
+        failpoint!("shim.launch.spawned").map_err(LaunchError::Failpoint)?;
         self.new_network = matches!(network, Network::New).then_some(namespace);
         context.timeline.mark("vmm spawned");
         record_process(&context.dir, "vmm.pid", vmm.pid)?;
@@ -296,6 +302,7 @@ impl PartialLaunch {
             Network::Path(path) => network::connect(path, tap_options)?,
         };
         context.timeline.mark("network connected");
+        failpoint!("shim.launch.connected").map_err(LaunchError::Failpoint)?;
         let pod = pod(context, spec, id_mappings, network, policies, rate_limits)?;
         Ok(BootPlan::new(pod, config, images, boot_size, share.to_owned())?)
     }

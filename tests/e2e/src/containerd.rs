@@ -72,6 +72,31 @@ pub fn kill(namespace: &str, id: &str, signal: i32) -> Result<(), Status> {
     call(namespace, "tasks.v1.Tasks", "Kill", &json!({ "container_id": id, "signal": signal })).map(drop)
 }
 
+/// Pauses a container.
+///
+/// # Errors
+/// The status of the failed call.
+pub fn pause(namespace: &str, id: &str) -> Result<(), Status> {
+    call(namespace, "tasks.v1.Tasks", "Pause", &json!({ "container_id": id })).map(drop)
+}
+
+/// Resumes a paused container.
+///
+/// # Errors
+/// The status of the failed call.
+pub fn resume(namespace: &str, id: &str) -> Result<(), Status> {
+    call(namespace, "tasks.v1.Tasks", "Resume", &json!({ "container_id": id })).map(drop)
+}
+
+/// Asks a container's shim for the container's pids. Returns their number.
+///
+/// # Errors
+/// The status of the failed call.
+pub fn pids(namespace: &str, id: &str) -> Result<usize, Status> {
+    let answer = call(namespace, "tasks.v1.Tasks", "ListPids", &json!({ "container_id": id }))?;
+    Ok(items(&answer["processes"]).count())
+}
+
 /// Returns the key of a snapshot's parent. For a snapshot of an image, the parent is the image's uppermost layer.
 ///
 /// # Errors

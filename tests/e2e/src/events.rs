@@ -62,6 +62,13 @@ impl Events {
         seen
     }
 
+    /// Returns the events of a container that have arrived so far. Also works if containerd has ended since
+    /// [`Events::watch`].
+    pub fn so_far(&self, container: &str) -> Vec<String> {
+        self.receive(Instant::now(), |_| false);
+        self.seen_of(container)
+    }
+
     fn seen_of(&self, container: &str) -> Vec<String> {
         let seen = self.seen.borrow();
         seen.iter().filter(|(of, _)| of == container).map(|(_, what)| what.clone()).collect()

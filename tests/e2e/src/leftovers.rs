@@ -59,6 +59,11 @@ impl Snapshot {
         Self { things }
     }
 
+    /// Returns what this snapshot contains in addition to `earlier`.
+    pub fn new_since(&self, earlier: &Self) -> Vec<String> {
+        self.things.difference(&earlier.things).cloned().collect()
+    }
+
     /// Waits until the node's state contains nothing in addition to the snapshot, and containerd has neither containers
     /// nor tasks.
     ///
@@ -67,7 +72,7 @@ impl Snapshot {
     pub fn compare_until_equal(&self, limit: Duration) -> Result<(), String> {
         let mut left: Vec<String> = Vec::new();
         node::eventually(limit, || {
-            left = Self::take().things.difference(&self.things).cloned().collect();
+            left = Self::take().new_since(self);
             left.is_empty().then_some(())
         });
         let mut listed = Vec::new();
@@ -85,7 +90,7 @@ impl Snapshot {
 }
 
 /// Returns the containers and tasks that containerd still has in the suites' namespaces.
-fn records() -> Vec<String> {
+pub fn records() -> Vec<String> {
     let mut all = Vec::new();
     for namespace in [NAMESPACE, KUBERNETES] {
         match containerd::containers(namespace) {

@@ -5,6 +5,7 @@
 
 pub mod bench;
 pub mod case;
+pub mod chaos;
 pub mod command;
 pub mod conformance;
 pub mod containerd;
@@ -20,6 +21,7 @@ pub mod node;
 pub mod pty;
 pub mod run;
 pub mod shim;
+pub mod soak;
 pub mod spec;
 pub mod vm;
 

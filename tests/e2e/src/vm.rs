@@ -40,11 +40,15 @@ fn of_shim(id: &str) -> Vec<i32> {
 /// Sets the soft fd limit (RLIMIT_NOFILE) of a process. Returns the previous limit.
 #[track_caller]
 pub fn set_fd_limit(pid: i32, limit: u64) -> u64 {
+    try_set_fd_limit(pid, limit).expect("failed to set the fd limit")
+}
+
+/// Like [`set_fd_limit`], but returns an error, for example if the process has ended.
+pub fn try_set_fd_limit(pid: i32, limit: u64) -> std::io::Result<u64> {
     let pid = Pid::from_raw(pid);
-    let set = |limit| resource::limit(pid, libc::RLIMIT_NOFILE, limit).expect("failed to set the fd limit");
-    let old = set(None);
-    set(Some(Limit { soft: limit, ..old }));
-    old.soft
+    let old = resource::limit(pid, libc::RLIMIT_NOFILE, None)?;
+    resource::limit(pid, libc::RLIMIT_NOFILE, Some(Limit { soft: limit, ..old }))?;
+    Ok(old.soft)
 }
 
 fn processes_with(wanted: impl Fn(&[String]) -> bool) -> Vec<i32> {
@@ -61,7 +65,8 @@ fn processes_with(wanted: impl Fn(&[String]) -> bool) -> Vec<i32> {
     pids
 }
 
-fn parent(pid: i32) -> Option<i32> {
+/// Returns the pid of the parent of a process.
+pub fn parent(pid: i32) -> Option<i32> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit_once(") ")?.1.split_whitespace().nth(1)?.parse().ok()
 }

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use husk_base::error::chain;
+use husk_base::failpoint;
 use husk_base::sys::process::exit_immediately;
 
 use crate::boot;
@@ -35,6 +36,8 @@ pub fn main(control: OwnedFd) -> ! {
         ::log::error!("{mismatch}");
         reporter.exit(ExitReason::Failed(mismatch));
     }
+    #[cfg(feature = "failpoints")]
+    husk_base::failpoint::load();
     if let Err(error) = prepare() {
         ::log::error!("{}", chain(&error));
         exit_immediately(1);
@@ -78,6 +81,9 @@ fn check_protocol(shim: Option<&str>) -> Result<(), String> {
 /// Serves one request and sends its answer.
 fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) {
     let Request { seq, call } = request;
+    if let Err(error) = reached(&call) {
+        return reporter.answer(seq, Err(error.to_string()));
+    }
     let answer = match (call, current_vm.as_mut()) {
         (Call::Stop, _) => {
             reporter.answer(seq, Ok(Answer::Done));
@@ -140,6 +146,17 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
     reporter.answer(seq, answer);
 }
 
+/// The failpoints of the requests that a pod needs.
+fn reached(call: &Call) -> io::Result<()> {
+    match call {
+        Call::Resume => failpoint!("vmm.resume"),
+        Call::Connect { .. } => failpoint!("vmm.connect"),
+        Call::AttachNet(_) => failpoint!("vmm.attach-net"),
+        Call::AcquirePid => failpoint!("vmm.acquire-pid"),
+        _ => Ok(()),
+    }
+}
+
 fn done(result: Result<(), VmError>) -> Result<Answer, String> {
     result.map(|()| Answer::Done).map_err(|error| chain(&error))
 }
@@ -150,6 +167,7 @@ fn attached(result: Result<u32, VmError>) -> Result<Answer, String> {
 
 /// Confines the process and creates the VM. If the jail lacks restrictions, also returns a string that names them.
 fn create(config: VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Result<(Vm, Option<String>), String> {
+    failpoint!("vmm.create").map_err(|error| error.to_string())?;
     let mut checked =
         config_check::check(config, fds).map_err(|error| format!("invalid VM configuration: {}", chain(&error)))?;
     let share = checked.config.share.as_mut();
@@ -160,6 +178,7 @@ fn create(config: VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Resu
         share.root = "/".to_owned();
     }
     let vm = boot::build(checked, belongings, reporter).map_err(|error| chain(&error))?;
+    failpoint!("vmm.built").map_err(|error| error.to_string())?;
     // Confine this thread last, because the threads that it starts inherit its capabilities.
     jail::confine(jail::Kind::Control).map_err(|error| chain(&error))?;
     Ok((vm, unrestricted))

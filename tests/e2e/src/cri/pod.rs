@@ -22,7 +22,7 @@ const LABEL: &str = "husk-e2e";
 
 /// The kubelet's default security context. It sets the PID namespace mode, because the CRI's default is POD and the
 /// kubelet's default is CONTAINER.
-static KUBELET: LazyLock<Value> = LazyLock::new(|| json!({ "namespace_options": { "pid": "CONTAINER" } }));
+pub static KUBELET: LazyLock<Value> = LazyLock::new(|| json!({ "namespace_options": { "pid": "CONTAINER" } }));
 
 /// The pods of one test.
 pub struct Pods {
@@ -89,6 +89,11 @@ impl Pods {
     /// Returns the test's directory on the node. The directory is removed when the test ends.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Returns the runtime handler of the pods.
+    pub fn handler(&self) -> &str {
+        &self.handler
     }
 
     /// Returns the configuration of a pod with a new, unique name.
@@ -271,8 +276,8 @@ impl Pod {
     }
 }
 
-/// Removes the pod's parent cgroup, as the kubelet does. With cgroup v1, each hierarchy has such a cgroup.
-fn remove_parent(name: &str) {
+/// Removes the parent cgroup of the pod `name`, as the kubelet does. With cgroup v1, each hierarchy has such a cgroup.
+pub fn remove_parent(name: &str) {
     let top = Path::new("/sys/fs/cgroup");
     let hierarchies = fs::read_dir(top).into_iter().flatten().flatten().map(|entry| entry.path());
     for hierarchy in hierarchies.chain([top.to_owned()]) {

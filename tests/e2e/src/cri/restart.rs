@@ -26,7 +26,7 @@ pub fn containerd_pid() -> Option<i32> {
 
 /// Stops containerd with SIGTERM, like a service manager.
 #[track_caller]
-fn stop() {
+pub fn stop_containerd() {
     let pid = containerd_pid().expect("containerd is not running");
     grpc::disconnect();
     node::send_signal(pid, Signal::SIGTERM);
@@ -34,9 +34,19 @@ fn stop() {
     assert!(gone.is_some(), "containerd does not exit:\n{}", node::log_tail(20));
 }
 
-/// Starts containerd as the node's init does.
+/// Kills containerd with SIGKILL, and waits for its end.
 #[track_caller]
-fn start() {
+pub fn kill_containerd() {
+    let pid = containerd_pid().expect("containerd is not running");
+    grpc::disconnect();
+    node::send_signal(pid, Signal::SIGKILL);
+    let gone = node::eventually(TIMEOUT, || containerd_pid().is_none().then_some(()));
+    assert!(gone.is_some(), "containerd does not exit after SIGKILL");
+}
+
+/// Starts containerd as the node's init does, and waits until it answers.
+#[track_caller]
+pub fn start_containerd() {
     // fd 9 is the node's status port, which containerd must not keep open. The shell exits at once, so that containerd
     // becomes a child of the node's init and not of the test process.
     let mut command = Command::new("sh");
@@ -56,8 +66,8 @@ fn start() {
 /// Restarts containerd.
 #[track_caller]
 pub fn restart_containerd() {
-    stop();
-    start();
+    stop_containerd();
+    start_containerd();
 }
 
 /// Shell script that prints the next number every tenth of a second.
@@ -177,9 +187,9 @@ impl<'a> Survivors<'a> {
 #[track_caller]
 pub fn check_pods_survive(pods: &Pods, handlers: &[&str]) {
     let survivors: Vec<Survivors> = handlers.iter().map(|handler| Survivors::start(pods, handler)).collect();
-    stop();
+    stop_containerd();
     let last: Vec<u64> = survivors.iter().map(Survivors::end_one).collect();
-    start();
+    start_containerd();
     for (survivors, last) in survivors.into_iter().zip(last) {
         survivors.check(last);
     }

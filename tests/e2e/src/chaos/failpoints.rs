@@ -1,0 +1,148 @@
+//! Failpoints (`base/src/failpoint.rs`): each action at each place in shim, VMM and agent.
+
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::plan::{Fault, Phase, Step, StepId};
+use super::{Report, Shard, targets};
+
+/// The file that has the rule (`RULE_FILE` in `base/src/failpoint.rs`).
+const RULE_FILE: &str = "/run/husk-failpoint";
+
+/// All failpoints. A unit test compares this list with the code.
+const NAMES: [&str; 26] = [
+    "agent.create",
+    "agent.created",
+    "agent.delete",
+    "agent.exec",
+    "agent.kill",
+    "agent.start",
+    "agent.started",
+    "shim.create.answered",
+    "shim.create.connected",
+    "shim.create.prepared",
+    "shim.create.reserved",
+    "shim.delete",
+    "shim.delete.guest",
+    "shim.exec.connected",
+    "shim.kill",
+    "shim.launch.connected",
+    "shim.launch.entered",
+    "shim.launch.spawned",
+    "shim.start",
+    "shim.start.answered",
+    "vmm.acquire-pid",
+    "vmm.attach-net",
+    "vmm.built",
+    "vmm.connect",
+    "vmm.create",
+    "vmm.resume",
+];
+
+/// The actions.
+const ACTIONS: [&str; 4] = ["delay", "error", "abort", "hang"];
+
+/// A place and an action.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Failpoint {
+    number: usize,
+    name: &'static str,
+    action: &'static str,
+}
+
+/// Returns each action at each place.
+pub fn all() -> Vec<Failpoint> {
+    let pairs = NAMES.into_iter().flat_map(|name| ACTIONS.map(|action| (name, action)));
+    pairs.enumerate().map(|(number, (name, action))| Failpoint { number, name, action }).collect()
+}
+
+/// The rule. Dropping it removes the rule.
+struct Rule;
+
+impl Rule {
+    fn write(failpoint: Failpoint) -> std::io::Result<Self> {
+        fs::write(RULE_FILE, format!("{}={}\n", failpoint.name, failpoint.action))?;
+        Ok(Self)
+    }
+}
+
+impl Drop for Rule {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(RULE_FILE);
+    }
+}
+
+impl Shard<'_> {
+    /// Lets a pod live with a failpoint. The programs of the node must have been built with failpoints.
+    pub fn run_failpoint(&mut self, failpoint: Failpoint) -> Report {
+        let Failpoint { number, name, action } = failpoint;
+        let id = StepId { seed: 0, shard: 0, step: number };
+        let step = Step { id, phase: Phase::Exec, fault: Fault::Failpoint, random: number as u64 };
+        let rule = Rule::write(failpoint);
+        let witness = self.witness.pod.id.clone();
+        let over = AtomicBool::new(false);
+        let mut report = thread::scope(|scope| {
+            if action == "hang" && name.starts_with("shim.") {
+                scope.spawn(|| continue_shims(&witness, &over));
+            }
+            let report = self.run_named(step, &format!("failpoint {number}  {name}={action}"));
+            over.store(true, Ordering::Relaxed);
+            report
+        });
+        if let Err(error) = rule {
+            report.findings.push(format!("failed to write {RULE_FILE}: {error}"));
+        }
+        report
+    }
+}
+
+/// Continues stopped shims after a while.
+fn continue_shims(witness: &str, over: &AtomicBool) {
+    while !over.load(Ordering::Relaxed) {
+        thread::sleep(Duration::from_secs(4));
+        for pid in targets::of_victim(witness).shims {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    use super::*;
+
+    fn collect(dir: &Path, names: &mut BTreeSet<String>) {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                collect(&path, names);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = fs::read_to_string(&path).unwrap();
+                for call in text.split("failpoint!(").skip(1) {
+                    names.extend(call.split('"').nth(1).map(str::to_owned));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn list_has_all_failpoints_of_the_code() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        if !root.join("shim/src").exists() {
+            // The test runs in the test node, too, which has no sources.
+            return;
+        }
+        let mut names = BTreeSet::new();
+        for dir in ["shim/src", "vmm-glue/src", "agent/src"] {
+            collect(&root.join(dir), &mut names);
+        }
+        assert_eq!(names.iter().map(String::as_str).collect::<Vec<_>>(), NAMES);
+    }
+}

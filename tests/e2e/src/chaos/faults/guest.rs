@@ -1,0 +1,34 @@
+//! Faults of the guest: containers that use up what they have, and a pod with very little CPU time.
+
+use serde_json::{Value, json};
+
+use super::{Armed, Field, Hold, write_until};
+use crate::chaos::plan::Fault;
+
+/// Returns the limits of the victim's container, which the fault is to meet.
+pub fn resources(fault: Fault) -> Value {
+    match fault {
+        Fault::BusyLoop => json!({ "cpu_period": 100_000, "cpu_quota": 1000 }),
+        Fault::ForkBomb => json!({ "unified": { "pids.max": "40" } }),
+        Fault::ContainerMemory => json!({ "memory_limit_in_bytes": 30 << 20 }),
+        _ => json!({}),
+    }
+}
+
+/// Strikes the guest.
+pub fn arm(fault: Fault, field: &mut Field<'_>) -> Result<Armed, String> {
+    let attack = |script| {
+        field.victim.attack(script).map_err(|error| format!("failed to write the script: {error}"))?;
+        Ok(Armed::done())
+    };
+    match fault {
+        Fault::StarvePod => {
+            let hold = Hold::Short(field.seconds(3.0, 10.0));
+            write_until(field.cgroup()?.join("cpu.max"), "2000 100000", hold)
+        }
+        Fault::BusyLoop => attack("while :; do :; done"),
+        Fault::ForkBomb => attack("while :; do sleep 1000 & done 2>/dev/null"),
+        Fault::ContainerMemory | Fault::GuestMemory => attack("tail /dev/zero"),
+        _ => Err(format!("{fault:?} is no fault of a guest")),
+    }
+}

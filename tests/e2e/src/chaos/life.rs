@@ -1,0 +1,354 @@
+//! One life of the victim, with the fault in one phase.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use fastrand::Rng;
+use serde_json::{Value, json};
+
+use super::Shard;
+use super::faults::{self, Armed, Field, Hold, sleep_until};
+use super::grammar::Disturbed;
+use super::plan::{Fault, Phase, Step};
+use super::victim::{Call, QUERY_BUDGET, START_BUDGET, STOP_BUDGET, Victim};
+use crate::cri::pod::text;
+use crate::cri::{restart, try_call_within};
+use crate::events::Events;
+use crate::{KUBERNETES, containerd};
+
+/// Time after its budget for which a request is still awaited.
+const OVERTIME: Duration = Duration::from_secs(60);
+/// Number of times that the victim's end is tried.
+const ATTEMPTS: u32 = 4;
+/// The seconds that StopContainer leaves a container to react to SIGTERM.
+const GRACE: u64 = 2;
+
+/// A life in progress.
+pub struct Life<'a, 'b> {
+    /// What the steps share.
+    pub shard: &'a mut Shard<'b>,
+    step: Step,
+    random: Rng,
+    /// The victim.
+    pub victim: Victim,
+    pod: Option<String>,
+    container: Option<String>,
+    armed: Option<Armed>,
+    struck: bool,
+    /// When the last fault was healed.
+    healed: Option<Instant>,
+    missed: Option<String>,
+    /// What may have disturbed the events.
+    pub disturbed: Disturbed,
+    /// Subscriptions that ended with their containerd.
+    pub ended_events: Vec<Events>,
+    /// What is wrong.
+    pub findings: Vec<String>,
+}
+
+impl<'a, 'b> Life<'a, 'b> {
+    /// Prepares the life of a step.
+    fn new(shard: &'a mut Shard<'b>, step: Step) -> Self {
+        let victim = Victim::new(shard.pods);
+        Self {
+            shard,
+            step,
+            random: Rng::with_seed(step.random),
+            victim,
+            pod: None,
+            container: None,
+            armed: None,
+            struck: step.fault == Fault::Failpoint,
+            healed: None,
+            missed: None,
+            disturbed: Disturbed { repeated: step.fault == Fault::Failpoint, lossy: false },
+            ended_events: Vec::new(),
+            findings: Vec::new(),
+        }
+    }
+}
+
+/// Lets a victim live and die, with the fault of `step`. Then calls `judge`. Returns why the fault could not strike,
+/// and what is wrong.
+pub fn run(shard: &mut Shard<'_>, step: Step, judge: fn(&mut Life<'_, '_>)) -> (Option<String>, Vec<String>) {
+    let mut life = Life::new(shard, step);
+    life.guarded("life", Life::live);
+    life.guarded("end", Life::end);
+    life.guarded("healing", Life::heal);
+    if !life.struck {
+        life.missed = Some("the phase was not reached".to_owned());
+    }
+    life.guarded("judgement", judge);
+    life.victim.clean_up();
+    (life.missed, life.findings)
+}
+
+impl Life<'_, '_> {
+    /// Runs a part of the life. A panic, for example because containerd does not start, is a finding.
+    fn guarded(&mut self, name: &str, part: impl FnOnce(&mut Self)) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| part(self))) {
+            let text = panic.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|&text| text.to_owned()));
+            self.findings.push(format!("{name}: {}", text.unwrap_or_else(|| "panicked".to_owned())));
+            if restart::containerd_pid().is_none() {
+                restart::start_containerd();
+            }
+        }
+    }
+
+    /// Whether the step strikes in this phase.
+    fn strikes(&self, phase: Phase) -> bool {
+        self.step.phase == phase && !self.struck
+    }
+
+    /// Lets the victim live until its end is due.
+    fn live(&mut self) {
+        let request = self.victim.run_request();
+        let answer = self.request(Phase::RunPodSandbox, "RunPodSandbox", request, START_BUDGET);
+        self.pod = answer.map(|answer| text(&answer["pod_sandbox_id"])).or_else(|| {
+            // The kubelet removes a pod whose RunPodSandbox has failed. Therefore only a ready pod lives on.
+            self.victim.pods().ok()?.into_iter().find(|(_, ready)| *ready).map(|(id, _)| id)
+        });
+        self.victim.ids.extend(self.pod.clone());
+        if self.pod.is_none() || !self.run_container() {
+            return;
+        }
+        if self.strikes(Phase::Running) {
+            self.writes();
+            self.strike();
+            thread::sleep(Duration::from_secs(2));
+            self.probe();
+            self.replace();
+        }
+        if self.strikes(Phase::Exec) || self.step.fault == Fault::Failpoint {
+            let command = ["sh", "-c", "echo a; sleep 1; echo b"];
+            let request = json!({ "container_id": self.container, "cmd": command, "timeout": 30 });
+            self.request(Phase::Exec, "ExecSync", request, START_BUDGET);
+        }
+    }
+
+    /// Creates and starts a container. Returns whether the container has started.
+    fn run_container(&mut self) -> bool {
+        let Some(pod) = self.pod.clone() else { return false };
+        let request = self.victim.create_request(&pod, faults::equipment(self.step.fault));
+        let answer = self.request(Phase::CreateContainer, "CreateContainer", request, START_BUDGET);
+        let Some(answer) = answer else { return false };
+        let id = text(&answer["container_id"]);
+        self.victim.ids.push(id.clone());
+        self.container = Some(id.clone());
+        let started =
+            self.request(Phase::StartContainer, "StartContainer", json!({ "container_id": id }), START_BUDGET);
+        started.is_some()
+    }
+
+    /// Waits until the container writes to its file.
+    fn writes(&mut self) {
+        let file = self.victim.writers.last().cloned();
+        sleep_until(Duration::from_secs(20), || file.as_ref().is_none_or(|file| file.size() > 0));
+    }
+
+    /// Starts a container in place of one that has ended, as a kubelet does.
+    fn replace(&mut self) {
+        let Some(pod) = self.pod.clone() else { return };
+        let ready = self.victim.pods().is_ok_and(|pods| pods.iter().any(|(id, ready)| *id == pod && *ready));
+        let containers = self.victim.containers(&pod).unwrap_or_default();
+        if ready && !containers.is_empty() && containers.iter().all(|(.., running)| !running) {
+            self.run_container();
+        }
+    }
+
+    /// Ends the victim, as a kubelet does: repeats requests that fail.
+    fn end(&mut self) {
+        let mut last = String::new();
+        for attempt in 0..ATTEMPTS {
+            match self.victim.pods() {
+                // After a dropped request, containerd can still be making the pod.
+                Ok(pods) if pods.is_empty() && (attempt > 0 || !self.is_interrupted()) => return,
+                Ok(pods) => pods.iter().for_each(|(pod, _)| self.end_pod(pod, attempt, &mut last)),
+                Err(status) => last = status.to_string(),
+            }
+            if !self.is_interrupted() && self.victim.pods().is_ok_and(|pods| pods.is_empty()) {
+                return;
+            }
+            thread::sleep(Duration::from_secs(2));
+        }
+        if !self.victim.pods().is_ok_and(|pods| pods.is_empty()) {
+            self.findings.push(format!("the pod was not removed after {ATTEMPTS} attempts: {last}"));
+        }
+    }
+
+    fn end_pod(&mut self, pod: &str, attempt: u32, last: &mut String) {
+        let phase = self.step.phase;
+        let early = matches!(phase, Phase::StopPodSandbox | Phase::RemovePodSandbox) && attempt == 0;
+        if !early {
+            for (id, ..) in self.victim.containers(pod).unwrap_or_default() {
+                let request = json!({ "container_id": id, "timeout": GRACE });
+                self.request(Phase::StopContainer, "StopContainer", request, STOP_BUDGET);
+                if phase == Phase::Idle {
+                    self.request(phase, "RemoveContainer", json!({ "container_id": id }), STOP_BUDGET);
+                }
+            }
+            let _ = self.victim.containers(pod);
+        }
+        if self.strikes(Phase::Idle) {
+            self.strike();
+            thread::sleep(Duration::from_secs(2));
+        }
+        let request = json!({ "pod_sandbox_id": pod });
+        let mut ended = true;
+        if !(early && phase == Phase::RemovePodSandbox) {
+            ended = self.request(Phase::StopPodSandbox, "StopPodSandbox", request.clone(), STOP_BUDGET).is_some();
+            if ended {
+                self.victim.writers.iter_mut().for_each(super::victim::Writer::has_ended);
+            }
+        }
+        if ended {
+            ended = self.request(Phase::RemovePodSandbox, "RemovePodSandbox", request, STOP_BUDGET).is_some();
+        }
+        if ended {
+            self.victim.writers.iter_mut().for_each(super::victim::Writer::has_ended);
+        } else {
+            *last = "a request failed".to_owned();
+        }
+    }
+
+    /// Makes a request, and judges its duration. Strikes during the request if the phase is that of the step. Returns
+    /// the answer, or `None` if the request failed.
+    fn request(&mut self, phase: Phase, method: &'static str, request: Value, budget: Duration) -> Option<Value> {
+        let strikes = self.strikes(phase) && method != "RemoveContainer";
+        let drops = strikes && self.step.fault == Fault::DropRequest;
+        let most = if phase == Phase::RunPodSandbox { 5.0 } else { 2.0 };
+        let delay = Duration::from_secs_f64(most * self.random.f64().powi(2));
+        let early = strikes && !drops && phase != Phase::RunPodSandbox && self.random.u8(..4) == 0;
+        let call = if early {
+            self.arm();
+            Call::start(method, request, budget + OVERTIME)
+        } else {
+            Call::start(method, request, if drops { delay } else { budget + OVERTIME })
+        };
+        if strikes && !early && !drops {
+            sleep_until(delay, || call.has_ended());
+            self.arm();
+        }
+        if strikes {
+            self.struck = true;
+            self.hold();
+        }
+        let ended = call.join();
+        let begin = self.healed.map_or(ended.begin, |healed| healed.max(ended.begin));
+        let took = ended.end.saturating_duration_since(begin);
+        if took > budget && !drops {
+            self.findings.push(format!("{method} took {took:.1?}, its limit is {budget:?}"));
+        }
+        match ended.result {
+            Ok(answer) => Some(answer),
+            Err(status) => {
+                println!("    {method} failed after {:.1?}: {status}", ended.end - ended.begin);
+                if !self.struck {
+                    self.findings.push(format!("{method} failed without a fault: {status}"));
+                }
+                None
+            }
+        }
+    }
+
+    /// Strikes while no request is pending.
+    fn strike(&mut self) {
+        if self.step.fault == Fault::DropRequest {
+            self.drop_query();
+        }
+        self.arm();
+        self.struck = true;
+        self.hold();
+    }
+
+    /// Drops a query or an exec, because no other request is pending.
+    fn drop_query(&mut self) {
+        let limit = Duration::from_secs_f64(self.random.f64());
+        let (method, request) = match &self.container {
+            Some(id) if self.step.phase == Phase::Running => {
+                ("ExecSync", json!({ "container_id": id, "cmd": ["sleep", "5"], "timeout": 30 }))
+            }
+            _ => ("ListContainerStats", json!({})),
+        };
+        Call::start(method, request, limit).join();
+    }
+
+    fn arm(&mut self) {
+        self.struck = true;
+        match self.step.fault {
+            Fault::KillShim | Fault::TermShim | Fault::PodMemory => self.disturbed.repeated = true,
+            Fault::KillContainerd | Fault::TermContainerd => self.disturbed.lossy = true,
+            _ => {}
+        }
+        let mut field = Field {
+            victim: &self.victim,
+            pod: self.pod.as_deref(),
+            container: self.container.as_deref(),
+            witness: &self.shard.witness.pod.id,
+            namespaces: &self.shard.namespaces,
+            random: &mut self.random,
+        };
+        match faults::arm(self.step.fault, &mut field) {
+            Ok(armed) => self.armed = Some(armed),
+            Err(why) => self.missed = Some(why),
+        }
+    }
+
+    /// Waits until a short fault is over, and ends it. Probes the node during a long fault.
+    fn hold(&mut self) {
+        match self.armed.as_ref().map(|armed| armed.hold) {
+            Some(Hold::Short(time)) => {
+                thread::sleep(time);
+                self.heal();
+            }
+            Some(Hold::Life) => self.probe(),
+            None => {}
+        }
+    }
+
+    /// Ends the fault.
+    fn heal(&mut self) {
+        let Some(mut armed) = self.armed.take() else { return };
+        armed.heal();
+        self.healed = Some(Instant::now());
+        if self.disturbed.lossy {
+            let ended = std::mem::replace(&mut self.shard.events, Events::watch());
+            self.ended_events.push(ended);
+        }
+    }
+
+    /// Makes queries that no fault of the victim may hold up: the witness's statistics, and the victim's pids.
+    fn probe(&mut self) {
+        let begin = Instant::now();
+        let request = json!({ "container_id": self.shard.witness.id() });
+        let stats = try_call_within(QUERY_BUDGET + OVERTIME, "RuntimeService", "ContainerStats", &request);
+        self.judge_query("ContainerStats of the witness", begin);
+        if let Err(status) = stats {
+            self.findings.push(format!("ContainerStats of the witness failed: {status}"));
+        }
+        if let Some(id) = &self.container {
+            let begin = Instant::now();
+            let _ = containerd::pids(KUBERNETES, id);
+            self.judge_query("ListPids of the victim", begin);
+        }
+    }
+
+    fn judge_query(&mut self, what: &str, begin: Instant) {
+        let took = begin.elapsed();
+        if took > QUERY_BUDGET {
+            self.findings.push(format!("{what} took {took:.1?}, its limit is {QUERY_BUDGET:?}"));
+        }
+    }
+
+    /// Returns whether the step interrupts a request.
+    fn is_interrupted(&self) -> bool {
+        self.step.fault == Fault::DropRequest || self.restarts_containerd()
+    }
+
+    /// Returns whether the step kills or restarts containerd.
+    pub fn restarts_containerd(&self) -> bool {
+        matches!(self.step.fault, Fault::KillContainerd | Fault::TermContainerd)
+    }
+}
