@@ -11,6 +11,8 @@ pub enum Kind {
     DeviceLoop,
     /// A worker thread of the VMM's virtio-fs server.
     FileServer,
+    /// A thread that waits for a lock of a file, or that starts these threads.
+    LockWaiter,
     /// The worker thread of a disk.
     Disk,
     /// The thread that faults in guest memory.
@@ -21,8 +23,16 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 7] =
-        [Self::Control, Self::Vcpu, Self::DeviceLoop, Self::FileServer, Self::Disk, Self::Prefault, Self::Pid];
+    pub const ALL: [Self; 8] = [
+        Self::Control,
+        Self::Vcpu,
+        Self::DeviceLoop,
+        Self::FileServer,
+        Self::LockWaiter,
+        Self::Disk,
+        Self::Prefault,
+        Self::Pid,
+    ];
 
     /// Returns the prefix of the names of this kind's threads (comm in proc(5)).
     pub fn thread_name(self) -> &'static str {
@@ -31,6 +41,7 @@ impl Kind {
             Self::Vcpu => "vcpu",
             Self::DeviceLoop => "devices",
             Self::FileServer => "virtio-fs",
+            Self::LockWaiter => "fs-locks",
             Self::Disk => "virtio-blk",
             Self::Prefault => "prefault",
             Self::Pid => "husk-task",

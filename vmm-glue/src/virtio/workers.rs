@@ -43,8 +43,52 @@ pub trait Handler: Send + Sync + 'static {
     fn limiter(&self) -> &SharedLimiter;
     /// Returns the number of bytes for which a request needs tokens.
     fn bytes(&self, request: &Chain<'_>) -> usize;
-    /// Serves one request. Returns the number of bytes written to the chain.
-    fn serve(&self, memory: &GuestMemory, request: Chain<'_>) -> u32;
+    /// Serves one request. Returns the number of bytes written to the chain, or `None` if the handler has called
+    /// [`Later::keep`]. Then the handler ends the request later, and the worker serves other requests.
+    fn serve(&self, memory: &GuestMemory, request: Chain<'_>, later: Later<'_>) -> Option<u32>;
+}
+
+/// The right to end a request after [`Handler::serve`] has returned.
+pub struct Later<'a> {
+    session: &'a Arc<Session>,
+    head: u16,
+    name: &'static str,
+}
+
+impl Later<'_> {
+    /// Keeps the request.
+    pub fn keep(self) -> KeptRequest {
+        KeptRequest { session: Arc::clone(self.session), head: self.head, name: self.name }
+    }
+}
+
+/// A request that has no answer yet. The request does not keep a pause or the end of the activation waiting.
+pub struct KeptRequest {
+    session: Arc<Session>,
+    head: u16,
+    name: &'static str,
+}
+
+impl KeptRequest {
+    /// Ends the request. `write` writes the answer, and returns the number of bytes written to the chain. Waits for the
+    /// end of a pause. Does nothing if the activation has ended.
+    pub fn end(self, write: impl FnOnce(&GuestMemory) -> u32) {
+        let session = &*self.session;
+        let mut state = session.lock();
+        while state.paused && !state.stopped {
+            state = wait(&session.changed, state);
+        }
+        if state.stopped || state.failed {
+            return;
+        }
+        let used = write(&session.memory);
+        let pushed = state.queue.push(&session.memory, self.head, used);
+        let pushed = pushed.and_then(|()| state.queue.flush(&session.memory, &*session.interrupt));
+        drop(state);
+        if let Err(fault) = pushed {
+            session.fail(self.name, &fault);
+        }
+    }
 }
 
 /// The worker threads of a device. Dropping the value ends the threads.
@@ -74,7 +118,7 @@ struct PoolState {
 }
 
 /// One activation of the device.
-struct Session {
+pub struct Session {
     memory: Arc<GuestMemory>,
     interrupt: Arc<dyn Interrupt>,
     notify: EventFd,
@@ -272,7 +316,7 @@ impl Session {
     }
 
     /// Serves requests until the session ends, or until the thread fails to wait for a notification.
-    fn run<H: Handler>(&self, handler: &H) {
+    fn run<H: Handler>(self: &Arc<Self>, handler: &H) {
         let epoll = match self.epoll() {
             Ok(epoll) => epoll,
             Err(error) => return log::error!("{}: failed to set up the wait for notifications: {error}", H::NAME),
@@ -281,7 +325,10 @@ impl Session {
             match self.serve_until_empty(handler) {
                 Ok(true) => {}
                 Ok(false) => return,
-                Err(fault) => self.fail(H::NAME, &fault),
+                Err(fault) => {
+                    self.fail(H::NAME, &fault);
+                    self.lock().idle += 1;
+                }
             }
             let mut event = [EpollEvent::default()];
             if let Err(error) = epoll.wait(-1, &mut event)
@@ -306,7 +353,7 @@ impl Session {
 
     /// Serves requests until the queue is empty or another worker waits for the next request's admission, and then
     /// counts this thread as idle. Returns false if the session has ended.
-    fn serve_until_empty<H: Handler>(&self, handler: &H) -> Result<bool, QueueFault> {
+    fn serve_until_empty<H: Handler>(self: &Arc<Self>, handler: &H) -> Result<bool, QueueFault> {
         let mut state = self.lock();
         loop {
             while state.paused && !state.stopped {
@@ -341,12 +388,13 @@ impl Session {
             state.busy += 1;
             drop(state);
             let head = request.head;
-            let used = handler.serve(&self.memory, request);
+            let used = handler.serve(&self.memory, request, Later { session: self, head, name: H::NAME });
             state = self.lock();
             state.busy -= 1;
             if state.busy == 0 {
                 self.changed.notify_all();
             }
+            let Some(used) = used else { continue };
             state.queue.push(&self.memory, head, used)?;
             state.queue.flush(&self.memory, &*self.interrupt)?;
         }
@@ -354,7 +402,6 @@ impl Session {
 
     fn fail(&self, name: &str, fault: &QueueFault) {
         let mut state = self.lock();
-        state.idle += 1;
         if !std::mem::replace(&mut state.failed, true) {
             log::error!("{name}: stopped serving requests: {}", chain(fault));
             if let Err(error) = self.interrupt.needs_reset() {

@@ -23,6 +23,7 @@ use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::soft_idmap::GuestUid;
 
 use super::fd_limit::FdLimit;
+use super::locks::Locks;
 use super::{request_checks, writer};
 use crate::virtio::rate_limit::SharedLimiter;
 
@@ -33,13 +34,15 @@ const MAX_LIMITED_COPY: u64 = 1 << 20;
 
 /// A node id of FUSE.
 pub type Inode = <PassthroughFs as FileSystem>::Inode;
-type Handle = <PassthroughFs as FileSystem>::Handle;
+/// A file handle of FUSE.
+pub type Handle = <PassthroughFs as FileSystem>::Handle;
 type Opened = (Option<Handle>, OpenOptions);
 
 /// The wrapped file system. All clones share one state.
 #[derive(Clone)]
 pub struct CheckedFs {
     fs: Arc<PassthroughFs>,
+    locks: Arc<Locks>,
     fd_limit: Arc<FdLimit>,
     dev_null: Arc<File>,
     limiter: SharedLimiter,
@@ -47,8 +50,20 @@ pub struct CheckedFs {
 
 impl CheckedFs {
     /// Wraps a file system. `dev_null` is /dev/null, opened for writing.
-    pub fn new(fs: PassthroughFs, fd_limit: FdLimit, dev_null: File, limiter: SharedLimiter) -> Self {
-        Self { fs: Arc::new(fs), fd_limit: Arc::new(fd_limit), dev_null: Arc::new(dev_null), limiter }
+    pub fn new(
+        fs: Arc<PassthroughFs>,
+        locks: Locks,
+        fd_limit: FdLimit,
+        dev_null: File,
+        limiter: SharedLimiter,
+    ) -> Self {
+        let (locks, fd_limit, dev_null) = (Arc::new(locks), Arc::new(fd_limit), Arc::new(dev_null));
+        Self { fs, locks, fd_limit, dev_null, limiter }
+    }
+
+    /// Returns the locks of files.
+    pub fn locks(&self) -> &Arc<Locks> {
+        &self.locks
     }
 
     /// Returns the limiter of the requests.
@@ -57,7 +72,7 @@ impl CheckedFs {
     }
 
     /// Waits for a limited time while fds are scarce. A request that may open a file calls this function first.
-    fn wait_for_fd(&self) {
+    pub fn wait_for_fd(&self) {
         self.fd_limit.wait_for_fd();
     }
 
@@ -232,13 +247,39 @@ impl FileSystem for CheckedFs {
         if !capable.contains(FsOptions::SUBMOUNTS) {
             return Err(io::Error::from_raw_os_error(libc::EPROTO));
         }
-        self.fs.init(capable)
+        let enabled = self.fs.init(capable)?;
+        self.locks.clear();
+        Ok(enabled | FsOptions::POSIX_LOCKS | FsOptions::FLOCK_LOCKS)
+    }
+
+    fn destroy(&self) {
+        self.fs.destroy();
+        self.locks.clear();
+    }
+
+    fn flush(&self, ctx: Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()> {
+        self.locks.flush(inode, lock_owner);
+        self.fs.flush(ctx, inode, handle, lock_owner)
+    }
+
+    fn release(
+        &self,
+        ctx: Context,
+        inode: Inode,
+        flags: u32,
+        handle: Handle,
+        flush: bool,
+        flock_release: bool,
+        lock_owner: Option<u64>,
+    ) -> io::Result<()> {
+        self.locks.release(inode, handle);
+        // Closing the handle also ends the lock of flock(2).
+        self.fs.release(ctx, inode, flags, handle, flush, flock_release, lock_owner)
     }
 
     // These are the remaining methods that PassthroughFs implements. The trait's defaults apply to the methods that
     // PassthroughFs does not implement.
     forward! {
-        fn destroy() -> ();
         fn statfs(ctx: Context, inode: Inode) -> io::Result<libc::statvfs64>;
         #[wait_for_fd]
         fn lookup(ctx: Context, parent: Inode, name: Name) -> io::Result<Entry>;
@@ -253,10 +294,6 @@ impl FileSystem for CheckedFs {
         fn readdir(ctx: Context, inode: Inode, handle: Handle, size: u32, offset: u64) -> io::Result<Self::DirIter>;
         #[wait_for_fd]
         fn open(ctx: Context, inode: Inode, kill_priv: bool, flags: OpenFlags) -> io::Result<Opened>;
-        fn release(
-            ctx: Context, inode: Inode, flags: u32, handle: Handle, flush: bool, flock_release: bool,
-            lock_owner: Option<u64>
-        ) -> io::Result<()>;
         #[wait_for_fd]
         fn create(
             ctx: Context, parent: Inode, name: Name, mode: u32, kill_priv: bool, flags: OpenFlags, umask: u32,
@@ -281,7 +318,6 @@ impl FileSystem for CheckedFs {
             ctx: Context, linkname: Text, parent: Inode, name: Name, extensions: Extensions
         ) -> io::Result<Entry>;
         fn readlink(ctx: Context, inode: Inode) -> io::Result<Vec<u8>>;
-        fn flush(ctx: Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()>;
         fn fsync(ctx: Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()>;
         fn fsyncdir(ctx: Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()>;
         fn access(ctx: Context, inode: Inode, mask: u32) -> io::Result<()>;

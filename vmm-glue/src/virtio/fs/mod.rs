@@ -10,6 +10,7 @@ mod fd_limit;
 mod fuse_server;
 #[cfg(test)]
 mod landlock_tests;
+mod locks;
 #[cfg(test)]
 mod names_tests;
 #[cfg(test)]
@@ -47,11 +48,12 @@ use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, Negotiat
 use self::checked_fs::CheckedFs;
 use self::fd_limit::FdLimit;
 use self::fuse_server::{FuseServer, HIGH_PRIORITY_QUEUE};
+use self::locks::Locks;
 use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, OnIdle, VirtioDevice};
 use super::queue::{Chain, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
 use super::rate_limit::SharedLimiter;
-use super::workers::{Handler, Workers};
+use super::workers::{Handler, Later, Workers};
 use crate::config::ShareConfig;
 use crate::guest_memory::GuestMemory;
 use crate::jail::{Belongings, Kind};
@@ -119,8 +121,8 @@ impl Handler for FuseServer {
         fuse_server::data_len(request)
     }
 
-    fn serve(&self, memory: &GuestMemory, chain: Chain<'_>) -> u32 {
-        FuseServer::serve(self, memory, chain)
+    fn serve(&self, memory: &GuestMemory, chain: Chain<'_>, later: Later<'_>) -> Option<u32> {
+        FuseServer::serve(self, memory, chain, later)
     }
 }
 
@@ -164,8 +166,9 @@ impl Fs {
         let xattrmap = xattr_names::map().map_err(|error| root_error(io::Error::other(error)))?;
         let fs = PassthroughFs::new(passthrough_config(share.root.clone(), fd_directory, guest_fd_limit, xattrmap));
         let limiter = SharedLimiter::new(share.rate_limit);
-        let server = fs.and_then(|fs| FuseServer::new(CheckedFs::new(fs, fd_limit, dev_null, limiter)));
-        let server = server.map_err(root_error)?;
+        let fs = Arc::new(fs.map_err(root_error)?);
+        let locks = Locks::new(Arc::clone(&fs)).map_err(FsError::Threads)?;
+        let server = FuseServer::new(CheckedFs::new(fs, locks, fd_limit, dev_null, limiter)).map_err(root_error)?;
         let server = Arc::new(server);
         Ok(Self {
             config,
@@ -295,6 +298,8 @@ impl VirtioDevice for Fs {
 
     fn reset(&mut self) {
         self.workers.deactivate();
+        // The answers of these requests are not sent, because the activation has ended.
+        self.server.interrupt_lock_waits();
         if let Some(active) = self.active.take() {
             self.wake.retire(active.high_priority);
         }
