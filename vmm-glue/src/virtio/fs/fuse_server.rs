@@ -121,7 +121,7 @@ impl FuseServer {
         let later = (opcode == SETLKW).then_some(|| -> Answer {
             let (space, kept) = (AnswerSpace::new(memory, &chain.writable), later.keep());
             Box::new(move |result| {
-                kept.end(|memory| space.reply(memory, unique, result.as_ref().map_or_else(errno, |()| 0)))
+                kept.end(|memory| space.reply(memory, unique, result.as_ref().map_or_else(errno, |()| 0)));
             })
         });
         let result = locks.set(nodeid, unique, &request, later)?;
