@@ -32,6 +32,10 @@ use crate::virtio::rate_limit::SharedLimiter;
 /// the copy must not be much larger than the data of a WRITE request. After a short copy, the guest requests the rest.
 const MAX_LIMITED_COPY: u64 = 1 << 20;
 
+/// Flag of an answer to OPEN and CREATE: the guest's kernel serves the locks of this open file itself
+/// (guest/kernel/patches).
+const FOPEN_LOCAL_LOCKS: u32 = 1 << 31;
+
 /// A node id of FUSE.
 pub type Inode = <PassthroughFs as FileSystem>::Inode;
 /// A file handle of FUSE.
@@ -74,6 +78,15 @@ impl CheckedFs {
     /// Waits for a limited time while fds are scarce. A request that may open a file calls this function first.
     pub fn wait_for_fd(&self) {
         self.fd_limit.wait_for_fd();
+    }
+
+    /// Adds the option with which the guest keeps the locks of a file to itself, if only the guest uses the file.
+    fn with_lock_option(&self, inode: Inode, handle: Option<Handle>, options: OpenOptions) -> OpenOptions {
+        if !handle.is_some_and(|handle| self.locks.are_private(inode, handle)) {
+            return options;
+        }
+        // SAFETY: the type is an integer, for which every value is valid. Its methods do not rely on known bits.
+        options | unsafe { OpenOptions::from_bits_unchecked(FOPEN_LOCAL_LOCKS) }
     }
 
     /// Returns the owner of a file.
@@ -248,13 +261,39 @@ impl FileSystem for CheckedFs {
             return Err(io::Error::from_raw_os_error(libc::EPROTO));
         }
         let enabled = self.fs.init(capable)?;
-        self.locks.clear();
+        self.locks.init()?;
         Ok(enabled | FsOptions::POSIX_LOCKS | FsOptions::FLOCK_LOCKS)
     }
 
     fn destroy(&self) {
         self.fs.destroy();
         self.locks.clear();
+    }
+
+    fn open(&self, ctx: Context, inode: Inode, kill_priv: bool, flags: u32) -> io::Result<Opened> {
+        request_checks::open_flags(flags)?;
+        self.wait_for_fd();
+        let (handle, options) = self.fs.open(ctx, inode, kill_priv, flags)?;
+        Ok((handle, self.with_lock_option(inode, handle, options)))
+    }
+
+    fn create(
+        &self,
+        ctx: Context,
+        parent: Inode,
+        name: &CStr,
+        mode: u32,
+        kill_priv: bool,
+        flags: u32,
+        umask: u32,
+        extensions: Extensions,
+    ) -> io::Result<(Entry, Option<Handle>, OpenOptions)> {
+        request_checks::name(name)?;
+        request_checks::open_flags(flags)?;
+        self.wait_for_fd();
+        let (entry, handle, options) = self.fs.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)?;
+        let options = self.with_lock_option(entry.inode, handle, options);
+        Ok((entry, handle, options))
     }
 
     fn flush(&self, ctx: Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()> {
@@ -292,13 +331,6 @@ impl FileSystem for CheckedFs {
         ) -> io::Result<Entry>;
         fn rmdir(ctx: Context, parent: Inode, name: Name) -> io::Result<()>;
         fn readdir(ctx: Context, inode: Inode, handle: Handle, size: u32, offset: u64) -> io::Result<Self::DirIter>;
-        #[wait_for_fd]
-        fn open(ctx: Context, inode: Inode, kill_priv: bool, flags: OpenFlags) -> io::Result<Opened>;
-        #[wait_for_fd]
-        fn create(
-            ctx: Context, parent: Inode, name: Name, mode: u32, kill_priv: bool, flags: OpenFlags, umask: u32,
-            extensions: Extensions
-        ) -> io::Result<(Entry, Option<Handle>, OpenOptions)>;
         fn unlink(ctx: Context, parent: Inode, name: Name) -> io::Result<()>;
         fn getattr(ctx: Context, inode: Inode, handle: Option<Handle>) -> io::Result<(Attr, Duration)>;
         fn setattr(

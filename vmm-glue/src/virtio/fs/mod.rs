@@ -162,12 +162,13 @@ impl Fs {
             .ok_or(FsError::Limit(max_fds))?;
         let threshold = guest_fd_limit - guest_fd_limit / SPARE_FRACTION;
         let fd_limit = fd_directory.try_clone().map_err(FsError::Event)?;
+        let paths_directory = fd_directory.try_clone().map_err(FsError::Event)?;
         let fd_limit = FdLimit::new(fd_limit, threshold, Box::new(request_forget));
         let xattrmap = xattr_names::map().map_err(|error| root_error(io::Error::other(error)))?;
         let fs = PassthroughFs::new(passthrough_config(share.root.clone(), fd_directory, guest_fd_limit, xattrmap));
         let limiter = SharedLimiter::new(share.rate_limit);
         let fs = Arc::new(fs.map_err(root_error)?);
-        let locks = Locks::new(Arc::clone(&fs)).map_err(FsError::Threads)?;
+        let locks = Locks::new(Arc::clone(&fs), paths_directory).map_err(FsError::Threads)?;
         let server = FuseServer::new(CheckedFs::new(fs, locks, fd_limit, dev_null, limiter)).map_err(root_error)?;
         let server = Arc::new(server);
         Ok(Self {

@@ -10,6 +10,7 @@
 //! the wait. The VMM detects deadlocks of processes of its guest ([`table`]). Nobody detects deadlocks that involve
 //! several guests or the host, as with NFS.
 
+mod private;
 mod ranges;
 mod table;
 #[cfg(test)]
@@ -29,6 +30,7 @@ use virtiofsd::fuse::{FileLock, InHeader, LkIn};
 use virtiofsd::oslib::ReadvFlags;
 use virtiofsd::passthrough::PassthroughFs;
 
+use self::private::PrivateFiles;
 use self::ranges::RangeLock;
 use self::table::{Owner, OwnerLocks, Table};
 use self::waiters::{Job, Waiters};
@@ -38,6 +40,8 @@ use super::checked_fs::{Handle, Inode};
 const FLOCK: u32 = 1 << 0;
 /// The lock belongs to an open file: FUSE_LK_OFD in guest/kernel/patches.
 const OPEN_FILE: u32 = 1 << 31;
+/// The share's root directory: FUSE_ROOT_ID in include/uapi/linux/fuse.h.
+const ROOT: Inode = 1;
 /// Last byte of the largest file: OFFSET_MAX in include/linux/fs.h.
 const LAST_BYTE: u64 = i64::MAX.cast_unsigned();
 
@@ -47,6 +51,7 @@ pub type Answer = Box<dyn FnOnce(io::Result<()>) + Send>;
 /// The locks of one device.
 pub struct Locks {
     fs: Arc<PassthroughFs>,
+    private: PrivateFiles,
     table: Mutex<Table>,
     waiters: Waiters,
 }
@@ -87,12 +92,18 @@ fn would_block(error: &io::Error) -> bool {
 }
 
 impl Locks {
-    /// Creates the table, and starts the thread that starts the waiting threads.
+    /// Creates the table, and starts the thread that starts the waiting threads. `fd_directory` is /proc/self/fd.
     ///
     /// # Errors
     /// If the thread cannot be started or confined.
-    pub fn new(fs: Arc<PassthroughFs>) -> io::Result<Self> {
-        Ok(Self { fs, table: Mutex::default(), waiters: Waiters::start()? })
+    pub fn new(fs: Arc<PassthroughFs>, fd_directory: File) -> io::Result<Self> {
+        let private = PrivateFiles::new(fd_directory);
+        Ok(Self { fs, private, table: Mutex::default(), waiters: Waiters::start()? })
+    }
+
+    /// Returns whether only the guest uses a file, so that the guest need not ask for its locks.
+    pub fn are_private(&self, inode: Inode, handle: Handle) -> bool {
+        self.with_file(inode, handle, |file| Ok(self.private.contains(file))).unwrap_or(false)
     }
 
     /// Serves GETLK.
@@ -174,10 +185,23 @@ impl Locks {
         self.waiters.interrupt_all();
     }
 
-    /// Forgets all locks. The file system has closed all descriptions, or does so next.
+    /// Forgets all locks. The file system has closed all descriptions.
     pub fn clear(&self) {
         self.interrupt_all();
         lock(&self.table).clear();
+    }
+
+    /// Prepares for a new connection of a guest.
+    ///
+    /// # Errors
+    /// If the path of the share cannot be read.
+    pub fn init(&self) -> io::Result<()> {
+        self.clear();
+        let (handle, _) = self.fs.opendir(context(), ROOT, (libc::O_RDONLY | libc::O_DIRECTORY).cast_unsigned())?;
+        let handle = handle.ok_or_else(|| error(libc::EBADF))?;
+        let result = self.with_file(ROOT, handle, |root| self.private.set_root(root));
+        self.fs.releasedir(context(), ROOT, 0, handle)?;
+        result
     }
 
     fn enter(&self, inode: Inode) -> Entered<'_> {

@@ -350,6 +350,37 @@ fn reset_and_pause_do_not_wait_for_locks() {
 }
 
 #[test]
+fn guest_keeps_the_locks_of_private_mounts_to_itself() {
+    let root = tempfile::tempdir().unwrap();
+    let mut expected = Vec::new();
+    for (directory, private) in [
+        ("pod/rootfs", true),
+        ("pod/rootfs/etc", true),
+        ("pod/other/rootfs", false),
+        (".volumes/0.fd-1-2-private", true),
+        (".volumes/0.fd-1-2-private/a/b", true),
+        (".volumes/1.fd-1-3-f", false),
+        (".volumes/1.fd-1-3-f/x-private", false),
+        ("x-private", false),
+    ] {
+        std::fs::create_dir_all(root.path().join(directory)).unwrap();
+        std::fs::write(root.path().join(directory).join("file"), b"x").unwrap();
+        expected.push((directory, private));
+    }
+    let mut guest = Guest::with_share(root.path(), 1);
+    guest.init();
+    for (directory, private) in expected {
+        let directory = directory.split('/').fold(ROOT, |node, name| guest.lookup(node, name));
+        let node = guest.lookup(directory, "file");
+        let (error, opened) = guest.call(OPEN, node, &words([libc::O_RDWR as u32, 0]), 16);
+        assert_eq!((error, opened[11] & 0x80 != 0), (0, private), "{directory}");
+        let create = [words([libc::O_RDWR as u32, 0o644, 0, 0]), b"new\0".to_vec()].concat();
+        let (error, created) = guest.call(CREATE, directory, &create, 144);
+        assert_eq!((error, created[128 + 11] & 0x80 != 0), (0, private), "{directory}");
+    }
+}
+
+#[test]
 fn invalid_requests_are_rejected() {
     let root = share();
     let mut pod = Pod::new(root.path());
