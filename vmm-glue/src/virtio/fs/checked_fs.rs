@@ -23,6 +23,7 @@ use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::soft_idmap::GuestUid;
 
 use super::fd_limit::FdLimit;
+use super::ids::{Handle, Inode};
 use super::locks::Locks;
 use super::{request_checks, writer};
 use crate::virtio::rate_limit::SharedLimiter;
@@ -36,10 +37,6 @@ const MAX_LIMITED_COPY: u64 = 1 << 20;
 /// (guest/kernel/patches).
 const FOPEN_LOCAL_LOCKS: u32 = 1 << 31;
 
-/// A node id of FUSE.
-pub type Inode = <PassthroughFs as FileSystem>::Inode;
-/// A file handle of FUSE.
-pub type Handle = <PassthroughFs as FileSystem>::Handle;
 type Opened = (Option<Handle>, OpenOptions);
 
 /// The wrapped file system. All clones share one state.

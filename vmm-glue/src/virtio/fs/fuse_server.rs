@@ -20,8 +20,9 @@ use virtiofsd::fuse::{BatchForgetIn, ForgetIn, ForgetOne, InHeader, InterruptIn,
 use virtiofsd::server::Server;
 use vm_memory::{ByteValued, Bytes as _, GuestAddress};
 
-use super::checked_fs::{CheckedFs, Inode};
+use super::checked_fs::CheckedFs;
 use super::descriptor_table::{DescriptorTable, guest_address};
+use super::ids::Inode;
 use super::locks::Answer;
 use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::{Chain, Iov, log_guest_fault};

@@ -8,6 +8,7 @@ mod checked_fs;
 mod descriptor_table;
 mod fd_limit;
 mod fuse_server;
+mod ids;
 #[cfg(test)]
 mod landlock_tests;
 mod locks;

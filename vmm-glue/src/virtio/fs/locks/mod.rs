@@ -10,6 +10,7 @@
 //! the wait. The VMM detects deadlocks of processes of its guest ([`table`]). Nobody detects deadlocks that involve
 //! several guests or the host, as with NFS.
 
+mod change;
 mod private;
 mod ranges;
 mod table;
@@ -30,20 +31,17 @@ use virtiofsd::fuse::{FileLock, InHeader, LkIn};
 use virtiofsd::oslib::ReadvFlags;
 use virtiofsd::passthrough::PassthroughFs;
 
+use self::change::{Change, LAST_BYTE, error};
 use self::private::PrivateFiles;
 use self::ranges::RangeLock;
 use self::table::{Owner, OwnerLocks, Table};
 use self::waiters::{Job, Waiters};
-use super::checked_fs::{Handle, Inode};
+use super::ids::{Handle, Inode};
 
 /// The lock is a lock of flock(2): FUSE_LK_FLOCK in include/uapi/linux/fuse.h.
 const FLOCK: u32 = 1 << 0;
-/// The lock belongs to an open file: FUSE_LK_OFD in guest/kernel/patches.
-const OPEN_FILE: u32 = 1 << 31;
 /// The share's root directory: FUSE_ROOT_ID in include/uapi/linux/fuse.h.
 const ROOT: Inode = 1;
-/// Last byte of the largest file: OFFSET_MAX in include/linux/fs.h.
-const LAST_BYTE: u64 = i64::MAX.cast_unsigned();
 
 /// Sends the answer of a request that has waited.
 pub type Answer = Box<dyn FnOnce(io::Result<()>) + Send>;
@@ -54,19 +52,6 @@ pub struct Locks {
     private: PrivateFiles,
     table: Mutex<Table>,
     waiters: Waiters,
-}
-
-/// A change of an owner's locks.
-#[derive(Clone, Copy)]
-struct Change {
-    inode: Inode,
-    handle: Handle,
-    owner: Owner,
-    open_file: bool,
-    pid: u32,
-    /// The range. `exclusive` has no meaning if the range is unlocked.
-    range: RangeLock,
-    unlock: bool,
 }
 
 /// The right to change the locks of one file. Other requests for this file wait.
@@ -80,10 +65,6 @@ impl Drop for Entered<'_> {
     fn drop(&mut self) {
         lock(&self.locks.table).leave(self.inode);
     }
-}
-
-fn error(errno: i32) -> io::Error {
-    io::Error::from_raw_os_error(errno)
 }
 
 fn would_block(error: &io::Error) -> bool {
@@ -494,41 +475,4 @@ impl Locks {
 /// Returns the context of a request that the VMM itself makes.
 fn context() -> Context {
     Context::from(InHeader::default())
-}
-
-impl Change {
-    /// Checks a request for a range lock.
-    fn decode(inode: Inode, request: &LkIn) -> io::Result<Self> {
-        let LkIn { fh, owner, lk: FileLock { start, end, type_, pid }, lk_flags, .. } = *request;
-        let (unlock, exclusive) = match i32::try_from(type_) {
-            Ok(libc::F_RDLCK) => (false, false),
-            Ok(libc::F_WRLCK) => (false, true),
-            Ok(libc::F_UNLCK) => (true, false),
-            _ => return Err(error(libc::EINVAL)),
-        };
-        if start > end || end > LAST_BYTE {
-            return Err(error(libc::EINVAL));
-        }
-        let range = RangeLock { start, end, exclusive };
-        let open_file = lk_flags & OPEN_FILE != 0;
-        Ok(Self { inode, handle: fh, owner: Owner(owner), open_file, pid, range, unlock })
-    }
-
-    /// Returns the argument of fcntl(2).
-    fn to_kernel(self) -> libc::flock {
-        let kind = match (self.unlock, self.range.exclusive) {
-            (true, _) => libc::F_UNLCK,
-            (false, true) => libc::F_WRLCK,
-            (false, false) => libc::F_RDLCK,
-        };
-        // The length 0 stands for all bytes up to the last one.
-        let len = if self.range.end >= LAST_BYTE { 0 } else { self.range.end - self.range.start + 1 };
-        libc::flock {
-            l_type: i16::try_from(kind).unwrap_or(0),
-            l_whence: 0,
-            l_start: i64::try_from(self.range.start).unwrap_or(0),
-            l_len: i64::try_from(len).unwrap_or(0),
-            l_pid: 0,
-        }
-    }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use super::super::checked_fs::{Handle, Inode};
+use super::super::ids::{Handle, Inode};
 use super::ranges::{RangeLock, Ranges};
 
 /// Maximum number of owners with locks, over all files.
