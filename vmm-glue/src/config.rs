@@ -69,6 +69,17 @@ pub enum SeccompMode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FdIndex(pub usize);
 
+/// End of the name of a private mount ([`is_private_mount`]).
+pub const PRIVATE_SUFFIX: &str = "-private";
+/// Name of the mount with a container's root file system. This mount is private.
+const ROOTFS: &str = "rootfs";
+
+/// Returns whether only the guest uses the files of a mount. A mount of a share has a path of two names, and `name` is
+/// the second one. The guest keeps the locks of these files to itself.
+pub fn is_private_mount(name: &str) -> bool {
+    name == ROOTFS || name.ends_with(PRIVATE_SUFFIX)
+}
+
 /// A directory shared with the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -17,6 +17,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("flex", "kernel"),
     ("bison", "kernel"),
     ("bc", "kernel"),
+    ("patch", "kernel"),
     ("libelf-dev", "kernel"),
     ("libssl-dev", "kernel"),
     ("pahole", "kernel: BTF"),

@@ -11,6 +11,7 @@ use std::{
     path::Path,
 };
 
+use husk_vmm::config::PRIVATE_SUFFIX;
 use nix::sys::{stat::fstat, statvfs::fstatvfs};
 
 use crate::oci::id_mappings::IdMappings;
@@ -35,6 +36,8 @@ pub struct Source<'a> {
     pub ignores_mount_id: bool,
     /// Whether the host's later mounts propagate to the guest.
     pub receives_mounts: bool,
+    /// Whether only this pod uses the source. The guest then keeps the locks of its files to itself.
+    pub private: bool,
 }
 
 /// Binds `source` into the share for container `id`, unless the share contains a matching mount. Returns the path of
@@ -57,10 +60,6 @@ pub fn bind(
         }
     };
     let key = mount_key(source).map_err(host("stat the source"))?;
-    let key = match source.id_mappings {
-        Some(id_mappings) => format!("{key}-{}", id_mappings.tag()),
-        None => key,
-    };
     let mut left_out = Vec::new();
     let name = shared_mounts::acquire((share, id), &key, source.directory, || {
         let tree;
@@ -139,7 +138,9 @@ fn mount_key(source: &Source<'_>) -> io::Result<String> {
     let Flags { recursive, read_only, read_only_submounts, slave } = &source.flags;
     let flags: u8 = u8::from(*recursive) | u8::from(*read_only) << 1 | u8::from(*read_only_submounts) << 2;
     let flags = flags | u8::from(*slave) << 3;
-    Ok(format!("{:x}-{:x}-{mount}-{flags:x}", stat.st_dev, stat.st_ino))
+    let id_mappings = source.id_mappings.map_or_else(String::new, |id_mappings| format!("-{}", id_mappings.tag()));
+    let private = if source.private { PRIVATE_SUFFIX } else { "" };
+    Ok(format!("{:x}-{:x}-{mount}-{flags:x}{id_mappings}{private}", stat.st_dev, stat.st_ino))
 }
 
 /// The options that the host applies to a bind mount.
@@ -181,6 +182,20 @@ impl Flags {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn vmm_recognizes_private_mounts_by_their_keys() {
+        let file = mount_api::open_path(Path::new("/"), false).unwrap();
+        let key = |private| {
+            let flags = Flags::enforced_by_guest();
+            let (directory, ignores_mount_id, receives_mounts) = (true, false, false);
+            let source =
+                Source { file: &file, directory, id_mappings: None, flags, ignores_mount_id, receives_mounts, private };
+            format!("7.{}", mount_key(&source).unwrap())
+        };
+        assert!(husk_vmm::config::is_private_mount(&key(true)));
+        assert!(!husk_vmm::config::is_private_mount(&key(false)));
+    }
 
     #[test]
     fn flags_contain_the_options_that_the_host_applies() {

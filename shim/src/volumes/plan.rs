@@ -87,8 +87,15 @@ pub fn prepare_mount(
         Plan::Bind { source, directory, id_mappings, ignores_mount_id } => {
             let (id_mappings, flags, receives_mounts) =
                 (id_mappings.as_ref(), Flags::of(mount), Flags::of(mount).slave);
-            let source =
-                bind::Source { file: &source, directory, id_mappings, flags, ignores_mount_id, receives_mounts };
+            let source = bind::Source {
+                file: &source,
+                directory,
+                id_mappings,
+                flags,
+                ignores_mount_id,
+                receives_mounts,
+                private: false,
+            };
             bind::bind(mount, &source, (context.share, context.container), context.host_only, notes).map(Some)
         }
         Plan::EmptyDir { volume: DiskEmptyDir { root, subdirectory }, id_mappings } => {
@@ -101,6 +108,7 @@ pub fn prepare_mount(
                 flags,
                 ignores_mount_id: false,
                 receives_mounts,
+                private: true,
             };
             let root = bind::bind(mount, &source, (context.share, context.container), context.host_only, notes)?;
             if subdirectory.is_empty() {

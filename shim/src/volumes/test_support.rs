@@ -47,8 +47,15 @@ pub fn bind_for(share: &Share, id: &str, source: &Path, options: &[&str]) -> Pat
     let mount = Mount { kind: Some("bind".into()), options, ..Mount::default() };
     let (file, flags) = (mount_api::open_path(source, true).unwrap(), Flags::of(&mount));
     let receives_mounts = flags.slave;
-    let source =
-        Source { file: &file, directory: true, id_mappings: None, flags, ignores_mount_id: false, receives_mounts };
+    let source = Source {
+        file: &file,
+        directory: true,
+        id_mappings: None,
+        flags,
+        ignores_mount_id: false,
+        receives_mounts,
+        private: false,
+    };
     let host_only = StagingDir::for_share(&share.host).host_only(&share.host).unwrap();
     let guest = bind(&mount, &source, (&share.host, id), &host_only, &mut Vec::new()).unwrap();
     share.host.join(Path::new(&guest).strip_prefix(husk_proto::GUEST_SHARE).unwrap())

@@ -14,6 +14,8 @@ pub enum Kind {
     /// The thread that starts worker threads of the virtio-fs server while other worker threads hang. It does not read
     /// guest memory.
     FileSupervisor,
+    /// A thread that waits for a lock of a file, or that starts these threads.
+    LockWaiter,
     /// The worker thread of a disk.
     Disk,
     /// The thread that faults in guest memory.
@@ -24,12 +26,13 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Control,
         Self::Vcpu,
         Self::DeviceLoop,
         Self::FileServer,
         Self::FileSupervisor,
+        Self::LockWaiter,
         Self::Disk,
         Self::Prefault,
         Self::Pid,
@@ -43,6 +46,7 @@ impl Kind {
             Self::DeviceLoop => "devices",
             Self::FileServer => "virtio-fs",
             Self::FileSupervisor => "fs-supervisor",
+            Self::LockWaiter => "fs-locks",
             Self::Disk => "virtio-blk",
             Self::Prefault => "prefault",
             Self::Pid => "husk-task",

@@ -1,4 +1,5 @@
-//! `cargo xtask kernel`: builds the guest kernel from the distribution's source package and `guest/kernel/husk.config`.
+//! `cargo xtask kernel`: builds the guest kernel from the distribution's source package, `guest/kernel/husk.config` and
+//! the patches in `guest/kernel/patches`.
 
 mod source;
 
@@ -15,7 +16,7 @@ use crate::user_cache::{Origin, Step};
 use crate::{cmd, files, lock, paths, ui};
 
 /// Increase this number whenever the steps below change.
-const RECIPE: u32 = 2;
+const RECIPE: u32 = 3;
 
 /// Builds the kernel if its inputs changed. Returns the kernel's path.
 pub fn kernel() -> Result<PathBuf> {
@@ -27,9 +28,15 @@ pub fn kernel() -> Result<PathBuf> {
     // The key lacks the compiler's version. The source and the compiler are packages of the same distribution release,
     // and another release has another version of the source. Within a release, the compiler gets only fixes. They do
     // not justify a repetition of the longest build step. docs/testing.md says how to build with a new package.
-    let key = Key::new("kernel", RECIPE).text(&version).text(&settings(&wanted)).finish();
+    let patches = patches(&paths::root().join("guest/kernel/patches"))?;
+    let mut key = Key::new("kernel", RECIPE);
+    key.text(&version).text(&settings(&wanted));
+    for (_, content) in &patches {
+        key.text(content);
+    }
+    let key = key.finish();
     let step = Step { kind: "kernel", key: &key, outputs: &[&made], stamp: Stamp::new("kernel") };
-    match step.run(|| build(&tarball, &version, &fragment, &made))? {
+    match step.run(|| build(&tarball, &version, &fragment, &patches, &made))? {
         Origin::Present => ui::say("kernel", format!("up to date ({KERNEL_SOURCE} {version})")),
         Origin::Cache => ui::say("kernel", format!("from the cache ({KERNEL_SOURCE} {version})")),
         Origin::Build => ui::say("kernel", format!("{} ({:.1} MiB)", made.display(), mebibytes(&made)?)),
@@ -43,9 +50,26 @@ const RELOCATIONS: &str = "arch/x86/boot/compressed/vmlinux.relocs";
 /// Section of the image that contains the relocations. The VMM reads this section (vmm-glue/src/arch/kaslr.rs).
 const RELOCATIONS_SECTION: &str = ".husk.relocs";
 
+/// The path and the content of a patch.
+type Patch = (PathBuf, String);
+
+/// Reads the patches for the kernel, in the order of their names.
+fn patches(dir: &Path) -> Result<Vec<Patch>> {
+    let mut patches = Vec::new();
+    for entry in fs::read_dir(dir).with_context(|| format!("failed to read {}", dir.display()))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "patch") {
+            let content = fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
+            patches.push((path, content));
+        }
+    }
+    patches.sort();
+    Ok(patches)
+}
+
 /// Compiles the kernel, strips it, and adds its relocations.
-fn build(tarball: &Path, version: &str, fragment: &Path, made: &Path) -> Result<()> {
-    let source = unpack(&paths::state().join("kernel"), tarball, version)?;
+fn build(tarball: &Path, version: &str, fragment: &Path, patches: &[Patch], made: &Path) -> Result<()> {
+    let source = unpack(&paths::state().join("kernel"), tarball, version, patches)?;
     configure(&source, fragment)?;
     ui::say("kernel", format!("compiling on {} processors; this is the longest step", cmd::processors()));
     cmd::logged("kernel", "kernel-make", make(&source).arg(format!("-j{}", cmd::processors())).arg("vmlinux"))?;
@@ -60,10 +84,16 @@ pub fn mebibytes(path: &Path) -> Result<f64> {
     Ok(fs::metadata(path).with_context(|| format!("failed to stat {}", path.display()))?.len() as f64 / 1048576.0)
 }
 
-/// Unpacks the source in `dir`, unless this version is already unpacked. Returns the source's directory.
-fn unpack(dir: &Path, tarball: &Path, version: &str) -> Result<PathBuf> {
+/// Unpacks the source in `dir` and applies the patches, unless this version is already unpacked with the same patches.
+/// Returns the source's directory.
+fn unpack(dir: &Path, tarball: &Path, version: &str, patches: &[Patch]) -> Result<PathBuf> {
     let (source, stamp) = (dir.join(KERNEL_SOURCE), Stamp::at(dir.join("unpacked")));
-    if stamp.fresh(version, &[&source.join("Makefile")]) {
+    let mut key = Key::new("kernel-patches", RECIPE);
+    for (_, content) in patches {
+        key.text(content);
+    }
+    let unpacked = format!("{version} {}", key.finish());
+    if stamp.fresh(&unpacked, &[&source.join("Makefile")]) {
         return Ok(source);
     }
     stamp.remove()?;
@@ -73,7 +103,13 @@ fn unpack(dir: &Path, tarball: &Path, version: &str) -> Result<PathBuf> {
     }
     ui::say("kernel", format!("unpacking {} ({version})", tarball.display()));
     cmd::logged("kernel", "kernel-unpack", Command::new("tar").arg("-xf").arg(tarball).arg("-C").arg(dir))?;
-    stamp.write(version)?;
+    for (path, _) in patches {
+        // If a patch applies only with fuzz, the code around it has changed, and the patch must be checked.
+        let mut patch = Command::new("patch");
+        patch.args(["-p1", "--fuzz=0", "--batch", "--forward", "--no-backup-if-mismatch", "-d"]);
+        cmd::logged("kernel", "kernel-patch", patch.arg(&source).arg("-i").arg(path))?;
+    }
+    stamp.write(&unpacked)?;
     Ok(source)
 }
 
@@ -160,11 +196,22 @@ mod tests {
         fs::write(dir.path().join("unpacked"), "6.12").unwrap();
         // A file in place of the directory makes the removal of the old source fail.
         fs::write(dir.path().join(KERNEL_SOURCE), "").unwrap();
-        unpack(dir.path(), Path::new("/no/such/tarball"), "6.12").unwrap_err();
+        unpack(dir.path(), Path::new("/no/such/tarball"), "6.12", &[]).unwrap_err();
         assert!(
             !dir.path().join("unpacked").exists(),
             "the stamp still exists, so an incomplete source would count as unpacked"
         );
+    }
+
+    #[test]
+    fn patches_are_read_in_order_and_have_a_reason_and_a_licence() {
+        let patches = patches(&paths::root().join("guest/kernel/patches")).unwrap();
+        assert!(patches.len() > 1 && patches.is_sorted());
+        for (path, content) in patches {
+            let head = content.split("\n--- a/").next().unwrap();
+            assert!(head.contains("SPDX-License-Identifier: GPL-2.0"), "{} must state its licence", path.display());
+            assert!(head.lines().count() > 4, "{} must state its reason", path.display());
+        }
     }
 
     #[test]

@@ -24,8 +24,23 @@ const MAX_REQUESTS: usize = 48;
 const WITH_NAME: [u32; 10] = [LOOKUP, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, CREATE, RENAME2];
 const WITH_NODE: [u32; 12] =
     [GETATTR, SETATTR, READLINK, OPEN, STATFS, SETXATTR, GETXATTR, LISTXATTR, REMOVEXATTR, OPENDIR, ACCESS, SYNCFS];
-const WITH_HANDLE: [u32; 12] =
-    [READ, WRITE, RELEASE, FSYNC, FLUSH, READDIR, RELEASEDIR, FSYNCDIR, FALLOCATE, READDIRPLUS, LSEEK, COPY_FILE_RANGE];
+const WITH_HANDLE: [u32; 15] = [
+    READ,
+    WRITE,
+    RELEASE,
+    FSYNC,
+    FLUSH,
+    READDIR,
+    RELEASEDIR,
+    FSYNCDIR,
+    FALLOCATE,
+    READDIRPLUS,
+    LSEEK,
+    COPY_FILE_RANGE,
+    GETLK,
+    SETLK,
+    SETLKW,
+];
 
 const TYPES: [u32; 8] = [
     libc::S_IFREG,
@@ -276,6 +291,13 @@ impl Guest {
                     }
                     FALLOCATE => [longs([handle, *offset, u64::from(size)]), words([flags % 128, 0])].concat(),
                     LSEEK => [longs([handle, *offset]), words([flags % 8, 0])].concat(),
+                    GETLK | SETLK | SETLKW => {
+                        // Few owners and short ranges, so that locks conflict.
+                        let range =
+                            longs([u64::from(flags >> 8 & 3), *offset, offset.saturating_add(u64::from(size % 16))]);
+                        let open_file = (flags & 8) << 28;
+                        [longs([handle]), range, words([flags & 3, 1, flags >> 2 & 1 | open_file, 0])].concat()
+                    }
                     COPY_FILE_RANGE => longs([handle, *offset, other.0, other.1, u64::from(size), u64::from(size), 0]),
                     _ => longs([handle, u64::from(*flags), *offset]),
                 };
@@ -311,6 +333,10 @@ impl Guest {
         if request.high_priority {
             self.bench.run();
         }
+        // Nobody ends the conflicting lock, so that the request would wait for ever.
+        if opcode == SETLKW && !request.high_priority {
+            self.interrupt();
+        }
         let answer = self.answer(queue, opcode);
         assert!(
             !request.high_priority || answer.len() <= 16,
@@ -320,6 +346,14 @@ impl Guest {
             return;
         }
         self.learn(opcode, node, &answer[16..]);
+    }
+
+    /// Sends INTERRUPT for the last request.
+    fn interrupt(&mut self) {
+        let header = [words([48, INTERRUPT]), longs([self.unique | 1 << 63, 0]), words([0, 0, 0, 0])].concat();
+        self.bench.queues[0].add(&[&header, &self.unique.to_le_bytes()], &[]);
+        self.bench.run();
+        self.answer(0, INTERRUPT);
     }
 
     fn answer(&mut self, queue: usize, opcode: u32) -> Vec<u8> {

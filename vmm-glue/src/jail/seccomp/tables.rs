@@ -2,8 +2,9 @@
 
 use libc::{
     CLONE_CHILD_CLEARTID, CLONE_FILES, CLONE_FS, CLONE_PARENT_SETTID, CLONE_SETTLS, CLONE_SIGHAND, CLONE_SYSVSEM,
-    CLONE_THREAD, CLONE_VM, F_GETFD, FIONBIO, PR_CAP_AMBIENT, PR_CAPBSET_READ, PR_GET_NAME, PR_GET_SECUREBITS,
-    PR_SET_NAME, PR_SET_NO_NEW_PRIVS, PR_SET_SECUREBITS, PROT_EXEC, SO_SNDBUF,
+    CLONE_THREAD, CLONE_VM, F_DUPFD_CLOEXEC, F_GETFD, F_OFD_SETLK, F_OFD_SETLKW, FIONBIO, PR_CAP_AMBIENT,
+    PR_CAPBSET_READ, PR_GET_NAME, PR_GET_SECUREBITS, PR_SET_NAME, PR_SET_NO_NEW_PRIVS, PR_SET_SECUREBITS, PROT_EXEC,
+    SO_SNDBUF,
 };
 use syscalls::Sysno;
 
@@ -179,6 +180,7 @@ const FILE_SERVER: &[Rule] = &[
     ),
     allow(Sysno::fcntl, "changes file flags for OPEN and CREATE, and duplicates fds"),
     allow(Sysno::dup, "duplicates fds"),
+    allow(Sysno::flock, "locks of flock(2) that are taken without waiting"),
     allow(Sysno::getrandom, "seeds the keys of hash tables"),
 ];
 
@@ -205,6 +207,36 @@ const FILE_SUPERVISOR: &[Rule] = &[
         "starts and confines a thread",
     ),
     allow(Sysno::seccomp, "confines a thread"),
+];
+
+const LOCK_WAITER: &[Rule] = &[
+    allow(Sysno::flock, "waits for a lock"),
+    allow_if(
+        Sysno::fcntl,
+        &[
+            is(1, F_OFD_SETLK.cast_unsigned()),
+            is(1, F_OFD_SETLKW.cast_unsigned()),
+            is(1, F_DUPFD_CLOEXEC.cast_unsigned()),
+            is(1, F_GETFD.cast_unsigned()),
+        ],
+        "waits for a lock on a duplicate of an fd",
+    ),
+    allow(Sysno::close, "closes a file that has no more locks"),
+    allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait"),
+    allow(Sysno::getrandom, "seeds the keys of hash tables"),
+    allow(Sysno::mremap, "the allocator resizes large blocks"),
+    allow_if(Sysno::clone, &[is(0, THREAD_FLAGS)], "starts a thread for each wait"),
+    allow(
+        Sysno::clone3,
+        "another filter makes the call fail with ENOSYS, so that glibc calls clone; SIGSYS would end the VMM",
+    ),
+    allow(Sysno::set_robust_list, "starts a thread"),
+    allow(Sysno::rseq, "starts a thread"),
+    allow(Sysno::sched_getaffinity, "starts a thread"),
+    allow_if(Sysno::prctl, &[is(0, PR_SET_NAME as u32)], "starts a thread"),
+    allow(Sysno::gettid, "reads the thread's id, to which the interruption is sent"),
+    allow(Sysno::getpid, "the process's id is an argument of tgkill"),
+    allow_if(Sysno::tgkill, &[is(0, OWN_PID)], "interrupts a wait"),
 ];
 
 const DEVICE_LOOP: &[Rule] = &[
@@ -315,6 +347,7 @@ fn tables(kind: Kind) -> &'static [&'static [Rule]] {
         Kind::FileServer => &[EVERY_THREAD, THREAD_END, WORKER, FILE_SERVER],
         // The worker threads that this thread starts inherit its filter.
         Kind::FileSupervisor => &[EVERY_THREAD, THREAD_END, WORKER, FILE_SERVER, FILE_SUPERVISOR],
+        Kind::LockWaiter => &[EVERY_THREAD, THREAD_END, LOCK_WAITER],
         Kind::Disk => &[EVERY_THREAD, THREAD_END, WORKER, DISK],
         Kind::Prefault => &[EVERY_THREAD, THREAD_END],
         Kind::Pid => &[EVERY_THREAD, THREAD_END, PID],
@@ -332,12 +365,13 @@ mod tests {
 
     use super::*;
 
-    const KINDS: [(Kind, usize); 8] = [
+    const KINDS: [(Kind, usize); 9] = [
         (Kind::Control, 45),
         (Kind::Vcpu, 15),
         (Kind::DeviceLoop, 35),
         (Kind::FileServer, 70),
         (Kind::FileSupervisor, 80),
+        (Kind::LockWaiter, 30),
         (Kind::Disk, 35),
         (Kind::Prefault, 15),
         (Kind::Pid, 16),

@@ -17,7 +17,7 @@ use crate::guest_memory::GuestMemory;
 use crate::jail::Kind;
 use crate::virtio::queue::{Chain, Iov, iovec_count, log_guest_fault, log_host_failure};
 use crate::virtio::rate_limit::SharedLimiter;
-use crate::virtio::workers::Handler;
+use crate::virtio::workers::{Handler, Later};
 
 /// Length of a request's header in bytes.
 const HEADER: usize = 16;
@@ -75,7 +75,13 @@ impl Handler for Disk {
         request.readable.len().saturating_sub(HEADER) + request.writable.len().saturating_sub(STATUS)
     }
 
-    fn serve(&self, _memory: &GuestMemory, chain: Chain<'_>) -> u32 {
+    fn serve(&self, _memory: &GuestMemory, chain: Chain<'_>, _later: Later<'_>) -> Option<u32> {
+        Some(self.serve_now(chain))
+    }
+}
+
+impl Disk {
+    fn serve_now(&self, chain: Chain<'_>) -> u32 {
         let Chain { mut readable, mut writable, .. } = chain;
         // The status is the last writable byte of the chain. The driver may put the status into a separate descriptor,
         // or into the last descriptor of the data.
@@ -103,9 +109,7 @@ impl Handler for Disk {
         status.copy_from(&[code]);
         u32::try_from(written + 1).unwrap_or(u32::MAX)
     }
-}
 
-impl Disk {
     fn request(&self, readable: &mut Iov<'_>, writable: &mut Iov<'_>) -> Result<usize, Failure> {
         let header = readable.take::<HEADER>().map_err(|_| Failure::Guest("the disk request has no header"))?;
         let [t0, t1, t2, t3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = header;

@@ -23,6 +23,8 @@ use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::soft_idmap::GuestUid;
 
 use super::fd_limit::FdLimit;
+use super::ids::{Handle, Inode};
+use super::locks::Locks;
 use super::nodes::Nodes;
 use super::{closing, request_checks, writer};
 use crate::virtio::rate_limit::SharedLimiter;
@@ -32,15 +34,17 @@ use crate::virtio::rate_limit::SharedLimiter;
 /// the copy must not be much larger than the data of a WRITE request. After a short copy, the guest requests the rest.
 const MAX_LIMITED_COPY: u64 = 1 << 20;
 
-/// A node id of FUSE.
-pub type Inode = <PassthroughFs as FileSystem>::Inode;
-pub type Handle = <PassthroughFs as FileSystem>::Handle;
+/// Flag of an answer to OPEN and CREATE: the guest's kernel serves the locks of this open file itself
+/// (guest/kernel/patches).
+const FOPEN_LOCAL_LOCKS: u32 = 1 << 31;
+
 type Opened = (Option<Handle>, OpenOptions);
 
 /// The wrapped file system. All clones share one state.
 #[derive(Clone)]
 pub struct CheckedFs {
     fs: Arc<PassthroughFs>,
+    locks: Arc<Locks>,
     fd_limit: Arc<FdLimit>,
     nodes: Arc<Nodes>,
     dev_null: Arc<File>,
@@ -49,14 +53,27 @@ pub struct CheckedFs {
 
 impl CheckedFs {
     /// Wraps a file system. `dev_null` is /dev/null, opened for writing.
-    pub fn new(fs: PassthroughFs, fd_limit: FdLimit, nodes: Nodes, dev_null: File, limiter: SharedLimiter) -> Self {
-        let (fd_limit, nodes, dev_null) = (Arc::new(fd_limit), Arc::new(nodes), Arc::new(dev_null));
-        Self { fs: Arc::new(fs), fd_limit, nodes, dev_null, limiter }
+    pub fn new(
+        fs: Arc<PassthroughFs>,
+        locks: Locks,
+        fd_limit: FdLimit,
+        nodes: Nodes,
+        dev_null: File,
+        limiter: SharedLimiter,
+    ) -> Self {
+        let (locks, fd_limit) = (Arc::new(locks), Arc::new(fd_limit));
+        let (nodes, dev_null) = (Arc::new(nodes), Arc::new(dev_null));
+        Self { fs, locks, fd_limit, nodes, dev_null, limiter }
     }
 
     /// Returns the nodes that the guest has looked up.
     pub fn nodes(&self) -> &Nodes {
         &self.nodes
+    }
+
+    /// Returns the locks of files.
+    pub fn locks(&self) -> &Arc<Locks> {
+        &self.locks
     }
 
     /// Returns the limiter of the requests.
@@ -65,8 +82,17 @@ impl CheckedFs {
     }
 
     /// Waits for a limited time while fds are scarce. A request that may open a file calls this function first.
-    fn wait_for_fd(&self) {
+    pub fn wait_for_fd(&self) {
         self.fd_limit.wait_for_fd();
+    }
+
+    /// Adds the option with which the guest keeps the locks of a file to itself, if only the guest uses the file.
+    fn with_lock_option(&self, inode: Inode, handle: Option<Handle>, options: OpenOptions) -> OpenOptions {
+        if !handle.is_some_and(|handle| self.locks.are_private(inode, handle)) {
+            return options;
+        }
+        // SAFETY: the type is an integer, for which every value is valid. Its methods do not rely on known bits.
+        options | unsafe { OpenOptions::from_bits_unchecked(FOPEN_LOCAL_LOCKS) }
     }
 
     /// Returns the owner of a file.
@@ -286,6 +312,8 @@ impl FileSystem for CheckedFs {
         flock_release: bool,
         lock_owner: Option<u64>,
     ) -> io::Result<()> {
+        self.locks.release(inode, handle);
+        // Closing the handle also ends the lock of flock(2).
         closing::while_open(&self.fs, ctx, inode, handle, || {
             self.fs.release(ctx, inode, flags, handle, flush, flock_release, lock_owner)
         })
@@ -309,9 +337,10 @@ impl FileSystem for CheckedFs {
         request_checks::name(name)?;
         request_checks::open_flags(flags)?;
         self.wait_for_fd();
-        let created = self.fs.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)?;
-        self.nodes.add(parent, name, &created.0);
-        Ok(created)
+        let (entry, handle, options) = self.fs.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)?;
+        self.nodes.add(parent, name, &entry);
+        let options = self.with_lock_option(entry.inode, handle, options);
+        Ok((entry, handle, options))
     }
 
     fn unlink(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
@@ -339,18 +368,33 @@ impl FileSystem for CheckedFs {
         if flags == 0 { self.removing(ctx, newdir, newname, rename) } else { rename() }
     }
 
-    fn destroy(&self) {
-        self.fs.destroy();
-        self.nodes.clear();
-    }
-
     /// Rejects a guest kernel that does not support FUSE_SUBMOUNTS, because such a kernel cannot tell mounts apart.
     /// virtiofsd itself would only log a warning. Linux supports FUSE_SUBMOUNTS since 5.10.
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
         if !capable.contains(FsOptions::SUBMOUNTS) {
             return Err(io::Error::from_raw_os_error(libc::EPROTO));
         }
-        self.fs.init(capable)
+        let enabled = self.fs.init(capable)?;
+        self.locks.init()?;
+        Ok(enabled | FsOptions::POSIX_LOCKS | FsOptions::FLOCK_LOCKS)
+    }
+
+    fn destroy(&self) {
+        self.fs.destroy();
+        self.nodes.clear();
+        self.locks.clear();
+    }
+
+    fn open(&self, ctx: Context, inode: Inode, kill_priv: bool, flags: u32) -> io::Result<Opened> {
+        request_checks::open_flags(flags)?;
+        self.wait_for_fd();
+        let (handle, options) = self.fs.open(ctx, inode, kill_priv, flags)?;
+        Ok((handle, self.with_lock_option(inode, handle, options)))
+    }
+
+    fn flush(&self, ctx: Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()> {
+        self.locks.flush(inode, lock_owner);
+        self.fs.flush(ctx, inode, handle, lock_owner)
     }
 
     // These are the remaining methods that PassthroughFs implements. The trait's defaults apply to the methods that
@@ -366,8 +410,6 @@ impl FileSystem for CheckedFs {
             ctx: Context, parent: Inode, name: Name, mode: u32, umask: u32, extensions: Extensions
         ) -> io::Result<Entry>;
         fn readdir(ctx: Context, inode: Inode, handle: Handle, size: u32, offset: u64) -> io::Result<Self::DirIter>;
-        #[wait_for_fd]
-        fn open(ctx: Context, inode: Inode, kill_priv: bool, flags: OpenFlags) -> io::Result<Opened>;
         fn getattr(ctx: Context, inode: Inode, handle: Option<Handle>) -> io::Result<(Attr, Duration)>;
         fn setattr(
             ctx: Context, inode: Inode, attr: SetattrIn, handle: Option<Handle>, valid: SetattrValid
@@ -383,7 +425,6 @@ impl FileSystem for CheckedFs {
             ctx: Context, linkname: Text, parent: Inode, name: Name, extensions: Extensions
         ) -> io::Result<Entry>;
         fn readlink(ctx: Context, inode: Inode) -> io::Result<Vec<u8>>;
-        fn flush(ctx: Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()>;
         fn fsync(ctx: Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()>;
         fn fsyncdir(ctx: Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()>;
         fn access(ctx: Context, inode: Inode, mask: u32) -> io::Result<()>;

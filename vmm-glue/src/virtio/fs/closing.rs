@@ -12,7 +12,7 @@ use virtiofsd::filesystem::{Context, FileSystem as _, ZeroCopyWriter};
 use virtiofsd::oslib::ReadvFlags;
 use virtiofsd::passthrough::PassthroughFs;
 
-use super::checked_fs::{Handle, Inode};
+use super::ids::{Handle, Inode};
 
 /// A writer that reads nothing, and calls a function instead.
 struct Caller<F> {

@@ -77,7 +77,7 @@ impl DescriptorTable {
 }
 
 /// Returns the guest-physical address of a buffer.
-fn guest_address(memory: &GuestMemory, part: &libc::iovec) -> Option<u64> {
+pub fn guest_address(memory: &GuestMemory, part: &libc::iovec) -> Option<u64> {
     memory.iter().find_map(|region| {
         let offset = part.iov_base.addr().checked_sub(region.as_ptr().addr())?;
         (offset < region.size()).then(|| region.start_addr().0 + offset as u64)

@@ -1,5 +1,5 @@
-//! Serves FUSE requests. This module itself decodes the requests that have no answer. virtiofsd's `Server` serves all
-//! other requests of the request queue.
+//! Serves FUSE requests. This module itself decodes the requests that have no answer, and the requests for locks.
+//! virtiofsd's `Server` serves all other requests of the request queue.
 //!
 //! A vCPU can change guest memory while a request is served. If this module checked a value in guest memory and then
 //! read the value again, the second value could be unchecked. Therefore, this module follows three rules:
@@ -16,15 +16,18 @@ use std::sync::Mutex;
 
 use husk_base::sync::lock;
 use virtiofsd::filesystem::{Context, FileSystem as _};
-use virtiofsd::fuse::{BatchForgetIn, ForgetIn, ForgetOne, InHeader};
+use virtiofsd::fuse::{BatchForgetIn, ForgetIn, ForgetOne, InHeader, InterruptIn, LkIn, LkOut};
 use virtiofsd::server::Server;
-use vm_memory::ByteValued;
+use vm_memory::{ByteValued, Bytes as _, GuestAddress};
 
-use super::checked_fs::{CheckedFs, Inode};
-use super::descriptor_table::DescriptorTable;
+use super::checked_fs::CheckedFs;
+use super::descriptor_table::{DescriptorTable, guest_address};
+use super::ids::Inode;
+use super::locks::Answer;
 use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::{Chain, Iov, log_guest_fault};
 use crate::virtio::rate_limit::SharedLimiter;
+use crate::virtio::workers::Later;
 
 /// FUSE operation that looks up a name (include/uapi/linux/fuse.h, `enum fuse_opcode`).
 const LOOKUP: u32 = 1;
@@ -33,6 +36,10 @@ const MAX_NAME: usize = 256;
 // FUSE operations without an answer (include/uapi/linux/fuse.h, `enum fuse_opcode`).
 const FORGET: u32 = 2;
 const INTERRUPT: u32 = 36;
+// FUSE operations for locks.
+const GETLK: u32 = 31;
+const SETLK: u32 = 32;
+const SETLKW: u32 = 33;
 const DESTROY: u32 = 38;
 const BATCH_FORGET: u32 = 42;
 /// Size of `struct fuse_out_header`, in bytes.
@@ -70,10 +77,64 @@ impl FuseServer {
         self.fs.limiter()
     }
 
+    /// Interrupts all requests that wait for a lock.
+    pub fn interrupt_lock_waits(&self) {
+        self.fs.locks().interrupt_all();
+    }
+
+    /// Returns the number of requests that wait for a lock.
+    #[cfg(test)]
+    pub fn lock_waits(&self) -> usize {
+        self.fs.locks().waits()
+    }
+
     /// Serves a request of the request queue. The request may block the calling thread. Returns the number of bytes
-    /// written to the chain.
-    pub fn serve(&self, memory: &GuestMemory, mut chain: Chain<'_>) -> u32 {
-        let Some(header) = peek::<InHeader>(&chain.readable) else {
+    /// written to the chain, or `None` if the request waits for a lock and is answered later.
+    pub fn serve(&self, memory: &GuestMemory, mut chain: Chain<'_>, later: Later<'_>) -> Option<u32> {
+        match peek::<InHeader>(&chain.readable) {
+            Some(header) if matches!(header.opcode, GETLK | SETLK | SETLKW) => {
+                chain.readable.skip(size_of::<InHeader>());
+                self.serve_lock(header, memory, chain, later)
+            }
+            header => Some(self.serve_now(header, memory, chain)),
+        }
+    }
+
+    /// Serves a request for a lock. `header` is a private copy, which the guest cannot change.
+    fn serve_lock(
+        &self,
+        header: InHeader,
+        memory: &GuestMemory,
+        mut chain: Chain<'_>,
+        later: Later<'_>,
+    ) -> Option<u32> {
+        let InHeader { opcode, nodeid, unique, .. } = header;
+        let Some(request) = take::<LkIn>(&mut chain.readable) else {
+            let fault = format_args!("the FUSE request with opcode {opcode} has incomplete arguments");
+            log_guest_fault(REQUEST_QUEUE, &fault);
+            return Some(reply_error(&chain, unique, libc::EINVAL));
+        };
+        // The request may open the file once more.
+        self.fs.wait_for_fd();
+        let locks = self.fs.locks();
+        if opcode == GETLK {
+            return Some(match locks.get(nodeid, &request) {
+                Ok(lk) => reply(&chain, unique, 0, LkOut { lk }.as_slice()),
+                Err(error) => reply_error(&chain, unique, errno(&error)),
+            });
+        }
+        let later = (opcode == SETLKW).then_some(|| -> Answer {
+            let (space, kept) = (AnswerSpace::new(memory, &chain.writable), later.keep());
+            Box::new(move |result| {
+                kept.end(|memory| space.reply(memory, unique, result.as_ref().map_or_else(errno, |()| 0)));
+            })
+        });
+        let result = locks.set(nodeid, unique, &request, later)?;
+        Some(reply_error(&chain, unique, result.as_ref().map_or_else(errno, |()| 0)))
+    }
+
+    fn serve_now(&self, header: Option<InHeader>, memory: &GuestMemory, mut chain: Chain<'_>) -> u32 {
+        let Some(header) = header else {
             log_guest_fault(REQUEST_QUEUE, &"the FUSE request is shorter than its header");
             return 0;
         };
@@ -181,8 +242,9 @@ impl FuseServer {
                 self.server.destroy();
                 Some(())
             }
-            // INTERRUPT has no effect, as in virtiofsd.
-            _ => Some(()),
+            // Only the waits for locks can be interrupted. The guest's kernel sends INTERRUPT for no other request
+            // (guest/kernel/patches).
+            _ => take::<InterruptIn>(&mut arguments).map(|InterruptIn { unique }| self.fs.locks().interrupt(unique)),
         };
         if decoded.is_none() {
             let fault = format_args!("the FUSE request with opcode {} has incomplete arguments", header.opcode);
@@ -222,17 +284,61 @@ fn take_batch(arguments: &mut Iov<'_>) -> Option<Vec<(Inode, u64)>> {
     (0..count).map(|_| take(arguments).map(|ForgetOne { nodeid, nlookup }| (nodeid, nlookup))).collect()
 }
 
-/// Writes an answer that contains only an error. Returns the number of bytes written to the chain.
-fn reply_error(chain: &Chain<'_>, unique: u64, errno: i32) -> u32 {
-    let mut header = [0; OUT_HEADER];
-    let fields: [&[u8]; 3] = [&OUT_HEADER_LEN.to_le_bytes(), &(-errno).to_le_bytes(), &unique.to_le_bytes()];
-    for (to, from) in header.iter_mut().zip(fields.into_iter().flatten()) {
-        *to = *from;
-    }
-    if chain.writable.copy_from(&header) < OUT_HEADER {
+/// Returns the error number of an answer.
+fn errno(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
+}
+
+/// Returns the header of an answer, followed by the answer's data.
+fn answer(unique: u64, errno: i32, data: &[u8]) -> Vec<u8> {
+    let len = OUT_HEADER_LEN + u32::try_from(data.len()).unwrap_or(0);
+    [&len.to_le_bytes(), &(-errno).to_le_bytes(), &unique.to_le_bytes()[..], data].concat()
+}
+
+/// Writes an answer. Returns the number of bytes written to the chain, which is 0 if the chain is too short.
+fn reply(chain: &Chain<'_>, unique: u64, errno: i32, data: &[u8]) -> u32 {
+    let answer = answer(unique, errno, data);
+    if chain.writable.copy_from(&answer) < answer.len() {
         return 0;
     }
-    OUT_HEADER_LEN
+    u32::try_from(answer.len()).unwrap_or(0)
+}
+
+/// Writes an answer that contains only an error. Returns the number of bytes written to the chain.
+fn reply_error(chain: &Chain<'_>, unique: u64, errno: i32) -> u32 {
+    reply(chain, unique, errno, &[])
+}
+
+/// The guest memory for the header of an answer that is sent later. The addresses are private copies of those in the
+/// guest's descriptors.
+struct AnswerSpace(Vec<(GuestAddress, usize)>);
+
+impl AnswerSpace {
+    fn new(memory: &GuestMemory, writable: &Iov<'_>) -> Self {
+        let mut left = OUT_HEADER;
+        let mut parts = Vec::new();
+        for part in writable.as_slice() {
+            let Some(address) = guest_address(memory, part).filter(|_| left > 0) else { break };
+            let len = part.iov_len.min(left);
+            left -= len;
+            parts.push((GuestAddress(address), len));
+        }
+        Self(parts)
+    }
+
+    /// Writes an answer that contains only an error. Returns the number of bytes written to the chain.
+    fn reply(&self, memory: &GuestMemory, unique: u64, errno: i32) -> u32 {
+        let answer = answer(unique, errno, &[]);
+        let mut left = answer.as_slice();
+        for &(address, len) in &self.0 {
+            let Some((part, rest)) = left.split_at_checked(len) else { return 0 };
+            if memory.write_slice(part, address).is_err() {
+                return 0;
+            }
+            left = rest;
+        }
+        if left.is_empty() { OUT_HEADER_LEN } else { 0 }
+    }
 }
 
 #[cfg(test)]

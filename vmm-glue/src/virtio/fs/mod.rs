@@ -16,8 +16,10 @@ mod fuse_server;
 mod hang_tests;
 #[cfg(test)]
 mod hanging_fs;
+mod ids;
 #[cfg(test)]
 mod landlock_tests;
+mod locks;
 #[cfg(test)]
 mod names_tests;
 mod nodes;
@@ -56,12 +58,13 @@ use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, Negotiat
 use self::checked_fs::CheckedFs;
 use self::fd_limit::FdLimit;
 use self::fuse_server::{FuseServer, HIGH_PRIORITY_QUEUE};
+use self::locks::Locks;
 use self::nodes::Nodes;
 use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, OnIdle, VirtioDevice};
 use super::queue::{Chain, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
 use super::rate_limit::SharedLimiter;
-use super::workers::{Growth, Handler, Workers};
+use super::workers::{Growth, Handler, Later, Workers};
 use crate::config::ShareConfig;
 use crate::guest_memory::GuestMemory;
 use crate::jail::{Belongings, Kind};
@@ -135,8 +138,8 @@ impl Handler for FuseServer {
         fuse_server::data_len(request)
     }
 
-    fn serve(&self, memory: &GuestMemory, chain: Chain<'_>) -> u32 {
-        FuseServer::serve(self, memory, chain)
+    fn serve(&self, memory: &GuestMemory, chain: Chain<'_>, later: Later<'_>) -> Option<u32> {
+        FuseServer::serve(self, memory, chain, later)
     }
 
     fn group(&self, request: &Chain<'_>) -> u64 {
@@ -188,12 +191,15 @@ impl Fs {
             .ok_or(FsError::Limit(max_fds))?;
         let threshold = guest_fd_limit - guest_fd_limit / SPARE_FRACTION;
         let fd_limit = fd_directory.try_clone().map_err(FsError::Event)?;
+        let paths_directory = fd_directory.try_clone().map_err(FsError::Event)?;
         let fd_limit = FdLimit::new(fd_limit, threshold, Box::new(request_forget));
         let xattrmap = xattr_names::map().map_err(|error| root_error(io::Error::other(error)))?;
         let fs = PassthroughFs::new(passthrough_config(share.root.clone(), fd_directory, guest_fd_limit, xattrmap));
         let limiter = SharedLimiter::new(share.rate_limit);
         let nodes = Nodes::new(guest_fd_limit);
-        let server = fs.and_then(|fs| FuseServer::new(CheckedFs::new(fs, fd_limit, nodes, dev_null, limiter)));
+        let fs = Arc::new(fs.map_err(root_error)?);
+        let locks = Locks::new(Arc::clone(&fs), paths_directory).map_err(FsError::Threads)?;
+        let server = FuseServer::new(CheckedFs::new(fs, locks, fd_limit, nodes, dev_null, limiter));
         let server = server.map_err(root_error)?;
         let server = Arc::new(server);
         Ok(Self {
@@ -328,6 +334,8 @@ impl VirtioDevice for Fs {
 
     fn reset(&mut self) {
         self.workers.deactivate();
+        // The answers of these requests are not sent, because the activation has ended.
+        self.server.interrupt_lock_waits();
         if let Some(active) = self.active.take() {
             self.wake.retire(active.high_priority);
         }

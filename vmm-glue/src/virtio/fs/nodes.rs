@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard};
 use husk_base::sync::lock;
 use virtiofsd::filesystem::Entry;
 
-use super::checked_fs::Inode;
+use super::ids::Inode;
 
 /// Node of the share's directory (include/uapi/linux/fuse.h).
 const ROOT: Inode = 1;

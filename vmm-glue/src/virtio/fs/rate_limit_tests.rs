@@ -95,7 +95,7 @@ fn syncfs_and_fallocate_take_one_token_from_the_operation_rate_limit() {
 }
 
 #[test]
-fn fallocate_modes_that_copy_or_move_data_are_not_supported() {
+fn fallocate_mode_that_copies_data_is_not_supported() {
     let mut guest = Guest::new(1);
     guest.init();
     let node = guest.lookup(ROOT, "hello");
@@ -107,8 +107,31 @@ fn fallocate_modes_that_copy_or_move_data_are_not_supported() {
     for mode in [0, libc::FALLOC_FL_KEEP_SIZE, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE] {
         assert_eq!(fallocate(mode), 0, "{mode}");
     }
-    let modes = [libc::FALLOC_FL_UNSHARE_RANGE, libc::FALLOC_FL_COLLAPSE_RANGE, libc::FALLOC_FL_INSERT_RANGE];
-    for mode in modes {
-        assert_eq!(fallocate(mode), libc::EOPNOTSUPP, "{mode}");
+    assert_eq!(fallocate(libc::FALLOC_FL_UNSHARE_RANGE), libc::EOPNOTSUPP);
+}
+
+#[test]
+fn fallocate_removes_and_inserts_ranges_if_the_file_system_can() {
+    let mut guest = Guest::new(1);
+    let path = guest.root().join("hello");
+    let blocks = [[b'a'; 4096], [b'b'; 4096], [b'c'; 4096]].concat();
+    std::fs::write(&path, &blocks).unwrap();
+    guest.init();
+    let node = guest.lookup(ROOT, "hello");
+    let handle = guest.open(OPEN, node, libc::O_RDWR);
+    let mut fallocate = |mode: i32| {
+        let body = [longs([handle, 4096, 4096]), words([mode.cast_unsigned(), 0])].concat();
+        guest.error(FALLOCATE, node, &body)
+    };
+    // The host's kernel decides. tmpfs, for example, has neither of the two modes.
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    let supported = nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::FALLOC_FL_COLLAPSE_RANGE, 4096, 4096);
+    std::fs::write(&path, &blocks).unwrap();
+    let expected = supported.err().map_or(0, |errno| errno as i32);
+    assert_eq!(fallocate(libc::FALLOC_FL_COLLAPSE_RANGE), expected);
+    if expected == 0 {
+        assert_eq!(std::fs::read(&path).unwrap(), [[b'a'; 4096], [b'c'; 4096]].concat());
+        assert_eq!(fallocate(libc::FALLOC_FL_INSERT_RANGE), 0);
+        assert_eq!(std::fs::read(&path).unwrap(), [[b'a'; 4096], [0; 4096], [b'c'; 4096]].concat());
     }
 }

@@ -42,12 +42,19 @@ pub fn offset(offset: u64) -> io::Result<()> {
 }
 
 /// Checks the mode of FALLOCATE. Accepts the modes that the guest's kernel sends (fuse_file_fallocate() in
-/// fs/fuse/file.c). For others, returns EOPNOTSUPP, as Linux does for modes that a file system lacks.
+/// fs/fuse/file.c, with the patches in guest/kernel/patches). For others, returns EOPNOTSUPP, as Linux does for modes that a file system lacks.
+///
+/// FALLOC_FL_COLLAPSE_RANGE and FALLOC_FL_INSERT_RANGE move extents, and no data. Like the modes before, they only
+/// change the file system's metadata.
 ///
 /// FALLOC_FL_UNSHARE_RANGE is one of the other modes. With this mode, XFS copies all data of the range. The request
 /// cannot be answered in parts, and therefore the rate limit of bytes could not bound the copy.
 pub fn fallocate_mode(mode: u32) -> io::Result<()> {
-    let sent = libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE;
+    let sent = libc::FALLOC_FL_KEEP_SIZE
+        | libc::FALLOC_FL_PUNCH_HOLE
+        | libc::FALLOC_FL_ZERO_RANGE
+        | libc::FALLOC_FL_COLLAPSE_RANGE
+        | libc::FALLOC_FL_INSERT_RANGE;
     if mode.cast_signed() & !sent == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)) }
 }
 

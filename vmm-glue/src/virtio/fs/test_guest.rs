@@ -104,6 +104,32 @@ impl Guest {
         (i32::from_le_bytes(bytes[4..8].try_into().unwrap()), bytes[16..].to_vec())
     }
 
+    /// Sends a request without waiting for the answer. Returns the request's unique id.
+    pub fn send(&mut self, opcode: u32, node: u64, body: &[u8]) -> u64 {
+        let header = self.header(opcode, node, body.len());
+        self.bench.queues[1].add(&[&header, body], &[16, ANSWER_SIZE]);
+        self.unique
+    }
+
+    /// Waits for the next answer. Returns the request's unique id and the errno.
+    pub fn answer(&mut self) -> (u64, i32) {
+        let mut answer = None;
+        self.bench.run_until(|queues| {
+            answer = queues[1].poll();
+            answer.is_some()
+        });
+        let (_, bytes) = answer.unwrap();
+        (u64_at(&bytes, 8), -i32::from_le_bytes(bytes[4..8].try_into().unwrap()))
+    }
+
+    /// Sends INTERRUPT for a request on the high-priority queue.
+    pub fn interrupt(&mut self, unique: u64) {
+        let mut header = self.header(INTERRUPT, 0, 8);
+        header.extend(unique.to_le_bytes());
+        self.bench.queues[0].add(&[&header], &[]);
+        self.bench.run_until(|queues| queues[0].poll().is_some());
+    }
+
     /// Sends a request. Returns the errno of the answer, or 0 if the request succeeded.
     pub fn error(&mut self, opcode: u32, node: u64, body: &[u8]) -> i32 {
         -self.call(opcode, node, body, ANSWER_SIZE).0

@@ -19,6 +19,7 @@
 //! limited ([`groups`]). Further requests of the group wait without a worker.
 
 mod groups;
+mod kept;
 mod session;
 
 use std::io;
@@ -36,6 +37,8 @@ use super::queue::{Chain, Virtqueue};
 use super::rate_limit::SharedLimiter;
 use crate::guest_memory::GuestMemory;
 use crate::jail::{Kind, confine};
+
+pub use self::kept::{KeptRequest, Later};
 
 /// Stack size of a worker. Handlers are not nested deeply, and their buffers are on the heap.
 const STACK: usize = 256 * 1024;
@@ -66,8 +69,9 @@ pub trait Handler: Send + Sync + 'static {
     fn limiter(&self) -> &SharedLimiter;
     /// Returns the number of bytes for which a request needs tokens.
     fn bytes(&self, request: &Chain<'_>) -> usize;
-    /// Serves one request. Returns the number of bytes written to the chain.
-    fn serve(&self, memory: &GuestMemory, request: Chain<'_>) -> u32;
+    /// Serves one request. Returns the number of bytes written to the chain, or `None` if the handler has called
+    /// [`Later::keep`]. Then the handler ends the request later, and the worker serves other requests.
+    fn serve(&self, memory: &GuestMemory, request: Chain<'_>, later: Later<'_>) -> Option<u32>;
     /// Returns the group of a request. The guest may change the request afterwards, so the group is only a hint.
     fn group(&self, _request: &Chain<'_>) -> u64 {
         0

@@ -10,8 +10,8 @@ use husk_base::sync::{lock, wait, wait_timeout};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::Handler;
 use super::groups::{Groups, Work};
+use super::{Handler, Later};
 use crate::guest_memory::GuestMemory;
 use crate::virtio::device::Interrupt;
 use crate::virtio::queue::{Chain, HeldChain, QueueFault, Virtqueue};
@@ -168,7 +168,7 @@ impl Session {
 
     /// Serves requests until the session ends, or until the thread fails to wait for a notification. If `idle_time` is
     /// given, the function also returns when the thread has been idle for this time, and another worker is idle.
-    pub fn run<H: Handler>(&self, handler: &H, idle_time: Option<Duration>) {
+    pub fn run<H: Handler>(self: &Arc<Self>, handler: &H, idle_time: Option<Duration>) {
         let epoll = match self.epoll() {
             Ok(epoll) => epoll,
             Err(error) => return log::error!("{}: failed to set up the wait for notifications: {error}", H::NAME),
@@ -180,11 +180,14 @@ impl Session {
 
     /// Serves requests until the queue is empty, and then waits for a notification. Returns false if the thread must
     /// leave the session.
-    fn serve<H: Handler>(&self, handler: &H, epoll: &Epoll, idle_time: Option<Duration>) -> bool {
+    fn serve<H: Handler>(self: &Arc<Self>, handler: &H, epoll: &Epoll, idle_time: Option<Duration>) -> bool {
         match self.serve_until_empty(handler) {
             Ok(true) => {}
             Ok(false) => return false,
-            Err(fault) => self.fail(H::NAME, &fault),
+            Err(fault) => {
+                self.fail(H::NAME, &fault);
+                self.lock().idle += 1;
+            }
         }
         let timeout = idle_time.map_or(-1, |time| i32::try_from(time.as_millis()).unwrap_or(i32::MAX));
         let mut event = [EpollEvent::default()];
@@ -222,7 +225,7 @@ impl Session {
 
     /// Serves requests until the queue is empty or another worker waits for the next request's admission, and then
     /// counts this thread as idle. Returns false if the session has ended.
-    fn serve_until_empty<H: Handler>(&self, handler: &H) -> Result<bool, QueueFault> {
+    fn serve_until_empty<H: Handler>(self: &Arc<Self>, handler: &H) -> Result<bool, QueueFault> {
         let mut state = self.lock();
         loop {
             while state.paused && !state.stopped {
@@ -289,17 +292,37 @@ impl Session {
 
     /// Serves a request whose group has a worker for it.
     fn serve_request<'s, H: Handler>(
-        &'s self,
+        self: &'s Arc<Self>,
         handler: &H,
         state: MutexGuard<'s, State>,
         group: u64,
         request: Chain<'_>,
     ) -> Result<MutexGuard<'s, State>, QueueFault> {
         let head = request.head;
-        let (mut state, used) = self.busy(state, || handler.serve(&self.memory, request));
+        let later = Later::new(self, head, H::NAME);
+        let (mut state, used) = self.busy(state, || handler.serve(&self.memory, request, later));
         state.groups.leave(group);
-        self.answer(&mut state, head, used)?;
+        if let Some(used) = used {
+            self.answer(&mut state, head, used)?;
+        }
         Ok(state)
+    }
+
+    /// Ends a request that the handler has kept ([`super::KeptRequest::end`]).
+    pub fn end_kept(&self, name: &str, head: u16, write: impl FnOnce(&GuestMemory) -> u32) {
+        let mut state = self.lock();
+        while state.paused && !state.stopped {
+            state = wait(&self.changed, state);
+        }
+        if state.stopped || state.failed {
+            return;
+        }
+        let used = write(&self.memory);
+        let answered = self.answer(&mut state, head, used);
+        drop(state);
+        if let Err(fault) = answered {
+            self.fail(name, &fault);
+        }
     }
 
     /// Calls `serve` without the lock, and counts this worker as busy.
@@ -363,7 +386,6 @@ impl Session {
 
     fn fail(&self, name: &str, fault: &QueueFault) {
         let mut state = self.lock();
-        state.idle += 1;
         if !std::mem::replace(&mut state.failed, true) {
             log::error!("{name}: stopped serving requests: {}", chain(fault));
             if let Err(error) = self.interrupt.needs_reset() {

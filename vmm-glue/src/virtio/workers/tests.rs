@@ -31,10 +31,10 @@ impl Handler for Held {
         0
     }
 
-    fn serve(&self, _memory: &GuestMemory, _request: Chain<'_>) -> u32 {
+    fn serve(&self, _memory: &GuestMemory, _request: Chain<'_>, _later: Later<'_>) -> Option<u32> {
         lock(&self.started).send(()).unwrap();
         lock(&self.end).recv().unwrap();
-        0
+        Some(0)
     }
 }
 
