@@ -367,7 +367,7 @@ async fn sigkill_ends_the_pod_if_the_container_does_not_exit() {
     assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
     assert_eq!(model.wait("a").await, 137);
     assert!(begin.elapsed() < KILL_EXIT_TIMEOUT + Duration::from_secs(1), "{:?}", begin.elapsed());
-    assert_eq!(model.reason(), "container a did not exit within 30 s after SIGKILL");
+    assert_eq!(model.reason(), "container a did not exit within 20 s after SIGKILL");
 }
 
 #[tokio::test(start_paused = true)]
@@ -378,7 +378,7 @@ async fn sigkill_ends_the_pod_if_the_agent_answers_with_an_error() {
     assert!(model.kill("a", libc::SIGTERM).await.is_err());
     model.kill("a", libc::SIGKILL).await.unwrap();
     assert_eq!(model.wait("a").await, 137);
-    assert_eq!(model.reason(), "container a did not exit within 30 s after SIGKILL");
+    assert_eq!(model.reason(), "container a did not exit within 20 s after SIGKILL");
 }
 
 #[tokio::test(start_paused = true)]
@@ -443,7 +443,7 @@ async fn containers_end_although_the_vmm_process_does_not_exit() {
     assert!(begin.elapsed() < limit, "{:?}", begin.elapsed());
     assert_eq!(model.status("a").await, Status::STOPPED);
     assert_eq!(model.wait("a").await, 137);
-    assert!(model.reason().contains("the VMM process did not exit within 10 s after SIGKILL"), "{}", model.reason());
+    assert!(model.reason().contains("the VMM process did not exit within 5 s after SIGKILL"), "{}", model.reason());
     assert_eq!(model.delete("a").await.unwrap().exit_status, 137);
     let request = ShutdownRequest { id: "a".to_owned(), ..Default::default() };
     model.client().shutdown(within(BUDGET), &request).await.unwrap();

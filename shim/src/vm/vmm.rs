@@ -42,7 +42,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 const SLOW_ANSWER_TIMEOUT: Duration = Duration::from_secs(3600);
 /// How long the VMM process may take to exit after SIGKILL. A thread that waits in a file system of the host that hangs
 /// exits only when the wait ends. The shim then leaves the process to the kernel.
-pub const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
+pub const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Error from starting or calling the VMM.
 #[derive(Debug, thiserror::Error)]
