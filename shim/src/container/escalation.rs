@@ -17,7 +17,7 @@ pub const SIGNAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Timeout for the agent's answer to a request that sends SIGKILL to a container.
 pub const KILL_ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a container may take to exit after SIGKILL.
-pub const KILL_EXIT_TIMEOUT: Duration = Duration::from_secs(30);
+pub const KILL_EXIT_TIMEOUT: Duration = Duration::from_secs(25);
 /// Timeout for the agent's answer to a request that deletes a container whose processes have ended.
 pub const DELETE_TIMEOUT: Duration = Duration::from_secs(25);
 /// How long the shim waits for the exits of all containers after it has killed the VMM process.

@@ -335,7 +335,7 @@ async fn sigkill_ends_the_pod_if_the_container_does_not_exit() {
     assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
     assert_eq!(model.wait("a").await, 137);
     assert!(begin.elapsed() < KILL_EXIT_TIMEOUT + Duration::from_secs(1), "{:?}", begin.elapsed());
-    assert_eq!(model.reason(), "container a did not exit within 30 s after SIGKILL");
+    assert_eq!(model.reason(), "container a did not exit within 25 s after SIGKILL");
 }
 
 #[tokio::test(start_paused = true)]
@@ -346,7 +346,7 @@ async fn sigkill_ends_the_pod_if_the_agent_answers_with_an_error() {
     assert!(model.kill("a", libc::SIGTERM).await.is_err());
     model.kill("a", libc::SIGKILL).await.unwrap();
     assert_eq!(model.wait("a").await, 137);
-    assert_eq!(model.reason(), "container a did not exit within 30 s after SIGKILL");
+    assert_eq!(model.reason(), "container a did not exit within 25 s after SIGKILL");
 }
 
 #[tokio::test(start_paused = true)]
