@@ -25,6 +25,9 @@ const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 /// All processes of the container have ended. Therefore, only a client that does not read the output can delay the
 /// copying.
 const INIT_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The counterpart of [`INIT_OUTPUT_IDLE_TIMEOUT`] if the shim has killed the VMM process, and the process waits in the
+/// host's kernel. The process keeps its sockets open, so the output does not end. But nothing arrives anymore.
+const STUCK_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// The counterpart of [`INIT_OUTPUT_IDLE_TIMEOUT`] for an exec. This timeout is shorter, because a child of the exec
 /// can hold the exec's stdout open forever. runc's shim also waits 2 s.
 const EXEC_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -111,7 +114,9 @@ impl Shim {
         if before == State::Stopped
             && let Some(relay) = process.relay()
         {
-            relay.drain(INIT_OUTPUT_IDLE_TIMEOUT, INIT_OUTPUT_TIMEOUT).await;
+            let stuck = self.vm_has_ended() && self.sandbox.has_vmm_process();
+            let idle = if stuck { STUCK_OUTPUT_IDLE_TIMEOUT } else { INIT_OUTPUT_IDLE_TIMEOUT };
+            relay.drain(idle, INIT_OUTPUT_TIMEOUT).await;
         }
         // The shim ends the VM when the sandbox container is deleted. The shim also ends the VM when the last container
         // is deleted, unless a CreateSandbox request created the sandbox. In both cases, the guest needs no cleanup.

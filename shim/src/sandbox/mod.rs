@@ -199,6 +199,11 @@ impl Sandbox {
         Resizer::start(plan.boot_size.growth.clone(), vmm.clone(), self.state.clone(), cgroup, record)
     }
 
+    /// Returns whether the VMM process was started and has not exited.
+    pub fn has_vmm_process(&self) -> bool {
+        self.vmm().is_some_and(|vmm| vmm.ended().is_none())
+    }
+
     /// Returns whether the boot was started.
     pub fn is_launched(&self) -> bool {
         self.state.is_launched()
