@@ -23,7 +23,9 @@ def take(kind, wait=False, shared=False):
     f = open(kind, "a+"); wait = 0 if wait else fcntl.LOCK_NB
     if kind == "flock": fcntl.flock(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | wait)
     elif kind == "posix": fcntl.lockf(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | wait)
-    else: fcntl.fcntl(f, fcntl.F_OFD_SETLK if wait else fcntl.F_OFD_SETLKW, range_lock(fcntl.F_RDLCK if shared else fcntl.F_WRLCK))
+    else:
+        how = range_lock(fcntl.F_RDLCK if shared else fcntl.F_WRLCK)
+        fcntl.fcntl(f, fcntl.F_OFD_SETLK if wait else fcntl.F_OFD_SETLKW, how)
     return f
 def state(kind, **how):
     try: take(kind, **how).close(); return "free"
@@ -113,7 +115,8 @@ for kind in ("flock", "posix", "ofd"):
 f = open("posix", "r+"); fcntl.lockf(f, fcntl.LOCK_EX, 10, 5)
 pid = os.fork()
 if not pid:
-    t, _, start, length, who = struct.unpack("hhqqi4x", fcntl.fcntl(open("posix", "r+"), fcntl.F_GETLK, range_lock(fcntl.F_WRLCK)))
+    found = fcntl.fcntl(open("posix", "r+"), fcntl.F_GETLK, range_lock(fcntl.F_WRLCK))
+    t, _, start, length, who = struct.unpack("hhqqi4x", found)
     say("getlk", t == fcntl.F_WRLCK, start, length, who == os.getppid()); os._exit(0)
 os.wait(); f.close()
 for kind in ("flock", "posix", "ofd"):
@@ -132,7 +135,8 @@ a, b = open("posix", "r+"), open("ofd", "r+")
 fcntl.lockf(a, fcntl.LOCK_EX)
 pid = os.fork()
 if not pid:
-    b = open("ofd", "r+"); fcntl.lockf(b, fcntl.LOCK_EX); time.sleep(1); fcntl.lockf(open("posix", "r+"), fcntl.LOCK_EX); os._exit(0)
+    b = open("ofd", "r+"); fcntl.lockf(b, fcntl.LOCK_EX); time.sleep(1)
+    fcntl.lockf(open("posix", "r+"), fcntl.LOCK_EX); os._exit(0)
 time.sleep(3)
 try: fcntl.lockf(b, fcntl.LOCK_EX); say("no deadlock")
 except OSError as e: say("deadlock", e.errno == errno.EDEADLK)
@@ -168,8 +172,9 @@ fn waits_end_with_the_lock_an_interrupt_or_a_deadlock() {
 /// Removes and inserts ranges of a file that is also mapped.
 const RANGES: &str = r#"
 import mmap
-libc = ctypes.CDLL(None, use_errno=True); libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
-def blocks(): os.lseek(fd, 0, 0); return "".join(chr(os.pread(fd, 1, at)[0] or 46) for at in __import__("builtins").range(0, os.fstat(fd).st_size, 4096))
+libc = ctypes.CDLL(None, use_errno=True)
+libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+def blocks(): return "".join(chr(os.pread(fd, 1, at)[0] or 46) for at in range(0, os.fstat(fd).st_size, 4096))
 fd = os.open("ranges", os.O_RDWR | os.O_CREAT); os.write(fd, b"".join(bytes([c]) * 4096 for c in b"abcdef"))
 m = mmap.mmap(fd, 6 * 4096); m[5 * 4096] = ord("F")
 assert libc.fallocate(fd, 8, 4096, 8192) == 0, os.strerror(ctypes.get_errno())

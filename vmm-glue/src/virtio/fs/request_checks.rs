@@ -42,7 +42,8 @@ pub fn offset(offset: u64) -> io::Result<()> {
 }
 
 /// Checks the mode of FALLOCATE. Accepts the modes that the guest's kernel sends (fuse_file_fallocate() in
-/// fs/fuse/file.c, with the patches in guest/kernel/patches). For others, returns EOPNOTSUPP, as Linux does for modes that a file system lacks.
+/// fs/fuse/file.c, with the patches in guest/kernel/patches). For others, returns EOPNOTSUPP, as Linux does for modes
+/// that a file system lacks.
 ///
 /// FALLOC_FL_COLLAPSE_RANGE and FALLOC_FL_INSERT_RANGE move extents, and no data. Like the modes before, they only
 /// change the file system's metadata.

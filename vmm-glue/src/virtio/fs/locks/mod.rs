@@ -2,9 +2,9 @@
 //!
 //! A lock of the guest is a lock of the host's kernel. Therefore, it excludes other VMMs and processes of the host, and
 //! it ends with the VMM. flock(2) belongs to an open file, and the VMM takes the lock on the guest's handle. A range
-//! lock belongs to a process, or to an open file with F_OFD_SETLK. For each owner of range locks, the VMM opens the file
-//! once more, and takes the locks on this open file description (F_OFD_SETLK). A process of the host that asks for the
-//! holder sees PID -1.
+//! lock belongs to a process, or to an open file with F_OFD_SETLK. For each owner of range locks, the VMM opens the
+//! file once more, and takes the locks on this open file description (F_OFD_SETLK). A process of the host that asks for
+//! the holder sees PID -1.
 //!
 //! A process that waits has a thread of its own ([`waiters`]), and its request stays in the queue. FUSE_INTERRUPT ends
 //! the wait. The VMM detects deadlocks of processes of its guest ([`table`]). Nobody detects deadlocks that involve
@@ -117,8 +117,8 @@ impl Locks {
         Ok(FileLock { start, end, type_: i32::from(answer.l_type).cast_unsigned(), pid })
     }
 
-    /// Serves SETLK, and SETLKW if there is a function `later`. If the lock is not free, SETLKW calls `later` and returns
-    /// `None`. The returned function is called when the wait has ended.
+    /// Serves SETLK, and SETLKW if there is a function `later`. If the lock is not free, SETLKW calls `later` and
+    /// returns `None`. The returned function is called when the wait has ended.
     pub fn set(
         self: &Arc<Self>,
         inode: Inode,
@@ -310,8 +310,8 @@ impl Locks {
             *file = None;
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        // Another thread of the owner may have unlocked the range since the wait ended. If the lock is still there, this
-        // call changes nothing.
+        // Another thread of the owner may have unlocked the range since the wait ended. If the lock is still there,
+        // this call changes nothing.
         self.take(change)
     }
 

@@ -29,8 +29,8 @@ pub struct Table {
 #[derive(Default)]
 struct FileLocks {
     owners: HashMap<Owner, OwnerLocks>,
-    /// Serializes the calls for this file, so that the table has the same locks as the kernel. A call may block. It then
-    /// does not block calls for other files.
+    /// Serializes the calls for this file, so that the table has the same locks as the kernel. A call may block. It
+    /// then does not block calls for other files.
     order: Arc<Mutex<()>>,
     /// Number of requests that use `order`.
     users: usize,

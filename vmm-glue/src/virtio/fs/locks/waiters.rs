@@ -322,6 +322,7 @@ mod tests {
         assert_eq!(lock(&waiters.0.state).early.len(), MAX_EARLY);
         // The first id was forgotten, and the next one was not.
         assert_eq!(add(10), Ok(()));
+        assert_eq!(results.1.recv().unwrap(), None);
         assert_eq!(add(11), Err(Some(libc::EINTR)));
     }
 }
