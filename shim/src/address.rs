@@ -116,7 +116,9 @@ impl Address {
         for _ in 0..3 {
             match UnixListener::bind(&self.path) {
                 Ok(listener) => {
-                    std::fs::set_permissions(&self.path, std::fs::Permissions::from_mode(0o600)).map_err(error)?;
+                    std::fs::set_permissions(&self.path, std::fs::Permissions::from_mode(0o600))
+                        .inspect_err(|_| self.remove())
+                        .map_err(error)?;
                     return Ok(Listen::Bound(listener));
                 }
                 Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {

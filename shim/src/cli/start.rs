@@ -4,6 +4,10 @@
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
+
 use crate::address::{Address, Listen, ListenError};
 use crate::cli::Args;
 use crate::cli::bootstrap;
@@ -11,6 +15,7 @@ use crate::cli::bootstrap::{Env, MAX_INPUT, Params};
 use crate::daemon;
 use crate::events::Destination;
 use crate::oci::{Bundle, BundleError};
+use crate::sandbox::state_dir::StateDir;
 
 /// A failure to start the shim.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +55,8 @@ pub enum StartError {
 /// Starts the sandbox's shim if the sandbox has no running shim. Writes the shim's address to stdout.
 ///
 /// # Errors
-/// [`StartError`]. Before returning `NoSandbox`, `AddressFile` or `Fork`, removes the socket if this call has bound it.
+/// [`StartError`]. Before returning `NoSandbox`, `AddressFile`, `Fork` or `Reply`, removes the socket if this call has
+/// bound it.
 pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     let dir = std::env::current_dir().map_err(StartError::WorkingDirectory)?;
     let mut input = Vec::new();
@@ -85,7 +91,10 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     adjust_oom_score();
     // SAFETY: this process has a single thread. Therefore, the child is not limited to async-signal-safe functions.
     match unsafe { nix::unistd::fork() } {
-        Ok(nix::unistd::ForkResult::Parent { .. }) => write_reply(&address, reply_format),
+        Ok(nix::unistd::ForkResult::Parent { child }) => {
+            let state = StateDir::new(&args.namespace, &group);
+            write_reply(&address, reply_format).inspect_err(|_| abandon(child, &state, &address))
+        }
         Ok(nix::unistd::ForkResult::Child) => {
             let args = daemon::DaemonArgs {
                 namespace: args.namespace.clone(),
@@ -108,6 +117,14 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     }
 }
 
+/// Ends the daemon, and removes what it has made. A containerd that gets no reply does not know the daemon.
+fn abandon(daemon: Pid, state: &StateDir, address: &Address) {
+    let _ = kill(daemon, Signal::SIGKILL);
+    let _ = waitpid(daemon, None);
+    state.clean_up();
+    address.remove();
+}
+
 fn write_reply(address: &Address, reply_format: bootstrap::ReplyFormat) -> Result<(), StartError> {
     let mut out = std::io::stdout().lock();
     out.write_all(&bootstrap::reply(&address.uri(), reply_format)).and_then(|()| out.flush()).map_err(StartError::Reply)
@@ -128,6 +145,7 @@ fn write_address(bundle: &Path, address: &Address) -> Result<(), StartError> {
     let (path, temporary) = (bundle.join("address"), bundle.join(".address"));
     std::fs::write(&temporary, address.uri())
         .and_then(|()| std::fs::rename(&temporary, &path))
+        .inspect_err(|_| drop(std::fs::remove_file(&temporary)))
         .map_err(|source| StartError::AddressFile { path, source })
 }
 
@@ -145,6 +163,17 @@ fn adjust_oom_score() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn abandon_ends_the_daemon_and_removes_its_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = Address::new(dir.path().to_str(), "c", "n", "g");
+        let Listen::Bound(_listener) = address.listen().unwrap() else { panic!("the new socket is already in use") };
+        let daemon = Pid::from_raw(std::process::Command::new("sleep").arg("60").spawn().unwrap().id().cast_signed());
+        abandon(daemon, &StateDir::new("husk-test-abandon", "none"), &address);
+        assert!(!address.path().exists());
+        assert!(kill(daemon, None).is_err(), "the daemon still runs");
+    }
 
     #[test]
     fn failed_publish_removes_a_socket_that_this_process_has_bound() {

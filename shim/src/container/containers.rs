@@ -38,6 +38,7 @@ pub struct Container {
     paused: AtomicBool,
     oom_reported: AtomicBool,
     exit_guarded: AtomicBool,
+    delete_failed: AtomicBool,
     /// Tasks that keep the mirrored volumes up to date. The tasks stop when the `Container` is dropped.
     _mirroring: JoinSet<()>,
 }
@@ -54,6 +55,7 @@ impl Container {
             paused: AtomicBool::new(false),
             oom_reported: AtomicBool::new(false),
             exit_guarded: AtomicBool::new(false),
+            delete_failed: AtomicBool::new(false),
             _mirroring: mirroring,
         }
     }
@@ -120,6 +122,12 @@ impl Container {
     /// Returns true for the first call only. If the result is true, the caller must watch for the container's exit.
     pub fn claim_exit_guard(&self) -> bool {
         !self.exit_guarded.swap(true, Ordering::Relaxed)
+    }
+
+    /// Returns true for the first call only. If the result is false, the agent has failed to delete the container
+    /// before.
+    pub fn claim_delete_failure(&self) -> bool {
+        !self.delete_failed.swap(true, Ordering::Relaxed)
     }
 
     /// Returns true for the first call only. If the result is true, the caller must publish the OOM event.

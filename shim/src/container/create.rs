@@ -59,6 +59,8 @@ impl Shim {
             return Err(ServiceError::NotCreated);
         }
         self.check_not_ending()?;
+        // A sandbox whose launch has failed must not run the hooks.
+        self.check_alive().await?;
         self.sandbox.timeline.mark("create begin");
         let reservation = self.containers.reserve(&request.id)?;
         let created = self.create_reserved(&request, &reservation).await;
@@ -97,6 +99,7 @@ impl Shim {
             // The hooks may run CNI plugins, which open the pod's network namespace as /proc/PID/ns/net. The PID
             // belongs to the VMM, which does not exist before the launch. `create` has checked that the sandbox is
             // launched.
+            self.check_alive().await?;
             self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
             self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
             Ok::<_, ServiceError>(prepared)
@@ -154,6 +157,11 @@ impl Shim {
         // slow down the creation.
         self.queue_resize();
         Ok(())
+    }
+
+    /// Fails if the launch or the boot has failed, or if the VM has ended. Does not wait for the boot.
+    async fn check_alive(&self) -> Result<(), ServiceError> {
+        if self.sandbox.known_end_reason().is_some() { self.ready_agent().await.map(drop) } else { Ok(()) }
     }
 
     /// Waits until the agent accepts containers.

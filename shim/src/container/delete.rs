@@ -7,6 +7,7 @@ use husk_base::failpoint;
 use husk_proto::containerd::api::{DeleteRequest, DeleteResponse, KillRequest};
 use husk_proto::containerd::events::task::TaskDelete;
 use husk_proto::containerd::topics::TASK_DELETE_EVENT_TOPIC;
+use tokio::time::Instant;
 
 use crate::container::containers::{Container, Exec};
 use crate::container::escalation::{DELETE_TIMEOUT, KILL_ANSWER_TIMEOUT, SIGNAL_TIMEOUT};
@@ -33,9 +34,13 @@ const STUCK_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(1);
 const EXEC_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// After this duration, the output of a container counts as complete even if more output arrives. A client that reads
 /// slowly must not delay the deletion for longer. runc's shim waits 10 s.
-const INIT_OUTPUT_TIMEOUT: Duration = Duration::from_secs(15);
+const INIT_OUTPUT_TIMEOUT: Duration = Duration::from_secs(12);
 /// The counterpart of [`INIT_OUTPUT_TIMEOUT`] for an exec. A child of the exec can write output forever.
 const EXEC_OUTPUT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long after its arrival a Delete request waits for poststop hooks. The hooks then go on until their own timeouts.
+/// The answer also needs time for a guest that hangs, and a kubelet must not wait longer for the deletion.
+const POSTSTOP_TIMEOUT: Duration = Duration::from_secs(40);
 
 impl Shim {
     /// Sends a signal to a process.
@@ -107,9 +112,12 @@ impl Shim {
     /// Deletes a container.
     ///
     /// If the agent does not answer, the shim kills the VM.
-    pub(crate) async fn delete_container(&self, container: &Container) -> Result<DeleteResponse, ServiceError> {
+    pub(crate) async fn delete_container(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+    ) -> Result<DeleteResponse, ServiceError> {
         failpoint!(async "shim.delete").map_err(ServiceError::failed)?;
-        let process = &container.init;
+        let (process, begin) = (&container.init, Instant::now());
         let before = process.begin_delete(ServiceError::NoContainer)?;
         if before == State::Stopped
             && let Some(relay) = process.relay()
@@ -126,26 +134,42 @@ impl Shim {
             self.sandbox.end().await;
         } else if let Ok(agent) = self.agent().await {
             let request = DeleteRequest { id: container.id.clone(), ..Default::default() };
-            match agent.task.delete(within(DELETE_TIMEOUT), &request).await {
+            // The time for the output counts, so that the request ends within its budget.
+            let limit = DELETE_TIMEOUT.saturating_sub(begin.elapsed());
+            match agent.task.delete(within(limit), &request).await {
                 Ok(_) => {}
                 Err(error) if agent::is_timeout(&error) => {
                     self.end_silent_vm(container, "delete", DELETE_TIMEOUT).await;
                 }
                 Err(_) if self.sandbox.is_dead() => {}
                 Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
-                Err(error) => {
+                Err(error) if container.claim_delete_failure() => {
                     process.delete_failed(before);
                     return Err(agent::error("delete", error));
                 }
+                // The client has tried again. A pod whose agent refuses again must end nevertheless.
+                Err(error) => {
+                    let error = crate::chain(&agent::error("delete", error));
+                    self.end_vm(
+                        container,
+                        format!("the agent failed twice to delete container {}: {error}", container.id),
+                    )
+                    .await;
+                }
             }
         }
+        let killed = Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() };
         for process in container.processes() {
             process.drop_relay();
+            // The agent may not have reported the exit, for example that of an exec that was never started.
+            if process.end_with_container(killed) {
+                self.publish_exit(&process, killed);
+            }
         }
         // The container is gone in the guest. Its removal on the node cannot be undone.
         let _ = failpoint!(async "shim.delete.guest");
         self.tear_down_bundle(&container.id).await;
-        let exit = process.exit().unwrap_or_else(|| Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() });
+        let exit = process.exit().unwrap_or(killed);
         self.containers.remove(&container.id);
         self.release_resources(&container.id);
         self.sandbox.timeline.mark("deleted");
@@ -157,7 +181,11 @@ impl Shim {
             ..Default::default()
         };
         self.events.publish(TASK_DELETE_EVENT_TOPIC, &event);
-        self.run_late_hooks("poststop", container, "stopped").await;
+        let (shim, stopped) = (Arc::clone(self), Arc::clone(container));
+        let hooks = tokio::spawn(async move { shim.run_late_hooks("poststop", &stopped, "stopped").await });
+        if tokio::time::timeout_at(begin + POSTSTOP_TIMEOUT, hooks).await.is_err() {
+            tracing::warn!(container = container.id, "the poststop hooks go on after the deletion of the container");
+        }
         let deleted = self.publish_deleted(process, exit);
         self.release_pid(&container.id);
         Ok(deleted)

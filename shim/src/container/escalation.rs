@@ -43,10 +43,15 @@ impl Shim {
     /// of the pod count as exited. `call` says what the agent has not done.
     pub(crate) async fn end_silent_vm(&self, container: &Container, call: &str, limit: Duration) {
         let id = &container.id;
-        self.sandbox.fail(format!("the agent did not {call} container {id} within {} s", limit.as_secs()));
+        self.end_vm(container, format!("the agent did not {call} container {id} within {} s", limit.as_secs())).await;
+    }
+
+    /// Kills the VM because of `reason`. Waits until the VM has ended.
+    pub(crate) async fn end_vm(&self, container: &Container, reason: String) {
+        self.sandbox.fail(reason);
         let mut ended = self.vm_ended.subscribe();
         if tokio::time::timeout(END_TIMEOUT, ended.wait_for(|ended| *ended)).await.is_err() {
-            tracing::error!(container = id, "the VM has not ended, although the shim has killed it");
+            tracing::error!(container = container.id, "the VM has not ended, although the shim has killed it");
         }
     }
 }

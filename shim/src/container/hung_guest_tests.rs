@@ -4,323 +4,21 @@
 //! The shim, its services and its clients are the real ones. The agent and the VMM process are scripted. The clock is
 //! tokio's paused clock, so that timeouts take no time.
 
-use std::collections::{HashMap, HashSet};
-use std::net::Shutdown;
-use std::os::unix::process::ExitStatusExt;
-use std::process::ExitStatus;
-use std::sync::Mutex;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use async_trait::async_trait;
-use husk_proto::agent::{Event, EventsRequest, Exit as Exited, SyncRequest, SyncResponse};
-use husk_proto::agent_ttrpc;
 use husk_proto::containerd::api::{
-    ConnectRequest, ConnectResponse, CreateTaskRequest, DeleteRequest, DeleteResponse, Empty, KillRequest, PidsRequest,
-    PidsResponse, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StatsRequest,
-    StatsResponse, Status, WaitRequest,
+    CreateTaskRequest, ExecProcessRequest, PidsRequest, ShutdownRequest, StartRequest, StatsRequest, Status,
 };
-use husk_proto::containerd::shim::event::Envelope;
-use husk_proto::containerd::shim_async::{Client, Task, TaskClient, create_task};
-use husk_vmm::control::{Notice, wire};
+use husk_proto::containerd::topics::{TASK_EXIT_EVENT_TOPIC, TASK_OOM_EVENT_TOPIC};
 use protobuf::well_known_types::any::Any;
-use tempfile::TempDir;
-use tokio::sync::{broadcast, oneshot};
-use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
-use ttrpc::r#async::{Server, ServerStreamSender, TtrpcContext};
-use ttrpc::asynchronous::transport::{Listener, Socket};
 
-use super::*;
 use crate::container::escalation::{KILL_ANSWER_TIMEOUT, KILL_EXIT_TIMEOUT, SIGNAL_TIMEOUT};
-use crate::events::{Publish, PublishError, RetryPolicy};
-use crate::lock;
-use crate::oci::Spec;
-use crate::resources::cgroup::CgroupLocation;
+use crate::container::model_tests::{Answer, BUDGET, Model, within};
 use crate::sandbox::end::OOM_KILLED;
 use crate::vm::agent::timeouts;
-use crate::vm::vmm::{EXIT_TIMEOUT, ScriptedVmm, Vmm};
-
-/// The limit of every request that ends a container or a pod.
-const BUDGET: Duration = Duration::from_secs(45);
-
-/// What the scripted agent does.
-pub(super) struct Script {
-    /// The methods that the agent does not answer. `*` stands for all.
-    pub(super) hung: Mutex<HashSet<&'static str>>,
-    /// Whether killed containers do not exit.
-    immortal: AtomicBool,
-    /// The signals that containers ignore.
-    pub(super) ignored: Mutex<HashSet<u32>>,
-    /// What happened in the guest, in order. The last entry is the end of the VMM process.
-    pub(super) log: Mutex<Vec<String>>,
-    /// Whether the agent answers Kill requests with an error.
-    refuses_kill: AtomicBool,
-    /// How long the agent takes for a Start request.
-    start_delay: Mutex<Duration>,
-    events: broadcast::Sender<Event>,
-}
-
-impl Script {
-    pub(super) fn hang(&self, method: &'static str) {
-        lock(&self.hung).insert(method);
-    }
-
-    pub(super) fn exit(&self, container: &str, status: u32) {
-        let mut event = Event::new();
-        event.set_exit(Exited { container_id: container.to_owned(), status, ..Default::default() });
-        self.events.send(event).unwrap();
-    }
-
-    /// Returns unless the agent hangs in `method`.
-    async fn call(&self, method: &'static str) {
-        while lock(&self.hung).contains(method) || lock(&self.hung).contains("*") {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    }
-}
-
-struct ScriptedAgent(Arc<Script>);
-
-#[async_trait]
-impl Task for ScriptedAgent {
-    async fn start(&self, _: &TtrpcContext, _: StartRequest) -> ttrpc::Result<StartResponse> {
-        let delay = *lock(&self.0.start_delay);
-        tokio::time::sleep(delay).await;
-        self.0.call("start").await;
-        Ok(StartResponse::new())
-    }
-
-    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        if self.0.refuses_kill.load(Ordering::Relaxed) {
-            return Err(ttrpc::error::get_rpc_status(ttrpc::Code::INTERNAL, "no"));
-        }
-        let script = Arc::clone(&self.0);
-        let kill = async move {
-            script.call("kill").await;
-            lock(&script.log).push(format!("{} gets {}", request.id, request.signal));
-            let ignored = lock(&script.ignored).contains(&request.signal);
-            if !ignored && !script.immortal.load(Ordering::Relaxed) {
-                script.exit(&request.id, 128 + request.signal);
-            }
-        };
-        // When a hung guest recovers, it handles the requests that it has received, even if their timeouts have
-        // expired.
-        tokio::spawn(kill).await.unwrap();
-        Ok(Empty::new())
-    }
-
-    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        self.0.call("resume").await;
-        lock(&self.0.log).push(format!("{} is resumed", request.id));
-        Ok(Empty::new())
-    }
-
-    async fn delete(&self, _: &TtrpcContext, _: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        self.0.call("delete").await;
-        Ok(DeleteResponse::new())
-    }
-
-    async fn pids(&self, _: &TtrpcContext, _: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        self.0.call("pids").await;
-        Ok(PidsResponse::new())
-    }
-
-    async fn stats(&self, _: &TtrpcContext, _: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        self.0.call("stats").await;
-        let any = Any { type_url: husk_proto::metrics::TYPE_URL.to_owned(), ..Default::default() };
-        Ok(StatsResponse { stats: Some(any).into(), ..Default::default() })
-    }
-
-    async fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
-        self.0.call("connect").await;
-        Ok(ConnectResponse::new())
-    }
-}
-
-#[async_trait]
-impl agent_ttrpc::Sandbox for ScriptedAgent {
-    async fn sync(&self, _: &TtrpcContext, _: SyncRequest) -> ttrpc::Result<SyncResponse> {
-        self.0.call("sync").await;
-        lock(&self.0.log).push("sync".to_owned());
-        Ok(SyncResponse::new())
-    }
-
-    async fn events(&self, _: &TtrpcContext, _: EventsRequest, to: ServerStreamSender<Event>) -> ttrpc::Result<()> {
-        let mut events = self.0.events.subscribe();
-        while let Ok(event) = events.recv().await {
-            to.send(&event).await?;
-        }
-        Ok(())
-    }
-}
-
-/// Receives the events instead of containerd, and records their topics.
-struct Recorder(Arc<Mutex<Vec<String>>>);
-
-#[async_trait]
-impl Publish for Recorder {
-    async fn publish(&mut self, event: &Envelope) -> Result<(), PublishError> {
-        lock(&self.0).push(event.topic.clone());
-        Ok(())
-    }
-}
-
-/// A shim with a running VM.
-pub(super) struct Model {
-    pub(super) shim: Arc<Shim>,
-    pub(super) script: Arc<Script>,
-    pub(super) events: Arc<Mutex<Vec<String>>>,
-    socket: std::path::PathBuf,
-    vmm: Vmm,
-    /// Sends notices of the VMM.
-    pub(super) notices: mpsc::WeakSender<Notice>,
-    process: AbortHandle,
-    /// Ends the boot.
-    boot: Option<oneshot::Sender<()>>,
-    _servers: [Server; 2],
-    dir: TempDir,
-}
-
-async fn serve(path: &std::path::Path, services: HashMap<String, ttrpc::r#async::Service>) -> Server {
-    let listener = std::os::unix::net::UnixListener::bind(path).unwrap();
-    listener.set_nonblocking(true).unwrap();
-    let mut server = Server::new().add_listener(Listener::try_from(listener).unwrap()).register_service(services);
-    server.start().await.unwrap();
-    server
-}
-
-impl Model {
-    /// Starts a shim whose VM runs. The VMM process exits when it is killed, if `mortal`.
-    pub(super) async fn start(mortal: bool) -> Self {
-        let mut model = Self::boot(mortal).await;
-        model.boot.take().unwrap().send(()).unwrap();
-        model.shim.sandbox.ready().await.unwrap();
-        model
-    }
-
-    /// Starts a shim whose VM is still booting. A message to the field `boot` ends the boot.
-    async fn boot(mortal: bool) -> Self {
-        let dir = TempDir::new().unwrap();
-        let script = Arc::new(Script {
-            hung: Mutex::default(),
-            immortal: AtomicBool::new(false),
-            ignored: Mutex::default(),
-            log: Mutex::default(),
-            refuses_kill: AtomicBool::new(false),
-            start_delay: Mutex::default(),
-            events: broadcast::channel(64).0,
-        });
-        let agent = |script: &Arc<Script>| Arc::new(ScriptedAgent(Arc::clone(script)));
-        let mut services = create_task(agent(&script));
-        services.extend(agent_ttrpc::create_sandbox(agent(&script)));
-        let agent_socket = dir.path().join("agent");
-        let agent_server = serve(&agent_socket, services).await;
-        let stream = std::os::unix::net::UnixStream::connect(&agent_socket).unwrap();
-        let connection = stream.try_clone().unwrap();
-        let agent = Agent::new(stream).unwrap();
-        let (control, _vmm_end) = wire::pair().unwrap();
-        husk_base::sys::fd::set_nonblocking(&control).unwrap();
-        let ScriptedVmm { vmm, mut killed, died } = Vmm::scripted(control).unwrap();
-        let (notify, notices) = mpsc::channel(1);
-        let (weak_notify, log) = (notify.downgrade(), Arc::clone(&script));
-        let process = tokio::spawn(async move {
-            killed.wait_for(Option::is_some).await.unwrap();
-            lock(&log.log).push("the VMM ends".to_owned());
-            if !mortal {
-                std::future::pending::<()>().await;
-            }
-            drop(notify);
-            connection.shutdown(Shutdown::Both).unwrap();
-            died.send_replace(Some(ExitStatus::from_raw(libc::SIGKILL)));
-        });
-        let (report, reports) = mpsc::channel(8);
-        let (boot, booted) = oneshot::channel();
-        let booted = async move {
-            let _ = booted.await;
-            agent
-        };
-        let cgroup = CgroupLocation::V2(dir.path().to_owned());
-        let sandbox = Sandbox::scripted("model", booted, vmm.clone(), notices, report, cgroup);
-        let published = Arc::<Mutex<Vec<String>>>::default();
-        let events = Events::start("test", Recorder(Arc::clone(&published)), RetryPolicy::default());
-        let shim = Shim::new("test", sandbox, events, Launcher::ended(), reports, None);
-        let socket = dir.path().join("shim");
-        let server = serve(&socket, crate::service::services(&shim)).await;
-        let process = process.abort_handle();
-        Self {
-            shim,
-            script,
-            events: published,
-            socket,
-            vmm,
-            notices: weak_notify,
-            process,
-            boot: Some(boot),
-            _servers: [server, agent_server],
-            dir,
-        }
-    }
-
-    /// Returns a client with a connection of its own.
-    pub(super) fn client(&self) -> TaskClient {
-        let stream = std::os::unix::net::UnixStream::connect(&self.socket).unwrap();
-        stream.set_nonblocking(true).unwrap();
-        TaskClient::new(Client::new(Socket::new(tokio::net::UnixStream::from_std(stream).unwrap())))
-    }
-
-    /// Adds a container that has been created.
-    pub(super) fn add(&self, id: &str) -> Arc<Container> {
-        self.add_with(id, &[])
-    }
-
-    /// Adds a container with annotations that has been created.
-    pub(super) fn add_with(&self, id: &str, annotations: &[(&str, &str)]) -> Arc<Container> {
-        let init = Process::new(id, "", stdio_paths("", "", "", false));
-        let mut spec = Spec::default();
-        spec.annotations.0.extend(annotations.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
-        let container = Arc::new(Container::new(id, "/", spec, init, JoinSet::new()));
-        let reservation = self.shim.containers.reserve(id).unwrap();
-        self.shim.containers.insert(Arc::clone(&container));
-        drop(reservation);
-        container
-    }
-
-    /// Adds a container and starts it.
-    pub(super) async fn run(&self, id: &str) -> Arc<Container> {
-        let container = self.add(id);
-        let request = StartRequest { id: id.to_owned(), ..Default::default() };
-        self.client().start(within(BUDGET), &request).await.unwrap();
-        container
-    }
-
-    pub(super) async fn kill(&self, id: &str, signal: i32) -> ttrpc::Result<Empty> {
-        let request = KillRequest { id: id.to_owned(), signal: signal.unsigned_abs(), ..Default::default() };
-        self.client().kill(within(BUDGET), &request).await
-    }
-
-    pub(super) async fn delete(&self, id: &str) -> ttrpc::Result<DeleteResponse> {
-        let request = DeleteRequest { id: id.to_owned(), ..Default::default() };
-        self.client().delete(within(BUDGET), &request).await
-    }
-
-    pub(super) async fn wait(&self, id: &str) -> u32 {
-        let request = WaitRequest { id: id.to_owned(), ..Default::default() };
-        self.client().wait(within(BUDGET), &request).await.unwrap().exit_status
-    }
-
-    pub(super) async fn status(&self, id: &str) -> Status {
-        let request = StateRequest { id: id.to_owned(), ..Default::default() };
-        self.client().state(within(Duration::from_secs(1)), &request).await.unwrap().status.unwrap()
-    }
-
-    pub(super) fn reason(&self) -> String {
-        self.shim.sandbox.known_end_reason().unwrap_or_default().to_string()
-    }
-}
-
-pub(super) fn within(limit: Duration) -> ttrpc::context::Context {
-    ttrpc::context::with_duration(limit)
-}
+use crate::vm::vmm::EXIT_TIMEOUT;
 
 #[tokio::test(start_paused = true)]
 async fn sigkill_ends_the_pod_if_the_agent_does_not_answer() {
@@ -338,7 +36,7 @@ async fn sigkill_ends_the_pod_if_the_agent_does_not_answer() {
         assert_eq!(model.delete(id).await.unwrap().exit_status, 137);
     }
     assert!(begin.elapsed() < BUDGET);
-    assert_eq!(lock(&model.events).iter().filter(|topic| *topic == TASK_EXIT_EVENT_TOPIC).count(), 2);
+    assert_eq!(model.count(TASK_EXIT_EVENT_TOPIC), 2);
 }
 
 #[tokio::test(start_paused = true)]
@@ -351,8 +49,7 @@ async fn running_containers_report_an_oom_kill_of_the_vmm() {
         model.vmm.kill();
         assert_eq!(model.wait("running").await, 137);
         assert!(model.reason().starts_with(reason), "{}", model.reason());
-        let count = || lock(&model.events).iter().filter(|topic| *topic == TASK_OOM_EVENT_TOPIC).count();
-        assert_eq!(count(), oom_events);
+        assert_eq!(model.count(TASK_OOM_EVENT_TOPIC), oom_events);
     }
 }
 
@@ -374,7 +71,7 @@ async fn sigkill_ends_the_pod_if_the_container_does_not_exit() {
 async fn sigkill_ends_the_pod_if_the_agent_answers_with_an_error() {
     let model = Model::start(true).await;
     model.run("a").await;
-    model.script.refuses_kill.store(true, Ordering::Relaxed);
+    model.script.set("kill", Answer::Error);
     assert!(model.kill("a", libc::SIGTERM).await.is_err());
     model.kill("a", libc::SIGKILL).await.unwrap();
     assert_eq!(model.wait("a").await, 137);
@@ -405,7 +102,7 @@ async fn other_signals_succeed_and_end_nothing_while_the_agent_hangs() {
     tokio::time::sleep(BUDGET).await;
     assert_eq!((model.reason(), model.status("a").await), (String::new(), Status::RUNNING));
     // The agent gets the signal when it continues.
-    lock(&model.script.hung).clear();
+    model.script.recover();
     assert_eq!(model.wait("a").await, 128 + 15);
 }
 
@@ -482,7 +179,7 @@ async fn stats_fail_at_once_after_two_misses_until_the_agent_answers() {
     }
     let (answered, elapsed) = stats().await;
     assert!(!answered && elapsed < Duration::from_millis(100), "{elapsed:?}");
-    lock(&model.script.hung).clear();
+    model.script.recover();
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert!(stats().await.0);
 }
@@ -493,7 +190,7 @@ async fn start_completes_although_its_caller_disconnects() {
     for caller_closes_connection in [false, true] {
         let id = if caller_closes_connection { "a" } else { "b" };
         model.add(id);
-        *lock(&model.script.start_delay) = Duration::from_secs(5);
+        model.script.set("start", Answer::Late(Duration::from_secs(5)));
         let request = StartRequest { id: id.to_owned(), ..Default::default() };
         let client = model.client();
         if caller_closes_connection {
@@ -548,4 +245,73 @@ async fn delete_and_shutdown_cancel_a_creation() {
         // The shim has torn the sandbox down.
         tokio::time::timeout(BUDGET, model.shim.wait_finished()).await.unwrap();
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn second_delete_ends_the_pod_if_the_agent_answers_with_errors() {
+    let model = Model::start(true).await;
+    model.add("a");
+    model.run("other").await;
+    model.script.set("delete", Answer::Error);
+    assert!(model.delete("a").await.is_err());
+    assert_eq!(model.reason(), "");
+    assert_eq!(model.delete("a").await.unwrap().exit_status, 137);
+    assert!(model.reason().starts_with("the agent failed twice to delete container a"), "{}", model.reason());
+    assert_eq!(model.wait("other").await, 137);
+}
+
+#[tokio::test(start_paused = true)]
+async fn delete_ends_the_requests_that_wait_for_the_container_and_its_execs() {
+    let model = Model::start(true).await;
+    model.add("other");
+    let container = model.add("a");
+    let spec = Any { value: br#"{ "args": ["true"], "cwd": "/" }"#.to_vec(), ..Default::default() };
+    let exec = |exec_id: &str| ExecProcessRequest {
+        id: "a".to_owned(),
+        exec_id: exec_id.to_owned(),
+        spec: Some(spec.clone()).into(),
+        ..Default::default()
+    };
+    model.client().exec(within(BUDGET), &exec("added")).await.unwrap();
+    let added = container.process("added").unwrap();
+    let waits = tokio::spawn(async move { (container.init.wait().await.status, added.wait().await.status) });
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    assert_eq!(model.delete("a").await.unwrap().exit_status, 137);
+    let ended = tokio::time::timeout(Duration::from_secs(1), waits).await;
+    assert_eq!(ended.expect("a wait does not end").unwrap(), (137, 137));
+    assert_eq!(model.count(TASK_EXIT_EVENT_TOPIC), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn exec_whose_start_times_out_does_not_run_later() {
+    let model = Model::start(true).await;
+    model.run("a").await;
+    let spec = Any { value: br#"{ "args": ["true"], "cwd": "/" }"#.to_vec(), ..Default::default() };
+    let exec = ExecProcessRequest {
+        id: "a".to_owned(),
+        exec_id: "e".to_owned(),
+        spec: Some(spec).into(),
+        ..Default::default()
+    };
+    model.client().exec(within(BUDGET), &exec).await.unwrap();
+    model.script.set("start_exec", Answer::DoneLate(timeouts::SLOW + Duration::from_secs(1)));
+    let start = StartRequest { id: "a".to_owned(), exec_id: "e".to_owned(), ..Default::default() };
+    assert!(model.client().start(within(timeouts::SLOW * 2), &start).await.is_err());
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert!(!model.script.runs("a", "e"), "the exec runs although its start has failed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn delete_with_output_ends_within_its_budget_although_the_guest_hangs() {
+    let model = Model::start(false).await;
+    model.add("other");
+    let container = model.run("a").await;
+    model.attach_silent_output(&container).await;
+    model.script.exit("a", 0);
+    assert_eq!(model.wait("a").await, 0);
+    model.script.hang("*");
+    let begin = Instant::now();
+    assert_eq!(model.delete("a").await.unwrap().exit_status, 0);
+    assert!(begin.elapsed() < BUDGET, "{:?}", begin.elapsed());
+    model.process.abort();
 }

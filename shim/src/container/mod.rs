@@ -6,6 +6,8 @@ mod delete;
 pub mod escalation;
 #[cfg(test)]
 mod hung_guest_tests;
+#[cfg(test)]
+mod model_tests;
 mod oom_score;
 mod orderly_end;
 #[cfg(test)]

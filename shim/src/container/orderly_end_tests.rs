@@ -7,7 +7,7 @@ use husk_proto::containerd::api::{CreateTaskRequest, StartRequest};
 use husk_vmm::control::Notice;
 use tokio::time::Instant;
 
-use super::hung_guest_tests::{Model, within};
+use super::model_tests::{Model, within};
 use super::*;
 use crate::lock;
 
@@ -21,7 +21,7 @@ fn log(model: &Model) -> Vec<String> {
 }
 
 fn exits(model: &Model) -> usize {
-    lock(&model.events).iter().filter(|topic| *topic == TASK_EXIT_EVENT_TOPIC).count()
+    model.count(TASK_EXIT_EVENT_TOPIC)
 }
 
 #[tokio::test(start_paused = true)]

@@ -192,6 +192,17 @@ impl Process {
         }
     }
 
+    /// Records an exit that the agent has not reported and will not report, because the process is being deleted. Ends
+    /// the requests that wait for the process. Returns whether the caller must publish the exit.
+    pub fn end_with_container(&self, exit: Exit) -> bool {
+        let started = !matches!(self.state(), State::Created | State::Deleted);
+        let publish = self.record_exit(exit) == ExitReport::Publish && started;
+        if self.state() != State::Starting {
+            self.exit.send_if_modified(|e| e.is_none().then(|| *e = Some(exit)).is_some());
+        }
+        publish
+    }
+
     /// Begins the deletion. Returns the state before the deletion.
     ///
     /// # Errors

@@ -44,8 +44,10 @@ impl Shim {
     pub(crate) fn release_resources(&self, id: &str) {
         self.release_oom_score(id);
         let removed = lock(&self.limits.pod).remove(id).is_some();
-        // Do not resize a pod without containers, because the VM usually ends with the last container.
-        if removed && !self.containers.is_empty() && !self.sandbox.is_dead() {
+        // Do not resize a pod without containers, because its VM ends with the last container, unless a CreateSandbox
+        // request created the sandbox.
+        let goes_on = !self.containers.is_empty() || self.sandbox_state.is_created();
+        if removed && goes_on && !self.sandbox.is_dead() {
             self.queue_resize();
         }
     }

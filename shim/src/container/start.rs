@@ -18,7 +18,7 @@ use crate::error::ServiceError;
 use crate::oci;
 use crate::stdio::{LoggerContext, Stdio};
 use crate::vm::agent;
-use crate::vm::agent::{timeouts, within};
+use crate::vm::agent::{Agent, timeouts, within};
 
 /// Exit status of a process that could not be started, as in runc's shim.
 const EXIT_STATUS_NOT_STARTED: u32 = 255;
@@ -132,16 +132,29 @@ impl Shim {
             spec: Some(spec).into(),
             ..Default::default()
         };
-        agent.task.exec(within(timeouts::SLOW), &request).await.map_err(|error| agent::error("exec", error))?;
+        if let Err(error) = agent.task.exec(within(timeouts::SLOW), &request).await {
+            if agent::is_timeout(&error) {
+                self.forget_exec(&agent, process).await;
+            }
+            return Err(agent::error("exec", error));
+        }
         drop(turn);
         let start = StartRequest { id: process.container.clone(), exec_id: process.exec.clone(), ..Default::default() };
         if let Err(error) = agent.task.start(within(timeouts::SLOW), &start).await {
-            let forget =
-                DeleteRequest { id: process.container.clone(), exec_id: process.exec.clone(), ..Default::default() };
-            let _ = agent.task.delete(within(timeouts::QUICK), &forget).await;
+            self.forget_exec(&agent, process).await;
             return Err(agent::error("exec", error));
         }
         Ok(())
+    }
+
+    /// Ends and removes an exec whose start has failed. The agent may still start it after a timeout. The client has
+    /// then been told that the exec does not run, and may run it a second time.
+    async fn forget_exec(&self, agent: &Agent, process: &Process) {
+        let (id, exec_id) = (process.container.clone(), process.exec.clone());
+        let kill = KillRequest { id: id.clone(), exec_id: exec_id.clone(), signal: 9, ..Default::default() };
+        let _ = agent.task.kill(within(timeouts::QUICK), &kill).await;
+        let delete = DeleteRequest { id, exec_id, ..Default::default() };
+        let _ = agent.task.delete(within(timeouts::QUICK), &delete).await;
     }
 
     /// Publishes an exit that was recorded before the start event. If the VM has ended, marks each process of the

@@ -205,6 +205,15 @@ async fn serve(
 ) -> i32 {
     let DaemonArgs { namespace, mut destination, address, listener, dir, .. } = args;
     destination.set_launcher(launcher.clone());
+    tokio::spawn({
+        let launcher = launcher.clone();
+        async move {
+            match launcher.wait_end().await {
+                Ok(()) => tracing::error!("the launcher has ended: the pod runs on, but the shim starts no programs"),
+                Err(error) => tracing::warn!(%error, "failed to watch the launcher"),
+            }
+        }
+    });
     let (reports, reported) = mpsc::channel(MAX_REPORTS);
     let sandbox = Sandbox::new(&context.sandbox, context.dir.clone(), Arc::clone(&context.timeline), vmm_log);
     let pending = match launch {

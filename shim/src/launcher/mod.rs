@@ -110,6 +110,15 @@ impl Launcher {
         Self { socket: Arc::new(socket) }
     }
 
+    /// Waits until the launcher has ended.
+    ///
+    /// # Errors
+    /// If the socket cannot be registered with the async runtime.
+    pub async fn wait_end(&self) -> io::Result<()> {
+        // The launcher sends nothing on this socket, so that it becomes readable only at its end.
+        register(self.socket.try_clone()?, Interest::READABLE)?.readable().await.map(drop)
+    }
+
     /// Starts a program, and waits until execve(2) has succeeded. If the caller stops waiting, a program that starts
     /// later is killed.
     ///

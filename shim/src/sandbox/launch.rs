@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use husk_base::failpoint;
@@ -15,12 +15,13 @@ use tokio::sync::{mpsc, oneshot};
 use crate::blocking;
 use crate::chain;
 use crate::launcher::Launcher;
+use crate::lock;
 use crate::log;
 use crate::network;
 use crate::network::NetworkError;
 use crate::oci::{Bundle, BundleError, IdMappings, Network, Spec};
 use crate::resources;
-use crate::resources::cgroup::{Cgroup, CgroupError};
+use crate::resources::cgroup::{Cgroup, CgroupError, CgroupLocation, PlannedCgroup};
 use crate::resources::limits;
 use crate::resources::oom_score;
 use crate::resources::rate_limits::{RateLimitError, RateLimits};
@@ -31,6 +32,7 @@ use crate::sandbox::policy::{PodPolicies, PolicyError};
 use crate::sandbox::state_dir::{ProcessId, StateDir, StateError};
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{LaunchInput, Sandbox};
+use crate::systemd::Unit;
 use crate::vm::agent::Report;
 use crate::vm::vmm::{self, VmmError};
 
@@ -139,8 +141,8 @@ impl DeferredLaunch {
     /// Launches the sandbox.
     ///
     /// # Errors
-    /// Fails if `share` is an error, if the specification is invalid, or if a thread cannot be started or panics.
-    /// [`Sandbox::ready`] reports later failures.
+    /// Fails if `share` is an error, if the specification is invalid, or if the cgroup's task fails. [`Sandbox::ready`]
+    /// reports later failures.
     pub async fn launch(self, spec: serde_json::Value, sandbox: &Sandbox) -> Result<(), LaunchError> {
         let Self { context, share, dir, launcher, reports } = self;
         let share = share.map_err(LaunchError::Share)?;
@@ -152,20 +154,14 @@ impl DeferredLaunch {
             move || (Installation::open(&context), enter_cgroup(&context, &path))
         });
         let (installation, cgroup) = entered.await.map_err(LaunchError::EnterTask)?;
-        let (done, wait) = oneshot::channel();
-        // Use a separate thread, because a launch enters the pod's network namespace. If the thread cannot leave this
-        // namespace, the thread must end.
-        let thread = std::thread::Builder::new().name("launch".into()).spawn(move || {
-            let mut partial = PartialLaunch::default();
-            let spawned = cgroup.and_then(|cgroup| partial.spawn(&context, &bundle.spec, cgroup, Some(&launcher)));
-            let plan = spawned.and_then(|network| partial.plan(&context, &bundle, &share, network, installation));
-            let _ = done.send(partial.finish(plan));
+        let mut partial = PartialLaunch::default();
+        let entered = cgroup.map(|cgroup| partial.cgroup = cgroup);
+        let input = on_thread(partial, move |partial| {
+            entered?;
+            let network = partial.spawn(&context, &bundle.spec, Some(&launcher))?;
+            partial.plan(&context, &bundle, &share, network, installation)
         });
-        let input = match thread {
-            Ok(_) => wait.await.map_err(|_| LaunchError::Panicked)?,
-            Err(error) => return Err(LaunchError::Thread(error)),
-        };
-        sandbox.launch(input, reports);
+        sandbox.launch(input.await, reports);
         Ok(())
     }
 }
@@ -211,8 +207,8 @@ pub fn prepare(context: &LaunchContext, bundle: &Bundle, share: &Path) -> Launch
     let mut partial = PartialLaunch::default();
     let spec = &bundle.spec;
     let installation = Installation::open(context);
-    let entered = enter_cgroup(context, &spec.linux.cgroups_path);
-    let spawned = entered.and_then(|cgroup| partial.spawn(context, spec, cgroup, None));
+    let entered = enter_cgroup(context, &spec.linux.cgroups_path).map(|cgroup| partial.cgroup = cgroup);
+    let spawned = entered.and_then(|()| partial.spawn(context, spec, None));
     let plan = spawned.and_then(|network| partial.plan(context, bundle, share, network, installation));
     partial.finish(plan)
 }
@@ -221,6 +217,30 @@ pub fn prepare(context: &LaunchContext, bundle: &Bundle, share: &Path) -> Launch
 /// causes.
 pub fn failed(error: String) -> LaunchInput {
     PartialLaunch::default().finish(Err(LaunchError::Share(error)))
+}
+
+/// Continues a launch on a separate thread, because a launch enters the pod's network namespace. If the thread cannot
+/// leave this namespace, the thread must end.
+///
+/// The sandbox gets what the launch has acquired even if the thread cannot be started or panics. It then reaps the VMM
+/// process, and removes the cgroup.
+async fn on_thread(
+    partial: PartialLaunch,
+    work: impl FnOnce(&mut PartialLaunch) -> Result<BootPlan, LaunchError> + Send + 'static,
+) -> LaunchInput {
+    let partial = Arc::new(Mutex::new(partial));
+    let (done, wait) = oneshot::channel();
+    let shared = Arc::clone(&partial);
+    let thread = std::thread::Builder::new().name("launch".into()).spawn(move || {
+        let plan = work(&mut lock(&shared));
+        let _ = done.send(plan);
+    });
+    let plan = match thread {
+        Ok(_) => wait.await.unwrap_or(Err(LaunchError::Panicked)),
+        Err(error) => Err(LaunchError::Thread(error)),
+    };
+    let partial = std::mem::take(&mut *lock(&partial));
+    partial.finish(plan)
 }
 
 impl PartialLaunch {
@@ -235,10 +255,8 @@ impl PartialLaunch {
         &mut self,
         context: &LaunchContext,
         spec: &Spec,
-        cgroup: Option<Cgroup>,
         launcher: Option<&Launcher>,
     ) -> Result<Network, LaunchError> {
-        self.cgroup = cgroup;
         failpoint!("shim.launch.entered").map_err(LaunchError::Failpoint)?;
         let network = spec.network()?;
         let namespace = vmm::network_namespace(&network)?;
@@ -387,13 +405,49 @@ fn enter_cgroup(context: &LaunchContext, path: &str) -> Result<Option<Cgroup>, L
     if path.is_empty() {
         return Ok(None);
     }
-    let cgroup = Cgroup::enter(path, &context.namespace)
-        .map_err(|source| LaunchError::EnterCgroup { path: path.to_owned(), source: Box::new(source) })?;
-    let dirs: Vec<_> = cgroup.location().dirs().map(|dir| dir.display().to_string()).collect();
-    let recorded = context.dir.write("cgroup", &dirs.join("\n"));
-    let recorded = recorded.and_then(|()| cgroup.unit().map_or(Ok(()), |unit| context.dir.write("unit", unit.name())));
-    if let Err(error) = recorded {
-        tracing::warn!(error = %chain(&error), "failed to record the sandbox's cgroup");
+    let failed = |source| LaunchError::EnterCgroup { path: path.to_owned(), source: Box::new(source) };
+    let planned = PlannedCgroup::new(path, &context.namespace).map_err(failed)?;
+    record_cgroup(&context.dir, planned.parts())?;
+    // The cgroup of a failed attempt no longer exists, or belongs to another sandbox.
+    planned.enter().map(Some).inspect_err(|_| context.dir.forget_cgroup()).map_err(failed)
+}
+
+/// Records a cgroup before it is made. If the shim dies, the action `delete` can then remove it.
+fn record_cgroup(dir: &StateDir, (location, unit): (&CgroupLocation, Option<&Unit>)) -> Result<(), StateError> {
+    let dirs: Vec<_> = location.dirs().map(|dir| dir.display().to_string()).collect();
+    let recorded = dir.write("cgroup", &dirs.join("\n"));
+    let recorded = recorded.and_then(|()| unit.map_or(Ok(()), |unit| dir.write("unit", unit.name())));
+    recorded.inspect_err(|_| dir.forget_cgroup())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn launch_whose_thread_fails_keeps_what_it_has_acquired() {
+        let input = on_thread(PartialLaunch::default(), |partial| {
+            partial.timeline_log = "/kept".into();
+            panic!("of the test");
+        });
+        let LaunchInput { plan, timeline_log, .. } = input.await;
+        assert!(plan.is_err_and(|error| error == LaunchError::Panicked.to_string()));
+        assert_eq!(timeline_log, Path::new("/kept"));
     }
-    Ok(Some(cgroup))
+
+    #[test]
+    fn cgroup_is_recorded_before_it_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::at(dir.path());
+        let planned = PlannedCgroup::new("/husk-test-planned/x", "husk-test").unwrap();
+        let first = planned.parts().0.dirs().next().unwrap().to_owned();
+        record_cgroup(&state, planned.parts()).unwrap();
+        assert!(state.read("cgroup").unwrap().lines().any(|line| Path::new(line) == first));
+        assert!(!first.exists());
+        state.forget_cgroup();
+        assert_eq!(state.read("cgroup"), None);
+        // A cgroup that cannot be recorded must not be made.
+        let missing = StateDir::at(&dir.path().join("missing"));
+        assert!(record_cgroup(&missing, planned.parts()).is_err());
+    }
 }

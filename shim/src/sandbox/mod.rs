@@ -31,6 +31,8 @@ use crate::network::port_forwarding;
 use crate::network::sync::NetworkSync;
 use crate::random;
 use crate::resources::cgroup::{Cgroup, CgroupLocation};
+#[cfg(test)]
+use crate::resources::growth::Growth;
 use crate::resources::growth::Size;
 use crate::resources::resize::Resizer;
 use crate::resources::{hugepages, limits, reclaim};
@@ -147,6 +149,10 @@ impl Sandbox {
             Ok(vmm) => (vmm, plan),
             Err(error) => (None, Err(error)),
         };
+        if let Err(error) = &plan {
+            // From here on, no request counts on the sandbox.
+            self.state.enter(State::Failed(error.as_str().into()));
+        }
         let resizer = match (&plan, &vmm) {
             (Ok(plan), Some(vmm)) => Some(self.start_resizer(plan, vmm, cgroup.as_ref())),
             _ => None,
@@ -292,16 +298,17 @@ impl Sandbox {
         vmm: Vmm,
         notices: mpsc::Receiver<Notice>,
         reports: mpsc::Sender<Report>,
-        cgroup: CgroupLocation,
+        (cgroup, growth): (CgroupLocation, Growth),
     ) -> Arc<Self> {
         let dir = StateDir::new("test", id);
         let timeline = Arc::new(Timeline::new("test", id, dir.timeline()));
         let sandbox = Self::new(id, dir, Arc::clone(&timeline), None);
         sandbox.state.enter(State::Booting);
+        let resizer = Resizer::start(growth, vmm.clone(), sandbox.state.clone(), None, Arc::new(|_| ()));
         let launched = Launched {
             cgroup: None,
             vmm: Some(vmm.clone()),
-            resizer: None,
+            resizer: Some(resizer),
             disk_rate_limit: RateLimit::default(),
             timeline_log: PathBuf::new(),
         };

@@ -67,6 +67,19 @@ impl StateDir {
         Self { path: Path::new(ROOT).join(namespace).join(sandbox) }
     }
 
+    /// Returns a directory at another place.
+    #[cfg(test)]
+    pub fn at(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
+    /// Removes the record of the cgroup and its systemd scope.
+    pub fn forget_cgroup(&self) {
+        for name in ["cgroup", "unit"] {
+            let _ = std::fs::remove_file(self.path.join(name));
+        }
+    }
+
     /// Returns the path of the directory.
     pub fn path(&self) -> &Path {
         &self.path

@@ -26,9 +26,14 @@ impl From<ServiceError> for ttrpc::Error {
 /// Returns all ttrpc services of the shim. Requests that change state run to completion. Once the VM has ended, failed
 /// requests say why.
 pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
+    completion::completed(uncompleted(shim))
+}
+
+/// Returns the services without the promise that requests run to completion.
+pub(crate) fn uncompleted(shim: &Arc<Shim>) -> HashMap<String, Service> {
     let mut all = task::services(shim);
     all.extend(sandbox::services(shim));
-    completion::completed(end_reason::explained(shim, all))
+    end_reason::explained(shim, all)
 }
 
 #[cfg(test)]

@@ -13,9 +13,11 @@ use std::task::{Context, Poll, Waker, ready};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf, Take};
 use tokio::net::UnixStream;
+use tokio::net::unix::OwnedReadHalf;
 use ttrpc::proto::{MESSAGE_HEADER_LENGTH, MESSAGE_TYPE_DATA, MessageHeader};
 
 use crate::lock;
+use crate::vm::outgoing::Outgoing;
 use crate::vm::throttle::Throttled;
 
 /// Maximum number of events that are received but not handled.
@@ -61,20 +63,22 @@ impl UnhandledEvents {
 
 /// The shim's connection to the agent. The connection tracks where each received message begins and ends.
 pub struct AgentStream {
-    stream: Take<Throttled<UnixStream>>,
+    stream: Take<Throttled<OwnedReadHalf>>,
     header: [u8; MESSAGE_HEADER_LENGTH],
     /// Number of bytes of the current header that were read.
     header_len: usize,
     /// Number of bytes of the current message's body that were not read yet.
     body: u32,
     unhandled: Arc<UnhandledEvents>,
+    outgoing: Outgoing,
 }
 
 impl AgentStream {
-    /// Wraps a connected socket.
+    /// Wraps a connected socket. Spawns the task that sends the requests.
     pub fn new(stream: UnixStream, unhandled: Arc<UnhandledEvents>) -> Self {
-        let header = [0; MESSAGE_HEADER_LENGTH];
-        Self { stream: Throttled::new(stream).take(0), header, header_len: 0, body: 0, unhandled }
+        let (input, output) = stream.into_split();
+        let (stream, outgoing) = (Throttled::new(input).take(0), Outgoing::new(output));
+        Self { stream, header: [0; MESSAGE_HEADER_LENGTH], header_len: 0, body: 0, unhandled, outgoing }
     }
 
     /// Records bytes of a header. When the header is complete, checks the length of an event and counts the event.
@@ -125,28 +129,17 @@ impl AsyncRead for AgentStream {
     }
 }
 
+/// Writes and flushes never wait, see [`Outgoing`].
 impl AsyncWrite for AgentStream {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(self.stream.get_mut()).poll_write(context, bytes)
+    fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Poll::Ready(self.outgoing.write(bytes).map(|()| bytes.len()))
     }
 
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        parts: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(self.stream.get_mut()).poll_write_vectored(context, parts)
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 
-    fn is_write_vectored(&self) -> bool {
-        self.stream.get_ref().is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(self.stream.get_mut()).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(self.stream.get_mut()).poll_shutdown(context)
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 }

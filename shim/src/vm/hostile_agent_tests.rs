@@ -5,8 +5,10 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use husk_proto::agent::{Event, Exit, SetupRequest, SetupResponse, SyncRequest, SyncResponse};
+use husk_proto::containerd::api::ExecProcessRequest;
 use husk_proto::containerd::shim::shim::{StatsRequest, StatsResponse};
 use protobuf::Message;
+use protobuf::well_known_types::any::Any;
 use ttrpc::proto::{MESSAGE_TYPE_DATA, MESSAGE_TYPE_REQUEST, MESSAGE_TYPE_RESPONSE, MessageHeader, Response};
 
 use super::*;
@@ -238,4 +240,31 @@ fn events_with_invalid_ids_are_rejected() {
         event.set_exit(Exit { container_id: container.into(), exec_id: exec.into(), ..Default::default() });
         assert_eq!(check(event), None, "an event for container {container:?} and exec {exec:?} was accepted");
     }
+}
+
+/// Returns a request that the buffers of a socket cannot hold.
+fn large_request() -> ExecProcessRequest {
+    let spec = Any { value: vec![7; 3 << 20], ..Default::default() };
+    ExecProcessRequest { spec: Some(spec).into(), ..Default::default() }
+}
+
+#[tokio::test]
+async fn request_that_ends_half_written_does_not_end_the_connection() {
+    let (resume, paused) = std::sync::mpsc::channel::<()>();
+    let (agent, script) = HostileAgent::start(move |mut agent| {
+        paused.recv().unwrap();
+        agent.request();
+        agent.request();
+        let id = agent.request();
+        agent.answer(id, &SyncResponse::new());
+    });
+    let large = large_request();
+    // One caller's deadline expires, and another caller goes away.
+    let error = agent.task.exec(within(Duration::from_millis(50)), &large).await.unwrap_err();
+    assert!(is_timeout(&error), "{error}");
+    let dropped = agent.task.exec(within(timeouts::SLOW), &large);
+    assert!(tokio::time::timeout(Duration::from_millis(50), dropped).await.is_err());
+    resume.send(()).unwrap();
+    sync(&agent).await.unwrap();
+    tokio::task::spawn_blocking(|| script.join().unwrap()).await.unwrap();
 }

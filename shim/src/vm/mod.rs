@@ -3,6 +3,7 @@
 pub mod agent;
 mod agent_stream;
 pub mod console;
+mod outgoing;
 pub mod state;
 mod thread_id;
 mod throttle;

@@ -268,16 +268,21 @@ impl Vmm {
         Ok(vmm)
     }
 
-    /// Returns a VMM whose end the caller decides. The control socket answers nothing.
+    /// Returns a VMM whose end the caller decides. The other end of the control socket answers in the VMM's place.
     ///
     /// # Errors
     /// If the socket cannot be registered with the async runtime.
     #[cfg(test)]
-    pub fn scripted(control: OwnedFd) -> std::io::Result<ScriptedVmm> {
+    pub fn scripted(control: OwnedFd, notices: mpsc::Sender<Notice>) -> std::io::Result<ScriptedVmm> {
         let (died, dead) = watch::channel(None);
         // No process has this PID, and `kill` sends no signal to it.
         let vmm = Self::new(register(control, Interest::READABLE | Interest::WRITABLE)?, u32::MAX, dead);
         let killed = vmm.inner.killed.subscribe();
+        let inner = Arc::clone(&vmm.inner);
+        tokio::spawn(async move {
+            read_all(&inner, notices).await;
+            Self { inner }.kill();
+        });
         Ok(ScriptedVmm { vmm, killed, died })
     }
 

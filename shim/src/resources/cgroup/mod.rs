@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use crate::blocking;
-use crate::systemd::{Unit, UnitError};
+use crate::systemd::{Scope, Unit, UnitError};
 
 pub use crate::resources::cgroup::remove::remove;
 
@@ -84,13 +84,19 @@ pub fn is_cgroup_v2() -> bool {
     Path::new(MOUNT).join("cgroup.controllers").exists()
 }
 
-impl Cgroup {
-    /// Creates the cgroup, directly or through systemd, and moves this process into the cgroup. Blocks until systemd
-    /// has created the scope.
+/// A cgroup that does not exist yet.
+#[derive(Debug)]
+pub struct PlannedCgroup {
+    cgroup: Cgroup,
+    scope: Option<Scope>,
+}
+
+impl PlannedCgroup {
+    /// Determines where the cgroup will be. Changes nothing.
     ///
     /// # Errors
-    /// [`CgroupError`]. After an error, stops the systemd scope and removes the cgroup's directories.
-    pub fn enter(cgroups_path: &str, namespace: &str) -> Result<Self, CgroupError> {
+    /// [`CgroupError::Path`] or [`CgroupError::None`].
+    pub fn new(cgroups_path: &str, namespace: &str) -> Result<Self, CgroupError> {
         let path::CgroupsPath { relative, scope } = path::parse(cgroups_path)?;
         let proc_cgroup = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let (location, origins) = if is_cgroup_v2() {
@@ -103,10 +109,27 @@ impl Cgroup {
         if location.dirs().next().is_none() {
             return Err(CgroupError::None);
         }
+        let unit = scope.as_ref().map(|scope| scope.unit.clone());
+        let cgroup = Cgroup { location, origins, namespace: namespace.to_owned(), unit };
+        Ok(Self { cgroup, scope })
+    }
+
+    /// Returns the directories of the cgroup, and its systemd scope. A caller records them before [`Self::enter`], so
+    /// that the cgroup can be removed whatever happens to this process.
+    pub fn parts(&self) -> (&CgroupLocation, Option<&Unit>) {
+        (&self.cgroup.location, self.cgroup.unit.as_ref())
+    }
+
+    /// Creates the cgroup, directly or through systemd, and moves this process into the cgroup. Blocks until systemd
+    /// has created the scope.
+    ///
+    /// # Errors
+    /// [`CgroupError`]. After an error, stops the systemd scope and removes the cgroup's directories.
+    pub fn enter(self) -> Result<Cgroup, CgroupError> {
+        let Self { cgroup, scope } = self;
         if let Some(scope) = &scope {
             scope.start(std::process::id())?;
         }
-        let cgroup = Self { location, origins, namespace: namespace.to_owned(), unit: scope.map(|scope| scope.unit) };
         let made = cgroup.make();
         if made.is_err() {
             // With cgroup v1, this process may already have entered the sandbox's cgroup in some hierarchies.
@@ -116,7 +139,9 @@ impl Cgroup {
         }
         made.map(|()| cgroup)
     }
+}
 
+impl Cgroup {
     /// Returns the cgroup's systemd scope, if systemd created the cgroup.
     pub fn unit(&self) -> Option<&Unit> {
         self.unit.as_ref()

@@ -1,0 +1,18 @@
+//! Model test of the shim: requests whose callers go away, and faults of the guest, the VMM and containerd, at every
+//! step of every request.
+//!
+//! The shim, its services and its clients are the real ones ([`model`]). Each container is created with real mounts.
+//! Therefore, these tests need root, and each test runs in a process and a mount namespace of its own.
+
+mod agent;
+mod check;
+mod exhaustive;
+mod failed_launch;
+mod model;
+mod process;
+mod random;
+mod requests;
+mod vmm;
+
+pub use agent::Answer;
+pub use model::{BUDGET, Model, within};
