@@ -7,10 +7,11 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 
+use crate::host_view::HostView;
 use crate::oci::spec::Mount;
 use crate::volumes::bind::{Flags, Source, bind};
 use crate::volumes::shared_mounts::markers_dir;
-use crate::volumes::staging_dir::StagingDir;
+use crate::volumes::staging_dir::{CopyContext, StagingDir};
 use crate::volumes::{Share, mount_api};
 
 /// Runs `test` with a new directory, in a thread with a new mount namespace. As in the shim's daemon, all mounts in the
@@ -50,6 +51,7 @@ pub fn bind_for(share: &Share, id: &str, source: &Path, options: &[&str]) -> Pat
     let source =
         Source { file: &file, directory: true, id_mappings: None, flags, ignores_mount_id: false, receives_mounts };
     let host_only = StagingDir::for_share(&share.host).host_only(&share.host).unwrap();
-    let guest = bind(&mount, &source, (&share.host, id), &host_only, &mut Vec::new()).unwrap();
+    let context = CopyContext { host_only: &host_only, host: &HostView::own() };
+    let guest = bind(&mount, &source, (&share.host, id), context, &mut Vec::new()).unwrap();
     share.host.join(Path::new(&guest).strip_prefix(husk_proto::GUEST_SHARE).unwrap())
 }
