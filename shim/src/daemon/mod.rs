@@ -1,6 +1,6 @@
 //! Runs the shim's daemon, which lives from the fork in `start` to the end of the sandbox.
 
-mod mount_namespace;
+pub mod mount_namespace;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;

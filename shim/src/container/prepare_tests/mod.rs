@@ -2,6 +2,7 @@
 
 mod attributes;
 mod host_only;
+mod host_view;
 mod later_mounts;
 mod rootfs;
 mod volumes;
