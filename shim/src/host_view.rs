@@ -230,3 +230,87 @@ fn serve(pool: &Arc<Pool>, requests: &Receiver<Request>) {
 fn ended() -> io::Error {
     io::Error::other("a thread in the host's mount namespace has ended")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use husk_vmm::config::SeccompMode;
+    use nix::mount::umount;
+    use nix::sys::prctl;
+
+    use super::*;
+    use crate::confinement::seccomp;
+    use crate::daemon::mount_namespace;
+    use crate::volumes::test_support::{isolated, tmpfs};
+
+    /// Starts a confined view of the calling thread's namespace.
+    fn confined() -> HostView {
+        let host = HostView::start().unwrap();
+        let confined = host.confine(|| {
+            prctl::set_no_new_privs().unwrap();
+            seccomp::load_for_host_view(SeccompMode::Enforce).unwrap();
+        });
+        confined.unwrap().unwrap();
+        host
+    }
+
+    #[test]
+    fn confined_view_opens_paths_and_copies_mounts() {
+        isolated(|dir| {
+            let host = confined();
+            tmpfs(&dir.join("a"));
+            fs::write(dir.join("a/file"), "text").unwrap();
+            let (file, tree) = {
+                let directory = host.open(&dir.join("a"), false).unwrap();
+                let tree = host.clone_tree(&directory, true, libc::MS_PRIVATE).unwrap();
+                (host.open(&dir.join("a/file"), true).unwrap(), tree)
+            };
+            assert_eq!(fs::read_to_string(path_of(&file)).unwrap(), "text");
+            drop(file);
+            // The copy does not keep the mount busy.
+            umount(&dir.join("a")).unwrap();
+            assert_eq!(fs::read_to_string(path_of(&tree).join("file")).unwrap(), "text");
+        });
+    }
+
+    #[test]
+    fn calls_run_at_the_same_time() {
+        let host = HostView::start().unwrap();
+        thread::scope(|scope| {
+            let (release, held) = mpsc::channel::<()>();
+            let hanging = scope.spawn({
+                let host = host.clone();
+                move || host.run(move || Ok(held.recv().is_err()))
+            });
+            host.open(Path::new("/"), false).unwrap();
+            drop(release);
+            assert!(hanging.join().unwrap().unwrap());
+        });
+    }
+
+    #[test]
+    fn reach_leads_to_files_that_exist_only_on_the_host() {
+        isolated(|dir| {
+            let (dir, host) = (dir.to_owned(), HostView::start().unwrap());
+            tmpfs(&dir.join("later"));
+            fs::write(dir.join("later/file"), "text").unwrap();
+            let shim = thread::spawn(move || {
+                mount_namespace::enter(&[]).unwrap();
+                assert!(!dir.join("later/file").exists());
+                let at = |path: &str| host.reach(&dir.join(path)).unwrap();
+                let reached = at("later/file");
+                assert_eq!(fs::read_to_string(&reached.path).unwrap(), "text");
+                let reached = at("later/new/deep/file");
+                fs::create_dir_all(reached.path.parent().unwrap()).unwrap();
+                fs::write(&reached.path, "new").unwrap();
+                // The path of a protected file leads to this namespace's mount of the file.
+                let protected = Path::new("/proc/sys/kernel/hostname");
+                assert_eq!(host.reach(protected).unwrap().path, protected);
+                dir
+            });
+            let dir = shim.join().unwrap();
+            assert_eq!(fs::read_to_string(dir.join("later/new/deep/file")).unwrap(), "new");
+        });
+    }
+}

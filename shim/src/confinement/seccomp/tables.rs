@@ -274,6 +274,20 @@ mod tests {
     }
 
     #[test]
+    fn host_view_cannot_write_to_the_host() {
+        let mut calls = [Sysno::mount, Sysno::umount2, Sysno::move_mount, Sysno::mount_setattr, Sysno::setns].to_vec();
+        calls.extend([Sysno::unshare, Sysno::mkdir, Sysno::mknodat, Sysno::unlink, Sysno::rename, Sysno::chmod]);
+        calls.extend([Sysno::fchmodat, Sysno::openat2, Sysno::ftruncate, Sysno::ioctl, Sysno::connect]);
+        assert!(host_view_rules().all(|rule| !calls.contains(&rule.call)));
+        let open = host_view_rules().find(|rule| rule.call == Sysno::openat).unwrap();
+        let writes = |flags: i32| open.when.iter().all(|when| flags.cast_unsigned() & when.mask != when.value);
+        for flags in [libc::O_WRONLY, libc::O_RDWR, libc::O_CREAT, libc::O_TRUNC, libc::O_TMPFILE | libc::O_RDWR] {
+            assert!(writes(flags), "{flags:#x}");
+        }
+        assert!(!writes(libc::O_PATH | libc::O_CLOEXEC | libc::O_NOFOLLOW));
+    }
+
+    #[test]
     fn powerful_calls_are_allowed_with_certain_arguments_only() {
         use Sysno::{bpf, clone, ioctl, mmap, mprotect, prctl, setns, socket, socketpair, unshare};
         for rule in rules() {
