@@ -159,15 +159,14 @@ fn prepare(args: &DaemonArgs, dir: StateDir, timeline: Arc<Timeline>) -> (Launch
     (LaunchContext { namespace, sandbox, debug, dir, timeline }, made)
 }
 
-/// Starts the host view, and moves this process to a new mount namespace. The working directory stays the same.
+/// Starts the host view, and moves this process to a new mount namespace.
 fn enter_mount_namespace(args: &DaemonArgs, state: &StateDir) -> Result<(), String> {
     HostView::start().map_err(|error| error.to_string())?.install();
     let mut needed = vec![args.dir.clone(), state.path().to_owned(), args.address.path().to_owned()];
     needed.extend(args.destination.sockets());
     needed.extend(launch::needed_files());
     needed.extend(NEEDED.map(PathBuf::from));
-    mount_namespace::enter(&needed).map_err(|error| chain(&error))?;
-    std::env::set_current_dir(&args.dir).map_err(|error| format!("failed to enter {}: {error}", args.dir.display()))
+    mount_namespace::enter(&needed).map_err(|error| chain(&error))
 }
 
 /// When the VM boots.

@@ -20,13 +20,12 @@ use nix::{
     sys::stat::{Mode, SFlag, fstat},
 };
 
-use crate::blocking;
-use crate::host_view;
-
 use super::{
     LoggerContext, Paths, Stdio, StdioError,
     logger::{self, LoggerHandle},
 };
+use crate::blocking;
+use crate::host_view;
 
 /// The source of stdin.
 #[derive(Debug)]
