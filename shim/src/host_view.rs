@@ -170,7 +170,7 @@ impl HostView {
             return Ok(Reached { path: path.to_owned(), _file: None });
         }
         let mut reached = path_of(&file);
-        let rest = path.strip_prefix(existing).unwrap_or(Path::new(""));
+        let rest = path.strip_prefix(existing).unwrap_or_else(|_| Path::new(""));
         if !rest.as_os_str().is_empty() {
             reached.push(rest);
         }

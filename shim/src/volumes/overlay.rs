@@ -130,7 +130,7 @@ impl Layers {
 fn common_mount(directories: &[OwnedFd; 2], host: &HostView) -> io::Result<(OwnedFd, [PathBuf; 2])> {
     let [upper, work] = directories;
     let (upper_path, work_path) = (fs::read_link(path_of(upper))?, fs::read_link(path_of(work))?);
-    let common = upper_path.ancestors().find(|above| work_path.starts_with(above)).unwrap_or(Path::new("/"));
+    let common = upper_path.ancestors().find(|above| work_path.starts_with(above)).unwrap_or_else(|| Path::new("/"));
     let root = host.open(common, true)?;
     let id = mount_api::mount_id(root.as_fd())?;
     if mount_api::mount_id(upper.as_fd())? != id || mount_api::mount_id(work.as_fd())? != id {
