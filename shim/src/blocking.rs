@@ -20,7 +20,8 @@ const MAX_THREADS: usize = 64;
 /// How long an idle thread waits for the next call before it ends.
 const IDLE: Duration = Duration::from_secs(1);
 
-type Job = Box<dyn FnOnce() + Send>;
+/// Work of a thread.
+pub type Job = Box<dyn FnOnce() + Send>;
 
 static POOL: Pool = Pool::new();
 
@@ -62,7 +63,7 @@ impl<T> Future for Task<T> {
 }
 
 /// Threads that run jobs.
-struct Pool {
+pub struct Pool {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -76,13 +77,17 @@ struct State {
 }
 
 impl Pool {
-    const fn new() -> Self {
+    /// Returns a pool without threads.
+    pub const fn new() -> Self {
         let state = State { jobs: VecDeque::new(), threads: 0, idle: 0 };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// Adds a job. If another thread is needed, calls `start`. The new thread must call [`Pool::work`].
-    fn run(&self, job: Job, start: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// The error of `start`.
+    pub fn run(&self, job: Job, start: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let mut state = lock(&self.state);
         if state.jobs.len() >= state.idle && state.threads < MAX_THREADS {
             start().map_err(|error| {
@@ -99,7 +104,7 @@ impl Pool {
     }
 
     /// Runs jobs until there has been none for [`IDLE`].
-    fn work(&self) {
+    pub fn work(&self) {
         let _ended = Ended(self);
         while let Some(job) = self.next() {
             job();

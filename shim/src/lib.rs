@@ -12,6 +12,7 @@ mod daemon;
 pub mod error;
 mod events;
 mod hooks;
+mod host_view;
 pub mod ids;
 pub mod launcher;
 mod log;

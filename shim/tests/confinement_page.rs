@@ -23,11 +23,19 @@ date. [security.md](security.md#walls-around-the-shim) says what these tables me
 const CALLS: &str = "
 ## System calls
 
-All threads of the shim have the same filter. A call that is not in a table fails with EPERM, and the shim's log has a
+All threads of the shim have the same filter, except the threads of the host view. A call that is not in a table fails with EPERM, and the shim's log has a
 line that names the call. With `seccomp = \"log\"` in the configuration, the node's kernel logs the call and makes it.
 
 The arguments of a call count from 1: `2 = 0x541b` means that the second argument has to be 0x541b, and `3 lacks 0x4`
 means that the third argument does not have this bit.
+";
+
+const HOST_VIEW: &str = "
+### The host view
+
+These threads stay in the host's mount namespace (`shim/src/host_view.rs`). They may make the calls of the table
+\"Threads, memory, time and the async runtime\", and the following calls.
+
 ";
 
 fn page() -> String {
@@ -38,12 +46,19 @@ fn page() -> String {
     }
     page.push_str(CALLS);
     for (title, rules) in seccomp::TABLES {
-        let _ = writeln!(page, "\n### {title}\n\n| call | arguments | reason |\n| --- | --- | --- |");
-        for rule in rules {
-            let _ = writeln!(page, "| `{}` | {} | {} |", rule.call.name(), arguments(rule), rule.reason);
-        }
+        let _ = writeln!(page, "\n### {title}\n");
+        add_table(&mut page, rules);
     }
+    page.push_str(HOST_VIEW);
+    add_table(&mut page, seccomp::HOST_VIEW);
     page
+}
+
+fn add_table(page: &mut String, rules: &[Rule]) {
+    page.push_str("| call | arguments | reason |\n| --- | --- | --- |\n");
+    for rule in rules {
+        let _ = writeln!(page, "| `{}` | {} | {} |", rule.call.name(), arguments(rule), rule.reason);
+    }
 }
 
 fn arguments(rule: &Rule) -> String {

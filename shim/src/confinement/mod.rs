@@ -16,6 +16,8 @@ use nix::errno::Errno;
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use crate::host_view;
+
 pub use mounts::MountError;
 
 /// A failure to confine the shim.
@@ -33,6 +35,9 @@ pub enum ConfinementError {
     /// `prctl(PR_SET_NO_NEW_PRIVS)` failed.
     #[error("failed to set no_new_privs for the shim")]
     NoNewPrivileges(#[source] io::Error),
+    /// The thread in the host's mount namespace cannot be confined.
+    #[error("failed to confine the thread in the host's mount namespace")]
+    HostView(#[source] io::Error),
     /// The system calls cannot be filtered.
     #[error("failed to filter the shim's system calls")]
     Seccomp(#[from] seccomp::LoadError),
@@ -41,8 +46,8 @@ pub enum ConfinementError {
 /// Maximum number of open fds. The shim has a few fds for each container, each exec and each forwarded connection.
 const MAX_FDS: u64 = 16_384;
 
-/// Confines this process, which must have a single thread and its own mount namespace. Threads that start later inherit
-/// the confinement. Does nothing in a build without a jail, which only benchmarks use. Returns the read end of a pipe,
+/// Confines this process, which must have its own mount namespace, and no threads except this one and the first thread of
+/// the host view. Threads that start later inherit the confinement. Does nothing in a build without a jail, which only benchmarks use. Returns the read end of a pipe,
 /// to which the process writes a line for each system call that its filter refuses.
 ///
 /// # Errors
@@ -53,9 +58,20 @@ pub fn enter(mode: SeccompMode) -> Result<Option<OwnedFd>, ConfinementError> {
     }
     lower_fd_limit().map_err(ConfinementError::Fds)?;
     mounts::protect()?;
+    reduce_privileges()?;
+    let refused_calls = seccomp::load(mode)?;
+    let confined = host_view::of_process().confine(move || {
+        reduce_privileges()?;
+        Ok::<_, ConfinementError>(seccomp::load_for_host_view(mode)?)
+    });
+    confined.map_err(ConfinementError::HostView)?.transpose()?;
+    Ok(Some(refused_calls))
+}
+
+/// Reduces the capabilities of this thread, and sets no_new_privs.
+fn reduce_privileges() -> Result<(), ConfinementError> {
     capabilities::reduce().map_err(ConfinementError::Capabilities)?;
-    prctl::set_no_new_privs().map_err(|errno| ConfinementError::NoNewPrivileges(errno.into()))?;
-    Ok(Some(seccomp::load(mode)?))
+    prctl::set_no_new_privs().map_err(|errno| ConfinementError::NoNewPrivileges(errno.into()))
 }
 
 /// Lowers the fd limit, which the shim has inherited from containerd, to [`MAX_FDS`]. containerd often has no limit.

@@ -12,9 +12,6 @@ use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_api::{MOUNT_ATTR_RDONLY, attach, clone_tree, mount_id, open_path, set_attributes};
 use crate::volumes::mountinfo::{self, Entry};
 
-/// Types of host-only file systems that stay writable. The shim writes to some of these file systems. The other file
-/// systems contain special files, for example devices and namespaces, which a read-only mount does not protect.
-const WRITABLE: [&str; 7] = ["cgroup", "cgroup2", "cpuset", "devpts", "devtmpfs", "mqueue", "nsfs"];
 /// Mount point of procfs.
 const PROC: &str = "/proc";
 /// Files and directories of procfs that change the host's kernel. The rest of procfs stays writable, because the shim
@@ -64,9 +61,7 @@ pub fn protect() -> Result<(), MountError> {
 }
 
 fn is_kernel_interface(mount: &Entry) -> bool {
-    HostOnly::is_type(&mount.kind)
-        && !WRITABLE.contains(&mount.kind.as_str())
-        && !(mount.kind == "proc" && mount.point == Path::new(PROC))
+    HostOnly::is_protected_type(&mount.kind) && !(mount.kind == "proc" && mount.point == Path::new(PROC))
 }
 
 /// Returns whether the path of a mount leads through a remote file system.

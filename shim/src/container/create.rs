@@ -24,6 +24,7 @@ use crate::container::streams::ConnectedStdio;
 use crate::container::{Shim, stdio_paths};
 use crate::error::ServiceError;
 use crate::hooks;
+use crate::host_view;
 use crate::oci;
 use crate::oci::{Bundle, Disk, Spec};
 use crate::pod;
@@ -261,7 +262,13 @@ impl Shim {
             }
             // Remove the mounts that an earlier container with this id may have left behind after a failed unmount.
             volumes::teardown(&share, &id).map_err(|e| crate::chain(&e))?;
-            let request = prepare::Request { id: &id, share: &share, rootfs: &rootfs, pids: &pids };
+            let request = prepare::Request {
+                id: &id,
+                share: &share,
+                rootfs: &rootfs,
+                host: host_view::of_process(),
+                pids: &pids,
+            };
             prepare::prepare(&bundle, &request).map_err(|e| crate::chain(&e))
         })
         .await;

@@ -9,13 +9,14 @@ use std::{
 use husk_proto::annotations::POD_UID;
 use serde_json::Value;
 
+use crate::host_view::HostView;
 use crate::oci::{Bundle, Disk, TranslateError, disks, translate};
 use crate::resources::cgroup;
 use crate::volumes::bind::Flags;
 use crate::volumes::error::VolumeError;
 use crate::volumes::plan::{GuestVolumes, PlanContext};
-use crate::volumes::rootfs::{CopyContext, RootMount, RootfsError};
-use crate::volumes::staging_dir::StagingDir;
+use crate::volumes::rootfs::{RootMount, RootfsError};
+use crate::volumes::staging_dir::{CopyContext, StagingDir};
 use crate::volumes::teardown::teardown;
 use crate::volumes::{plan, rootfs, shared_mounts};
 
@@ -28,6 +29,8 @@ pub struct Request<'a> {
     pub share: &'a Path,
     /// Mounts of the rootfs. If the list is empty, the bundle contains the rootfs.
     pub rootfs: &'a [RootMount],
+    /// Resolves the host's paths.
+    pub host: &'a HostView,
     /// Ids of the pod's containers that have their own PID on the host, by PID.
     pub pids: &'a HashMap<u32, String>,
 }
@@ -132,12 +135,12 @@ fn mount(
     notes: &mut Vec<String>,
     guest: &mut GuestVolumes,
 ) -> Result<(), PrepareError> {
-    let Request { id, share, rootfs, .. } = *request;
+    let Request { id, share, rootfs, host, .. } = *request;
     let target = share.join(id).join("rootfs");
     let stage = StagingDir::for_share(share);
     let host_only =
         stage.host_only(share).map_err(|source| PrepareError::HostOnly { share: share.to_owned(), source })?;
-    let context = CopyContext { stage: &stage, host_only: &host_only };
+    let context = CopyContext { host_only: &host_only, host };
     if rootfs.is_empty() {
         let path = bundle.dir.join(&bundle.spec.root.path);
         let bind = RootMount {
@@ -146,14 +149,15 @@ fn mount(
             options: vec!["rbind".into()],
             ..RootMount::default()
         };
-        notes.extend(rootfs::mount_all(&[bind], &target, context)?);
+        notes.extend(rootfs::mount_all(&[bind], &target, &stage, context)?);
     } else {
-        notes.extend(rootfs::mount_all(rootfs, &target, context)?);
+        notes.extend(rootfs::mount_all(rootfs, &target, &stage, context)?);
     }
     let context = PlanContext {
         bundle: &bundle.dir,
         share,
         host_only: &host_only,
+        host,
         container: id,
         kubernetes: bundle.spec.annotations.is_cri(),
         pod: bundle.spec.annotations.cri(POD_UID).unwrap_or_default(),

@@ -1,8 +1,10 @@
 //! Runs the shim's daemon, which lives from the fork in `start` to the end of the sandbox.
 
+pub mod mount_namespace;
+
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +21,7 @@ use crate::chain;
 use crate::confinement;
 use crate::container::Shim;
 use crate::events::{Destination, Events, RetryPolicy};
+use crate::host_view::HostView;
 use crate::launcher::Launcher;
 use crate::log;
 use crate::oci::Bundle;
@@ -36,6 +39,10 @@ const SERVER_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Maximum number of reports from the agent that wait until they are handled. If this number of reports is waiting, the
 /// agent has to wait before it can send another report.
 const MAX_REPORTS: usize = 64;
+
+/// Paths that the shim may use in its own mount namespace, in addition to those that depend on the sandbox: the node's
+/// files for a pod's `/etc`, and the sockets of systemd.
+const NEEDED: [&str; 4] = ["/etc/hosts", "/etc/resolv.conf", "/run/systemd", "/run/dbus"];
 
 /// Arguments of [`run`].
 pub struct DaemonArgs {
@@ -134,14 +141,15 @@ fn detach() -> Option<OwnedFd> {
     pipe.map(|(out, _)| out)
 }
 
-/// Creates the mount namespace and the state directory. Must run before the process has other threads, because
-/// unshare(2) moves only the calling thread to the new namespace.
+/// Creates the mount namespace and the state directory. Must run before the process has other threads, except those of
+/// the host view, because unshare(2) moves only the calling thread to the new namespace.
 ///
 /// Returns the launch context, and the directory that the VMM serves to the guest. After a failure, the second value is
 /// the error. The shim returns this error to a later request.
 fn prepare(args: &DaemonArgs, dir: StateDir, timeline: Arc<Timeline>) -> (LaunchContext, Result<PathBuf, String>) {
-    let made =
-        create_mount_namespace().map_err(|e| format!("failed to create the mount namespace: {e}")).and_then(|()| {
+    let made = enter_mount_namespace(args, &dir)
+        .map_err(|e| format!("failed to create the mount namespace: {e}"))
+        .and_then(|()| {
             let share = dir.create().map_err(|e| chain(&e))?;
             launch::record_process(&dir, "shim.pid", std::process::id()).map_err(|e| chain(&e))?;
             dir.write("address", &args.address.uri()).map_err(|e| chain(&e))?;
@@ -151,14 +159,14 @@ fn prepare(args: &DaemonArgs, dir: StateDir, timeline: Arc<Timeline>) -> (Launch
     (LaunchContext { namespace, sandbox, debug, dir, timeline }, made)
 }
 
-/// Moves this process to a new mount namespace with slave propagation.
-///
-/// The host's later mounts propagate into the new namespace, but no mount propagates to the host. The kernel removes
-/// the pod's mounts when the last process in the namespace ends.
-fn create_mount_namespace() -> nix::Result<()> {
-    use nix::mount::{MsFlags, mount};
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
-    mount(None::<&Path>, "/", None::<&Path>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&Path>)
+/// Starts the host view, and moves this process to a new mount namespace.
+fn enter_mount_namespace(args: &DaemonArgs, state: &StateDir) -> Result<(), String> {
+    HostView::start().map_err(|error| error.to_string())?.install();
+    let mut needed = vec![args.dir.clone(), state.path().to_owned(), args.address.path().to_owned()];
+    needed.extend(args.destination.sockets());
+    needed.extend(launch::needed_files());
+    needed.extend(NEEDED.map(PathBuf::from));
+    mount_namespace::enter(&needed).map_err(|error| chain(&error))
 }
 
 /// When the VM boots.

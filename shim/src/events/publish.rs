@@ -1,7 +1,7 @@
 //! Publishes events to containerd, through containerd's ttrpc socket or with the command `containerd publish`.
 
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use husk_base::sys::fd::set_nonblocking;
@@ -98,6 +98,12 @@ impl Destination {
     /// Returns a destination that connects at the first event.
     pub fn new(ttrpc_address: String, address: String, binary: String) -> Self {
         Self { ttrpc_address, address, binary, client: None, launcher: None }
+    }
+
+    /// Returns the paths of containerd's sockets.
+    pub fn sockets(&self) -> impl Iterator<Item = PathBuf> {
+        let addresses = [&self.ttrpc_address, &self.address].into_iter();
+        addresses.map(|address| address.strip_prefix("unix://").unwrap_or(address).into())
     }
 
     /// Sets the launcher, which starts the binary.

@@ -27,6 +27,7 @@ use husk_proto::agent::UpdateNetworkRequest;
 use husk_vmm::control::wire;
 use nix::sched::{CloneFlags, setns};
 
+use crate::host_view;
 use crate::resources::rate_limits::NetRateLimits;
 use read::Link;
 
@@ -229,7 +230,9 @@ pub fn in_namespace<T>(path: &Path, f: impl FnOnce() -> T) -> Result<T, NetworkE
             .map_err(|source| NetworkError::Enter { path: path.into(), source })
     };
     let original_path = Path::new("/proc/self/ns/net");
-    let (original, pod) = (open(original_path)?, open(path)?);
+    let reached = host_view::of_process().reach(path);
+    let reached = reached.map_err(|source| NetworkError::Open { path: path.into(), source })?;
+    let (original, pod) = (open(original_path)?, open(&reached.path)?);
     enter(&pod, path)?;
     let result = f();
     enter(&original, original_path)?;

@@ -2,7 +2,6 @@
 
 use std::{
     io::{self, Read},
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -10,6 +9,7 @@ use husk_proto::annotations::SANDBOX_ID;
 use serde::{Deserialize, de};
 use serde_json::Value;
 
+use crate::host_view;
 use crate::oci::id_mappings::{IdMappingError, IdMappings};
 use crate::oci::spec::{Network, Spec};
 
@@ -137,7 +137,8 @@ impl Bundle {
         let path = dir.join("config.json");
         let read = |source| BundleError::Read { path: path.clone(), source };
         let mut bytes = Vec::new();
-        std::fs::File::open(&path).map_err(read)?.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(read)?;
+        let reached = host_view::of_process().reach(&path).map_err(read)?;
+        std::fs::File::open(&reached.path).map_err(read)?.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(read)?;
         if bytes.len() as u64 > MAX_LEN {
             return Err(BundleError::TooLarge { path });
         }
@@ -256,11 +257,9 @@ impl Bundle {
     fn check_network(&self) -> Result<(), BundleError> {
         let Network::Path(path) = self.spec.network()? else { return Ok(()) };
         let stat = |path: &Path| {
-            std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).map_err(|source| BundleError::Namespace {
-                kind: "network",
-                path: path.display().to_string(),
-                source,
-            })
+            let opened = host_view::of_process().open(path, true);
+            let stat = opened.and_then(|file| Ok(nix::sys::stat::fstat(&file)?)).map(|stat| (stat.st_dev, stat.st_ino));
+            stat.map_err(|source| BundleError::Namespace { kind: "network", path: path.display().to_string(), source })
         };
         if stat(&path)? == stat(Path::new("/proc/self/ns/net"))? {
             return Err(BundleError::HostNetwork(path.display().to_string()));

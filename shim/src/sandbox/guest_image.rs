@@ -22,7 +22,7 @@ use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
 /// Directory of the copies.
-const COPIES: &str = "/run/husk-images";
+pub const COPIES: &str = "/run/husk-images";
 
 /// The opened files from which a guest boots.
 #[derive(Debug)]

@@ -27,7 +27,7 @@ use crate::resources::oom_score;
 use crate::resources::rate_limits::{RateLimitError, RateLimits};
 use crate::resources::{BootSize, BootSizeError};
 use crate::sandbox::boot::{BootError, BootPlan, Pod};
-use crate::sandbox::guest_image::{GuestImages, ImageError};
+use crate::sandbox::guest_image::{self, GuestImages, ImageError};
 use crate::sandbox::policy::{PodPolicies, PolicyError};
 use crate::sandbox::state_dir::{ProcessId, StateDir, StateError};
 use crate::sandbox::timeline::Timeline;
@@ -188,8 +188,20 @@ impl Installation {
 
 /// Reads the node's configuration.
 pub fn config() -> Result<Config, ConfigError> {
-    let path = std::env::var_os("HUSK_CONFIG").map_or_else(|| PathBuf::from(husk_config::DEFAULT_PATH), Into::into);
-    Config::load(&path)
+    Config::load(&config_path())
+}
+
+fn config_path() -> PathBuf {
+    std::env::var_os("HUSK_CONFIG").map_or_else(|| PathBuf::from(husk_config::DEFAULT_PATH), Into::into)
+}
+
+/// Returns the paths of the files that a launch needs: the node's configuration, and the files that it names.
+pub fn needed_files() -> Vec<PathBuf> {
+    let mut paths = vec![config_path(), guest_image::COPIES.into()];
+    if let Ok(Config { kernel, initrd, timeline_log, .. }) = config() {
+        paths.extend([kernel, initrd, timeline_log]);
+    }
+    paths
 }
 
 /// The resources that a launch has acquired so far. The sandbox keeps these resources even if a later step fails.
@@ -202,7 +214,7 @@ struct PartialLaunch {
     timeline_log: PathBuf,
 }
 
-/// Prepares a launch. The process must have a single thread.
+/// Prepares a launch. The process must have a single thread, apart from the threads of the host view.
 pub fn prepare(context: &LaunchContext, bundle: &Bundle, share: &Path) -> LaunchInput {
     let mut partial = PartialLaunch::default();
     let spec = &bundle.spec;

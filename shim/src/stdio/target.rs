@@ -7,7 +7,9 @@
 //! disconnects.
 
 use std::{
+    convert::identity,
     fs::{self, File, OpenOptions},
+    io,
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
@@ -22,6 +24,8 @@ use super::{
     LoggerContext, Paths, Stdio, StdioError,
     logger::{self, LoggerHandle},
 };
+use crate::blocking;
+use crate::host_view;
 
 /// The source of stdin.
 #[derive(Debug)]
@@ -45,7 +49,7 @@ pub enum Output {
 pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Stdio, StdioError> {
     let stdin = match paths.stdin.as_str() {
         "" => None,
-        path => Some(input(Path::new(path))?),
+        path => Some(on_host(Path::new(path).to_owned(), "stdin", input).await?),
     };
     let stderr_path = if paths.terminal { "" } else { paths.stderr.as_str() };
     let (stdout, stderr, logger) = match Target::parse(&paths.stdout, "stdout")? {
@@ -56,31 +60,31 @@ pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Stdio, S
             (Some(Output::Pipe(stdout)), stderr, Some(handle))
         }
         Some(Target::File(path)) => {
-            let stdout = file(&path, true, "stdout")?;
+            let stdout = new_file(&path, "stdout").await?;
             let stderr = match Target::parse(stderr_path, "stderr")? {
                 _ if paths.terminal => None,
-                Some(Target::File(other)) if other != path => Some(file(&other, true, "stderr")?),
+                Some(Target::File(other)) if other != path => Some(new_file(&other, "stderr").await?),
                 // As runc's shim does, write both streams to one open file.
                 _ => Some(Output::File(Arc::clone(&stdout_file(&stdout, &path)?))),
             };
             (Some(stdout), stderr, None::<LoggerHandle>)
         }
         target => {
-            let plain = |target, stream| match target {
-                Some(Target::Path(path)) => output(&path, stream).map(Some),
-                Some(Target::File(path)) => file(&path, true, stream).map(Some),
+            let plain = async |target, stream| match target {
+                Some(Target::Path(path)) => on_host(path, stream, output).await.map(Some),
+                Some(Target::File(path)) => new_file(&path, stream).await.map(Some),
                 Some(Target::Binary { .. }) => {
                     let message = "a logger for stderr alone is not supported; name the logger for stdout instead";
                     Err(StdioError::Uri { stream, uri: paths.stderr.clone(), message })
                 }
                 None => Ok(None),
             };
-            let stdout = plain(target, "stdout")?;
+            let stdout = plain(target, "stdout").await?;
             let stderr = match (&stdout, Target::parse(stderr_path, "stderr")?) {
                 (Some(Output::File(file)), Some(Target::Path(path))) if path == Path::new(&paths.stdout) => {
                     Some(Output::File(Arc::clone(file)))
                 }
-                (_, target) => plain(target, "stderr")?,
+                (_, target) => plain(target, "stderr").await?,
             };
             (stdout, stderr, None)
         }
@@ -152,44 +156,72 @@ fn decode(text: &str, query: bool) -> Option<String> {
     String::from_utf8(decoded).ok().filter(|text| !text.contains('\0'))
 }
 
-fn input(path: &Path) -> Result<Input, StdioError> {
-    let fail = |source: nix::Error| StdioError::Open { stream: "stdin", path: path.into(), source: source.into() };
+/// Calls `open` on another thread, with a path that leads to the host's file at `path`. The error names `path`.
+async fn on_host<T: Send + 'static>(
+    path: PathBuf,
+    stream: &'static str,
+    open: impl FnOnce(&Path) -> Result<T, OpenError> + Send + 'static,
+) -> Result<T, StdioError> {
+    let of_host = path.clone();
+    let opened = blocking::spawn(move || open(&host_view::of_process().reach(&of_host)?.path)).await;
+    opened.map_err(OpenError::from).and_then(identity).map_err(|error| match error {
+        OpenError::Failed(source) => StdioError::Open { stream, path, source },
+        OpenError::NotFifo => StdioError::NotFifo { stream, path },
+    })
+}
+
+/// Why a stream cannot be opened.
+enum OpenError {
+    Failed(io::Error),
+    NotFifo,
+}
+
+impl<E: Into<io::Error>> From<E> for OpenError {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+fn input(path: &Path) -> Result<Input, OpenError> {
     let flags = OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
     // Open the read end first, because opening the write end fails if the fifo has no reader.
-    let fifo = open_fd(path, OFlag::O_RDONLY | flags, Mode::empty()).map_err(fail)?;
-    if !is_fifo(&fifo).map_err(fail)? {
-        return Err(StdioError::NotFifo { stream: "stdin", path: path.into() });
+    let fifo = open_fd(path, OFlag::O_RDONLY | flags, Mode::empty())?;
+    if !is_fifo(&fifo)? {
+        return Err(OpenError::NotFifo);
     }
-    let write_end = open_fd(path, OFlag::O_WRONLY | flags, Mode::empty()).map_err(fail)?;
+    let write_end = open_fd(path, OFlag::O_WRONLY | flags, Mode::empty())?;
     Ok(Input { fifo, write_end })
 }
 
-fn output(path: &Path, stream: &'static str) -> Result<Output, StdioError> {
-    let fail = |source: nix::Error| StdioError::Open { stream, path: path.into(), source: source.into() };
+fn output(path: &Path) -> Result<Output, OpenError> {
     // Open the read end and the write end with one fd, because opening only the write end fails if the fifo has no
     // reader.
-    let fd = open_fd(path, OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty()).map_err(fail)?;
-    if is_fifo(&fd).map_err(fail)? {
+    let fd = open_fd(path, OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty())?;
+    if is_fifo(&fd)? {
         return Ok(Output::Pipe(fd));
     }
-    file(path, false, stream)
+    file(path, false)
 }
 
 fn is_fifo(fd: &OwnedFd) -> nix::Result<bool> {
     Ok(SFlag::from_bits_truncate(fstat(fd)?.st_mode) & SFlag::S_IFMT == SFlag::S_IFIFO)
 }
 
+/// Truncates the file, or creates the file and its parent directories. Opens the file for appending.
+async fn new_file(path: &Path, stream: &'static str) -> Result<Output, StdioError> {
+    on_host(path.to_owned(), stream, |path| file(path, true)).await
+}
+
 /// Opens a file for appending. If `truncate` is true, first truncates the file, or creates the file and its parent
 /// directories.
-fn file(path: &Path, truncate: bool, stream: &'static str) -> Result<Output, StdioError> {
-    let fail = |source| StdioError::Open { stream, path: path.into(), source };
+fn file(path: &Path, truncate: bool) -> Result<Output, OpenError> {
     if truncate {
         if let Some(dir) = path.parent() {
-            fs::create_dir_all(dir).map_err(fail)?;
+            fs::create_dir_all(dir)?;
         }
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(path).map_err(fail)?;
+        OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(path)?;
     }
-    Ok(Output::File(Arc::new(OpenOptions::new().append(true).open(path).map_err(fail)?)))
+    Ok(Output::File(Arc::new(OpenOptions::new().append(true).open(path)?)))
 }
 
 #[cfg(test)]

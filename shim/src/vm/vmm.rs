@@ -21,6 +21,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::blocking;
+use crate::host_view;
 use crate::launcher::{LaunchError, Launcher};
 use crate::lock;
 use crate::oci::Network;
@@ -155,7 +156,9 @@ pub struct ScriptedVmm {
 /// [`VmmError::Netns`] or [`VmmError::NewNetns`].
 pub fn network_namespace(network: &Network) -> Result<OwnedFd, VmmError> {
     match network {
-        Network::Path(path) => std::fs::File::open(path)
+        Network::Path(path) => host_view::of_process()
+            .reach(path)
+            .and_then(|reached| std::fs::File::open(&reached.path))
             .map(OwnedFd::from)
             .map_err(|source| VmmError::Netns { path: path.display().to_string(), source }),
         Network::New => new_network_namespace().map_err(VmmError::NewNetns),

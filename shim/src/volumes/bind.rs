@@ -14,12 +14,12 @@ use std::{
 use husk_vmm::config::PRIVATE_SUFFIX;
 use nix::sys::{stat::fstat, statvfs::fstatvfs};
 
+use crate::host_view::HostView;
 use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::Mount;
 use crate::volumes::error::VolumeError;
-use crate::volumes::host_only::HostOnly;
 use crate::volumes::shared_mounts::{Step, VOLUMES};
-use crate::volumes::staging_dir::StagingDir;
+use crate::volumes::staging_dir::{CopyContext, StagingDir};
 use crate::volumes::{mount_api, shared_mounts};
 
 /// The source of a bind mount.
@@ -48,7 +48,7 @@ pub fn bind(
     mount: &Mount,
     source: &Source<'_>,
     (share, id): (&Path, &str),
-    host_only: &HostOnly,
+    context: CopyContext<'_>,
     notes: &mut Vec<String>,
 ) -> Result<String, VolumeError> {
     let host = |step| {
@@ -63,7 +63,7 @@ pub fn bind(
     let mut left_out = Vec::new();
     let name = shared_mounts::acquire((share, id), &key, source.directory, || {
         let tree;
-        (tree, left_out) = copy(source, host_only, &StagingDir::for_share(share))?;
+        (tree, left_out) = copy(source, context, &StagingDir::for_share(share))?;
         Ok(tree)
     })
     .map_err(|(step, source)| host(step)(source))?;
@@ -73,21 +73,21 @@ pub fn bind(
     }
     if source.receives_mounts {
         // `propagate::update` later copies mounts from the receiving tree to the share.
-        add_receiving(source, host_only, (share, id), &name).map_err(|(step, source)| host(step)(source))?;
+        add_receiving(source, context, (share, id), &name).map_err(|(step, source)| host(step)(source))?;
     }
     Ok(format!("{}/{VOLUMES}/{name}", husk_proto::GUEST_SHARE))
 }
 
 /// Returns a detached, private copy of the source's mount tree. The copy has the source's id mappings and read-only
 /// flags. Also returns the path of each omitted mount, with the reason.
-fn copy(source: &Source<'_>, host_only: &HostOnly, stage: &StagingDir) -> Result<(OwnedFd, Vec<String>), Step> {
+fn copy(source: &Source<'_>, context: CopyContext<'_>, stage: &StagingDir) -> Result<(OwnedFd, Vec<String>), Step> {
     let (at, flags) = (|step| move |error| (step, error), &source.flags);
     // A file has no submounts.
     let recursive = flags.recursive && source.directory;
-    let mut tree = clone_source(source, recursive, libc::MS_PRIVATE)?;
+    let mut tree = clone_source(source, recursive, libc::MS_PRIVATE, context.host)?;
     let mut left_out = Vec::new();
     if recursive {
-        (tree, left_out) = stage.copy(&tree, host_only).map_err(at("copy the submounts"))?;
+        (tree, left_out) = stage.copy(&tree, source.file, context).map_err(at("copy the submounts"))?;
     }
     if let Some(id_mappings) = source.id_mappings {
         let user_namespace = id_mappings.namespace().map_err(at("create a user namespace with the id mappings"))?;
@@ -107,24 +107,21 @@ fn copy(source: &Source<'_>, host_only: &HostOnly, stage: &StagingDir) -> Result
 /// already has a receiving tree.
 fn add_receiving(
     source: &Source<'_>,
-    host_only: &HostOnly,
+    context: CopyContext<'_>,
     (share, id): (&Path, &str),
     name: &str,
 ) -> Result<(), Step> {
-    let tree = clone_source(source, source.flags.recursive && source.directory, libc::MS_SLAVE)?;
+    let tree = clone_source(source, source.flags.recursive && source.directory, libc::MS_SLAVE, context.host)?;
     let added = shared_mounts::add_receiving((share, id), name, source.directory, &tree);
     if added.map_err(|error| ("attach a copy that receives the host's later mounts", error))? {
-        StagingDir::for_share(share).detach_sandbox_mounts(name, host_only);
+        StagingDir::for_share(share).detach_sandbox_mounts(name, context.host_only);
     }
     Ok(())
 }
 
 /// Returns a detached copy of the source's mount, with submounts if `recursive`. The copy has the given propagation.
-fn clone_source(source: &Source<'_>, recursive: bool, propagation: u64) -> Result<OwnedFd, Step> {
-    let at = |step| move |error| (step, error);
-    let tree = mount_api::clone_tree(source.file.as_fd(), recursive).map_err(at("copy the source's mounts"))?;
-    mount_api::set_attributes(tree.as_fd(), 0, propagation, true).map_err(at("set the propagation"))?;
-    Ok(tree)
+fn clone_source(source: &Source<'_>, recursive: bool, propagation: u64, host: &HostView) -> Result<OwnedFd, Step> {
+    host.clone_tree(source.file, recursive, propagation).map_err(|error| ("copy the source's mounts", error))
 }
 
 /// Returns the key of the source's mount in the share. Sources with equal keys share a mount.

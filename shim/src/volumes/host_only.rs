@@ -20,8 +20,9 @@ use nix::sys::{
     statfs::{TMPFS_MAGIC, fstatfs, statfs},
 };
 
+use crate::host_view::HostView;
+use crate::volumes::mount_api;
 use crate::volumes::mountinfo::Entry;
-use crate::volumes::{mount_api, mountinfo};
 
 /// Host-only file system types in Linux 6.12, each with its `f_type` (statfs(2)). The values are from
 /// include/uapi/linux/magic.h and from the file systems' sources. devtmpfs has `None`, because tmpfs has the same
@@ -61,6 +62,11 @@ const TYPES: [(&str, Option<i64>); 32] = [
     ("xenfs", Some(0xabba_1974)),
 ];
 
+/// Types of host-only file systems that stay writable for the shim ([`crate::confinement`]). The shim writes to some of
+/// these file systems. The other file systems contain special files, for example devices and namespaces, which a
+/// read-only mount does not protect.
+const WRITABLE: [&str; 7] = ["cgroup", "cgroup2", "cpuset", "devpts", "devtmpfs", "mqueue", "nsfs"];
+
 /// Name that error messages use for the sandbox's own file systems.
 const SANDBOX: &str = "the sandbox's share";
 
@@ -97,6 +103,19 @@ impl HostOnly {
         TYPES.iter().any(|(of_type, _)| *of_type == kind)
     }
 
+    /// Returns whether the file system type `kind` is read-only in the shim's mount namespace.
+    pub fn is_protected_type(kind: &str) -> bool {
+        Self::is_type(kind) && !WRITABLE.contains(&kind)
+    }
+
+    /// Returns whether `file` is on a file system that is read-only in the shim's mount namespace.
+    ///
+    /// # Errors
+    /// The error of fstatfs(2).
+    pub fn is_protected(file: &OwnedFd) -> io::Result<bool> {
+        Ok(by_magic(fstatfs(file)?.filesystem_type().0).is_some_and(Self::is_protected_type))
+    }
+
     fn by_device(&self, device: u64) -> Option<&'static str> {
         self.devices.iter().find(|(number, _)| *number == device).map(|(_, name)| *name)
     }
@@ -108,7 +127,12 @@ impl HostOnly {
 
     /// Returns whether the file system of `mount` is one of the sandbox's own, such as the share.
     pub fn is_of_sandbox(&self, mount: &Entry) -> bool {
-        self.by_device(mount.device) == Some(SANDBOX)
+        self.is_device_of_sandbox(mount.device)
+    }
+
+    /// Returns whether `device` is the device number of one of the sandbox's own file systems.
+    pub fn is_device_of_sandbox(&self, device: u64) -> bool {
+        self.by_device(device) == Some(SANDBOX)
     }
 
     fn name_of(&self, mount: &Entry) -> Option<&'static str> {
@@ -116,37 +140,29 @@ impl HostOnly {
         of_type.or_else(|| self.by_device(mount.device))
     }
 
-    /// Returns the name of the file system that contains `file`, if this file system is host-only.
+    /// Returns the name of the file system that contains `file`, if this file system is host-only. `file` is a file of
+    /// the host.
     ///
-    /// Reads the file system's type from the mount list. The kernel's internal mounts, such as nsfs and pidfs, are not
-    /// in this list. For these mounts, uses the result of fstatfs(2).
+    /// Reads the host's mount list only for a tmpfs, because devtmpfs has the same `f_type`. The list can be long.
     ///
     /// # Errors
     /// The error of fstatfs(2) or fstat(2), or the error of reading the mount list.
-    pub fn type_of(&self, file: &OwnedFd) -> io::Result<Option<&'static str>> {
-        let (id, mounts) = (mount_api::mount_id(file.as_fd())?, mountinfo::read()?);
-        if let Some(name) = mounts.iter().find(|mount| mount.id == id).and_then(|mount| self.name_of(mount)) {
-            return Ok(Some(name));
-        }
-        let magic = fstatfs(file)?.filesystem_type().0;
-        match TYPES.iter().find(|(_, magic_of_type)| *magic_of_type == Some(magic)) {
-            Some((kind, _)) => Ok(Some(kind)),
-            None => Ok(self.by_device(fstat(file)?.st_dev)),
-        }
-    }
-
-    /// Variant of [`HostOnly::type_of`] for an overlay's layer. Reads the mount list only if the `f_type` is that of
-    /// tmpfs, because devtmpfs has the same `f_type`.
-    ///
-    /// # Errors
-    /// The errors of [`HostOnly::type_of`].
-    pub fn type_of_layer(&self, file: &OwnedFd) -> io::Result<Option<&'static str>> {
+    pub fn type_of(&self, file: &OwnedFd, host: &HostView) -> io::Result<Option<&'static str>> {
         let magic = fstatfs(file)?.filesystem_type();
-        if magic == TMPFS_MAGIC {
-            return self.type_of(file);
+        if let Some(kind) = by_magic(magic.0) {
+            return Ok(Some(kind));
         }
-        Ok(TYPES.iter().find(|(_, magic_of_type)| *magic_of_type == Some(magic.0)).map(|(kind, _)| *kind))
+        let by_device = self.by_device(fstat(file)?.st_dev);
+        if by_device.is_some() || magic != TMPFS_MAGIC {
+            return Ok(by_device);
+        }
+        let (id, mounts) = (mount_api::mount_id(file.as_fd())?, host.mounts()?);
+        Ok(mounts.iter().find(|mount| mount.id == id).and_then(|mount| self.name_of(mount)))
     }
+}
+
+fn by_magic(magic: i64) -> Option<&'static str> {
+    TYPES.iter().find(|(_, of_type)| *of_type == Some(magic)).map(|(kind, _)| *kind)
 }
 
 /// `/dev` and the directories below `/dev` that exist in every guest.
@@ -177,7 +193,9 @@ mod tests {
     #[test]
     fn type_of_recognizes_types_by_name_magic_and_device() {
         let host_only = HostOnly::new([]).unwrap();
-        let of = |path: &str| host_only.type_of(&mount_api::open_path(Path::new(path), true).unwrap()).unwrap();
+        let of = |path: &str| {
+            host_only.type_of(&mount_api::open_path(Path::new(path), true).unwrap(), &HostView::own()).unwrap()
+        };
         assert_eq!(of("/proc"), Some("proc"));
         assert_eq!(of("/proc/self/status"), Some("proc"));
         assert_eq!(of("/proc/self/ns/net"), Some("nsfs"));
@@ -191,7 +209,11 @@ mod tests {
             let Ok(file) = mount_api::open_path(&entry.point, false) else { continue };
             // Skip a mount that another mount covers.
             if mount_api::mount_id(std::os::fd::AsFd::as_fd(&file)).unwrap() == entry.id {
-                assert_eq!(host_only.type_of(&file).unwrap().is_some(), host_only.contains(&entry), "{entry:?}");
+                assert_eq!(
+                    host_only.type_of(&file, &HostView::own()).unwrap().is_some(),
+                    host_only.contains(&entry),
+                    "{entry:?}"
+                );
             }
         }
     }

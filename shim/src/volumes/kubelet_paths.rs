@@ -16,8 +16,9 @@ use nix::{
     },
 };
 
+use crate::host_view::HostView;
 use crate::oci::id_mappings::IdMappings;
-use crate::volumes::{mount_api, mountinfo};
+use crate::volumes::mount_api;
 
 /// An emptyDir on a disk, or a subdirectory in an emptyDir. The guest accesses the directory through virtio-fs.
 #[derive(Debug)]
@@ -41,14 +42,14 @@ pub fn disk_empty_dir(
     source: &OwnedFd,
     path: &Path,
     id_mappings: Option<&IdMappings>,
-    pod: &str,
+    (pod, host): (&str, &HostView),
 ) -> io::Result<Option<DiskEmptyDir>> {
     let Some((_, root)) = parse_empty_dir(path) else { return Ok(None) };
     // The source may be a hostPath that points into another pod's volume.
     if !is_third_ancestor(&root, pod) {
         return Ok(None);
     }
-    let volume = match mount_api::open_path(&root, false) {
+    let volume = match host.open(&root, false) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         volume => volume?,
     };
@@ -60,7 +61,7 @@ pub fn disk_empty_dir(
     }
     // The kubelet binds a subPath to a mount point outside the volume. Therefore, the shim compares the volume's
     // path and the source's path, both relative to the root of the file system.
-    let (all, part) = (path_in_filesystem(&volume)?, path_in_filesystem(source)?);
+    let (all, part) = (path_in_filesystem(&volume, host)?, path_in_filesystem(source, host)?);
     let Ok(subdirectory) = part.strip_prefix(&all) else { return Ok(None) };
     // If the source was renamed or removed, or a mount covers a part of the path, the path does not lead to the source.
     match stat_components(&volume, subdirectory, id_mappings) {
@@ -108,10 +109,10 @@ pub fn parse_empty_dir(path: &Path) -> Option<(String, PathBuf)> {
 ///
 /// # Errors
 /// The kernel's error, or [`io::ErrorKind::NotFound`] if the mount is not in the mount list.
-pub fn path_in_filesystem(source: &OwnedFd) -> io::Result<PathBuf> {
+pub fn path_in_filesystem(source: &OwnedFd, host: &HostView) -> io::Result<PathBuf> {
     let id = mount_api::mount_id(source.as_fd())?;
     let path = fs::read_link(format!("/proc/self/fd/{}", source.as_raw_fd()))?;
-    let mount = mountinfo::read()?.into_iter().find(|mount| mount.id == id).ok_or(io::ErrorKind::NotFound)?;
+    let mount = host.mounts()?.into_iter().find(|mount| mount.id == id).ok_or(io::ErrorKind::NotFound)?;
     let subdirectory = path.strip_prefix(mount.point).map_err(io::Error::other)?;
     Ok(mount.root.strip_prefix("/").map_err(io::Error::other)?.join(subdirectory))
 }
@@ -172,8 +173,10 @@ mod tests {
         let root = dir.path().join("uid/volumes/kubernetes.io~empty-dir/data");
         fs::create_dir_all(root.join("a/b")).unwrap();
         fs::write(root.join("a/file"), "x").unwrap();
-        let at =
-            |path: &Path, pod| disk_empty_dir(&mount_api::open_path(path, true).unwrap(), path, None, pod).unwrap();
+        let at = |path: &Path, pod| {
+            let host = HostView::own();
+            disk_empty_dir(&host.open(path, true).unwrap(), path, None, (pod, &host)).unwrap()
+        };
         let of = |path: &Path| {
             let found = at(path, "uid");
             found.map(|found| found.subdirectory.into_iter().map(|part| part.name).collect::<Vec<_>>().join("/"))

@@ -4,21 +4,16 @@
 //! system exists as long as the pod. As under runc, its contents count as the container's memory. If virtio-fs shared
 //! the kubelet's volume, the contents would count as the VMM's memory. virtio-fs cannot share huge pages at all.
 
-use std::{
-    fs, io,
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::fs::MetadataExt,
-    },
-    path::Path,
-};
+use std::{io, os::fd::OwnedFd, path::Path};
 
 use husk_proto::SHARED_FS_TYPE;
 use husk_proto::agent::{MountVolumeRequest, VolumeDirectory};
+use nix::sys::stat::fstat;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 
+use crate::host_view::HostView;
 use crate::oci::id_mappings::IdMappings;
-use crate::volumes::{kubelet_paths, mount_api};
+use crate::volumes::kubelet_paths;
 
 /// Size of the guest's huge pages in bytes.
 const HUGE_PAGE: u64 = 2 << 20;
@@ -49,6 +44,7 @@ pub fn request_for(
     path: &Path,
     id_mappings: Option<&IdMappings>,
     (container, mount): (&str, u32),
+    host: &HostView,
 ) -> Result<Option<MountVolumeRequest>, MemoryVolumeError> {
     let inspect = |what| move |error| MemoryVolumeError::Inspect(what, error);
     let fs_stat = fstatfs(source).map_err(|errno| inspect("stat the file system")(errno.into()))?;
@@ -63,26 +59,25 @@ pub fn request_for(
         return if huge { Err(MemoryVolumeError::Shared) } else { Ok(None) };
     };
     // If `source` is on a different file system than the volume's root, `source` is not part of the volume.
-    let volume_stat = fs::symlink_metadata(&root).map_err(inspect("stat the volume"))?;
-    let dir_stat =
-        fs::metadata(format!("/proc/self/fd/{}", source.as_raw_fd())).map_err(inspect("stat the directory"))?;
-    if volume_stat.dev() != dir_stat.dev() {
+    let volume = host.open(&root, false).map_err(inspect("open the volume"))?;
+    let volume_stat = fstat(&volume).map_err(|errno| inspect("stat the volume")(errno.into()))?;
+    let dir_stat = fstat(source).map_err(|errno| inspect("stat the directory")(errno.into()))?;
+    if volume_stat.st_dev != dir_stat.st_dev {
         return if huge { Err(MemoryVolumeError::Shared) } else { Ok(None) };
     }
     if huge && block_size != HUGE_PAGE {
         return Err(MemoryVolumeError::Size(block_size));
     }
-    let (uid, gid) = kubelet_paths::owner(volume_stat.uid(), volume_stat.gid(), id_mappings);
+    let (uid, gid) = kubelet_paths::owner(volume_stat.st_uid, volume_stat.st_gid, id_mappings);
     let kind = if huge { format!("pagesize={HUGE_PAGE}") } else { format!("size={size}") };
-    let subdirectory = kubelet_paths::path_in_filesystem(source)
+    let subdirectory = kubelet_paths::path_in_filesystem(source, host)
         .map_err(inspect("determine the path of the directory in its volume"))?;
-    let volume = mount_api::open_path(&root, false).map_err(inspect("open the volume"))?;
     let directories = kubelet_paths::stat_components(&volume, &subdirectory, id_mappings);
     let (directories, _) = directories.map_err(inspect("stat a directory of the volume"))?;
     Ok(Some(MountVolumeRequest {
-        name: format!("{name}-{:x}", volume_stat.dev()),
+        name: format!("{name}-{:x}", volume_stat.st_dev),
         fs_type: fs_type.to_owned(),
-        options: format!("{kind},mode={:o},uid={uid},gid={gid}", volume_stat.mode() & 0o7777),
+        options: format!("{kind},mode={:o},uid={uid},gid={gid}", volume_stat.st_mode & 0o7777),
         directories,
         container_id: container.to_owned(),
         mount,
@@ -110,8 +105,8 @@ mod tests {
     fn directory_on_disk_is_not_a_memory_volume() {
         let dir = tempfile::tempdir().unwrap();
         let request_at = |path: &Path| {
-            let fd = mount_api::open_path(path, true).unwrap();
-            request_for(&fd, path, None, ("c", 0)).unwrap()
+            let host = HostView::own();
+            request_for(&host.open(path, true).unwrap(), path, None, ("c", 0), &host).unwrap()
         };
         assert_eq!(request_at(dir.path()), None);
         // /dev/shm is a tmpfs, but not an emptyDir.

@@ -17,6 +17,7 @@ pub mod mirror;
 pub mod mount_api;
 mod mount_tree;
 pub mod mountinfo;
+mod overlay;
 pub mod plan;
 pub mod propagate;
 pub mod rootfs;

@@ -1,4 +1,4 @@
-//! Reads the mount list of the calling thread's mount namespace (proc_pid_mountinfo(5)).
+//! Reads the mount list of a thread's mount namespace (proc_pid_mountinfo(5)).
 
 use std::{ffi::OsString, fs, io, os::unix::ffi::OsStringExt, path::PathBuf};
 
@@ -21,12 +21,20 @@ pub struct Entry {
     pub kind: String,
 }
 
-/// Returns the mounts, in the kernel's order.
+/// Returns the mounts in the calling thread's namespace, in the kernel's order.
 ///
 /// # Errors
 /// If /proc cannot be read.
 pub fn read() -> io::Result<Vec<Entry>> {
     Ok(parse(&fs::read("/proc/thread-self/mountinfo")?))
+}
+
+/// Returns the mounts in the namespace of the thread `id` of this process.
+///
+/// # Errors
+/// If /proc cannot be read.
+pub fn read_of_thread(id: i32) -> io::Result<Vec<Entry>> {
+    Ok(parse(&fs::read(format!("/proc/self/task/{id}/mountinfo"))?))
 }
 
 fn parse(text: &[u8]) -> Vec<Entry> {

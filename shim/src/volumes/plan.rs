@@ -9,6 +9,7 @@ use std::{
 use husk_proto::{agent::MountVolumeRequest, volume};
 use nix::sys::stat::{SFlag, fstat, major, minor};
 
+use crate::host_view::HostView;
 use crate::oci::devices;
 use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::Mount;
@@ -18,7 +19,8 @@ use crate::volumes::host_only::HostOnly;
 use crate::volumes::kubelet_paths::DiskEmptyDir;
 use crate::volumes::mirror;
 use crate::volumes::mirror::{Mirror, Volume};
-use crate::volumes::{bind, host_only, kubelet_paths, memory_volume, mount_api};
+use crate::volumes::staging_dir::CopyContext;
+use crate::volumes::{bind, host_only, kubelet_paths, memory_volume};
 
 /// How a mount of the specification is made available in the guest.
 #[derive(Debug)]
@@ -54,12 +56,20 @@ pub struct PlanContext<'a> {
     pub share: &'a Path,
     /// Recognizes host-only file systems.
     pub host_only: &'a HostOnly,
+    /// Resolves the sources.
+    pub host: &'a HostView,
     /// Container id.
     pub container: &'a str,
     /// Whether containerd's CRI created the specification.
     pub kubernetes: bool,
     /// The pod's uid. Empty if the specification does not contain the uid.
     pub pod: &'a str,
+}
+
+impl<'a> PlanContext<'a> {
+    fn copy(&self) -> CopyContext<'a> {
+        CopyContext { host_only: self.host_only, host: self.host }
+    }
 }
 
 /// Prepares `mount`, which has the index `index` in the specification. Returns the source that the guest must use, or
@@ -96,7 +106,7 @@ pub fn prepare_mount(
                 receives_mounts,
                 private: false,
             };
-            bind::bind(mount, &source, (context.share, context.container), context.host_only, notes).map(Some)
+            bind::bind(mount, &source, (context.share, context.container), context.copy(), notes).map(Some)
         }
         Plan::EmptyDir { volume: DiskEmptyDir { root, subdirectory }, id_mappings } => {
             let (id_mappings, flags, receives_mounts) =
@@ -110,7 +120,7 @@ pub fn prepare_mount(
                 receives_mounts,
                 private: true,
             };
-            let root = bind::bind(mount, &source, (context.share, context.container), context.host_only, notes)?;
+            let root = bind::bind(mount, &source, (context.share, context.container), context.copy(), notes)?;
             if subdirectory.is_empty() {
                 return Ok(Some(root));
             }
@@ -175,7 +185,7 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
         step,
         source: source_error,
     };
-    let fd = mount_api::open_path(&path, true).map_err(|error| host("open the source", error))?;
+    let fd = context.host.open(&path, true).map_err(|error| host("open the source", error))?;
     let stat = fstat(&fd).map_err(|error| host("stat the source", error.into()))?;
     let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     let shareable = kind == SFlag::S_IFDIR || kind == SFlag::S_IFREG;
@@ -183,13 +193,14 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
     let resolved =
         fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(|e| host("resolve the source", e))?;
     let on_host_only = |file: &OwnedFd| {
-        context.host_only.type_of(file).map_err(|error| host("stat the file system of the source", error))
+        context.host_only.type_of(file, context.host).map_err(|error| host("stat the file system of the source", error))
     };
     if shareable && let Some(kind) = on_host_only(&fd)? {
         return guest_instance(&resolved, kind, notes);
     }
     if kind == SFlag::S_IFDIR {
-        let memory = memory_volume::request_for(&fd, &path, id_mappings.as_ref(), (context.container, number));
+        let memory =
+            memory_volume::request_for(&fd, &path, id_mappings.as_ref(), (context.container, number), context.host);
         let error = |error| VolumeError::Memory {
             mount_source: source.into(),
             destination: mount.destination.clone(),
@@ -200,7 +211,7 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
         }
     }
     if shareable {
-        let volume = kubelet_paths::disk_empty_dir(&fd, &path, id_mappings.as_ref(), context.pod);
+        let volume = kubelet_paths::disk_empty_dir(&fd, &path, id_mappings.as_ref(), (context.pod, context.host));
         if let Some(volume) = volume.map_err(|error| host("determine the emptyDir of the source", error))? {
             if let Some(kind) = on_host_only(&volume.root)? {
                 return guest_instance(&path, kind, notes);
@@ -215,7 +226,8 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
                 && Flags::of(mount).read_only
                 && mirror::is_mirrored_volume(&resolved, context.pod) =>
         {
-            let source = Volume::new(fd, path).map_err(|error| host("copy the source's mount", error))?;
+            let source =
+                Volume::new(&fd, path, context.host).map_err(|error| host("copy the source's mount", error))?;
             Ok(Plan::Mirror { source, id_mappings })
         }
         SFlag::S_IFDIR => Ok(Plan::Bind { source: fd, directory: true, id_mappings, ignores_mount_id }),
@@ -255,8 +267,8 @@ mod tests {
 
     fn plan_for(mount: &Mount) -> Result<Plan, String> {
         let host_only = &HostOnly::new([]).unwrap();
-        let (bundle, share) = (Path::new("/b"), Path::new("/h"));
-        let context = PlanContext { bundle, share, host_only, container: "c", kubernetes: true, pod: "pod-uid" };
+        let (bundle, share, host) = (Path::new("/b"), Path::new("/h"), &HostView::own());
+        let context = PlanContext { bundle, share, host_only, host, container: "c", kubernetes: true, pod: "pod-uid" };
         plan(mount, 0, &context, &mut Vec::new()).map_err(|error| error.to_string())
     }
 

@@ -17,10 +17,13 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
+use nix::sys::stat::fstat;
+
+use crate::host_view::{HostView, path_of};
 use crate::volumes::covers::Covers;
 use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_tree::Tree;
-use crate::volumes::submounts::{copy_staged, detach, first_error, mounted};
+use crate::volumes::submounts::{copy_staged, detach, first_error, mounted, open_below};
 use crate::volumes::{mount_api, mountinfo, unmount};
 
 /// Subdirectory of the receiving trees. A receiving tree has the same name as its volume in the share.
@@ -28,8 +31,21 @@ const RECEIVING: &str = "receiving";
 /// Subdirectory in which the shim copies mount trees.
 const COPYING: &str = "copying";
 
+/// Names of the directories on which the sandbox's own file systems are mounted: the share, twice, and the staging
+/// directory.
+const OWN_DIRECTORIES: [&str; 3] = ["share", "guest", "stage"];
+
 /// Name of the directory in `COPYING` for the next copy.
 static NEXT_COPY: AtomicU64 = AtomicU64::new(0);
+
+/// Values that are necessary to copy a mount tree of the host.
+#[derive(Debug, Clone, Copy)]
+pub struct CopyContext<'a> {
+    /// Recognizes host-only file systems, which are not copied.
+    pub host_only: &'a HostOnly,
+    /// Resolves the host's paths.
+    pub host: &'a HostView,
+}
 
 /// The staging directory of a sandbox.
 pub struct StagingDir {
@@ -70,16 +86,22 @@ impl StagingDir {
         Covers::in_stage(&self.dir)
     }
 
-    /// Copies the detached mount tree `tree` without host-only file systems, and covers their places. Returns the copy,
-    /// which is detached and private. Also returns the path of each omitted mount, with the reason.
+    /// Copies the detached mount tree `tree` without host-only file systems, and covers their places and those of the
+    /// sandbox's own mounts. `source` is the root of the tree on the host. Returns the copy, which is detached and
+    /// private. Also returns the path of each omitted mount, with the reason.
     ///
     /// # Errors
     /// If the tree's root cannot be copied, the place of a host-only file system cannot be covered, or the temporary
     /// mounts cannot be removed.
-    pub fn copy(&self, tree: &OwnedFd, host_only: &HostOnly) -> io::Result<(OwnedFd, Vec<String>)> {
+    pub fn copy(
+        &self,
+        tree: &OwnedFd,
+        source: &OwnedFd,
+        context: CopyContext<'_>,
+    ) -> io::Result<(OwnedFd, Vec<String>)> {
         let dir = self.dir.join(COPYING).join(NEXT_COPY.fetch_add(1, Ordering::Relaxed).to_string());
         let (from, to) = (dir.join("from"), dir.join("to"));
-        let copied = copy_in(tree, (host_only, &self.covers()), &dir, (&from, &to));
+        let copied = self.copy_in(tree, source, context, &dir);
         let points = [&to, &from];
         let removed = points.iter().map(|point| unmount::unmount(point).and_then(|()| unmount::remove(point)));
         let points_removed = first_error(removed);
@@ -146,46 +168,72 @@ impl StagingDir {
         unmount::unmount(&point)?;
         unmount::remove(&point)
     }
-}
 
-fn copy_in(
-    tree: &OwnedFd,
-    (host_only, covers): (&HostOnly, &Covers),
-    dir: &Path,
-    (from, to): (&Path, &Path),
-) -> io::Result<(OwnedFd, Vec<String>)> {
-    for dir in [dir, from, to] {
-        fs::create_dir(dir)?;
-    }
-    mount_api::attach(tree.as_fd(), mount_api::open_path(from, false)?.as_fd())?;
-    let from = mounted(from)?.ok_or(io::ErrorKind::NotFound)?;
-    let base = mount_api::clone_tree(from.file.as_fd(), false)?;
-    mount_api::set_attributes(base.as_fd(), 0, libc::MS_PRIVATE, false)?;
-    mount_api::attach(base.as_fd(), mount_api::open_path(to, false)?.as_fd())?;
-    let entries = mountinfo::read()?;
-    let tree = Tree::of(&entries, from.id).ok_or(io::ErrorKind::NotFound)?;
-    let (reachable, excluded) = tree.reachable(|entry| host_only.contains(entry));
-    let describe = |path: &Path, reason: &str| format!("{} ({reason})", Path::new("/").join(path).display());
-    let mut left_out: Vec<String> = excluded.iter().map(|out| describe(&out.path, &out.entry.kind)).collect();
-    let mut unreachable: Vec<&Path> = Vec::new();
-    for submount in &reachable {
-        if unreachable.iter().any(|path| submount.path.starts_with(path)) {
-            continue;
+    fn copy_in(
+        &self,
+        tree: &OwnedFd,
+        source: &OwnedFd,
+        context: CopyContext<'_>,
+        dir: &Path,
+    ) -> io::Result<(OwnedFd, Vec<String>)> {
+        let (from, to, covers, host_only) = (dir.join("from"), dir.join("to"), self.covers(), context.host_only);
+        for dir in [dir, &from, &to] {
+            fs::create_dir(dir)?;
         }
-        // Omit a submount that cannot be copied. For example, the mount point may be in a file system whose server has
-        // died.
-        if let Err(error) = copy_staged(&from.file, to, submount) {
-            unreachable.push(&submount.path);
-            if error.kind() != io::ErrorKind::NotFound {
-                left_out.push(describe(&submount.path, &error.to_string()));
+        mount_api::attach(tree.as_fd(), mount_api::open_path(&from, false)?.as_fd())?;
+        let from = mounted(&from)?.ok_or(io::ErrorKind::NotFound)?;
+        let base = mount_api::clone_tree(from.file.as_fd(), false)?;
+        mount_api::set_attributes(base.as_fd(), 0, libc::MS_PRIVATE, false)?;
+        mount_api::attach(base.as_fd(), mount_api::open_path(&to, false)?.as_fd())?;
+        let entries = mountinfo::read()?;
+        let tree = Tree::of(&entries, from.id).ok_or(io::ErrorKind::NotFound)?;
+        let (reachable, excluded) = tree.reachable(|entry| host_only.contains(entry));
+        let describe = |path: &Path, reason: &str| format!("{} ({reason})", Path::new("/").join(path).display());
+        let mut left_out: Vec<String> = excluded.iter().map(|out| describe(&out.path, &out.entry.kind)).collect();
+        let mut unreachable: Vec<&Path> = Vec::new();
+        for submount in &reachable {
+            if unreachable.iter().any(|path| submount.path.starts_with(path)) {
+                continue;
+            }
+            // Omit a submount that cannot be copied. For example, the mount point may be in a file system whose server has
+            // died.
+            if let Err(error) = copy_staged(&from.file, &to, submount) {
+                unreachable.push(&submount.path);
+                if error.kind() != io::ErrorKind::NotFound {
+                    left_out.push(describe(&submount.path, &error.to_string()));
+                }
             }
         }
-    }
-    for submount in &excluded {
-        // If the mount around the place was not copied, the guest cannot reach the place.
-        if !unreachable.iter().any(|path| submount.path.starts_with(path)) {
-            covers.cover_staged(&from.file, to, submount, host_only)?;
+        for submount in &excluded {
+            // If the mount around the place was not copied, the guest cannot reach the place.
+            if !unreachable.iter().any(|path| submount.path.starts_with(path)) {
+                covers.cover_staged(&from.file, &to, submount, host_only)?;
+            }
         }
+        self.cover_own_directories(source, (&from.file, &to), context)?;
+        Ok((mount_api::clone_tree(mount_api::open_path(&to, false)?.as_fd(), true)?, left_out))
     }
-    Ok((mount_api::clone_tree(mount_api::open_path(to, false)?.as_fd(), true)?, left_out))
+
+    /// Covers the places of the sandbox's own mounts in the copy at `to` of the tree at `from`. `source` is the root of
+    /// the tree on the host. These mounts are only in the shim's namespace. Without a cover, a guest could remove their
+    /// mount points, and the kernel would detach the mounts.
+    fn cover_own_directories(
+        &self,
+        source: &OwnedFd,
+        (from, to): (&OwnedFd, &Path),
+        CopyContext { host_only, host }: CopyContext<'_>,
+    ) -> io::Result<()> {
+        let root = fs::read_link(path_of(source))?;
+        for place in OWN_DIRECTORIES.map(|name| self.dir.with_file_name(name)) {
+            let Ok(path) = place.strip_prefix(&root) else { continue };
+            // In the copy, another mount or a symlink may be on the path. Then the path leads elsewhere, or nowhere.
+            let (Ok(copied), Ok(place)) = (open_below(from, path), host.open(&place, false)) else { continue };
+            let (copied_stat, stat) = (fstat(&copied)?, fstat(&place)?);
+            let is_place = (copied_stat.st_dev, copied_stat.st_ino) == (stat.st_dev, stat.st_ino);
+            if is_place && !path.as_os_str().is_empty() && !host_only.is_device_of_sandbox(stat.st_dev) {
+                self.covers().cover(&copied, true, to, path)?;
+            }
+        }
+        Ok(())
+    }
 }

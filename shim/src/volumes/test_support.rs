@@ -1,20 +1,24 @@
 //! Helpers for tests that mount file systems. Each test has its own mount namespace, and needs root.
 
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
 };
 
+use crate::blocking::Job;
+use crate::daemon::mount_namespace;
+use crate::host_view::HostView;
 use crate::oci::spec::Mount;
 use crate::volumes::bind::{Flags, Source, bind};
 use crate::volumes::shared_mounts::markers_dir;
-use crate::volumes::staging_dir::StagingDir;
+use crate::volumes::staging_dir::{CopyContext, StagingDir};
 use crate::volumes::{Share, mount_api};
 
-/// Runs `test` with a new directory, in a thread with a new mount namespace. As in the shim's daemon, all mounts in the
-/// namespace are slaves of the host's mounts.
+/// Runs `test` with a new directory, in a thread with a new mount namespace. Mounts in the namespace do not propagate to
+/// the machine that runs the tests.
 pub fn isolated(test: impl FnOnce(&Path) + Send + 'static) {
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root to mount file systems");
@@ -24,6 +28,37 @@ pub fn isolated(test: impl FnOnce(&Path) + Send + 'static) {
         test(dir.path());
     });
     thread.join().unwrap();
+}
+
+/// A thread with a mount namespace like that of the shim's daemon. The namespace of the thread that starts the daemon
+/// stands for the host's.
+pub struct Daemon {
+    jobs: mpsc::Sender<Job>,
+    host: HostView,
+}
+
+impl Daemon {
+    /// Starts the thread. Its namespace contains the mounts above `needed`.
+    pub fn start(needed: &Path) -> Self {
+        let host = HostView::start().unwrap();
+        let (jobs, receiver) = mpsc::channel::<Job>();
+        let (entered, entering) = mpsc::channel();
+        let needed = needed.to_owned();
+        std::thread::spawn(move || {
+            entered.send(mount_namespace::enter(&[needed])).unwrap();
+            receiver.iter().for_each(|job| job());
+        });
+        entering.recv().unwrap().unwrap();
+        Self { jobs, host }
+    }
+
+    /// Runs `work` on the thread, with the host's view.
+    pub fn run<T: Send + 'static>(&self, work: impl FnOnce(&HostView) -> T + Send + 'static) -> T {
+        let (sender, result) = mpsc::channel();
+        let host = self.host.clone();
+        self.jobs.send(Box::new(move || sender.send(work(&host)).unwrap())).unwrap();
+        result.recv().expect("the work has panicked")
+    }
 }
 
 /// Mounts a tmpfs at `point`. Creates `point` if it does not exist.
@@ -57,6 +92,7 @@ pub fn bind_for(share: &Share, id: &str, source: &Path, options: &[&str]) -> Pat
         private: false,
     };
     let host_only = StagingDir::for_share(&share.host).host_only(&share.host).unwrap();
-    let guest = bind(&mount, &source, (&share.host, id), &host_only, &mut Vec::new()).unwrap();
+    let context = CopyContext { host_only: &host_only, host: &HostView::own() };
+    let guest = bind(&mount, &source, (&share.host, id), context, &mut Vec::new()).unwrap();
     share.host.join(Path::new(&guest).strip_prefix(husk_proto::GUEST_SHARE).unwrap())
 }

@@ -40,6 +40,31 @@ fn pod_is_not_ready_after_its_vmm_dies() {
     });
 }
 
+/// Returns the number of mounts in the namespaces of the shim and the VMM of a pod.
+fn mounts_of(pod: &str) -> [usize; 2] {
+    let ([shim], [vmm]) = (&vm::shim_pids_of(pod)[..], &vm::vmm_pids_of(pod)[..]) else {
+        panic!("expected one shim and one VMM of {pod}")
+    };
+    [shim, vmm].map(|pid| fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap().lines().count())
+}
+
+#[test]
+fn mounts_of_shim_and_vmm_do_not_depend_on_other_pods() {
+    pods("cri-mounts", |pods| {
+        let witness = pods.pod();
+        let _container = witness.sleeper();
+        let before = mounts_of(&witness.id);
+        let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", vm::shim_pids_of(&witness.id)[0])).unwrap();
+        assert!(!mounts.contains("/run/netns/") && !mounts.contains("/sandboxes/"), "{mounts}");
+        let others = [pods.pod(), pods.pod()];
+        let _containers = others.each_ref().map(|pod| pod.sleeper());
+        assert_eq!(mounts_of(&witness.id), before, "the mounts of the first pod");
+        for other in &others {
+            assert_eq!(mounts_of(&other.id), before, "the mounts of a later pod");
+        }
+    });
+}
+
 #[test]
 fn exec_timeout_kills_all_descendants() {
     pods("cri-timeout", |pods| {

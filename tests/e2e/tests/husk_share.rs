@@ -126,6 +126,29 @@ fn devices_programs_and_symlinks_of_a_guest_have_no_effect_on_the_node() {
 }
 
 #[test]
+fn node_can_unmount_what_it_has_mounted_below_a_slave_volume() {
+    case("share-unmount", |case| {
+        let volume = case.dir().join("volume");
+        let early = Tmpfs::new(&volume.join("early"));
+        fs::create_dir(volume.join("later")).unwrap();
+        let flag = format!("type=bind,src={},dst=/v,options=rbind:rslave:rw", volume.display());
+        let program = "import time; print('up', flush=True); time.sleep(1000)";
+        let container = case.container(case.python(program).flags(&["--mount", &flag]));
+        let later = Tmpfs::new(&volume.join("later"));
+        for tmpfs in [&early, &later] {
+            fs::write(tmpfs.0.join("file"), "").unwrap();
+        }
+        let listed = |id: &str| container.exec(id, &["sh", "-c", "ls /v/early /v/later"]).expect_code(0).out();
+        assert_eq!(listed("before"), "/v/early:\nfile\n\n/v/later:\nfile\n");
+        for tmpfs in [&early, &later] {
+            umount2(&tmpfs.0, MntFlags::empty()).unwrap();
+        }
+        assert_eq!(listed("after"), "/v/early:\n\n/v/later:\n");
+        container.kill();
+    });
+}
+
+#[test]
 fn only_root_of_a_container_fills_blocks_that_are_reserved_for_root() {
     case("share-reserved", |case| {
         let disk = Disk::new(&case.dir().join("disk"), 32);

@@ -1,5 +1,6 @@
-//! The seccomp filter of the shim's threads (seccomp(2)). All threads have the same filter. They share their memory, so
-//! an attacker could use the thread with the weakest filter. Each thread for blocking calls may also execute any task
+//! The seccomp filter of the shim's threads (seccomp(2)). All threads have the same filter, except those of the host view,
+//! whose filter allows fewer calls. The threads share their memory, so an attacker could use the thread with the weakest
+//! filter. Each thread for blocking calls may also execute any task
 //! of the shim.
 
 mod tables;
@@ -11,7 +12,7 @@ use std::os::fd::OwnedFd;
 use husk_vmm::config::SeccompMode;
 use husk_vmm::jail::seccomp::{FilterError, apply};
 
-pub use tables::{TABLES, rules};
+pub use tables::{HOST_VIEW, TABLES, rules};
 
 /// A failure to load the filter.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +36,12 @@ pub fn load(mode: SeccompMode) -> Result<OwnedFd, LoadError> {
     let lines = violation::handle().map_err(LoadError::Handler)?;
     apply(rules(), mode)?;
     Ok(lines)
+}
+
+/// Loads the filter for this thread, which is a thread of the host view. Threads that this thread starts later inherit
+/// the filter. [`load`] must have been called before.
+pub fn load_for_host_view(mode: SeccompMode) -> Result<(), LoadError> {
+    Ok(apply(tables::host_view_rules(), mode)?)
 }
 
 #[cfg(test)]

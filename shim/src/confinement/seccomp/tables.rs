@@ -19,6 +19,8 @@ const CLONE_NEWNS: u32 = libc::CLONE_NEWNS.cast_unsigned();
 const CLONE_NEWNET: u32 = libc::CLONE_NEWNET.cast_unsigned();
 const CLONE_NEWUSER: u32 = libc::CLONE_NEWUSER.cast_unsigned();
 const PROT_EXEC: u32 = libc::PROT_EXEC.cast_unsigned();
+/// Flags of open(2) that open a file for writing, or create or truncate the file.
+const O_WRITING: u32 = (libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC).cast_unsigned();
 const PR_SET_NAME: u32 = libc::PR_SET_NAME.cast_unsigned();
 const PR_GET_NAME: u32 = libc::PR_GET_NAME.cast_unsigned();
 const PR_SET_PDEATHSIG: u32 = libc::PR_SET_PDEATHSIG.cast_unsigned();
@@ -227,6 +229,16 @@ const PROCESSES: &[Rule] = &[
     allow(Sysno::getegid, "authenticates the shim to systemd"),
 ];
 
+/// Further calls of the threads that stay in the host's mount namespace ([`crate::host_view`]). These threads may also
+/// make the calls in [`RUNTIME`]. They can neither change mounts nor open a file for writing.
+pub const HOST_VIEW: &[Rule] = &[
+    allow_if(Sysno::openat, &[lacks(2, O_WRITING)], "opens paths of the host"),
+    allow(Sysno::open_tree, "copies mounts of the host"),
+    allow(Sysno::close, "closes fds"),
+    allow(Sysno::read, "reads the number of CPUs, to set up the allocator"),
+    allow(Sysno::write, "reports a refused call"),
+];
+
 /// The tables, with their titles.
 pub const TABLES: [(&str, &[Rule]); 5] = [
     ("Threads, memory, time and the async runtime", RUNTIME),
@@ -235,6 +247,11 @@ pub const TABLES: [(&str, &[Rule]); 5] = [
     ("Sockets", SOCKETS),
     ("Processes", PROCESSES),
 ];
+
+/// Returns the rules of the threads in the host's mount namespace.
+pub fn host_view_rules() -> impl Iterator<Item = &'static Rule> {
+    RUNTIME.iter().chain(HOST_VIEW)
+}
 
 /// Returns all rules.
 pub fn rules() -> impl Iterator<Item = &'static Rule> {
@@ -251,7 +268,23 @@ mod tests {
     fn tables_have_no_call_twice_and_every_rule_has_a_reason() {
         let calls: BTreeSet<Sysno> = rules().map(|rule| rule.call).collect();
         assert_eq!(calls.len(), rules().count());
-        assert!(rules().all(|rule| !rule.reason.is_empty()));
+        let host_view: BTreeSet<Sysno> = host_view_rules().map(|rule| rule.call).collect();
+        assert_eq!(host_view.len(), host_view_rules().count());
+        assert!(rules().chain(HOST_VIEW).all(|rule| !rule.reason.is_empty()));
+    }
+
+    #[test]
+    fn host_view_cannot_write_to_the_host() {
+        let mut calls = [Sysno::mount, Sysno::umount2, Sysno::move_mount, Sysno::mount_setattr, Sysno::setns].to_vec();
+        calls.extend([Sysno::unshare, Sysno::mkdir, Sysno::mknodat, Sysno::unlink, Sysno::rename, Sysno::chmod]);
+        calls.extend([Sysno::fchmodat, Sysno::openat2, Sysno::ftruncate, Sysno::ioctl, Sysno::connect]);
+        assert!(host_view_rules().all(|rule| !calls.contains(&rule.call)));
+        let open = host_view_rules().find(|rule| rule.call == Sysno::openat).unwrap();
+        let writes = |flags: i32| open.when.iter().all(|when| flags.cast_unsigned() & when.mask != when.value);
+        for flags in [libc::O_WRONLY, libc::O_RDWR, libc::O_CREAT, libc::O_TRUNC, libc::O_TMPFILE | libc::O_RDWR] {
+            assert!(writes(flags), "{flags:#x}");
+        }
+        assert!(!writes(libc::O_PATH | libc::O_CLOEXEC | libc::O_NOFOLLOW));
     }
 
     #[test]

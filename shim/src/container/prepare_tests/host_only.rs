@@ -186,7 +186,13 @@ fn prepare_rejects_a_volume_whose_host_only_mounts_cannot_be_covered() {
             let mounts = spec["mounts"].as_array_mut().unwrap();
             mounts.push(json!({"destination": "/host", "type": "bind", "source": root, "options": ["rbind"]}));
         });
-        let request = Request { id: "c1", share: &share.host, rootfs: &[overlay(dir, 1)], pids: &HashMap::new() };
+        let request = Request {
+            id: "c1",
+            share: &share.host,
+            rootfs: &[overlay(dir, 1)],
+            host: &HostView::own(),
+            pids: &HashMap::new(),
+        };
         let error = crate::chain(&prepare(&bundle, &request).unwrap_err());
         assert!(error.contains("failed to cover /"), "{error}");
         assert_eq!((entries_in_share(&share), staged_trees(&share)), (0, 0));
@@ -198,7 +204,13 @@ fn prepare_rejects_a_host_only_rootfs_or_layer() {
     isolated(|dir| {
         let share = share(dir);
         let rejected = |rootfs: RootMount| {
-            let request = Request { id: "c1", share: &share.host, rootfs: &[rootfs], pids: &HashMap::new() };
+            let request = Request {
+                id: "c1",
+                share: &share.host,
+                rootfs: &[rootfs],
+                host: &HostView::own(),
+                pids: &HashMap::new(),
+            };
             let error = crate::chain(&prepare(&bundle(dir, |_| {}), &request).unwrap_err());
             assert!(error.contains("host-only file system"), "{error}");
         };
@@ -237,7 +249,13 @@ fn volumes_exclude_the_share_of_the_sandbox() {
             let mounts = spec["mounts"].as_array_mut().unwrap();
             mounts.push(json!({"destination": "/x", "type": "bind", "source": share.host, "options": ["rbind"]}));
         });
-        let request = Request { id: "c1", share: &share.host, rootfs: &[overlay(dir, 1)], pids: &HashMap::new() };
+        let request = Request {
+            id: "c1",
+            share: &share.host,
+            rootfs: &[overlay(dir, 1)],
+            host: &HostView::own(),
+            pids: &HashMap::new(),
+        };
         let error = crate::chain(&prepare(&bundle, &request).unwrap_err());
         assert!(error.contains("the sandbox's share"), "{error}");
         assert_eq!(entries_in_share(&share), 0);
@@ -250,7 +268,8 @@ fn rootfs_excludes_host_only_file_systems() {
         let share = share(dir);
         let root = mount_host_only(dir);
         let bundle = bundle(dir, |spec| spec["root"]["path"] = json!(root));
-        let request = Request { id: "c1", share: &share.host, rootfs: &[], pids: &HashMap::new() };
+        let request =
+            Request { id: "c1", share: &share.host, rootfs: &[], host: &HostView::own(), pids: &HashMap::new() };
         let prepared = prepare(&bundle, &request).unwrap();
         let seen = share.guest.join("c1/rootfs");
         assert_no_host_only(&seen, &share);

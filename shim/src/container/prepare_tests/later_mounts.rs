@@ -28,9 +28,11 @@ fn later_mounts_propagate_to_slave_volumes_only() {
             }
         });
         let rootfs = [overlay(dir, 1)];
-        let prepared =
-            prepare(&bundle, &Request { id: "c1", share: &share.host, rootfs: &rootfs, pids: &HashMap::new() })
-                .unwrap();
+        let prepared = prepare(
+            &bundle,
+            &Request { id: "c1", share: &share.host, rootfs: &rootfs, host: &HostView::own(), pids: &HashMap::new() },
+        )
+        .unwrap();
         tmpfs(&source.join("later"));
         fs::write(source.join("later/x"), "").unwrap();
         sync_mounts(&share.host).unwrap();
@@ -242,7 +244,13 @@ fn sync_tolerates_concurrent_volume_changes() {
                 for round in 0..40 {
                     let id = format!("c{round}");
                     let rootfs = [overlay(dir, 1)];
-                    let request = Request { id: &id, share: host, rootfs: &rootfs, pids: &HashMap::new() };
+                    let request = Request {
+                        id: &id,
+                        share: host,
+                        rootfs: &rootfs,
+                        host: &HostView::own(),
+                        pids: &HashMap::new(),
+                    };
                     prepare(bundle, &request).unwrap();
                     teardown(host, &id).unwrap();
                 }

@@ -2,6 +2,7 @@
 
 mod attributes;
 mod host_only;
+mod host_view;
 mod later_mounts;
 mod rootfs;
 mod volumes;
@@ -15,6 +16,7 @@ use std::{
 use serde_json::{Value, json};
 
 use super::prepare::*;
+use crate::host_view::HostView;
 use crate::oci::Bundle;
 use crate::oci::bundle::tests::sample;
 use crate::volumes::test_support::{isolated, shared_mount, tmpfs};
@@ -92,7 +94,7 @@ fn prepare_volume_for(id: &str, dir: &Path, share: &Share, root: &Path, options:
         mounts.push(json!({"destination": "/host", "type": "bind", "source": root, "options": options}));
     });
     let rootfs = [overlay(dir, 1)];
-    let request = Request { id, share: &share.host, rootfs: &rootfs, pids: &HashMap::new() };
+    let request = Request { id, share: &share.host, rootfs: &rootfs, host: &HostView::own(), pids: &HashMap::new() };
     let prepared = prepare(&bundle, &request).unwrap();
     assert_eq!(prepared.needs_propagation, options.contains(&"rslave"));
     guest_source(share, &prepared, 2)

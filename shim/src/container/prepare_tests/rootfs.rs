@@ -21,7 +21,11 @@ fn prepare_mounts_an_overlay_whose_options_exceed_a_page() {
         assert!(rootfs[0].options.join(",").len() > 4096);
         let bundle = bundle(dir, |_| ());
         let cwd = std::env::current_dir().unwrap();
-        prepare(&bundle, &Request { id: "c1", share: &share.host, rootfs: &rootfs, pids: &HashMap::new() }).unwrap();
+        prepare(
+            &bundle,
+            &Request { id: "c1", share: &share.host, rootfs: &rootfs, host: &HostView::own(), pids: &HashMap::new() },
+        )
+        .unwrap();
         assert!(share.guest.join("c1/rootfs/from-the-lowest").exists());
         assert_eq!(std::env::current_dir().unwrap(), cwd);
         teardown(&share.host, "c1").unwrap();
@@ -38,7 +42,11 @@ fn prepare_mounts_a_rootfs_from_the_bundle_or_an_image_file() {
         fs::write(root.join("here"), "").unwrap();
         fs::set_permissions(&root, fs::Permissions::from_mode(0o755)).unwrap();
         let bundle = bundle(dir, |_| ());
-        prepare(&bundle, &Request { id: "c1", share: &share.host, rootfs: &[], pids: &HashMap::new() }).unwrap();
+        prepare(
+            &bundle,
+            &Request { id: "c1", share: &share.host, rootfs: &[], host: &HostView::own(), pids: &HashMap::new() },
+        )
+        .unwrap();
         assert!(share.guest.join("c1/rootfs/here").exists());
         let ro = RootMount {
             kind: "bind".into(),
@@ -46,7 +54,11 @@ fn prepare_mounts_a_rootfs_from_the_bundle_or_an_image_file() {
             options: vec!["rbind".into(), "ro".into()],
             ..RootMount::default()
         };
-        prepare(&bundle, &Request { id: "c2", share: &share.host, rootfs: &[ro], pids: &HashMap::new() }).unwrap();
+        prepare(
+            &bundle,
+            &Request { id: "c2", share: &share.host, rootfs: &[ro], host: &HostView::own(), pids: &HashMap::new() },
+        )
+        .unwrap();
         let error = fs::write(share.guest.join("c2/rootfs/no"), "").unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EROFS));
         let image: PathBuf = dir.join("image");
@@ -59,7 +71,11 @@ fn prepare_mounts_a_rootfs_from_the_bundle_or_an_image_file() {
             options: vec!["loop".into()],
             ..RootMount::default()
         };
-        prepare(&bundle, &Request { id: "c3", share: &share.host, rootfs: &[looped], pids: &HashMap::new() }).unwrap();
+        prepare(
+            &bundle,
+            &Request { id: "c3", share: &share.host, rootfs: &[looped], host: &HostView::own(), pids: &HashMap::new() },
+        )
+        .unwrap();
         assert!(share.guest.join("c3/rootfs/lost+found").exists());
         for id in ["c1", "c2", "c3"] {
             teardown(&share.host, id).unwrap();
@@ -79,7 +95,8 @@ fn rootfs_receives_no_later_mounts() {
         for (id, option) in [("c1", "bind"), ("c2", "rbind")] {
             let (kind, source, options) = ("bind".into(), source.clone(), vec![option.into()]);
             let mounts = [RootMount { kind, source, options, ..RootMount::default() }];
-            let request = Request { id, share: &share.host, rootfs: &mounts, pids: &HashMap::new() };
+            let request =
+                Request { id, share: &share.host, rootfs: &mounts, host: &HostView::own(), pids: &HashMap::new() };
             prepare(&bundle(dir, |_| {}), &request).unwrap();
         }
         mount(Some("proc"), &root.join("proc"), Some("proc"), MsFlags::empty(), None::<&Path>).unwrap();

@@ -25,7 +25,8 @@ fn prepare_makes_mounts_and_teardown_removes_them() {
             mounts.push(json!({"destination": "/file", "type": "bind", "source": file, "options": ["bind", "ro"]}));
         });
         let rootfs = [overlay(dir, 3)];
-        let request = Request { id: "c1", share: &share.host, rootfs: &rootfs, pids: &HashMap::new() };
+        let request =
+            Request { id: "c1", share: &share.host, rootfs: &rootfs, host: &HostView::own(), pids: &HashMap::new() };
         let prepared = prepare(&bundle, &request).unwrap();
         assert_eq!(prepared.rootfs, "/run/husk/share/c1/rootfs");
         let spec = &prepared.spec;
@@ -75,7 +76,8 @@ fn prepare_removes_mounts_after_a_failure() {
             mounts.push(json!({"destination": "/b", "type": "bind", "source": "/nowhere", "options": ["rbind"]}));
         });
         let rootfs = [overlay(dir, 2)];
-        let request = Request { id: "c1", share: &share.host, rootfs: &rootfs, pids: &HashMap::new() };
+        let request =
+            Request { id: "c1", share: &share.host, rootfs: &rootfs, host: &HostView::own(), pids: &HashMap::new() };
         assert!(matches!(prepare(&bundle, &request), Err(PrepareError::Volume(_))));
         assert_eq!(entries_in_share(&share), 0);
         assert_eq!(mounts_below(&share.host).len(), 1);
@@ -103,8 +105,11 @@ fn containers_share_one_mount_of_a_directory() {
         };
         let make = |id: &str, options: &[&str]| {
             let rootfs = [overlay(dir, 1)];
-            prepare(&with(options), &Request { id, share: &share.host, rootfs: &rootfs, pids: &HashMap::new() })
-                .unwrap()
+            prepare(
+                &with(options),
+                &Request { id, share: &share.host, rootfs: &rootfs, host: &HostView::own(), pids: &HashMap::new() },
+            )
+            .unwrap()
         };
         let (a, b) = (make("a", &["rbind"]), make("b", &["rbind"]));
         let at = guest_source(&share, &a, 2);

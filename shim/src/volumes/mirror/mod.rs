@@ -12,7 +12,7 @@ mod watcher;
 use std::convert::identity;
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,10 +24,10 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use crate::blocking;
+use crate::host_view::HostView;
 use crate::oci::IdMappings;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::volumes::mirror::watch::Watch;
-use crate::volumes::mount_api;
 
 pub use watcher::Watchers;
 
@@ -54,14 +54,12 @@ pub struct Volume {
 }
 
 impl Volume {
-    /// Returns the volume with the directory `root`, which was opened at `path`.
+    /// Returns the volume with the directory `root` of the host, which was opened at `path`.
     ///
     /// # Errors
     /// The errors of open_tree(2) and mount_setattr(2).
-    pub fn new(root: OwnedFd, path: PathBuf) -> io::Result<Self> {
-        let detached = mount_api::clone_tree(root.as_fd(), false)?;
-        mount_api::set_attributes(detached.as_fd(), 0, libc::MS_PRIVATE, false)?;
-        Ok(Self { root: Arc::new(detached), path })
+    pub fn new(root: &OwnedFd, path: PathBuf, host: &HostView) -> io::Result<Self> {
+        Ok(Self { root: Arc::new(host.clone_tree(root, false, libc::MS_PRIVATE)?), path })
     }
 
     /// Returns the path at which the directory was opened.
@@ -288,14 +286,18 @@ mod tests {
     use super::*;
     use crate::volumes::test_support::{isolated, tmpfs};
 
+    fn volume_at(path: &Path) -> Volume {
+        let host = HostView::own();
+        Volume::new(&host.open(path, false).unwrap(), path.to_owned(), &host).unwrap()
+    }
+
     #[test]
     fn host_can_unmount_a_volume_that_is_open() {
         isolated(|dir| {
             tmpfs(&dir.join("v"));
             std::fs::write(dir.join("v/key"), "").unwrap();
             tmpfs(&dir.join("v/below"));
-            let root = mount_api::open_path(&dir.join("v"), false).unwrap();
-            let volume = Volume::new(root, dir.join("v")).unwrap();
+            let volume = volume_at(&dir.join("v"));
             nix::mount::umount(&dir.join("v/below")).unwrap();
             nix::mount::umount(&dir.join("v")).unwrap();
             assert!(volume.exists() && volume.open(Path::new("key"), OFlag::O_RDONLY).is_ok());
@@ -305,12 +307,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn keep_updated_retries_until_the_volume_is_removed() {
         let dir = tempfile::tempdir().unwrap();
-        let volume = |path: &Path| Volume::new(mount_api::open_path(path, false).unwrap(), path.to_owned()).unwrap();
-        let watch = Watch::new(&Watchers::default(), &volume(dir.path())).await.unwrap();
+        let watch = Watch::new(&Watchers::default(), &volume_at(dir.path())).await.unwrap();
         // This volume is a file instead of a directory. Therefore, the shim can neither watch nor copy the volume.
         let path = dir.path().join("file");
         std::fs::write(&path, "").unwrap();
-        let mirror = Mirror { source: volume(&path), id_mappings: None, mount: 0 };
+        let mirror = Mirror { source: volume_at(&path), id_mappings: None, mount: 0 };
         let agent = Agent::new(std::os::unix::net::UnixStream::pair().unwrap().0).unwrap();
         let mut updates = tokio::spawn(keep_updated(agent, "c".into(), mirror, watch));
         let ended = tokio::time::timeout(RETRY_DELAY * 3, &mut updates).await;

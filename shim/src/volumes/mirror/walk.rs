@@ -173,10 +173,11 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
-    use crate::volumes::mount_api;
+    use crate::host_view::HostView;
 
     fn volume(path: &Path) -> Volume {
-        Volume::new(mount_api::open_path(path, true).unwrap(), path.to_owned()).unwrap()
+        let host = HostView::own();
+        Volume::new(&host.open(path, true).unwrap(), path.to_owned(), &host).unwrap()
     }
 
     fn walked(path: &Path) -> Vec<MirrorEntry> {

@@ -166,10 +166,11 @@ fn hash_tree(hasher: &mut DefaultHasher, volume: &Volume, path: &Path, depth: us
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::volumes::mount_api;
+    use crate::host_view::HostView;
 
     fn volume(path: &Path) -> Volume {
-        Volume::new(mount_api::open_path(path, true).unwrap(), path.to_owned()).unwrap()
+        let host = HostView::own();
+        Volume::new(&host.open(path, true).unwrap(), path.to_owned(), &host).unwrap()
     }
 
     #[tokio::test(flavor = "current_thread")]
