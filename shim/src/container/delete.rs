@@ -7,6 +7,7 @@ use husk_base::failpoint;
 use husk_proto::containerd::api::{DeleteRequest, DeleteResponse, KillRequest};
 use husk_proto::containerd::events::task::TaskDelete;
 use husk_proto::containerd::topics::TASK_DELETE_EVENT_TOPIC;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::container::containers::{Container, Exec};
@@ -107,6 +108,23 @@ impl Shim {
                 error => Err(error),
             },
         }
+    }
+
+    /// Ends the outputs of all processes, although the VMM process has not exited and keeps its sockets open. Called
+    /// when the VM has ended.
+    ///
+    /// containerd deletes a container only when its outputs have ended (`Delete` in containerd's client/task.go).
+    pub(crate) async fn end_stuck_outputs(self: Arc<Self>) {
+        let mut draining = JoinSet::new();
+        for process in self.containers.all().iter().flat_map(|container| container.processes()) {
+            draining.spawn(async move {
+                if let Some(relay) = process.relay() {
+                    relay.drain(STUCK_OUTPUT_IDLE_TIMEOUT, INIT_OUTPUT_TIMEOUT).await;
+                }
+                process.drop_relay();
+            });
+        }
+        draining.join_all().await;
     }
 
     /// Deletes a container.

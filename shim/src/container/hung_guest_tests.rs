@@ -315,3 +315,17 @@ async fn delete_with_output_ends_within_its_budget_although_the_guest_hangs() {
     assert!(begin.elapsed() < BUDGET, "{:?}", begin.elapsed());
     model.process.abort();
 }
+
+#[tokio::test(start_paused = true)]
+async fn output_ends_although_the_vmm_process_does_not_exit() {
+    let model = Model::start(false).await;
+    let container = model.run("a").await;
+    model.attach_silent_output(&container).await;
+    model.script.hang("*");
+    model.kill("a", libc::SIGKILL).await.unwrap();
+    assert_eq!(model.wait("a").await, 137);
+    // containerd waits for the end of the output before it sends Delete.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert!(container.init.relay().is_none(), "the shim still copies the output");
+    model.process.abort();
+}

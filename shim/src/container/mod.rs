@@ -182,6 +182,9 @@ impl Shim {
             self.mark_all_killed(&container);
         }
         self.sandbox_state.record_end();
+        if self.sandbox.has_vmm_process() {
+            self.end_stuck_outputs().await;
+        }
     }
 
     /// Marks each process of a container as killed, unless the process has exited. Called when the VM has ended.
