@@ -15,13 +15,14 @@ use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
+use husk_base::sys::mount;
+use nix::fcntl::{OFlag, open};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::Mode;
 use nix::unistd::{chdir, gettid};
 
 use crate::blocking::Pool;
-use crate::volumes::host_only::HostOnly;
-use crate::volumes::mount_api;
-use crate::volumes::mountinfo::{self, Entry};
+use crate::fs_types;
 
 /// The view of this process. It is set once, before the process enters its own mount namespace.
 static OF_PROCESS: OnceLock<HostView> = OnceLock::new();
@@ -114,7 +115,7 @@ impl HostView {
     /// The errors of open(2).
     pub fn open(&self, path: &Path, follow: bool) -> io::Result<OwnedFd> {
         let path = path.to_owned();
-        self.run(move || mount_api::open_path(&path, follow))
+        self.run(move || open_path(&path, follow))
     }
 
     /// Opens several paths as [`HostView::open`] does, and follows symlinks.
@@ -122,7 +123,7 @@ impl HostView {
     /// # Errors
     /// If the paths cannot be opened by another thread. Otherwise, each path has its own result.
     pub fn open_all(&self, paths: Vec<PathBuf>) -> io::Result<Vec<io::Result<OwnedFd>>> {
-        self.run(move || Ok(paths.iter().map(|path| mount_api::open_path(path, true)).collect()))
+        self.run(move || Ok(paths.iter().map(|path| open_path(path, true)).collect()))
     }
 
     /// Returns a detached copy of the mount of `source`, with submounts if `recursive`. The copy has the given
@@ -132,20 +133,14 @@ impl HostView {
     /// The errors of open_tree(2) and mount_setattr(2).
     pub fn clone_tree(&self, source: &OwnedFd, recursive: bool, propagation: u64) -> io::Result<OwnedFd> {
         let source = source.try_clone()?;
-        let tree = self.run(move || mount_api::clone_tree(source.as_fd(), recursive))?;
-        mount_api::set_attributes(tree.as_fd(), 0, propagation, true)?;
+        let tree = self.run(move || mount::clone_tree(source.as_fd(), recursive))?;
+        mount::set_attributes(tree.as_fd(), 0, propagation, true)?;
         Ok(tree)
     }
 
-    /// Returns the mounts of the host.
-    ///
-    /// # Errors
-    /// If /proc cannot be read.
-    pub fn mounts(&self) -> io::Result<Vec<Entry>> {
-        match &self.threads {
-            Some(threads) => mountinfo::read_of_thread(threads.id),
-            None => mountinfo::read(),
-        }
+    /// Returns the id of a thread in the namespace, or `None` for the calling thread's own namespace.
+    pub fn thread(&self) -> Option<i32> {
+        self.threads.as_ref().map(|threads| threads.id)
     }
 
     /// Returns a path that leads to the host's file at `path`. The file, and directories above it, need not exist. The
@@ -166,7 +161,7 @@ impl HostView {
                 (opened, _) => break opened?,
             }
         };
-        if HostOnly::is_protected(&file)? {
+        if fs_types::is_protected(&file)? {
             return Ok(Reached { path: path.to_owned(), _file: None });
         }
         let mut reached = path_of(&file);
@@ -196,9 +191,17 @@ impl Threads {
 
 impl std::fmt::Debug for HostView {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let thread = self.threads.as_ref().map(|threads| threads.id);
-        formatter.debug_struct("HostView").field("thread", &thread).finish()
+        formatter.debug_struct("HostView").field("thread", &self.thread()).finish()
     }
+}
+
+/// Opens `path` with O_PATH. If `follow` is true, follows a symlink in the final component.
+///
+/// # Errors
+/// The errors of open(2).
+pub fn open_path(path: &Path, follow: bool) -> io::Result<OwnedFd> {
+    let no_follow = if follow { OFlag::empty() } else { OFlag::O_NOFOLLOW };
+    Ok(open(path, OFlag::O_PATH | OFlag::O_CLOEXEC | no_follow, Mode::empty())?)
 }
 
 /// Returns the path in procfs that leads to the open file `file`.

@@ -11,6 +11,7 @@ mod container;
 mod daemon;
 pub mod error;
 mod events;
+mod fs_types;
 mod hooks;
 mod host_view;
 pub mod ids;

@@ -23,8 +23,9 @@ date. [security.md](security.md#walls-around-the-shim) says what these tables me
 const CALLS: &str = "
 ## System calls
 
-All threads of the shim have the same filter, except the threads of the host view. A call that is not in a table fails with EPERM, and the shim's log has a
-line that names the call. With `seccomp = \"log\"` in the configuration, the node's kernel logs the call and makes it.
+All threads of the shim have the same filter, except the threads of the host view. A call that is not in a table fails
+with EPERM, and the shim's log has a line that names the call. With `seccomp = \"log\"` in the configuration, the node's
+kernel logs the call and makes it.
 
 The arguments of a call count from 1: `2 = 0x541b` means that the second argument has to be 0x541b, and `3 lacks 0x4`
 means that the third argument does not have this bit.

@@ -46,9 +46,10 @@ pub enum ConfinementError {
 /// Maximum number of open fds. The shim has a few fds for each container, each exec and each forwarded connection.
 const MAX_FDS: u64 = 16_384;
 
-/// Confines this process, which must have its own mount namespace, and no threads except this one and the first thread of
-/// the host view. Threads that start later inherit the confinement. Does nothing in a build without a jail, which only benchmarks use. Returns the read end of a pipe,
-/// to which the process writes a line for each system call that its filter refuses.
+/// Confines this process, which must have its own mount namespace, and no threads except this one and the first thread
+/// of the host view. Threads that start later inherit the confinement. Does nothing in a build without a jail, which
+/// only benchmarks use. Returns the read end of a pipe, to which the process writes a line for each system call that
+/// its filter refuses.
 ///
 /// # Errors
 /// [`ConfinementError`]. After an error, the process may be confined only in part.

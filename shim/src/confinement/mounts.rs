@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use crate::volumes::host_only::HostOnly;
+use crate::fs_types;
 use crate::volumes::mount_api::{MOUNT_ATTR_RDONLY, attach, clone_tree, mount_id, open_path, set_attributes};
 use crate::volumes::mountinfo::{self, Entry};
 
@@ -61,7 +61,7 @@ pub fn protect() -> Result<(), MountError> {
 }
 
 fn is_kernel_interface(mount: &Entry) -> bool {
-    HostOnly::is_protected_type(&mount.kind) && !(mount.kind == "proc" && mount.point == Path::new(PROC))
+    fs_types::is_protected_type(&mount.kind) && !(mount.kind == "proc" && mount.point == Path::new(PROC))
 }
 
 /// Returns whether the path of a mount leads through a remote file system.

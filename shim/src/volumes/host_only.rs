@@ -20,52 +20,10 @@ use nix::sys::{
     statfs::{TMPFS_MAGIC, fstatfs, statfs},
 };
 
+use crate::fs_types;
 use crate::host_view::HostView;
-use crate::volumes::mount_api;
 use crate::volumes::mountinfo::Entry;
-
-/// Host-only file system types in Linux 6.12, each with its `f_type` (statfs(2)). The values are from
-/// include/uapi/linux/magic.h and from the file systems' sources. devtmpfs has `None`, because tmpfs has the same
-/// `f_type`. cpuset has `None`, because cgroup has the same `f_type`.
-const TYPES: [(&str, Option<i64>); 32] = [
-    ("binder", Some(0x6c6f_6f70)),
-    ("binfmt_misc", Some(0x4249_4e4d)),
-    ("bpf", Some(0xcafe_4a11)),
-    ("cgroup", Some(0x27_e0eb)),
-    ("cgroup2", Some(0x6367_7270)),
-    ("configfs", Some(0x6265_6570)),
-    ("cpuset", None),
-    ("debugfs", Some(0x6462_6720)),
-    ("devpts", Some(0x1cd1)),
-    ("devtmpfs", None),
-    ("efivarfs", Some(0xde5e_81e4)),
-    ("functionfs", Some(0xa64_7361)),
-    ("fusectl", Some(0x6573_5543)),
-    ("gadgetfs", Some(0xaee7_1ee7)),
-    ("ibmasmfs", Some(0x6672_6f67)),
-    ("ipathfs", Some(0x72_6a77)),
-    ("mqueue", Some(0x1980_0202)),
-    ("nfsd", Some(0x6e66_7364)),
-    ("nsfs", Some(0x6e73_6673)),
-    ("ocfs2_dlmfs", Some(0x76a9_f425)),
-    ("pidfs", Some(0x5049_4446)),
-    ("proc", Some(0x9fa0)),
-    ("pstore", Some(0x6165_676c)),
-    ("resctrl", Some(0x765_5821)),
-    ("rpc_pipefs", Some(0x6759_6969)),
-    ("s390_hypfs", Some(0x68_7970)),
-    ("securityfs", Some(0x7363_6673)),
-    ("selinuxfs", Some(0xf97c_ff8c)),
-    ("smackfs", Some(0x4341_5d53)),
-    ("sysfs", Some(0x6265_6572)),
-    ("tracefs", Some(0x7472_6163)),
-    ("xenfs", Some(0xabba_1974)),
-];
-
-/// Types of host-only file systems that stay writable for the shim ([`crate::confinement`]). The shim writes to some of
-/// these file systems. The other file systems contain special files, for example devices and namespaces, which a
-/// read-only mount does not protect.
-const WRITABLE: [&str; 7] = ["cgroup", "cgroup2", "cpuset", "devpts", "devtmpfs", "mqueue", "nsfs"];
+use crate::volumes::{mount_api, mountinfo};
 
 /// Name that error messages use for the sandbox's own file systems.
 const SANDBOX: &str = "the sandbox's share";
@@ -73,12 +31,13 @@ const SANDBOX: &str = "the sandbox's share";
 /// Recognizes host-only file systems.
 #[derive(Debug, Clone)]
 pub struct HostOnly {
-    /// Device numbers and names of host-only file systems whose type is not in `TYPES`.
+    /// Device numbers and names of host-only file systems whose type does not show this.
     devices: Vec<(u64, &'static str)>,
 }
 
 impl HostOnly {
-    /// Returns a value that recognizes the types in `TYPES`, a tmpfs at `/dev`, and the file systems of `directories`.
+    /// Returns a value that recognizes host-only types ([`fs_types`]), a tmpfs at `/dev`, and the file systems of
+    /// `directories`.
     ///
     /// `/dev` is a tmpfs with device nodes if the node is itself a container. `directories` are the sandbox's own
     /// directories, such as the share. The shim treats their file systems as host-only, too. Otherwise, a container
@@ -96,24 +55,6 @@ impl HostOnly {
             devices.push((stat(path)?.st_dev, SANDBOX));
         }
         Ok(Self { devices })
-    }
-
-    /// Returns whether the file system type `kind` is host-only.
-    pub fn is_type(kind: &str) -> bool {
-        TYPES.iter().any(|(of_type, _)| *of_type == kind)
-    }
-
-    /// Returns whether the file system type `kind` is read-only in the shim's mount namespace.
-    pub fn is_protected_type(kind: &str) -> bool {
-        Self::is_type(kind) && !WRITABLE.contains(&kind)
-    }
-
-    /// Returns whether `file` is on a file system that is read-only in the shim's mount namespace.
-    ///
-    /// # Errors
-    /// The error of fstatfs(2).
-    pub fn is_protected(file: &OwnedFd) -> io::Result<bool> {
-        Ok(by_magic(fstatfs(file)?.filesystem_type().0).is_some_and(Self::is_protected_type))
     }
 
     fn by_device(&self, device: u64) -> Option<&'static str> {
@@ -136,8 +77,7 @@ impl HostOnly {
     }
 
     fn name_of(&self, mount: &Entry) -> Option<&'static str> {
-        let of_type = TYPES.iter().find(|(kind, _)| *kind == mount.kind).map(|(kind, _)| *kind);
-        of_type.or_else(|| self.by_device(mount.device))
+        fs_types::host_only(&mount.kind).or_else(|| self.by_device(mount.device))
     }
 
     /// Returns the name of the file system that contains `file`, if this file system is host-only. `file` is a file of
@@ -149,20 +89,16 @@ impl HostOnly {
     /// The error of fstatfs(2) or fstat(2), or the error of reading the mount list.
     pub fn type_of(&self, file: &OwnedFd, host: &HostView) -> io::Result<Option<&'static str>> {
         let magic = fstatfs(file)?.filesystem_type();
-        if let Some(kind) = by_magic(magic.0) {
+        if let Some(kind) = fs_types::by_magic(magic.0) {
             return Ok(Some(kind));
         }
         let by_device = self.by_device(fstat(file)?.st_dev);
         if by_device.is_some() || magic != TMPFS_MAGIC {
             return Ok(by_device);
         }
-        let (id, mounts) = (mount_api::mount_id(file.as_fd())?, host.mounts()?);
+        let (id, mounts) = (mount_api::mount_id(file.as_fd())?, mountinfo::of_host(host)?);
         Ok(mounts.iter().find(|mount| mount.id == id).and_then(|mount| self.name_of(mount)))
     }
-}
-
-fn by_magic(magic: i64) -> Option<&'static str> {
-    TYPES.iter().find(|(_, of_type)| *of_type == Some(magic)).map(|(kind, _)| *kind)
 }
 
 /// `/dev` and the directories below `/dev` that exist in every guest.
@@ -188,7 +124,6 @@ fn is_process_dir(name: &OsStr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::volumes::{mount_api, mountinfo};
 
     #[test]
     fn type_of_recognizes_types_by_name_magic_and_device() {

@@ -18,7 +18,7 @@ use nix::{
 
 use crate::host_view::HostView;
 use crate::oci::id_mappings::IdMappings;
-use crate::volumes::mount_api;
+use crate::volumes::{mount_api, mountinfo};
 
 /// An emptyDir on a disk, or a subdirectory in an emptyDir. The guest accesses the directory through virtio-fs.
 #[derive(Debug)]
@@ -112,7 +112,7 @@ pub fn parse_empty_dir(path: &Path) -> Option<(String, PathBuf)> {
 pub fn path_in_filesystem(source: &OwnedFd, host: &HostView) -> io::Result<PathBuf> {
     let id = mount_api::mount_id(source.as_fd())?;
     let path = fs::read_link(format!("/proc/self/fd/{}", source.as_raw_fd()))?;
-    let mount = host.mounts()?.into_iter().find(|mount| mount.id == id).ok_or(io::ErrorKind::NotFound)?;
+    let mount = mountinfo::of_host(host)?.into_iter().find(|mount| mount.id == id).ok_or(io::ErrorKind::NotFound)?;
     let subdirectory = path.strip_prefix(mount.point).map_err(io::Error::other)?;
     Ok(mount.root.strip_prefix("/").map_err(io::Error::other)?.join(subdirectory))
 }

@@ -1,27 +1,14 @@
 //! Operations on mounts, which are identified by fds.
 
-use std::{
-    io,
-    os::fd::{BorrowedFd, OwnedFd},
-    path::Path,
-};
+use std::{io, os::fd::BorrowedFd, path::Path};
 
-use nix::{
-    fcntl::{OFlag, open},
-    mount::MsFlags,
-    sys::stat::Mode,
-};
+use nix::mount::{MsFlags, mount};
 
+pub use crate::host_view::open_path;
 pub use husk_base::sys::mount::{MOUNT_ATTR_RDONLY, attach, clone_tree, mount_id, set_attributes, set_id_mapping};
 
-/// Opens `path` with O_PATH. If `follow` is true, follows a symlink in the final component.
-///
-/// # Errors
-/// The errors of open(2).
-pub fn open_path(path: &Path, follow: bool) -> io::Result<OwnedFd> {
-    let no_follow = if follow { OFlag::empty() } else { OFlag::O_NOFOLLOW };
-    Ok(open(path, OFlag::O_PATH | OFlag::O_CLOEXEC | no_follow, Mode::empty())?)
-}
+/// Size of a page. mount(2) copies at most one page of options, including the terminating NUL.
+const PAGE_SIZE: usize = 4096;
 
 /// Attributes of every mount in the share. The attributes restrict only processes of the host: no device can be opened,
 /// no program can be executed or gain privileges, and no symlink is followed. Without the attributes, a guest could
@@ -46,4 +33,18 @@ pub const SHARED_FLAGS: MsFlags = MsFlags::MS_NOSUID
 pub fn attach_to_share(tree: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
     set_attributes(tree, SHARED_ATTRIBUTES, 0, true)?;
     attach(tree, target)
+}
+
+/// Mounts a file system with [`SHARED_FLAGS`]. mount(2) itself must set these flags, because the VMM sees a
+/// new mount in the share at once. A later remount would set them too late.
+///
+/// # Errors
+/// The error of mount(2), or an error if the options are too long for mount(2).
+pub fn mount_in_share(source: &Path, target: &Path, kind: &str, flags: MsFlags, data: &str) -> io::Result<()> {
+    if data.len() >= PAGE_SIZE {
+        let message = format!("the options have {} bytes, but the kernel accepts only {}", data.len(), PAGE_SIZE - 1);
+        return Err(io::Error::other(message));
+    }
+    let flags = flags | SHARED_FLAGS;
+    Ok(mount(Some(source), target, Some(kind), flags, Some(data).filter(|data| !data.is_empty()))?)
 }

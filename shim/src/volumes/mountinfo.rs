@@ -4,6 +4,8 @@ use std::{ffi::OsString, fs, io, os::unix::ffi::OsStringExt, path::PathBuf};
 
 use nix::sys::stat::makedev;
 
+use crate::host_view::HostView;
+
 /// An entry of the mount list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -29,12 +31,15 @@ pub fn read() -> io::Result<Vec<Entry>> {
     Ok(parse(&fs::read("/proc/thread-self/mountinfo")?))
 }
 
-/// Returns the mounts in the namespace of the thread `id` of this process.
+/// Returns the mounts of the host.
 ///
 /// # Errors
 /// If /proc cannot be read.
-pub fn read_of_thread(id: i32) -> io::Result<Vec<Entry>> {
-    Ok(parse(&fs::read(format!("/proc/self/task/{id}/mountinfo"))?))
+pub fn of_host(host: &HostView) -> io::Result<Vec<Entry>> {
+    match host.thread() {
+        Some(id) => Ok(parse(&fs::read(format!("/proc/self/task/{id}/mountinfo"))?)),
+        None => read(),
+    }
 }
 
 fn parse(text: &[u8]) -> Vec<Entry> {

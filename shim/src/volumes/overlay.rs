@@ -1,9 +1,9 @@
 //! Mounts an overlay whose layers are directories of the host.
 //!
 //! overlayfs accepts only layers that are mounted in the caller's mount namespace, and the shim's namespace does not
-//! contain the layers. For example, some snapshotters mount each layer with FUSE. Therefore, a thread attaches copies of
-//! the layers' mounts in a new mount namespace, and mounts the overlay there. The namespace disappears with the thread.
-//! The overlay keeps the copies.
+//! contain the layers. For example, some snapshotters mount each layer with FUSE. Therefore, a thread attaches copies
+//! of the layers' mounts in a new mount namespace, and mounts the overlay there. The namespace disappears with the
+//! thread. The overlay keeps the copies.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -18,7 +18,6 @@ use nix::sched::{CloneFlags, unshare};
 use crate::host_view::{HostView, path_of};
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::mount_api;
-use crate::volumes::rootfs::mount_with_data;
 
 /// Directory in the new namespace that contains the upper directory and the working directory.
 const UPPER: &str = "upper";
@@ -116,7 +115,7 @@ impl Layers {
             }
             let merged = Path::new("merged");
             fs::create_dir(merged)?;
-            mount_with_data(Path::new("overlay"), merged, "overlay", flags, &options.join(","))?;
+            mount_api::mount_in_share(Path::new("overlay"), merged, "overlay", flags, &options.join(","))?;
             mount_api::clone_tree(mount_api::open_path(merged, false)?.as_fd(), false)
         })?;
         let overlay =

@@ -6,17 +6,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::mount::{MsFlags, mount};
+use nix::mount::MsFlags;
 
+use crate::fs_types;
 use crate::host_view::{HostView, path_of};
 use crate::oci::id_mappings::IdMappings;
-use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_api;
 use crate::volumes::overlay::Layers;
 use crate::volumes::staging_dir::{CopyContext, StagingDir};
-
-/// Size of a page. mount(2) copies at most one page of options, including the terminating NUL.
-const PAGE_SIZE: usize = 4096;
 
 /// One mount of a rootfs, as in containerd's request.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -86,7 +83,7 @@ fn mount_one(
         return Err(RootfsError::Unsupported(message));
     }
     let mut options = Options::parse(&root.options);
-    if HostOnly::is_type(&root.kind) {
+    if fs_types::host_only(&root.kind).is_some() {
         return Err(is_host_only("the rootfs", &root.kind));
     }
     let id_mappings = IdMappings::from_options(options.data.iter().copied()).map_err(RootfsError::Unsupported)?;
@@ -185,7 +182,7 @@ fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>, hos
             None => data.push((*option).to_owned()),
         }
     }
-    mount_with_data(&source, target, &root.kind, options.flags, &data.join(","))
+    mount_api::mount_in_share(&source, target, &root.kind, options.flags, &data.join(","))
 }
 
 /// The source of a mount.
@@ -211,17 +208,6 @@ impl HostFile {
         let copy = host.clone_tree(&file, false, libc::MS_PRIVATE)?;
         Ok(Self { path: path_of(&copy), _mount: Some(copy) })
     }
-}
-
-/// Mounts a file system with [`mount_api::SHARED_FLAGS`]. mount(2) itself must set these flags, because the VMM sees a
-/// new mount in the share at once. A later remount would set them too late.
-pub fn mount_with_data(source: &Path, target: &Path, kind: &str, flags: MsFlags, data: &str) -> io::Result<()> {
-    if data.len() >= PAGE_SIZE {
-        let message = format!("the options have {} bytes, but the kernel accepts only {}", data.len(), PAGE_SIZE - 1);
-        return Err(io::Error::other(message));
-    }
-    let flags = flags | mount_api::SHARED_FLAGS;
-    Ok(mount(Some(source), target, Some(kind), flags, Some(data).filter(|data| !data.is_empty()))?)
 }
 
 /// Mount options, separated into flags and the file system's options.
@@ -279,6 +265,7 @@ impl<'a> Options<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::volumes::host_only::HostOnly;
 
     #[test]
     fn parse_separates_flags_from_data() {

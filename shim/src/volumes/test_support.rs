@@ -17,8 +17,8 @@ use crate::volumes::shared_mounts::markers_dir;
 use crate::volumes::staging_dir::{CopyContext, StagingDir};
 use crate::volumes::{Share, mount_api};
 
-/// Runs `test` with a new directory, in a thread with a new mount namespace. Mounts in the namespace do not propagate to
-/// the machine that runs the tests.
+/// Runs `test` with a new directory, in a thread with a new mount namespace. Mounts in the namespace do not propagate
+/// to the machine that runs the tests.
 pub fn isolated(test: impl FnOnce(&Path) + Send + 'static) {
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root to mount file systems");

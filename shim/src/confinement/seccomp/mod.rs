@@ -1,7 +1,6 @@
-//! The seccomp filter of the shim's threads (seccomp(2)). All threads have the same filter, except those of the host view,
-//! whose filter allows fewer calls. The threads share their memory, so an attacker could use the thread with the weakest
-//! filter. Each thread for blocking calls may also execute any task
-//! of the shim.
+//! The seccomp filter of the shim's threads (seccomp(2)). All threads have the same filter, except those of the host
+//! view, whose filter allows fewer calls. The threads share their memory, so an attacker could use the thread with the
+//! weakest filter. Each thread for blocking calls may also execute any task of the shim.
 
 mod tables;
 mod violation;
