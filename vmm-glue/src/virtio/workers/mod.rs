@@ -19,7 +19,6 @@
 //! limited ([`groups`]). Further requests of the group wait without a worker.
 
 mod groups;
-mod kept;
 mod session;
 
 use std::io;
@@ -38,7 +37,7 @@ use super::rate_limit::SharedLimiter;
 use crate::guest_memory::GuestMemory;
 use crate::jail::{Kind, confine};
 
-pub use self::kept::{KeptRequest, Later};
+pub use self::session::{KeptRequest, Later};
 
 /// Stack size of a worker. Handlers are not nested deeply, and their buffers are on the heap.
 const STACK: usize = 256 * 1024;

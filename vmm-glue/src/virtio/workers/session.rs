@@ -10,8 +10,8 @@ use husk_base::sync::{lock, wait, wait_timeout};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::Handler;
 use super::groups::{Groups, Work};
-use super::{Handler, Later};
 use crate::guest_memory::GuestMemory;
 use crate::virtio::device::Interrupt;
 use crate::virtio::queue::{Chain, HeldChain, QueueFault, Virtqueue};
@@ -308,7 +308,7 @@ impl Session {
         Ok(state)
     }
 
-    /// Ends a request that the handler has kept ([`super::KeptRequest::end`]).
+    /// Ends a request that the handler has kept ([`KeptRequest::end`]).
     pub fn end_kept(&self, name: &str, head: u16, write: impl FnOnce(&GuestMemory) -> u32) {
         let mut state = self.lock();
         while state.paused && !state.stopped {
@@ -392,5 +392,39 @@ impl Session {
                 log::error!("{name}: failed to request a reset: {error}");
             }
         }
+    }
+}
+
+/// The right to end a request after [`Handler::serve`] has returned.
+pub struct Later<'a> {
+    session: &'a Arc<Session>,
+    head: u16,
+    name: &'static str,
+}
+
+impl<'a> Later<'a> {
+    /// Returns the right to end the request whose chain has this head. `name` is the handler's name, for log lines.
+    pub fn new(session: &'a Arc<Session>, head: u16, name: &'static str) -> Self {
+        Self { session, head, name }
+    }
+
+    /// Keeps the request.
+    pub fn keep(self) -> KeptRequest {
+        KeptRequest { session: Arc::clone(self.session), head: self.head, name: self.name }
+    }
+}
+
+/// A request that has no answer yet. The request does not keep a pause or the end of the activation waiting.
+pub struct KeptRequest {
+    session: Arc<Session>,
+    head: u16,
+    name: &'static str,
+}
+
+impl KeptRequest {
+    /// Ends the request. `write` writes the answer, and returns the number of bytes written to the chain. Waits for the
+    /// end of a pause. Does nothing if the activation has ended.
+    pub fn end(self, write: impl FnOnce(&GuestMemory) -> u32) {
+        self.session.end_kept(self.name, self.head, write);
     }
 }
