@@ -43,7 +43,7 @@ fn pods_survive_an_upgrade_of_binary_image_and_configuration() {
     pods("cri-upgrade", |pods| {
         let (pod, orphan) = (pods.pod(), pods.pod());
         let container = pod.sleeper();
-        let _other = orphan.sleeper();
+        let other = orphan.sleeper();
         // A program can have further bytes after its last section.
         let replaced = [
             Replaced::by(SHIM, |binary| [binary, b"next version".to_vec()].concat()),
@@ -65,6 +65,8 @@ fn pods_survive_an_upgrade_of_binary_image_and_configuration() {
         second.remove();
         // containerd runs the new binary with `delete`.
         kill(Pid::from_raw(vm::shim_pids_of(&orphan.id)[0]), Signal::SIGKILL).unwrap();
+        // containerd notices the end of the shim, and the kubelet tries again until then.
+        assert_eq!(other.wait().0, 255);
         orphan.stop();
         orphan.remove();
         let id = orphan.id.as_str();
