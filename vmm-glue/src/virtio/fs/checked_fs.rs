@@ -99,29 +99,6 @@ impl CheckedFs {
     fn owner(&self, ctx: Context, inode: Inode) -> io::Result<GuestUid> {
         Ok(self.fs.getattr(ctx, inode, None)?.0.uid)
     }
-
-    /// Calls `remove`, which removes a name. If this is the last name of a file, records that the file is unlinked.
-    fn removing(
-        &self,
-        ctx: Context,
-        parent: Inode,
-        name: &CStr,
-        remove: impl FnOnce() -> io::Result<()>,
-    ) -> io::Result<()> {
-        let removed = self.fs.lookup(ctx, parent, name).ok();
-        if let Some(entry) = &removed {
-            self.nodes.add(parent, name, entry);
-        }
-        let result = remove();
-        if let Some(entry) = removed {
-            let is_directory = entry.attr.mode & libc::S_IFMT == libc::S_IFDIR;
-            if result.is_ok() && (is_directory || entry.attr.nlink <= 1) {
-                self.nodes.set_unlinked(entry.inode);
-            }
-            self.forget(ctx, entry.inode, 1);
-        }
-        result
-    }
 }
 
 /// The data of a WRITE request. If an error occurs after a part of the data was written, the reader returns the length
@@ -294,7 +271,13 @@ impl FileSystem for CheckedFs {
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
-        let open = if self.nodes.forget(inode, count) { closing::keep_open(&self.fs, ctx, inode) } else { None };
+        // The guest waits for no answer, so that the look at the file delays nothing.
+        let is_unlinked = || self.fs.getattr(ctx, inode, None).is_ok_and(|(attr, _)| attr.nlink == 0);
+        let open = if self.nodes.forget(inode, count) && is_unlinked() {
+            closing::keep_open(&self.fs, ctx, inode)
+        } else {
+            None
+        };
         self.fs.forget(ctx, inode, count);
         if let Some(handle) = open {
             closing::close(&self.fs, ctx, inode, handle);
@@ -343,31 +326,6 @@ impl FileSystem for CheckedFs {
         Ok((entry, handle, options))
     }
 
-    fn unlink(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
-        request_checks::name(name)?;
-        self.removing(ctx, parent, name, || self.fs.unlink(ctx, parent, name))
-    }
-
-    fn rmdir(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
-        request_checks::name(name)?;
-        self.removing(ctx, parent, name, || self.fs.rmdir(ctx, parent, name))
-    }
-
-    fn rename(
-        &self,
-        ctx: Context,
-        olddir: Inode,
-        oldname: &CStr,
-        newdir: Inode,
-        newname: &CStr,
-        flags: u32,
-    ) -> io::Result<()> {
-        request_checks::name(oldname)?;
-        request_checks::name(newname)?;
-        let rename = || self.fs.rename(ctx, olddir, oldname, newdir, newname, flags);
-        if flags == 0 { self.removing(ctx, newdir, newname, rename) } else { rename() }
-    }
-
     /// Rejects a guest kernel that does not support FUSE_SUBMOUNTS, because such a kernel cannot tell mounts apart.
     /// virtiofsd itself would only log a warning. Linux supports FUSE_SUBMOUNTS since 5.10.
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
@@ -409,6 +367,11 @@ impl FileSystem for CheckedFs {
         fn mkdir(
             ctx: Context, parent: Inode, name: Name, mode: u32, umask: u32, extensions: Extensions
         ) -> io::Result<Entry>;
+        fn unlink(ctx: Context, parent: Inode, name: Name) -> io::Result<()>;
+        fn rmdir(ctx: Context, parent: Inode, name: Name) -> io::Result<()>;
+        fn rename(
+            ctx: Context, olddir: Inode, oldname: Name, newdir: Inode, newname: Name, flags: u32
+        ) -> io::Result<()>;
         fn readdir(ctx: Context, inode: Inode, handle: Handle, size: u32, offset: u64) -> io::Result<Self::DirIter>;
         fn getattr(ctx: Context, inode: Inode, handle: Option<Handle>) -> io::Result<(Attr, Duration)>;
         fn setattr(

@@ -45,9 +45,8 @@ struct State {
 /// A node that the guest has looked up and not forgotten.
 struct Node {
     mount: u32,
-    /// Number of lookups that the guest has not forgotten, and whether the node's last name was removed.
+    /// Number of lookups that the guest has not forgotten.
     lookups: u32,
-    unlinked: bool,
 }
 
 impl Nodes {
@@ -86,14 +85,7 @@ impl Nodes {
             inherited
         };
         if entry.inode != ROOT && state.nodes.len() < self.max {
-            state.nodes.insert(entry.inode, Node { mount, lookups: 1, unlinked: false });
-        }
-    }
-
-    /// Records that the last name of a node was removed.
-    pub fn set_unlinked(&self, node: Inode) {
-        if let Some(node) = self.lock().nodes.get_mut(&node) {
-            node.unlinked = true;
+            state.nodes.insert(entry.inode, Node { mount, lookups: 1 });
         }
     }
 
@@ -131,7 +123,7 @@ impl Nodes {
         self.lock().forgotten.remove(&node).unwrap_or(0)
     }
 
-    /// Removes references of a node. Returns whether the guest has dropped its last reference to an unlinked file.
+    /// Removes references of a node. Returns whether the guest has dropped its last reference.
     pub fn forget(&self, node: Inode, count: u64) -> bool {
         let state = &mut *self.lock();
         let Some(known) = state.nodes.get_mut(&node) else { return false };
@@ -139,7 +131,7 @@ impl Nodes {
         if known.lookups > 0 {
             return false;
         }
-        state.nodes.remove(&node).is_some_and(|node| node.unlinked)
+        state.nodes.remove(&node).is_some()
     }
 
     /// Drops the record of queued jobs, which end with an activation of the device.
