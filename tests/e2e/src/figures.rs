@@ -9,3 +9,8 @@ pub fn print_figure(figure: impl Display) {
     // A figure that cannot be printed is not a failure of the test.
     let _ = writeln!(std::io::stdout(), "\nfigure: {figure}");
 }
+
+/// Prints a line at once, even in a test that passes, and even while the test runs.
+pub fn print_line(line: impl Display) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}

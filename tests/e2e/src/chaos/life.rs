@@ -15,12 +15,15 @@ use super::victim::{Call, QUERY_BUDGET, START_BUDGET, STOP_BUDGET, Victim};
 use crate::cri::pod::text;
 use crate::cri::{restart, try_call_within};
 use crate::events::Events;
+use crate::figures::print_line;
 use crate::{KUBERNETES, containerd};
 
 /// Time after its budget for which a request is still awaited.
-const OVERTIME: Duration = Duration::from_secs(60);
+const OVERTIME: Duration = Duration::from_secs(15);
 /// Number of times that the victim's end is tried.
 const ATTEMPTS: u32 = 4;
+/// Time after which the victim's end is not tried again. The node is stopped if a test prints nothing for five minutes.
+const END: Duration = Duration::from_secs(150);
 /// The seconds that StopContainer leaves a container to react to SIGTERM.
 const GRACE: u64 = 2;
 
@@ -160,8 +163,11 @@ impl Life<'_, '_> {
 
     /// Ends the victim, as a kubelet does: repeats requests that fail.
     fn end(&mut self) {
-        let mut last = String::new();
+        let (mut last, begin) = (String::new(), Instant::now());
         for attempt in 0..ATTEMPTS {
+            if begin.elapsed() > END {
+                break;
+            }
             match self.victim.pods() {
                 // After a dropped request, containerd can still be making the pod.
                 Ok(pods) if pods.is_empty() && (attempt > 0 || !self.is_interrupted()) => return,
@@ -174,7 +180,7 @@ impl Life<'_, '_> {
             thread::sleep(Duration::from_secs(2));
         }
         if !self.victim.pods().is_ok_and(|pods| pods.is_empty()) {
-            self.findings.push(format!("the pod was not removed after {ATTEMPTS} attempts: {last}"));
+            self.findings.push(format!("the pod was not removed within {:.0?}: {last}", begin.elapsed()));
         }
     }
 
@@ -244,7 +250,7 @@ impl Life<'_, '_> {
         match ended.result {
             Ok(answer) => Some(answer),
             Err(status) => {
-                println!("    {method} failed after {:.1?}: {status}", ended.end - ended.begin);
+                print_line(format_args!("    {method} failed after {:.1?}: {status}", ended.end - ended.begin));
                 if !self.struck {
                     self.findings.push(format!("{method} failed without a fault: {status}"));
                 }

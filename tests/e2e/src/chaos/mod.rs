@@ -22,6 +22,7 @@ use serde_json::{Value, json};
 
 use crate::cri::Pods;
 use crate::events::Events;
+use crate::figures::print_line;
 use crate::node;
 use census::Census;
 use faults::file_systems::FileSystems;
@@ -87,19 +88,19 @@ impl<'a> Shard<'a> {
     }
 
     fn run_named(&mut self, step: Step, name: &str) -> Report {
-        println!("{name}");
+        print_line(name);
         let begin = Instant::now();
         let (missed, findings) = life::run(self, step, judge::judge);
         if !findings.is_empty() {
-            println!("--- last 40 lines of containerd's log\n{}\n---", node::log_tail(40));
+            print_line(format_args!("--- last 40 lines of containerd's log\n{}\n---", node::log_tail(40)));
             // What this step has left is not held against the next one.
             self.rebase();
         }
         let report = Report { step, name: name.to_owned(), seconds: begin.elapsed().as_secs_f64(), missed, findings };
         let missed = report.missed.as_ref().map(|why| format!(", no fault: {why}")).unwrap_or_default();
-        println!("    {:.1} s{missed}", report.seconds);
+        print_line(format_args!("    {:.1} s{missed}", report.seconds));
         for finding in &report.findings {
-            println!("    FOUND {finding}");
+            print_line(format_args!("    FOUND {finding}"));
         }
         report
     }
