@@ -161,6 +161,52 @@ fn has_rights(read_only: bool, shared: FsFlags, host: FsFlags) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::oci::spec::Mount;
+    use crate::volumes::Share;
+    use crate::volumes::source::Flags;
+    use crate::volumes::test_support::{bind_for, isolated, tmpfs};
+
+    #[test]
+    fn part_of_checks_where_the_path_leads() {
+        isolated(|dir| {
+            let (share, volume) = (Share::mount(dir).unwrap(), dir.join("volume"));
+            tmpfs(&volume);
+            for name in ["sub", "other"] {
+                fs::create_dir(volume.join(name)).unwrap();
+            }
+            std::os::unix::fs::symlink("sub", volume.join("link")).unwrap();
+            let whole = bind_for(&share, "c1", &volume, &["rbind"]);
+            let file = mount_api::open_path(&volume.join("sub"), false).unwrap();
+            let entries = mountinfo::read().unwrap();
+            let entry = entries.iter().find(|entry| entry.point == whole).unwrap();
+            let part = |below: &str, id: u64| {
+                let source = Source {
+                    file: &file,
+                    directory: true,
+                    id_mappings: None,
+                    flags: Flags::of(&Mount::default()),
+                    ignores_mount_id: false,
+                    receives_mounts: false,
+                    private: false,
+                };
+                let name = whole.file_name().unwrap().to_str().unwrap().to_owned();
+                let entry = Entry { id, ..entry.clone() };
+                let found =
+                    part_of(&share.host, &source, Candidate { name, entry, below: below.into(), read_only: false });
+                found
+                    .ok()
+                    .flatten()
+                    .map(|part| part.below.into_iter().map(|directory| directory.name).collect::<Vec<_>>())
+            };
+            assert_eq!(part("sub", entry.id), Some(vec!["sub".to_owned()]));
+            for below in ["other", "link", "none", "", "other/../sub", "../volume/sub"] {
+                assert_eq!(part(below, entry.id), None, "{below}");
+            }
+            // Another mount has replaced the mount.
+            assert_eq!(part("sub", entry.id + 1), None);
+            share.unmount();
+        });
+    }
 
     #[test]
     fn has_rights_compares_the_flags_that_the_guest_does_not_apply() {

@@ -240,10 +240,10 @@ fn containers_share_sockets_and_locks_with_any_kind_of_mount() {
                 "held writes hello you",
                 "wrong output of the client for a volume of {plugin}"
             );
+            let part = pod_dir.sub_path(&volume, 2);
+            let read_only = "held Read-only file system hello you";
+            assert_eq!(run_client(&pod, &part, "/data", &only_reads), read_only);
             if plugin == "kubernetes.io~empty-dir" {
-                let part = pod_dir.sub_path(&volume, 2);
-                let read_only = "held Read-only file system hello you";
-                assert_eq!(run_client(&pod, &part, "/data", &only_reads), read_only);
                 assert_eq!(run_client(&pod, &volume, "/data/sub", &only_reads), read_only);
                 assert_eq!(run_client(&pod, &volume, "/data/sub", &plain), "held writes hello you");
                 assert_eq!(run_client(&pod, &volume, "/data/sub", &sees_mounts), "held writes hello you");

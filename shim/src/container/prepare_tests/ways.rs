@@ -190,8 +190,13 @@ fn a_source_with_other_mounts_or_flags_gets_a_mount_of_its_own() {
         // A mount of the same file system covers the path. The source is the directory below this mount.
         pod.assert_separate(whole, (&deep_path, &["rbind"]));
         umount2(&deep, MntFlags::MNT_DETACH).unwrap();
-        // Another file system on the path covers the source, or contains the source.
+        // On the path, the directory is mounted on itself. The lookup would find the source, but in another mount.
         let deep_path = pod.bind(&deep, "covered");
+        bind_at(&sub, &sub);
+        pod.assert_separate(whole, (&deep_path, &["rbind"]));
+        pod.assert_separate(whole, (&deep, &["rbind"]));
+        umount2(&sub, MntFlags::MNT_DETACH).unwrap();
+        // Another file system on the path covers the source, or contains the source.
         tmpfs(&sub);
         fs::create_dir(sub.join("deep")).unwrap();
         pod.assert_separate(whole, (&deep_path, &["rbind"]));
