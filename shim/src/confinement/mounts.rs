@@ -115,6 +115,7 @@ mod tests {
             root: "/".into(),
             point: point.into(),
             kind: kind.into(),
+            id_mapped: false,
         };
         let mounts = [entry("/", "nfs"), entry("/home", "nfs4"), entry("/mnt/a", "fuse.sshfs")];
         for (point, below) in [

@@ -12,10 +12,10 @@ use serde_json::Value;
 use crate::host_view::HostView;
 use crate::oci::{Bundle, Disk, TranslateError, disks, translate};
 use crate::resources::cgroup;
-use crate::volumes::bind::Flags;
 use crate::volumes::error::VolumeError;
 use crate::volumes::plan::{GuestVolumes, PlanContext};
 use crate::volumes::rootfs::{RootMount, RootfsError};
+use crate::volumes::source::Flags;
 use crate::volumes::staging_dir::{CopyContext, StagingDir};
 use crate::volumes::teardown::teardown;
 use crate::volumes::{plan, rootfs, shared_mounts};
@@ -162,8 +162,9 @@ fn mount(
         kubernetes: bundle.spec.annotations.is_cri(),
         pod: bundle.spec.annotations.cri(POD_UID).unwrap_or_default(),
     };
-    for (index, mount) in bundle.spec.mounts.iter().enumerate() {
-        if let Some(source) = plan::prepare_mount(mount, index, &context, notes, guest)?
+    for index in plan::order(&bundle.spec.mounts) {
+        if let Some(mount) = bundle.spec.mounts.get(index)
+            && let Some(source) = plan::prepare_mount(mount, index, &context, notes, guest)?
             && let Some(mount) = raw.get_mut("mounts").and_then(|mounts| mounts.get_mut(index))
             && let Some(mount) = mount.as_object_mut()
         {

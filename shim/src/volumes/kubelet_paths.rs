@@ -18,6 +18,7 @@ use nix::{
 
 use crate::host_view::HostView;
 use crate::oci::id_mappings::IdMappings;
+use crate::volumes::mountinfo::Entry;
 use crate::volumes::{mount_api, mountinfo};
 
 /// An emptyDir on a disk, or a subdirectory in an emptyDir. The guest accesses the directory through virtio-fs.
@@ -110,11 +111,20 @@ pub fn parse_empty_dir(path: &Path) -> Option<(String, PathBuf)> {
 /// # Errors
 /// The kernel's error, or [`io::ErrorKind::NotFound`] if the mount is not in the mount list.
 pub fn path_in_filesystem(source: &OwnedFd, host: &HostView) -> io::Result<PathBuf> {
+    place_in_filesystem(source, &mountinfo::of_host(host)?).map(|(_, path)| path)
+}
+
+/// Returns the mount of `source`, and the path of `source` relative to the root of its file system. `mounts` is the
+/// host's mount list.
+///
+/// # Errors
+/// The errors of [`path_in_filesystem`].
+pub fn place_in_filesystem<'a>(source: &OwnedFd, mounts: &'a [Entry]) -> io::Result<(&'a Entry, PathBuf)> {
     let id = mount_api::mount_id(source.as_fd())?;
     let path = fs::read_link(format!("/proc/self/fd/{}", source.as_raw_fd()))?;
-    let mount = mountinfo::of_host(host)?.into_iter().find(|mount| mount.id == id).ok_or(io::ErrorKind::NotFound)?;
-    let subdirectory = path.strip_prefix(mount.point).map_err(io::Error::other)?;
-    Ok(mount.root.strip_prefix("/").map_err(io::Error::other)?.join(subdirectory))
+    let mount = mounts.iter().find(|mount| mount.id == id).ok_or(io::ErrorKind::NotFound)?;
+    let subdirectory = path.strip_prefix(&mount.point).map_err(io::Error::other)?;
+    Ok((mount, mount.root.strip_prefix("/").map_err(io::Error::other)?.join(subdirectory)))
 }
 
 /// Returns the name, mode and owner of each component of `subdirectory`, a path below `volume`. Also returns the device

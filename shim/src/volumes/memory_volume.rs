@@ -59,7 +59,11 @@ pub fn request_for(
         return if huge { Err(MemoryVolumeError::Shared) } else { Ok(None) };
     };
     // If `source` is on a different file system than the volume's root, `source` is not part of the volume.
-    let volume = host.open(&root, false).map_err(inspect("open the volume"))?;
+    let volume = match host.open(&root, false) {
+        // `source` is a subPath of a volume that is not an emptyDir, for example of a CSI volume on a tmpfs.
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !huge => return Ok(None),
+        volume => volume.map_err(inspect("open the volume"))?,
+    };
     let volume_stat = fstat(&volume).map_err(|errno| inspect("stat the volume")(errno.into()))?;
     let dir_stat = fstat(source).map_err(|errno| inspect("stat the directory")(errno.into()))?;
     if volume_stat.st_dev != dir_stat.st_dev {
@@ -85,14 +89,13 @@ pub fn request_for(
     }))
 }
 
-/// Returns the request that tells the agent to bind-mount a subdirectory of a volume. `root` is the volume's path in
-/// the guest. `mount` is the mount's index in the specification of `container`.
+/// Returns the request that tells the agent to bind-mount a subdirectory of the volume `name` in the share. `mount` is
+/// the mount's index in the specification of `container`.
 pub fn subdirectory_request(
-    root: &str,
+    name: String,
     subdirectory: Vec<VolumeDirectory>,
     (container, mount): (&str, u32),
 ) -> MountVolumeRequest {
-    let name = Path::new(root).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let (fs_type, container_id) = (SHARED_FS_TYPE.to_owned(), container.to_owned());
     MountVolumeRequest { name, fs_type, directories: subdirectory, container_id, mount, ..Default::default() }
 }

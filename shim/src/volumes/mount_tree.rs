@@ -125,7 +125,7 @@ mod tests {
     use super::*;
 
     fn entry(id: u64, parent: u64, point: &str, kind: &str) -> Entry {
-        Entry { id, parent, device: id, root: "/".into(), point: point.into(), kind: kind.into() }
+        Entry { id, parent, device: id, root: "/".into(), point: point.into(), kind: kind.into(), id_mapped: false }
     }
 
     fn reached(entries: &[Entry], id: u64) -> (Vec<(String, u64)>, Vec<u64>) {

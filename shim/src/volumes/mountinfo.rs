@@ -21,6 +21,8 @@ pub struct Entry {
     pub point: PathBuf,
     /// File system type, such as `ext4` or `fuse.sshfs`.
     pub kind: String,
+    /// Whether the mount is id-mapped.
+    pub id_mapped: bool,
 }
 
 /// Returns the mounts in the calling thread's namespace, in the kernel's order.
@@ -48,7 +50,7 @@ fn parse(text: &[u8]) -> Vec<Entry> {
 
 fn parse_line(line: &[u8]) -> Option<Entry> {
     let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
-    let [id, parent, device, root, point, rest @ ..] = fields.as_slice() else { return None };
+    let [id, parent, device, root, point, options, rest @ ..] = fields.as_slice() else { return None };
     let (major, minor) = text(device)?.split_once(':')?;
     // A hyphen ends the optional fields.
     let kind = rest.iter().skip_while(|field| **field != b"-").nth(1)?;
@@ -59,6 +61,7 @@ fn parse_line(line: &[u8]) -> Option<Entry> {
         root: unescape(root),
         point: unescape(point),
         kind: text(kind)?.to_owned(),
+        id_mapped: text(options)?.split(',').any(|option| option == "idmapped"),
     })
 }
 
@@ -90,7 +93,7 @@ mod tests {
     #[test]
     fn parse_reads_entries_and_skips_malformed_lines() {
         let text = b"36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue\n\
-            37 36 0:5 / /a\\040b\\134c\\012 ro - devtmpfs udev ro\n\
+            37 36 0:5 / /a\\040b\\134c\\012 ro,idmapped - devtmpfs udev ro\n\
             cut 36 0:5\n\
             38 36 0:6 / /x rw shared:1\n";
         let entries = parse(text);
@@ -102,9 +105,11 @@ mod tests {
             root: "/mnt1".into(),
             point: "/mnt2".into(),
             kind: "ext3".into(),
+            id_mapped: false,
         };
         assert_eq!(entries[0], first);
         assert_eq!((entries[1].point.to_str(), &*entries[1].kind), (Some("/a b\\c\n"), "devtmpfs"));
+        assert!(entries[1].id_mapped);
     }
 
     #[test]

@@ -13,12 +13,13 @@ use crate::host_view::HostView;
 use crate::oci::devices;
 use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::Mount;
-use crate::volumes::bind::Flags;
 use crate::volumes::error::VolumeError;
 use crate::volumes::host_only::HostOnly;
 use crate::volumes::kubelet_paths::DiskEmptyDir;
 use crate::volumes::mirror;
 use crate::volumes::mirror::{Mirror, Volume};
+use crate::volumes::reuse::Part;
+use crate::volumes::source::{Flags, Source};
 use crate::volumes::staging_dir::CopyContext;
 use crate::volumes::{bind, host_only, kubelet_paths, memory_volume};
 
@@ -44,7 +45,7 @@ enum Plan {
 pub struct GuestVolumes {
     /// Mirrored volumes.
     pub mirrors: Vec<Mirror>,
-    /// Memory volumes, and subdirectories of emptyDirs.
+    /// Memory volumes, and parts of mounts in the share.
     pub memory: Vec<MountVolumeRequest>,
 }
 
@@ -97,7 +98,7 @@ pub fn prepare_mount(
         Plan::Bind { source, directory, id_mappings, ignores_mount_id } => {
             let (id_mappings, flags, receives_mounts) =
                 (id_mappings.as_ref(), Flags::of(mount), Flags::of(mount).slave);
-            let source = bind::Source {
+            let source = Source {
                 file: &source,
                 directory,
                 id_mappings,
@@ -106,12 +107,13 @@ pub fn prepare_mount(
                 receives_mounts,
                 private: false,
             };
-            bind::bind(mount, &source, (context.share, context.container), context.copy(), notes).map(Some)
+            let part = bind::bind(mount, &source, (context.share, context.container), context.copy(), notes)?;
+            Ok(Some(path_of_part(part, (context.container, number), guest)))
         }
         Plan::EmptyDir { volume: DiskEmptyDir { root, subdirectory }, id_mappings } => {
             let (id_mappings, flags, receives_mounts) =
                 (id_mappings.as_ref(), Flags::enforced_by_guest(), Flags::of(mount).slave);
-            let source = bind::Source {
+            let source = Source {
                 file: &root,
                 directory: true,
                 id_mappings,
@@ -120,16 +122,35 @@ pub fn prepare_mount(
                 receives_mounts,
                 private: true,
             };
-            let root = bind::bind(mount, &source, (context.share, context.container), context.copy(), notes)?;
-            if subdirectory.is_empty() {
-                return Ok(Some(root));
-            }
-            let request = memory_volume::subdirectory_request(&root, subdirectory, (context.container, number));
-            let path = volume::guest_path(&request).to_string_lossy().into_owned();
-            guest.memory.push(request);
-            Ok(Some(path))
+            let mut part = bind::bind(mount, &source, (context.share, context.container), context.copy(), notes)?;
+            part.below.extend(subdirectory);
+            Ok(Some(path_of_part(part, (context.container, number), guest)))
         }
     }
+}
+
+/// Returns the path of a part of a mount in the guest. If the part is not the whole mount, the agent must first bind
+/// the part.
+fn path_of_part(part: Part, (container, number): (&str, u32), guest: &mut GuestVolumes) -> String {
+    let request = memory_volume::subdirectory_request(part.name, part.below, (container, number));
+    let path = volume::guest_path(&request).to_string_lossy().into_owned();
+    if !request.directories.is_empty() {
+        guest.memory.push(request);
+    }
+    path
+}
+
+/// Returns the order in which to prepare mounts: writable mounts before read-only ones, volumes before their subPaths,
+/// and directories before the directories below them. A mount then finds the mounts that contain its source.
+pub fn order(mounts: &[Mount]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..mounts.len()).collect();
+    order.sort_by_cached_key(|index| {
+        mounts.get(*index).map(|mount| {
+            let source = Path::new(mount.source.as_deref().unwrap_or_default());
+            (Flags::of(mount).read_only, kubelet_paths::is_sub_path(source), source.components().count())
+        })
+    });
+    order
 }
 
 fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<String>) -> Result<Plan, VolumeError> {
@@ -282,6 +303,24 @@ mod tests {
         assert!(matches!(plan_for(&shm), Ok(Plan::GuestPath(to)) if to == husk_proto::GUEST_SHM));
         let tmpfs = Mount { kind: Some("tmpfs".into()), options: None, ..mount("tmpfs", "/tmp", &[]) };
         assert!(matches!(plan_for(&tmpfs), Ok(Plan::Keep)));
+    }
+
+    #[test]
+    fn order_begins_with_the_mounts_that_contain_others() {
+        let subpath = "/var/lib/kubelet/pods/u/volume-subpaths/data/c/0";
+        let whole = "/var/lib/kubelet/pods/u/volumes/kubernetes.io~local-volume/data/a/b/c/d";
+        let mounts = [
+            ("/a", "ro"),
+            (subpath, "rw"),
+            ("/a/b", "rw"),
+            (whole, "rw"),
+            ("/a", "rw"),
+            ("/a/b/c", "rro"),
+            ("/x", "rw"),
+        ];
+        let mounts = mounts.map(|(source, option)| mount(source, "/x", &["rbind", option]));
+        assert_eq!(order(&mounts), [4, 6, 2, 3, 1, 0, 5]);
+        assert!(order(&[]).is_empty());
     }
 
     #[test]

@@ -49,6 +49,37 @@ pub fn markers_dir(share: &Path, id: &str) -> PathBuf {
 /// the mount".
 pub type Step = (&'static str, io::Error);
 
+/// Returns whether the share has a mount with the key `key`.
+///
+/// # Errors
+/// If the mounts cannot be listed.
+pub fn is_present(share: &Path, key: &str) -> Result<bool, Step> {
+    let found = lock_mounts().find(share, key);
+    found.map(|name| name.is_some()).map_err(|error| ("list the mounts", error))
+}
+
+/// Creates a marker of container `id` for the mount `name`. Returns false if the share no longer has this mount.
+///
+/// # Errors
+/// If the marker cannot be created.
+pub fn acquire_named((share, id): (&Path, &str), name: &str) -> Result<bool, Step> {
+    let mounts = lock_mounts();
+    let target = share.join(VOLUMES).join(name);
+    // Reads the directory, because a stat of the mount point could hang in the file system of the mount.
+    let is_present = fs::read_dir(share.join(VOLUMES))
+        .and_then(|mut entries| entries.try_fold(false, |found, entry| Ok(found || entry?.file_name() == *name)))
+        .map_err(|error| ("list the mounts", error))?;
+    if !is_present || mounts.retired.contains(&target) {
+        return Ok(false);
+    }
+    mark((share, id), name).map(|()| true)
+}
+
+fn mark((share, id): (&Path, &str), name: &str) -> Result<(), Step> {
+    let marked = fs::File::create(markers_dir(share, id).join(name));
+    marked.map(drop).map_err(|error| ("create the marker of the mount", error))
+}
+
 /// Creates a marker of container `id` for the mount with the key `key`. Returns the mount's name. If no mount has this
 /// key, attaches the tree that `copy` returns.
 ///
@@ -60,13 +91,9 @@ pub fn acquire(
     copy: impl FnOnce() -> Result<OwnedFd, Step>,
 ) -> Result<String, Step> {
     let at = |step| move |error| (step, error);
-    let mark = |name: &str| {
-        let marked = fs::File::create(markers_dir(share, id).join(name));
-        marked.map(drop).map_err(at("create the marker of the mount"))
-    };
     let mark_present = |mounts: &Mounts| {
         let present = mounts.find(share, key).map_err(at("list the mounts"))?;
-        present.map(|name| mark(&name).map(|()| name)).transpose()
+        present.map(|name| mark((share, id), &name).map(|()| name)).transpose()
     };
     if let Some(name) = mark_present(&lock_mounts())? {
         return Ok(name);
@@ -80,7 +107,7 @@ pub fn acquire(
     }
     let name = format!("{}.{key}", mounts.next_number);
     mounts.next_number += 1;
-    mark(&name)?;
+    mark((share, id), &name)?;
     let target = share.join(VOLUMES).join(&name);
     let made = if directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
     made.map_err(at("create the mount point"))?;

@@ -12,8 +12,9 @@ use crate::blocking::Job;
 use crate::daemon::mount_namespace;
 use crate::host_view::HostView;
 use crate::oci::spec::Mount;
-use crate::volumes::bind::{Flags, Source, bind};
-use crate::volumes::shared_mounts::markers_dir;
+use crate::volumes::bind::bind;
+use crate::volumes::shared_mounts::{VOLUMES, markers_dir};
+use crate::volumes::source::{Flags, Source};
 use crate::volumes::staging_dir::{CopyContext, StagingDir};
 use crate::volumes::{Share, mount_api};
 
@@ -93,6 +94,7 @@ pub fn bind_for(share: &Share, id: &str, source: &Path, options: &[&str]) -> Pat
     };
     let host_only = StagingDir::for_share(&share.host).host_only(&share.host).unwrap();
     let context = CopyContext { host_only: &host_only, host: &HostView::own() };
-    let guest = bind(&mount, &source, (&share.host, id), context, &mut Vec::new()).unwrap();
-    share.host.join(Path::new(&guest).strip_prefix(husk_proto::GUEST_SHARE).unwrap())
+    let part = bind(&mount, &source, (&share.host, id), context, &mut Vec::new()).unwrap();
+    let below = part.below.iter().map(|directory| &directory.name);
+    below.fold(share.host.join(VOLUMES).join(&part.name), |path, name| path.join(name))
 }

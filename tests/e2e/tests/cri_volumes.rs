@@ -151,7 +151,12 @@ fn containers_share_sockets_and_locks_of_a_volume() {
 
 /// Starts a container that serves a socket in `volume`.
 fn start_server(pod: &Pod, volume: &Path) {
-    let mut config = pod.python(SERVER);
+    start_program(pod, SERVER, volume);
+}
+
+/// Starts a container that runs a Python program, which prints "serving". The container has `volume` at `/data`.
+fn start_program(pod: &Pod, program: &str, volume: &Path) {
+    let mut config = pod.python(program);
     config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/data" }]);
     pod.start(&config).wait_for("serving");
 }
@@ -160,7 +165,13 @@ fn start_server(pod: &Pod, volume: &Path) {
 /// works in the directory `at`. Returns the client's output in one line.
 #[track_caller]
 fn run_client(pod: &Pod, volume: &Path, at: &str, more: &Value) -> String {
-    let mut config = pod.python(CLIENT);
+    run_program(pod, CLIENT, volume, at, more)
+}
+
+/// Runs a Python program in a container like [`run_client`].
+#[track_caller]
+fn run_program(pod: &Pod, program: &str, volume: &Path, at: &str, more: &Value) -> String {
+    let mut config = pod.python(program);
     config["command"].as_array_mut().unwrap().push(at.into());
     let mut mount = json!({ "host_path": volume.to_string_lossy(), "container_path": "/data" });
     mount.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
@@ -229,16 +240,92 @@ fn containers_share_sockets_and_locks_with_any_kind_of_mount() {
                 "held writes hello you",
                 "wrong output of the client for a volume of {plugin}"
             );
+            let part = pod_dir.sub_path(&volume, 2);
+            let read_only = "held Read-only file system hello you";
+            assert_eq!(run_client(&pod, &part, "/data", &only_reads), read_only);
             if plugin == "kubernetes.io~empty-dir" {
-                let part = pod_dir.sub_path(&volume, 2);
-                let read_only = "held Read-only file system hello you";
-                assert_eq!(run_client(&pod, &part, "/data", &only_reads), read_only);
                 assert_eq!(run_client(&pod, &volume, "/data/sub", &only_reads), read_only);
                 assert_eq!(run_client(&pod, &volume, "/data/sub", &plain), "held writes hello you");
                 assert_eq!(run_client(&pod, &volume, "/data/sub", &sees_mounts), "held writes hello you");
             }
             pod.remove();
         }
+    });
+}
+
+/// For each client: changes a mapped file, answers, and writes to a fifo. Holds a lock all the time.
+const MEETING_SERVER: &str = r#"
+import fcntl, mmap, os, socket
+os.chdir("/data/sub")
+lock = open("lock", "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+os.mkfifo("fifo")
+open("map", "wb").write(bytes(4096))
+mapping = mmap.mmap(os.open("map", os.O_RDWR), 4096)
+server = socket.socket(socket.AF_UNIX)
+server.bind("socket")
+server.listen()
+print("serving", flush=True)
+while True:
+    peer, _ = server.accept()
+    peer.recv(100)
+    mapping[0] += 1
+    peer.sendall(b"changed")
+    peer.close()
+    with open("fifo", "w") as fifo:
+        fifo.write("through a fifo")
+"#;
+
+/// Prints what the client of [`MEETING_SERVER`] sees in the directory `argv[1]`.
+const MEETING_CLIENT: &str = r#"
+import fcntl, mmap, os, signal, socket, sys
+signal.alarm(60)
+os.chdir(sys.argv[1])
+try:
+    fcntl.flock(open("lock"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    print("free")
+except BlockingIOError:
+    print("held")
+mapping = mmap.mmap(os.open("map", os.O_RDONLY), 4096, prot=mmap.PROT_READ)
+before = mapping[0]
+client = socket.socket(socket.AF_UNIX)
+client.connect("socket")
+client.sendall(b"change")
+client.recv(100)
+print(mapping[0] - before)
+print(open("fifo").read())
+try:
+    open("written", "w")
+    print("writes")
+except OSError as error:
+    print(error.strerror)
+"#;
+
+#[test]
+fn containers_with_a_volume_in_several_ways_meet_in_its_files() {
+    need_image(PYTHON);
+    let (plain, only_reads) = (json!({}), json!({ "readonly": true }));
+    pods("cri-volume-ways", |pods| {
+        let pod = pods.pod();
+        let pod_dir = PodDir::of(&pod);
+        let volume = pod_dir.volume("kubernetes.io~csi");
+        start_program(&pod, MEETING_SERVER, &volume);
+        let (part, read_only_part) = (pod_dir.sub_path(&volume, 1), pod_dir.sub_path(&volume, 2));
+        for (source, at, more) in [
+            (&part, "/data", &plain),
+            (&read_only_part, "/data", &only_reads),
+            (&volume.join("sub"), "/data", &plain),
+            (&volume, "/data/sub", &only_reads),
+        ] {
+            let writes = if more == &plain { "writes" } else { "Read-only file system" };
+            assert_eq!(
+                run_program(&pod, MEETING_CLIENT, source, at, more),
+                format!("held 1 through a fifo {writes}"),
+                "wrong output of the client with {} at {at}, {more}",
+                source.display()
+            );
+        }
+        pod.remove();
     });
 }
 

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, fs, path::Path};
 
-use nix::mount::umount;
+use nix::mount::{MsFlags, mount, umount};
 use serde_json::json;
 
 use crate::container::prepare::*;
@@ -27,6 +27,17 @@ fn prepare_in(
     rootfs: RootMount,
     options: &[&str],
 ) -> PathBuf {
+    prepare_in_for("c1", daemon, share, (dir, source), rootfs, options)
+}
+
+fn prepare_in_for(
+    id: &'static str,
+    daemon: &Daemon,
+    share: &Share,
+    (dir, source): (&Path, &Path),
+    rootfs: RootMount,
+    options: &[&str],
+) -> PathBuf {
     let bundle = bundle(dir, |spec| {
         let mounts = spec["mounts"].as_array_mut().unwrap();
         mounts.push(json!({"destination": "/v", "type": "bind", "source": source, "options": options}));
@@ -34,7 +45,7 @@ fn prepare_in(
     let share = share.clone();
     daemon.run(move |host| {
         let pids = HashMap::new();
-        let request = Request { id: "c1", share: &share.host, rootfs: &[rootfs], host, pids: &pids };
+        let request = Request { id, share: &share.host, rootfs: &[rootfs], host, pids: &pids };
         guest_source(&share, &prepare(&bundle, &request).unwrap(), 2)
     })
 }
@@ -69,6 +80,37 @@ fn volumes_and_layers_can_be_mounts_that_the_host_makes_later() {
         }
         let host = share.host.clone();
         daemon.run(move |_| teardown(&host, "c1").unwrap());
+    });
+}
+
+#[test]
+fn containers_use_the_mount_that_contains_their_source_on_the_host() {
+    isolated(|dir| {
+        let root = shared_mount(dir);
+        let (daemon, share) = daemon(dir);
+        tmpfs(&root.join("volume"));
+        for name in ["volume/sub/deep", "sub-path"] {
+            fs::create_dir_all(root.join(name)).unwrap();
+        }
+        let (none, deep) = (None::<&Path>, root.join("volume/sub/deep"));
+        mount(Some(&root.join("volume/sub")), &root.join("sub-path"), none, MsFlags::MS_BIND, none).unwrap();
+        let prepare = |id, source: &str, options: &[&str]| {
+            prepare_in_for(id, &daemon, &share, (dir, &root.join(source)), overlay(dir, 1), options)
+        };
+        let whole = prepare("c1", "volume", &["rbind", "rw"]);
+        assert_eq!(prepare("c2", "volume/sub", &["rbind", "ro"]), whole.join("sub"));
+        assert_eq!(prepare("c3", "sub-path", &["rbind", "rw"]), whole.join("sub"));
+        // A later mount of the host is not in the mount of the whole volume.
+        tmpfs(&deep);
+        assert!(!prepare("c4", "volume/sub/deep", &["rbind"]).starts_with(&whole));
+        assert!(!prepare("c5", "volume/sub", &["rbind"]).starts_with(&whole));
+        let host = share.host.clone();
+        daemon.run(move |_| {
+            for id in ["c1", "c2", "c3", "c4", "c5"] {
+                teardown(&host, id).unwrap();
+            }
+            assert_eq!(entries_in_share(&share), 0);
+        });
     });
 }
 

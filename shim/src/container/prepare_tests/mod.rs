@@ -6,6 +6,7 @@ mod host_view;
 mod later_mounts;
 mod rootfs;
 mod volumes;
+mod ways;
 
 use std::{
     collections::HashMap,
@@ -13,6 +14,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use husk_proto::volume;
 use serde_json::{Value, json};
 
 use super::prepare::*;
@@ -52,10 +54,15 @@ fn bundle(dir: &Path, change: impl FnOnce(&mut Value)) -> Bundle {
     Bundle::read(dir).unwrap()
 }
 
-/// Returns the source of mount `index` in `prepared.spec`, as a host path below `share.guest`.
+/// Returns the source of mount `index` in `prepared.spec`, as a host path below `share.guest`. If the guest binds a part
+/// of a mount in the share, returns the path of this part.
 fn guest_source(share: &Share, prepared: &Prepared, index: usize) -> PathBuf {
-    let path = prepared.spec["mounts"][index]["source"].as_str().unwrap().to_owned();
-    share.guest.join(Path::new(&path).strip_prefix(husk_proto::GUEST_SHARE).unwrap())
+    let path = Path::new(prepared.spec["mounts"][index]["source"].as_str().unwrap());
+    let part = prepared.volumes.memory.iter().find(|request| volume::guest_path(request) == path);
+    let names = part.iter().flat_map(|part| part.directories.iter().map(|directory| &directory.name));
+    let root = part.map_or_else(|| path.to_owned(), volume::root_path);
+    let root = share.guest.join(root.strip_prefix(husk_proto::GUEST_SHARE).unwrap());
+    names.fold(root, |path, name| path.join(name))
 }
 
 /// Returns the number of entries in the share's root and in the directory of volumes.

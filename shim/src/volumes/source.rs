@@ -1,0 +1,196 @@
+//! The source of a bind mount, the options that the host applies to the mount, and the key of the mount in the share.
+
+use std::{
+    fmt, io,
+    os::fd::{AsFd, OwnedFd},
+};
+
+use husk_vmm::config::PRIVATE_SUFFIX;
+use nix::sys::{stat::fstat, statvfs::fstatvfs};
+
+use crate::oci::id_mappings::IdMappings;
+use crate::oci::spec::Mount;
+use crate::volumes::mount_api;
+
+/// The source of a bind mount.
+pub struct Source<'a> {
+    /// The directory or file.
+    pub file: &'a OwnedFd,
+    /// Whether the source is a directory.
+    pub directory: bool,
+    /// Id mappings, if the mount is id-mapped.
+    pub id_mappings: Option<&'a IdMappings>,
+    /// Mount options that the host applies.
+    pub flags: Flags,
+    /// Whether sources that are the same file or directory share a mount even if their mount ids differ.
+    pub ignores_mount_id: bool,
+    /// Whether the host's later mounts propagate to the guest.
+    pub receives_mounts: bool,
+    /// Whether only this pod uses the source. The guest then keeps the locks of its files to itself.
+    pub private: bool,
+}
+
+/// Key of a mount in the share. Sources with equal keys share a mount.
+#[derive(Debug, PartialEq, Eq)]
+pub struct MountKey {
+    device: u64,
+    inode: u64,
+    /// The host's mount, or its flags.
+    mount: String,
+    flags: u8,
+    /// The id mappings, and whether the mount is private.
+    rest: String,
+}
+
+impl MountKey {
+    const RECURSIVE: u8 = 1;
+    const READ_ONLY: u8 = 2;
+    const READ_ONLY_SUBMOUNTS: u8 = 4;
+    const SLAVE: u8 = 8;
+
+    /// Returns the key of the source's mount.
+    ///
+    /// # Errors
+    /// The errors of fstat(2) and fstatvfs(2).
+    pub fn of(source: &Source<'_>) -> io::Result<Self> {
+        let stat = fstat(source.file)?;
+        // With `ignores_mount_id`, the key contains the mount's flags, such as read-only, instead of the mount id.
+        let mount = match source.ignores_mount_id {
+            true => format!("m{:x}", fstatvfs(source.file)?.flags().bits()),
+            false => format!("{:x}", mount_api::mount_id(source.file.as_fd())?),
+        };
+        let Flags { recursive, read_only, read_only_submounts, slave } = source.flags;
+        let flags = [
+            (recursive, Self::RECURSIVE),
+            (read_only, Self::READ_ONLY),
+            (read_only_submounts, Self::READ_ONLY_SUBMOUNTS),
+            (slave, Self::SLAVE),
+        ];
+        let flags = flags.iter().filter(|(is_set, _)| *is_set).fold(0, |all, (_, flag)| all | flag);
+        let id_mappings = source.id_mappings.map_or_else(String::new, |id_mappings| format!("-{}", id_mappings.tag()));
+        let private = if source.private { PRIVATE_SUFFIX } else { "" };
+        Ok(Self { device: stat.st_dev, inode: stat.st_ino, mount, flags, rest: format!("{id_mappings}{private}") })
+    }
+
+    /// Parses the text of a key. Returns `None` if the text is not the text of a key.
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.splitn(4, '-');
+        let mut number = || u64::from_str_radix(parts.next()?, 16).ok();
+        let (device, inode) = (number()?, number()?);
+        let (mount, last) = (parts.next()?.to_owned(), parts.next()?);
+        let (flags, rest) = last.split_at(last.find('-').unwrap_or(last.len()));
+        Some(Self { device, inode, mount, flags: u8::from_str_radix(flags, 16).ok()?, rest: rest.to_owned() })
+    }
+
+    /// Returns whether the source may be a part of the mount with the key `whole`: it is on the same file system, and
+    /// has the same id mappings and the same propagation.
+    pub fn may_be_part_of(&self, whole: &Self) -> bool {
+        let properties = |key: &Self| (key.device, key.flags & Self::SLAVE);
+        properties(self) == properties(whole) && self.rest == whole.rest
+    }
+
+    /// Returns whether the mount is read-only.
+    pub fn is_read_only(&self) -> bool {
+        self.flags & Self::READ_ONLY != 0
+    }
+}
+
+impl fmt::Display for MountKey {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { device, inode, mount, flags, rest } = self;
+        write!(formatter, "{device:x}-{inode:x}-{mount}-{flags:x}{rest}")
+    }
+}
+
+/// The options that the host applies to a bind mount.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Flags {
+    /// Whether the mount has the submounts of its source.
+    pub recursive: bool,
+    /// Whether the mount is read-only.
+    pub read_only: bool,
+    /// Whether the submounts are read-only, too.
+    pub read_only_submounts: bool,
+    /// Whether the mount is a slave, which receives the host's later mounts (mount_namespaces(7)).
+    pub slave: bool,
+}
+
+impl Flags {
+    /// Returns the flags that the options of `mount` request.
+    pub fn of(mount: &Mount) -> Self {
+        let mut flags = Self { recursive: false, read_only: false, read_only_submounts: false, slave: false };
+        for option in mount.options() {
+            match option.as_str() {
+                "rbind" => flags.recursive = true,
+                "ro" => flags.read_only = true,
+                "rw" => flags.read_only = false,
+                "rro" => (flags.read_only, flags.read_only_submounts) = (true, true),
+                // `slave` has the same effect as `rslave`: the guest receives later mounts at every depth.
+                "slave" | "rslave" => flags.slave = true,
+                _ => {}
+            }
+        }
+        flags
+    }
+
+    /// Returns the flags of a mount that all containers of the pod share. For each container, the guest applies the
+    /// read-only option and the propagation.
+    pub fn enforced_by_guest() -> Self {
+        Self { recursive: true, read_only: false, read_only_submounts: false, slave: false }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn vmm_recognizes_private_mounts_by_their_keys() {
+        let file = mount_api::open_path(Path::new("/"), false).unwrap();
+        let key = |private| {
+            let flags = Flags::enforced_by_guest();
+            let (directory, ignores_mount_id, receives_mounts) = (true, false, false);
+            let source =
+                Source { file: &file, directory, id_mappings: None, flags, ignores_mount_id, receives_mounts, private };
+            let key = MountKey::of(&source).unwrap();
+            assert_eq!(MountKey::parse(&key.to_string()).as_ref(), Some(&key));
+            format!("7.{key}")
+        };
+        assert!(husk_vmm::config::is_private_mount(&key(true)));
+        assert!(!husk_vmm::config::is_private_mount(&key(false)));
+    }
+
+    #[test]
+    fn key_contains_all_properties() {
+        let key = |text: &str| MountKey::parse(text).unwrap();
+        for text in ["fe-1a-m1000-3", "fe-1a-7-9-u0-1-2-g0-1-2", "fe-1a-7-1-private", "fe-1a-7-1-u0-1-2-g0-1-2-private"]
+        {
+            assert_eq!(key(text).to_string(), text);
+        }
+        for text in ["", "fe", "fe-1a-7", "fe-1a-7-x", "x-1a-7-1", "fe-1a-7-"] {
+            assert_eq!(MountKey::parse(text), None, "{text}");
+        }
+        for whole in ["fe-2-9-1", "fe-2-9-2"] {
+            assert!(key("fe-1a-7-3").may_be_part_of(&key(whole)), "{whole}");
+        }
+        for other in ["ff-2-9-1", "fe-2-9-9", "fe-2-9-1-private", "fe-2-9-1-u0-1-2-g0-1-2"] {
+            assert!(!key("fe-1a-7-3").may_be_part_of(&key(other)), "{other}");
+        }
+    }
+
+    #[test]
+    fn flags_contain_the_options_that_the_host_applies() {
+        let of = |options: &[&str]| {
+            let options = Some(options.iter().map(ToString::to_string).collect());
+            let (kind, source) = (Some("bind".into()), Some("/a".into()));
+            Flags::of(&Mount { destination: "/b".into(), kind, source, options, ..Mount::default() })
+        };
+        let plain = Flags { recursive: true, read_only: false, read_only_submounts: false, slave: false };
+        assert_eq!(of(&["rbind", "rw", "nosuid", "rprivate"]), plain);
+        assert!(of(&["bind", "ro", "rslave"]).slave);
+        assert!(of(&["bind", "ro"]).read_only && !of(&["bind", "ro"]).read_only_submounts && !of(&["bind"]).recursive);
+        assert!(of(&["rbind", "rro"]).read_only_submounts);
+    }
+}
