@@ -197,5 +197,6 @@ fn fallocate_removes_and_inserts_ranges() {
         let log = container.log();
         assert!(log.contains("adeF d 16384") && log.contains("a.deF 0 d 20480 20480"), "{log}");
         assert_eq!(std::fs::metadata(volume.join("ranges")).unwrap().len(), 20480);
+        std::fs::remove_dir_all(&volume).unwrap();
     });
 }
