@@ -36,7 +36,7 @@ pub struct Source<'a> {
     pub ignores_mount_id: bool,
     /// Whether the host's later mounts propagate to the guest.
     pub receives_mounts: bool,
-    /// Whether only this pod uses the source. The guest then keeps the locks of its files to itself.
+    /// Whether only this pod uses the source. File locks in this volume then stay in the guest's kernel.
     pub private: bool,
 }
 

@@ -1,5 +1,5 @@
-//! Locks of files in volumes: between pods, with the node, and of a pod alone. Also the ranges that fallocate removes
-//! and inserts.
+//! File locks in volumes: between pods, with the node, and within one pod. Also tests that fallocate(2) removes and
+//! inserts ranges.
 
 use std::fs::File;
 use std::os::fd::AsFd;
