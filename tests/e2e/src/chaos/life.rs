@@ -73,8 +73,8 @@ impl<'a, 'b> Life<'a, 'b> {
     }
 }
 
-/// Runs the life of a victim with the fault of `step`, and then calls `judge`. Returns why the fault could not strike,
-/// and what is wrong.
+/// Runs the life of a victim with the fault of `step`, and then calls `judge`. Returns why the fault could not be
+/// injected, and what is wrong.
 pub fn run(shard: &mut Shard<'_>, step: Step, judge: fn(&mut Life<'_, '_>)) -> (Option<String>, Vec<String>) {
     let mut life = Life::new(shard, step);
     life.guarded("life", Life::live);

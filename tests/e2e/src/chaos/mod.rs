@@ -38,7 +38,7 @@ pub struct Report {
     pub name: String,
     /// Duration in seconds.
     pub seconds: f64,
-    /// Why the fault could not strike.
+    /// Why the fault could not be injected.
     pub missed: Option<String>,
     /// What is wrong. Empty if the step has passed.
     pub findings: Vec<String>,

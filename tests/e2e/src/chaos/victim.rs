@@ -92,7 +92,7 @@ impl Writer {
     }
 }
 
-/// The pod that a fault strikes.
+/// The pod into which a fault is injected.
 pub struct Victim {
     /// The pod's name.
     pub name: String,
