@@ -1,12 +1,12 @@
 //! Failpoints: named places in shim, VMM and agent at which the chaos test makes the program wait, fail, abort or hang.
-//! Only programs that are built with the feature `failpoints` have them. In all other programs, the macro
+//! Only programs that are built with the feature `failpoints` have failpoints. In all other programs, the macro
 //! [`failpoint!`](crate::failpoint!) is an `Ok` that the compiler removes.
 //!
 //! A rule has the form `NAME=ACTION`. On the node, the rule is the content of [`RULE_FILE`]. In the guest, the rule is
 //! the kernel parameter [`PARAMETER`], which the shim sets. A process reads the rule once, and acts on it once.
 //!
-//! The crate `fail` was considered. It waits by blocking the thread, which would stop a whole async runtime, and it
-//! takes rules only from the environment, which the launcher clears. It would bring a second version of `rand`.
+//! The crate `fail` was considered. Its delay blocks the thread, which would stop a whole async runtime. It reads rules
+//! only from the environment, which the launcher clears. It would also add a second version of `rand`.
 
 /// The file on the node that has the rule.
 #[cfg(feature = "failpoints")]
@@ -109,7 +109,7 @@ mod active {
             Action::Delay => Ok(()),
             Action::Error => Err(io::Error::other(format!("failpoint {name}"))),
             Action::Abort => std::process::abort(),
-            // The test continues the shim. Nothing continues a VMM or an agent, as nothing continues one with a deadlock.
+            // The test sends SIGCONT to the shim. A VMM or an agent hangs forever, as in a deadlock.
             Action::Hang if name.starts_with("shim.") => raise(Signal::SIGSTOP).map_err(io::Error::from),
             Action::Hang => loop {
                 std::thread::park();

@@ -1,5 +1,5 @@
-//! Compares the protocol between shim and agent with its previous version (`protos/previous/agent.proto`): a shim and an
-//! agent of two versions recognize each other, and no number of a field gets another meaning.
+//! Compares the protocol between shim and agent with its previous version (`protos/previous/agent.proto`). A shim and
+//! an agent of different versions must recognize the difference, and no field number may get another meaning.
 
 use std::collections::HashMap;
 

@@ -1,8 +1,8 @@
 //! Resolves paths in the mount namespace of the host.
 //!
 //! The shim's own mount namespace contains only what the shim itself needs ([`crate::daemon`]). The paths of volumes,
-//! layers and network namespaces lead elsewhere, and the host may make their mounts at any time. Therefore, threads
-//! that stay in the host's namespace open these paths. The shim gets fds, and attaches copies of mounts in its own
+//! layers and network namespaces lead to other mounts, which the host may make at any time. Therefore, threads that
+//! stay in the host's namespace open these paths. The shim gets fds, and attaches copies of mounts in its own
 //! namespace.
 //!
 //! These threads only open paths without read or write access (O_PATH), and copy mounts. Their seccomp filter allows no

@@ -75,7 +75,7 @@ pub const PRIVATE_SUFFIX: &str = "-private";
 const ROOTFS: &str = "rootfs";
 
 /// Returns whether only the guest uses the files of a mount. A mount of a share has a path of two names, and `name` is
-/// the second one. The guest keeps the locks of these files to itself.
+/// the second one. The locks of these files stay in the guest's kernel.
 pub fn is_private_mount(name: &str) -> bool {
     name == ROOTFS || name.ends_with(PRIVATE_SUFFIX)
 }

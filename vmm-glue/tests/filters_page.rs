@@ -19,8 +19,8 @@ Each thread of the VMM has the filter of its kind. A call that is not in the fil
 names the thread and the call. A new thread inherits the filter of the thread that starts it. The control thread starts
 the threads of hot-plugged vCPUs and disks, and the threads whose ids are the PIDs of containers. Therefore, the control
 thread's filter also contains the calls of these threads. For the same reason, the filter of the virtio-fs supervisor
-contains the calls of the virtio-fs threads. The supervisor starts such threads while others hang on a file system of
-the node. It does not read guest memory.
+contains the calls of the virtio-fs threads. The supervisor thread starts additional virtio-fs threads while the others
+hang on a file system of the node. It does not read guest memory.
 
 A cell lists the conditions on the arguments of a call, which count from 1: `2 = 0xae80` means that the second argument
 is 0xae80, and `3 lacks 0x4` means that the third argument does not have this bit.

@@ -1,4 +1,4 @@
-//! Sends SIGTERM and SIGINT to a VMM process. The process has to tell the shim, and has to go on.
+//! Sends SIGTERM and SIGINT to a VMM process. The process must report the signal to the shim, and continue to run.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a panic is a failure of the test")]
 

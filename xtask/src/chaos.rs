@@ -22,7 +22,7 @@ const PROGRAM: &str = "husk-chaos";
 /// The options of `cargo xtask chaos`.
 #[derive(Args)]
 pub struct Chaos {
-    /// The seed, from which all faults follow.
+    /// The seed, which determines all faults.
     #[arg(long, required_unless_present_any = ["replay", "failpoints"])]
     seed: Option<u64>,
     /// Run only this shard of the ten.
@@ -114,7 +114,7 @@ pub fn chaos(options: &Chaos) -> Result<u8> {
     })
 }
 
-/// Lets pods live and die. Returns the exit code, which is 1 if a resource of the node grows.
+/// Creates and removes pods, one after the other. Returns the exit code, which is 1 if a resource of the node grows.
 pub fn soak(options: &Soak) -> Result<u8> {
     let size = usize::try_from(options.shard)?;
     let shard = |first: usize| {
@@ -178,8 +178,8 @@ fn run(
                 let result = keep(seat, shard, &kept)?;
                 result.map_or_else(|| format!("no result, exit code {ended}"), |result| summary(&result))
             }
-            // A crash of the node can come from a fault, or from a flaw of the emulator. A replay of the last step tells
-            // them apart.
+            // The cause of a crash of the node is a fault, or a defect of the emulator. A replay of the last step shows
+            // the cause.
             Err(error) if error.is::<Crashed>() => {
                 code = 1;
                 format!("the node crashed: {error:#}")

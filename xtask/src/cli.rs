@@ -68,10 +68,11 @@ enum Task {
     },
     /// Run the CRI conformance suite with runc and with Husk, and write the results to docs/conformance.md.
     Conformance,
-    /// Run pods in the test node while faults strike: 500 faults that follow from a seed. Exit with 1 if something is
-    /// left, hangs or runs twice.
+    /// Run pods in the test node, and inject 500 faults that a seed determines. Exit with 1 if something is left, hangs
+    /// or runs twice.
     Chaos(chaos::Chaos),
-    /// Let many pods live and die in the test node. Exit with 1 if a resource of the node grows with the lives.
+    /// Create and remove many pods in the test node. Exit with 1 if a resource of the node grows with the number of
+    /// pods.
     Soak(chaos::Soak),
     /// Run a benchmark in the test node.
     Bench {

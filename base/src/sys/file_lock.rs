@@ -1,4 +1,4 @@
-//! flock(2). nix offers this call only for a file that it then owns.
+//! flock(2). nix has this call only as a type that owns the file (`Flock`).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -6,9 +6,9 @@ use std::os::fd::{AsFd, AsRawFd};
 /// An operation of flock(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Flock {
-    /// Takes the lock together with other holders, or turns the lock into this kind.
+    /// Acquires a shared lock, or converts the lock to a shared lock.
     Shared,
-    /// Takes the lock alone, or turns the lock into this kind.
+    /// Acquires an exclusive lock, or converts the lock to an exclusive lock.
     Exclusive,
     /// Releases the lock.
     Unlock,

@@ -28,7 +28,7 @@ const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 /// copying.
 const INIT_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The counterpart of [`INIT_OUTPUT_IDLE_TIMEOUT`] if the shim has killed the VMM process, and the process waits in the
-/// host's kernel. The process keeps its sockets open, so the output does not end. But nothing arrives anymore.
+/// host's kernel. The process keeps its sockets open. Therefore the output does not end, although no more data arrives.
 const STUCK_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// The counterpart of [`INIT_OUTPUT_IDLE_TIMEOUT`] for an exec. This timeout is shorter, because a child of the exec
 /// can hold the exec's stdout open forever. runc's shim also waits 2 s.
@@ -39,8 +39,8 @@ const INIT_OUTPUT_TIMEOUT: Duration = Duration::from_secs(12);
 /// The counterpart of [`INIT_OUTPUT_TIMEOUT`] for an exec. A child of the exec can write output forever.
 const EXEC_OUTPUT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long after its arrival a Delete request waits for poststop hooks. The hooks then go on until their own timeouts.
-/// The answer also needs time for a guest that hangs, and a kubelet must not wait longer for the deletion.
+/// How long after its arrival a Delete request waits for poststop hooks. The hooks then continue until their own
+/// timeouts. A guest that hangs can delay the answer, too, and the deletion must not take longer for the kubelet.
 const POSTSTOP_TIMEOUT: Duration = Duration::from_secs(40);
 
 impl Shim {
@@ -165,7 +165,7 @@ impl Shim {
                     process.delete_failed(before);
                     return Err(agent::error("delete", error));
                 }
-                // The client has tried again. A pod whose agent refuses again must end nevertheless.
+                // The request is a retry. The pod must end, even if the agent refuses the retry, too.
                 Err(error) => {
                     let error = crate::chain(&agent::error("delete", error));
                     self.end_vm(
@@ -202,7 +202,7 @@ impl Shim {
         let (shim, stopped) = (Arc::clone(self), Arc::clone(container));
         let hooks = tokio::spawn(async move { shim.run_late_hooks("poststop", &stopped, "stopped").await });
         if tokio::time::timeout_at(begin + POSTSTOP_TIMEOUT, hooks).await.is_err() {
-            tracing::warn!(container = container.id, "the poststop hooks go on after the deletion of the container");
+            tracing::warn!(container = container.id, "the poststop hooks continue after the deletion of the container");
         }
         let deleted = self.publish_deleted(process, exit);
         self.release_pid(&container.id);

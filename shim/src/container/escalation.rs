@@ -18,7 +18,8 @@ pub const SIGNAL_TIMEOUT: Duration = Duration::from_secs(5);
 pub const KILL_ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a container may take to exit after SIGKILL.
 pub const KILL_EXIT_TIMEOUT: Duration = Duration::from_secs(20);
-/// Timeout for the agent's answer to a request that deletes a container whose processes have ended.
+/// Timeout for the remaining output of a deleted container, and for the agent's answer to the request that deletes it.
+/// The container's processes have ended.
 pub const DELETE_TIMEOUT: Duration = Duration::from_secs(25);
 /// How long the shim waits for the exits of all containers after it has killed the VMM process.
 const END_TIMEOUT: Duration = EXIT_TIMEOUT.saturating_add(Duration::from_secs(2));
@@ -39,8 +40,8 @@ impl Shim {
         });
     }
 
-    /// Kills the VM because the agent has not answered. Waits until the VM has ended. From then on, all processes
-    /// of the pod count as exited. `call` says what the agent has not done.
+    /// Kills the VM because the agent has not answered. Waits until the VM has ended. From then on, all processes of
+    /// the pod count as exited. The reason names `call`, which is a verb.
     pub(crate) async fn end_silent_vm(&self, container: &Container, call: &str, limit: Duration) {
         let id = &container.id;
         self.end_vm(container, format!("the agent did not {call} container {id} within {} s", limit.as_secs())).await;

@@ -14,11 +14,11 @@ use crate::stdio::{Relay, Stdio, Streams};
 /// (`MAX_PENDING` in `agent/src/io/streams.rs`). Moreover, the agent starts a helper for each process, and many helpers
 /// at once would need much of the guest's memory.
 const MAX_PROCESSES: usize = 32;
-/// How long a process waits until fewer than [`MAX_PROCESSES`] processes are being created. An agent that hangs must not
+/// Timeout for a turn: until fewer than [`MAX_PROCESSES`] processes are being created. An agent that hangs must not
 /// make requests wait without limit.
 const TURN_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The turns in which processes get their streams. If many execs start at once, the others wait, in order.
+/// The turns in which processes get their streams. If more processes start at once, they wait in order.
 pub(crate) struct StreamTurns(Semaphore);
 
 impl Default for StreamTurns {
@@ -33,7 +33,7 @@ pub(crate) struct ConnectedStdio<'a> {
     pub relay: Relay,
     /// The tokens for the request to the agent.
     pub tokens: StreamTokens,
-    /// To be dropped when the agent has answered this request.
+    /// The process's turn. Drop this value when the agent has answered the request.
     pub turn: SemaphorePermit<'a>,
 }
 

@@ -40,8 +40,8 @@ const SERVER_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 /// agent has to wait before it can send another report.
 const MAX_REPORTS: usize = 64;
 
-/// Paths that the shim may use in its own mount namespace, in addition to those that depend on the sandbox: the node's
-/// files for a pod's `/etc`, and the sockets of systemd.
+/// Paths that the shim may use in its own mount namespace, for every sandbox: the node's files for a pod's `/etc`, and
+/// the sockets of systemd.
 const NEEDED: [&str; 4] = ["/etc/hosts", "/etc/resolv.conf", "/run/systemd", "/run/dbus"];
 
 /// Arguments of [`run`].

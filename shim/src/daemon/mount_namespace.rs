@@ -1,9 +1,9 @@
 //! Creates the daemon's mount namespace, which contains only what the daemon needs.
 //!
-//! A node has mounts for each pod: network namespaces, shared memory, volumes. If the namespace of each shim contained
-//! all mounts of the node, the number of mounts would grow with the square of the number of pods. Each mount(2) on the
-//! node would change all of these namespaces. Therefore, the namespace has private copies of a few mounts. The host's
-//! later mounts and unmounts do not propagate to the namespace. Everything else is opened in the host's namespace
+//! A node has mounts for each pod: network namespaces, shared memory, volumes. If each shim's namespace contained all
+//! of these mounts, their number would grow with the square of the number of pods. Each mount(2) on the node would
+//! change all of these namespaces. Therefore, the namespace has private copies of a few mounts. The host's later mounts
+//! and unmounts do not propagate to the namespace. Everything else is opened in the host's namespace
 //! ([`crate::host_view`]).
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -115,7 +115,7 @@ impl Launcher {
     /// # Errors
     /// If the socket cannot be registered with the async runtime.
     pub async fn wait_end(&self) -> io::Result<()> {
-        // The launcher sends nothing on this socket, so that it becomes readable only at its end.
+        // The launcher sends nothing on this socket. Therefore the socket becomes readable only when the launcher ends.
         register(self.socket.try_clone()?, Interest::READABLE)?.readable().await.map(drop)
     }
 

@@ -24,8 +24,8 @@ use crate::vm::vmm::{Vmm, VmmError};
 /// Delay between a netlink notification and the update. The update applies all changes that happen within this delay.
 /// For example, CNI adds an interface, addresses and routes one after another.
 const COALESCE_DELAY: Duration = Duration::from_millis(50);
-/// Maximum delay. While the network changes all the time, the delay doubles with every update. Each update reads the
-/// pod's whole network, and a pod that changes its network must not take the node's CPU time.
+/// Maximum delay. While the network changes continuously, the delay doubles with every update. Each update reads the
+/// pod's whole network. A pod must not use the node's CPU time by changing its network.
 const MAX_DELAY: Duration = Duration::from_secs(2);
 /// After this time without a change, the delay is [`COALESCE_DELAY`] again.
 const QUIET: Duration = Duration::from_secs(5);

@@ -234,8 +234,8 @@ pub fn failed(error: String) -> LaunchInput {
 /// Continues a launch on a separate thread, because a launch enters the pod's network namespace. If the thread cannot
 /// leave this namespace, the thread must end.
 ///
-/// The sandbox gets what the launch has acquired even if the thread cannot be started or panics. It then reaps the VMM
-/// process, and removes the cgroup.
+/// The sandbox gets what the launch has acquired even if the thread cannot be started or panics. The sandbox then reaps
+/// the VMM process, and removes the cgroup.
 async fn on_thread(
     partial: PartialLaunch,
     work: impl FnOnce(&mut PartialLaunch) -> Result<BootPlan, LaunchError> + Send + 'static,
@@ -424,7 +424,7 @@ fn enter_cgroup(context: &LaunchContext, path: &str) -> Result<Option<Cgroup>, L
     planned.enter().map(Some).inspect_err(|_| context.dir.forget_cgroup()).map_err(failed)
 }
 
-/// Records a cgroup before it is made. If the shim dies, the action `delete` can then remove it.
+/// Records a cgroup before the cgroup is created. If the shim dies, the action `delete` can then remove it.
 fn record_cgroup(dir: &StateDir, (location, unit): (&CgroupLocation, Option<&Unit>)) -> Result<(), StateError> {
     let dirs: Vec<_> = location.dirs().map(|dir| dir.display().to_string()).collect();
     let recorded = dir.write("cgroup", &dirs.join("\n"));
@@ -458,7 +458,7 @@ mod tests {
         assert!(!first.exists());
         state.forget_cgroup();
         assert_eq!(state.read("cgroup"), None);
-        // A cgroup that cannot be recorded must not be made.
+        // If a cgroup cannot be recorded, it must not be created.
         let missing = StateDir::at(&dir.path().join("missing"));
         assert!(record_cgroup(&missing, planned.parts()).is_err());
     }

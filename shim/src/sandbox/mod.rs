@@ -150,7 +150,7 @@ impl Sandbox {
             Err(error) => (None, Err(error)),
         };
         if let Err(error) = &plan {
-            // From here on, no request counts on the sandbox.
+            // From here on, all requests fail.
             self.state.enter(State::Failed(error.as_str().into()));
         }
         let resizer = match (&plan, &vmm) {

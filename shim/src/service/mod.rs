@@ -29,7 +29,7 @@ pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
     completion::completed(uncompleted(shim))
 }
 
-/// Returns the services without the promise that requests run to completion.
+/// Returns the services whose requests end when their client disconnects ([`completion`]).
 pub(crate) fn uncompleted(shim: &Arc<Shim>) -> HashMap<String, Service> {
     let mut all = task::services(shim);
     all.extend(sandbox::services(shim));

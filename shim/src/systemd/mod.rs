@@ -146,8 +146,9 @@ impl Scope {
             ("TasksMax", Value::U64(self.max_tasks)),
             ("DefaultDependencies", Value::Bool(false)),
             // When the node shuts down, the scope is stopped, and its processes get SIGTERM. A VM has data that only
-            // its guest can write to a disk. The order of the stop is the reverse of the order below. The kubelet ends
-            // before, because it would start the containers again. CRI-O orders the scopes of its containers, too.
+            // its guest can write to a disk. The order of the stop is the reverse of the order below. The kubelet is
+            // stopped first, because it would start the containers again. CRI-O orders the scopes of its containers,
+            // too.
             ("Conflicts", Value::Texts(vec!["shutdown.target".into()])),
             ("Before", Value::Texts(["shutdown.target", "kubelet.service"].map(Into::into).into())),
             ("After", Value::Texts(STOPPED_LATER.map(Into::into).into())),

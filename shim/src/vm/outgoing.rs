@@ -1,9 +1,9 @@
-//! The requests that the shim has yet to send to the agent.
+//! The queue of requests that the shim has not sent to the agent yet.
 //!
 //! ttrpc closes the connection if the caller of a request goes away, or if the request's timeout expires, while the
 //! request is partly written. The shim would then kill the VM. Therefore, this queue takes each request as a whole, and
-//! a task of the connection sends it, whatever the caller does. The agent gets all requests in the order in which they
-//! were made. For example, it gets the request to delete a container after the request to create it.
+//! a task of the connection sends the request, even if the caller goes away. The agent gets all requests in the order
+//! in which they were made. For example, it gets the request to delete a container after the request to create it.
 
 use std::collections::VecDeque;
 use std::io;

@@ -195,8 +195,8 @@ impl StagingDir {
             if unreachable.iter().any(|path| submount.path.starts_with(path)) {
                 continue;
             }
-            // Omit a submount that cannot be copied. For example, the mount point may be in a file system whose server has
-            // died.
+            // Omit a submount that cannot be copied. For example, the server of the file system with the mount point
+            // may have died.
             if let Err(error) = copy_staged(&from.file, &to, submount) {
                 unreachable.push(&submount.path);
                 if error.kind() != io::ErrorKind::NotFound {

@@ -1,4 +1,4 @@
-//! A short form of `cargo xtask chaos`: one fault of each class, each in another phase of a pod's life.
+//! A short form of `cargo xtask chaos`: one fault of each class, in several phases of a pod's life.
 use husk_e2e::chaos::Shard;
 use husk_e2e::chaos::plan::{Fault, Phase, Step, StepId};
 use husk_e2e::cri::pods;

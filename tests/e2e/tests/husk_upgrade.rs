@@ -1,5 +1,5 @@
-//! An upgrade of the node while pods run: the pods of the previous version go on, and the new version cleans up after
-//! them.
+//! An upgrade of the node while pods run: the pods of the previous version continue to run, and the new version cleans
+//! up after them.
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;

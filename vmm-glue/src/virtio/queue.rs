@@ -223,7 +223,8 @@ pub struct HeldChain {
     _memory: Arc<GuestMemory>,
 }
 
-// SAFETY: the vectors contain addresses in guest memory, which `_memory` keeps mapped. Any thread may access guest memory.
+// SAFETY: the vectors contain addresses in guest memory, and any thread may access guest memory. `_memory` keeps the
+// addresses mapped.
 unsafe impl Send for HeldChain {}
 
 impl HeldChain {

@@ -60,7 +60,7 @@ mod tests {
     fn configuration_is_complete_with_its_last_part() {
         let mut parts = Parts::default();
         assert!(parts.add(part(0, true, 9)).unwrap().is_none());
-        // The shim gave the first configuration up.
+        // The shim has given up the first configuration.
         assert!(parts.add(part(0, true, 1)).unwrap().is_none());
         assert!(parts.add(part(1, true, 2)).unwrap().is_none());
         let config = parts.add(part(2, false, 1)).unwrap().unwrap();

@@ -34,7 +34,7 @@ pub enum Answer {
     Late(Duration),
     /// The agent does what it was asked to do, and answers after a delay.
     DoneLate(Duration),
-    /// Not before the answer of the method changes.
+    /// When the answer of the method changes.
     Never,
     /// With an error, and without doing anything.
     Error,
@@ -114,7 +114,7 @@ impl Script {
         });
     }
 
-    /// Lets the agent not answer `method`.
+    /// Stops the answers to `method`.
     pub fn hang(&self, method: &'static str) {
         self.set(method, Answer::Never);
     }
@@ -136,7 +136,7 @@ impl Script {
         let mut event = Event::new();
         let (container_id, exec_id) = key;
         event.set_exit(Exit { container_id, exec_id, status, ..Default::default() });
-        // Nobody may listen yet, or any more.
+        // There can be no subscriber.
         let _ = self.events.send(event);
     }
 

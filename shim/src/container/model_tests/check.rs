@@ -1,4 +1,4 @@
-//! What must hold after every request, whatever has happened to it.
+//! Checks the invariants that hold after every request, even if the request was interrupted.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -47,7 +47,7 @@ fn of(request: &Request, container: &str) -> Request {
     request
 }
 
-/// Ends everything as a client would, and checks that all of it ends within its budget and that nothing is left.
+/// Ends everything as a client would. Checks that everything ends within its budget, and that nothing is left.
 pub async fn conclude(model: &Model) {
     // No id outlives its request.
     for id in [CONTAINER, OTHER] {
@@ -102,7 +102,7 @@ pub async fn conclude(model: &Model) {
     check_events(&events);
 }
 
-/// What happens to a process, as its events say.
+/// A step in the life of a process, as its events report it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Step {
     Create,
@@ -138,7 +138,7 @@ fn step(event: &Envelope) -> Option<(String, String, Step)> {
     })
 }
 
-/// Checks that each step of a process is told once and in order, and that a process that was started also exits.
+/// Checks that each step of a process is published once and in order, and that a process that was started also exits.
 pub fn check_events(events: &[Envelope]) {
     let steps: Vec<_> = events.iter().filter_map(step).collect();
     let mut seen = BTreeMap::<_, Vec<Step>>::new();

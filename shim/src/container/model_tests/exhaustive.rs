@@ -44,9 +44,9 @@ enum Fault {
     ServerDrops,
     /// The VMM process ends.
     Crash,
-    /// The agent answers no more.
+    /// The agent stops answering.
     Hang,
-    /// The guest reads no more.
+    /// The guest stops reading.
     Freeze,
     /// The container exits.
     Exit,
@@ -60,7 +60,7 @@ enum Fault {
 
 type Work = Pin<Box<dyn Future<Output = ttrpc::Result<()>> + Send>>;
 
-/// A future that calls `fault` before its poll number `at`. If `drops`, it ends there without a result.
+/// A future that calls `fault` before its poll number `at`. If `drops` is true, the future then ends without a result.
 struct Interrupted {
     inner: Work,
     at: usize,
@@ -205,7 +205,7 @@ async fn run(before: Before, call: Call, kind: Fault, at: usize) -> bool {
         assert!(ended.is_ok(), "the request does not end within {:?}", limit(call));
         ended.unwrap().unwrap();
     }
-    // What goes on without the client, and the requests of other clients, end within their budgets.
+    // The work that continues without the client ends within its budget, and so do the requests of other clients.
     tokio::time::sleep(limit(call)).await;
     conclude(&model).await;
     if call.is_wait() {

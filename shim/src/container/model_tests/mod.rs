@@ -1,4 +1,4 @@
-//! Model test of the shim: requests whose callers go away, and faults of the guest, the VMM and containerd, at every
+//! Model test of the shim: requests whose callers disconnect, and faults of the guest, the VMM and containerd, at every
 //! step of every request.
 //!
 //! The shim, its services and its clients are the real ones ([`model`]). Each container is created with real mounts.

@@ -73,7 +73,7 @@ pub struct Model {
     /// The events that containerd has got.
     pub events: Arc<Mutex<Vec<Envelope>>>,
     pub containerd_down: Arc<AtomicBool>,
-    /// Whether the guest reads nothing from the connection to the agent.
+    /// Whether the guest stops reading from the connection to the agent.
     pub frozen: watch::Sender<bool>,
     pub socket: PathBuf,
     pub vmm: Vmm,
@@ -112,7 +112,7 @@ async fn forward(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut frozen: wa
 }
 
 impl Model {
-    /// Starts a shim whose VM runs. The VMM process exits when it is killed, if `mortal`.
+    /// Starts a shim whose VM runs. If `mortal` is true, the VMM process exits when it is killed.
     pub async fn start(mortal: bool) -> Self {
         let mut model = Self::boot(mortal).await;
         model.finish_boot().await;

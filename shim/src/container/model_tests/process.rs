@@ -12,8 +12,8 @@ use tokio::runtime::{Builder, Handle};
 /// Set in the process of a test.
 const MARK: &str = "HUSK_MODEL_TEST";
 
-/// Runs the current test in a process and a mount namespace of its own. The state directories of the shim are then on
-/// a file system of the test, and the shim's blocking threads see the same mounts as the test. The test needs root.
+/// Runs the current test in a process and a mount namespace of its own. The state directories of the shim are then on a
+/// file system of the test. The shim's blocking threads see the same mounts as the test. The test needs root.
 pub fn in_own_process(test: impl FnOnce()) {
     if std::env::var_os(MARK).is_some() {
         mount(Some("run"), "/run", Some("tmpfs"), MsFlags::empty(), None::<&Path>).unwrap();
@@ -36,8 +36,8 @@ fn descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// Runs scenarios, and checks that each leaves as many tasks and descriptors as the first one. Goes on after a failure,
-/// and reports all failures at the end.
+/// Runs scenarios, and checks that each leaves as many tasks and descriptors as the first one. Continues after a
+/// failure, and reports all failures at the end.
 #[derive(Default)]
 pub struct Scenarios {
     /// The tasks and the descriptors after the first scenario.
@@ -55,7 +55,7 @@ impl Scenarios {
             let runtime = Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
             runtime.block_on(async {
                 let result = scenario.await;
-                // Tasks that were told to end now do so.
+                // Lets the cancelled tasks end.
                 tokio::time::sleep(Duration::from_secs(600)).await;
                 (result, Handle::current().metrics().num_alive_tasks())
             })

@@ -24,9 +24,9 @@ const SLOWEST: Duration = Duration::from_secs(600);
 /// How a client makes a request.
 #[derive(Debug, Clone, Copy)]
 enum Caller {
-    /// It waits for the answer for a while, and then lets the request go on.
+    /// It waits for the answer for a while. The request then continues in the background.
     Waits,
-    /// It goes on at once.
+    /// It does not wait for the answer.
     GoesOn,
     /// It drops the request after a while.
     Drops(u64),
@@ -147,7 +147,7 @@ async fn run(steps: Vec<Step>) {
     }
     let all = async { while running.join_next().await.is_some() {} };
     assert!(tokio::time::timeout(SLOWEST, all).await.is_ok(), "a request does not end within {SLOWEST:?}");
-    // Requests go on without their clients.
+    // Requests continue without their clients.
     tokio::time::sleep(SLOWEST).await;
     conclude(&model).await;
     // A Wait request ends with its process, its container or the sandbox.

@@ -50,7 +50,7 @@ enum Command {
         #[arg(long, default_value_t = usize::MAX)]
         steps: usize,
     },
-    /// Lets pods live and die.
+    /// Creates and removes pods.
     Soak {
         /// Number of the first life.
         #[arg(long, default_value_t = 0)]

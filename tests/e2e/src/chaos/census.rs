@@ -14,8 +14,8 @@ const CONTAINERD_DIRS: [&str; 4] = [
     "/var/lib/containerd/io.containerd.grpc.v1.cri/containers",
 ];
 
-/// Number of additional threads that are no leftover. The runtimes of shims start threads on demand, and these threads
-/// end only after some idle time.
+/// Number of additional threads that do not count as leftovers. The runtimes of shims start threads on demand, and
+/// these threads end only after some idle time.
 const THREADS: u64 = 6;
 
 /// What the node holds at one moment.

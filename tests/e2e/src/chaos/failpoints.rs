@@ -78,7 +78,7 @@ impl Drop for Rule {
 }
 
 impl Shard<'_> {
-    /// Lets a pod live with a failpoint. The programs of the node must have been built with failpoints.
+    /// Runs one life with a failpoint. The programs of the node must have been built with failpoints.
     pub fn run_failpoint(&mut self, failpoint: Failpoint) -> Report {
         let Failpoint { number, name, action } = failpoint;
         let id = StepId { seed: 0, shard: 0, step: number };
@@ -101,7 +101,7 @@ impl Shard<'_> {
     }
 }
 
-/// Continues stopped shims after a while.
+/// Sends SIGCONT to stopped shims after a while.
 fn continue_shims(witness: &str, over: &AtomicBool) {
     while !over.load(Ordering::Relaxed) {
         thread::sleep(Duration::from_secs(4));

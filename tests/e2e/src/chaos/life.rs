@@ -18,11 +18,12 @@ use crate::events::Events;
 use crate::figures::print_line;
 use crate::{KUBERNETES, containerd};
 
-/// Time after its budget for which a request is still awaited.
+/// How long after its budget a request is still awaited.
 const OVERTIME: Duration = Duration::from_secs(15);
-/// Number of times that the victim's end is tried.
+/// Maximum number of attempts to remove the victim.
 const ATTEMPTS: u32 = 4;
-/// Time after which the victim's end is not tried again. The node is stopped if a test prints nothing for five minutes.
+/// Time after which no further attempt to remove the victim begins. `cargo xtask test` stops the node if a test prints
+/// nothing for five minutes.
 const END: Duration = Duration::from_secs(150);
 /// The seconds that StopContainer leaves a container to react to SIGTERM.
 const GRACE: u64 = 2;
@@ -72,8 +73,8 @@ impl<'a, 'b> Life<'a, 'b> {
     }
 }
 
-/// Lets a victim live and die, with the fault of `step`. Then calls `judge`. Returns why the fault could not strike,
-/// and what is wrong.
+/// Runs the life of a victim with the fault of `step`, and then calls `judge`. Returns why the fault could not be
+/// injected, and what is wrong.
 pub fn run(shard: &mut Shard<'_>, step: Step, judge: fn(&mut Life<'_, '_>)) -> (Option<String>, Vec<String>) {
     let mut life = Life::new(shard, step);
     life.guarded("life", Life::live);
@@ -100,17 +101,17 @@ impl Life<'_, '_> {
         }
     }
 
-    /// Whether the step strikes in this phase.
+    /// Whether to inject the step's fault in this phase.
     fn strikes(&self, phase: Phase) -> bool {
         self.step.phase == phase && !self.struck
     }
 
-    /// Lets the victim live until its end is due.
+    /// Runs the victim up to its removal.
     fn live(&mut self) {
         let request = self.victim.run_request();
         let answer = self.request(Phase::RunPodSandbox, "RunPodSandbox", request, START_BUDGET);
         self.pod = answer.map(|answer| text(&answer["pod_sandbox_id"])).or_else(|| {
-            // The kubelet removes a pod whose RunPodSandbox has failed. Therefore only a ready pod lives on.
+            // The kubelet removes a pod whose RunPodSandbox has failed. Therefore only a ready pod continues its life.
             self.victim.pods().ok()?.into_iter().find(|(_, ready)| *ready).map(|(id, _)| id)
         });
         self.victim.ids.extend(self.pod.clone());
@@ -161,7 +162,7 @@ impl Life<'_, '_> {
         }
     }
 
-    /// Ends the victim, as a kubelet does: repeats requests that fail.
+    /// Removes the victim, as a kubelet does: retries requests that fail.
     fn end(&mut self) {
         let (mut last, begin) = (String::new(), Instant::now());
         for attempt in 0..ATTEMPTS {
@@ -219,8 +220,8 @@ impl Life<'_, '_> {
         }
     }
 
-    /// Makes a request, and judges its duration. Strikes during the request if the phase is that of the step. Returns
-    /// the answer, or `None` if the request failed.
+    /// Makes a request, and judges its duration. If the phase is the step's phase, injects the fault during the
+    /// request. Returns the answer, or `None` if the request failed.
     fn request(&mut self, phase: Phase, method: &'static str, request: Value, budget: Duration) -> Option<Value> {
         let strikes = self.strikes(phase) && method != "RemoveContainer";
         let drops = strikes && self.step.fault == Fault::DropRequest;
@@ -259,7 +260,7 @@ impl Life<'_, '_> {
         }
     }
 
-    /// Strikes while no request is pending.
+    /// Injects the fault while no request is pending.
     fn strike(&mut self) {
         if self.step.fault == Fault::DropRequest {
             self.drop_query();
@@ -325,7 +326,7 @@ impl Life<'_, '_> {
         }
     }
 
-    /// Makes queries that no fault of the victim may hold up: the witness's statistics, and the victim's pids.
+    /// Makes queries that a fault of the victim must not delay: the witness's statistics, and the victim's pids.
     fn probe(&mut self) {
         let begin = Instant::now();
         let request = json!({ "container_id": self.shard.witness.id() });

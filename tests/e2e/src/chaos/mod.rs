@@ -1,8 +1,8 @@
-//! Chaos: faults in all phases of a pod's life, chosen by a seed. `docs/reliability.md` says what is judged.
+//! Chaos: faults in all phases of a pod's life, which a seed determines. `docs/reliability.md` lists the checks.
 //!
-//! The engine lets a victim live and die ([`life`]) while a witness counts ([`witness`]). In one phase of the victim's
-//! life, a fault strikes ([`faults`]). A fault may end the victim, or fail a request. It must not leave anything on the
-//! node ([`census`]), disturb the order of events ([`grammar`]), or reach the witness.
+//! The engine runs the life of a victim ([`life`]) while a witness counts ([`witness`]). In one phase of this life, it
+//! injects a fault ([`faults`]). A fault may end the victim, or fail a request. It must not leave anything on the node
+//! ([`census`]), disturb the order of events ([`grammar`]), or reach the witness.
 
 pub mod census;
 pub mod failpoints;
@@ -38,7 +38,7 @@ pub struct Report {
     pub name: String,
     /// Duration in seconds.
     pub seconds: f64,
-    /// Why the fault could not strike.
+    /// Why the fault could not be injected.
     pub missed: Option<String>,
     /// What is wrong. Empty if the step has passed.
     pub findings: Vec<String>,
@@ -93,7 +93,7 @@ impl<'a> Shard<'a> {
         let (missed, findings) = life::run(self, step, judge::judge);
         if !findings.is_empty() {
             print_line(format_args!("--- last 40 lines of containerd's log\n{}\n---", node::log_tail(40)));
-            // What this step has left is not held against the next one.
+            // The next steps must not report what this step has left.
             self.rebase();
         }
         let report = Report { step, name: name.to_owned(), seconds: begin.elapsed().as_secs_f64(), missed, findings };

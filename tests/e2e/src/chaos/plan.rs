@@ -1,4 +1,4 @@
-//! Which faults a seed stands for: the plan of all shards, computed from the seed alone.
+//! The plan of all shards, which is computed from the seed alone.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,7 +10,7 @@ pub const SHARDS: usize = 10;
 /// Number of faults of a shard.
 pub const STEPS: usize = 50;
 
-/// The phase of a pod's life in which a fault strikes.
+/// The phase of a pod's life in which a fault is injected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Phase {
     /// The sandbox is made and started.
@@ -112,7 +112,7 @@ pub enum Fault {
     TermContainerd,
     /// containerd is stopped for a while.
     StopContainerd,
-    /// The client goes away while its request runs.
+    /// The client disconnects while its request runs.
     DropRequest,
     /// containerd is killed while a request runs, and starts again.
     KillContainerd,
@@ -225,7 +225,7 @@ impl Fault {
         }
     }
 
-    /// Returns whether the fault can strike in this phase.
+    /// Returns whether the fault can be injected in this phase.
     pub fn applies(self, phase: Phase) -> bool {
         use Fault::*;
         match self {
@@ -241,9 +241,9 @@ impl Fault {
 pub struct Step {
     /// Names the fault for a replay.
     pub id: StepId,
-    /// When the fault strikes.
+    /// The phase in which the fault is injected.
     pub phase: Phase,
-    /// What strikes.
+    /// The fault.
     pub fault: Fault,
     /// Seed of the step's own random numbers, such as the delay before the fault.
     pub random: u64,
@@ -343,7 +343,8 @@ mod tests {
         assert_eq!(plan(3), plan(3));
         assert_ne!(plan(3), plan(4));
         assert_eq!(shard(3, 9)[49], plan(3)[499]);
-        // The documents record seeds. A new version of the random number generator must not change what they stand for.
+        // The documents record seeds. A new version of the random number generator must not change the plans of these
+        // seeds.
         assert_eq!(plan(1)[0].random, PINNED);
     }
 

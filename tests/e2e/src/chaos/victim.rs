@@ -1,5 +1,5 @@
-//! The pod that a fault strikes, driven as a kubelet drives a pod: requests are repeated, and what a lost answer would
-//! have named is looked up.
+//! The pod into which a fault is injected. Requests are made as a kubelet makes them: they are retried, and the ids of
+//! a lost answer are looked up.
 
 use std::fs;
 use std::path::PathBuf;
@@ -92,7 +92,7 @@ impl Writer {
     }
 }
 
-/// The pod that a fault strikes.
+/// The pod into which a fault is injected.
 pub struct Victim {
     /// The pod's name.
     pub name: String,

@@ -1,5 +1,5 @@
-//! The witness: a pod that no fault strikes. Its container counts once a second. A gap in the numbers, or a long time
-//! without a new number, means that a fault has spread.
+//! The witness: a pod without a fault. Its container counts once a second. A gap in the numbers, or a long time without
+//! a new number, means that a fault has spread.
 
 use std::fs;
 use std::path::{Path, PathBuf};

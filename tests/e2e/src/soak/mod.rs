@@ -17,14 +17,14 @@ use sample::Sample;
 const RESTART: u32 = 50;
 /// Caches are dropped after this many lives. Without caches, the next life takes longer.
 const RECLAIM: u32 = 10;
-/// Number of first lives that are not judged: caches are filled, and the kernel makes its threads.
+/// Number of first lives that are not judged, because caches are filled, and the kernel creates threads.
 const WARM_UP: usize = 10;
-/// Number of lives below which nothing is judged.
+/// Minimum number of lives for a judgement.
 const LEAST: usize = 40;
-/// Largest growth of memory for each life, in KiB.
+/// Maximum growth of memory per life, in KiB.
 const MEMORY: f64 = 1.0;
-/// Largest growth of an integer resource for each life. It is not zero, because a resource that has grown by one once
-/// has a slope, too.
+/// Maximum growth of an integer resource per life. The maximum is not zero, because a resource that has grown once, by
+/// one, has a slope, too.
 const NUMBER: f64 = 0.002;
 
 /// The result of a soak.
@@ -75,7 +75,7 @@ impl Outcome {
     }
 }
 
-/// Lets pods live and die, one after the other. `first` is the number of the first life.
+/// Creates and removes pods, one after the other. `first` is the number of the first life.
 #[track_caller]
 pub fn soak(pods: &Pods, first: u32, lives: u32) -> Outcome {
     let begin = Instant::now();

@@ -333,7 +333,7 @@ impl Guest {
         if request.high_priority {
             self.bench.run();
         }
-        // Nobody ends the conflicting lock, so that the request would wait for ever.
+        // Nothing releases the conflicting lock. Therefore the request would wait forever.
         if opcode == SETLKW && !request.high_priority {
             self.interrupt();
         }

@@ -86,7 +86,7 @@ impl CheckedFs {
         self.fd_limit.wait_for_fd();
     }
 
-    /// Adds the option with which the guest keeps the locks of a file to itself, if only the guest uses the file.
+    /// If only the guest uses the file, adds the option with which the file's locks stay in the guest's kernel.
     fn with_lock_option(&self, inode: Inode, handle: Option<Handle>, options: OpenOptions) -> OpenOptions {
         if !handle.is_some_and(|handle| self.locks.are_private(inode, handle)) {
             return options;
@@ -271,7 +271,7 @@ impl FileSystem for CheckedFs {
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
-        // The guest waits for no answer, so that the look at the file delays nothing.
+        // FORGET has no answer. Therefore reading the attributes does not delay the guest.
         let is_unlinked = || self.fs.getattr(ctx, inode, None).is_ok_and(|(attr, _)| attr.nlink == 0);
         let open = if self.nodes.forget(inode, count) && is_unlinked() {
             closing::keep_open(&self.fs, ctx, inode)

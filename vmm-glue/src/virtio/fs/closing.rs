@@ -1,9 +1,10 @@
 //! Closes files of virtiofsd's file system without its locks.
 //!
-//! close(2) can hang: for example, a network file system writes data back, and a frozen file system cannot free an
+//! close(2) can hang. For example, a network file system writes data back, and a frozen file system cannot free an
 //! unlinked file. virtiofsd 1.14 closes a handle while it holds the lock of all handles (`do_release()` in
-//! passthrough/mod.rs), and the O_PATH fd of a node while it holds the lock of all nodes (`InodeStore::forget_one()`).
-//! Every request needs these locks. Therefore, one hanging close(2) would stop the requests for all file systems.
+//! passthrough/mod.rs). It closes the O_PATH fd of a node while it holds the lock of all nodes
+//! (`InodeStore::forget_one()`). Every request needs these locks. Therefore, one hanging close(2) would stop the
+//! requests for all file systems.
 
 use std::fs::File;
 use std::io;
@@ -43,8 +44,8 @@ pub fn while_open(
     caller.result.unwrap_or(Ok(()))
 }
 
-/// Opens an unlinked file, so that the file system need not free the file when the node's O_PATH fd is closed. Returns
-/// `None` if the file is neither a regular file nor a directory. virtiofsd opens no other files.
+/// Opens an unlinked file, so that the file system does not have to free the file when the node's O_PATH fd is closed.
+/// Returns `None` if the file is neither a regular file nor a directory. virtiofsd opens no other files.
 pub fn keep_open(fs: &PassthroughFs, ctx: Context, inode: Inode) -> Option<Handle> {
     let flags = libc::O_RDONLY | libc::O_NONBLOCK;
     fs.open(ctx, inode, false, flags.cast_unsigned()).ok()?.0

@@ -172,10 +172,10 @@ impl FuseServer {
     /// EOPNOTSUPP. Returns the number of bytes written to the chain.
     ///
     /// The device loop calls this function. When the guest has no more references to a node, FORGET closes the node's
-    /// O_PATH fd. Closing the fd can block if the file is already unlinked. The close then causes the last iput() of the
-    /// file's inode, which returns only after the host's file system has freed the file. Therefore, this function only
-    /// records the dropped references. It adds to `jobs` the nodes for which a worker has to call [`Self::run_job`],
-    /// each with its group.
+    /// O_PATH fd. Closing the fd can block if the file is already unlinked, because the close then causes the last
+    /// iput() of the file's inode, which returns only after the host's file system has freed the file. Therefore, this
+    /// function only records the dropped references. It adds to `jobs` the nodes for which a worker has to call
+    /// [`Self::run_job`], each with its group.
     pub fn serve_high_priority(&self, mut chain: Chain<'_>, jobs: &mut Vec<(u64, u64)>) -> u32 {
         match take::<InHeader>(&mut chain.readable) {
             Some(header) if matches!(header.opcode, FORGET | BATCH_FORGET | INTERRUPT) => {

@@ -4,8 +4,8 @@
 //! only one thread. The device loop serves only the high-priority queue. Therefore, FORGET never waits for a request
 //! that blocks.
 //!
-//! A file system of the host can hang. Then only the requests for this file system wait. Each mount has a limited number
-//! of worker threads, and threads are added when all hang ([`super::workers`]).
+//! If a file system of the host hangs, only the requests for this file system wait. Each mount has a limited number of
+//! worker threads, and threads are added when all threads hang ([`super::workers`]).
 
 mod checked_fs;
 mod closing;

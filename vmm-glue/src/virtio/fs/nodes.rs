@@ -107,8 +107,8 @@ impl Nodes {
         }
     }
 
-    /// Adds to the dropped references of a node. Returns the group of the job that has to be queued for the node, or
-    /// `None` if a job is already queued or the node is not known.
+    /// Adds to the dropped references of a node. Returns the group of the job that the caller has to queue for the
+    /// node. Returns `None` if a job is already queued, or if the node is not known.
     pub fn queue_forget(&self, node: Inode, count: u64) -> Option<u64> {
         let state = &mut *self.lock();
         let mount = state.nodes.get(&node)?.mount;

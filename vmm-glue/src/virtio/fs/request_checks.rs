@@ -45,8 +45,8 @@ pub fn offset(offset: u64) -> io::Result<()> {
 /// fs/fuse/file.c, with the patches in guest/kernel/patches). For others, returns EOPNOTSUPP, as Linux does for modes
 /// that a file system lacks.
 ///
-/// FALLOC_FL_COLLAPSE_RANGE and FALLOC_FL_INSERT_RANGE move extents, and no data. Like the modes before, they only
-/// change the file system's metadata.
+/// FALLOC_FL_COLLAPSE_RANGE and FALLOC_FL_INSERT_RANGE move extents, but no data. Like the other accepted modes, they
+/// change only the file system's metadata.
 ///
 /// FALLOC_FL_UNSHARE_RANGE is one of the other modes. With this mode, XFS copies all data of the range. The request
 /// cannot be answered in parts, and therefore the rate limit of bytes could not bound the copy.

@@ -4,8 +4,8 @@
 //! A client that does not read makes its connection hold a whole window in the VMM, and a whole send buffer in the
 //! kernel. Both count towards the pod's memory limit, whose headroom is `HOST_MIB` in `shim/src/resources/growth.rs`.
 //! Therefore, each connection begins with a small window. The window doubles while the client reads what the guest
-//! sends, until the device's pool is used up. A window never shrinks, because the guest may already have sent data for the
-//! whole window (virtio 1.2, 5.10.6.3).
+//! sends, until the device's pool is used up. A window never shrinks, because the guest may already have sent data for
+//! the complete window (virtio 1.2, 5.10.6.3).
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

@@ -46,11 +46,11 @@ const IDLE_TIME: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 })
 /// Maximum time that the end of a device waits for its threads. A thread that hangs on the host ends with the process.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How the workers of a device multiply when their requests hang.
+/// Limits and kind of the additional workers of a device.
 pub struct Growth {
     /// Maximum number of additional workers.
     pub workers: usize,
-    /// Maximum number of workers of one group, if the device has not more workers from its start.
+    /// Maximum number of workers of one group, unless the device has more workers from its start.
     pub per_group: usize,
     /// Kind of the thread that starts the additional workers.
     pub supervisor: Kind,
@@ -94,7 +94,7 @@ struct Pool<H> {
     count: usize,
     state: Mutex<PoolState>,
     changed: Condvar,
-    /// Whether the log says that no worker could be added.
+    /// Whether the log already has a line that no worker could be added.
     reported: AtomicBool,
 }
 

@@ -47,7 +47,7 @@ struct State {
     idle: usize,
     /// Number of requests and jobs that are being served.
     busy: usize,
-    /// Number of requests and jobs that were taken. Overflows.
+    /// Number of requests and jobs that were taken. Wraps around at its maximum.
     taken: u64,
     groups: Groups,
     /// Whether the supervisor waits for a notification without a timeout.

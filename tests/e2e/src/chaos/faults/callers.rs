@@ -4,7 +4,7 @@ use super::{Armed, Hold};
 use crate::chaos::plan::Fault;
 use crate::cri::restart;
 
-/// Strikes containerd. The engine itself drops the request of [`Fault::DropRequest`].
+/// Ends containerd. The engine itself drops the request of [`Fault::DropRequest`].
 pub fn arm(fault: Fault) -> Result<Armed, String> {
     match fault {
         Fault::DropRequest => Ok(Armed::done()),

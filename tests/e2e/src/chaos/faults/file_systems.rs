@@ -63,7 +63,7 @@ fn path(dir: &str) -> PathBuf {
     Path::new(DIR).join(dir)
 }
 
-/// Returns the hostPath of the victim's container, if the fault strikes a file system.
+/// Returns the hostPath of the victim's container, if the fault is one of a file system.
 pub fn host_path(fault: Fault) -> Option<String> {
     let dir = match fault {
         Fault::Freeze | Fault::ReadOnly => "ext4",
@@ -73,7 +73,7 @@ pub fn host_path(fault: Fault) -> Option<String> {
     Some(path(dir).to_string_lossy().into_owned())
 }
 
-/// Strikes a file system.
+/// Injects a fault into a file system.
 pub fn arm(fault: Fault) -> Result<Armed, String> {
     match fault {
         Fault::Freeze => {

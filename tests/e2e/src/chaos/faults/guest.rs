@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::{Armed, Field, Hold, write_until};
 use crate::chaos::plan::Fault;
 
-/// Returns the limits of the victim's container, which the fault is to meet.
+/// Returns the limits of the victim's container, which the fault will reach.
 pub fn resources(fault: Fault) -> Value {
     match fault {
         Fault::BusyLoop => json!({ "cpu_period": 100_000, "cpu_quota": 1000 }),
@@ -15,7 +15,7 @@ pub fn resources(fault: Fault) -> Value {
     }
 }
 
-/// Strikes the guest.
+/// Injects a fault into the guest.
 pub fn arm(fault: Fault, field: &mut Field<'_>) -> Result<Armed, String> {
     let attack = |script| {
         field.victim.attack(script).map_err(|error| format!("failed to write the script: {error}"))?;

@@ -1,4 +1,4 @@
-//! The faults: one file for each class. A fault is armed once, and healed once.
+//! The faults: one file for each class. A fault is injected (armed) once, and ended (healed) once.
 
 pub mod callers;
 pub mod file_systems;
@@ -19,19 +19,19 @@ use super::targets::{self, Targets};
 use super::victim::{Equipment, Victim};
 use crate::node;
 
-/// Timeout for the process that a fault strikes to appear.
+/// Timeout for the appearance of the process into which a fault is injected.
 const APPEAR: Duration = Duration::from_secs(10);
 
 /// How long a fault lasts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hold {
-    /// The fault ends after this time. Requests that wait for what it stops get their whole budget afterwards.
+    /// The fault ends after this time. Afterwards, requests that wait because of the fault get their whole budget.
     Short(Duration),
     /// The fault lasts until the pod has been removed.
     Life,
 }
 
-/// A fault that has struck.
+/// A fault that was injected.
 pub struct Armed {
     /// How long it lasts.
     pub hold: Hold,
@@ -63,7 +63,7 @@ impl Drop for Armed {
     }
 }
 
-/// What a fault can strike.
+/// The pods and processes into which a fault can be injected.
 pub struct Field<'a> {
     /// The victim.
     pub victim: &'a Victim,
@@ -120,10 +120,10 @@ pub fn equipment(fault: Fault) -> Equipment {
     Equipment { host_path: file_systems::host_path(fault), resources: guest::resources(fault) }
 }
 
-/// Strikes.
+/// Injects the fault.
 ///
 /// # Errors
-/// Why the fault cannot strike, for example because the process has ended already.
+/// Why the fault cannot be injected, for example because the process has already ended.
 pub fn arm(fault: Fault, field: &mut Field<'_>) -> Result<Armed, String> {
     match fault.class() {
         Class::Processes => processes::arm(fault, field),

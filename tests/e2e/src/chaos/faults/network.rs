@@ -9,7 +9,7 @@ use crate::chaos::plan::Fault;
 /// Number of times that a route is added and deleted.
 const FLAPS: u32 = 40;
 
-/// Strikes the pod's interface or its routes.
+/// Injects a fault into the pod's interface or its routes.
 pub fn arm(fault: Fault, field: &mut Field<'_>) -> Result<Armed, String> {
     let namespace = field.namespace()?;
     match fault {

@@ -7,7 +7,7 @@ use super::{Armed, Field, Hold};
 use crate::chaos::plan::Fault;
 use crate::cri::restart;
 
-/// Strikes a process.
+/// Injects a fault into a process.
 pub fn arm(fault: Fault, field: &mut Field<'_>) -> Result<Armed, String> {
     let short = Hold::Short(field.seconds(2.0, 6.0));
     match fault {
@@ -38,7 +38,8 @@ fn send(pid: i32, signal: Signal) -> Result<Armed, String> {
 fn stop(pid: i32, hold: Hold) -> Result<Armed, String> {
     send(pid, Signal::SIGSTOP)?;
     Ok(Armed::new(hold, move || {
-        // The process may have been killed. Its pid is not in use again, because the kernel goes through all pids first.
+        // The process may have been killed. Its pid is not in use again, because the kernel first assigns all other
+        // pids.
         let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
     }))
 }

@@ -19,7 +19,7 @@ use crate::node;
 /// Number of streams that stall.
 const STREAMS: usize = 4;
 
-/// Opens streams, and neglects them.
+/// Opens streams whose clients do not read, or are killed.
 pub fn arm(fault: Fault, field: &mut Field<'_>) -> Result<Armed, String> {
     match fault {
         Fault::StalledExec => {
@@ -41,7 +41,8 @@ pub fn arm(fault: Fault, field: &mut Field<'_>) -> Result<Armed, String> {
     }
 }
 
-/// Opens streams from which nobody reads. Healing closes them without a close frame, as the death of a client does.
+/// Opens streams from which nobody reads. Healing closes the connections without a close frame, as the death of a
+/// client does.
 fn stalled(method: &str, request: &Value, hold: Hold) -> Result<Armed, String> {
     let mut streams = Vec::new();
     for _ in 0..STREAMS {

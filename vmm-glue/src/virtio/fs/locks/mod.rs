@@ -1,14 +1,14 @@
-//! Locks of files (flock(2), fcntl(2)) that hold between guests and on the host.
+//! File locks (flock(2), fcntl(2)) that apply to all guests and to the host.
 //!
-//! A lock of the guest is a lock of the host's kernel. Therefore, it excludes other VMMs and processes of the host, and
-//! it ends with the VMM. flock(2) belongs to an open file, and the VMM takes the lock on the guest's handle. A range
-//! lock belongs to a process, or to an open file with F_OFD_SETLK. For each owner of range locks, the VMM opens the
-//! file once more, and takes the locks on this open file description (F_OFD_SETLK). A process of the host that asks for
-//! the holder sees PID -1.
+//! A lock of the guest is a lock of the host's kernel. Therefore, the lock excludes other VMMs and processes of the
+//! host, and ends with the VMM. A lock of flock(2) belongs to an open file, and the VMM takes the lock on the guest's
+//! handle. A range lock belongs to a process, or to an open file with F_OFD_SETLK. For each owner of range locks, the
+//! VMM opens the file once more, and takes the locks on this open file description (F_OFD_SETLK). A process of the host
+//! that asks for the holder sees PID -1.
 //!
 //! A process that waits has a thread of its own ([`waiters`]), and its request stays in the queue. FUSE_INTERRUPT ends
-//! the wait. The VMM detects deadlocks of processes of its guest ([`table`]). Nobody detects deadlocks that involve
-//! several guests or the host, as with NFS.
+//! the wait. The VMM detects deadlocks of processes of its guest ([`table`]). As with NFS, deadlocks that involve
+//! several guests or the host are not detected.
 
 mod change;
 mod private;
@@ -404,7 +404,7 @@ impl Locks {
     fn unlock(&self, change: &Change) -> io::Result<()> {
         let &Change { inode, owner, range, .. } = change;
         let Some(description) = self.description(change) else { return Ok(()) };
-        // To unlock the middle of a range makes two ranges.
+        // Unlocking the middle of a range creates two ranges.
         if !lock(&self.table).has_room(false) && (range.start, range.end) != (0, LAST_BYTE) {
             return Err(error(libc::ENOLCK));
         }

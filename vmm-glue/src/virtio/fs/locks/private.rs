@@ -1,4 +1,4 @@
-//! Finds out which files only the guest uses. Their locks stay in the guest's kernel, and need no request.
+//! Determines which files only the guest uses. Their locks stay in the guest's kernel, and need no request.
 //!
 //! The shim makes each mount at a path of two names in the share. The second name says whether the mount is private
 //! ([`crate::config::is_private_mount`]). The guest can change neither of these names, because the share itself is

@@ -244,7 +244,7 @@ fn wait_ends_when_the_lock_is_free() {
         set(&mut one, first, UNLOCK);
         assert_eq!(two.guest.answer(), (unique, 0));
         assert_eq!(one.set(first, 1, READ_LOCK, ALL, flags), libc::EAGAIN);
-        // The holder goes away.
+        // The holder releases the lock.
         let unique = one.wait(1, READ_LOCK, ALL, flags);
         one.until_waiting(1);
         set(&mut two, second, UNLOCK);
