@@ -15,6 +15,7 @@ use containerd_shim_protos::api::{StateRequest, Status, WaitRequest};
 use containerd_shim_protos::shim_sync::TaskClient;
 use husk_e2e::scale::sample::{self, Process, Values};
 use husk_e2e::scale::{Series, limits};
+use husk_proto::annotations::{CONTAINER_TYPE, POD_UID, SANDBOX_ID};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::json;
@@ -25,7 +26,7 @@ const SHIM: &str = env!("CARGO_BIN_EXE_husk-scale-shim");
 /// Number of shims of a batch.
 const BATCH: u32 = 6;
 /// Number of batches.
-const BATCHES: u32 = 8;
+const BATCHES: u32 = 10;
 /// containerd's namespace, and the parent of the pods' cgroups.
 const NAMESPACE: &str = "husk-scale-test";
 /// Time limit of a request, and of the end of all processes.
@@ -52,11 +53,19 @@ impl Shim {
         let id = format!("pod-{number}");
         let bundle = dir.join(&id);
         fs::create_dir_all(bundle.join("rootfs")).expect("the directory is writable");
+        // Most pods have a volume that the kubelet updates. The shim watches its directories.
+        let volume = dir.join(&id).join("volumes/kubernetes.io~projected/token");
+        fs::create_dir_all(&volume).expect("the directory is writable");
+        fs::write(volume.join("token"), "secret").expect("the directory is writable");
+        let options = ["rbind", "ro", "rprivate"];
+        let mount = json!({ "destination": "/token", "type": "bind", "source": volume, "options": options });
         let namespaces = ["pid", "ipc", "uts", "mount", "network"].map(|kind| json!({ "type": kind }));
         let spec = json!({
             "ociVersion": "1.1.0",
             "process": { "args": ["sleep"], "cwd": "/", "user": { "uid": 0, "gid": 0 } },
             "root": { "path": "rootfs" },
+            "annotations": { CONTAINER_TYPE: "container", SANDBOX_ID: id, POD_UID: id },
+            "mounts": [mount],
             "linux": { "cgroupsPath": format!("/{NAMESPACE}/{id}"), "namespaces": namespaces },
         });
         fs::write(bundle.join("config.json"), spec.to_string()).expect("the directory is writable");
@@ -113,8 +122,9 @@ fn measure() -> Values {
 }
 
 fn shims_grow_linearly() {
-    // The state directories of the shims are on a file system of the test.
-    unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root: it creates namespaces");
+    // The state directories of the shims are on a file system of the test, and their abstract sockets are in a network
+    // namespace of the test.
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).expect("this test needs root: it creates namespaces");
     let none = None::<&Path>;
     mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).expect("mounts can become slaves");
     mount(Some("run"), "/run", Some("tmpfs"), MsFlags::empty(), none).expect("a tmpfs can be mounted");

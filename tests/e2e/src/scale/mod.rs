@@ -16,6 +16,8 @@ use sample::Values;
 pub const TARGET: f64 = 1000.0;
 /// Factor by which the starts of the last quarter of the pods may take longer than those of the first quarter.
 const SLOWER: f64 = 2.0;
+/// Difference between the two that counts as noise, in seconds.
+const SLOWER_NOISE: f64 = 1.0;
 
 /// A quantity that is fitted to a line.
 #[derive(Debug)]
@@ -115,6 +117,7 @@ impl Series {
     pub fn judge(self, limits: Vec<Limit>) -> Outcome {
         let mut findings = Vec::new();
         let mut growths = Vec::new();
+        let count = self.samples.last().map_or(0, |sample| sample.0);
         for Quantity { name, noise } in &QUANTITIES {
             let points = self.points(name);
             let Some((_, last)) = points.last() else { continue };
@@ -131,7 +134,12 @@ impl Series {
                 accelerates,
             });
         }
-        let lines = growths.iter().map(|growth| (growth.name, growth.line)).collect();
+        // The last pods tell how the quantity goes on to grow. Some quantities stop growing.
+        let rest = |growth: &Growth| {
+            let slope = growth.ends.map_or(growth.line.slope, |ends| ends.1);
+            Line { start: growth.last - slope * f64::from(count), slope }
+        };
+        let lines = growths.iter().map(|growth| (growth.name, rest(growth))).collect();
         let reached = limits::extend(limits, &lines);
         for Reached { limit, pods } in &reached {
             if let Some(pods) = pods.filter(|pods| *pods < TARGET && limit.user == User::Husk) {
@@ -142,11 +150,10 @@ impl Series {
         let quarter = (starts.len() / 4).max(1);
         let early = crate::bench::median(starts.get(..quarter).unwrap_or_default());
         let late = crate::bench::median(&starts.split_off(starts.len().saturating_sub(quarter)));
-        if late > early * SLOWER {
+        if late > early * SLOWER + SLOWER_NOISE {
             findings.push(format!("a start takes {late:.1} s at the end, and {early:.1} s at the beginning"));
         }
-        let pods = self.samples.last().map_or(0, |sample| sample.0);
-        Outcome { pods, growths, reached, starts: self.starts, findings }
+        Outcome { pods: count, growths, reached, starts: self.starts, findings }
     }
 }
 
@@ -245,6 +252,14 @@ mod tests {
         let outcome = series(values, |_| 2.0).judge(limits);
         assert_eq!(outcome.findings, [""; 0]);
         assert!(outcome.report().contains("first limit: kernel.pid_max, with 2333 pods"), "{}", outcome.report());
+    }
+
+    #[test]
+    fn quantity_that_stops_growing_does_not_reach_its_limit() {
+        let values = |pods: u32| Values::from([("inotify instances", f64::from(pods.min(32)))]);
+        let instances = limit("fs.inotify.max_user_instances", 128.0, "inotify instances", User::Husk);
+        let outcome = series(values, |_| 2.0).judge(vec![instances]);
+        assert!(outcome.findings.is_empty() && outcome.reached[0].pods.is_none(), "{}", outcome.report());
     }
 
     #[test]
