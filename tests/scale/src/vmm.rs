@@ -20,8 +20,8 @@ use crate::agent::{self, Guest};
 /// Stack size of a thread that only waits.
 const STACK: usize = 32 << 10;
 /// Number of threads that the real VMM has in addition to the control thread, the device loop, the vCPUs and the
-/// workers of virtio-fs: the supervisor of the workers.
-const OTHER_THREADS: usize = 1;
+/// workers of virtio-fs: the supervisor of the workers, and the thread that starts threads that wait for locks.
+const OTHER_THREADS: usize = 2;
 
 /// An idle thread, which ends when the sender is dropped.
 struct Idle {
