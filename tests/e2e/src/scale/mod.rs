@@ -223,8 +223,11 @@ impl Outcome {
         for (pods, seconds) in &self.starts {
             lines.push(format!("start of a pod in the batch up to {pods:.0} pods: {seconds:.2} s (median)"));
         }
-        if let Some(Reached { limit, pods: Some(pods) }) = self.reached.first() {
-            lines.push(format!("first limit: {}, with {pods:.0} pods", limit.name));
+        let first = |user| self.reached.iter().find(|one| one.limit.user == user && one.pods.is_some());
+        for (user, name) in [(User::Husk, "Husk"), (User::Node, "containerd, CNI or the machine")] {
+            if let Some(Reached { limit, pods: Some(pods) }) = first(user) {
+                lines.push(format!("first limit that {name} reaches: {}, with {pods:.0} pods", limit.name));
+            }
         }
         lines.extend(self.findings.iter().map(|finding| format!("FINDING: {finding}")));
         lines.join("\n")
@@ -251,7 +254,11 @@ mod tests {
         let limits = vec![limit("kernel.pid_max", 32768.0, "threads of the node", User::Husk)];
         let outcome = series(values, |_| 2.0).judge(limits);
         assert_eq!(outcome.findings, [""; 0]);
-        assert!(outcome.report().contains("first limit: kernel.pid_max, with 2333 pods"), "{}", outcome.report());
+        assert!(
+            outcome.report().contains("first limit that Husk reaches: kernel.pid_max, with 2333 pods"),
+            "{}",
+            outcome.report()
+        );
     }
 
     #[test]
