@@ -1,4 +1,4 @@
-//! Starts many real shims with the stand-in for the VMM, and checks that what they take from the machine grows linearly.
+//! Starts many real shims with the stand-in for the VMM. What they take from the machine has to grow linearly.
 //!
 //! Neither containerd nor CNI nor KVM's VMs are needed, but root, and a `/dev/kvm` that can be opened.
 

@@ -1,9 +1,9 @@
 //! Limits the number of inotify instances that all shims of a node have together.
 //!
-//! The node's limit counts the instances of root, and other programs of root need some, too: systemd, containerd and the
+//! The node's limit counts the instances of root. Other programs of root need some, too: systemd, containerd and the
 //! kubelet. Therefore the shims together take at most a quarter of the limit. Each instance of a shim holds a permit,
-//! which is an abstract Unix socket: the kernel frees its name whatever happens to the shim. Another program of the node
-//! can take the names. The shims then poll.
+//! which is an abstract Unix socket. The kernel frees the socket's name whatever happens to the shim. If another
+//! program of the node takes the names, the shims poll.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
