@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::build::Profile;
 use crate::node::{Add, Limits, Line, Machine, Run, Seat};
 use crate::{
-    bench, chaos, conformance, demo, deny, dist, fuzz, image, imports, kernel, miri, modules, node, setup, test,
+    bench, chaos, conformance, demo, deny, dist, fuzz, image, imports, kernel, miri, modules, node, scale, setup, test,
     user_cache,
 };
 
@@ -74,6 +74,9 @@ enum Task {
     /// Create and remove many pods in the test node. Exit with 1 if a resource of the node grows with the number of
     /// pods.
     Soak(chaos::Soak),
+    /// Run hundreds of pods at once in the test node. Exit with 1 if what they take from the node does not grow linearly,
+    /// or if Husk reaches a limit of the node with fewer than 1000 pods.
+    Scale(scale::Options),
     /// Run a benchmark in the test node.
     Bench {
         #[command(subcommand)]
@@ -177,6 +180,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Task::Conformance => return conformance::conformance(),
         Task::Chaos(options) => return chaos::chaos(&options),
         Task::Soak(options) => return chaos::soak(&options),
+        Task::Scale(options) => return scale::scale(&options),
         Task::Bench { command } => return bench::bench(&command),
     }
     Ok(0)

@@ -29,6 +29,7 @@ mod paths;
 mod pins;
 mod plan;
 mod results;
+mod scale;
 mod setup;
 mod side;
 mod source;

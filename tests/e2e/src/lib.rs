@@ -20,6 +20,7 @@ pub mod leftovers;
 pub mod node;
 pub mod pty;
 pub mod run;
+pub mod scale;
 pub mod shim;
 pub mod soak;
 pub mod spec;

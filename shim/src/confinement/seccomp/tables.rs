@@ -193,7 +193,7 @@ const SOCKETS: &[Rule] = &[
     ),
     allow_if(Sysno::socketpair, &[is(0, AF_UNIX)], "creates sockets for the launcher and for connections to the guest"),
     allow(Sysno::connect, "connects to containerd and systemd"),
-    allow(Sysno::bind, "binds sockets for netlink and port forwarding"),
+    allow(Sysno::bind, "binds sockets for netlink and port forwarding; counts the inotify instances of all shims"),
     allow(Sysno::listen, "listens for connections to forwarded ports"),
     allow(Sysno::accept4, "accepts connections to the shim's socket and to forwarded ports"),
     allow(Sysno::getsockname, "reads the addresses of forwarded connections"),

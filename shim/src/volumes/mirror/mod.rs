@@ -5,6 +5,7 @@
 //! sends the volume to the agent. The shim mirrors only read-only mounts. Therefore, the shim copies nothing from the
 //! guest to the host. Only the guest's memory limits the number and size of the files.
 
+mod instance_limit;
 mod walk;
 mod watch;
 mod watcher;

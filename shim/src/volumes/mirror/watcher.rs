@@ -1,7 +1,7 @@
 //! The shim's inotify instance, which all mirrored volumes share.
 //!
 //! A user may have only 128 instances by default (fs.inotify.max_user_instances), and all shims of a node belong to
-//! root. Therefore a shim has at most one instance.
+//! root. Therefore a shim has at most one instance, and only some shims of a node have one ([`Permit`]).
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
 use crate::lock;
+use crate::volumes::mirror::instance_limit::Permit;
 
 /// Events that count as a change. Reads do not count, because each copy reads the volume and would cause another copy.
 const CHANGES: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE
@@ -35,6 +36,7 @@ pub struct Watchers(Mutex<Weak<Watcher>>);
 
 struct Watcher {
     inotify: Inotify,
+    _permit: Permit,
     routes: Mutex<Routes>,
     /// The task that reads the events.
     reader: AbortHandle,
@@ -67,7 +69,8 @@ impl Watchers {
     /// Returns a subscription without directories. Creates the inotify instance if there is none.
     ///
     /// # Errors
-    /// If a limit of the node is reached, for example EMFILE for fs.inotify.max_user_instances.
+    /// If a limit of the node is reached, for example EMFILE for fs.inotify.max_user_instances, or if the other shims of
+    /// the node have all instances that shims may have.
     pub fn subscribe(&self) -> io::Result<Subscription> {
         let mut current = lock(&self.0);
         let watcher = match current.upgrade() {
@@ -91,6 +94,7 @@ impl Watchers {
 
 impl Watcher {
     fn start() -> io::Result<Arc<Self>> {
+        let permit = Permit::take()?;
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         let events: OwnedFd = inotify.as_fd().try_clone_to_owned()?;
         let events = register(events, Interest::READABLE)?;
@@ -106,7 +110,7 @@ impl Watcher {
                     }
                 }
             };
-            Self { inotify, routes: Mutex::default(), reader: tokio::spawn(read).abort_handle() }
+            Self { inotify, _permit: permit, routes: Mutex::default(), reader: tokio::spawn(read).abort_handle() }
         }))
     }
 
