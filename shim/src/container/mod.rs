@@ -141,6 +141,11 @@ impl Shim {
         self.wait_finished().await;
     }
 
+    /// Waits for a VMM process that does not exit although it was killed.
+    pub async fn wait_for_stuck_vmm(&self) {
+        self.sandbox.wait_for_stuck_vmm().await;
+    }
+
     /// Records the exits that the agent reports, and publishes the events for containerd. When the VM has ended, marks
     /// each process as killed, unless the process has exited.
     async fn handle_reports(self: Arc<Self>, mut reports: mpsc::Receiver<Report>) {

@@ -254,6 +254,7 @@ async fn serve(
             shim.events().flush(EVENT_FLUSH_TIMEOUT).await;
             // Give the server time to send the last responses.
             let _ = tokio::time::timeout(SERVER_SHUTDOWN_TIMEOUT, server.shutdown()).await;
+            shim.wait_for_stuck_vmm().await;
             0
         }
         Err(error) => {

@@ -457,4 +457,17 @@ impl Sandbox {
             self.timeline.finish(&launched.timeline_log);
         }
     }
+
+    /// If the VMM process has not exited although it was killed, waits until it exits, and then removes its cgroup. The
+    /// kernel removes a cgroup only when its last process has exited. Called when the shim has no other work.
+    ///
+    /// The wait has no limit, because nothing else of the pod is left, and nobody waits for the shim.
+    pub async fn wait_for_stuck_vmm(&self) {
+        let Some(vmm) = self.vmm().filter(|vmm| vmm.ended().is_none()) else { return };
+        tracing::warn!("the shim stays until the VMM process exits, which waits in the node's kernel");
+        vmm.wait().await;
+        if let Some(cgroup) = self.cgroup() {
+            cgroup.leave_and_remove().await;
+        }
+    }
 }

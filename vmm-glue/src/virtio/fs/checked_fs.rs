@@ -17,7 +17,7 @@ use std::time::Duration;
 use virtiofsd::filesystem::{
     Context, Entry, Extensions, FileSystem, GetxattrReply, ListxattrReply, ZeroCopyReader, ZeroCopyWriter,
 };
-use virtiofsd::fuse::{Attr, FsOptions, OpenOptions, SetattrIn, SetattrValid, SetxattrFlags};
+use virtiofsd::fuse::{Attr, FsOptions, InHeader, OpenOptions, SetattrIn, SetattrValid, SetxattrFlags};
 use virtiofsd::oslib::WritevFlags;
 use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::soft_idmap::GuestUid;
@@ -25,7 +25,7 @@ use virtiofsd::soft_idmap::GuestUid;
 use super::fd_limit::FdLimit;
 use super::ids::{Handle, Inode};
 use super::locks::Locks;
-use super::nodes::Nodes;
+use super::nodes::{Job, Nodes};
 use super::{closing, request_checks, writer};
 use crate::virtio::rate_limit::SharedLimiter;
 
@@ -84,6 +84,24 @@ impl CheckedFs {
     /// Waits for a limited time while fds are scarce. A request that may open a file calls this function first.
     pub fn wait_for_fd(&self) {
         self.fd_limit.wait_for_fd();
+    }
+
+    /// Drops the references of a job.
+    pub fn run_job(&self, node: Inode, job: &Job) {
+        self.forget(Context::from(InHeader::default()), node, job.count);
+        self.nodes.end_job(job);
+    }
+
+    /// Waits for a limited time until the files that the guest has removed from the node's mount are free. A request
+    /// that needs space calls this function first.
+    ///
+    /// The host frees a removed file when its last fd is closed. A job closes the fd of the VMM. On the host, unlink(2)
+    /// returns only when the file is free, and programs rely on it.
+    fn wait_for_space(&self, node: Inode) {
+        while let Some((forgotten, job)) = self.nodes.take_job_of_mount(node) {
+            self.run_job(forgotten, &job);
+        }
+        self.nodes.wait_for_jobs(node);
     }
 
     /// If only the guest uses the file, adds the option with which the file's locks stay in the guest's kernel.
@@ -207,6 +225,7 @@ impl FileSystem for CheckedFs {
         flags: u32,
     ) -> io::Result<usize> {
         request_checks::offset(offset)?;
+        self.wait_for_space(inode);
         let r = CountingReader { inner: r, dev_null: &self.dev_null };
         // When the guest kernel writes back dirty pages of a mapped file, the kernel does not know which user changed
         // the pages. Therefore, write these pages as the file's owner.
@@ -243,6 +262,7 @@ impl FileSystem for CheckedFs {
         // its metadata, and writes no data. The request cannot be answered in parts. Therefore, all tokens of a long
         // range would be due at once, and would stop the pod's other requests for a long time.
         request_checks::fallocate_mode(mode)?;
+        self.wait_for_space(inode);
         let _writer = writer::act_as(ctx.uid)?;
         self.fs.fallocate(ctx, inode, handle, mode, offset, length)
     }
@@ -259,6 +279,7 @@ impl FileSystem for CheckedFs {
         len: u64,
         flags: u64,
     ) -> io::Result<usize> {
+        self.wait_for_space(inode_out);
         let _writer = writer::act_as(ctx.uid)?;
         let len = if self.limiter.limits_bytes() { len.min(MAX_LIMITED_COPY) } else { len };
         let copied = self
@@ -320,6 +341,7 @@ impl FileSystem for CheckedFs {
         request_checks::name(name)?;
         request_checks::open_flags(flags)?;
         self.wait_for_fd();
+        self.wait_for_space(parent);
         let (entry, handle, options) = self.fs.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)?;
         self.nodes.add(parent, name, &entry);
         let options = self.with_lock_option(entry.inode, handle, options);

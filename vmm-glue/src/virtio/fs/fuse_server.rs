@@ -194,8 +194,9 @@ impl FuseServer {
 
     /// Drops the references that [`Self::serve_high_priority`] has recorded for a node.
     pub fn run_job(&self, node: Inode) {
-        let count = self.fs.nodes().take_forgotten(node);
-        self.fs.forget(Context::from(InHeader::default()), node, count);
+        if let Some(job) = self.fs.nodes().take_job(node) {
+            self.fs.run_job(node, &job);
+        }
     }
 
     /// Returns the group of a request: the mount of its node. The guest can change the request afterwards. Then the

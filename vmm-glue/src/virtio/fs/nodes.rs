@@ -3,12 +3,13 @@
 //! The mounts decide which requests share the worker threads of one host file system. A hostile guest can make a
 //! request count for another mount. This only changes how the guest's own requests wait for each other.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
-use husk_base::sync::lock;
+use husk_base::sync::{lock, wait_timeout};
 use virtiofsd::filesystem::Entry;
 
 use super::ids::Inode;
@@ -24,9 +25,16 @@ const NAME: u64 = 1 << 63;
 /// Maximum number of mount points whose mounts are known.
 const MAX_MOUNT_POINTS: usize = 4096;
 
+/// How long a request waits for the space of removed files.
+const FREE_TIMEOUT: Duration = Duration::from_secs(1);
+/// A request does not wait if its mount has more jobs than this. The guest then drops its cache, and removes no files.
+const MAX_AWAITED_JOBS: usize = 64;
+
 /// The nodes of a file system.
 pub struct Nodes {
     state: Mutex<State>,
+    /// Notified when a job has ended.
+    job_ended: Condvar,
     /// Maximum number of known nodes. The guest cannot have more open files.
     max: usize,
     hasher: RandomState,
@@ -38,8 +46,25 @@ struct State {
     /// The mount at each name, by the hash of the parent's node and the name.
     mount_points: HashMap<u64, u32>,
     last_mount: u32,
-    /// The dropped references of nodes for which a job is queued.
-    forgotten: HashMap<Inode, u64>,
+    /// The nodes for which a job is queued.
+    forgotten: HashMap<Inode, Job>,
+    /// The jobs of each mount.
+    jobs: HashMap<u32, Jobs>,
+}
+
+/// The dropped references of a node.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Job {
+    /// The number of references.
+    pub count: u64,
+    mount: u32,
+}
+
+/// The jobs of a mount.
+#[derive(Default)]
+struct Jobs {
+    queued: HashSet<Inode>,
+    running: u32,
 }
 
 /// A node that the guest has looked up and not forgotten.
@@ -52,7 +77,8 @@ struct Node {
 impl Nodes {
     /// Creates the nodes of a file system with at most `max` open files.
     pub fn new(max: u64) -> Self {
-        Self { state: Mutex::default(), max: usize::try_from(max).unwrap_or(usize::MAX), hasher: RandomState::new() }
+        let (state, job_ended) = (Mutex::default(), Condvar::new());
+        Self { state, job_ended, max: usize::try_from(max).unwrap_or(usize::MAX), hasher: RandomState::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -107,20 +133,57 @@ impl Nodes {
         }
     }
 
-    /// Adds to the dropped references of a node. Returns the group of the job that the caller has to queue for the
-    /// node. Returns `None` if a job is already queued, or if the node is not known.
+    /// Adds to the dropped references of a node. Returns the group of the job that has to be queued for the node, or
+    /// `None` if a job is already queued or the node is not known.
     pub fn queue_forget(&self, node: Inode, count: u64) -> Option<u64> {
         let state = &mut *self.lock();
         let mount = state.nodes.get(&node)?.mount;
-        let dropped = state.forgotten.entry(node).or_default();
-        let queued = *dropped > 0;
-        *dropped = dropped.saturating_add(count);
-        (!queued && *dropped > 0).then_some(mount.into())
+        if count == 0 {
+            return None;
+        }
+        let job = state.forgotten.entry(node).or_insert(Job { count: 0, mount });
+        job.count = job.count.saturating_add(count);
+        state.jobs.entry(mount).or_default().queued.insert(node).then_some(mount.into())
     }
 
-    /// Takes the dropped references of a node whose job runs.
-    pub fn take_forgotten(&self, node: Inode) -> u64 {
-        self.lock().forgotten.remove(&node).unwrap_or(0)
+    /// Takes the job of a node. Returns `None` if another thread has taken it. The caller has to call
+    /// [`Nodes::end_job`].
+    pub fn take_job(&self, node: Inode) -> Option<Job> {
+        take(&mut self.lock(), node)
+    }
+
+    /// Takes a queued job of the node's mount, so that a request that needs space can run it. Returns `None` if the
+    /// mount has no queued job, or has many. The guest then drops its cache, and removes no files. The caller has to
+    /// call [`Nodes::end_job`].
+    pub fn take_job_of_mount(&self, node: Inode) -> Option<(Inode, Job)> {
+        let state = &mut *self.lock();
+        let mount = mount_of(state, node);
+        let queued = &state.jobs.get(&mount)?.queued;
+        let next = *queued.iter().next().filter(|_| queued.len() <= MAX_AWAITED_JOBS)?;
+        take(state, next).map(|job| (next, job))
+    }
+
+    /// Records the end of a job.
+    pub fn end_job(&self, job: &Job) {
+        let state = &mut *self.lock();
+        if let Some(jobs) = state.jobs.get_mut(&job.mount) {
+            jobs.running = jobs.running.saturating_sub(1);
+            if jobs.running == 0 && jobs.queued.is_empty() {
+                state.jobs.remove(&job.mount);
+            }
+        }
+        self.job_ended.notify_all();
+    }
+
+    /// Waits until the running jobs of the node's mount have ended, at most for [`FREE_TIMEOUT`].
+    pub fn wait_for_jobs(&self, node: Inode) {
+        let mut state = self.lock();
+        let mount = mount_of(&state, node);
+        let end = Instant::now() + FREE_TIMEOUT;
+        while state.jobs.get(&mount).is_some_and(|jobs| jobs.running > 0 && jobs.queued.len() <= MAX_AWAITED_JOBS) {
+            let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else { return };
+            (state, _) = wait_timeout(&self.job_ended, state, left);
+        }
     }
 
     /// Removes references of a node. Returns whether the guest has dropped its last reference.
@@ -136,11 +199,70 @@ impl Nodes {
 
     /// Drops the record of queued jobs, which end with an activation of the device.
     pub fn clear_forgotten(&self) {
-        self.lock().forgotten.clear();
+        let state = &mut *self.lock();
+        state.forgotten.clear();
+        state.jobs.clear();
+        self.job_ended.notify_all();
     }
 
     /// Forgets all nodes.
     pub fn clear(&self) {
         *self.lock() = State::default();
+    }
+}
+
+fn mount_of(state: &State, node: Inode) -> u32 {
+    state.nodes.get(&node).map_or(SHARE, |node| node.mount)
+}
+
+fn take(state: &mut State, node: Inode) -> Option<Job> {
+    let job = state.forgotten.remove(&node)?;
+    let jobs = state.jobs.entry(job.mount).or_default();
+    jobs.queued.remove(&node);
+    jobs.running = jobs.running.saturating_add(1);
+    Some(job)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Returns nodes of which the guest has looked up `count`, all of the share's mount.
+    fn nodes(count: u64) -> Nodes {
+        let nodes = Nodes::new(1 << 20);
+        for node in 2..2 + count {
+            nodes.lock().nodes.insert(node, Node { mount: SHARE, lookups: 1 });
+        }
+        nodes
+    }
+
+    #[test]
+    fn job_is_queued_once_and_taken_once() {
+        let nodes = nodes(2);
+        assert_eq!((nodes.queue_forget(2, 3), nodes.queue_forget(2, 4)), (Some(0), None));
+        assert_eq!((nodes.queue_forget(3, 0), nodes.queue_forget(99, 1)), (None, None));
+        let (node, job) = nodes.take_job_of_mount(3).unwrap();
+        assert_eq!((node, job.count), (2, 7));
+        assert!(nodes.take_job(2).is_none() && nodes.take_job_of_mount(3).is_none());
+        nodes.end_job(&job);
+        assert!(nodes.lock().jobs.is_empty());
+        nodes.wait_for_jobs(2);
+    }
+
+    #[test]
+    fn request_waits_for_a_running_job_but_not_for_many() {
+        let nodes = nodes(100);
+        nodes.queue_forget(2, 1);
+        let job = nodes.take_job(2).unwrap();
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| nodes.wait_for_jobs(3));
+            nodes.end_job(&job);
+            waiter.join().unwrap();
+        });
+        let queued = (3..100).filter(|&node| nodes.queue_forget(node, 1).is_some()).count();
+        assert!(queued > MAX_AWAITED_JOBS);
+        assert!(nodes.take_job_of_mount(3).is_none());
+        let _running = nodes.take_job(3).unwrap();
+        nodes.wait_for_jobs(3);
     }
 }
