@@ -66,7 +66,14 @@ pub fn request_for(
     };
     let volume_stat = fstat(&volume).map_err(|errno| inspect("stat the volume")(errno.into()))?;
     let dir_stat = fstat(source).map_err(|errno| inspect("stat the directory")(errno.into()))?;
-    if volume_stat.st_dev != dir_stat.st_dev {
+    let in_filesystem = |file| {
+        kubelet_paths::path_in_filesystem(file, host)
+            .map_err(inspect("determine the path of the directory in its volume"))
+    };
+    // A memory volume has a file system of its own. An emptyDir of the default medium is only a directory of the
+    // kubelet's file system, which can be a tmpfs, too.
+    let is_root = in_filesystem(&volume)?.as_os_str().is_empty();
+    if volume_stat.st_dev != dir_stat.st_dev || !is_root {
         return if huge { Err(MemoryVolumeError::Shared) } else { Ok(None) };
     }
     if huge && block_size != HUGE_PAGE {
@@ -74,8 +81,7 @@ pub fn request_for(
     }
     let (uid, gid) = kubelet_paths::owner(volume_stat.st_uid, volume_stat.st_gid, id_mappings);
     let kind = if huge { format!("pagesize={HUGE_PAGE}") } else { format!("size={size}") };
-    let subdirectory = kubelet_paths::path_in_filesystem(source, host)
-        .map_err(inspect("determine the path of the directory in its volume"))?;
+    let subdirectory = in_filesystem(source)?;
     let directories = kubelet_paths::stat_components(&volume, &subdirectory, id_mappings);
     let (directories, _) = directories.map_err(inspect("stat a directory of the volume"))?;
     Ok(Some(MountVolumeRequest {
