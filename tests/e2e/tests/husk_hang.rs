@@ -168,6 +168,7 @@ fn volume_that_hangs_stops_only_the_container_that_uses_it() {
         }
         assert_eq!(pod.sleeper().sh("echo here"), "here");
         assert!(begin.elapsed() < BUDGET, "the work of other containers took {:?}", begin.elapsed());
+        let cgroup = cgroup(&pod);
         let request = json!({ "container_id": writer.id, "timeout": 1 });
         let stop = within(BUDGET, "StopContainer", &request);
         assert_eq!(writer.wait().0, 137);
@@ -176,8 +177,9 @@ fn volume_that_hangs_stops_only_the_container_that_uses_it() {
         let remove_pod = within(BUDGET, "RemovePodSandbox", &pod_id);
         println!("StopContainer {stop:.1?}, StopPodSandbox {stop_pod:.1?}, RemovePodSandbox {remove_pod:.1?}");
         drop(hang);
-        let gone = node::eventually(BUDGET, || vm::vmm_pids_of(&pod.id).is_empty().then_some(()));
-        assert!(gone.is_some(), "the VMM process still runs");
+        let gone =
+            node::eventually(BUDGET, || (vm::shim_pids_of(&pod.id).is_empty() && !cgroup.exists()).then_some(()));
+        assert!(gone.is_some(), "the shim, the VMM process or their cgroup is still there");
     });
 }
 

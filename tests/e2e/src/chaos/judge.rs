@@ -49,6 +49,8 @@ fn census(life: &mut Life<'_, '_>) {
     let excused = life.restarts_containerd();
     let mut left = Vec::new();
     node::eventually(SETTLE, || {
+        // The kubelet removes the pod's parent cgroup when it is empty.
+        life.victim.clean_up_cgroup();
         left = Census::take().left_since(&life.shard.base);
         if excused {
             left.retain(|thing| !is_containerds(thing));
