@@ -25,7 +25,7 @@ pub fn remove(dirs: &[&Path], unit: Option<&Unit>, namespace: &str) {
     let empty: Vec<_> = dirs.iter().map(|path| wait_until_empty(path, deadline)).collect();
     unit.into_iter().for_each(crate::resources::cgroup::stop_scope);
     for (path, empty) in dirs.into_iter().zip(empty) {
-        if let Err(error) = empty.and_then(|()| remove_directories(path)) {
+        if let Err(error) = empty.and_then(|()| remove_until(path, deadline)) {
             tracing::warn!(path = %path.display(), "failed to remove the cgroup: {error}");
         }
         if let Some(parent) = path.parent()
@@ -42,6 +42,23 @@ fn is_within(path: &Path) -> bool {
 
 /// Timeout of the wait until killed processes have left a cgroup.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Pause before another attempt to remove a cgroup.
+const RETRY_DELAY: Duration = Duration::from_millis(10);
+
+/// Removes a cgroup and the cgroups below it. Tries again until `deadline` if the cgroup is busy. With cgroup v1, a
+/// process whose first thread has ended is no longer listed, but its other threads can still be in the cgroup. The
+/// kernel has no event for their end.
+fn remove_until(path: &Path, deadline: Instant) -> io::Result<()> {
+    loop {
+        match remove_directories(path) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline => {
+                std::thread::sleep(RETRY_DELAY);
+            }
+            result => return result,
+        }
+    }
+}
 
 /// Removes a cgroup and the cgroups below it.
 fn remove_directories(path: &Path) -> io::Result<()> {
