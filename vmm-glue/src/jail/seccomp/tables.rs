@@ -184,9 +184,9 @@ const FILE_SERVER: &[Rule] = &[
     allow(Sysno::getrandom, "seeds the keys of hash tables"),
 ];
 
-/// Calls that start and confine a worker thread of the virtio-fs server.
-const FILE_SUPERVISOR: &[Rule] = &[
-    allow_if(Sysno::clone, &[is(0, THREAD_FLAGS)], "starts worker threads, but no process"),
+/// Calls of a thread that starts threads.
+const THREAD_START: &[Rule] = &[
+    allow_if(Sysno::clone, &[is(0, THREAD_FLAGS)], "starts a thread, but no process"),
     allow(
         Sysno::clone3,
         "another filter makes the call fail with ENOSYS, so that glibc calls clone; SIGSYS would end the VMM",
@@ -194,6 +194,10 @@ const FILE_SUPERVISOR: &[Rule] = &[
     allow(Sysno::set_robust_list, "starts a thread"),
     allow(Sysno::rseq, "starts a thread"),
     allow(Sysno::sched_getaffinity, "starts a thread"),
+];
+
+/// Calls that start and confine a worker thread of the virtio-fs server.
+const FILE_SUPERVISOR: &[Rule] = &[
     allow_if(Sysno::unshare, &[is(0, CLONE_FS.cast_unsigned())], "gives a worker thread its own working directory"),
     allow_if(
         Sysno::prctl,
@@ -225,14 +229,6 @@ const LOCK_WAITER: &[Rule] = &[
     allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait"),
     allow(Sysno::getrandom, "seeds the keys of hash tables"),
     allow(Sysno::mremap, "the allocator resizes large blocks"),
-    allow_if(Sysno::clone, &[is(0, THREAD_FLAGS)], "starts a thread for each wait"),
-    allow(
-        Sysno::clone3,
-        "another filter makes the call fail with ENOSYS, so that glibc calls clone; SIGSYS would end the VMM",
-    ),
-    allow(Sysno::set_robust_list, "starts a thread"),
-    allow(Sysno::rseq, "starts a thread"),
-    allow(Sysno::sched_getaffinity, "starts a thread"),
     allow_if(Sysno::prctl, &[is(0, PR_SET_NAME as u32)], "starts a thread"),
     allow(Sysno::gettid, "reads the thread's id, to which the interruption is sent"),
     allow(Sysno::getpid, "the process's id is an argument of tgkill"),
@@ -294,15 +290,7 @@ const CONTROL: &[Rule] = &[
     allow(Sysno::read, "clears eventfds, and reads signals from the signalfd"),
     allow(Sysno::lseek, "determines the size of a hot-plugged disk"),
     allow(Sysno::statx, "checks the fds of hot-plugged devices"),
-    allow_if(Sysno::clone, &[is(0, THREAD_FLAGS)], "starts threads of hot-plugged devices and vCPUs, but no process"),
-    allow(
-        Sysno::clone3,
-        "another filter makes the call fail with ENOSYS, so that glibc calls clone; SIGSYS would end the VMM",
-    ),
-    allow(Sysno::set_robust_list, "starts a thread"),
-    allow(Sysno::rseq, "starts a thread"),
     allow(Sysno::gettid, "a new thread reads its own id, which is a container's PID on the host"),
-    allow(Sysno::sched_getaffinity, "starts a thread"),
     allow_if(
         Sysno::prctl,
         &[is(0, PR_SET_NAME as u32), is(0, PR_GET_NAME as u32), is(0, PR_SET_NO_NEW_PRIVS as u32)],
@@ -341,13 +329,13 @@ fn tables(kind: Kind) -> &'static [&'static [Rule]] {
     match kind {
         // The control thread starts other threads, which inherit its filter. Therefore, the control thread's filter
         // also allows the calls of these threads.
-        Kind::Control => &[EVERY_THREAD, CONTROL, THREAD_END, VCPU, WORKER, DISK],
+        Kind::Control => &[EVERY_THREAD, CONTROL, THREAD_START, THREAD_END, VCPU, WORKER, DISK],
         Kind::Vcpu => &[EVERY_THREAD, VCPU],
         Kind::DeviceLoop => &[EVERY_THREAD, DEVICE_LOOP],
         Kind::FileServer => &[EVERY_THREAD, THREAD_END, WORKER, FILE_SERVER],
         // The worker threads that this thread starts inherit its filter.
-        Kind::FileSupervisor => &[EVERY_THREAD, THREAD_END, WORKER, FILE_SERVER, FILE_SUPERVISOR],
-        Kind::LockWaiter => &[EVERY_THREAD, THREAD_END, LOCK_WAITER],
+        Kind::FileSupervisor => &[EVERY_THREAD, THREAD_START, THREAD_END, WORKER, FILE_SERVER, FILE_SUPERVISOR],
+        Kind::LockWaiter => &[EVERY_THREAD, THREAD_START, THREAD_END, LOCK_WAITER],
         Kind::Disk => &[EVERY_THREAD, THREAD_END, WORKER, DISK],
         Kind::Prefault => &[EVERY_THREAD, THREAD_END],
         Kind::Pid => &[EVERY_THREAD, THREAD_END, PID],
