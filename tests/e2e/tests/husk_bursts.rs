@@ -14,7 +14,7 @@ use serde_json::json;
 const EXECS: usize = 130;
 /// Each connection has a stream to the guest.
 const CONNECTIONS: usize = 150;
-/// The timeout of an exec. So many execs take long in an emulated node.
+/// The timeout of an exec. This number of execs takes long in an emulated node.
 const LIMIT: Duration = Duration::from_secs(240);
 /// The timeout of a connection's first byte.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);

@@ -65,7 +65,7 @@ fn pods_survive_an_upgrade_of_binary_image_and_configuration() {
         second.remove();
         // containerd runs the new binary with `delete`.
         kill(Pid::from_raw(vm::shim_pids_of(&orphan.id)[0]), Signal::SIGKILL).unwrap();
-        // containerd notices the end of the shim, and the kubelet tries again until then.
+        // containerd notices the end of the shim.
         assert_eq!(other.wait().0, 255);
         orphan.stop();
         orphan.remove();

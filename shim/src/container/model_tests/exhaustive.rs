@@ -221,12 +221,12 @@ fn exhaust(states: &[Before], calls: &[Call], faults: &[Fault]) {
     for before in states {
         for call in calls {
             for fault in faults {
-                for at in 0..MAX_STEPS {
+                let interrupted = |at: usize, scenarios: &mut Scenarios| {
                     let name = format!("{call:?} in the state {before:?}, {fault:?} at step {at}");
-                    if scenarios.run(name, run(*before, *call, *fault, at)) != Some(true) {
-                        break;
-                    }
-                }
+                    scenarios.run(name, run(*before, *call, *fault, at)) == Some(true)
+                };
+                let last = (0..MAX_STEPS).find(|&at| !interrupted(at, &mut scenarios));
+                assert!(last.is_some(), "{call:?} has more than {MAX_STEPS} steps");
             }
         }
     }

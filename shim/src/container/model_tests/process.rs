@@ -28,7 +28,7 @@ pub fn in_own_process(test: impl FnOnce()) {
         .output()
         .unwrap();
     let text = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
-    assert!(output.status.success(), "{text}");
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
     print!("{text}");
 }
 

@@ -252,7 +252,7 @@ impl Life<'_, '_> {
             Ok(answer) => Some(answer),
             Err(status) => {
                 print_line(format_args!("    {method} failed after {:.1?}: {status}", ended.end - ended.begin));
-                if !self.struck {
+                if !self.struck || self.missed.is_some() {
                     self.findings.push(format!("{method} failed without a fault: {status}"));
                 }
                 None

@@ -227,7 +227,7 @@ fn take(state: &mut State, node: Inode) -> Option<Job> {
 mod tests {
     use super::*;
 
-    /// Returns nodes of which the guest has looked up `count`, all of the share's mount.
+    /// Returns `count` nodes that the guest has looked up, all of the share's mount.
     fn nodes(count: u64) -> Nodes {
         let nodes = Nodes::new(1 << 20);
         for node in 2..2 + count {
