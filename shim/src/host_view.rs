@@ -11,6 +11,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -38,6 +39,8 @@ pub struct HostView {
 
 #[derive(Clone)]
 struct Threads {
+    /// Whether the first thread runs all work, because a thread of the pool would stay unconfined.
+    first_only: Arc<AtomicBool>,
     pool: Arc<Pool>,
     requests: mpsc::Sender<Request>,
     /// Thread id of the first thread.
@@ -87,17 +90,24 @@ impl HostView {
             serve(&of_thread, &receiver);
         })?;
         let id = started.recv().unwrap_or_else(|_| Err(ended()))?;
-        Ok(Self { threads: Some(Threads { pool, requests, id }) })
+        Ok(Self { threads: Some(Threads { first_only: Arc::default(), pool, requests, id }) })
     }
 
-    /// Makes this view the view of the process.
+    /// Makes this view the view of the process. Until [`HostView::confine`], only the first thread works, so that no
+    /// thread stays unconfined.
     pub fn install(self) {
+        self.work_on_first_thread(true);
         // Only the daemon installs a view, and does so once.
         let _ = OF_PROCESS.set(self);
     }
 
-    /// Calls `confine` on the first thread of the view. Must be called before other functions of the view, because
-    /// threads that the view has started before stay unchanged.
+    fn work_on_first_thread(&self, first_only: bool) {
+        if let Some(threads) = &self.threads {
+            threads.first_only.store(first_only, Ordering::Relaxed);
+        }
+    }
+
+    /// Calls `confine` on the first thread of the view. Threads that start later inherit what it sets.
     ///
     /// # Errors
     /// If the thread has ended.
@@ -106,7 +116,9 @@ impl HostView {
         let (sender, done) = mpsc::sync_channel(1);
         let call = Box::new(move || drop(sender.send(confine())));
         threads.requests.send(Request::Call(call)).map_err(|_| ended())?;
-        done.recv().map(Some).map_err(|_| ended())
+        let confined = done.recv().map_err(|_| ended())?;
+        self.work_on_first_thread(false);
+        Ok(Some(confined))
     }
 
     /// Opens `path` with O_PATH. If `follow` is true, follows a symlink in the final component.
@@ -176,7 +188,12 @@ impl HostView {
     fn run<T: Send + 'static>(&self, work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
         let Some(threads) = &self.threads else { return work() };
         let (sender, done) = mpsc::sync_channel(1);
-        threads.pool.run(Box::new(move || drop(sender.send(work()))), || threads.start_thread())?;
+        let work = Box::new(move || drop(sender.send(work())));
+        if threads.first_only.load(Ordering::Relaxed) {
+            threads.requests.send(Request::Call(work)).map_err(|_| ended())?;
+        } else {
+            threads.pool.run(work, || threads.start_thread())?;
+        }
         done.recv().unwrap_or_else(|_| Err(ended()))
     }
 }
@@ -246,6 +263,16 @@ mod tests {
     use crate::confinement::seccomp;
     use crate::daemon::mount_namespace;
     use crate::volumes::test_support::{isolated, tmpfs};
+
+    #[test]
+    fn starts_no_thread_before_it_is_confined() {
+        let host = HostView::start().unwrap();
+        host.work_on_first_thread(true);
+        let thread = || Some(host.run(|| Ok(gettid().as_raw())).unwrap());
+        assert_eq!(thread(), host.thread());
+        host.confine(|| ()).unwrap();
+        assert_ne!(thread(), host.thread());
+    }
 
     /// Starts a confined view of the calling thread's namespace.
     fn confined() -> HostView {

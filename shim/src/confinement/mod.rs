@@ -55,6 +55,7 @@ const MAX_FDS: u64 = 16_384;
 /// [`ConfinementError`]. After an error, the process may be confined only in part.
 pub fn enter(mode: SeccompMode) -> Result<Option<OwnedFd>, ConfinementError> {
     if UNJAILED {
+        host_view::of_process().confine(|| ()).map_err(ConfinementError::HostView)?;
         return Ok(None);
     }
     lower_fd_limit().map_err(ConfinementError::Fds)?;
