@@ -242,6 +242,10 @@ impl Session {
             }
             let max_busy = self.max_busy(&state);
             if let Some((group, work)) = state.groups.next(max_busy) {
+                // This worker may have taken the wake-up of other work, and the work it does now may hang.
+                if state.idle > 0 {
+                    self.notify_one(H::NAME);
+                }
                 state = match work {
                     Work::Request(held) => self.serve_request(handler, state, group, held.chain())?,
                     Work::Job(job) => {

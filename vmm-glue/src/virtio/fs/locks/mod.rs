@@ -36,6 +36,7 @@ use self::private::PrivateFiles;
 use self::ranges::RangeLock;
 use self::table::{Owner, OwnerLocks, Table};
 use self::waiters::{Job, Waiters};
+use super::closing;
 use super::ids::{Handle, Inode};
 
 /// The lock is a lock of flock(2): FUSE_LK_FLOCK in include/uapi/linux/fuse.h.
@@ -452,7 +453,8 @@ impl Locks {
     }
 
     fn close(&self, inode: Inode, description: Handle) {
-        if let Err(error) = self.fs.release(context(), inode, 0, description, false, false, None) {
+        let release = || self.fs.release(context(), inode, 0, description, false, false, None);
+        if let Err(error) = closing::while_open(&self.fs, context(), inode, description, release) {
             log::error!("failed to close a file that had locks: {error}");
         }
     }
