@@ -46,7 +46,7 @@ impl Shim {
         // unmount is still in progress, sync(2) in the guest waits for it.
         self.sandbox.flush_disks_within(FLUSH_TIMEOUT).await;
         self.record_end_of_sandbox();
-        self.sandbox.end_because(REASON.into());
+        self.sandbox.kill_because(REASON.into());
     }
 
     /// Runs `act` for each container that has a process in the guest, and waits until these containers have exited, at

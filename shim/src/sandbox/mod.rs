@@ -415,17 +415,13 @@ impl Sandbox {
         self.kill_because(reason.into());
     }
 
-    /// Kills the VM. `reason` becomes the reason of the VM's end, unless the VM was killed before.
-    pub fn end_because(&self, reason: Arc<str>) {
-        self.kill_because(reason);
-    }
-
     /// Waits until the VMM reports that it has received SIGTERM or SIGINT.
     pub async fn terminated(&self) {
         self.terminated.notified().await;
     }
 
-    fn kill_because(&self, reason: Arc<str>) {
+    /// Kills the VM. `reason` becomes the reason of the VM's end, unless the VM was killed before.
+    pub fn kill_because(&self, reason: Arc<str>) {
         if let Some(vmm) = self.vmm() {
             if !vmm.is_closed() {
                 // The first reason stays.

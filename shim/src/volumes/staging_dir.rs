@@ -17,6 +17,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
+use nix::errno::Errno;
 use nix::sys::stat::fstat;
 
 use crate::host_view::{HostView, path_of};
@@ -227,7 +228,10 @@ impl StagingDir {
         for place in OWN_DIRECTORIES.map(|name| self.dir.with_file_name(name)) {
             let Ok(path) = place.strip_prefix(&root) else { continue };
             // In the copy, another mount or a symlink may be on the path. Then the path leads elsewhere, or nowhere.
-            let (Ok(copied), Ok(place)) = (open_below(from, path), host.open(&place, false)) else { continue };
+            let (Some(copied), Some(place)) = (on_path(open_below(from, path))?, on_path(host.open(&place, false))?)
+            else {
+                continue;
+            };
             let (copied_stat, stat) = (fstat(&copied)?, fstat(&place)?);
             let is_place = (copied_stat.st_dev, copied_stat.st_ino) == (stat.st_dev, stat.st_ino);
             if is_place && !path.as_os_str().is_empty() && !host_only.is_device_of_sandbox(stat.st_dev) {
@@ -235,5 +239,15 @@ impl StagingDir {
             }
         }
         Ok(())
+    }
+}
+
+/// Returns `None` if the path leads elsewhere or nowhere. Any other error is returned, because a place that cannot be
+/// opened now must not stay without its cover.
+fn on_path(opened: io::Result<OwnedFd>) -> io::Result<Option<OwnedFd>> {
+    match opened.map_err(|error| (error.raw_os_error().map(Errno::from_raw), error)) {
+        Ok(file) => Ok(Some(file)),
+        Err((Some(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP | Errno::EXDEV), _)) => Ok(None),
+        Err((_, error)) => Err(error),
     }
 }
