@@ -145,7 +145,9 @@ impl HostView {
     /// The errors of open_tree(2) and mount_setattr(2).
     pub fn clone_tree(&self, source: &OwnedFd, recursive: bool, propagation: u64) -> io::Result<OwnedFd> {
         let source = source.try_clone()?;
-        let tree = self.run(move || mount::clone_tree(source.as_fd(), recursive))?;
+        // The calling thread closes `source`: a debug build calls fcntl(2) first, which the thread's filter refuses.
+        let (tree, _source) = self.run(move || Ok((mount::clone_tree(source.as_fd(), recursive), source)))?;
+        let tree = tree?;
         mount::set_attributes(tree.as_fd(), 0, propagation, true)?;
         Ok(tree)
     }
