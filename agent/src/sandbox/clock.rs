@@ -9,8 +9,9 @@ use nix::time::ClockId;
 /// Nanoseconds in a second.
 const SECOND: i64 = 1_000_000_000;
 /// Smallest offset for which the clock is stepped. Smaller offsets are corrected gradually, by 500 µs in each second,
-/// so that time does not go back for programs.
-const STEP_NS: i64 = 100_000_000;
+/// so that time does not go back for programs. The node's clock can be slewed faster than this. Therefore the limit is
+/// well below 100 ms, by which the clocks may differ.
+const STEP_NS: i64 = 50_000_000;
 
 /// How to correct the clock.
 #[derive(Debug, PartialEq, Eq)]
@@ -60,7 +61,7 @@ mod tests {
     #[test]
     fn large_offsets_step_the_clock_and_small_offsets_slew_it() {
         assert_eq!(correction(5, 0), Correction::None);
-        assert_eq!(correction(5, STEP_NS - 1), Correction::Slew(99_999));
+        assert_eq!(correction(5, STEP_NS - 1), Correction::Slew(49_999));
         assert_eq!(correction(5, -2_000_000), Correction::Slew(-2000));
         assert_eq!(correction(5, STEP_NS), Correction::Step(5 + STEP_NS));
         assert_eq!(correction(STEP_NS * 2, -STEP_NS), Correction::Step(STEP_NS));

@@ -2,8 +2,8 @@
 //!
 //! The guest's kernel measures time with the CPU's time-stamp counter. Therefore the guest's clock does not follow
 //! NTP's corrections of the host's clock, nor a step of the host's clock. The shim compares both clocks at intervals,
-//! and whenever the host's clock has been stepped. Only the wall clock is corrected. The guest's monotonic clock never
-//! goes back.
+//! and whenever the host's clock has been stepped or slewed. Only the wall clock is corrected. The guest's monotonic
+//! clock never goes back.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -13,7 +13,8 @@ use husk_base::async_fd::register;
 use husk_proto::agent::AdjustClockRequest;
 use nix::errno::Errno;
 use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use nix::sys::timerfd::{self, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use nix::time::ClockId;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -25,6 +26,13 @@ use crate::vm::vmm::Vmm;
 const FIRST_INTERVAL: Duration = Duration::from_secs(10);
 /// Interval between two comparisons. A clock that is 100 ppm fast gains 30 ms in this time.
 const INTERVAL: Duration = Duration::from_secs(300);
+/// Interval between two checks whether the host's clock has been slewed. The kernel reports only steps of its clock. A
+/// check makes two calls of the vDSO, and no request to the guest.
+const CHECK_INTERVAL: Duration = Duration::from_secs(10);
+/// Slew of the host's clock, in nanoseconds since the last comparison, that leads to the next comparison.
+const MAX_SLEW_NS: i64 = 20_000_000;
+/// Interval between two checks while the host's clock is slewed fast. chrony slews by up to 8 % by default.
+const FAST_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// Interval after a comparison that failed, or that took so long that it was not accurate.
 const RETRY_INTERVAL: Duration = Duration::from_secs(10);
 /// Error of a measurement that is accurate enough.
@@ -48,16 +56,67 @@ pub fn start(agent: Agent, vmm: Vmm) {
 
 async fn follow(agent: &Agent) -> io::Result<()> {
     let steps = Steps::new()?;
-    let mut interval = FIRST_INTERVAL;
+    let mut schedule = Schedule::new(Instant::now(), host_offset()?);
     loop {
-        tokio::select! {
+        let stepped = tokio::select! {
             result = steps.wait() => {
                 result?;
                 tracing::info!("the host's clock was stepped");
+                true
             }
-            () = tokio::time::sleep(interval) => {}
+            () = tokio::time::sleep(schedule.next_check(Instant::now())) => false,
+        };
+        let offset_ns = host_offset()?;
+        if schedule.is_due(Instant::now(), offset_ns) || stepped {
+            let accurate = compare(agent).await;
+            schedule.compared(Instant::now(), offset_ns, accurate);
         }
-        interval = if compare(agent).await { INTERVAL } else { RETRY_INTERVAL };
+    }
+}
+
+/// Returns how far the host's wall clock is ahead of CLOCK_MONOTONIC_RAW, in nanoseconds. NTP corrects the wall clock
+/// only. The other clock runs at the rate of the time-stamp counter, as the guest's clock does.
+fn host_offset() -> io::Result<i64> {
+    let read = |clock: ClockId| -> io::Result<i64> {
+        let time = clock.now()?;
+        Ok(time.tv_sec().saturating_mul(1_000_000_000).saturating_add(time.tv_nsec()))
+    };
+    Ok(read(ClockId::CLOCK_REALTIME)?.saturating_sub(read(ClockId::CLOCK_MONOTONIC_RAW)?))
+}
+
+/// Decides when the clocks are compared.
+struct Schedule {
+    /// Time of the next comparison.
+    due: Instant,
+    /// [`host_offset`] at the last comparison, and at the last check.
+    compared_ns: i64,
+    checked_ns: i64,
+    check_interval: Duration,
+}
+
+impl Schedule {
+    fn new(now: Instant, offset_ns: i64) -> Self {
+        let due = now + FIRST_INTERVAL;
+        Self { due, compared_ns: offset_ns, checked_ns: offset_ns, check_interval: CHECK_INTERVAL }
+    }
+
+    /// Returns the time until the next check.
+    fn next_check(&self, now: Instant) -> Duration {
+        self.due.saturating_duration_since(now).min(self.check_interval)
+    }
+
+    /// Checks the host's clock. Returns whether the clocks must be compared now.
+    fn is_due(&mut self, now: Instant, offset_ns: i64) -> bool {
+        let is_fast = offset_ns.abs_diff(self.checked_ns) > MAX_SLEW_NS.unsigned_abs() / 10;
+        self.check_interval = if is_fast { FAST_CHECK_INTERVAL } else { CHECK_INTERVAL };
+        self.checked_ns = offset_ns;
+        now >= self.due || offset_ns.abs_diff(self.compared_ns) > MAX_SLEW_NS.unsigned_abs()
+    }
+
+    /// Records a comparison that began when [`host_offset`] was `offset_ns`.
+    fn compared(&mut self, now: Instant, offset_ns: i64, accurate: bool) {
+        self.compared_ns = offset_ns;
+        self.due = now + if accurate { INTERVAL } else { RETRY_INTERVAL };
     }
 }
 
@@ -133,7 +192,7 @@ struct Steps(AsyncFd<OwnedFd>);
 
 impl Steps {
     fn new() -> io::Result<Self> {
-        let timer = TimerFd::new(ClockId::CLOCK_REALTIME, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)?;
+        let timer = TimerFd::new(timerfd::ClockId::CLOCK_REALTIME, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)?;
         // The timer never expires. If the clock is stepped, the kernel cancels the timer, and read fails with ECANCELED
         // (timerfd_create(2), TFD_TIMER_CANCEL_ON_SET).
         let never = Expiration::OneShot(TimeSpec::new(i64::MAX / 1_000_000_000, 0));
@@ -180,6 +239,38 @@ mod tests {
                 Measurement::new(i64::MAX, took, guest).correction();
             }
         }
+    }
+
+    #[test]
+    fn slew_of_the_host_clock_leads_to_a_comparison() {
+        let begin = Instant::now();
+        let at = |secs| begin + Duration::from_secs(secs);
+        let mut schedule = Schedule::new(begin, 0);
+        assert_eq!(schedule.next_check(begin), FIRST_INTERVAL);
+        assert!(schedule.is_due(at(10), 0));
+        schedule.compared(at(10), 0, true);
+        assert_eq!(schedule.next_check(at(10)), CHECK_INTERVAL);
+        // 100 ppm, as NTP may correct an oscillator.
+        assert!(!schedule.is_due(at(20), MS));
+        assert_eq!(schedule.next_check(at(20)), CHECK_INTERVAL);
+        assert!(schedule.is_due(at(310), 20 * MS));
+        schedule.compared(at(310), 20 * MS, true);
+        // 0.5 % forward, then 8 % back.
+        assert!(!schedule.is_due(at(311), 25 * MS));
+        assert_eq!(schedule.next_check(at(311)), FAST_CHECK_INTERVAL);
+        assert!(schedule.is_due(at(312), -55 * MS));
+        schedule.compared(at(312), -55 * MS, false);
+        assert!(!schedule.is_due(at(321), -55 * MS));
+        assert_eq!(schedule.next_check(at(321)), Duration::from_secs(1));
+        assert!(schedule.is_due(at(322), -55 * MS));
+    }
+
+    #[test]
+    fn extreme_times_of_the_host_cause_no_overflow() {
+        let now = Instant::now();
+        let mut schedule = Schedule::new(now, i64::MIN);
+        assert!(schedule.is_due(now, i64::MAX));
+        schedule.compared(now, i64::MAX, false);
     }
 
     #[tokio::test]

@@ -73,3 +73,52 @@ fn guest_clock_follows_steps_of_the_node_clock() {
         );
     });
 }
+
+/// Slews the node's clock by 10 % until this value is dropped, as chrony does after a large error.
+struct Fast;
+
+impl Fast {
+    /// Microseconds that the clock advances in each tick at its normal rate (adjtimex(2), `tick`).
+    const NORMAL: i64 = 10_000;
+
+    fn new() -> Self {
+        set_tick(Self::NORMAL + Self::NORMAL / 10);
+        Self
+    }
+}
+
+impl Drop for Fast {
+    fn drop(&mut self) {
+        set_tick(Self::NORMAL);
+    }
+}
+
+fn set_tick(micros: i64) {
+    // SAFETY: zero is a valid value of each field of the structure.
+    let mut timex: libc::timex = unsafe { std::mem::zeroed() };
+    (timex.modes, timex.tick) = (libc::ADJ_TICK, micros);
+    // SAFETY: adjtimex reads and writes only the structure.
+    let state = unsafe { libc::adjtimex(&raw mut timex) };
+    assert!(state >= 0, "{}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn guest_clock_follows_slews_of_the_node_clock() {
+    pods("cri-clock-slew", |pods| {
+        let pod = pods.pod();
+        let container = pod.start(&pod.python("import time; time.sleep(1000000)"));
+        let first = wait_for_node_clock(&container);
+        let fast = Fast::new();
+        let begin = SystemTime::now();
+        // A second of difference.
+        let slewed = node::eventually(Duration::from_secs(60), || {
+            (begin.elapsed().unwrap_or_default() >= Duration::from_secs(11)).then_some(())
+        });
+        drop(fast);
+        assert!(slewed.is_some());
+        let second = wait_for_node_clock(&container);
+        step(-1);
+        let third = wait_for_node_clock(&container);
+        assert!(first < second && second < third, "the guest's monotonic clock went back: {first}, {second}, {third}");
+    });
+}
