@@ -28,6 +28,7 @@ pub fn limit_pids(max: u64) -> io::Result<()> {
 /// Cgroup of one container.
 #[derive(Debug, Clone)]
 pub struct Cgroup {
+    root: PathBuf,
     name: PathBuf,
     path: PathBuf,
 }
@@ -35,8 +36,13 @@ pub struct Cgroup {
 impl Cgroup {
     /// Returns the cgroup of container `id`. The cgroup need not exist.
     pub fn for_container(id: &str) -> Self {
+        Self::below(Path::new(MOUNT), id)
+    }
+
+    /// Returns the cgroup of container `id` in the hierarchy with the root `root`. Tests pass an ordinary directory.
+    pub(crate) fn below(root: &Path, id: &str) -> Self {
         let name = Path::new("/").join(PARENT).join(id);
-        Self { path: Path::new(MOUNT).join(PARENT).join(id), name }
+        Self { path: root.join(PARENT).join(id), name, root: root.to_owned() }
     }
 
     /// Creates the cgroup. Also succeeds if the cgroup already exists.
@@ -45,6 +51,11 @@ impl Cgroup {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             other => other,
         }
+    }
+
+    /// Root directory of the hierarchy.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Path of the cgroup below the hierarchy's root, in the form of OCI's `cgroupsPath`.

@@ -3,7 +3,7 @@
 use ttrpc::{Code, Error};
 
 /// Cause of an error.
-type Cause = Box<dyn std::error::Error + Send + Sync>;
+pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// Error of a request.
 ///

@@ -2,20 +2,20 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::{fs, io};
 
+use husk_base::error::chain;
 use husk_base::sync::lock;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout, timeout_at};
 
+use super::kill::{self, KILL_TIMEOUT};
 use super::process::Phase;
 use super::{Container, STATE_DIR, Tasks};
-use crate::error::ServiceError;
+use crate::blocking;
+use crate::error::{ServiceError, failed};
 use crate::oom::FileWatch;
 use crate::reaper::ProcessExit;
 use crate::sandbox::volume;
-
-/// Maximum time to wait for the exit of killed processes.
-const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Tasks {
     /// Deletes a container or an exec. The process must have exited or must never have been started. Returns the PID
@@ -41,11 +41,13 @@ impl Tasks {
             Phase::New if !exec_id.is_empty() => (0, ProcessExit { status: 0, at_ns: 0 }),
             Phase::Created(_) if exec_id.is_empty() => {
                 // As with runc, deleting a container that was created but never started kills the container.
-                let _ = container.cgroup.kill();
-                process
-                    .wait()
-                    .await
-                    .ok_or_else(|| ServiceError::Unknown("failed to wait for the exit of the killed init".into()))?
+                let exit = timeout(KILL_TIMEOUT, async {
+                    let _ = kill::all(&container, libc::SIGKILL).await;
+                    process.wait().await
+                });
+                exit.await.ok().flatten().ok_or_else(|| {
+                    ServiceError::Unknown("failed to wait for the exit of the killed init of the container".into())
+                })?
             }
             _ => return Err(ServiceError::FailedPrecondition("cannot delete a running process".into())),
         };
@@ -65,17 +67,11 @@ impl Tasks {
             watch_task.abort();
         }
         if let Err(error) = remove_cgroup(container).await {
-            tracing::warn!("failed to remove the cgroup of container {}: {error}", container.id);
+            tracing::warn!("failed to remove the cgroup of container {}: {}", container.id, chain(&error));
         }
         self.remove_volumes(&container.id, container.volumes.clone()).await;
-        for path in [&container.dir, &Path::new(STATE_DIR).join(&container.id)] {
-            match std::fs::remove_dir_all(path) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    tracing::warn!("failed to remove {}: {error}", path.display());
-                }
-                _ => {}
-            }
-        }
+        let directories = [container.dir.clone(), Path::new(STATE_DIR).join(&container.id)];
+        let _ = tokio::task::spawn_blocking(move || directories.iter().for_each(|path| remove_directory(path))).await;
     }
 
     /// Removes a container's mirrored volumes and subpaths, and unmounts shared volumes that no other container uses.
@@ -92,57 +88,44 @@ impl Tasks {
     }
 }
 
-async fn remove_cgroup(container: &Container) -> std::io::Result<()> {
-    let cgroup = &container.cgroup;
+fn remove_directory(path: &Path) {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!("failed to remove {}: {error}", path.display());
+        }
+        _ => {}
+    }
+}
+
+async fn remove_cgroup(container: &Arc<Container>) -> Result<(), ServiceError> {
+    let cgroup = container.cgroup.clone();
     if !cgroup.path().exists() {
         return Ok(());
     }
     if cgroup.is_populated() {
-        let watch = FileWatch::new(&cgroup.path().join("cgroup.events"))?;
-        cgroup.kill()?;
+        let watch = FileWatch::new(&cgroup.path().join("cgroup.events")).map_err(failed("watch the cgroup"))?;
         let deadline = Instant::now() + KILL_TIMEOUT;
+        let killed = timeout_at(deadline, kill::all(container, libc::SIGKILL)).await;
+        killed.map_err(failed("kill the processes of the container"))??;
         if let Err(error) = watch.wait_until(deadline, || !cgroup.is_populated()).await {
             tracing::warn!("failed to wait for the end of the processes of container {}: {error}", container.id);
         }
     }
-    cgroup.remove()
+    // A container can have created any number of cgroups.
+    blocking::run("remove the cgroup", move || cgroup.remove()).await
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-
-    use super::super::ProcessSpec;
-    use super::super::process::{Process, StreamTokens};
+    use super::super::hang_tests::container_below;
     use super::*;
-    use crate::cgroup::Cgroup;
     use crate::events::EventHub;
-    use crate::oom::OomWatch;
-
-    fn container(id: &str) -> Arc<Container> {
-        let cgroup = Cgroup::for_container(id);
-        Arc::new(Container {
-            id: id.to_owned(),
-            bundle: String::new(),
-            oom: Arc::new(OomWatch::new(id, cgroup.clone(), EventHub::default())),
-            cgroup,
-            init: Process::new("", StreamTokens::default(), None),
-            process: ProcessSpec::default(),
-            dir: std::env::temp_dir().join(id),
-            seccomp: None,
-            oom_score_adj: None,
-            shares_pid_namespace: false,
-            volumes: Vec::new(),
-            oom_task: Mutex::default(),
-            paused: false.into(),
-            execs: Mutex::default(),
-        })
-    }
 
     #[tokio::test]
     async fn delete_waits_for_a_container_that_is_being_created() {
         let tasks = Tasks::new(EventHub::default(), Default::default(), Default::default(), Default::default());
-        let (created, failed) = (container("husk-test-made"), container("husk-test-failed"));
+        let root = tempfile::tempdir().unwrap();
+        let (created, failed) = (container_below(root.path(), "made"), container_below(root.path(), "failed"));
         for (container, last) in [(&created, Phase::Created(7)), (&failed, Phase::New)] {
             tasks.insert(container).unwrap();
             let deleting = tasks.delete(&container.id, "");

@@ -6,35 +6,70 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
+use husk_base::error::chain;
 use husk_base::sys::pidfd;
+use tokio::time::timeout;
 
 use super::Container;
 use super::process::Process;
 use super::time_namespace::TimeNamespace;
-use crate::error::{ServiceError, failed};
+use crate::blocking;
+use crate::cgroup::Cgroup;
+use crate::error::ServiceError;
 
+/// Maximum time to wait for the exit of killed processes.
+pub const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Number of scans for newly forked processes before the container is frozen.
 const SCANS_BEFORE_FREEZE: usize = 4;
 /// Maximum number of scans. After the freeze, a few scans find all processes. The limit ends the loop if the container
 /// cannot be frozen.
 const MAX_SCANS: usize = 64;
 
+/// Number of processes that [`all`] signals at a time. Each of them needs an fd.
+const BATCH: usize = 64;
+
 /// Signals all processes of a container.
-pub fn all(container: &Container, signal: i32) -> Result<(), ServiceError> {
+pub async fn all(container: &Arc<Container>, signal: i32) -> Result<(), ServiceError> {
+    let container = Arc::clone(container);
     if signal == libc::SIGKILL {
-        return container.cgroup.kill().map_err(failed("kill the processes of the container"));
+        return blocking::run("kill the processes of the container", move || container.cgroup.kill()).await;
     }
-    for pid in container.cgroup.pids() {
-        // The agent's only async thread reaps no child between reading the PIDs and sending the signals. Therefore the
-        // PIDs of the agent's children, such as the container's init, cannot have been reused. The PID of another
-        // process can be reused, because that process has another parent, which can reap it at any time.
-        let _ = husk_base::sys::process::kill(pid, signal);
+    blocking::run("signal the processes of the container", move || {
+        signal_members(&container.cgroup, signal);
+        io::Result::Ok(())
+    })
+    .await
+}
+
+fn signal_members(cgroup: &Cgroup, signal: i32) {
+    for pids in cgroup.pids().chunks(BATCH) {
+        let opened: Vec<_> = pids.iter().filter_map(|pid| Some((pid, pidfd::open(*pid).ok()?))).collect();
+        // A process may have exited before its pidfd was opened, and its PID may have been reused. In this case, the
+        // second list does not have the PID, unless the new process belongs to the container, too.
+        let members: HashSet<i32> = cgroup.pids().into_iter().collect();
+        for (_, fd) in opened.iter().filter(|(pid, _)| members.contains(pid)) {
+            let _ = pidfd::send_signal(fd.as_fd(), signal);
+        }
     }
-    Ok(())
+}
+
+/// Kills the processes that a container has after the exit of its init. Ends after [`KILL_TIMEOUT`] at the latest.
+pub async fn rest(container: &Container) {
+    // The file is opened first. Otherwise, a write that is delayed could kill a new container with the same id.
+    let Ok(mut file) = fs::File::options().write(true).open(container.cgroup.path().join("cgroup.kill")) else {
+        return;
+    };
+    let killing = blocking::run("kill the processes of the container", move || file.write_all(b"1"));
+    match timeout(KILL_TIMEOUT, killing).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!("container {}: {}", container.id, chain(&error)),
+        Err(_) => tracing::warn!("container {}: timed out killing its processes", container.id),
+    }
 }
 
 /// Kills an exec with all its descendants, including those that have left its session or process group.
@@ -45,8 +80,7 @@ pub async fn exec(container: &Arc<Container>, process: &Arc<Process>) -> Result<
     process.signal(libc::SIGKILL)?;
     if process.time_namespace.get().is_some() {
         let (container, process) = (Arc::clone(container), Arc::clone(process));
-        let killed = tokio::task::spawn_blocking(move || kill_descendants(&container, &process)).await;
-        killed.map_err(failed("kill the exec"))?.map_err(failed("kill the exec"))?;
+        blocking::run("kill the exec", move || kill_descendants(&container, &process)).await?;
     }
     Ok(())
 }

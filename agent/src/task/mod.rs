@@ -4,6 +4,9 @@ mod create;
 mod delete;
 mod devices;
 mod exec;
+mod freeze;
+#[cfg(test)]
+mod hang_tests;
 mod helper;
 mod kill;
 mod process;
@@ -128,25 +131,34 @@ impl Tasks {
     fn watch_exit(&self, container: &Arc<Container>, process: &Arc<Process>, pid: i32) {
         let (container, process, hub) = (container.clone(), process.clone(), self.hub.clone());
         self.reaper.on_exit(pid, move |exit: ProcessExit| {
-            let oom = container.oom.check();
             if process.exec_id.is_empty() && container.shares_pid_namespace {
                 // The shared PID namespace outlives this init. Therefore the agent, not the kernel, kills the
                 // container's other processes.
-                let _ = container.cgroup.kill();
+                tokio::spawn(async move {
+                    kill::rest(&container).await;
+                    record_exit(&container, &process, &hub, pid, exit);
+                });
+            } else {
+                record_exit(&container, &process, &hub, pid, exit);
             }
-            process.advance(Phase::Stopped(pid, exit));
-            process.detach_io();
-            hub.exit(Exit {
-                container_id: container.id.clone(),
-                exec_id: process.exec_id.clone(),
-                pid: pid.unsigned_abs(),
-                status: exit.status,
-                exited_at_ns: exit.at_ns,
-                oom,
-                ..Default::default()
-            });
         });
     }
+}
+
+/// Stores the exit of a process, and publishes its event.
+fn record_exit(container: &Container, process: &Process, hub: &EventHub, pid: i32, exit: ProcessExit) {
+    let oom = container.oom.check();
+    process.advance(Phase::Stopped(pid, exit));
+    process.detach_io();
+    hub.exit(Exit {
+        container_id: container.id.clone(),
+        exec_id: process.exec_id.clone(),
+        pid: pid.unsigned_abs(),
+        status: exit.status,
+        exited_at_ns: exit.at_ns,
+        oom,
+        ..Default::default()
+    });
 }
 
 /// Checks that a container id can be used as a file name.

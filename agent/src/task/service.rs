@@ -1,8 +1,7 @@
 //! Implements containerd's Task service for the shim, with the guest's paths and PIDs.
 
+use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use husk_base::failpoint;
@@ -15,17 +14,18 @@ use husk_proto::containerd::api::{
 use husk_proto::containerd::shim_async::Task;
 use husk_proto::metrics;
 use libcgroups::common::{CgroupManager, ControllerOpt};
+use libcgroups::v2::manager::{Manager, V2ManagerError};
 use libcontainer::oci_spec::runtime::LinuxResources;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
-use tokio::time::Instant;
 use ttrpc::asynchronous::TtrpcContext;
 
 use super::process::Phase;
-use super::{Container, Tasks, kill, spec};
+use super::{Tasks, freeze, kill, spec};
+use crate::blocking;
+use crate::cgroup::Cgroup;
 use crate::error::{ServiceError, failed, malformed};
-use crate::oom::FileWatch;
 
 /// Implementation of the Task service.
 pub struct TaskService {
@@ -143,7 +143,7 @@ impl Task for TaskService {
         let process = container.process(&request.exec_id)?;
         let signal = i32::try_from(request.signal).unwrap_or(-1);
         if request.exec_id.is_empty() {
-            if request.all { kill::all(&container, signal)? } else { process.signal(signal)? }
+            if request.all { kill::all(&container, signal).await? } else { process.signal(signal)? }
         } else if signal == libc::SIGKILL {
             run_to_completion(async move { kill::exec(&container, &process).await }).await?;
         } else {
@@ -155,7 +155,9 @@ impl Task for TaskService {
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let container = self.tasks.get(&request.id)?;
         let info = |pid: i32| ProcessInfo { pid: pid.unsigned_abs(), ..Default::default() };
-        let processes = container.cgroup.pids().into_iter().map(info).collect();
+        // A container can have created any number of cgroups.
+        let pids = blocking::run("read the PIDs", move || io::Result::Ok(container.cgroup.pids())).await?;
+        let processes = pids.into_iter().map(info).collect();
         Ok(PidsResponse { processes, ..Default::default() })
     }
 
@@ -178,8 +180,7 @@ impl Task for TaskService {
         spec::adapt_resources(&mut resources, &container.cgroup)?;
         // If a memory limit is lowered, the kernel reclaims memory before the write returns. This can take long, and
         // must not block the agent's only async thread.
-        let applied = tokio::task::spawn_blocking(move || apply(&container, &resources)).await;
-        applied.map_err(failed("update the resources"))??;
+        blocking::run("update the resources", move || apply(&container.cgroup, &resources)).await?;
         Ok(Empty::new())
     }
 
@@ -191,7 +192,9 @@ impl Task for TaskService {
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let container = self.tasks.get(&request.id)?;
-        let value = metrics::read(container.cgroup.path()).write_to_bytes().map_err(failed("serialise the metrics"))?;
+        // The kernel adds up the counters of all cgroups that the container has created.
+        let read = move || metrics::read(container.cgroup.path()).write_to_bytes();
+        let value = blocking::run("read the metrics", read).await?;
         let stats = MessageField::some(Any { type_url: metrics::TYPE_URL.into(), value, ..Default::default() });
         Ok(StatsResponse { stats, ..Default::default() })
     }
@@ -217,37 +220,13 @@ impl TaskService {
     /// disconnects.
     async fn freeze(&self, id: &str, frozen: bool) -> ttrpc::Result<Empty> {
         let container = self.tasks.get(id)?;
-        run_to_completion(async move { freeze(&container, frozen).await }).await?;
+        run_to_completion(async move { freeze::set(&container, frozen).await }).await?;
         Ok(Empty::new())
     }
 }
 
 /// Sets the limits of a container's cgroup. Blocks while the kernel reclaims memory.
-fn apply(container: &Container, resources: &LinuxResources) -> Result<(), ServiceError> {
-    let manager =
-        libcgroups::v2::manager::Manager::new(crate::cgroup::MOUNT.into(), container.cgroup.name().to_owned())
-            .map_err(failed("open the cgroup"))?;
-    let options = ControllerOpt { resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None };
-    manager.apply(&options).map_err(failed("update the resources"))
-}
-
-async fn freeze(container: &Container, frozen: bool) -> Result<(), ServiceError> {
-    // Shorter than the shim's timeout of 10 s. Otherwise, the client would not learn whether the change was undone.
-    const TIMEOUT: Duration = Duration::from_secs(8);
-    if !matches!(container.init.phase(), Phase::Running(_) | Phase::Created(_)) {
-        return Err(ServiceError::FailedPrecondition("the container is not running".into()));
-    }
-    let events = container.cgroup.path().join("cgroup.events");
-    let watch = FileWatch::new(&events).map_err(failed("watch the freezer state"))?;
-    container.cgroup.freeze(frozen).map_err(failed("set the freezer state"))?;
-    let deadline = Instant::now() + TIMEOUT;
-    if let Err(error) = watch.wait_until(deadline, || container.cgroup.is_frozen() == frozen).await {
-        let _ = container.cgroup.freeze(!frozen);
-        let action = if frozen { "freeze" } else { "thaw" };
-        return Err(ServiceError::Unknown(format!(
-            "unable to {action} the container: failed to wait for the change of the freezer state: {error}"
-        )));
-    }
-    container.paused.store(frozen, Ordering::Relaxed);
-    Ok(())
+fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<(), V2ManagerError> {
+    let manager = Manager::new(cgroup.root().to_owned(), cgroup.name().to_owned())?;
+    manager.apply(&ControllerOpt { resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None })
 }
