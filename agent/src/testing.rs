@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 
 use husk_base::error::chain;
 use husk_netlink::Netlink;
-use husk_proto::GUEST_PID_NAMESPACES;
 use husk_proto::agent::{CreateOptions, SetupRequest, UpdateMirrorRequest, UpdateNetworkRequest, VolumeDirectory};
 use husk_proto::containerd::api::CreateTaskRequest;
-use libcontainer::oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process, Spec};
+use libcontainer::oci_spec::runtime::{LinuxResources, Process, Spec};
 use protobuf::Message;
 
 use crate::cgroup::Cgroup;
@@ -18,7 +17,7 @@ use crate::sandbox::mirror::Mirrors;
 use crate::sandbox::network::{self, NetworkConfig};
 use crate::sandbox::{Sandbox, setup, volume};
 use crate::shared_volumes;
-use crate::task::{check_id, shares_pid_namespace, spec};
+use crate::task::{check_id, spec};
 
 /// A sandbox that has accepted a Setup request, but has created no namespaces.
 pub struct PreparedSandbox(Sandbox);
@@ -41,15 +40,12 @@ impl PreparedSandbox {
     /// Checks a Create request. Returns the specification, adapted to the guest.
     ///
     /// # Errors
-    /// Fails if the agent rejects the request, or if the agent would create the pod's shared PID namespace.
+    /// Fails if the agent rejects the request.
     pub fn create(&self, request: &CreateTaskRequest) -> Result<Spec, String> {
         check_id(&request.id).map_err(|error| chain(&error))?;
         let options = CreateOptions::parse_from_bytes(&request.options.value).map_err(|error| chain(&error))?;
         let mut spec: Spec = serde_json::from_slice(&options.spec).map_err(|error| chain(&error))?;
         self.0.policy.check_container(&spec, request, &options.rootfs).map_err(|error| chain(&error))?;
-        if shares_pid_namespace(&spec) && !pid_namespaces_of_containers(&spec) {
-            return Err("the request would create the shared PID namespace of the pod".to_owned());
-        }
         let cgroup = Cgroup::for_container(&request.id);
         spec::adapt(&mut spec, &options.rootfs, &cgroup, &self.0, |_| Ok(PathBuf::from("/proc/1/ns/pid")))
             .map_err(|error| chain(&error))?;
@@ -67,12 +63,6 @@ impl PreparedSandbox {
         spec::adapt_process(&mut process);
         self.0.policy.check_exec("c", own, &process).map_err(|error| chain(&error))
     }
-}
-
-fn pid_namespaces_of_containers(spec: &Spec) -> bool {
-    let namespaces = spec.linux().iter().filter_map(|linux| linux.namespaces().as_ref()).flatten();
-    let mut paths = namespaces.filter(|one| one.typ() == LinuxNamespaceType::Pid).filter_map(|one| one.path().as_ref());
-    paths.all(|path| path.strip_prefix(GUEST_PID_NAMESPACES).is_ok_and(|id| id.to_str().is_some()))
 }
 
 /// Parses the resources of an Update request, and adapts them to the guest. Returns `None` if the agent rejects them.

@@ -15,7 +15,7 @@ mod shared_pid;
 mod slots;
 pub mod volume;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Mutex;
 
 use husk_base::sync::lock;
@@ -24,6 +24,7 @@ use crate::id_mappings::IdMappings;
 use crate::policy::Guard;
 use mirror::Mirrors;
 use namespaces::NamespaceError;
+use shared_pid::SharedPid;
 
 /// The pod's network namespace.
 pub const NET_NAMESPACE: &str = "/run/husk/ns/net";
@@ -34,12 +35,11 @@ pub const UTS_NAMESPACE: &str = "/run/husk/ns/uts";
 /// The pod's user namespace, if the pod has one.
 pub const USER_NAMESPACE: &str = "/run/husk/ns/user";
 /// The pod's shared PID namespace, if a container has requested it.
-const PID_NAMESPACE: &str = "/run/husk/ns/pid";
+pub(crate) const PID_NAMESPACE: &str = "/run/husk/ns/pid";
 
 #[derive(Default)]
 struct State {
     has_namespaces: bool,
-    has_shared_pid: bool,
     id_mappings: Option<IdMappings>,
 }
 
@@ -47,6 +47,7 @@ struct State {
 #[derive(Default)]
 pub struct Sandbox {
     state: Mutex<State>,
+    shared_pid: SharedPid,
     /// Mirrored volumes.
     pub mirrors: Mirrors,
     /// The agent policies of the node and the pod.
@@ -82,15 +83,13 @@ impl Sandbox {
         lock(&self.state).id_mappings.clone()
     }
 
-    /// Returns the path of the shared PID namespace. The first call creates the namespace.
-    pub fn shared_pid(&self) -> std::io::Result<PathBuf> {
-        let mut state = lock(&self.state);
-        if !state.has_shared_pid {
-            let id_mappings = state.id_mappings.as_ref().map(|_| Path::new(USER_NAMESPACE));
-            shared_pid::create(Path::new(PID_NAMESPACE), id_mappings)?;
-            state.has_shared_pid = true;
-        }
-        Ok(PathBuf::from(PID_NAMESPACE))
+    /// Creates the shared PID namespace at [`PID_NAMESPACE`] if it does not exist.
+    ///
+    /// # Errors
+    /// After an error, the next call retries.
+    pub async fn create_shared_pid(&self) -> std::io::Result<()> {
+        let user_namespace = self.id_mappings().map(|_| Path::new(USER_NAMESPACE));
+        self.shared_pid.create(Path::new(PID_NAMESPACE), user_namespace).await
     }
 }
 

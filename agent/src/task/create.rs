@@ -47,12 +47,15 @@ impl Tasks {
             return Err(ServiceError::Unimplemented("restoring from a checkpoint is not supported"));
         }
         self.sandbox.policy.check_container(&spec, &request, &options.rootfs)?;
+        self.sandbox.prepare(None).map_err(failed("prepare the pod's namespaces"))?;
+        if spec::joins_shared_pid_namespace(&spec) {
+            self.sandbox.create_shared_pid().await.map_err(failed("create the shared PID namespace"))?;
+        }
         let cgroup = Cgroup::for_container(&request.id);
         // The cgroup is created before the specification is adapted, because the cgroup's files show which limits the
         // guest kernel supports.
         let container = {
             let oom = Arc::new(OomWatch::new(&request.id, cgroup.clone(), self.hub.clone()));
-            self.sandbox.prepare(None).map_err(failed("prepare the pod's namespaces"))?;
             let dir = task_dir(&request.id);
             let is_new = self.get(&request.id).is_err();
             if is_new {

@@ -12,7 +12,7 @@ use crate::cgroup::Cgroup;
 use crate::error::{ServiceError, failed, malformed};
 use crate::helper::devices::allows_all_devices;
 use crate::id_mappings::IdMappings;
-use crate::sandbox::{IPC_NAMESPACE, NET_NAMESPACE, Sandbox, USER_NAMESPACE, UTS_NAMESPACE};
+use crate::sandbox::{IPC_NAMESPACE, NET_NAMESPACE, PID_NAMESPACE, Sandbox, USER_NAMESPACE, UTS_NAMESPACE};
 
 /// Adapts `spec` to the guest. `target` returns the path of another container's PID namespace.
 ///
@@ -69,7 +69,7 @@ pub fn adapt(
         }
     }
     let linux = spec.linux_mut().as_mut().ok_or_else(|| invalid("no linux section in the specification"))?;
-    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), sandbox, target)?;
+    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), target)?;
     linux.set_namespaces(Some(namespaces));
     if let Some(resources) = linux.resources_mut() {
         adapt_resources(resources, cgroup)?;
@@ -77,9 +77,20 @@ pub fn adapt(
     Ok(())
 }
 
+/// Whether the container joins the pod's shared PID namespace. The namespace must exist before [`adapt`] is called.
+pub fn joins_shared_pid_namespace(spec: &Spec) -> bool {
+    let namespaces = spec.linux().iter().filter_map(|linux| linux.namespaces().as_ref()).flatten();
+    let mut paths = namespaces.filter(|one| one.typ() == LinuxNamespaceType::Pid).filter_map(|one| one.path().as_ref());
+    paths.any(|path| pid_namespace_owner(path).is_none())
+}
+
+/// Returns the id of the container to which the PID namespace `path` belongs, or `None` for the shared PID namespace.
+fn pid_namespace_owner(path: &Path) -> Option<&str> {
+    path.strip_prefix(husk_proto::GUEST_PID_NAMESPACES).ok().and_then(Path::to_str)
+}
+
 fn namespaces(
     requested: &[LinuxNamespace],
-    sandbox: &Sandbox,
     target: impl Fn(&str) -> Result<PathBuf, ServiceError>,
 ) -> Result<Vec<LinuxNamespace>, ServiceError> {
     let find = |kind| requested.iter().find(|namespace| namespace.typ() == kind);
@@ -108,9 +119,9 @@ fn namespaces(
     }
     let pid = match find(LinuxNamespaceType::Pid).and_then(|namespace| namespace.path().as_ref()) {
         None => None,
-        Some(path) => Some(match path.strip_prefix(husk_proto::GUEST_PID_NAMESPACES).ok().and_then(Path::to_str) {
+        Some(path) => Some(match pid_namespace_owner(path) {
             Some(id) => target(id)?,
-            None => sandbox.shared_pid().map_err(failed("create the shared PID namespace"))?,
+            None => PathBuf::from(PID_NAMESPACE),
         }),
     };
     // A container without its own UTS namespace joins the pod's UTS namespace. Otherwise the container would have the
@@ -330,11 +341,11 @@ mod tests {
         )
         .unwrap();
         let target = |id: &str| Ok(PathBuf::from(format!("/proc/{id}")));
-        let all = namespaces(&requested, &Sandbox::default(), target).unwrap();
+        let all = namespaces(&requested, target).unwrap();
         let path = |kind| all.iter().find(|n| n.typ() == kind).unwrap().path().clone();
         assert_eq!(path(LinuxNamespaceType::Network), Some(PathBuf::from(NET_NAMESPACE)));
         assert_eq!(path(LinuxNamespaceType::Ipc), Some(PathBuf::from(IPC_NAMESPACE)));
         assert_eq!(path(LinuxNamespaceType::Uts), None);
-        assert!(namespaces(&requested[1..], &Sandbox::default(), target).is_err());
+        assert!(namespaces(&requested[1..], target).is_err());
     }
 }
