@@ -9,20 +9,43 @@ pub const MOUNT: &str = "/sys/fs/cgroup";
 /// Parent cgroup of all containers.
 const PARENT: &str = "husk";
 
-/// Creates the parent cgroup of all containers and enables all controllers for it and its children.
+/// The kernel's default for the number of PIDs (`PID_MAX_DEFAULT` in include/linux/threads.h).
+const DEFAULT_PID_MAX: u64 = 32768;
+/// Maximum number of the guest's processes and threads that containers cannot use.
+const MAX_RESERVED_PIDS: u64 = 1024;
+
+/// Creates the parent cgroup of all containers and enables all controllers for it and its children. Limits the number
+/// of processes and threads in all containers, so that the agent can always start threads and helpers. The async
+/// runtime panics if it cannot start the first thread of its blocking pool.
 pub fn init_root() -> io::Result<()> {
-    let root = Path::new(MOUNT);
+    init_hierarchy(Path::new(MOUNT), pids_for_containers())
+}
+
+fn init_hierarchy(root: &Path, pids_max: u64) -> io::Result<()> {
     let parent = root.join(PARENT);
     let controllers = fs::read_to_string(root.join("cgroup.controllers"))?;
     let all: String = controllers.split_whitespace().flat_map(|name| ["+", name, " "]).collect();
     fs::write(root.join("cgroup.subtree_control"), &all)?;
     fs::create_dir_all(&parent)?;
-    fs::write(parent.join("cgroup.subtree_control"), &all)
+    fs::write(parent.join("cgroup.subtree_control"), &all)?;
+    fs::write(parent.join("pids.max"), pids_max.to_string())
 }
 
 /// Limits the total number of processes and threads in all containers.
 pub fn limit_pids(max: u64) -> io::Result<()> {
-    fs::write(Path::new(MOUNT).join(PARENT).join("pids.max"), max.to_string())
+    fs::write(Path::new(MOUNT).join(PARENT).join("pids.max"), max.min(pids_for_containers()).to_string())
+}
+
+/// Returns the number of processes and threads that containers can use.
+fn pids_for_containers() -> u64 {
+    let limit = |name: &str| fs::read_to_string(Path::new("/proc/sys/kernel").join(name)).ok()?.trim().parse().ok();
+    let limits = ["threads-max", "pid_max"].into_iter().filter_map(limit);
+    without_reserve(limits.min().unwrap_or(DEFAULT_PID_MAX))
+}
+
+/// Subtracts the reserve of the agent from the kernel's limit.
+fn without_reserve(limit: u64) -> u64 {
+    limit - (limit / 4).min(MAX_RESERVED_PIDS)
 }
 
 /// Cgroup of one container.
@@ -158,6 +181,20 @@ pub fn parse_table(text: &str) -> BTreeMap<String, u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn init_hierarchy_reserves_pids_for_the_agent() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("cgroup.controllers"), "memory pids\n").unwrap();
+        init_hierarchy(root.path(), without_reserve(32768)).unwrap();
+        let parent = root.path().join(PARENT);
+        assert_eq!(fs::read_to_string(parent.join("cgroup.subtree_control")).unwrap(), "+memory +pids ");
+        assert_eq!(fs::read_to_string(parent.join("pids.max")).unwrap(), "31744");
+        assert_eq!(without_reserve(1000), 750);
+        assert_eq!(without_reserve(0), 0);
+        let kernel: u64 = fs::read_to_string("/proc/sys/kernel/pid_max").unwrap().trim().parse().unwrap();
+        assert!(pids_for_containers() < kernel);
+    }
 
     #[test]
     fn parse_table_skips_malformed_lines() {
