@@ -33,6 +33,9 @@ pub enum QueueFault {
     /// The rings cannot be accessed, or their indices are invalid.
     #[error("failed to access the rings of queue {0}")]
     Ring(u16, #[source] virtio_queue::Error),
+    /// The driver has made more chains available than the queue has descriptors, so that a chain is available twice.
+    #[error("queue {0} has more chains in flight than descriptors")]
+    TooManyChains(u16),
     /// The driver could not be interrupted.
     #[error("failed to interrupt the driver for queue {0}")]
     Interrupt(u16, #[source] io::Error),
@@ -253,6 +256,9 @@ pub struct Virtqueue {
     queue: virtio_queue::Queue,
     notify: EventFd,
     index: u16,
+    /// Number of chains that were popped and not returned. Devices hold chains, and a hostile driver can make the same
+    /// chain available again and again.
+    in_flight: u16,
     registered: bool,
     signal: bool,
 }
@@ -268,12 +274,19 @@ impl Virtqueue {
             return Err(ActivateError::Queue(index.into()));
         }
         queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
-        Ok(Self { queue, notify, index, registered: false, signal: false })
+        Ok(Self { queue, notify, index, in_flight: 0, registered: false, signal: false })
     }
 
     fn pop_raw<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<DescriptorChain<&'m GuestMemory>>, QueueFault> {
-        let index = self.index;
-        Ok(self.queue.iter(memory).map_err(|error| QueueFault::Ring(index, error))?.next())
+        let (index, full) = (self.index, self.in_flight >= self.queue.size());
+        let chain = self.queue.iter(memory).map_err(|error| QueueFault::Ring(index, error))?.next();
+        if chain.is_some() {
+            if full {
+                return Err(QueueFault::TooManyChains(index));
+            }
+            self.in_flight += 1;
+        }
+        Ok(chain)
     }
 
     /// Pops the next valid chain. Invalid chains before it are returned unused. Returns `None` if there are no more
@@ -307,11 +320,13 @@ impl Virtqueue {
     /// Undoes the last pop. After that pop, the caller must not have popped or returned another chain.
     pub fn undo_pop(&mut self) {
         self.queue.go_to_previous_position();
+        self.in_flight = self.in_flight.saturating_sub(1);
     }
 
     /// Returns a chain to the driver, after `len` bytes were written to the chain.
     pub fn push(&mut self, memory: &GuestMemory, head: u16, len: u32) -> Result<(), QueueFault> {
         self.signal = true;
+        self.in_flight = self.in_flight.saturating_sub(1);
         self.queue.add_used(memory, head, len).map_err(|error| QueueFault::Ring(self.index, error))
     }
 
@@ -349,6 +364,7 @@ impl Virtqueue {
     pub fn set_served_until(&mut self, index: u16) {
         self.queue.set_next_avail(index);
         self.queue.set_next_used(index);
+        self.in_flight = 0;
     }
 
     /// Returns the queue's size. Devices derive from this size how many chains they serve in one turn.

@@ -40,6 +40,30 @@ fn buffers_of_a_chain_are_read_and_written_in_parts() {
 }
 
 #[test]
+fn driver_has_at_most_as_many_chains_in_flight_as_the_queue_has_descriptors() {
+    let (memory, mut driver, mut queue) = queue_without_device(SIZE);
+    let head = driver.add(&[b"request"], &[]);
+    for _ in 1..SIZE {
+        assert_eq!(queue.pop(&memory).unwrap().unwrap().head, head);
+        driver.offer(head);
+    }
+    queue.pop(&memory).unwrap().unwrap();
+    assert!(queue.pop(&memory).unwrap().is_none());
+    driver.offer(head);
+    assert!(matches!(queue.pop_any(&memory), Err(QueueFault::TooManyChains(0))));
+    // A chain that was returned, or whose pop was undone, is not in flight.
+    let (memory, mut driver, mut queue) = queue_without_device(SIZE);
+    driver.add(&[b"request"], &[]);
+    for _ in 0..3 * SIZE {
+        queue.pop(&memory).unwrap().unwrap();
+        queue.undo_pop();
+        queue.pop(&memory).unwrap().unwrap();
+        queue.push(&memory, head, 0).unwrap();
+        driver.offer(head);
+    }
+}
+
+#[test]
 fn invalid_chains_are_returned_unused() {
     let (memory, mut driver, mut queue) = queue_without_device(SIZE);
     driver.write_descriptor(0, MEMORY - 1, 2, 0, 0);
