@@ -292,13 +292,8 @@ impl FileSystem for CheckedFs {
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
-        // FORGET has no answer. Therefore reading the attributes does not delay the guest.
-        let is_unlinked = || self.fs.getattr(ctx, inode, None).is_ok_and(|(attr, _)| attr.nlink == 0);
-        let open = if self.nodes.forget(inode, count) && is_unlinked() {
-            closing::keep_open(&self.fs, ctx, inode)
-        } else {
-            None
-        };
+        let is_last = self.nodes.forget(inode, count);
+        let open = is_last.then(|| closing::keep_open(&self.fs, ctx, inode)).flatten();
         self.fs.forget(ctx, inode, count);
         if let Some(handle) = open {
             closing::close(&self.fs, ctx, inode, handle);

@@ -15,23 +15,36 @@ use virtiofsd::passthrough::PassthroughFs;
 
 use super::ids::{Handle, Inode};
 
-/// A writer that reads nothing, and calls a function instead.
-struct Caller<F> {
+/// A writer that reads nothing, and calls a function with the file instead.
+struct Caller<'a, F, T> {
     call: Option<F>,
-    result: Option<io::Result<()>>,
+    result: &'a mut Option<io::Result<T>>,
 }
 
-impl<F: FnOnce() -> io::Result<()>> ZeroCopyWriter for Caller<F> {
-    fn read_from_file_at(&mut self, _: &File, _: usize, _: u64, _: Option<ReadvFlags>) -> io::Result<usize> {
-        self.result = self.call.take().map(|call| call());
+impl<F: FnOnce(&File) -> io::Result<T>, T> ZeroCopyWriter for Caller<'_, F, T> {
+    fn read_from_file_at(&mut self, file: &File, _: usize, _: u64, _: Option<ReadvFlags>) -> io::Result<usize> {
+        *self.result = self.call.take().map(|call| call(file));
         Ok(0)
     }
 }
 
-/// Calls `release`, which removes a handle. The handle's file is closed after the call, without a lock.
+/// Calls a function with the file of a handle. virtiofsd gives its files only to the writers of READ requests.
 ///
 /// `PassthroughFs::read()` holds a reference to the handle while it calls the writer, and drops the reference after the
 /// writer has returned.
+pub fn with_file<T>(
+    fs: &PassthroughFs,
+    ctx: Context,
+    inode: Inode,
+    handle: Handle,
+    call: impl FnOnce(&File) -> io::Result<T>,
+) -> io::Result<T> {
+    let mut result = None;
+    fs.read(ctx, inode, handle, Caller { call: Some(call), result: &mut result }, 0, 0, None, 0)?;
+    result.unwrap_or_else(|| Err(io::Error::from_raw_os_error(libc::EBADF)))
+}
+
+/// Calls `release`, which removes a handle. The handle's file is closed after the call, without a lock.
 pub fn while_open(
     fs: &PassthroughFs,
     ctx: Context,
@@ -39,16 +52,17 @@ pub fn while_open(
     handle: Handle,
     release: impl FnOnce() -> io::Result<()>,
 ) -> io::Result<()> {
-    let mut caller = Caller { call: Some(release), result: None };
-    fs.read(ctx, inode, handle, &mut caller, 0, 0, None, 0)?;
-    caller.result.unwrap_or(Ok(()))
+    with_file(fs, ctx, inode, handle, |_| release())
 }
 
-/// Opens an unlinked file, so that the file system does not have to free the file when the node's O_PATH fd is closed.
-/// Returns `None` if the file is neither a regular file nor a directory. virtiofsd opens no other files.
+/// Opens a file once more, so that the host's file system does not have to free the file when the node's O_PATH fd is
+/// closed. Makes no request to a server: a file that is opened with O_PATH is not opened at the file system. Therefore,
+/// the guest can drop its cache while the server of a network file system is gone.
+///
+/// Returns `None` if no fd is free, or if the file is neither a regular file nor a directory. virtiofsd opens no other
+/// files.
 pub fn keep_open(fs: &PassthroughFs, ctx: Context, inode: Inode) -> Option<Handle> {
-    let flags = libc::O_RDONLY | libc::O_NONBLOCK;
-    fs.open(ctx, inode, false, flags.cast_unsigned()).ok()?.0
+    fs.open(ctx, inode, false, libc::O_PATH.cast_unsigned()).ok()?.0
 }
 
 /// Closes a handle of [`keep_open`].

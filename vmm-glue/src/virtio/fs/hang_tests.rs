@@ -120,6 +120,47 @@ fn close_that_hangs_does_not_stop_requests_for_other_file_systems() {
 }
 
 #[test]
+fn close_of_a_file_with_locks_that_hangs_does_not_stop_requests_for_other_file_systems() {
+    with_share(|base| {
+        let mut volume = Hanging::mount(&share_of(base).join("volume"), FLUSH);
+        let (mut guest, node, handle) = guest_with_open_file(base);
+        // `struct fuse_lk_in`. The device opens the file once more for the lock, and closes it after the unlock.
+        let lock = |kind: i32| [longs([handle, 1, 0, 9]), words([kind.cast_unsigned(), 1, 0, 0])].concat();
+        assert_eq!(guest.error(SETLK, node, &lock(libc::F_RDLCK)), 0);
+        guest.send(SETLK, node, &lock(libc::F_UNLCK));
+        assert_eq!(volume.wait_for(1), 1);
+        guest.read_hello();
+        volume.release();
+        assert_eq!(answers(&mut guest, 1), [(0, Vec::new())]);
+    });
+}
+
+#[test]
+fn guest_can_drop_its_cache_while_a_server_does_not_answer() {
+    with_share(|base| {
+        let volume = Hanging::mount(&share_of(base).join("volume"), 0);
+        let mut guest = Guest::with_share(&share_of(base), 2);
+        guest.init();
+        let directory = guest.lookup(ROOT, "volume");
+        let nodes: Vec<u64> = (0..20).map(|number| guest.lookup(directory, &format!("file{number}"))).collect();
+        // The attributes of the files are not cached. statx(2) would wait for the server.
+        volume.hold(GETATTR);
+        for &node in &nodes {
+            let request = [guest.header(FORGET, node, 8), longs([1])].concat();
+            guest.bench.queues[0].add(&[&request], &[]);
+        }
+        let inside = format!("{}/file", share_of(base).join("volume").display());
+        let open_files = || {
+            let fds = fs::read_dir("/proc/self/fd").unwrap().map(|fd| fs::read_link(fd.unwrap().path()));
+            fds.filter(|target| target.as_ref().is_ok_and(|target| target.to_string_lossy().starts_with(&inside)))
+                .count()
+        };
+        guest.bench.run_until(|_| open_files() == 0);
+        guest.read_hello();
+    });
+}
+
+#[test]
 fn unlinked_file_on_a_frozen_file_system_is_forgotten_and_closed() {
     with_share(|base| {
         let mut volume = Ext4::mount(&base.join("image"), &share_of(base).join("volume"));

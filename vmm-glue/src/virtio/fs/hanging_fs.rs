@@ -64,6 +64,11 @@ impl Hanging {
         state.held.len()
     }
 
+    /// Begins to hold requests with another opcode.
+    pub fn hold(&self, opcode: u32) {
+        lock(&self.state.0).held_opcode = opcode;
+    }
+
     /// Answers all requests.
     pub fn release(&mut self) {
         let mut state = lock(&self.state.0);
@@ -111,8 +116,9 @@ fn answer(connection: &mut File, request: &[u8]) {
     let attributes = [longs([node, 4096, 8, 0, 0, 0]), words([0, 0, 0, mode, 1, 0, 0, 0, 4096, 0])].concat();
     let (error, body) = match opcode {
         INIT => (0, [words([7, 31, 0, 0]), vec![0; 48]].concat()),
-        LOOKUP => (0, [longs([node, 0, 3600, 3600]), words([0, 0]), attributes].concat()),
-        GETATTR => (0, [longs([3600, 0]), attributes].concat()),
+        // The names stay valid, and the attributes do not.
+        LOOKUP => (0, [longs([node, 0, 3600, 0]), words([0, 0]), attributes].concat()),
+        GETATTR => (0, [longs([0, 0]), attributes].concat()),
         OPEN | OPENDIR => (0, [longs([1]), words([DIRECT_IO, 0])].concat()),
         READ if u64_at(request, 48) == 0 => (0, b"content".to_vec()),
         READ => (0, Vec::new()),

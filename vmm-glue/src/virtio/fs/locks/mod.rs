@@ -26,9 +26,8 @@ use std::sync::{Arc, Mutex};
 use husk_base::sync::lock;
 use husk_base::sys::file_lock::{Flock, flock};
 use nix::fcntl::{FcntlArg, fcntl};
-use virtiofsd::filesystem::{Context, FileSystem as _, ZeroCopyWriter};
+use virtiofsd::filesystem::{Context, FileSystem as _};
 use virtiofsd::fuse::{FileLock, InHeader, LkIn};
-use virtiofsd::oslib::ReadvFlags;
 use virtiofsd::passthrough::PassthroughFs;
 
 use self::change::{Change, LAST_BYTE, error};
@@ -459,18 +458,8 @@ impl Locks {
         }
     }
 
-    /// Calls a function with the file of a handle. virtiofsd gives its files only to the writers of READ requests.
     fn with_file<T>(&self, inode: Inode, handle: Handle, call: impl FnOnce(&File) -> io::Result<T>) -> io::Result<T> {
-        struct Caller<'a, F, T>(Option<F>, &'a mut Option<io::Result<T>>);
-        impl<F: FnOnce(&File) -> io::Result<T>, T> ZeroCopyWriter for Caller<'_, F, T> {
-            fn read_from_file_at(&mut self, f: &File, _: usize, _: u64, _: Option<ReadvFlags>) -> io::Result<usize> {
-                *self.1 = self.0.take().map(|call| call(f));
-                Ok(0)
-            }
-        }
-        let mut result = None;
-        self.fs.read(context(), inode, handle, Caller(Some(call), &mut result), 0, 0, None, 0)?;
-        result.unwrap_or_else(|| Err(error(libc::EBADF)))
+        closing::with_file(&self.fs, context(), inode, handle, call)
     }
 }
 
