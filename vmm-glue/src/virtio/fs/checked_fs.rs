@@ -25,7 +25,7 @@ use virtiofsd::soft_idmap::GuestUid;
 use super::fd_limit::FdLimit;
 use super::ids::{Handle, Inode};
 use super::locks::Locks;
-use super::nodes::{Job, Nodes};
+use super::nodes::{Job, Nodes, SpaceWait};
 use super::{closing, request_checks, writer};
 use crate::virtio::rate_limit::SharedLimiter;
 
@@ -87,8 +87,8 @@ impl CheckedFs {
     }
 
     /// Drops the references of a job.
-    pub fn run_job(&self, node: Inode, job: &Job) {
-        self.forget(Context::from(InHeader::default()), node, job.count);
+    pub fn run_job(&self, job: &Job) {
+        self.forget(Context::from(InHeader::default()), job.node, job.count);
         self.nodes.end_job(job);
     }
 
@@ -98,10 +98,11 @@ impl CheckedFs {
     /// The host frees a removed file when its last fd is closed. A job closes the fd of the VMM. On the host, unlink(2)
     /// returns only when the file is free, and programs rely on it.
     fn wait_for_space(&self, node: Inode) {
-        while let Some((forgotten, job)) = self.nodes.take_job_of_mount(node) {
-            self.run_job(forgotten, &job);
+        let mut wait = SpaceWait::begin();
+        while let Some(job) = self.nodes.take_job_of_mount(node, &mut wait) {
+            self.run_job(&job);
         }
-        self.nodes.wait_for_jobs(node);
+        self.nodes.wait_for_jobs(node, &wait);
     }
 
     /// If only the guest uses the file, adds the option with which the file's locks stay in the guest's kernel.

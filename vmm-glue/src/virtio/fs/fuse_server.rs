@@ -174,13 +174,13 @@ impl FuseServer {
     /// The device loop calls this function. When the guest has no more references to a node, FORGET closes the node's
     /// O_PATH fd. Closing the fd can block if the file is already unlinked, because the close then causes the last
     /// iput() of the file's inode, which returns only after the host's file system has freed the file. Therefore, this
-    /// function only records the dropped references. It adds to `jobs` the nodes for which a worker has to call
-    /// [`Self::run_job`], each with its group.
+    /// function only records the dropped references. It adds to `jobs` the groups for which a worker has to call
+    /// [`Self::run_job`].
     pub fn serve_high_priority(&self, mut chain: Chain<'_>, jobs: &mut Vec<(u64, u64)>) -> u32 {
         match take::<InHeader>(&mut chain.readable) {
             Some(header) if matches!(header.opcode, FORGET | BATCH_FORGET | INTERRUPT) => {
                 self.serve_unanswered(HIGH_PRIORITY_QUEUE, header, chain.readable, |node, count| {
-                    jobs.extend(self.fs.nodes().queue_forget(node, count).map(|group| (group, node)));
+                    jobs.extend(self.fs.nodes().queue_forget(node, count).map(|group| (group, group)));
                 });
                 0
             }
@@ -192,10 +192,10 @@ impl FuseServer {
         }
     }
 
-    /// Drops the references that [`Self::serve_high_priority`] has recorded for a node.
-    pub fn run_job(&self, node: Inode) {
-        if let Some(job) = self.fs.nodes().take_job(node) {
-            self.fs.run_job(node, &job);
+    /// Drops the references that [`Self::serve_high_priority`] has recorded for one node of a group.
+    pub fn run_job(&self, group: u64) {
+        if let Some(job) = self.fs.nodes().take_job(group) {
+            self.fs.run_job(&job);
         }
     }
 

@@ -3,7 +3,7 @@
 //! The mounts decide which requests share the worker threads of one host file system. A hostile guest can make a
 //! request count for another mount. This only changes how the guest's own requests wait for each other.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::CStr;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -25,9 +25,11 @@ const NAME: u64 = 1 << 63;
 /// Maximum number of mount points whose mounts are known.
 const MAX_MOUNT_POINTS: usize = 4096;
 
-/// How long a request waits for the space of removed files.
+/// How long a request waits for the space of removed files. A job that runs for this time hangs, and no request waits
+/// for it.
 const FREE_TIMEOUT: Duration = Duration::from_secs(1);
 /// A request does not wait if its mount has more jobs than this. The guest then drops its cache, and removes no files.
+/// A request also runs at most this number of jobs.
 const MAX_AWAITED_JOBS: usize = 64;
 
 /// The nodes of a file system.
@@ -46,25 +48,72 @@ struct State {
     /// The mount at each name, by the hash of the parent's node and the name.
     mount_points: HashMap<u64, u32>,
     last_mount: u32,
-    /// The nodes for which a job is queued.
-    forgotten: HashMap<Inode, Job>,
+    /// The nodes for which a job is queued. Each is a known node. Therefore, `max` also limits the queued jobs.
+    forgotten: HashMap<Inode, Forgotten>,
     /// The jobs of each mount.
     jobs: HashMap<u32, Jobs>,
+    /// Number of the last job that was taken.
+    last_job: u64,
 }
 
-/// The dropped references of a node.
-#[derive(Debug, PartialEq, Eq)]
+/// The dropped references of a node whose job is queued.
+struct Forgotten {
+    count: u64,
+    mount: u32,
+}
+
+/// A job that was taken: the dropped references of a node.
+#[derive(Debug)]
 pub struct Job {
+    /// The node.
+    pub node: Inode,
     /// The number of references.
     pub count: u64,
     mount: u32,
+    number: u64,
 }
 
 /// The jobs of a mount.
 #[derive(Default)]
 struct Jobs {
-    queued: HashSet<Inode>,
-    running: u32,
+    queued: BTreeSet<Inode>,
+    /// Number of calls of [`Nodes::take_job`] that the workers still have to make. If a request runs a job, or a job is
+    /// dropped, its call stays, and the next job of the mount uses it. Therefore, the workers' queue cannot grow
+    /// without new nodes.
+    calls: usize,
+    /// The start of each running job, by the job's number.
+    running: BTreeMap<u64, Instant>,
+}
+
+/// The limits of a request that waits for space.
+pub struct SpaceWait {
+    end: Instant,
+    /// Number of jobs that the request may still run.
+    jobs: usize,
+}
+
+impl SpaceWait {
+    /// Begins to wait.
+    pub fn begin() -> Self {
+        Self { end: Instant::now() + FREE_TIMEOUT, jobs: MAX_AWAITED_JOBS }
+    }
+}
+
+impl Jobs {
+    /// Returns whether a job runs for so long that a request must not wait for it.
+    fn hang(&self, now: Instant) -> bool {
+        self.running.values().any(|&start| now.saturating_duration_since(start) >= FREE_TIMEOUT)
+    }
+
+    /// Returns the time until which a request waits for the running jobs, or `None` if it need not wait.
+    fn awaited_until(&self, wait: &SpaceWait, now: Instant) -> Option<Instant> {
+        if self.queued.len() > MAX_AWAITED_JOBS {
+            return None;
+        }
+        // Job numbers increase with time. Therefore, the last job is the newest.
+        let (_, &newest) = self.running.last_key_value()?;
+        Some((newest + FREE_TIMEOUT).min(wait.end)).filter(|&until| until > now)
+    }
 }
 
 /// A node that the guest has looked up and not forgotten.
@@ -133,56 +182,71 @@ impl Nodes {
         }
     }
 
-    /// Adds to the dropped references of a node. Returns the group of the job that has to be queued for the node, or
-    /// `None` if a job is already queued or the node is not known.
+    /// Adds to the dropped references of a node. Returns the group of a call of [`Nodes::take_job`] that has to be
+    /// queued, or `None` if enough calls are already queued, or the node is not known.
     pub fn queue_forget(&self, node: Inode, count: u64) -> Option<u64> {
         let state = &mut *self.lock();
         let mount = state.nodes.get(&node)?.mount;
         if count == 0 {
             return None;
         }
-        let job = state.forgotten.entry(node).or_insert(Job { count: 0, mount });
-        job.count = job.count.saturating_add(count);
-        state.jobs.entry(mount).or_default().queued.insert(node).then_some(mount.into())
+        let forgotten = state.forgotten.entry(node).or_insert(Forgotten { count: 0, mount });
+        forgotten.count = forgotten.count.saturating_add(count);
+        let jobs = state.jobs.entry(forgotten.mount).or_default();
+        jobs.queued.insert(node);
+        if jobs.calls >= jobs.queued.len() {
+            return None;
+        }
+        jobs.calls += 1;
+        Some(forgotten.mount.into())
     }
 
-    /// Takes the job of a node. Returns `None` if another thread has taken it. The caller has to call
+    /// Takes a job of a group. Returns `None` if requests have run all queued jobs. The caller has to call
     /// [`Nodes::end_job`].
-    pub fn take_job(&self, node: Inode) -> Option<Job> {
-        take(&mut self.lock(), node)
+    pub fn take_job(&self, group: u64) -> Option<Job> {
+        let state = &mut *self.lock();
+        let mount = u32::try_from(group).ok()?;
+        let jobs = state.jobs.get_mut(&mount)?;
+        jobs.calls = jobs.calls.saturating_sub(1);
+        let job = take(state, mount);
+        remove_unused(state, mount);
+        job
     }
 
     /// Takes a queued job of the node's mount, so that a request that needs space can run it. Returns `None` if the
-    /// mount has no queued job, or has many. The guest then drops its cache, and removes no files. The caller has to
-    /// call [`Nodes::end_job`].
-    pub fn take_job_of_mount(&self, node: Inode) -> Option<(Inode, Job)> {
+    /// mount has no queued job, or has many. The guest then drops its cache, and removes no files. Also returns `None`
+    /// if a job of the mount hangs, or the request has waited for long enough. The caller has to call
+    /// [`Nodes::end_job`].
+    pub fn take_job_of_mount(&self, node: Inode, wait: &mut SpaceWait) -> Option<Job> {
         let state = &mut *self.lock();
         let mount = mount_of(state, node);
-        let queued = &state.jobs.get(&mount)?.queued;
-        let next = *queued.iter().next().filter(|_| queued.len() <= MAX_AWAITED_JOBS)?;
-        take(state, next).map(|job| (next, job))
+        let jobs = state.jobs.get(&mount).filter(|jobs| jobs.queued.len() <= MAX_AWAITED_JOBS)?;
+        let now = Instant::now();
+        if jobs.hang(now) || now >= wait.end {
+            return None;
+        }
+        wait.jobs = wait.jobs.checked_sub(1)?;
+        take(state, mount)
     }
 
     /// Records the end of a job.
     pub fn end_job(&self, job: &Job) {
         let state = &mut *self.lock();
         if let Some(jobs) = state.jobs.get_mut(&job.mount) {
-            jobs.running = jobs.running.saturating_sub(1);
-            if jobs.running == 0 && jobs.queued.is_empty() {
-                state.jobs.remove(&job.mount);
-            }
+            jobs.running.remove(&job.number);
+            remove_unused(state, job.mount);
         }
         self.job_ended.notify_all();
     }
 
-    /// Waits until the running jobs of the node's mount have ended, at most for [`FREE_TIMEOUT`].
-    pub fn wait_for_jobs(&self, node: Inode) {
+    /// Waits until the running jobs of the node's mount have ended, or hang, or the request has waited for long enough.
+    pub fn wait_for_jobs(&self, node: Inode, wait: &SpaceWait) {
         let mut state = self.lock();
         let mount = mount_of(&state, node);
-        let end = Instant::now() + FREE_TIMEOUT;
-        while state.jobs.get(&mount).is_some_and(|jobs| jobs.running > 0 && jobs.queued.len() <= MAX_AWAITED_JOBS) {
-            let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else { return };
-            (state, _) = wait_timeout(&self.job_ended, state, left);
+        loop {
+            let now = Instant::now();
+            let Some(until) = state.jobs.get(&mount).and_then(|jobs| jobs.awaited_until(wait, now)) else { return };
+            (state, _) = wait_timeout(&self.job_ended, state, until.saturating_duration_since(now));
         }
     }
 
@@ -194,7 +258,14 @@ impl Nodes {
         if known.lookups > 0 {
             return false;
         }
-        state.nodes.remove(&node).is_some()
+        state.nodes.remove(&node);
+        // A job that is still queued has nothing left to do.
+        if let Some(forgotten) = state.forgotten.remove(&node)
+            && let Some(jobs) = state.jobs.get_mut(&forgotten.mount)
+        {
+            jobs.queued.remove(&node);
+        }
+        true
     }
 
     /// Drops the record of queued jobs, which end with an activation of the device.
@@ -205,9 +276,13 @@ impl Nodes {
         self.job_ended.notify_all();
     }
 
-    /// Forgets all nodes.
+    /// Forgets all nodes. The workers' queue still has its calls, and running jobs continue to run.
     pub fn clear(&self) {
-        *self.lock() = State::default();
+        let state = &mut *self.lock();
+        state.nodes.clear();
+        state.mount_points.clear();
+        state.forgotten.clear();
+        state.jobs.values_mut().for_each(|jobs| jobs.queued.clear());
     }
 }
 
@@ -215,25 +290,43 @@ fn mount_of(state: &State, node: Inode) -> u32 {
     state.nodes.get(&node).map_or(SHARE, |node| node.mount)
 }
 
-fn take(state: &mut State, node: Inode) -> Option<Job> {
-    let job = state.forgotten.remove(&node)?;
-    let jobs = state.jobs.entry(job.mount).or_default();
-    jobs.queued.remove(&node);
-    jobs.running = jobs.running.saturating_add(1);
-    Some(job)
+/// Takes a queued job of a mount.
+fn take(state: &mut State, mount: u32) -> Option<Job> {
+    let jobs = state.jobs.get_mut(&mount)?;
+    let node = jobs.queued.pop_first()?;
+    let Forgotten { count, mount } = state.forgotten.remove(&node)?;
+    state.last_job += 1;
+    jobs.running.insert(state.last_job, Instant::now());
+    Some(Job { node, count, mount, number: state.last_job })
+}
+
+/// Removes the record of a mount that has no jobs.
+fn remove_unused(state: &mut State, mount: u32) {
+    let is_unused = |jobs: &Jobs| jobs.calls == 0 && jobs.queued.is_empty() && jobs.running.is_empty();
+    if state.jobs.get(&mount).is_some_and(is_unused) {
+        state.jobs.remove(&mount);
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
 
     /// Returns `count` nodes that the guest has looked up, all of the share's mount.
     fn nodes(count: u64) -> Nodes {
         let nodes = Nodes::new(1 << 20);
-        for node in 2..2 + count {
-            nodes.lock().nodes.insert(node, Node { mount: SHARE, lookups: 1 });
-        }
+        (2..2 + count).for_each(|node| look_up(&nodes, node, SHARE));
         nodes
+    }
+
+    fn look_up(nodes: &Nodes, node: Inode, mount: u32) {
+        nodes.lock().nodes.insert(node, Node { mount, lookups: 1 });
+    }
+
+    fn take_inline(nodes: &Nodes, node: Inode) -> Option<Job> {
+        nodes.take_job_of_mount(node, &mut SpaceWait::begin())
     }
 
     #[test]
@@ -241,28 +334,107 @@ mod tests {
         let nodes = nodes(2);
         assert_eq!((nodes.queue_forget(2, 3), nodes.queue_forget(2, 4)), (Some(0), None));
         assert_eq!((nodes.queue_forget(3, 0), nodes.queue_forget(99, 1)), (None, None));
-        let (node, job) = nodes.take_job_of_mount(3).unwrap();
-        assert_eq!((node, job.count), (2, 7));
-        assert!(nodes.take_job(2).is_none() && nodes.take_job_of_mount(3).is_none());
+        let job = take_inline(&nodes, 3).unwrap();
+        assert_eq!((job.node, job.count), (2, 7));
+        assert!(nodes.take_job(0).is_none() && take_inline(&nodes, 3).is_none());
         nodes.end_job(&job);
         assert!(nodes.lock().jobs.is_empty());
-        nodes.wait_for_jobs(2);
+        nodes.wait_for_jobs(2, &SpaceWait::begin());
     }
 
     #[test]
-    fn request_waits_for_a_running_job_but_not_for_many() {
-        let nodes = nodes(100);
+    fn workers_queue_does_not_grow_when_requests_run_the_jobs() {
+        let nodes = nodes(0);
+        let mut calls = 0;
+        for node in 2..100 {
+            look_up(&nodes, node, SHARE);
+            calls += usize::from(nodes.queue_forget(node, 1).is_some());
+            match node % 3 {
+                0 => nodes.end_job(&take_inline(&nodes, node).unwrap()),
+                1 => assert!(nodes.forget(node, 1)),
+                _ => nodes.clear(),
+            }
+            assert_eq!((nodes.lock().forgotten.len(), calls), (0, 1));
+        }
+        assert!(nodes.take_job(0).is_none());
+        assert!(nodes.lock().jobs.is_empty());
+    }
+
+    #[test]
+    fn job_stays_with_the_mount_for_which_it_was_queued() {
+        let nodes = nodes(1);
+        assert_eq!(nodes.queue_forget(2, 1), Some(0));
+        look_up(&nodes, 2, 7);
+        assert_eq!(nodes.queue_forget(2, 1), None);
+        let job = nodes.take_job(0).unwrap();
+        assert_eq!((job.node, job.count), (2, 2));
+        nodes.end_job(&job);
+        assert!(nodes.lock().jobs.is_empty());
+    }
+
+    #[test]
+    fn request_waits_for_a_running_job() {
+        let nodes = nodes(2);
         nodes.queue_forget(2, 1);
-        let job = nodes.take_job(2).unwrap();
+        let job = nodes.take_job(0).unwrap();
+        // The job does not end.
+        let wait = SpaceWait { end: Instant::now() + Duration::from_millis(20), jobs: 0 };
+        nodes.wait_for_jobs(3, &wait);
+        assert!(Instant::now() >= wait.end);
+        // The job ends, and is so new that it does not hang during the test.
+        let wait = SpaceWait { end: Instant::now() + Duration::from_secs(3600), jobs: 0 };
+        *nodes.lock().jobs.get_mut(&SHARE).unwrap().running.get_mut(&job.number).unwrap() = wait.end;
+        let ended = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            let waiter = scope.spawn(|| nodes.wait_for_jobs(3));
+            scope.spawn(|| {
+                nodes.wait_for_jobs(3, &wait);
+                assert!(ended.load(Ordering::SeqCst));
+            });
+            ended.store(true, Ordering::SeqCst);
             nodes.end_job(&job);
-            waiter.join().unwrap();
         });
-        let queued = (3..100).filter(|&node| nodes.queue_forget(node, 1).is_some()).count();
-        assert!(queued > MAX_AWAITED_JOBS);
-        assert!(nodes.take_job_of_mount(3).is_none());
-        let _running = nodes.take_job(3).unwrap();
-        nodes.wait_for_jobs(3);
+    }
+
+    #[test]
+    fn request_waits_neither_for_many_jobs_nor_for_a_job_that_hangs() {
+        let now = Instant::now();
+        let wait = SpaceWait { end: now + FREE_TIMEOUT, jobs: 0 };
+        let jobs = |queued: usize, ages: &[Duration]| Jobs {
+            queued: (0..queued as u64).collect(),
+            calls: 0,
+            running: (0..).zip(ages.iter().map(|&age| now.checked_sub(age).unwrap())).collect(),
+        };
+        let half = FREE_TIMEOUT / 2;
+        assert_eq!(jobs(0, &[]).awaited_until(&wait, now), None);
+        assert_eq!(jobs(MAX_AWAITED_JOBS, &[half]).awaited_until(&wait, now), Some(now + half));
+        assert_eq!(jobs(MAX_AWAITED_JOBS + 1, &[half]).awaited_until(&wait, now), None);
+        assert_eq!(jobs(0, &[FREE_TIMEOUT, half]).awaited_until(&wait, now), Some(now + half));
+        assert_eq!(jobs(0, &[FREE_TIMEOUT]).awaited_until(&wait, now), None);
+        // However many jobs follow each other, the request waits for a limited time.
+        assert_eq!(jobs(0, &[Duration::ZERO]).awaited_until(&SpaceWait { end: now, jobs: 0 }, now), None);
+    }
+
+    #[test]
+    fn request_runs_a_limited_number_of_jobs_and_none_while_one_hangs() {
+        let nodes = nodes(200);
+        let mut wait = SpaceWait { end: Instant::now() + Duration::from_secs(3600), jobs: MAX_AWAITED_JOBS };
+        for node in 2..2 + MAX_AWAITED_JOBS as u64 {
+            nodes.queue_forget(node, 1);
+            nodes.end_job(&nodes.take_job_of_mount(node, &mut wait).unwrap());
+        }
+        nodes.queue_forget(100, 1);
+        assert!(nodes.take_job_of_mount(100, &mut wait).is_none());
+        let hangs = take_inline(&nodes, 100).unwrap();
+        nodes.queue_forget(101, 1);
+        let began = Instant::now().checked_sub(FREE_TIMEOUT).unwrap();
+        *nodes.lock().jobs.get_mut(&SHARE).unwrap().running.get_mut(&hangs.number).unwrap() = began;
+        assert!(take_inline(&nodes, 101).is_none());
+        nodes.end_job(&hangs);
+        let job = take_inline(&nodes, 101).unwrap();
+        nodes.end_job(&job);
+        for node in 102..102 + MAX_AWAITED_JOBS as u64 + 1 {
+            nodes.queue_forget(node, 1);
+        }
+        assert!(take_inline(&nodes, 102).is_none());
     }
 }
