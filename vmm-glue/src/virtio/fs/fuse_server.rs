@@ -77,9 +77,15 @@ impl FuseServer {
         self.fs.limiter()
     }
 
-    /// Interrupts all requests that wait for a lock.
-    pub fn interrupt_lock_waits(&self) {
-        self.fs.locks().interrupt_all();
+    /// Lets requests wait for locks, or interrupts all waits and lets no request begin one.
+    pub fn allow_lock_waits(&self, allowed: bool) {
+        self.fs.locks().allow_waits(allowed);
+    }
+
+    /// Returns the locks of files.
+    #[cfg(test)]
+    pub fn locks(&self) -> &std::sync::Arc<super::locks::Locks> {
+        self.fs.locks()
     }
 
     /// Returns the number of requests that wait for a lock.

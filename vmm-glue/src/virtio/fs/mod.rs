@@ -324,6 +324,7 @@ impl VirtioDevice for Fs {
         let OpenedActivation { memory, interrupt, queues: [high_priority, requests], .. } =
             activation::open_queues(activation)?;
         self.server.forget_jobs();
+        self.server.allow_lock_waits(true);
         self.workers
             .activate(Arc::clone(&memory), requests, Arc::clone(&interrupt))
             .map_err(|error| ActivateError::Host("the virtio-fs threads", error))?;
@@ -334,8 +335,9 @@ impl VirtioDevice for Fs {
 
     fn reset(&mut self) {
         self.workers.deactivate();
-        // The answers of these requests are not sent, because the activation has ended.
-        self.server.interrupt_lock_waits();
+        // The answers of these requests are not sent, because the activation has ended. A worker may be about to start
+        // a wait.
+        self.server.allow_lock_waits(false);
         if let Some(active) = self.active.take() {
             self.wake.retire(active.high_priority);
         }

@@ -161,14 +161,14 @@ impl Locks {
         self.waiters.in_calls()
     }
 
-    /// Interrupts all waits.
-    pub fn interrupt_all(&self) {
-        self.waiters.interrupt_all();
+    /// Lets requests wait, or interrupts all waits and lets no request begin one.
+    pub fn allow_waits(&self, allowed: bool) {
+        self.waiters.allow(allowed);
     }
 
     /// Forgets all locks. The file system has closed all descriptions.
     pub fn clear(&self) {
-        self.interrupt_all();
+        self.waiters.interrupt_all();
         lock(&self.table).clear();
     }
 
@@ -212,7 +212,7 @@ impl Locks {
             Ok(file) => file,
             Err(error) => return Some(Err(error)),
         };
-        self.wait(unique, move || flock(&file, operation, true), || {}, later)
+        self.wait(unique, move || flock(&file, operation, true), |_| {}, later)
     }
 
     fn set_range(
@@ -252,10 +252,15 @@ impl Locks {
         let mut file = None;
         let attempt = move || locks.wait_for_range(&change, &mut file);
         let locks = Arc::clone(self);
-        let end = move || {
-            let entered = locks.enter(change.inode);
-            let _order = lock(&entered.order);
-            locks.end_wait(&change, unique);
+        let end = move |may_block| {
+            if may_block {
+                let entered = locks.enter(change.inode);
+                let _order = lock(&entered.order);
+                locks.end_wait(&change, unique);
+            } else {
+                // If the owner has no locks, its description stays open until the guest closes its file.
+                locks.remove_wait(&change, unique);
+            }
         };
         let refused = self.wait(unique, attempt, end, wait);
         if refused.is_some() {
@@ -264,26 +269,27 @@ impl Locks {
         refused
     }
 
-    /// Starts a wait. `end` is called after the wait, and then the function that `later` returns. If the wait cannot
-    /// start, returns the error and calls neither function.
+    /// Starts a wait. `end` is called after the wait ([`Job::end`]), and then the function that `later` returns. If the
+    /// wait cannot start, returns the error and calls neither function.
     fn wait(
         &self,
         unique: u64,
         attempt: impl FnMut() -> io::Result<()> + Send + 'static,
-        end: impl FnOnce() + Send + 'static,
+        end: impl FnOnce(bool) + Send + 'static,
         later: impl FnOnce() -> Answer,
     ) -> Option<io::Result<()>> {
         // The answer must exist before the thread starts, and must be dropped unused if the thread does not start.
         let answer = Arc::new(Mutex::new(None::<Answer>));
         let slot = Arc::clone(&answer);
         let mut slot_guard = lock(&answer);
-        let finish = move |result| {
-            end();
-            if let Some(answer) = lock(&slot).take() {
+        let send = move |result| {
+            let answer = lock(&slot).take();
+            if let Some(answer) = answer {
                 answer(result);
             }
         };
-        match self.waiters.add(unique, Job { wait: Box::new(attempt), finish: Box::new(finish) }) {
+        let job = Job { wait: Box::new(attempt), end: Box::new(end), answer: Box::new(send) };
+        match self.waiters.add(unique, job) {
             Ok(()) => {
                 *slot_guard = Some(later());
                 None
@@ -320,13 +326,16 @@ impl Locks {
     }
 
     fn end_wait(&self, change: &Change, unique: u64) {
+        self.remove_wait(change, unique);
+        self.sweep(change);
+    }
+
+    fn remove_wait(&self, change: &Change, unique: u64) {
         let mut table = lock(&self.table);
         table.remove_wait(unique);
         if let Some(locks) = table.owner_mut(change.inode, change.owner) {
             locks.waits = locks.waits.saturating_sub(1);
         }
-        drop(table);
-        self.sweep(change);
     }
 
     /// Opens a description for the owner, unless the owner has one that allows the lock.

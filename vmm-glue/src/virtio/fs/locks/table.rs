@@ -1,6 +1,6 @@
 //! What the VMM knows about the locks of its guest: who has which ranges, and who waits for which.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 
 use super::super::ids::{Handle, Inode};
@@ -151,7 +151,7 @@ impl Table {
     /// Returns whether a process would wait for itself if it waited for a lock. Like the kernel's function
     /// (`posix_locks_deadlock` in fs/locks.c), this function knows only locks and waits of processes.
     pub fn deadlock(&self, inode: Inode, owner: Owner, lock: &RangeLock) -> bool {
-        let mut seen = vec![owner];
+        let mut seen = HashSet::from([owner]);
         let mut next = vec![(inode, owner, *lock)];
         while let Some((inode, waiting, lock)) = next.pop() {
             let owners = self.files.get(&inode).into_iter().flat_map(|file| &file.owners);
@@ -162,8 +162,7 @@ impl Table {
                 if holder == owner {
                     return true;
                 }
-                if !seen.contains(&holder) {
-                    seen.push(holder);
+                if seen.insert(holder) {
                     let waits = self.waiting.values().filter(|wait| wait.owner == holder);
                     next.extend(waits.map(|wait| (wait.inode, wait.owner, wait.lock)));
                 }

@@ -3,12 +3,15 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use husk_base::sys::file_lock::{Flock, flock};
 use nix::fcntl::{FcntlArg, fcntl};
+use virtiofsd::fuse::{FileLock, LkIn};
 
+use super::Answer;
 use crate::virtio::device::VirtioDevice as _;
 use crate::virtio::fs::test_guest::*;
 
@@ -347,6 +350,30 @@ fn reset_and_pause_do_not_wait_for_locks() {
     is_idle.recv_timeout(Duration::from_secs(10)).unwrap();
     pod.until_waiting(0);
     assert!(pod.guest.bench.queues[1].poll().is_none());
+}
+
+#[test]
+fn worker_begins_no_wait_after_a_reset() {
+    let root = share();
+    let mut pod = Pod::new(root.path());
+    let host = on_host(root.path());
+    flock(&host, Flock::Exclusive, false).unwrap();
+    host_lock(&host, WRITE_LOCK, 0, 0).unwrap();
+    let locks = Arc::clone(pod.guest.bench.lock().server.locks());
+    let wait = |pod: &Pod, flags: u32| {
+        let lk = FileLock { start: 0, end: ALL.1, type_: WRITE_LOCK.cast_unsigned(), pid: 1 };
+        let request = LkIn { fh: pod.handle, owner: 1, lk, lk_flags: flags, ..LkIn::default() };
+        locks.set(pod.node, 1000, &request, Some(|| -> Answer { Box::new(|_| {}) }))
+    };
+    // A worker has taken the request before the reset, and begins the wait afterwards.
+    pod.guest.bench.lock().reset();
+    for flags in [0, FLOCK] {
+        assert_eq!(wait(&pod, flags).map(|result| result.unwrap_err().raw_os_error()), Some(Some(libc::EINTR)));
+    }
+    // The requests of the next activation wait.
+    pod.guest.bench.activate(0);
+    assert!(wait(&pod, FLOCK).is_none());
+    pod.until_waiting(1);
 }
 
 #[test]

@@ -19,7 +19,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::jail::{Kind, confine};
 
-/// Maximum number of waits of a pod.
+/// Maximum number of waits of a pod. A wait counts until its thread has nothing left to do but to send the answer.
 pub const MAX_WAITS: usize = 64;
 /// Maximum number of early interrupts that are remembered. The request queue of the device has room for as many
 /// requests.
@@ -37,8 +37,11 @@ pub struct Job {
     /// Waits for the lock in a system call. The function is called again if it fails with EWOULDBLOCK, or with EINTR
     /// although the wait was not interrupted.
     pub wait: Box<dyn FnMut() -> io::Result<()> + Send>,
-    /// Ends the wait. The function gets EINTR if the wait was interrupted.
-    pub finish: Box<dyn FnOnce(io::Result<()>) + Send>,
+    /// Ends the wait. The function may close a file, which can hang on the host. If no thread could be started for the
+    /// wait, the manager calls the function with `false`. The function must then not block.
+    pub end: Box<dyn FnOnce(bool) + Send>,
+    /// Sends the answer after `end`. The function gets EINTR if the wait was interrupted.
+    pub answer: Box<dyn FnOnce(io::Result<()>) + Send>,
 }
 
 /// The waits of one device. If the value is dropped, all waits are interrupted, and their threads end.
@@ -47,16 +50,22 @@ pub struct Waiters(Arc<Shared>);
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+    /// Stack size of a waiting thread.
+    stack: usize,
 }
 
 #[derive(Default)]
 struct State {
     /// Waits that have no thread yet, by the request's unique id.
     new: VecDeque<(u64, Job)>,
-    /// All waits, by the request's unique id.
+    /// All waits that have not got a result, by the request's unique id.
     waits: HashMap<u64, Wait>,
+    /// Number of waits that count for [`MAX_WAITS`].
+    count: usize,
     /// Unique ids of requests that were interrupted before they began to wait.
     early: VecDeque<u64>,
+    /// Whether no wait may begin, because the device is not active.
+    forbidden: bool,
     ended: bool,
 }
 
@@ -81,8 +90,12 @@ impl Waiters {
     /// # Errors
     /// If the thread cannot be started or confined.
     pub fn start() -> io::Result<Self> {
+        Self::start_with(STACK)
+    }
+
+    fn start_with(stack: usize) -> io::Result<Self> {
         register_signal_handler(signal(), on_signal).map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
-        let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new() });
+        let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new(), stack });
         let this = Self(Arc::clone(&shared));
         let (confined, result) = channel();
         Builder::new().name(Kind::LockWaiter.thread_name().to_owned()).stack_size(STACK).spawn(move || {
@@ -102,18 +115,19 @@ impl Waiters {
     /// Starts a wait for the request `unique`.
     ///
     /// # Errors
-    /// EINTR if the request is already interrupted, and ENOLCK if there are too many waits. `job.finish` is then not
-    /// called.
+    /// EINTR if the request is already interrupted or no wait may begin, and ENOLCK if there are too many waits. No
+    /// function of the job is then called.
     pub fn add(&self, unique: u64, job: Job) -> io::Result<()> {
         let mut state = lock(&self.0.state);
-        if state.take_early(unique) {
+        if state.take_early(unique) || state.forbidden {
             return Err(io::Error::from_raw_os_error(libc::EINTR));
         }
         // The guest chooses the ids. An id that is in use must not hide another wait.
-        if state.ended || state.waits.len() >= MAX_WAITS || state.waits.contains_key(&unique) {
+        if state.ended || state.count >= MAX_WAITS || state.waits.contains_key(&unique) {
             return Err(io::Error::from_raw_os_error(libc::ENOLCK));
         }
         state.waits.insert(unique, Wait::default());
+        state.count += 1;
         state.new.push_back((unique, job));
         self.0.changed.notify_all();
         Ok(())
@@ -149,10 +163,18 @@ impl Waiters {
 
     /// Interrupts all waits.
     pub fn interrupt_all(&self) {
-        let mut state = lock(&self.0.state);
-        state.waits.values_mut().for_each(|wait| wait.interrupted = true);
-        state.early.clear();
+        lock(&self.0.state).interrupt_all();
         self.0.changed.notify_all();
+    }
+
+    /// Allows new waits, or interrupts all waits and allows no new ones.
+    pub fn allow(&self, allowed: bool) {
+        let mut state = lock(&self.0.state);
+        state.forbidden = !allowed;
+        if !allowed {
+            state.interrupt_all();
+            self.0.changed.notify_all();
+        }
     }
 }
 
@@ -165,6 +187,11 @@ impl Drop for Waiters {
 }
 
 impl State {
+    fn interrupt_all(&mut self) {
+        self.waits.values_mut().for_each(|wait| wait.interrupted = true);
+        self.early.clear();
+    }
+
     fn take_early(&mut self, unique: u64) -> bool {
         let at = self.early.iter().position(|&early| early == unique);
         at.is_some_and(|at| self.early.remove(at).is_some())
@@ -212,22 +239,31 @@ impl Shared {
     }
 
     fn start(self: &Arc<Self>, unique: u64, job: Job) {
-        let Job { wait, finish } = job;
-        // If the thread cannot be started, the closure is dropped. Therefore, `finish` is not moved into the closure.
-        let finish = Arc::new(Mutex::new(Some(finish)));
-        let (shared, end) = (Arc::clone(self), Arc::clone(&finish));
-        let thread = Builder::new().name(Kind::LockWaiter.thread_name().to_owned()).stack_size(STACK);
+        let Job { wait, end, answer } = job;
+        // If the thread cannot be started, the closure is dropped. Therefore, the closure does not own these functions.
+        let last = Arc::new(Mutex::new(Some((end, answer))));
+        let (shared, taken) = (Arc::clone(self), Arc::clone(&last));
+        let thread = Builder::new().name(Kind::LockWaiter.thread_name().to_owned()).stack_size(self.stack);
         let started = thread.spawn(move || {
             let result = shared.wait(unique, wait);
-            if let Some(finish) = lock(&end).take() {
-                finish(result);
+            let last = lock(&taken).take();
+            if let Some((end, answer)) = last {
+                end(true);
+                lock(&shared.state).count -= 1;
+                answer(result);
             }
         });
         if let Err(error) = started {
             log::error!("failed to start a thread that waits for a lock: {error}");
-            lock(&self.state).waits.remove(&unique);
-            if let Some(finish) = lock(&finish).take() {
-                finish(Err(io::Error::from_raw_os_error(libc::ENOLCK)));
+            let last = lock(&last).take();
+            if let Some((end, answer)) = last {
+                // The manager must not hang, because it interrupts the other waits.
+                end(false);
+                let mut state = lock(&self.state);
+                state.waits.remove(&unique);
+                state.count -= 1;
+                drop(state);
+                answer(Err(io::Error::from_raw_os_error(libc::ENOLCK)));
             }
         }
     }
@@ -279,10 +315,73 @@ mod tests {
     /// Returns a wait for the lock of a file. The errno of the result is sent to a channel.
     fn job(file: &tempfile::NamedTempFile, results: &Results) -> Job {
         let (file, results) = (file.reopen().unwrap(), results.0.clone());
-        let finish = move |result: io::Result<()>| {
+        let answer = move |result: io::Result<()>| {
             results.send(result.err().and_then(|error| error.raw_os_error())).unwrap();
         };
-        Job { wait: Box::new(move || flock(&file, Flock::Exclusive, true)), finish: Box::new(finish) }
+        let wait = Box::new(move || flock(&file, Flock::Exclusive, true));
+        Job { wait, end: Box::new(|_| {}), answer: Box::new(answer) }
+    }
+
+    fn errno(result: io::Result<()>) -> Option<i32> {
+        result.unwrap_err().raw_os_error()
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri lacks flock")]
+    fn waits_that_hang_at_their_end_are_bounded() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (waiters, results, (ending, ends)) = (Waiters::start().unwrap(), channel(), channel());
+        let (release, hang) = channel::<()>();
+        let hang = Arc::new(Mutex::new(hang));
+        for unique in 0..MAX_WAITS as u64 {
+            let (ending, hang) = (ending.clone(), Arc::clone(&hang));
+            let end = Box::new(move |may_block| {
+                ending.send(may_block).unwrap();
+                // The channel is closed when the hang ends.
+                let _ = lock(&hang).recv();
+            });
+            waiters.add(unique, Job { end, ..job(&file, &results) }).unwrap();
+        }
+        // All have got the lock, and none has sent its answer.
+        assert!((0..MAX_WAITS).all(|_| ends.recv().unwrap()));
+        assert_eq!(errno(waiters.add(1000, job(&file, &results))), Some(libc::ENOLCK));
+        drop(release);
+        for _ in 0..MAX_WAITS {
+            assert_eq!(results.1.recv().unwrap(), None);
+        }
+        waiters.add(1000, job(&file, &results)).unwrap();
+        assert_eq!(results.1.recv().unwrap(), None);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri lacks the signal handler")]
+    fn manager_does_not_block_when_no_thread_can_be_started() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        // No address space has room for such a stack.
+        let (waiters, results, (ending, ends)) = (Waiters::start_with(1 << 50).unwrap(), channel(), channel());
+        for unique in 0..2 * MAX_WAITS as u64 {
+            let ending = ending.clone();
+            let end = Box::new(move |may_block| ending.send(may_block).unwrap());
+            waiters.add(unique, Job { end, ..job(&file, &results) }).unwrap();
+            assert_eq!((ends.recv().unwrap(), results.1.recv().unwrap()), (false, Some(libc::ENOLCK)));
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri lacks flock")]
+    fn no_wait_begins_while_waits_are_forbidden() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let host = file.reopen().unwrap();
+        flock(&host, Flock::Exclusive, false).unwrap();
+        let (waiters, results) = (Waiters::start().unwrap(), channel());
+        waiters.add(1, job(&file, &results)).unwrap();
+        waiters.allow(false);
+        assert_eq!(results.1.recv().unwrap(), Some(libc::EINTR));
+        assert_eq!(errno(waiters.add(2, job(&file, &results))), Some(libc::EINTR));
+        waiters.allow(true);
+        waiters.add(2, job(&file, &results)).unwrap();
+        flock(&host, Flock::Unlock, false).unwrap();
+        assert_eq!(results.1.recv().unwrap(), None);
     }
 
     #[test]
@@ -294,7 +393,6 @@ mod tests {
         for unique in 0..MAX_WAITS as u64 {
             waiters.add(unique, job(&file, &results)).unwrap();
         }
-        let errno = |result: io::Result<()>| result.unwrap_err().raw_os_error();
         assert_eq!(errno(waiters.add(1000, job(&file, &results))), Some(libc::ENOLCK));
         waiters.interrupt(3);
         assert_eq!(results.1.recv().unwrap(), Some(libc::EINTR));
