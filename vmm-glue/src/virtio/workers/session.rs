@@ -432,3 +432,7 @@ impl KeptRequest {
         self.session.end_kept(self.name, self.head, write);
     }
 }
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;

@@ -1,4 +1,4 @@
-//! Tests of a reset while a worker is serving a request.
+//! Tests of a reset while a worker is serving a request. Also the device for the tests of a session.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
@@ -12,9 +12,16 @@ use crate::virtio::activation::{self, OpenedActivation};
 use crate::virtio::device::{ActivateError, Activation, VirtioDevice};
 use crate::virtio::testing::Bench;
 
-/// A handler that reports the start of each request, and then waits until the test ends the request.
-struct Held {
-    started: Mutex<Sender<()>>,
+/// What a worker has started.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Started {
+    Request,
+    Job,
+}
+
+/// A handler that reports the start of each request and job, and then waits until the test ends it.
+pub struct Held {
+    started: Mutex<Sender<Started>>,
     end: Mutex<Receiver<()>>,
     limiter: SharedLimiter,
 }
@@ -22,6 +29,7 @@ struct Held {
 impl Handler for Held {
     const NAME: &'static str = "held";
     const KIND: Kind = Kind::Disk;
+    const GROWTH: Option<Growth> = Some(Growth { workers: 2, per_group: 2, supervisor: Kind::FileSupervisor });
 
     fn limiter(&self) -> &SharedLimiter {
         &self.limiter
@@ -32,13 +40,19 @@ impl Handler for Held {
     }
 
     fn serve(&self, _memory: &GuestMemory, _request: Chain<'_>, _later: Later<'_>) -> Option<u32> {
-        lock(&self.started).send(()).unwrap();
-        lock(&self.end).recv().unwrap();
+        lock(&self.started).send(Started::Request).unwrap();
+        // The channel is closed at the end of the test.
+        let _ = lock(&self.end).recv();
         Some(0)
+    }
+
+    fn run_job(&self, _job: u64) {
+        lock(&self.started).send(Started::Job).unwrap();
+        let _ = lock(&self.end).recv();
     }
 }
 
-struct Device(Workers<Held>);
+pub struct Device(pub Workers<Held>);
 
 impl MutEventSubscriber for Device {
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {}
@@ -66,14 +80,20 @@ impl VirtioDevice for Device {
     }
 }
 
-/// Returns a device whose worker is serving a request. Also returns the sender that ends a request, and the receiver
-/// that reports the start of a request.
-fn serving() -> (Bench<Device>, Sender<()>, Receiver<()>) {
+/// Returns an active device. Also returns the sender that ends a request, and the receiver that reports the start of a
+/// request.
+pub fn active(workers: u8) -> (Bench<Device>, Sender<()>, Receiver<Started>) {
     let ((started, starts), (end, ends)) = (channel(), channel());
     let handler =
         Arc::new(Held { started: Mutex::new(started), end: Mutex::new(ends), limiter: SharedLimiter::default() });
-    let mut bench = Bench::new(Device(Workers::start(2, handler).unwrap()));
+    let mut bench = Bench::new(Device(Workers::start(workers, handler).unwrap()));
     bench.activate(0);
+    (bench, end, starts)
+}
+
+/// Returns a device whose worker is serving a request, as [`active`] does.
+fn serving() -> (Bench<Device>, Sender<()>, Receiver<Started>) {
+    let (mut bench, end, starts) = active(2);
     bench.queues[0].add(&[b"request"], &[1]);
     starts.recv().unwrap();
     (bench, end, starts)

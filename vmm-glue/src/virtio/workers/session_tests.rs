@@ -1,0 +1,55 @@
+//! Tests of a session: chains in flight, wake-ups, limits of workers, and pauses.
+
+use std::sync::atomic::Ordering;
+
+use super::*;
+use crate::virtio::testing::Bench;
+use crate::virtio::workers::tests::{Device, Started, active};
+
+fn session(bench: &Bench<Device>) -> Arc<Session> {
+    lock(&bench.lock().0.pool.state).session.clone().unwrap()
+}
+
+/// Waits until the state of the session fulfils a condition.
+fn wait_until(session: &Session, mut condition: impl FnMut(&State) -> bool) {
+    while !condition(&session.lock()) {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn driver_that_offers_a_chain_again_and_again_stops_the_device() {
+    let (mut bench, end, _starts) = active(2);
+    let (session, irq) = (session(&bench), Arc::clone(&bench.irq));
+    let head = bench.queues[0].add(&[b"request"], &[1]);
+    // The first requests hang. The others are held, because their group may not have more workers.
+    for taken in 1..100 {
+        wait_until(&session, |state| state.taken == taken || state.failed);
+        if session.lock().failed {
+            break;
+        }
+        bench.queues[0].offer(head);
+    }
+    assert_eq!(irq.needs_reset.load(Ordering::SeqCst), 1);
+    drop(end);
+}
+
+#[test]
+fn request_is_served_although_a_job_that_hangs_has_taken_its_wakeup() {
+    let (mut bench, end, starts) = active(2);
+    let session = session(&bench);
+    wait_until(&session, |state| state.idle == 2);
+    // The lock lets a worker see the request and the job at the same time, after one notification for both.
+    let mut state = session.lock();
+    state.groups.queue(1, 0);
+    bench.queues[0].add(&[b"request"], &[1]);
+    drop(state);
+    let mut started = Vec::new();
+    bench.run_until(|_| {
+        started.extend(starts.try_iter());
+        started.len() == 2
+    });
+    assert_eq!(started, [Started::Job, Started::Request]);
+    drop(end);
+    bench.run_until(|queues| queues[0].poll().is_some());
+}
