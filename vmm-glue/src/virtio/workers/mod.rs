@@ -167,7 +167,7 @@ impl<H: Handler> Workers<H> {
         let count = self.pool.count;
         let (added, per_group) = H::GROWTH.map_or((0, usize::MAX), |growth| (growth.workers, growth.per_group));
         let mut pool = lock(&self.pool.state);
-        let session = Session::new(memory, queue, interrupt, pool.paused, count + added, per_group.max(count))?;
+        let session = Session::new(memory, queue, interrupt, pool.paused, (count, added), per_group.max(count))?;
         pool.session = Some(Arc::new(session));
         self.pool.changed.notify_all();
         Ok(())

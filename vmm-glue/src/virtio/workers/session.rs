@@ -35,6 +35,8 @@ pub struct Session {
     changed: Condvar,
     /// Notified when the supervisor has something to do.
     supervise: Condvar,
+    /// Number of workers that the device has from its start.
+    first_workers: usize,
     /// Maximum number of workers, with the additional ones.
     max_workers: usize,
 }
@@ -68,7 +70,7 @@ impl State {
 }
 
 impl Session {
-    /// Creates a session. A group has at most `max_busy` of the `max_workers` workers.
+    /// Creates a session for `first_workers` workers and `added` additional ones. A group has at most `max_busy` workers.
     ///
     /// # Errors
     /// If an eventfd cannot be created.
@@ -77,7 +79,7 @@ impl Session {
         queue: Virtqueue,
         interrupt: Arc<dyn Interrupt>,
         paused: bool,
-        max_workers: usize,
+        (first_workers, added): (usize, usize),
         max_busy: usize,
     ) -> io::Result<Self> {
         let notify = queue.notify_eventfd().try_clone()?;
@@ -106,7 +108,8 @@ impl Session {
             state: Mutex::new(state),
             changed: Condvar::new(),
             supervise: Condvar::new(),
-            max_workers,
+            first_workers,
+            max_workers: first_workers + added,
         })
     }
 
@@ -220,7 +223,8 @@ impl Session {
 
     /// Returns the maximum number of workers of a group. If many groups hang, each group gets fewer workers.
     fn max_busy(&self, state: &State) -> usize {
-        if state.busy * 2 > self.max_workers { FEW_WORKERS } else { usize::MAX }
+        let many_hang = state.workers > self.first_workers && state.busy * 2 > self.max_workers;
+        if many_hang { FEW_WORKERS } else { usize::MAX }
     }
 
     /// Serves requests until the queue is empty or another worker waits for the next request's admission, and then

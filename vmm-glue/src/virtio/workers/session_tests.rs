@@ -53,3 +53,19 @@ fn request_is_served_although_a_job_that_hangs_has_taken_its_wakeup() {
     drop(end);
     bench.run_until(|queues| queues[0].poll().is_some());
 }
+
+#[test]
+fn group_has_few_workers_only_if_workers_were_added() {
+    let (bench, _end, _starts) = active(8);
+    let session = session(&bench);
+    wait_until(&session, |state| state.workers == 8);
+    let mut state = session.lock();
+    let (workers, busy) = (state.workers, state.busy);
+    state.busy = 7;
+    assert_eq!(session.max_busy(&state), usize::MAX);
+    state.workers = 9;
+    assert_eq!(session.max_busy(&state), FEW_WORKERS);
+    state.busy = 5;
+    assert_eq!(session.max_busy(&state), usize::MAX);
+    (state.workers, state.busy) = (workers, busy);
+}
