@@ -57,6 +57,8 @@ struct State {
     /// Whether a worker waits until the next request is admitted.
     throttled: bool,
     paused: bool,
+    /// Whether the pause has taken effect. Requests that hang until now get their answers after the pause.
+    settled: bool,
     stopped: bool,
     /// Whether the driver broke the queue. No more requests are taken from a broken queue.
     failed: bool,
@@ -97,6 +99,7 @@ impl Session {
             supervisor_waits: false,
             throttled: false,
             paused,
+            settled: paused,
             stopped: false,
             failed: false,
         };
@@ -134,15 +137,19 @@ impl Session {
         let end = Instant::now() + PAUSE_TIMEOUT;
         while state.busy > 0 {
             let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else {
-                return log::warn!("{name}: paused while {} requests hang on the host", state.busy);
+                log::warn!("{name}: paused while {} requests hang on the host", state.busy);
+                break;
             };
             (state, _) = wait_timeout(&self.changed, state, left);
         }
+        state.settled = true;
     }
 
     /// Resumes the session.
     pub fn resume(&self, name: &str) {
-        self.lock().paused = false;
+        let mut state = self.lock();
+        (state.paused, state.settled) = (false, false);
+        drop(state);
         self.changed.notify_all();
         // A worker may have cleared the notification during the pause, and then waited for the end of the pause.
         // Therefore, one worker checks the queue again.
@@ -312,6 +319,9 @@ impl Session {
         state.groups.leave(group);
         if let Some(used) = used {
             self.answer(&mut state, head, used)?;
+            while state.settled && !state.stopped {
+                state = wait(&self.changed, state);
+            }
         }
         Ok(state)
     }

@@ -69,3 +69,18 @@ fn group_has_few_workers_only_if_workers_were_added() {
     assert_eq!(session.max_busy(&state), usize::MAX);
     (state.workers, state.busy) = (workers, busy);
 }
+
+#[test]
+fn request_that_hangs_is_answered_after_the_pause() {
+    let (mut bench, end, starts) = active(2);
+    let session = session(&bench);
+    bench.queues[0].add(&[b"request"], &[1]);
+    starts.recv().unwrap();
+    // The pause does not wait any longer.
+    bench.lock().0.pause();
+    end.send(()).unwrap();
+    wait_until(&session, |state| state.busy == 0);
+    assert!(bench.queues[0].poll().is_none());
+    bench.lock().0.resume();
+    bench.run_until(|queues| queues[0].poll().is_some());
+}
