@@ -228,7 +228,8 @@ impl Session {
         Ok(epoll)
     }
 
-    /// Returns the maximum number of workers of a group. If many groups hang, each group gets fewer workers.
+    /// Returns the maximum number of workers of a group. If many groups hang, each group gets fewer workers. While there
+    /// are no additional workers, not all workers hang.
     fn max_busy(&self, state: &State) -> usize {
         let many_hang = state.workers > self.first_workers && state.busy * 2 > self.max_workers;
         if many_hang { FEW_WORKERS } else { usize::MAX }
@@ -318,10 +319,10 @@ impl Session {
         let (mut state, used) = self.busy(state, || handler.serve(&self.memory, request, later));
         state.groups.leave(group);
         if let Some(used) = used {
-            self.answer(&mut state, head, used)?;
             while state.settled && !state.stopped {
                 state = wait(&self.changed, state);
             }
+            self.answer(&mut state, head, used)?;
         }
         Ok(state)
     }
@@ -381,24 +382,32 @@ impl Session {
         let mut state = self.lock();
         let mut delay = GROW_DELAY;
         while !state.stopped {
-            if !state.is_stuck() && !state.groups.has_excess() {
+            if !state.is_stuck() {
                 delay = GROW_DELAY;
+                // The wait ends early if all workers hang.
                 state.supervisor_waits = true;
-                state = wait(&self.supervise, state);
+                let retry;
+                (state, retry) = if state.groups.has_excess() {
+                    let (state, waited) = wait_timeout(&self.supervise, state, RETRY_DELAY);
+                    (state, waited.timed_out())
+                } else {
+                    (wait(&self.supervise, state), false)
+                };
                 state.supervisor_waits = false;
+                if retry && state.groups.has_excess() && state.idle > 0 {
+                    drop(state);
+                    self.notify_one(name);
+                    state = self.lock();
+                }
                 continue;
             }
-            let (stuck, taken) = (state.is_stuck(), state.taken);
-            (state, _) = wait_timeout(&self.supervise, state, if stuck { delay } else { RETRY_DELAY });
-            let (stopped, stuck) = (state.stopped, stuck && state.is_stuck() && state.taken == taken);
-            let excess = state.groups.has_excess() && state.idle > 0;
-            drop(state);
-            if stuck && !stopped {
+            let taken = state.taken;
+            (state, _) = wait_timeout(&self.supervise, state, delay);
+            if !state.stopped && state.is_stuck() && state.taken == taken {
+                drop(state);
                 delay = if add_worker() { GROW_DELAY } else { RETRY_DELAY };
-            } else if excess {
-                self.notify_one(name);
+                state = self.lock();
             }
-            state = self.lock();
         }
     }
 

@@ -71,6 +71,29 @@ fn group_has_few_workers_only_if_workers_were_added() {
 }
 
 #[test]
+fn supervisor_can_be_woken_while_a_group_has_too_many_requests() {
+    let (mut bench, end, starts) = active(2);
+    let session = session(&bench);
+    for _ in 0..2 {
+        bench.queues[0].add(&[b"request"], &[1]);
+        starts.recv().unwrap();
+    }
+    // The supervisor adds a worker, which holds these requests. The group may have no third worker.
+    for _ in 0..6 {
+        bench.queues[0].add(&[b"request"], &[1]);
+    }
+    wait_until(&session, |state| state.groups.has_excess());
+    // Later, requests are refused, because the group is stuck. Until then, a worker can wake the supervisor.
+    let mut can_be_woken = false;
+    wait_until(&session, |state| {
+        can_be_woken |= state.supervisor_waits;
+        can_be_woken || !state.groups.has_excess()
+    });
+    assert!(can_be_woken);
+    drop(end);
+}
+
+#[test]
 fn request_that_hangs_is_answered_after_the_pause() {
     let (mut bench, end, starts) = active(2);
     let session = session(&bench);
