@@ -249,7 +249,7 @@ impl Connection {
                 match socket::send(&self.socket, payload.as_slice()) {
                     Ok(count) => {
                         payload.skip(count);
-                        self.forward(count);
+                        self.delivered(count);
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     Err(_) => {
@@ -278,10 +278,15 @@ impl Connection {
         // `count` fits in a u32, because the received bytes that are neither delivered nor dropped fit in the window.
         let count = u32::try_from(count).unwrap_or(u32::MAX);
         self.forwarded = self.forwarded.wrapping_add(count);
-        self.window.delivered(count);
         if self.forwarded.wrapping_sub(self.reported_forwarded) >= self.window.size() / 4 {
             self.pending.credit_update = true;
         }
+    }
+
+    /// Records that the device has delivered `count` bytes from the guest to the socket. Only then, the window may grow.
+    fn delivered(&mut self, count: usize) {
+        self.window.delivered(u32::try_from(count).unwrap_or(u32::MAX));
+        self.forward(count);
     }
 
     /// Handles a socket that accepts no more data. Tells the guest to stop sending, and drops the buffered data. After
@@ -353,7 +358,7 @@ impl Connection {
             match socket::send(&self.socket, &parts) {
                 Ok(count) => {
                     self.buffered.drain(..count.min(self.buffered.len()));
-                    self.forward(count);
+                    self.delivered(count);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(_) => return self.stop_receiving(),

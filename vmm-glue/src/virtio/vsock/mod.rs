@@ -129,6 +129,11 @@ impl Vsock {
     fn evict(&mut self) -> bool {
         let orphan = self.connections.iter().find(|(_, connection)| connection.is_orphan()).map(|(&port, _)| port);
         let Some(mut connection) = orphan.and_then(|port| self.connections.remove(&port)) else { return false };
+        if connection.queued
+            && let Some(port) = orphan
+        {
+            self.ready.retain(|&ready| ready != port);
+        }
         connection.reset();
         // If too many RST packets are waiting, the device omits the RST of this connection. When the guest next sends a
         // packet of the connection, the device answers this packet with RST.
@@ -202,8 +207,9 @@ impl Vsock {
             Ok(()) => connection.watched = wanted,
             Err(error) => log::error!("vsock: failed to watch a socket: {error}"),
         }
-        if dead {
-            self.connections.remove(&port);
+        if dead && self.connections.remove(&port).is_some_and(|connection| connection.queued) {
+            // Without receive buffers, `ready` would grow with each connection that the guest refuses.
+            self.ready.retain(|&ready| ready != port);
         }
     }
 

@@ -102,6 +102,20 @@ fn device_reset_ends_connections_and_connection_attempts() {
 /// An orphan is a connection whose client has closed its end ([`Connection::is_orphan`]). The device must remove an
 /// orphan even if there is no receive buffer for the orphan's RST packet.
 #[test]
+fn refused_connections_leave_nothing_if_the_guest_offers_no_receive_buffers() {
+    let mut bench = Bench::new(Vsock::new(CID, RateLimit::default()).unwrap());
+    bench.activate(0);
+    let mut guest = Guest { bench };
+    for port in 0..20 {
+        let reply = guest.connect(port);
+        let host = *guest.bench.lock().connections.keys().next().unwrap();
+        guest.send(Side { host, guest: port }, Op::Reset, 0, 0, &[]);
+        assert_eq!(reply.try_recv().unwrap().unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        assert_eq!((guest.connections(), guest.bench.lock().ready.len()), (0, 0));
+    }
+}
+
+#[test]
 fn connections_stay_bounded_if_the_guest_offers_no_receive_buffers() {
     let mut bench = Bench::new(Vsock::new(CID, RateLimit::default()).unwrap());
     bench.activate(0);

@@ -207,6 +207,23 @@ fn window_grows_while_the_client_reads() {
 }
 
 #[test]
+fn window_does_not_grow_by_data_that_is_dropped() {
+    let mut guest = Guest::new(0);
+    let (side, stream) = guest.open(1);
+    drop(stream);
+    let (mut fwd, mut window, mut sent) = (0, MIN_WINDOW, 0);
+    for _ in 0..20 {
+        let count = window - (sent - fwd);
+        guest.send(side, Op::ReadWrite, 0, 0, &vec![1; count as usize]);
+        sent += count;
+        for (header, _) in guest.packets() {
+            (fwd, window) = (header.fwd_cnt, header.buf_alloc);
+        }
+    }
+    assert_eq!((window, fwd), (MIN_WINDOW, 20 * MIN_WINDOW));
+}
+
+#[test]
 fn slow_reader_does_not_delay_other_connections() {
     let mut guest = Guest::new(0);
     let (slow, mut slow_stream) = guest.open(1);
