@@ -1,7 +1,7 @@
 //! A temporary disk of the node: a file behind a loop device.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -124,23 +124,44 @@ impl Drop for Disk {
 pub struct Mounted(PathBuf);
 
 impl Mounted {
-    /// Suspends all writes to the file system. A process that writes waits in the kernel, and cannot be killed.
+    /// Suspends all writes to the file system.
     #[track_caller]
     pub fn freeze(&self) -> Frozen {
-        let directory = File::open(&self.0).unwrap();
-        // SAFETY: the request ignores its argument.
-        unsafe { fifreeze(directory.as_raw_fd(), 0) }.unwrap();
-        Frozen(directory)
+        freeze(&self.0).unwrap()
     }
+}
+
+/// Suspends all writes to the file system that is mounted at `point`. A process that writes waits in the kernel, and
+/// cannot be killed.
+///
+/// # Errors
+/// The errors of open(2) and of the request FIFREEZE.
+pub fn freeze(point: &Path) -> io::Result<Frozen> {
+    let directory = File::open(point)?;
+    // SAFETY: the request ignores its argument, and `directory` is open during the call.
+    unsafe { fifreeze(directory.as_raw_fd(), 0) }?;
+    Ok(Frozen(directory))
 }
 
 /// A file system whose writes are suspended until this value is dropped.
 pub struct Frozen(File);
 
+impl Frozen {
+    /// Continues the writes.
+    ///
+    /// # Errors
+    /// The errors of the request FITHAW.
+    pub fn thaw(&self) -> io::Result<()> {
+        // SAFETY: the request ignores its argument, and the directory is open during the call.
+        unsafe { fithaw(self.0.as_raw_fd(), 0) }?;
+        Ok(())
+    }
+}
+
 impl Drop for Frozen {
     fn drop(&mut self) {
-        // SAFETY: the request ignores its argument.
-        let _ = unsafe { fithaw(self.0.as_raw_fd(), 0) };
+        // The request fails if `thaw` has already succeeded.
+        let _ = self.thaw();
     }
 }
 

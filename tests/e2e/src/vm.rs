@@ -10,6 +10,12 @@ pub fn vmm_pids() -> Vec<i32> {
     processes_with(|arguments| arguments.first().is_some_and(|first| first == "husk-vmm"))
 }
 
+/// Returns whether any shim, launcher or VMM runs.
+pub fn husk_runs() -> bool {
+    let is_husk = |first: &String| first == "husk-vmm" || first.contains("containerd-shim-husk");
+    !processes_with(|arguments| arguments.first().is_some_and(is_husk)).is_empty()
+}
+
 /// Returns the pids of the VMMs of one container. The VMMs are children of the container's shims.
 pub fn vmm_pids_of(id: &str) -> Vec<i32> {
     let shims = shim_pids_of(id);
@@ -49,6 +55,13 @@ pub fn try_set_fd_limit(pid: i32, limit: u64) -> std::io::Result<u64> {
     let old = resource::limit(pid, libc::RLIMIT_NOFILE, None)?;
     resource::limit(pid, libc::RLIMIT_NOFILE, Some(Limit { soft: limit, ..old }))?;
     Ok(old.soft)
+}
+
+/// Returns the number of threads of a process that wait in the kernel and cannot be interrupted (state D in proc(5)).
+pub fn waiting_threads(pid: i32) -> usize {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let stats = threads.filter_map(|thread| fs::read_to_string(thread.path().join("stat")).ok());
+    stats.filter(|stat| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('D'))).count()
 }
 
 fn processes_with(wanted: impl Fn(&[String]) -> bool) -> Vec<i32> {

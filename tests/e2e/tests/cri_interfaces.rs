@@ -154,12 +154,15 @@ fn guest_follows_recreated_interfaces_and_changed_macs() {
             let address: SocketAddr = "10.98.0.2:8080".parse().unwrap();
             // Until the guest has the new interface, the node's network stack answers. It refuses the connection,
             // because it has no listener.
-            let answer = node::eventually(Duration::from_secs(30), || {
+            let ask = || -> std::io::Result<String> {
                 let mut text = String::new();
-                let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).ok()?;
-                stream.read_to_string(&mut text).ok().map(|_| text)
-            });
-            assert_eq!(answer.as_deref().map(str::trim_end), Some("hello"), "{}", node::log_tail(20));
+                TcpStream::connect_timeout(&address, Duration::from_secs(5))?.read_to_string(&mut text)?;
+                Ok(text)
+            };
+            let mut last = None;
+            let answer = node::eventually(Duration::from_secs(30), || ask().map_err(|error| last = Some(error)).ok());
+            let answer = answer.as_deref().map(str::trim_end);
+            assert_eq!(answer, Some("hello"), "the last error of {address} is {last:?}\n{}", node::log_tail(20));
         };
         add_interface();
         assert_reachable();

@@ -162,7 +162,11 @@ fn volume_that_hangs_stops_only_the_container_that_uses_it() {
         let all_write = node::eventually(BUDGET, || frozen.join("7").exists().then_some(()));
         assert!(all_write.is_some(), "the writers do not run");
         let hang = mounted.freeze();
-        thread::sleep(Duration::from_secs(2));
+        // More threads hang than the share has at its start.
+        let vmm = pod.pid();
+        let hung = || vm::waiting_threads(vmm) > usize::from(husk_config::Config::default().virtio_fs_workers);
+        let all_hang = node::eventually(BUDGET, || hung().then_some(()));
+        assert!(all_hang.is_some(), "the writers do not hang");
         let begin = Instant::now();
         for number in 0..3 {
             let script = format!("echo {number} > /volume/f && mv /volume/f /file && cat /file && ls -lR /bin > /list");

@@ -94,9 +94,12 @@ fn locks_hold_between_pods_and_with_the_node_until_the_holder_dies() {
         // The VMM dies, while the other pod waits.
         let holder = start(&one, &volume, HOLD);
         holder.wait_for("held");
-        let waiter =
-            start(&two, &volume, "for kind in ('flock', 'posix', 'ofd'): take(kind, wait=True); say('got', kind)");
-        std::thread::sleep(Duration::from_secs(3));
+        let waits = "say('asks')\nfor kind in ('flock', 'posix', 'ofd'): take(kind, wait=True); say('got', kind)";
+        let waiter = start(&two, &volume, waits);
+        waiter.wait_for("asks");
+        // The program sleeps in flock(2), because it does nothing else that waits.
+        let sleeps = || run(&waiter, "say(open('/proc/1/stat').read().rsplit(')')[1].split()[0])") == "S";
+        node::eventually(Duration::from_secs(20), || sleeps().then_some(())).expect("the program does not wait");
         assert!(!waiter.log().contains("got"), "{}", waiter.log());
         node::send_signal(one.pid(), Signal::SIGKILL);
         assert_eq!(waiter.wait().0, 0, "{}", waiter.log());

@@ -1,7 +1,6 @@
 //! Faults of file systems of the node that containers have as volumes: frozen, full, read-only.
 
-use std::fs::{self, File};
-use std::os::fd::AsRawFd;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,20 +9,11 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::{Armed, Hold};
 use crate::chaos::plan::Fault;
-use crate::disk::{Disk, Mounted};
+use crate::disk::{self, Disk, Mounted};
 use crate::node;
 
 /// Directory of the file systems. It is on the node's disk, because the disk's file needs fallocated blocks.
 const DIR: &str = "/var/husk-chaos";
-
-nix::ioctl_readwrite! {
-    /// Freezes a file system (FIFREEZE in linux/fs.h).
-    fifreeze, b'X', 119, libc::c_int
-}
-nix::ioctl_readwrite! {
-    /// Ends the freeze of a file system (FITHAW in linux/fs.h).
-    fithaw, b'X', 120, libc::c_int
-}
 
 /// The file systems: an ext4 file system on a loop device, and a small tmpfs. They exist during a whole shard.
 pub struct FileSystems {
@@ -77,13 +67,8 @@ pub fn host_path(fault: Fault) -> Option<String> {
 pub fn arm(fault: Fault) -> Result<Armed, String> {
     match fault {
         Fault::Freeze => {
-            let root = File::open(path("ext4")).map_err(|error| error.to_string())?;
-            // SAFETY: the request ignores its argument, and `root` is open during the call.
-            unsafe { fifreeze(root.as_raw_fd(), &mut 0) }.map_err(|error| format!("FIFREEZE: {error}"))?;
-            Ok(Armed::new(Hold::Life, move || {
-                // SAFETY: the request ignores its argument, and `root` is open during the call.
-                unsafe { fithaw(root.as_raw_fd(), &mut 0) }.expect("failed to end the freeze");
-            }))
+            let frozen = disk::freeze(&path("ext4")).map_err(|error| format!("failed to freeze: {error}"))?;
+            Ok(Armed::new(Hold::Life, move || frozen.thaw().expect("failed to end the freeze")))
         }
         Fault::NoSpace => {
             // The write stops at the limit of 64 KiB.
