@@ -11,6 +11,10 @@
 /// The file on the node that has the rule.
 #[cfg(feature = "failpoints")]
 pub const RULE_FILE: &str = "/run/husk-failpoint";
+/// The file on the node to which a process writes the name of a failpoint before it takes the action. The chaos test
+/// fails if the failpoint of a life was not reached.
+#[cfg(feature = "failpoints")]
+pub const REACHED_FILE: &str = "/run/husk-failpoint-reached";
 /// The kernel parameter in the guest that has the rule.
 #[cfg(feature = "failpoints")]
 pub const PARAMETER: &str = "husk.failpoint";
@@ -39,18 +43,22 @@ macro_rules! failpoint {
 }
 
 #[cfg(feature = "failpoints")]
-pub use active::{hit, hit_async, load, rule};
+#[cfg(feature = "async")]
+pub use active::hit_async;
+#[cfg(feature = "failpoints")]
+pub use active::{hit, load, note_guest_line, rule};
 
 #[cfg(feature = "failpoints")]
 mod active {
-    use std::io;
+    use std::fs::{self, File};
+    use std::io::{self, Write};
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::time::Duration;
 
     use nix::sys::signal::{Signal, raise};
 
-    use super::{PARAMETER, RULE_FILE};
+    use super::{PARAMETER, REACHED_FILE, RULE_FILE};
 
     /// Duration of a delay.
     const DELAY: Duration = Duration::from_secs(3);
@@ -64,7 +72,21 @@ mod active {
         Hang,
     }
 
-    static RULE: OnceLock<Option<(String, Action)>> = OnceLock::new();
+    /// Prefix of the guest's line that names a reached failpoint.
+    const GUEST_PREFIX: &str = "husk-failpoint-reached: ";
+
+    /// The rule of this process.
+    struct Rule {
+        name: String,
+        action: Action,
+        /// Receives the name of the failpoint: [`REACHED_FILE`], or the guest's kernel log. A VMM that is confined to
+        /// its share can still write to an open file.
+        reached: Option<File>,
+        /// What precedes the name.
+        prefix: String,
+    }
+
+    static RULE: OnceLock<Option<Rule>> = OnceLock::new();
     static DONE: AtomicBool = AtomicBool::new(false);
 
     fn parse(text: &str) -> Option<(String, Action)> {
@@ -82,26 +104,52 @@ mod active {
     /// Returns the rule's text on the node, so that the shim can pass it to the guest. The text is empty if there is no
     /// rule.
     pub fn rule() -> String {
-        std::fs::read_to_string(RULE_FILE).unwrap_or_default().trim().to_owned()
+        fs::read_to_string(RULE_FILE).unwrap_or_default().trim().to_owned()
+    }
+
+    fn append(path: &str) -> Option<File> {
+        File::options().append(true).create(true).open(path).ok()
     }
 
     /// Reads the rule. A process that loses access to the node's files calls this function before.
     pub fn load() {
         RULE.get_or_init(|| {
-            let parameter = || {
-                let line = std::fs::read_to_string("/proc/cmdline").ok()?;
-                let mut words = line.split_whitespace();
-                words.find_map(|word| parse(word.strip_prefix(PARAMETER)?.strip_prefix('=')?))
-            };
-            parse(&rule()).or_else(parameter)
+            if let Some((name, action)) = parse(&rule()) {
+                return Some(Rule { name, action, reached: append(REACHED_FILE), prefix: String::new() });
+            }
+            let line = fs::read_to_string("/proc/cmdline").ok()?;
+            let mut words = line.split_whitespace();
+            let (name, action) = words.find_map(|word| parse(word.strip_prefix(PARAMETER)?.strip_prefix('=')?))?;
+            // The guest's kernel prints errors, level 3, to the console, which the shim reads.
+            let reached = File::options().write(true).open("/dev/kmsg").ok();
+            Some(Rule { name, action, reached, prefix: format!("<3>{GUEST_PREFIX}") })
         });
     }
 
-    /// Returns the action if this is the place that the rule names. Returns it only once.
+    /// Returns the action if this is the place that the rule names. Returns it only once. Records that the failpoint
+    /// was reached. If this fails, the chaos test reports that the failpoint was not reached.
     fn action(name: &str) -> Option<Action> {
         load();
-        let (place, action) = RULE.get()?.as_ref()?;
-        (place == name && !DONE.swap(true, Ordering::Relaxed)).then_some(*action)
+        let rule = RULE.get()?.as_ref()?;
+        if rule.name != name || DONE.swap(true, Ordering::Relaxed) {
+            return None;
+        }
+        if let Some(mut reached) = rule.reached.as_ref() {
+            let _ = reached.write_all(format!("{}{name}\n", rule.prefix).as_bytes());
+        }
+        Some(rule.action)
+    }
+
+    /// Returns the name of the failpoint that a line of the guest's console says was reached.
+    fn guest_name(line: &str) -> Option<&str> {
+        line.split_once(GUEST_PREFIX)?.1.split_whitespace().next()
+    }
+
+    /// Records the failpoint that a line of the guest's console says was reached. The shim passes each line.
+    pub fn note_guest_line(line: &str) {
+        if let (Some(name), Some(mut file)) = (guest_name(line), append(REACHED_FILE)) {
+            let _ = file.write_all(format!("{name}\n").as_bytes());
+        }
     }
 
     fn act(name: &str, action: Action) -> io::Result<()> {
@@ -151,6 +199,13 @@ mod active {
             assert_eq!(parse("shim.create.reserved=abort\n"), Some(("shim.create.reserved".to_owned(), Action::Abort)));
             assert_eq!(parse("a=explode"), None);
             assert_eq!(parse(""), None);
+        }
+
+        #[test]
+        fn reached_failpoint_of_the_guest_is_found_in_a_line_of_its_console() {
+            let line = format!("[    1.234567] {GUEST_PREFIX}agent.create\r");
+            assert_eq!(guest_name(&line), Some("agent.create"));
+            assert_eq!(guest_name("[    1.2] husk-agent: failed"), None);
         }
     }
 }

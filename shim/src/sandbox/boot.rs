@@ -338,6 +338,8 @@ pub fn log_lines(pipe: OwnedFd, from: &'static str, tail: LogTail) {
         Err(error) => return tracing::warn!(%error, from, "failed to read the log pipe"),
     };
     tokio::spawn(console::read_lines(pipe, move |line| {
+        #[cfg(feature = "failpoints")]
+        husk_base::failpoint::note_guest_line(&line);
         match from {
             "vmm" => tracing::info!(from, "{line}"),
             _ => tracing::debug!(from, "{line}"),
