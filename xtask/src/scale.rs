@@ -1,9 +1,8 @@
 //! `cargo xtask scale`: many pods at once in the test node.
 
-use std::fs;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Result, ensure};
 use clap::Args;
 
 use crate::build::{self, Profile};
@@ -26,9 +25,10 @@ pub struct Options {
     /// The number of pods. Default: 500, or 100 with `--real`.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pods: Option<u32>,
-    /// The number of pods of a batch. The node is measured after each batch.
-    #[arg(long, default_value_t = 25, value_parser = clap::value_parser!(u32).range(1..))]
-    batch: u32,
+    /// The number of pods of a batch. The node is measured after each batch, and there have to be six batches. Default:
+    /// 25, or 10 with `--real`.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    batch: Option<u32>,
     /// The number of pods that start at the same time.
     #[arg(long, default_value_t = 8)]
     at_once: usize,
@@ -43,8 +43,28 @@ pub struct Options {
     containerd: Line,
 }
 
+/// Minimum number of batches (`tests/e2e/src/scale/line.rs`). With fewer batches, no slopes can be compared.
+const BATCHES: u32 = 6;
+
+impl Options {
+    /// Returns the number of pods, and the number of pods of a batch.
+    fn sizes(&self) -> Result<(u32, u32)> {
+        let pods = self.pods.unwrap_or(if self.real { 100 } else { 500 });
+        let batch = self.batch.unwrap_or(if self.real { 10 } else { 25 });
+        let batches = pods.div_ceil(batch);
+        ensure!(
+            batches >= BATCHES,
+            "{pods} pods in batches of {batch} give {batches} samples, which are too few to find non-linear growth; \
+             `--batch {}` gives enough",
+            (pods / BATCHES).max(1)
+        );
+        Ok((pods, batch))
+    }
+}
+
 /// Runs the pods. Returns the exit code, which is 1 if something does not grow linearly, or if a limit is too low.
 pub fn scale(options: &Options) -> Result<u8> {
+    let (pods, batch) = options.sizes()?;
     setup::setup()?;
     dist::dist(Profile::Node)?;
     let packages: &[&str] = if options.real { &["husk-e2e"] } else { &["husk-e2e", STAND_IN] };
@@ -55,9 +75,8 @@ pub fn scale(options: &Options) -> Result<u8> {
         // The stand-in contains the real shim, and replaces it. Therefore containerd needs no other configuration.
         add.push(Add::new(&build::find(&programs, &[STAND_IN])?.path, SHIM));
     }
-    let pods = options.pods.unwrap_or(if options.real { 100 } else { 500 });
     let memory = options.memory.unwrap_or(if options.real { 20480 } else { 8192 });
-    let args = [("--pods", pods.to_string()), ("--batch", options.batch.to_string())];
+    let args = [("--pods", pods.to_string()), ("--batch", batch.to_string())];
     let args = args.into_iter().chain([("--at-once", options.at_once.to_string())]);
     let seat = Seat::default();
     let code = node::run(&Run {
@@ -75,11 +94,35 @@ pub fn scale(options: &Options) -> Result<u8> {
     files::make_dir(&kept)?;
     let kind = if options.real { "real" } else { "stand-in" };
     for (from, to) in [("scale.json", format!("{kind}.json")), ("containerd.log", format!("{kind}.containerd.log"))] {
-        let (from, to) = (seat.out_dir().join(from), kept.join(to));
-        if from.exists() {
-            fs::copy(&from, &to).with_context(|| format!("failed to copy {} to {}", from.display(), to.display()))?;
-        }
+        seat.keep(from, &kept.join(to))?;
     }
     ui::say("scale", format!("results are in {}", kept.display()));
     Ok(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn sizes(args: &[&str]) -> Result<(u32, u32)> {
+        Cli::try_parse_from(["scale"].iter().chain(args))?.options.sizes()
+    }
+
+    #[test]
+    fn there_are_enough_batches_to_find_non_linear_growth() {
+        assert_eq!(sizes(&[]).unwrap(), (500, 25));
+        assert_eq!(sizes(&["--real"]).unwrap(), (100, 10));
+        assert_eq!(sizes(&["--pods", "48", "--batch", "8"]).unwrap(), (48, 8));
+        let error = sizes(&["--real", "--batch", "25"]).unwrap_err().to_string();
+        assert!(error.contains("4 samples") && error.contains("`--batch 16`"), "{error}");
+        assert!(sizes(&["--pods", "5", "--batch", "1"]).is_err());
+    }
 }

@@ -9,6 +9,7 @@ mod rootfs;
 mod tar;
 
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -70,6 +71,17 @@ impl Seat {
     /// Returns the directory for copies of the files that a script leaves in `/out`.
     pub fn out_dir(self) -> PathBuf {
         self.dir().join("out")
+    }
+
+    /// Copies a file that the script left in `/out`. Does nothing if the script left no such file.
+    pub fn keep(self, name: &str, to: &Path) -> Result<()> {
+        let from = self.out_dir().join(name);
+        match fs::copy(&from, to) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            copied => {
+                copied.map(drop).with_context(|| format!("failed to copy {} to {}", from.display(), to.display()))
+            }
+        }
     }
 
     /// Returns the path of the node's log called `name`.

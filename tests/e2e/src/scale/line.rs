@@ -10,7 +10,7 @@ pub struct Line {
 }
 
 /// Number of samples below which no slope is compared.
-const LEAST: usize = 6;
+pub const LEAST: usize = 6;
 /// Samples of each end whose slopes are compared, at least.
 const END: usize = 3;
 /// Factor by which the last slope may exceed the first one.

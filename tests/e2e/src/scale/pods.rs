@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use husk_base::sync::lock;
 use serde_json::{Value, json};
 
+use super::line::LEAST;
 use super::{Outcome, Series, limits, sample};
 use crate::bench::median;
 use crate::cri::pod::KUBELET;
@@ -35,8 +36,12 @@ pub struct Options {
 /// Starts the pods, measures, and removes the pods.
 ///
 /// # Errors
-/// If a pod cannot be started or removed. The pods that run are then left to `pods`.
+/// If there are too few batches, or if a pod cannot be started or removed. The pods that run are then left to `pods`.
 pub fn run(pods: &Pods, options: Options) -> Result<Outcome, String> {
+    let samples = options.pods.div_ceil(options.batch.max(1)) as usize;
+    if samples < LEAST {
+        return Err(format!("{samples} batches are too few to find non-linear growth; it takes {LEAST}"));
+    }
     let mut series = Series::default();
     let mut read = Vec::new();
     let mut started = 0;
