@@ -35,11 +35,22 @@ fn total_memory(meminfo: &str) -> Option<u64> {
     Some(kib.parse::<u64>().ok()? / 1024)
 }
 
-/// Does all of `work`, in as many nodes at a time as [`seats()`] returns. `next` takes a piece from the work, `done`
+/// Like [`side_by_side_in`], in as many nodes at a time as [`seats()`] returns.
+pub fn side_by_side<W: Send, P, D>(
+    work: W,
+    next: impl Fn(&mut W) -> Option<P> + Sync,
+    done: impl Fn(Seat, &P) -> Result<D> + Sync,
+    ended: impl Fn(&mut W, P, D) + Sync,
+) -> Result<W> {
+    side_by_side_in(seats(), work, next, done, ended)
+}
+
+/// Does all of `work`, in `seats` nodes at a time. `next` takes a piece from the work, `done`
 /// runs the piece in a node, and `ended` adds the piece's result to the work. After `ended`, `next` may return further
 /// pieces. After an error, the running pieces are finished, but no further piece starts, and the first error is
 /// returned.
-pub fn side_by_side<W: Send, P, D>(
+pub fn side_by_side_in<W: Send, P, D>(
+    seats: usize,
     work: W,
     next: impl Fn(&mut W) -> Option<P> + Sync,
     done: impl Fn(Seat, &P) -> Result<D> + Sync,
@@ -60,7 +71,6 @@ pub fn side_by_side<W: Send, P, D>(
             changed.notify_all();
         }
     };
-    let seats = seats();
     std::thread::scope(|scope| {
         for number in 0..seats {
             let seat = if seats == 1 { Seat::default() } else { Seat::beside(number) };

@@ -25,6 +25,9 @@ fn faults_of_all_classes_leave_nothing_and_spare_the_witness() {
             let id = StepId { seed: 0, shard: 0, step: number };
             let report = shard.run(Step { id, phase, fault, random: number as u64 });
             found.extend(report.findings.iter().map(|finding| format!("{}: {finding}", report.step)));
+            if !report.struck {
+                found.push(format!("{}: the fault did not strike: {}", report.step, report.misses.join(", ")));
+            }
         }
         assert!(found.is_empty(), "{}", found.join("\n"));
     });

@@ -1,16 +1,16 @@
 //! Chaos and soak in the test node (`cargo xtask chaos`, `cargo xtask soak`).
 
-use std::fs;
-use std::path::Path;
+use std::os::fd::BorrowedFd;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 use husk_e2e::chaos::plan::{self, StepId};
-use husk_e2e::chaos::{Report, Shard, failpoints};
+use husk_e2e::chaos::verdict::{Report, Tally};
+use husk_e2e::chaos::{Shard, failpoints};
 use husk_e2e::cri::pods;
 use husk_e2e::soak;
-use serde_json::{Value, json};
+use nix::unistd::write;
 
 /// Chaos and soak in the test node.
 #[derive(Parser)]
@@ -58,8 +58,14 @@ enum Command {
         /// Number of lives.
         #[arg(long)]
         lives: u32,
+        /// Number of lives at the same time.
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+        at_once: u32,
     },
 }
+
+/// The node's status port. The node's init opens it, and `cargo xtask` reads it.
+const STATUS_FD: i32 = 9;
 
 fn main() -> Result<ExitCode> {
     let passed = match Cli::parse().command {
@@ -67,42 +73,45 @@ fn main() -> Result<ExitCode> {
             chaos(plan::shard(seed, shard).into_iter().skip(from).take(steps), |shard, step| shard.run(step))?
         }
         Command::Replay { step } => {
-            chaos([plan::plan(step.seed)[step.shard * plan::STEPS + step.step]].into_iter(), |shard, step| {
-                shard.run(step)
-            })?
+            let steps = plan::shard(step.seed, step.shard).into_iter().skip(step.step).take(1);
+            chaos(steps, |shard, step| shard.run(step))?
         }
         Command::Failpoints { from, steps } => {
             chaos(failpoints::all().into_iter().skip(from).take(steps), |shard, failpoint| {
                 shard.run_failpoint(failpoint)
             })?
         }
-        Command::Soak { first, lives } => soak(first, lives)?,
+        Command::Soak { first, lives, at_once } => soak(first, lives, at_once)?,
     };
     Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Runs steps in one shard. Returns whether all have passed.
+/// Runs steps in one shard. Returns whether the run has passed.
 fn chaos<S>(steps: impl Iterator<Item = S>, run: impl Fn(&mut Shard<'_>, S) -> Report) -> Result<bool> {
+    let mut steps = steps.peekable();
+    ensure!(steps.peek().is_some(), "no step is selected");
     let mut reports: Vec<Report> = Vec::new();
     pods("chaos", |pods| {
         let mut shard = Shard::new(pods);
         for step in steps {
-            reports.push(run(&mut shard, step));
-            // The node can crash in the next step.
-            let _ = write("chaos.json", &json!(reports.iter().map(Report::to_json).collect::<Vec<Value>>()));
+            let report = run(&mut shard, step);
+            // The node can crash in the next step, and the run can be cut.
+            keep(&report.to_json().to_string());
+            reports.push(report);
         }
     });
-    let found = reports.iter().filter(|report| !report.findings.is_empty()).count();
-    let missed = reports.iter().filter(|report| report.missed.is_some()).count();
-    println!("chaos: {} steps, {missed} could not strike, {found} with findings", reports.len());
-    Ok(found == 0)
+    let tally = Tally::of(&reports);
+    println!("chaos: {} steps, {tally}", reports.len());
+    Ok(tally.passes())
 }
 
-fn soak(first: u32, lives: u32) -> Result<bool> {
+fn soak(first: u32, lives: u32, at_once: u32) -> Result<bool> {
+    let least = soak::least_lives(at_once);
+    ensure!(lives >= least, "{lives} lives are too few to judge a growth; with {at_once} at once, it takes {least}");
     let mut outcome = None;
-    pods("soak", |pods| outcome = Some(soak::soak(pods, first, lives)));
+    pods("soak", |pods| outcome = Some(soak::soak(pods, first, lives, at_once)));
     let outcome = outcome.context("the soak has no outcome")?;
-    write("soak.json", &outcome.to_json())?;
+    keep(&outcome.to_json().to_string());
     for resource in &outcome.resources {
         let soak::Resource { name, first, last, slope, grows } = resource;
         println!("{name}: {first} to {last}, {slope:+.4} a life{}", if *grows { ", GROWS" } else { "" });
@@ -112,9 +121,17 @@ fn soak(first: u32, lives: u32) -> Result<bool> {
     Ok(growing == 0)
 }
 
-/// Writes a result to `/out`, which is copied to the machine that runs the node.
-fn write(name: &str, value: &Value) -> Result<()> {
-    let path = Path::new("/out").join(name);
-    fs::create_dir_all("/out").context("failed to create /out")?;
-    fs::write(&path, serde_json::to_vec_pretty(value)?).with_context(|| format!("failed to write {}", path.display()))
+/// Passes a result, which is one line of JSON, to `cargo xtask` at once.
+fn keep(result: &str) {
+    let line = format!("mark result {result}\n");
+    let mut rest = line.as_bytes();
+    while !rest.is_empty() {
+        // SAFETY: this program never closes the fd. If nobody has opened it, the call fails.
+        let port = unsafe { BorrowedFd::borrow_raw(STATUS_FD) };
+        match write(port, rest) {
+            Ok(written) => rest = rest.get(written..).unwrap_or_default(),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return println!("failed to pass a result to xtask: {error}"),
+        }
+    }
 }

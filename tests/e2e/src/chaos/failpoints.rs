@@ -9,12 +9,18 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::plan::{Fault, Phase, Step, StepId};
-use super::{Report, Shard, targets};
+use super::verdict::Report;
+use super::{Shard, targets};
+use crate::figures::print_line;
 
 /// The file that has the rule (`RULE_FILE` in `base/src/failpoint.rs`).
 const RULE_FILE: &str = "/run/husk-failpoint";
+/// The file to which a program writes the name of a failpoint before it takes the action (`REACHED_FILE` in
+/// `base/src/failpoint.rs`).
+const REACHED_FILE: &str = "/run/husk-failpoint-reached";
 
-/// All failpoints. A unit test compares this list with the code.
+/// All failpoints. A unit test compares this list with the code. The life of a victim reaches each of them: it creates,
+/// starts, executes, stops and removes.
 const NAMES: [&str; 26] = [
     "agent.create",
     "agent.created",
@@ -66,6 +72,8 @@ struct Rule;
 
 impl Rule {
     fn write(failpoint: Failpoint) -> std::io::Result<Self> {
+        // A program that runs since before the life still has the file open.
+        let _ = fs::remove_file(REACHED_FILE);
         fs::write(RULE_FILE, format!("{}={}\n", failpoint.name, failpoint.action))?;
         Ok(Self)
     }
@@ -74,7 +82,13 @@ impl Rule {
 impl Drop for Rule {
     fn drop(&mut self) {
         let _ = fs::remove_file(RULE_FILE);
+        let _ = fs::remove_file(REACHED_FILE);
     }
+}
+
+/// Returns whether `text`, the content of [`REACHED_FILE`], has the failpoint.
+fn has_reached(text: &str, name: &str) -> bool {
+    text.lines().any(|line| line == name)
 }
 
 impl Shard<'_> {
@@ -90,12 +104,18 @@ impl Shard<'_> {
             if action == "hang" && name.starts_with("shim.") {
                 scope.spawn(|| continue_shims(&witness, &over));
             }
-            let report = self.run_named(step, &format!("failpoint {number}  {name}={action}"));
+            let report = self.run_named(step, &format!("failpoint {number}  {name}={action}"), 1);
             over.store(true, Ordering::Relaxed);
             report
         });
         if let Err(error) = rule {
             report.findings.push(format!("failed to write {RULE_FILE}: {error}"));
+        }
+        report.struck = has_reached(&fs::read_to_string(REACHED_FILE).unwrap_or_default(), name);
+        if !report.struck {
+            let unreached = format!("the failpoint {name} was not reached");
+            print_line(format_args!("    FOUND {unreached}"));
+            report.findings.push(unreached);
         }
         report
     }
@@ -130,6 +150,12 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn only_the_whole_name_of_a_failpoint_counts_as_reached() {
+        assert!(has_reached("agent.created\nagent.create\n", "agent.create"));
+        assert!(!has_reached("agent.created\n", "agent.create") && !has_reached("", "agent.create"));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
 use nix::mount::{MntFlags, umount2};
@@ -18,13 +19,20 @@ const SETTLE: Duration = Duration::from_secs(30);
 /// Time for the last events to arrive.
 const EVENTS: Duration = Duration::from_secs(15);
 
+/// Time in which a running container writes. It writes twice a second.
+const WRITES: Duration = Duration::from_secs(1);
+
 /// Judges a life, and records what is wrong.
 pub fn judge(life: &mut Life<'_, '_>) {
     events(life);
     life.shard.files.empty();
     life.victim.clean_up_cgroup();
     census(life);
-    // At least a second has passed since the end of each container, so that a container that still runs has written.
+    // A container that still runs writes within this time.
+    let last = life.victim.writers.iter().filter_map(Writer::ended).max();
+    if let Some(rest) = last.and_then(|ended| WRITES.checked_sub(ended.elapsed())) {
+        thread::sleep(rest);
+    }
     let writers = life.victim.writers.iter().filter_map(Writer::judge);
     life.findings.extend(writers);
     life.findings.extend(life.shard.witness.judge());

@@ -10,13 +10,13 @@ use serde_json::{Value, json};
 use super::Shard;
 use super::faults::{self, Armed, Field, Hold, sleep_until};
 use super::grammar::Disturbed;
-use super::plan::{Fault, Phase, Step};
-use super::victim::{Call, QUERY_BUDGET, START_BUDGET, STOP_BUDGET, Victim};
+use super::plan::{Class, Fault, Phase, Step};
+use super::victim::{Call, Ended, QUERY_BUDGET, START_BUDGET, STOP_BUDGET, Victim};
 use crate::cri::pod::text;
 use crate::cri::{restart, try_call_within};
 use crate::events::Events;
 use crate::figures::print_line;
-use crate::{KUBERNETES, containerd};
+use crate::{KUBERNETES, containerd, containerd_log, node};
 
 /// How long after its budget a request is still awaited.
 const OVERTIME: Duration = Duration::from_secs(15);
@@ -25,15 +25,28 @@ const ATTEMPTS: u32 = 4;
 /// Time after which no further attempt to remove the victim begins. `cargo xtask test` stops the node if a test prints
 /// nothing for five minutes.
 const END: Duration = Duration::from_secs(150);
+/// Longest time that a fault gets to have an effect on a container.
+const EFFECT: Duration = Duration::from_secs(2);
+/// Longest time in which containerd ends a request whose client has disconnected.
+const DROPPED: Duration = Duration::from_secs(30);
+/// The duration of a request that has not been measured.
+const UNMEASURED: Duration = Duration::from_secs(1);
 /// The seconds that StopContainer leaves a container to react to SIGTERM.
 const GRACE: u64 = 2;
+
+/// The query that a client drops while no other request is pending.
+const IDLE_QUERY: &str = "ListContainerStats";
 
 /// A life in progress.
 pub struct Life<'a, 'b> {
     /// What the steps share.
     pub shard: &'a mut Shard<'b>,
     step: Step,
+    /// The number of the attempt, from 0.
+    attempt: u32,
     random: Rng,
+    /// Length of containerd's log when the life began.
+    log: usize,
     /// The victim.
     pub victim: Victim,
     pod: Option<String>,
@@ -53,17 +66,20 @@ pub struct Life<'a, 'b> {
 
 impl<'a, 'b> Life<'a, 'b> {
     /// Prepares the life of a step.
-    fn new(shard: &'a mut Shard<'b>, step: Step) -> Self {
+    fn new(shard: &'a mut Shard<'b>, step: Step, attempt: u32) -> Self {
         let victim = Victim::new(shard.pods);
         Self {
             shard,
             step,
-            random: Rng::with_seed(step.random),
+            attempt,
+            // The first attempt uses the step's own seed, so that a recorded step keeps its meaning.
+            random: Rng::with_seed(step.random.wrapping_add(u64::from(attempt))),
+            log: containerd_log::len(),
             victim,
             pod: None,
             container: None,
             armed: None,
-            struck: step.fault == Fault::Failpoint,
+            struck: matches!(step.fault, Fault::Failpoint | Fault::Nothing),
             healed: None,
             missed: None,
             disturbed: Disturbed { repeated: step.fault == Fault::Failpoint, lossy: false },
@@ -73,10 +89,15 @@ impl<'a, 'b> Life<'a, 'b> {
     }
 }
 
-/// Runs the life of a victim with the fault of `step`, and then calls `judge`. Returns why the fault could not be
-/// injected, and what is wrong.
-pub fn run(shard: &mut Shard<'_>, step: Step, judge: fn(&mut Life<'_, '_>)) -> (Option<String>, Vec<String>) {
-    let mut life = Life::new(shard, step);
+/// Runs the life of a victim with the fault of `step`, and then calls `judge`. Returns why the fault has not struck, and
+/// what is wrong.
+pub fn run(
+    shard: &mut Shard<'_>,
+    step: Step,
+    attempt: u32,
+    judge: fn(&mut Life<'_, '_>),
+) -> (Option<String>, Vec<String>) {
+    let mut life = Life::new(shard, step, attempt);
     life.guarded("life", Life::live);
     life.guarded("end", Life::end);
     life.guarded("healing", Life::heal);
@@ -121,14 +142,17 @@ impl Life<'_, '_> {
         if self.strikes(Phase::Running) {
             self.writes();
             self.strike();
-            thread::sleep(Duration::from_secs(2));
+            self.await_effect();
             self.probe();
             self.replace();
         }
-        if self.strikes(Phase::Exec) || self.step.fault == Fault::Failpoint {
+        if self.strikes(Phase::Exec) || matches!(self.step.fault, Fault::Failpoint | Fault::Nothing) {
             let command = ["sh", "-c", "echo a; sleep 1; echo b"];
             let request = json!({ "container_id": self.container, "cmd": command, "timeout": 30 });
             self.request(Phase::Exec, "ExecSync", request, START_BUDGET);
+        }
+        if self.step.fault == Fault::Nothing {
+            self.request(Phase::Idle, IDLE_QUERY, json!({}), START_BUDGET);
         }
     }
 
@@ -152,6 +176,23 @@ impl Life<'_, '_> {
         sleep_until(Duration::from_secs(20), || file.as_ref().is_none_or(|file| file.size() > 0));
     }
 
+    /// Waits until the container has met the fault: it has written twice more. A container that has ended, or that the
+    /// fault stops, does not write.
+    fn await_effect(&self) {
+        let Some(writer) = self.victim.writers.last() else { return };
+        let size = writer.size();
+        sleep_until(EFFECT, || writer.size() >= size + 4);
+    }
+
+    /// Waits until containerd has ended a RunPodSandbox whose client has disconnected. Until then, containerd does not
+    /// list the pod, and can still be making it.
+    fn await_dropped(&self) {
+        if self.step.fault != Fault::DropRequest || self.step.phase != Phase::RunPodSandbox || self.missed.is_some() {
+            return;
+        }
+        node::eventually(DROPPED, || ended_pod(&containerd_log::since(self.log), &self.victim.name).then_some(()));
+    }
+
     /// Starts a container in place of one that has ended, as a kubelet does.
     fn replace(&mut self) {
         let Some(pod) = self.pod.clone() else { return };
@@ -164,20 +205,21 @@ impl Life<'_, '_> {
 
     /// Removes the victim, as a kubelet does: retries requests that fail.
     fn end(&mut self) {
+        self.await_dropped();
         let (mut last, begin) = (String::new(), Instant::now());
         for attempt in 0..ATTEMPTS {
             if begin.elapsed() > END {
                 break;
             }
             match self.victim.pods() {
-                // After a dropped request, containerd can still be making the pod.
-                Ok(pods) if pods.is_empty() && (attempt > 0 || !self.is_interrupted()) => return,
+                Ok(pods) if pods.is_empty() => return,
                 Ok(pods) => pods.iter().for_each(|(pod, _)| self.end_pod(pod, attempt, &mut last)),
                 Err(status) => last = status.to_string(),
             }
-            if !self.is_interrupted() && self.victim.pods().is_ok_and(|pods| pods.is_empty()) {
+            if self.victim.pods().is_ok_and(|pods| pods.is_empty()) {
                 return;
             }
+            // A kubelet, too, waits before it retries.
             thread::sleep(Duration::from_secs(2));
         }
         if !self.victim.pods().is_ok_and(|pods| pods.is_empty()) {
@@ -200,7 +242,11 @@ impl Life<'_, '_> {
         }
         if self.strikes(Phase::Idle) {
             self.strike();
-            thread::sleep(Duration::from_secs(2));
+            if self.step.fault.class() == Class::FileSystems {
+                // Without a container, nothing would meet the fault.
+                self.run_container();
+            }
+            self.await_effect();
         }
         let request = json!({ "pod_sandbox_id": pod });
         let mut ended = true;
@@ -225,9 +271,12 @@ impl Life<'_, '_> {
     fn request(&mut self, phase: Phase, method: &'static str, request: Value, budget: Duration) -> Option<Value> {
         let strikes = self.strikes(phase) && method != "RemoveContainer";
         let drops = strikes && self.step.fault == Fault::DropRequest;
-        let most = if phase == Phase::RunPodSandbox { 5.0 } else { 2.0 };
-        let delay = Duration::from_secs_f64(most * self.random.f64().powi(2));
-        let early = strikes && !drops && phase != Phase::RunPodSandbox && self.random.u8(..4) == 0;
+        let delay = self.delay(method, drops);
+        let early = strikes && !drops && phase != Phase::RunPodSandbox && {
+            // After such a request, no container is left into which the fault could be injected.
+            let last_chance = phase.ends_container() && self.step.fault.needs_container();
+            self.random.u8(..4) == 0 || last_chance
+        };
         let call = if early {
             self.arm();
             Call::start(method, request, budget + OVERTIME)
@@ -243,6 +292,12 @@ impl Life<'_, '_> {
             self.hold();
         }
         let ended = call.join();
+        if drops {
+            self.missed = missed_drop(&ended);
+        }
+        if self.step.fault == Fault::Nothing {
+            self.shard.usual.insert(method, ended.end - ended.begin);
+        }
         let begin = self.healed.map_or(ended.begin, |healed| healed.max(ended.begin));
         let took = ended.end.saturating_duration_since(begin);
         if took > budget && !drops {
@@ -260,6 +315,14 @@ impl Life<'_, '_> {
         }
     }
 
+    /// Returns the delay between the begin of a request and the fault: a random part of the request's usual duration.
+    /// If the fault struck too late in an earlier attempt, the delay is shorter.
+    fn delay(&mut self, method: &str, drops: bool) -> Duration {
+        let usual = self.shard.usual.get(method).copied().unwrap_or(UNMEASURED);
+        let part = self.random.f64() * if drops { 0.9 } else { 1.2 };
+        usual.mul_f64(part * 0.5_f64.powi(self.attempt.cast_signed()))
+    }
+
     /// Injects the fault while no request is pending.
     fn strike(&mut self) {
         if self.step.fault == Fault::DropRequest {
@@ -272,14 +335,14 @@ impl Life<'_, '_> {
 
     /// Drops a query or an exec, because no other request is pending.
     fn drop_query(&mut self) {
-        let limit = Duration::from_secs_f64(self.random.f64());
-        let (method, request) = match &self.container {
+        let (limit, method, request) = match &self.container {
             Some(id) if self.step.phase == Phase::Running => {
-                ("ExecSync", json!({ "container_id": id, "cmd": ["sleep", "5"], "timeout": 30 }))
+                let limit = Duration::from_secs_f64(self.random.f64());
+                (limit, "ExecSync", json!({ "container_id": id, "cmd": ["sleep", "5"], "timeout": 30 }))
             }
-            _ => ("ListContainerStats", json!({})),
+            _ => (self.delay(IDLE_QUERY, true), IDLE_QUERY, json!({})),
         };
-        Call::start(method, request, limit).join();
+        self.missed = missed_drop(&Call::start(method, request, limit).join());
     }
 
     fn arm(&mut self) {
@@ -295,6 +358,8 @@ impl Life<'_, '_> {
             container: self.container.as_deref(),
             witness: &self.shard.witness.pod.id,
             namespaces: &self.shard.namespaces,
+            sockets: &self.shard.sockets,
+            appears: faults::appearance_timeout(self.step.phase),
             random: &mut self.random,
         };
         match faults::arm(self.step.fault, &mut field) {
@@ -349,13 +414,54 @@ impl Life<'_, '_> {
         }
     }
 
-    /// Returns whether the step interrupts a request.
-    fn is_interrupted(&self) -> bool {
-        self.step.fault == Fault::DropRequest || self.restarts_containerd()
-    }
-
     /// Returns whether the step kills or restarts containerd.
     pub fn restarts_containerd(&self) -> bool {
         matches!(self.step.fault, Fault::KillContainerd | Fault::TermContainerd)
+    }
+}
+
+/// Returns why a client that disconnected has not interrupted its request.
+fn missed_drop(ended: &Ended) -> Option<String> {
+    match &ended.result {
+        Err(status) if status.is_deadline() => None,
+        Ok(_) => Some("the request ended before its client disconnected".to_owned()),
+        Err(status) => Some(format!("the request failed before its client disconnected: {status}")),
+    }
+}
+
+/// Returns whether containerd has logged the end of the RunPodSandbox request of a pod. containerd 2.x quotes the name
+/// in another way.
+fn ended_pod(log: &str, name: &str) -> bool {
+    let names = [format!("Name:{name},"), format!("name:\\\"{name}\\\"")];
+    log.lines().filter(|line| line.contains("RunPodSandbox for ")).any(|line| {
+        names.iter().any(|name| line.contains(name))
+            && ["returns sandbox id", "failed, error"].iter().any(|end| line.contains(end))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cri::Status;
+
+    #[test]
+    fn end_of_a_dropped_pod_is_found_in_the_log() {
+        let pod = |name: &str, rest: &str| {
+            format!("level=info msg=\"RunPodSandbox for &PodSandboxMetadata{{Name:{name},Uid:u,Attempt:0,}}{rest}\"\n")
+        };
+        assert!(!ended_pod(&pod("chaos-1", ""), "chaos-1"));
+        assert!(!ended_pod(&pod("chaos-17", " returns sandbox id \\\"a\\\""), "chaos-1"));
+        assert!(ended_pod(&pod("chaos-1", " returns sandbox id \\\"a\\\""), "chaos-1"));
+        assert!(ended_pod(&pod("chaos-1", " failed, error"), "chaos-1"));
+        let second = r#"msg="RunPodSandbox for name:\"chaos-1\" uid:\"u\" failed, error""#;
+        assert!(ended_pod(second, "chaos-1") && !ended_pod(second, "chaos-12"));
+    }
+
+    #[test]
+    fn request_that_ends_by_itself_is_no_dropped_request() {
+        let missed = |result| missed_drop(&Ended { result, begin: Instant::now(), end: Instant::now() });
+        assert_eq!(missed(Err(Status::no_response(Duration::ZERO))), None);
+        assert!(missed(Ok(json!({}))).is_some());
+        assert!(missed(Err(Status { code: 4, message: "context deadline exceeded".to_owned() })).is_some());
     }
 }

@@ -12,13 +12,13 @@ mod judge;
 mod life;
 pub mod plan;
 mod targets;
+pub mod verdict;
 mod victim;
 mod witness;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::time::Instant;
-
-use serde_json::{Value, json};
+use std::time::{Duration, Instant};
 
 use crate::cri::Pods;
 use crate::events::Events;
@@ -26,39 +26,12 @@ use crate::figures::print_line;
 use crate::node;
 use census::Census;
 use faults::file_systems::FileSystems;
-use plan::Step;
+use plan::{Fault, Phase, Step, StepId};
+use verdict::Report;
 use witness::Witness;
 
-/// Result of a step.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Report {
-    /// The step.
-    pub step: Step,
-    /// The line that was printed before the step.
-    pub name: String,
-    /// Duration in seconds.
-    pub seconds: f64,
-    /// Why the fault could not be injected.
-    pub missed: Option<String>,
-    /// What is wrong. Empty if the step has passed.
-    pub findings: Vec<String>,
-}
-
-impl Report {
-    /// Returns the report as JSON.
-    pub fn to_json(&self) -> Value {
-        json!({
-            "step": self.step.id.to_string(),
-            "name": self.name,
-            "phase": format!("{:?}", self.step.phase),
-            "class": format!("{:?}", self.step.fault.class()),
-            "fault": format!("{:?}", self.step.fault),
-            "seconds": self.seconds,
-            "missed": self.missed,
-            "findings": self.findings,
-        })
-    }
-}
+/// Number of attempts of a step whose fault does not strike.
+const ATTEMPTS: u32 = 5;
 
 /// What the steps of one boot share.
 pub struct Shard<'a> {
@@ -70,35 +43,74 @@ pub struct Shard<'a> {
     events: Events,
     /// Network namespaces that exist between two lives.
     namespaces: Vec<PathBuf>,
+    /// Sockets of shims that exist between two lives.
+    sockets: Vec<PathBuf>,
+    /// How long each request takes without a fault.
+    usual: BTreeMap<&'static str, Duration>,
 }
 
 impl<'a> Shard<'a> {
-    /// Starts the witness, and takes the first census.
+    /// Starts the witness, takes the first census, and runs a life without a fault.
     #[track_caller]
     pub fn new(pods: &'a Pods) -> Self {
         let files = FileSystems::mount();
         let witness = Witness::start(pods);
         let events = Events::watch();
-        Self { pods, witness, files, base: Census::take(), events, namespaces: targets::network_namespaces() }
+        let (namespaces, sockets) = (targets::network_namespaces(), targets::sockets());
+        let base = Census::take();
+        let mut shard = Self { pods, witness, files, base, events, namespaces, sockets, usual: BTreeMap::new() };
+        shard.rehearse();
+        shard
     }
 
-    /// Runs one step. Prints the step before it begins, and its result.
+    /// Runs a life without a fault. It measures the requests, and shows that the checks alone find nothing.
+    #[track_caller]
+    fn rehearse(&mut self) {
+        let id = StepId { seed: 0, shard: 0, step: 0 };
+        let step = Step { id, phase: Phase::Exec, fault: Fault::Nothing, random: 0 };
+        print_line("rehearsal without a fault");
+        let begin = Instant::now();
+        let (_, findings) = life::run(self, step, 0, judge::judge);
+        assert!(findings.is_empty(), "a life without a fault has findings:\n{}", findings.join("\n"));
+        let usual = self.usual.iter().map(|(method, took)| format!("{method} {:.2} s", took.as_secs_f64()));
+        let usual: Vec<String> = usual.collect();
+        print_line(format_args!("    {:.1} s; {}", begin.elapsed().as_secs_f64(), usual.join(", ")));
+    }
+
+    /// Runs one step. Prints the step before it begins, and its result. If the fault does not strike, for example
+    /// because the request has ended before, tries again with another delay.
     pub fn run(&mut self, step: Step) -> Report {
-        self.run_named(step, &step.to_string())
+        self.run_named(step, &step.to_string(), ATTEMPTS)
     }
 
-    fn run_named(&mut self, step: Step, name: &str) -> Report {
+    fn run_named(&mut self, step: Step, name: &str, attempts: u32) -> Report {
         print_line(name);
         let begin = Instant::now();
-        let (missed, findings) = life::run(self, step, judge::judge);
-        if !findings.is_empty() {
-            print_line(format_args!("--- last 40 lines of containerd's log\n{}\n---", node::log_tail(40)));
-            // The next steps must not report what this step has left.
-            self.rebase();
+        let mut report = Report {
+            step,
+            name: name.to_owned(),
+            seconds: 0.0,
+            misses: Vec::new(),
+            struck: false,
+            findings: Vec::new(),
+        };
+        for attempt in 0..attempts {
+            let (missed, findings) = life::run(self, step, attempt, judge::judge);
+            if !findings.is_empty() {
+                print_line(format_args!("--- last 40 lines of containerd's log\n{}\n---", node::log_tail(40)));
+                // The next lives must not report what this life has left.
+                self.rebase();
+            }
+            report.findings.extend(findings);
+            let Some(why) = missed else {
+                report.struck = true;
+                break;
+            };
+            print_line(format_args!("    did not strike: {why}"));
+            report.misses.push(why);
         }
-        let report = Report { step, name: name.to_owned(), seconds: begin.elapsed().as_secs_f64(), missed, findings };
-        let missed = report.missed.as_ref().map(|why| format!(", no fault: {why}")).unwrap_or_default();
-        print_line(format_args!("    {:.1} s{missed}", report.seconds));
+        report.seconds = begin.elapsed().as_secs_f64();
+        print_line(format_args!("    {:.1} s{}", report.seconds, if report.struck { "" } else { ", MISSED" }));
         for finding in &report.findings {
             print_line(format_args!("    FOUND {finding}"));
         }
@@ -109,5 +121,6 @@ impl<'a> Shard<'a> {
     fn rebase(&mut self) {
         self.base = Census::take();
         self.namespaces = targets::network_namespaces();
+        self.sockets = targets::sockets();
     }
 }

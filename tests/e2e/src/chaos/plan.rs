@@ -47,6 +47,11 @@ impl Phase {
         Self::Idle,
     ];
 
+    /// Returns whether the phase's request ends the container.
+    pub fn ends_container(self) -> bool {
+        matches!(self, Self::StopContainer | Self::StopPodSandbox | Self::RemovePodSandbox)
+    }
+
     /// Returns whether the pod has a running container in this phase.
     fn has_container(self) -> bool {
         use Phase::{Exec, RemovePodSandbox, Running, StopContainer, StopPodSandbox};
@@ -166,6 +171,8 @@ pub enum Fault {
     Pause,
     /// An action at a failpoint of shim, VMM or agent ([`super::failpoints`]). Not part of a seed's plan.
     Failpoint,
+    /// No fault: the rehearsal of a shard. Not part of a seed's plan.
+    Nothing,
 }
 
 impl Fault {
@@ -214,7 +221,7 @@ impl Fault {
         use Fault::*;
         match self {
             KillShim | TermShim | StopShim | KillVmm | TermVmm | StopVmm | KillLauncher | StopLauncher
-            | TermContainerd | StopContainerd | Failpoint => Class::Processes,
+            | TermContainerd | StopContainerd | Failpoint | Nothing => Class::Processes,
             DropRequest | KillContainerd => Class::Callers,
             StarvePod | BusyLoop | ForkBomb | ContainerMemory | GuestMemory => Class::Guest,
             ShimFds | VmmFds | PodPids | PodMemory | RunFull | NoInotify => Class::Limits,
@@ -227,12 +234,16 @@ impl Fault {
 
     /// Returns whether the fault can be injected in this phase.
     pub fn applies(self, phase: Phase) -> bool {
+        !self.needs_container() || phase.has_container()
+    }
+
+    /// Returns whether the fault needs a running container.
+    pub fn needs_container(self) -> bool {
         use Fault::*;
-        match self {
-            BusyLoop | ForkBomb | ContainerMemory | GuestMemory | StalledExec | StalledForward | KilledAttach
-            | Pause => phase.has_container(),
-            _ => true,
-        }
+        matches!(
+            self,
+            BusyLoop | ForkBomb | ContainerMemory | GuestMemory | StalledExec | StalledForward | KilledAttach | Pause
+        )
     }
 }
 

@@ -48,6 +48,11 @@ pub fn cgroup(pid: i32) -> Option<PathBuf> {
     (!path.is_empty()).then(|| Path::new("/sys/fs/cgroup").join(path))
 }
 
+/// Returns the sockets of the shims.
+pub fn sockets() -> Vec<PathBuf> {
+    fs::read_dir("/run/containerd/s").into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+}
+
 /// Returns the network namespaces under /run/netns.
 pub fn network_namespaces() -> Vec<PathBuf> {
     fs::read_dir("/run/netns").into_iter().flatten().flatten().map(|entry| entry.path()).collect()

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::BUSYBOX;
 use crate::cri::pod::{KUBELET, Pods, remove_parent, text};
 use crate::cri::{Status, try_call_within};
+use crate::{BUSYBOX, node};
 
 /// Limit of a request that starts something.
 pub const START_BUDGET: Duration = Duration::from_secs(120);
@@ -18,6 +18,11 @@ pub const START_BUDGET: Duration = Duration::from_secs(120);
 pub const STOP_BUDGET: Duration = Duration::from_secs(45);
 /// Limit of a query. Husk's limit is a second. A node that is emulated, and busy with a fault, gets more.
 pub const QUERY_BUDGET: Duration = Duration::from_secs(6);
+
+/// Timeout for a container to begin with a script. A container with 1 % of a CPU takes long.
+const BEGIN_TIMEOUT: Duration = Duration::from_secs(60);
+/// Command that a script of [`Victim::attack`] runs when it begins.
+pub const BEGIN: &str = ": > /v/begun";
 
 /// A request in the background.
 pub struct Call {
@@ -69,8 +74,8 @@ pub struct Writer {
     /// The container's name in its metadata.
     pub name: String,
     file: PathBuf,
-    /// The size of the file when containerd first said that the container does not run.
-    ended: Option<u64>,
+    /// The size of the file when containerd first said that the container does not run, and the time of this answer.
+    ended: Option<(u64, Instant)>,
 }
 
 impl Writer {
@@ -82,12 +87,17 @@ impl Writer {
     /// Records that containerd says that the container does not run.
     pub fn has_ended(&mut self) {
         let size = self.size();
-        self.ended.get_or_insert(size);
+        self.ended.get_or_insert((size, Instant::now()));
+    }
+
+    /// Returns when containerd first said that the container does not run.
+    pub fn ended(&self) -> Option<Instant> {
+        self.ended.map(|(_, at)| at)
     }
 
     /// Returns a text if the container has written although containerd had said that it does not run.
     pub fn judge(&self) -> Option<String> {
-        let (ended, size) = (self.ended?, self.size());
+        let (ended, size) = (self.ended?.0, self.size());
         (size > ended).then(|| format!("container {} wrote {} times after its end", self.name, (size - ended) / 2))
     }
 }
@@ -148,11 +158,17 @@ impl Victim {
         }})
     }
 
-    /// Makes the victim's containers run a shell script.
-    pub fn attack(&self, script: &str) -> std::io::Result<()> {
-        let part = self.dir.join("attack.part");
-        fs::write(&part, script)?;
-        fs::rename(part, self.dir.join("attack"))
+    /// Makes the victim's containers run a shell script, and waits until a container has run the command [`BEGIN`] of
+    /// this script.
+    ///
+    /// # Errors
+    /// If the script cannot be written, or if no container begins with it.
+    pub fn attack(&self, script: &str) -> Result<(), String> {
+        let (part, whole) = (self.dir.join("attack.part"), self.dir.join("attack"));
+        let written = fs::write(&part, script).and_then(|()| fs::rename(part, whole));
+        written.map_err(|error| format!("failed to write the script: {error}"))?;
+        let begun = node::eventually(BEGIN_TIMEOUT, || self.dir.join("begun").exists().then_some(()));
+        begun.ok_or_else(|| "no container has begun with the script".to_owned())
     }
 
     /// Returns the ids of the victim's sandboxes, and whether each is ready.

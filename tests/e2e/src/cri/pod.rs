@@ -5,6 +5,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
 
@@ -29,7 +30,7 @@ pub struct Pods {
     name: String,
     handler: String,
     dir: PathBuf,
-    next: Cell<u32>,
+    next: AtomicU32,
 }
 
 /// Runs `body` as the test `name`. Fails if the test's pods leave anything on the node.
@@ -46,7 +47,7 @@ pub fn pods_with_handler(name: &str, handler: &str, body: impl FnOnce(&Pods)) {
     }
     let dir = PathBuf::from(format!("/tmp/husk-e2e/{name}"));
     fs::create_dir_all(&dir).unwrap();
-    let pods = Pods { name: name.to_owned(), handler: handler.to_owned(), dir, next: Cell::new(0) };
+    let pods = Pods { name: name.to_owned(), handler: handler.to_owned(), dir, next: AtomicU32::new(0) };
     let before = Snapshot::take();
     let result = catch_unwind(AssertUnwindSafe(|| body(&pods)));
     if result.is_err() {
@@ -98,8 +99,7 @@ impl Pods {
 
     /// Returns the configuration of a pod with a new, unique name.
     pub fn config(&self) -> Value {
-        self.next.set(self.next.get() + 1);
-        let name = format!("{}-{}", self.name, self.next.get());
+        let name = format!("{}-{}", self.name, self.next.fetch_add(1, Ordering::Relaxed) + 1);
         let logs = self.dir.join(format!("{name}.logs"));
         fs::create_dir_all(&logs).unwrap();
         json!({
@@ -157,7 +157,7 @@ impl Pods {
             }
         }
         // containerd does not remove a pod's parent cgroup. On a Kubernetes node, the kubelet removes this cgroup.
-        for number in 1..=self.next.get() {
+        for number in 1..=self.next.load(Ordering::Relaxed) {
             remove_parent(&format!("{}-{number}", self.name));
         }
         result

@@ -29,6 +29,20 @@ impl fmt::Display for Status {
     }
 }
 
+impl Status {
+    /// The status of a call that has no response within its limit.
+    pub fn no_response(limit: Duration) -> Self {
+        Self { code: DEADLINE_EXCEEDED, message: format!("{NO_RESPONSE} {limit:?}") }
+    }
+
+    /// Returns whether the client itself has ended the call at its limit.
+    pub fn is_deadline(&self) -> bool {
+        self.code == DEADLINE_EXCEEDED && self.message.starts_with(NO_RESPONSE)
+    }
+}
+
+/// Begin of the message of [`Status::no_response`].
+const NO_RESPONSE: &str = "no response within";
 /// gRPC status codes.
 const DEADLINE_EXCEEDED: u32 = 4;
 const UNAVAILABLE: u32 = 14;
@@ -87,7 +101,7 @@ pub fn unary(
     let result = connection
         .runtime
         .block_on(async { tokio::time::timeout(limit, call).await })
-        .unwrap_or_else(|_| Err(Status { code: DEADLINE_EXCEEDED, message: format!("no response within {limit:?}") }));
+        .unwrap_or_else(|_| Err(Status::no_response(limit)));
     // The connection is kept only if the transport had no error. Otherwise the next call connects again.
     if !matches!(&result, Err(Status { code: UNAVAILABLE | DEADLINE_EXCEEDED, .. })) {
         CONNECTION.set(Some(connection));

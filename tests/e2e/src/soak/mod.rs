@@ -1,26 +1,30 @@
-//! Soak: many lives of pods in a row. No resource of the node may grow with the number of lives.
+//! Soak: many lives of pods, a few at the same time. No resource of the node may grow with the number of lives.
 
 pub mod sample;
 pub mod trend;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::cri::{Pods, call, restart};
-use crate::node;
+use crate::{grpc, node, vm};
 use sample::Sample;
+use trend::Point;
 
 /// containerd is restarted after this many lives.
 const RESTART: u32 = 50;
 /// Caches are dropped after this many lives. Without caches, the next life takes longer.
 const RECLAIM: u32 = 10;
 /// Number of first lives that are not judged, because caches are filled, and the kernel creates threads.
-const WARM_UP: usize = 10;
-/// Minimum number of lives for a judgement.
-const LEAST: usize = 40;
+const WARM_UP: u32 = 10;
+/// Minimum number of samples for a judgement.
+const LEAST: usize = 30;
+/// Timeout for the processes of a batch to end.
+const END_TIMEOUT: Duration = Duration::from_secs(20);
 /// Maximum growth of memory per life, in KiB.
 const MEMORY: f64 = 1.0;
 /// Maximum growth of an integer resource per life. The maximum is not zero, because a resource that has grown once, by
@@ -75,24 +79,52 @@ impl Outcome {
     }
 }
 
-/// Creates and removes pods, one after the other. `first` is the number of the first life.
+/// Returns the minimum number of lives for a judgement (`xtask/src/chaos/mod.rs` has the same rule).
+pub fn least_lives(at_once: u32) -> u32 {
+    // The samples of whole batches after the warm-up, and one batch that the warm-up has begun.
+    WARM_UP + (LEAST as u32 + 1) * at_once
+}
+
+/// Creates and removes pods in batches of `at_once`, and measures between the batches. `first` is the number of the
+/// first life.
 #[track_caller]
-pub fn soak(pods: &Pods, first: u32, lives: u32) -> Outcome {
+pub fn soak(pods: &Pods, first: u32, lives: u32, at_once: u32) -> Outcome {
     let begin = Instant::now();
     let (mut samples, mut dying) = (Vec::new(), 0);
-    for life in first..first + lives {
+    let mut ended = 0;
+    while ended < lives {
         let since = Instant::now();
-        live(pods);
-        if (life + 1).is_multiple_of(RESTART) {
+        let count = at_once.clamp(1, lives - ended);
+        batch(pods, count);
+        let before = first + ended;
+        ended += count;
+        let passes = |step: u32| (before + count) / step > before / step;
+        if passes(RESTART) {
             restart::restart_containerd();
         }
-        if life % RECLAIM == 0 {
+        if ended == count || passes(RECLAIM) {
             dying = sample::after_reclaim();
         }
-        samples.push(Sample::take(dying));
-        println!("life {life}: {:.1} s", since.elapsed().as_secs_f64());
+        samples.push((ended, Sample::take(dying)));
+        println!("lives up to {}: {:.1} s", before + count, since.elapsed().as_secs_f64());
     }
-    Outcome { lives: samples.len(), resources: judge(&samples), seconds: begin.elapsed().as_secs_f64() }
+    Outcome { lives: ended as usize, resources: judge(&samples), seconds: begin.elapsed().as_secs_f64() }
+}
+
+/// Runs lives at the same time, and waits until all their processes have ended.
+#[track_caller]
+fn batch(pods: &Pods, count: u32) {
+    thread::scope(|scope| {
+        for _ in 0..count {
+            scope.spawn(|| {
+                live(pods);
+                // The scope does not wait for the destructors of the thread's variables.
+                grpc::disconnect();
+            });
+        }
+    });
+    // A process that stays is not reported here, but counted in all further samples.
+    node::eventually(END_TIMEOUT, || (!vm::husk_runs()).then_some(()));
 }
 
 /// One life: a pod with a container, an exec, statistics, stop and removal.
@@ -109,21 +141,23 @@ fn live(pods: &Pods) {
     let _ = fs::remove_dir_all(pods.dir().join(format!("{name}.logs")));
 }
 
-/// Fits the slopes of all resources.
-fn judge(samples: &[Sample]) -> Vec<Resource> {
-    let judged = samples.get(WARM_UP..).unwrap_or_default();
-    let enough = samples.len() >= LEAST;
+/// Fits the slopes of all resources. A sample has the number of lives before it.
+fn judge(samples: &[(u32, Sample)]) -> Vec<Resource> {
+    let judged: Vec<&(u32, Sample)> = samples.iter().filter(|(lives, _)| *lives > WARM_UP).collect();
+    let enough = judged.len() >= LEAST;
     let series = |of: fn(&Sample) -> &BTreeMap<String, u64>| {
-        let mut series: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-        for (name, value) in judged.iter().flat_map(of) {
-            series.entry(name).or_default().push(*value as f64);
+        let mut series: BTreeMap<&str, Vec<Point>> = BTreeMap::new();
+        for (lives, sample) in &judged {
+            for (name, value) in of(sample) {
+                series.entry(name).or_default().push((f64::from(*lives), *value as f64));
+            }
         }
         series
     };
-    let resource = |name: &str, values: &[f64], slope: trend::Slope, most: f64| Resource {
+    let resource = |name: &str, values: &[Point], slope: trend::Slope, most: f64| Resource {
         name: name.to_owned(),
-        first: values.first().copied().unwrap_or_default(),
-        last: values.last().copied().unwrap_or_default(),
+        first: values.first().map(|point| point.1).unwrap_or_default(),
+        last: values.last().map(|point| point.1).unwrap_or_default(),
         slope: slope.slope,
         grows: enough && slope.slope > most && slope.least > if most < MEMORY { 0.0 } else { most },
     };
@@ -144,10 +178,22 @@ mod tests {
             numbers: BTreeMap::from([("steady".to_owned(), 5), ("leaking".to_owned(), 5 + life / 10)]),
             memory: BTreeMap::from([("little".to_owned(), 1000 + life / 2), ("much".to_owned(), 1000 + 3 * life)]),
         };
-        let samples: Vec<Sample> = (0..100).map(sample).collect();
+        // A batch has four lives.
+        let samples: Vec<(u32, Sample)> = (1..=50).map(|batch| (4 * batch, sample(4 * u64::from(batch)))).collect();
         let resources = judge(&samples);
         let growing: Vec<_> = resources.iter().filter(|one| one.grows).map(|one| one.name.as_str()).collect();
         assert_eq!(growing, ["leaking", "much"]);
-        assert!(judge(&samples[..LEAST - 1]).iter().all(|resource| !resource.grows));
+        let slope = |name: &str| resources.iter().find(|one| one.name == name).unwrap().slope;
+        assert!((slope("leaking") - 0.1).abs() < 0.01 && (slope("much") - 3.0).abs() < 0.01, "{resources:?}");
+        assert!(judge(&samples[..LEAST]).iter().all(|resource| !resource.grows));
+    }
+
+    #[test]
+    fn least_number_of_lives_has_enough_samples() {
+        for at_once in [1, 3, 4, 7, 16] {
+            let lives = least_lives(at_once);
+            let judged = (1..=lives / at_once).map(|batch| batch * at_once).filter(|lives| *lives > WARM_UP);
+            assert!(judged.count() >= LEAST, "{at_once} at once");
+        }
     }
 }

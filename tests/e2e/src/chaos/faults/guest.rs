@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::{Armed, Field, Hold, write_until};
 use crate::chaos::plan::Fault;
+use crate::chaos::victim::BEGIN;
 
 /// Returns the limits of the victim's container, which the fault will reach.
 pub fn resources(fault: Fault) -> Value {
@@ -17,10 +18,7 @@ pub fn resources(fault: Fault) -> Value {
 
 /// Injects a fault into the guest.
 pub fn arm(fault: Fault, field: &mut Field<'_>) -> Result<Armed, String> {
-    let attack = |script| {
-        field.victim.attack(script).map_err(|error| format!("failed to write the script: {error}"))?;
-        Ok(Armed::done())
-    };
+    let attack = |script| field.victim.attack(&format!("{BEGIN}\n{script}")).map(|()| Armed::done());
     match fault {
         Fault::StarvePod => {
             let hold = Hold::Short(field.seconds(3.0, 10.0));

@@ -14,13 +14,13 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 
-use super::plan::{Class, Fault};
+use super::plan::{Class, Fault, Phase};
 use super::targets::{self, Targets};
 use super::victim::{Equipment, Victim};
 use crate::node;
 
-/// Timeout for the appearance of the process into which a fault is injected.
-const APPEAR: Duration = Duration::from_secs(10);
+/// Timeout for the appearance of the process into which a fault is injected, while the pod is being made.
+const APPEAR_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a fault lasts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,14 +75,23 @@ pub struct Field<'a> {
     pub witness: &'a str,
     /// The network namespaces that existed before the victim.
     pub namespaces: &'a [PathBuf],
+    /// The sockets of shims that existed before the victim.
+    pub sockets: &'a [PathBuf],
+    /// Timeout for the appearance of what the fault needs. In most phases, the pod has what it will ever have.
+    pub appears: Duration,
     /// The step's random numbers.
     pub random: &'a mut Rng,
+}
+
+/// Returns how long a fault in this phase waits for the appearance of what it needs.
+pub fn appearance_timeout(phase: Phase) -> Duration {
+    if phase == Phase::RunPodSandbox { APPEAR_TIMEOUT } else { Duration::ZERO }
 }
 
 impl Field<'_> {
     /// Waits until the victim has a process of one kind. Returns its pid.
     fn process(&self, what: &str, of: impl Fn(&Targets) -> Option<i32>) -> Result<i32, String> {
-        node::eventually(APPEAR, || of(&targets::of_victim(self.witness))).ok_or_else(|| format!("no {what}"))
+        node::eventually(self.appears, || of(&targets::of_victim(self.witness))).ok_or_else(|| format!("no {what}"))
     }
 
     fn shim(&self) -> Result<i32, String> {
@@ -100,13 +109,13 @@ impl Field<'_> {
     /// Waits until the victim has a cgroup. Returns its directory.
     fn cgroup(&self) -> Result<PathBuf, String> {
         let find = || targets::of_victim(self.witness).vmms.first().and_then(|pid| targets::cgroup(*pid));
-        node::eventually(APPEAR, find).ok_or_else(|| "no cgroup".to_owned())
+        node::eventually(self.appears, find).ok_or_else(|| "no cgroup".to_owned())
     }
 
     /// Waits until the victim has a network namespace. Returns its path.
     fn namespace(&self) -> Result<PathBuf, String> {
         let find = || targets::network_namespaces().into_iter().find(|path| !self.namespaces.contains(path));
-        node::eventually(APPEAR, find).ok_or_else(|| "no network namespace".to_owned())
+        node::eventually(self.appears, find).ok_or_else(|| "no network namespace".to_owned())
     }
 
     /// Returns a random time of some seconds.

@@ -5,6 +5,7 @@ use std::process::{Command, Stdio};
 
 use super::{Armed, Field, Hold};
 use crate::chaos::plan::Fault;
+use crate::node;
 
 /// Number of times that a route is added and deleted.
 const FLAPS: u32 = 40;
@@ -12,19 +13,26 @@ const FLAPS: u32 = 40;
 /// Injects a fault into the pod's interface or its routes.
 pub fn arm(fault: Fault, field: &mut Field<'_>) -> Result<Armed, String> {
     let namespace = field.namespace()?;
+    // A pod that is being made gets its interface after its namespace.
+    let appears = field.appears;
+    let change = |batch: &str| {
+        let mut last = String::new();
+        let changed = node::eventually(appears, || ip(&namespace, batch).map_err(|error| last = error).ok());
+        changed.ok_or(last)
+    };
     match fault {
         Fault::LinkDown => {
-            ip(&namespace, "link set eth0 down\n")?;
+            change("link set eth0 down\n")?;
             let hold = Hold::Short(field.seconds(1.0, 5.0));
             Ok(Armed::new(hold, move || {
                 // The pod may be gone.
                 let _ = ip(&namespace, "link set eth0 up\n");
             }))
         }
-        Fault::LinkDeleted => ip(&namespace, "link del eth0\n").map(|()| Armed::done()),
+        Fault::LinkDeleted => change("link del eth0\n").map(|()| Armed::done()),
         Fault::RouteFlaps => {
             let flap = "route add 10.77.0.0/16 dev eth0\nroute del 10.77.0.0/16 dev eth0\n";
-            ip(&namespace, &flap.repeat(FLAPS as usize)).map(|()| Armed::done())
+            change(&flap.repeat(FLAPS as usize)).map(|()| Armed::done())
         }
         _ => Err(format!("{fault:?} is no fault of a network")),
     }

@@ -1,16 +1,16 @@
 //! Faults of streams: readers that stop reading, clients that are killed, and half a request.
 
-use std::fs;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Duration;
+use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
 use super::{Armed, Field, Hold};
 use crate::chaos::plan::Fault;
-use crate::chaos::victim::START_BUDGET;
+use crate::chaos::targets;
+use crate::chaos::victim::{BEGIN, START_BUDGET};
 use crate::cri::pod::text;
 use crate::cri::stream::Stream;
 use crate::cri::try_call_within;
@@ -28,15 +28,17 @@ pub fn arm(fault: Fault, field: &mut Field<'_>) -> Result<Armed, String> {
             stalled("Exec", &request, Hold::Life)
         }
         Fault::StalledForward => {
-            field.victim.attack("nc -ll -p 7777 -e yes").map_err(|error| error.to_string())?;
-            std::thread::sleep(Duration::from_secs(2));
+            // Each client of the port gets an endless output.
+            field.victim.attack(&format!(
+                "nc -ll -p 7777 -e yes &\nuntil netstat -ltn | grep -q :7777; do sleep 0.1; done\n{BEGIN}\nwait"
+            ))?;
             stalled("PortForward", &json!({ "pod_sandbox_id": field.pod, "port": [7777] }), Hold::Life)
         }
         Fault::KilledAttach => {
             let request = json!({ "container_id": field.container, "stdin": false, "stdout": true, "stderr": true });
             stalled("Attach", &request, Hold::Short(field.seconds(0.2, 2.0)))
         }
-        Fault::HalfRequest => half_requests(),
+        Fault::HalfRequest => half_requests(field),
         _ => Err(format!("{fault:?} is no fault of a stream")),
     }
 }
@@ -55,13 +57,14 @@ fn stalled(method: &str, request: &Value, hold: Hold) -> Result<Armed, String> {
 }
 
 /// Sends half a header of a ttrpc message to each shim's socket, the witness's too, and keeps the connections open.
-fn half_requests() -> Result<Armed, String> {
+fn half_requests(field: &Field<'_>) -> Result<Armed, String> {
     let connect = || {
-        let sockets = fs::read_dir("/run/containerd/s").ok()?.flatten();
-        let open: Vec<UnixStream> = sockets.filter_map(|entry| UnixStream::connect(entry.path()).ok()).collect();
-        (!open.is_empty()).then_some(open)
+        let victim = |path: &PathBuf| !field.sockets.contains(path) && UnixStream::connect(path).is_ok();
+        targets::sockets().iter().any(victim).then_some(())
     };
-    let mut open = node::eventually(super::APPEAR, connect).ok_or("no socket of a shim")?;
+    node::eventually(field.appears, connect).ok_or("no socket of the victim's shim")?;
+    let mut open: Vec<UnixStream> =
+        targets::sockets().iter().filter_map(|path| UnixStream::connect(path).ok()).collect();
     for stream in &mut open {
         let _ = stream.write_all(&[0, 0, 1, 0, 0]);
     }
