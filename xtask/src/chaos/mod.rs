@@ -22,6 +22,8 @@ use summary::Tally;
 const SHARDS: usize = 10;
 /// Number of faults of a shard (`tests/e2e/src/chaos/plan.rs`).
 const STEPS: usize = 50;
+/// Number of steps with failpoints: each of four actions at each failpoint (`tests/e2e/src/chaos/failpoints.rs`).
+const FAILPOINTS: usize = 4 * 26;
 /// Maximum number of boots of a shard. After a crash of the node, the next boot continues with the next step.
 const BOOTS: usize = 4;
 /// Time limits of a boot: a limit for the whole boot, and a limit for the time without output. A step prints at least
@@ -128,8 +130,8 @@ impl Chaos {
             self.from..self.from.saturating_add(count).min(last)
         };
         if self.failpoints {
-            // Only the program in the node knows the number of failpoints.
-            let steps = Some((steps(usize::MAX), "0:0:".to_owned()));
+            ensure!(self.from < FAILPOINTS, "`--from {}` selects none of the {FAILPOINTS} steps", self.from);
+            let steps = Some((steps(FAILPOINTS), "0:0:".to_owned()));
             return Ok(vec![Shard { name: "failpoints".to_owned(), args: vec!["failpoints".to_owned()], steps }]);
         }
         ensure!(self.from < STEPS, "`--from {}` selects no step, because a shard has {STEPS} steps", self.from);
@@ -275,7 +277,9 @@ fn run(what: &str, shards: Vec<Shard>, resume: bool, place: &Place, failpoints: 
 impl Setup<'_> {
     /// Runs a shard. After a crash of the node, continues with the next step in another boot.
     fn run_shard(&self, seat: Seat, shard: &Shard) -> Result<Ended> {
-        let mut kept = Kept::open(&self.kept.join(format!("{}.json", shard.name)))?;
+        let path = self.kept.join(format!("{}.json", shard.name));
+        let continues = self.resume || shard.steps.as_ref().is_some_and(|(steps, _)| steps.start > 0);
+        let mut kept = if continues { Kept::open(&path)? } else { Kept::replace(&path) };
         let mut failed = false;
         let mut rest = match &shard.steps {
             Some((steps, _)) => {
@@ -394,14 +398,32 @@ mod tests {
     }
 
     #[test]
+    fn constants_are_those_of_the_program_in_the_node() {
+        for (path, line) in [
+            ("chaos/plan.rs", format!("pub const SHARDS: usize = {SHARDS};")),
+            ("chaos/plan.rs", format!("pub const STEPS: usize = {STEPS};")),
+            ("chaos/failpoints.rs", format!("const NAMES: [&str; {}] =", FAILPOINTS / 4)),
+            ("chaos/failpoints.rs", "const ACTIONS: [&str; 4] =".to_owned()),
+            ("chaos/verdict.rs", format!("const STEPS_PER_MISS: usize = {};", summary::STEPS_PER_MISS)),
+            ("soak/mod.rs", "const WARM_UP: u32 = 10;".to_owned()),
+            ("soak/mod.rs", "const LEAST: usize = 30;".to_owned()),
+        ] {
+            let text = std::fs::read_to_string(paths::root().join("tests/e2e/src").join(path)).unwrap();
+            assert!(text.contains(&line), "{path} has no line `{line}`");
+        }
+    }
+
+    #[test]
     fn from_and_steps_select_steps_of_the_chosen_shard() {
         let shards = parsed("--seed 1 --shard 3 --from 20 --steps 40").unwrap().shards().unwrap();
         assert_eq!(shards.len(), 1);
         assert_eq!((shards[0].name.as_str(), &shards[0].steps), ("1-3", &Some((20..50, "1:3:".to_owned()))));
         let all = parsed("--seed 7").unwrap().shards().unwrap();
         assert_eq!((all.len(), &all[9].steps), (SHARDS, &Some((0..STEPS, "7:9:".to_owned()))));
-        let error = parsed("--seed 1 --from 50").unwrap().shards().unwrap_err();
-        assert!(error.to_string().contains("selects no step"), "{error}");
+        for args in ["--seed 1 --from 50", "--failpoints --from 104"] {
+            let error = parsed(args).unwrap().shards().unwrap_err();
+            assert!(error.to_string().contains("selects no"), "{error}");
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::kept;
 
 /// A run fails if more than one of this many steps has not struck (`tests/e2e/src/chaos/verdict.rs`).
-const STEPS_PER_MISS: usize = 50;
+pub const STEPS_PER_MISS: usize = 50;
 
 /// The numbers of some steps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

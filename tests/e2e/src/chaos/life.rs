@@ -29,6 +29,8 @@ const END: Duration = Duration::from_secs(150);
 const EFFECT: Duration = Duration::from_secs(2);
 /// Longest time in which containerd ends a request whose client has disconnected.
 const DROPPED: Duration = Duration::from_secs(30);
+/// Shortest delay of a fault, so that containerd has received the request.
+const SENT: Duration = Duration::from_millis(10);
 /// The duration of a request that has not been measured.
 const UNMEASURED: Duration = Duration::from_secs(1);
 /// The seconds that StopContainer leaves a container to react to SIGTERM.
@@ -139,8 +141,9 @@ impl Life<'_, '_> {
         if self.pod.is_none() || !self.run_container() {
             return;
         }
+        // A SIGTERM before the script has set its trap would be lost, and StopContainer would wait for its whole timeout.
+        self.writes();
         if self.strikes(Phase::Running) {
-            self.writes();
             self.strike();
             self.await_effect();
             self.probe();
@@ -170,10 +173,11 @@ impl Life<'_, '_> {
         started.is_some()
     }
 
-    /// Waits until the container writes to its file.
-    fn writes(&mut self) {
-        let file = self.victim.writers.last().cloned();
-        sleep_until(Duration::from_secs(20), || file.as_ref().is_none_or(|file| file.size() > 0));
+    /// Waits until the container writes to its file. After a fault, the container may never write.
+    fn writes(&self) {
+        let Some(file) = self.victim.writers.last() else { return };
+        let limit = if self.struck { Duration::from_secs(GRACE) } else { Duration::from_secs(20) };
+        sleep_until(limit, || file.size() > 0);
     }
 
     /// Waits until the container has met the fault: it has written twice more. A container that has ended, or that the
@@ -307,7 +311,7 @@ impl Life<'_, '_> {
             Ok(answer) => Some(answer),
             Err(status) => {
                 print_line(format_args!("    {method} failed after {:.1?}: {status}", ended.end - ended.begin));
-                if !self.struck || self.missed.is_some() {
+                if !self.struck || self.missed.is_some() || self.step.fault == Fault::Nothing {
                     self.findings.push(format!("{method} failed without a fault: {status}"));
                 }
                 None
@@ -320,7 +324,7 @@ impl Life<'_, '_> {
     fn delay(&mut self, method: &str, drops: bool) -> Duration {
         let usual = self.shard.usual.get(method).copied().unwrap_or(UNMEASURED);
         let part = self.random.f64() * if drops { 0.9 } else { 1.2 };
-        usual.mul_f64(part * 0.5_f64.powi(self.attempt.cast_signed()))
+        usual.mul_f64(part * 0.5_f64.powi(self.attempt.cast_signed())).max(SENT)
     }
 
     /// Injects the fault while no request is pending.

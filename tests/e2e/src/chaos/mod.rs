@@ -108,6 +108,9 @@ impl<'a> Shard<'a> {
             };
             print_line(format_args!("    did not strike: {why}"));
             report.misses.push(why);
+            if !report.findings.is_empty() {
+                break;
+            }
         }
         report.seconds = begin.elapsed().as_secs_f64();
         print_line(format_args!("    {:.1} s{}", report.seconds, if report.struck { "" } else { ", MISSED" }));

@@ -19,8 +19,8 @@ pub const STOP_BUDGET: Duration = Duration::from_secs(45);
 /// Limit of a query. Husk's limit is a second. A node that is emulated, and busy with a fault, gets more.
 pub const QUERY_BUDGET: Duration = Duration::from_secs(6);
 
-/// Timeout for a container to begin with a script. A container with 1 % of a CPU takes long.
-const BEGIN_TIMEOUT: Duration = Duration::from_secs(60);
+/// Timeout for a container to begin with a script.
+const BEGIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Command that a script of [`Victim::attack`] runs when it begins.
 pub const BEGIN: &str = ": > /v/begun";
 

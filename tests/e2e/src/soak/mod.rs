@@ -134,6 +134,8 @@ fn live(pods: &Pods) {
     let container = pod.start(&pod.sh("trap 'exit 0' TERM; echo up; sleep 100000 & wait"));
     assert_eq!(container.sh("echo here"), "here", "{}", node::log_tail(20));
     call("ContainerStats", &json!({ "container_id": container.id }));
+    // A SIGTERM before the script has set its trap would be lost.
+    container.wait_for("up");
     container.stop(10);
     pod.stop();
     pod.remove();
