@@ -34,7 +34,7 @@ means that the third argument does not have this bit.
 const HOST_VIEW: &str = "
 ### The host view
 
-These threads stay in the host's mount namespace (`shim/src/host_view.rs`). They may make the calls of the table
+These threads stay in the host's mount namespace (`shim/src/host_view/`). They may make the calls of the table
 \"Threads, memory, time and the async runtime\", and the following calls.
 
 ";
