@@ -17,6 +17,8 @@ use tokio::sync::oneshot;
 /// Maximum number of threads. Each call that hangs in a file system occupies a thread. If all threads are occupied,
 /// further calls wait.
 const MAX_THREADS: usize = 64;
+/// Maximum number of abandoned threads that do not count for [`MAX_THREADS`].
+const MAX_REPLACED: usize = 32;
 /// How long an idle thread waits for the next call before it ends.
 const IDLE: Duration = Duration::from_secs(1);
 
@@ -74,12 +76,14 @@ struct State {
     threads: usize,
     /// The number of threads that wait for a job.
     idle: usize,
+    /// The number of threads whose job nobody waits for.
+    abandoned: usize,
 }
 
 impl Pool {
     /// Returns a pool without threads.
     pub const fn new() -> Self {
-        let state = State { jobs: VecDeque::new(), threads: 0, idle: 0 };
+        let state = State { jobs: VecDeque::new(), threads: 0, idle: 0, abandoned: 0 };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -89,18 +93,28 @@ impl Pool {
     /// The error of `start`.
     pub fn run(&self, job: Job, start: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let mut state = lock(&self.state);
-        if state.jobs.len() >= state.idle && state.threads < MAX_THREADS {
-            start().map_err(|error| {
-                let text =
-                    format!("failed to start a thread, because the node or the pod's cgroup has too many: {error}");
-                io::Error::new(error.kind(), text)
-            })?;
-            state.threads += 1;
-        }
+        state.start_for(1, start)?;
         state.jobs.push_back(job);
         drop(state);
         self.changed.notify_one();
         Ok(())
+    }
+
+    /// Records that nobody waits any longer for a job that a thread runs. Another thread may then replace this thread.
+    /// If a job needs a thread, calls `start`, as [`Pool::run`] does.
+    ///
+    /// # Errors
+    /// The error of `start`.
+    pub fn abandon(&self, start: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        state.abandoned += 1;
+        state.start_for(0, start)
+    }
+
+    /// Records that an abandoned job has ended.
+    pub fn resume(&self) {
+        let mut state = lock(&self.state);
+        state.abandoned = state.abandoned.saturating_sub(1);
     }
 
     /// Runs jobs until there has been none for [`IDLE`].
@@ -120,6 +134,22 @@ impl Pool {
         let (mut state, _) = wait_timeout(&self.changed, state, IDLE);
         state.idle -= 1;
         state.jobs.pop_front()
+    }
+}
+
+impl State {
+    /// Calls `start` if the queued jobs and `further` ones need another thread.
+    fn start_for(&mut self, further: usize, start: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let counted = self.threads - self.abandoned.min(MAX_REPLACED);
+        if self.jobs.len() + further > self.idle && counted < MAX_THREADS {
+            start().map_err(|error| {
+                let text =
+                    format!("failed to start a thread, because the node or the pod's cgroup has too many: {error}");
+                io::Error::new(error.kind(), text)
+            })?;
+            self.threads += 1;
+        }
+        Ok(())
     }
 }
 
@@ -188,5 +218,24 @@ mod tests {
         pool.work();
         assert!((0..2 * MAX_THREADS).eq(receiver.try_iter()));
         assert_eq!(lock(&pool.state).threads, MAX_THREADS - 1);
+    }
+
+    #[test]
+    fn threads_that_hang_are_replaced() {
+        let (pool, started) = (Pool::new(), std::cell::Cell::new(0));
+        let start = || {
+            started.set(started.get() + 1);
+            Ok(())
+        };
+        for _ in 0..2 * MAX_THREADS {
+            pool.run(Box::new(|| ()), start).unwrap();
+        }
+        for _ in 0..2 * MAX_REPLACED {
+            pool.abandon(start).unwrap();
+        }
+        assert_eq!(started.get(), MAX_THREADS + MAX_REPLACED);
+        (0..2 * MAX_REPLACED).for_each(|_| pool.resume());
+        pool.run(Box::new(|| ()), start).unwrap();
+        assert_eq!(started.get(), MAX_THREADS + MAX_REPLACED);
     }
 }

@@ -8,6 +8,9 @@
 //! These threads only open paths without read or write access (O_PATH), and copy mounts. Their seccomp filter allows no
 //! other changes ([`crate::confinement`]).
 
+mod call;
+mod reach;
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -15,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, OnceLock};
 use std::thread;
+use std::time::Duration;
 
 use husk_base::sys::mount;
 use nix::fcntl::{OFlag, open};
@@ -22,8 +26,10 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::Mode;
 use nix::unistd::{chdir, gettid};
 
-use crate::blocking::Pool;
-use crate::fs_types;
+use crate::blocking::{Job, Pool};
+use crate::host_view::call::{Abandoned, CALL_TIMEOUT, Call, Fd, Runner};
+
+pub use reach::Reached;
 
 /// The view of this process. It is set once, before the process enters its own mount namespace.
 static OF_PROCESS: OnceLock<HostView> = OnceLock::new();
@@ -45,6 +51,9 @@ struct Threads {
     requests: mpsc::Sender<Request>,
     /// Thread id of the first thread.
     id: i32,
+    abandoned: Arc<Abandoned>,
+    /// How long a caller waits for a call.
+    timeout: Duration,
 }
 
 /// A request to the first thread of a view.
@@ -52,21 +61,13 @@ enum Request {
     /// Start a thread. A thread is in the mount namespace of the thread that has started it.
     Start(SyncSender<io::Result<()>>),
     /// Call the function. Threads that are started later inherit its effect on the thread.
-    Call(Box<dyn FnOnce() + Send>),
+    Call(Job),
 }
 
 /// Returns the view of this process: the host's namespace in the shim's daemon, and otherwise the namespace of the
 /// calling thread.
 pub fn of_process() -> &'static HostView {
     OF_PROCESS.get().unwrap_or(&OWN)
-}
-
-/// A path of the host that this process can use in its own mount namespace.
-#[derive(Debug)]
-pub struct Reached {
-    /// The path, which is valid as long as this value.
-    pub path: PathBuf,
-    _file: Option<OwnedFd>,
 }
 
 impl HostView {
@@ -90,7 +91,8 @@ impl HostView {
             serve(&of_thread, &receiver);
         })?;
         let id = started.recv().unwrap_or_else(|_| Err(ended()))?;
-        Ok(Self { threads: Some(Threads { first_only: Arc::default(), pool, requests, id }) })
+        let (first_only, abandoned) = (Arc::default(), Arc::default());
+        Ok(Self { threads: Some(Threads { first_only, pool, requests, id, abandoned, timeout: CALL_TIMEOUT }) })
     }
 
     /// Makes this view the view of the process. Until [`HostView::confine`], only the first thread works, so that no
@@ -110,13 +112,17 @@ impl HostView {
     /// Calls `confine` on the first thread of the view. Threads that start later inherit what it sets.
     ///
     /// # Errors
-    /// If the thread has ended.
+    /// If the thread has ended, or hangs in an earlier call.
     pub fn confine<T: Send + 'static>(&self, confine: impl FnOnce() -> T + Send + 'static) -> io::Result<Option<T>> {
         let Some(threads) = &self.threads else { return Ok(None) };
         let (sender, done) = mpsc::sync_channel(1);
         let call = Box::new(move || drop(sender.send(confine())));
         threads.requests.send(Request::Call(call)).map_err(|_| ended())?;
-        let confined = done.recv().map_err(|_| ended())?;
+        let hangs = |error| match error {
+            mpsc::RecvTimeoutError::Timeout => io::Error::new(io::ErrorKind::TimedOut, "the thread hangs"),
+            mpsc::RecvTimeoutError::Disconnected => ended(),
+        };
+        let confined = done.recv_timeout(threads.timeout).map_err(hangs)?;
         self.work_on_first_thread(false);
         Ok(Some(confined))
     }
@@ -124,10 +130,10 @@ impl HostView {
     /// Opens `path` with O_PATH. If `follow` is true, follows a symlink in the final component.
     ///
     /// # Errors
-    /// The errors of open(2).
+    /// The errors of open(2), or [`io::ErrorKind::TimedOut`] if the file system hangs.
     pub fn open(&self, path: &Path, follow: bool) -> io::Result<OwnedFd> {
-        let path = path.to_owned();
-        self.run(move || open_path(&path, follow))
+        let to_open = path.to_owned();
+        self.run(vec![path.to_owned()], move |_| open_path(&to_open, follow).map(Fd::new))?.into_owned()
     }
 
     /// Opens several paths as [`HostView::open`] does, and follows symlinks.
@@ -135,7 +141,15 @@ impl HostView {
     /// # Errors
     /// If the paths cannot be opened by another thread. Otherwise, each path has its own result.
     pub fn open_all(&self, paths: Vec<PathBuf>) -> io::Result<Vec<io::Result<OwnedFd>>> {
-        self.run(move || Ok(paths.iter().map(|path| open_path(path, true)).collect()))
+        let opened = self.run(paths.clone(), move |call| {
+            let open = |path: &PathBuf| {
+                let opened = open_path(path, true).map(Fd::new);
+                call.next();
+                opened
+            };
+            Ok(paths.iter().map(open).collect::<Vec<_>>())
+        })?;
+        Ok(opened.into_iter().map(|opened| opened?.into_owned()).collect())
     }
 
     /// Returns a detached copy of the mount of `source`, with submounts if `recursive`. The copy has the given
@@ -144,12 +158,29 @@ impl HostView {
     /// # Errors
     /// The errors of open_tree(2) and mount_setattr(2).
     pub fn clone_tree(&self, source: &OwnedFd, recursive: bool, propagation: u64) -> io::Result<OwnedFd> {
-        let source = source.try_clone()?;
-        // The calling thread closes `source`: a debug build calls fcntl(2) first, which the thread's filter refuses.
-        let (tree, _source) = self.run(move || Ok((mount::clone_tree(source.as_fd(), recursive), source)))?;
-        let tree = tree?;
-        mount::set_attributes(tree.as_fd(), 0, propagation, true)?;
-        Ok(tree)
+        self.clone_trees(&[source], recursive, propagation)?.pop().ok_or_else(ended)
+    }
+
+    /// Copies several mounts as [`HostView::clone_tree`] does, with one request to another thread.
+    ///
+    /// # Errors
+    /// The errors of [`HostView::clone_tree`]. After an error, no copy stays.
+    pub fn clone_trees(&self, sources: &[&OwnedFd], recursive: bool, propagation: u64) -> io::Result<Vec<OwnedFd>> {
+        // The paths are only for errors.
+        let paths = sources.iter().map(|source| std::fs::read_link(path_of(source)).unwrap_or_default()).collect();
+        let duplicates =
+            sources.iter().map(|source| source.try_clone().map(Fd::new)).collect::<io::Result<Vec<_>>>()?;
+        let trees = self.run(paths, move |call| {
+            let clone = |source: &Fd| {
+                let tree = mount::clone_tree(source.borrow()?, recursive).map(Fd::new);
+                call.next();
+                tree
+            };
+            duplicates.iter().map(clone).collect::<io::Result<Vec<_>>>()
+        })?;
+        let trees = trees.into_iter().map(Fd::into_owned).collect::<io::Result<Vec<_>>>()?;
+        trees.iter().try_for_each(|tree| mount::set_attributes(tree.as_fd(), 0, propagation, true))?;
+        Ok(trees)
     }
 
     /// Returns the id of a thread in the namespace, or `None` for the calling thread's own namespace.
@@ -157,46 +188,20 @@ impl HostView {
         self.threads.as_ref().map(|threads| threads.id)
     }
 
-    /// Returns a path that leads to the host's file at `path`. The file, and directories above it, need not exist. The
-    /// returned path then leads into the deepest directory that exists.
-    ///
-    /// On a file system that is read-only in this process's namespace ([`crate::confinement`]), returns `path` itself.
-    ///
-    /// # Errors
-    /// The errors of open(2), except ENOENT.
-    pub fn reach(&self, path: &Path) -> io::Result<Reached> {
-        if self.threads.is_none() {
-            return Ok(Reached { path: path.to_owned(), _file: None });
-        }
-        let mut existing = path;
-        let file = loop {
-            match (self.open(existing, true), existing.parent()) {
-                (Err(error), Some(parent)) if error.kind() == io::ErrorKind::NotFound => existing = parent,
-                (opened, _) => break opened?,
-            }
+    /// Runs `work` on a thread of the view, and waits for its result. `paths` are the paths that `work` looks up.
+    fn run<T: Send + 'static>(
+        &self,
+        paths: Vec<PathBuf>,
+        work: impl FnOnce(&Call) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let Some(threads) = &self.threads else { return work(&Call::new(paths)) };
+        let send = |job| threads.requests.send(Request::Call(job)).map_err(|_| ended());
+        let start = || threads.start_thread();
+        let runner = match threads.first_only.load(Ordering::Relaxed) {
+            true => Runner::First(&send),
+            false => Runner::Pool(&threads.pool, &start),
         };
-        if fs_types::is_protected(&file)? {
-            return Ok(Reached { path: path.to_owned(), _file: None });
-        }
-        let mut reached = path_of(&file);
-        let rest = path.strip_prefix(existing).unwrap_or_else(|_| Path::new(""));
-        if !rest.as_os_str().is_empty() {
-            reached.push(rest);
-        }
-        Ok(Reached { path: reached, _file: Some(file) })
-    }
-
-    /// Runs `work` on a thread of the view, and waits for its result.
-    fn run<T: Send + 'static>(&self, work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
-        let Some(threads) = &self.threads else { return work() };
-        let (sender, done) = mpsc::sync_channel(1);
-        let work = Box::new(move || drop(sender.send(work())));
-        if threads.first_only.load(Ordering::Relaxed) {
-            threads.requests.send(Request::Call(work)).map_err(|_| ended())?;
-        } else {
-            threads.pool.run(work, || threads.start_thread())?;
-        }
-        done.recv().unwrap_or_else(|_| Err(ended()))
+        call::run(&runner, (&threads.abandoned, threads.timeout), paths, work)
     }
 }
 
@@ -256,6 +261,7 @@ fn ended() -> io::Error {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::io::Read;
 
     use husk_vmm::config::SeccompMode;
     use nix::mount::umount;
@@ -263,14 +269,13 @@ mod tests {
 
     use super::*;
     use crate::confinement::seccomp;
-    use crate::daemon::mount_namespace;
     use crate::volumes::test_support::{isolated, tmpfs};
 
     #[test]
     fn starts_no_thread_before_it_is_confined() {
         let host = HostView::start().unwrap();
         host.work_on_first_thread(true);
-        let thread = || Some(host.run(|| Ok(gettid().as_raw())).unwrap());
+        let thread = || Some(host.run(Vec::new(), |_| Ok(gettid().as_raw())).unwrap());
         assert_eq!(thread(), host.thread());
         host.confine(|| ()).unwrap();
         assert_ne!(thread(), host.thread());
@@ -313,7 +318,7 @@ mod tests {
             let (release, held) = mpsc::channel::<()>();
             let hanging = scope.spawn({
                 let host = host.clone();
-                move || host.run(move || Ok(held.recv().is_err()))
+                move || host.run(Vec::new(), move |_| Ok(held.recv().is_err()))
             });
             host.open(Path::new("/"), false).unwrap();
             drop(release);
@@ -321,28 +326,64 @@ mod tests {
         });
     }
 
+    impl HostView {
+        /// Returns the view with a timeout that ends at once.
+        fn impatient(&self) -> Self {
+            let threads = self.threads.clone();
+            Self { threads: threads.map(|threads| Threads { timeout: Duration::from_millis(1), ..threads }) }
+        }
+
+        /// Starts a call for `path` that hangs until the returned value is dropped. Its late result is the returned
+        /// pipe's write end.
+        fn hang(&self, path: &str) -> (io::Error, mpsc::Sender<()>, std::io::PipeReader) {
+            loop {
+                let (release, held) = mpsc::channel::<()>();
+                let (reader, writer) = std::io::pipe().unwrap();
+                let (writer, paths) = (Fd::new(writer.into()), ["/opened", path].map(PathBuf::from).to_vec());
+                let hung = self.impatient().run(paths, move |call| {
+                    call.next();
+                    let _ = held.recv();
+                    Ok(writer)
+                });
+                let error = hung.unwrap_err();
+                // The timeout can end before a thread begins the call.
+                if !error.to_string().contains("did not begin") && !error.to_string().contains("/opened") {
+                    return (error, release, reader);
+                }
+            }
+        }
+    }
+
     #[test]
-    fn reach_leads_to_files_that_exist_only_on_the_host() {
-        isolated(|dir| {
-            let (dir, host) = (dir.to_owned(), HostView::start().unwrap());
-            tmpfs(&dir.join("later"));
-            fs::write(dir.join("later/file"), "text").unwrap();
-            let shim = thread::spawn(move || {
-                mount_namespace::enter(&[]).unwrap();
-                assert!(!dir.join("later/file").exists());
-                let at = |path: &str| host.reach(&dir.join(path)).unwrap();
-                let reached = at("later/file");
-                assert_eq!(fs::read_to_string(&reached.path).unwrap(), "text");
-                let reached = at("later/new/deep/file");
-                fs::create_dir_all(reached.path.parent().unwrap()).unwrap();
-                fs::write(&reached.path, "new").unwrap();
-                // The path of a protected file leads to this namespace's mount of the file.
-                let protected = Path::new("/proc/sys/kernel/hostname");
-                assert_eq!(host.reach(protected).unwrap().path, protected);
-                dir
-            });
-            let dir = shim.join().unwrap();
-            assert_eq!(fs::read_to_string(dir.join("later/new/deep/file")).unwrap(), "new");
-        });
+    fn call_that_hangs_fails_and_its_late_result_is_closed() {
+        let host = confined();
+        let (error, release, mut reader) = host.hang("/hangs");
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(error.to_string().contains("/hangs"), "{error}");
+        drop(release);
+        // The read ends when the write end is closed.
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn paths_that_hang_leave_threads_for_other_paths() {
+        let host = confined();
+        let held: Vec<_> = (0..80).map(|number| host.hang(&format!("/hangs/{number}"))).collect();
+        assert!(held.iter().all(|(error, ..)| error.to_string().contains("file system may hang")), "{:?}", held[79].0);
+        host.open(Path::new("/"), false).unwrap();
+    }
+
+    #[test]
+    fn path_that_hangs_is_refused_until_it_answers() {
+        let host = confined();
+        let held: Vec<_> = (0..2).map(|_| host.hang("/hangs")).collect();
+        let begins = || host.run(vec!["/".into(), "/hangs".into()], |_| Ok(()));
+        assert!(begins().unwrap_err().to_string().contains("earlier lookups of /hangs still hang"));
+        host.open(Path::new("/"), false).unwrap();
+        for (_, release, mut reader) in held {
+            drop(release);
+            assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+        }
+        begins().unwrap();
     }
 }

@@ -8,7 +8,7 @@
 
 use std::{
     convert::identity,
-    fs::{self, File, OpenOptions},
+    fs::{File, OpenOptions},
     io,
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
@@ -25,7 +25,7 @@ use super::{
     logger::{self, LoggerHandle},
 };
 use crate::blocking;
-use crate::host_view;
+use crate::host_view::{self, Reached};
 
 /// The source of stdin.
 #[derive(Debug)]
@@ -156,14 +156,14 @@ fn decode(text: &str, query: bool) -> Option<String> {
     String::from_utf8(decoded).ok().filter(|text| !text.contains('\0'))
 }
 
-/// Calls `open` on another thread, with a path that leads to the host's file at `path`. The error names `path`.
+/// Calls `open` on another thread, with the host's file at `path`. The error names `path`.
 async fn on_host<T: Send + 'static>(
     path: PathBuf,
     stream: &'static str,
-    open: impl FnOnce(&Path) -> Result<T, OpenError> + Send + 'static,
+    open: impl FnOnce(Reached) -> Result<T, OpenError> + Send + 'static,
 ) -> Result<T, StdioError> {
     let of_host = path.clone();
-    let opened = blocking::spawn(move || open(&host_view::of_process().reach(&of_host)?.path)).await;
+    let opened = blocking::spawn(move || open(host_view::of_process().reach(&of_host)?)).await;
     opened.map_err(OpenError::from).and_then(identity).map_err(|error| match error {
         OpenError::Failed(source) => StdioError::Open { stream, path, source },
         OpenError::NotFifo => StdioError::NotFifo { stream, path },
@@ -182,7 +182,8 @@ impl<E: Into<io::Error>> From<E> for OpenError {
     }
 }
 
-fn input(path: &Path) -> Result<Input, OpenError> {
+fn input(reached: Reached) -> Result<Input, OpenError> {
+    let path = reached.path.as_path();
     let flags = OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
     // Open the read end first, because opening the write end fails if the fifo has no reader.
     let fifo = open_fd(path, OFlag::O_RDONLY | flags, Mode::empty())?;
@@ -193,14 +194,14 @@ fn input(path: &Path) -> Result<Input, OpenError> {
     Ok(Input { fifo, write_end })
 }
 
-fn output(path: &Path) -> Result<Output, OpenError> {
+fn output(reached: Reached) -> Result<Output, OpenError> {
     // Open the read end and the write end with one fd, because opening only the write end fails if the fifo has no
     // reader.
-    let fd = open_fd(path, OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty())?;
+    let fd = open_fd(&reached.path, OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty())?;
     if is_fifo(&fd)? {
         return Ok(Output::Pipe(fd));
     }
-    file(path, false)
+    file(reached, false)
 }
 
 fn is_fifo(fd: &OwnedFd) -> nix::Result<bool> {
@@ -209,19 +210,19 @@ fn is_fifo(fd: &OwnedFd) -> nix::Result<bool> {
 
 /// Truncates the file, or creates the file and its parent directories. Opens the file for appending.
 async fn new_file(path: &Path, stream: &'static str) -> Result<Output, StdioError> {
-    on_host(path.to_owned(), stream, |path| file(path, true)).await
+    on_host(path.to_owned(), stream, |reached| file(reached, true)).await
 }
 
 /// Opens a file for appending. If `truncate` is true, first truncates the file, or creates the file and its parent
 /// directories.
-fn file(path: &Path, truncate: bool) -> Result<Output, OpenError> {
+fn file(mut reached: Reached, truncate: bool) -> Result<Output, OpenError> {
+    let flags = reached.no_follow().bits();
     if truncate {
-        if let Some(dir) = path.parent() {
-            fs::create_dir_all(dir)?;
-        }
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(path)?;
+        reached.create_directories()?;
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o644).custom_flags(flags).open(&reached.path)?;
     }
-    Ok(Output::File(Arc::new(OpenOptions::new().append(true).open(path)?)))
+    Ok(Output::File(Arc::new(OpenOptions::new().append(true).custom_flags(flags).open(&reached.path)?)))
 }
 
 #[cfg(test)]
