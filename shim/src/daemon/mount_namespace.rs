@@ -24,6 +24,9 @@ use crate::volumes::mount_api::open_path;
 /// pods of the node.
 const TREES: [&str; 3] = ["/dev", "/proc", "/sys"];
 
+/// Maximum number of symlinks that a lookup follows, as in the kernel (path_resolution(7)).
+const MAX_LINKS: usize = 40;
+
 /// A failure to create the mount namespace.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {step} {}", path.display())]
@@ -56,11 +59,13 @@ pub fn enter(needed: &[PathBuf]) -> Result<(), MountNamespaceError> {
     let target = open_path(root, false).map_err(error("open", root))?;
     attach(copy.as_fd(), target.as_fd()).map_err(error("attach a copy of", root))?;
     drop(target);
-    for (point, recursive) in points(needed)? {
-        let tree = copy_of(&point, recursive)?;
+    for (point, recursive) in points(&directories(needed))? {
+        // A mount point can disappear, for example when another pod ends.
+        let Some(tree) = if_exists(copy_of(&point, recursive))? else { continue };
         let relative = point.strip_prefix("/").unwrap_or(&point);
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let target = openat(&copy, relative, flags, Mode::empty()).map_err(error("open the copy of", &point))?;
+        let target = openat(&copy, relative, flags, Mode::empty()).map_err(error("open the copy of", &point));
+        let Some(target) = if_exists(target)? else { continue };
         attach(tree.as_fd(), target.as_fd()).map_err(error("attach a copy of", &point))?;
     }
     // pivot_root stacks the old root on the new root. One umount2 then removes the copies of all of the host's mounts
@@ -76,22 +81,31 @@ fn copy_of(point: &Path, recursive: bool) -> Result<OwnedFd, MountNamespaceError
     clone_tree(original.as_fd(), recursive).map_err(error("copy the mount of", point))
 }
 
-/// Returns the mount points that the namespace contains, except `/`, and whether their submounts are included. Mount
-/// points come before the mount points below them.
-fn points(needed: &[PathBuf]) -> Result<Vec<(PathBuf, bool)>, MountNamespaceError> {
-    let trees = TREES.map(Path::new);
-    let mut directories = BTreeSet::new();
-    for path in trees.into_iter().map(ToOwned::to_owned).chain(needed.iter().filter_map(|path| resolve(path))) {
-        directories.extend(path.ancestors().map(Path::to_owned));
+/// Returns `None` if the file does not exist. The trees must exist.
+fn if_exists<T>(result: Result<T, MountNamespaceError>) -> Result<Option<T>, MountNamespaceError> {
+    match result {
+        Err(MountNamespaceError { path, source, .. })
+            if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+                && !TREES.iter().any(|tree| path == Path::new(tree)) =>
+        {
+            Ok(None)
+        }
+        result => result.map(Some),
     }
+}
+
+/// Returns the mount points in `directories` that the namespace contains, except `/`, and whether their submounts are
+/// included. Mount points come before the mount points below them. Directories that have disappeared are skipped.
+fn points(directories: &BTreeSet<PathBuf>) -> Result<Vec<(PathBuf, bool)>, MountNamespaceError> {
+    let trees = TREES.map(Path::new);
     let mut ids: BTreeMap<&Path, u64> = BTreeMap::new();
     let mut points = Vec::new();
-    for directory in &directories {
+    for directory in directories {
         if trees.iter().any(|tree| directory != tree && directory.starts_with(tree)) {
             continue;
         }
-        let id =
-            open_path(directory, false).and_then(|file| mount_id(file.as_fd())).map_err(error("open", directory))?;
+        let id = open_path(directory, false).and_then(|file| mount_id(file.as_fd()));
+        let Some(id) = if_exists(id.map_err(error("open", directory)))? else { continue };
         let is_mount_point = directory.parent().is_some_and(|parent| ids.get(parent) != Some(&id));
         if is_mount_point {
             points.push((directory.clone(), trees.contains(&directory.as_path())));
@@ -101,9 +115,41 @@ fn points(needed: &[PathBuf]) -> Result<Vec<(PathBuf, bool)>, MountNamespaceErro
     Ok(points)
 }
 
-/// Returns `path` without symlinks, or the deepest directory above `path` that exists.
-fn resolve(path: &Path) -> Option<PathBuf> {
-    path.is_absolute().then(|| path.ancestors().find_map(|path| path.canonicalize().ok())).flatten()
+/// Returns the directories that a lookup of the paths in `needed` passes, and [`TREES`] with the directories above
+/// them. No path in the result contains a symlink.
+fn directories(needed: &[PathBuf]) -> BTreeSet<PathBuf> {
+    let trees = TREES.map(Path::new);
+    let mut passed: BTreeSet<_> = trees.iter().flat_map(|tree| tree.ancestors()).map(Path::to_owned).collect();
+    needed.iter().filter(|path| path.is_absolute()).for_each(|path| add_passed(path, &mut passed));
+    passed
+}
+
+/// Adds the files and directories that a lookup of `path` passes, until the first one that does not exist. A symlink
+/// may be in another mount than its target. Therefore, the lookup passes the directories above each symlink, too.
+fn add_passed(path: &Path, passed: &mut BTreeSet<PathBuf>) {
+    let components = |path: &Path| path.components().map(|part| part.as_os_str().to_owned()).rev().collect::<Vec<_>>();
+    // The names that the lookup has not passed. The last one is next.
+    let (mut here, mut rest, mut links) = (PathBuf::from("/"), components(path), 0);
+    while let Some(name) = rest.pop() {
+        if name == ".." {
+            here.pop();
+            continue;
+        }
+        // The name `/` of an absolute path replaces the path.
+        let next = here.join(name);
+        match next.read_link() {
+            Ok(target) if links < MAX_LINKS => {
+                links += 1;
+                rest.extend(components(&target));
+            }
+            // EINVAL: not a symlink.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                passed.insert(next.clone());
+                here = next;
+            }
+            Ok(_) | Err(_) => return,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -146,6 +192,42 @@ mod tests {
                 assert_eq!(below.len(), 2, "{below:?}");
                 assert!(mounts.iter().any(|mount| mount.point == Path::new("/sys")));
             });
+        });
+    }
+
+    #[test]
+    fn namespace_contains_the_mounts_of_symlinks_on_the_way() {
+        isolated(|dir| {
+            use std::os::unix::fs::symlink;
+            for name in ["first", "second", "files", "unrelated"] {
+                tmpfs(&dir.join(name));
+            }
+            fs::write(dir.join("files/file"), "").unwrap();
+            symlink(dir.join("second/link"), dir.join("first/link")).unwrap();
+            symlink("../files/new/../.", dir.join("second/link")).unwrap();
+            fs::create_dir(dir.join("files/new")).unwrap();
+            symlink("loop", dir.join("unrelated/loop")).unwrap();
+            let needed = [dir.join("first/link/file"), dir.join("first/link/gone/x"), dir.join("unrelated/loop/x")];
+            in_daemon(&needed, || {
+                assert!(needed[0].exists());
+                let mounts = mountinfo::read().unwrap();
+                assert_eq!(mounts.iter().filter(|mount| mount.point.starts_with(dir)).count(), 4);
+            });
+        });
+    }
+
+    #[test]
+    fn directories_that_disappear_are_skipped() {
+        isolated(|dir| {
+            tmpfs(&dir.join("state"));
+            let needed = [dir.join("state"), dir.join("state/gone/x")];
+            let mut directories = directories(&needed);
+            directories.extend(dir.join("state/gone/x").ancestors().map(Path::to_owned));
+            directories.insert(dir.join("gone"));
+            let points = points(&directories).unwrap();
+            assert_eq!(points.iter().filter(|(point, _)| point.starts_with(dir)).count(), 1);
+            assert!(if_exists(copy_of(&dir.join("gone"), false)).unwrap().is_none());
+            assert!(points.contains(&(PathBuf::from("/proc"), true)));
         });
     }
 
