@@ -170,25 +170,37 @@ impl Netlink {
         self.call(&mut request, |_, _| ()).map(drop)
     }
 
-    /// Sends a dump request and calls `visit` with the type and body of each entry. The flags of the request must
-    /// include NLM_F_DUMP.
+    /// Sends a dump request, and returns what `parse` makes of the type and body of each entry. Returns `None` if these
+    /// are more than `max` values. The flags of the request must include NLM_F_DUMP.
     ///
     /// Repeats the dump if the list changed while the kernel sent it (NLM_F_DUMP_INTR).
     ///
     /// After [`MAX_DUMPS`] attempts, uses the last dump, which may be inconsistent. A caller that dumps a frequently
     /// changing list must also subscribe to the changes and dump the list again after each change.
-    pub fn dump(&self, message: Message, mut visit: impl FnMut(u16, &[u8])) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// The errors of [`Netlink::change`].
+    pub fn dump<T>(
+        &self,
+        message: Message,
+        max: usize,
+        mut parse: impl FnMut(u16, &[u8]) -> Option<T>,
+    ) -> io::Result<Option<Vec<T>>> {
         let mut request = message.finish()?;
-        // Collect the entries first, because `visit` must not be called for the entries of an interrupted dump.
-        let mut entries = Vec::new();
+        let (mut values, mut fits) = (Vec::new(), true);
         for _ in 0..MAX_DUMPS {
-            entries.clear();
-            if self.call(&mut request, |kind, body| entries.push((kind, body.to_vec())))? {
+            values.clear();
+            // Receive the rest of a list that is too long, too. The socket refuses the next dump until then.
+            let is_consistent = self.call(&mut request, |kind, body| {
+                let value = if fits { parse(kind, body) } else { None };
+                fits &= value.is_none() || values.len() < max;
+                values.extend(value.filter(|_| fits));
+            })?;
+            if is_consistent || !fits {
                 break;
             }
         }
-        entries.iter().for_each(|(kind, body)| visit(*kind, body));
-        Ok(())
+        Ok(fits.then_some(values))
     }
 
     /// Sends a request and receives its reply. Returns false if the reply is an interrupted dump, and therefore may be
@@ -371,6 +383,29 @@ mod tests {
         let request = Message::new(libc::RTM_NEWLINK, libc::NLM_F_ACK, &link_header(i32::MAX, 0, 0)).finish().unwrap();
         send(netlink.socket.as_raw_fd(), &request, MsgFlags::empty()).unwrap();
         assert!(!links(&netlink).unwrap().is_empty());
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no socketpair(SOCK_DGRAM)")]
+    fn dump_keeps_no_more_than_the_maximum() {
+        let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        let netlink = Netlink { socket: ours.into(), sequence: AtomicU32::new(7) };
+        let mut parsed = 0;
+        let mut dump = |max| {
+            for kind in [libc::RTM_NEWLINK.into(), 99, libc::RTM_NEWLINK.into(), 99, libc::RTM_NEWLINK.into()] {
+                theirs.send(&reply(kind, libc::NLM_F_MULTI, &[0; 16])).unwrap();
+            }
+            theirs.send(&reply(libc::NLMSG_DONE, libc::NLM_F_MULTI, &[0; 4])).unwrap();
+            netlink.sequence.store(7, Ordering::Relaxed);
+            let request = Message::new(libc::RTM_GETLINK, libc::NLM_F_DUMP, &link_header(0, 0, 0));
+            let found = netlink.dump(request, max, |kind, _| {
+                parsed += usize::from(kind == libc::RTM_NEWLINK);
+                (kind == libc::RTM_NEWLINK).then_some(())
+            });
+            found.unwrap().map(|found| found.len())
+        };
+        assert_eq!([dump(3), dump(2), dump(0), dump(4)], [Some(3), None, None, Some(3)]);
+        assert_eq!(parsed, 3 + 3 + 1 + 3);
     }
 
     #[test]

@@ -23,14 +23,10 @@ pub struct Link {
 
 /// Lists all interfaces of the socket's network namespace.
 pub fn links(netlink: &Netlink) -> io::Result<Vec<Link>> {
-    let mut links = Vec::new();
     let request = Message::new(libc::RTM_GETLINK, libc::NLM_F_DUMP, &link_header(0, 0, 0));
-    netlink.dump(request, |kind, body| {
-        if kind == libc::RTM_NEWLINK {
-            links.extend(parse(body));
-        }
-    })?;
-    Ok(links)
+    let links =
+        netlink.dump(request, usize::MAX, |kind, body| (kind == libc::RTM_NEWLINK).then(|| parse(body)).flatten())?;
+    Ok(links.unwrap_or_default())
 }
 
 /// Encodes a `struct ifinfomsg`, the fixed header of link messages.

@@ -119,12 +119,12 @@ pub enum NetworkError {
         #[source]
         source: nix::Error,
     },
-    /// The namespace has too many routes, neighbours and rules.
+    /// The namespace has too many addresses, routes, neighbours and rules.
     #[error(
-        "the pod's network namespace has {0} routes, neighbours and rules, but Husk supports at most {max}",
+        "the pod's network namespace has too many addresses, routes, neighbours and rules: Husk supports at most {max}",
         max = husk_proto::network::MAX_OBJECTS
     )]
-    TooLarge(usize),
+    TooLarge,
     /// The kernel rejected an operation.
     #[error("pod network: failed to {step}")]
     Kernel {

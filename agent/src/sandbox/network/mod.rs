@@ -47,9 +47,9 @@ pub enum NetworkError {
     /// An earlier part of the configuration is missing. The fields are the part's number and the expected number.
     #[error("failed to join the parts of the network configuration: got part {0} instead of part {1}")]
     Part(u32, u32),
-    /// The configuration has too many routes, neighbours and rules.
+    /// The configuration has too many addresses, routes, neighbours and rules.
     #[error(
-        "the pod's network has at least {0} routes, neighbours and rules, but the maximum is {max}",
+        "the pod's network has at least {0} addresses, routes, neighbours and rules, but the maximum is {max}",
         max = husk_proto::network::MAX_OBJECTS
     )]
     TooLarge(usize),

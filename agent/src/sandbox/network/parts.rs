@@ -32,7 +32,8 @@ impl Parts {
         config.routes.extend(routes);
         config.neighbours.extend(neighbours);
         config.rules.extend(rules);
-        let objects = config.routes.len() + config.neighbours.len() + config.rules.len();
+        let addresses: usize = config.interfaces.iter().map(|interface| interface.addresses.len()).sum();
+        let objects = addresses + config.routes.len() + config.neighbours.len() + config.rules.len();
         if objects > MAX_OBJECTS {
             return Err(NetworkError::TooLarge(objects));
         }

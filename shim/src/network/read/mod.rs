@@ -60,61 +60,94 @@ pub fn to_guest_link(link: husk_netlink::Link) -> Option<Link> {
 
 /// Reads the network configuration for the guest. `links` are the interfaces that the guest gets. The second result
 /// describes the entries that Husk does not support.
+///
+/// # Errors
+/// [`NetworkError::TooLarge`] if the configuration has more than [`MAX_OBJECTS`] objects, or [`NetworkError::Kernel`].
 pub fn network(netlink: &Netlink, links: &[Link]) -> Result<(UpdateNetworkRequest, Unsupported), NetworkError> {
+    network_of(netlink, links, MAX_OBJECTS)
+}
+
+fn network_of(
+    netlink: &Netlink,
+    links: &[Link],
+    max: usize,
+) -> Result<(UpdateNetworkRequest, Unsupported), NetworkError> {
     let names: HashMap<u32, &str> = links.iter().map(|link| (link.index.unsigned_abs(), link.name.as_str())).collect();
-    let mut unsupported = Unsupported::new();
+    let (mut unsupported, mut dumps) = (Unsupported::new(), Dumps { netlink, left: max });
     let (routes, rules) = (libc::RTM_GETROUTE, libc::RTM_GETRULE);
     let request = UpdateNetworkRequest {
-        interfaces: interfaces(netlink, links).map_err(kernel_error("list addresses"))?,
-        routes: dump_both_families(netlink, routes, &mut unsupported, |body| route::parse(body, &names))
-            .map_err(kernel_error("list routes"))?,
-        neighbours: neighbours(netlink, links).map_err(kernel_error("list neighbours"))?,
-        rules: dump_both_families(netlink, rules, &mut unsupported, rule::parse).map_err(kernel_error("list rules"))?,
+        interfaces: interfaces(&mut dumps, links)?,
+        routes: dumps.both_families("list routes", routes, &mut unsupported, |body| route::parse(body, &names))?,
+        neighbours: neighbours(&mut dumps, links)?,
+        rules: dumps.both_families("list rules", rules, &mut unsupported, rule::parse)?,
         ..Default::default()
     };
-    let objects = request.routes.len() + request.neighbours.len() + request.rules.len();
-    if objects > MAX_OBJECTS {
-        return Err(NetworkError::TooLarge(objects));
-    }
     Ok((request, unsupported))
 }
 
-/// Sends a dump request for each address family and parses the replies.
-fn dump_both_families<T>(
-    netlink: &Netlink,
-    request: u16,
-    unsupported: &mut Unsupported,
-    parse: impl Fn(&[u8]) -> Option<Entry<T>>,
-) -> io::Result<Vec<T>> {
-    let mut entries = Vec::new();
-    for family in [husk_netlink::IPV4, husk_netlink::IPV6] {
-        // struct rtmsg and struct fib_rule_hdr have 12 bytes, and begin with the family.
-        let mut fixed = [0; 12];
-        fixed[0] = family;
-        netlink.dump(Message::new(request, libc::NLM_F_DUMP, &fixed), |kind, body| {
-            let new = kind == libc::RTM_NEWROUTE || kind == libc::RTM_NEWRULE;
-            match new.then(|| parse(body)).flatten() {
-                Some(Entry::Supported(found)) => entries.push(found),
-                Some(Entry::Unsupported(what)) => drop(unsupported.insert(what)),
-                Some(Entry::Implicit) | None => {}
-            }
-        })?;
+/// Dumps whose lists together have a maximum length.
+struct Dumps<'a> {
+    netlink: &'a Netlink,
+    /// How many objects the further dumps may have.
+    left: usize,
+}
+
+impl Dumps<'_> {
+    /// Sends a dump request, and parses the replies. `step` completes an error message that begins with "failed to".
+    fn dump<T>(
+        &mut self,
+        step: &'static str,
+        request: Message,
+        parse: impl FnMut(u16, &[u8]) -> Option<T>,
+    ) -> Result<Vec<T>, NetworkError> {
+        let found = self.netlink.dump(request, self.left, parse).map_err(kernel_error(step))?;
+        let found = found.ok_or(NetworkError::TooLarge)?;
+        self.left -= found.len();
+        Ok(found)
     }
-    Ok(entries)
+
+    /// Sends a dump request for each address family and parses the replies.
+    fn both_families<T>(
+        &mut self,
+        step: &'static str,
+        request: u16,
+        unsupported: &mut Unsupported,
+        parse: impl Fn(&[u8]) -> Option<Entry<T>>,
+    ) -> Result<Vec<T>, NetworkError> {
+        let mut entries = Vec::new();
+        for family in [husk_netlink::IPV4, husk_netlink::IPV6] {
+            // struct rtmsg and struct fib_rule_hdr have 12 bytes, and begin with the family.
+            let mut fixed = [0; 12];
+            fixed[0] = family;
+            let message = Message::new(request, libc::NLM_F_DUMP, &fixed);
+            entries.extend(self.dump(step, message, |kind, body| {
+                let new = kind == libc::RTM_NEWROUTE || kind == libc::RTM_NEWRULE;
+                match new.then(|| parse(body)).flatten()? {
+                    Entry::Supported(found) => Some(found),
+                    Entry::Unsupported(what) => {
+                        unsupported.insert(what);
+                        None
+                    }
+                    Entry::Implicit => None,
+                }
+            })?);
+        }
+        Ok(entries)
+    }
 }
 
 /// Returns `links` with their addresses. Omits link-local IPv6 addresses, because the guest's kernel generates these
 /// addresses.
-fn interfaces(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Interface>> {
-    let mut addresses: HashMap<i32, Vec<String>> = HashMap::new();
+fn interfaces(dumps: &mut Dumps<'_>, links: &[Link]) -> Result<Vec<Interface>, NetworkError> {
     // The request's body is a struct ifaddrmsg.
-    netlink.dump(Message::new(libc::RTM_GETADDR, libc::NLM_F_DUMP, &[0; 8]), |kind, body| {
-        if kind == libc::RTM_NEWADDR
-            && let Some((index, address)) = parse_address(body)
-        {
-            addresses.entry(index).or_default().push(address);
-        }
+    let request = Message::new(libc::RTM_GETADDR, libc::NLM_F_DUMP, &[0; 8]);
+    let found = dumps.dump("list addresses", request, |kind, body| {
+        (kind == libc::RTM_NEWADDR).then(|| parse_address(body)).flatten()
     })?;
+    let mut addresses: HashMap<i32, Vec<String>> = HashMap::new();
+    for (index, address) in found {
+        addresses.entry(index).or_default().push(address);
+    }
     let interface = |link: &Link| Interface {
         name: link.name.clone(),
         mac: format_mac(&link.mac),
@@ -143,15 +176,12 @@ fn parse_address(body: &[u8]) -> Option<(i32, String)> {
 
 /// Reads the permanent neighbours. Only configured neighbours are permanent. The guest's kernel itself discovers all
 /// other neighbours.
-fn neighbours(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Neighbour>> {
-    let mut neighbours = Vec::new();
+fn neighbours(dumps: &mut Dumps<'_>, links: &[Link]) -> Result<Vec<Neighbour>, NetworkError> {
     // The request's body is a struct ndmsg.
-    netlink.dump(Message::new(libc::RTM_GETNEIGH, libc::NLM_F_DUMP, &[0; 12]), |kind, body| {
-        if kind == libc::RTM_NEWNEIGH {
-            neighbours.extend(parse_neighbour(body, links));
-        }
-    })?;
-    Ok(neighbours)
+    let request = Message::new(libc::RTM_GETNEIGH, libc::NLM_F_DUMP, &[0; 12]);
+    dumps.dump("list neighbours", request, |kind, body| {
+        (kind == libc::RTM_NEWNEIGH).then(|| parse_neighbour(body, links)).flatten()
+    })
 }
 
 fn parse_neighbour(body: &[u8], links: &[Link]) -> Option<Neighbour> {
@@ -200,6 +230,21 @@ mod tests {
 
     fn eth0() -> Link {
         Link { index: 2, name: "eth0".into(), mac: [2, 0, 0, 0, 0, 10], mtu: 1450 }
+    }
+
+    #[test]
+    fn network_with_too_many_objects_is_an_error() {
+        let netlink = Netlink::open().unwrap();
+        // The loopback interface has an address and routes.
+        let loopback = husk_netlink::links(&netlink).unwrap().into_iter().find(|link| link.index == 1).unwrap();
+        let lo = Link { index: 1, name: loopback.name, mac: [0; 6], mtu: 1500 };
+        let (config, _) = network(&netlink, std::slice::from_ref(&lo)).unwrap();
+        let addresses: usize = config.interfaces.iter().map(|interface| interface.addresses.len()).sum();
+        assert!(addresses > 0);
+        let objects = config.routes.len() + config.neighbours.len() + config.rules.len();
+        let links = std::slice::from_ref(&lo);
+        let too_large = |max| matches!(network_of(&netlink, links, max), Err(NetworkError::TooLarge));
+        assert!(too_large(addresses - 1) && too_large(addresses + objects - 1) && !too_large(MAX_OBJECTS));
     }
 
     #[test]
