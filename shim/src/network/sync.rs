@@ -128,6 +128,7 @@ impl Retry {
 /// The delays between notifications and updates.
 struct Pace {
     delay: Duration,
+    /// When the last update ended.
     last: Instant,
 }
 
@@ -141,8 +142,12 @@ impl Pace {
         let quiet = self.last.elapsed() >= QUIET;
         let delay = if quiet { COALESCE_DELAY } else { self.delay };
         self.delay = (delay * 2).min(MAX_DELAY);
-        self.last = Instant::now();
         delay
+    }
+
+    /// Records that an update has ended. The time of a long update is no time without a change.
+    fn update_ended(&mut self) {
+        self.last = Instant::now();
     }
 }
 
@@ -180,6 +185,7 @@ async fn watch(
                 Ok(()) => None,
                 Err(error) => Some(Retry::next(retry.take(), error)),
             };
+            pace.update_ended();
         }
         if let Some(request) = request {
             // Ignore an error, because the caller may have stopped waiting.
@@ -333,6 +339,8 @@ mod tests {
     struct FailingGuest {
         tries: mpsc::UnboundedSender<Instant>,
         left: u32,
+        /// How long an update takes.
+        duration: Duration,
         notices: UnixStream,
     }
 
@@ -341,6 +349,7 @@ mod tests {
             self.tries.send(Instant::now()).unwrap();
             // Every attempt causes a notification, as the creation of a tap does.
             self.notices.write_all(b"x").unwrap();
+            tokio::time::sleep(self.duration).await;
             match self.left {
                 0 => Ok(()),
                 _ => {
@@ -354,11 +363,16 @@ mod tests {
     /// Starts the task with a guest whose first `left` updates fail. Returns the task's handle, the socket that sends
     /// notifications, and the receiver for the time of each update.
     fn watched(left: u32) -> (NetworkSync, UnixStream, mpsc::UnboundedReceiver<Instant>) {
+        watched_for(left, Duration::ZERO)
+    }
+
+    /// Does the same as [`watched`], with updates that take `duration`.
+    fn watched_for(left: u32, duration: Duration) -> (NetworkSync, UnixStream, mpsc::UnboundedReceiver<Instant>) {
         let (notices, input) = UnixStream::pair().unwrap();
         notices.set_nonblocking(true).unwrap();
         let (request, mut requests) = mpsc::unbounded_channel();
         let (tries, tried) = mpsc::unbounded_channel();
-        let mut guest = FailingGuest { tries, left, notices: input.try_clone().unwrap() };
+        let mut guest = FailingGuest { tries, left, duration, notices: input.try_clone().unwrap() };
         tokio::spawn(async move { watch(notices.into(), &mut requests, &mut guest).await.unwrap() });
         (NetworkSync(request), input, tried)
     }
@@ -380,18 +394,20 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn network_that_changes_all_the_time_is_read_less_often() {
-        let (_network_sync, mut input, mut tried) = watched(0);
-        // Each attempt of this guest causes the next notification.
-        input.write_all(b"x").unwrap();
-        let mut last = tried.recv().await.unwrap();
-        let mut pauses = Vec::new();
-        for _ in 0..10 {
-            let at = tried.recv().await.unwrap();
-            pauses.push(at - last);
-            last = at;
+        for duration in [Duration::ZERO, QUIET * 2] {
+            let (_network_sync, mut input, mut tried) = watched_for(0, duration);
+            // Each attempt of this guest causes the next notification.
+            input.write_all(b"x").unwrap();
+            let mut last = tried.recv().await.unwrap();
+            let mut pauses = Vec::new();
+            for _ in 0..10 {
+                let at = tried.recv().await.unwrap();
+                pauses.push(at - (last + duration));
+                last = at;
+            }
+            assert!(pauses[0] < Duration::from_millis(150), "{pauses:?}");
+            assert!(pauses[6..].iter().all(|&pause| pause >= MAX_DELAY), "{pauses:?}");
         }
-        assert!(pauses[0] < Duration::from_millis(150), "{pauses:?}");
-        assert!(pauses[6..].iter().all(|&pause| pause >= MAX_DELAY), "{pauses:?}");
     }
 
     #[tokio::test(start_paused = true)]
