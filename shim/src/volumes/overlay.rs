@@ -8,9 +8,11 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
+use std::iter::Peekable;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::str::Chars;
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -86,8 +88,10 @@ impl Layers {
         let namespace = id_mappings.map(IdMappings::namespace).transpose()?;
         let mut attached = Vec::new();
         let mut lowerdir = String::from("lowerdir=");
-        for (number, Lower { directory, separator }) in lower.into_iter().enumerate() {
-            let tree = host.clone_tree(&directory, false, libc::MS_PRIVATE)?;
+        // One request for all layers: an image can have more than a hundred.
+        let directories: Vec<_> = lower.iter().map(|lower| &lower.directory).collect();
+        let trees = host.clone_trees(&directories, false, libc::MS_PRIVATE)?;
+        for (number, (tree, Lower { separator, .. })) in trees.into_iter().zip(&lower).enumerate() {
             if let Some(namespace) = &namespace {
                 mount_api::set_id_mapping(tree.as_fd(), namespace.as_fd(), false)?;
             }
@@ -142,27 +146,25 @@ fn common_mount(directories: &[OwnedFd; 2], host: &HostView) -> io::Result<(Owne
 /// Splits the value of the option `lowerdir` as the kernel does (`ovl_parse_param_lowerdir` in fs/overlayfs). Returns
 /// the path of each layer, and the separator before the layer.
 fn split(value: &str) -> Vec<(PathBuf, &'static str)> {
-    let (mut layers, mut layer, mut separator) = (Vec::new(), String::new(), "");
-    let mut characters = value.chars().peekable();
-    while let Some(character) = characters.next() {
-        match character {
-            '\\' => layer.extend(characters.next()),
-            ':' => {
-                layers.push((PathBuf::from(std::mem::take(&mut layer)), separator));
-                separator = if characters.next_if_eq(&':').is_some() { "::" } else { ":" };
-            }
-            _ => layer.push(character),
+    let (mut layers, mut separator, mut characters) = (Vec::new(), "", value.chars().peekable());
+    loop {
+        layers.push((unescape_until(&mut characters, Some(':')), separator));
+        if characters.next().is_none() {
+            return layers;
         }
+        separator = if characters.next_if_eq(&':').is_some() { "::" } else { ":" };
     }
-    layers.push((PathBuf::from(layer), separator));
-    layers
 }
 
 /// Removes the backslashes that protect special characters.
 fn unescape(value: &str) -> PathBuf {
-    let mut characters = value.chars();
-    let mut path = String::with_capacity(value.len());
-    while let Some(character) = characters.next() {
+    unescape_until(&mut value.chars().peekable(), None)
+}
+
+/// Reads a path before the character `end`, if it is not protected. Removes the backslashes that protect characters.
+fn unescape_until(characters: &mut Peekable<Chars<'_>>, end: Option<char>) -> PathBuf {
+    let mut path = String::new();
+    while let Some(character) = characters.next_if(|character| Some(*character) != end) {
         match character {
             '\\' => path.extend(characters.next()),
             _ => path.push(character),
