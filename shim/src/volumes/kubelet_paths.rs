@@ -60,16 +60,35 @@ pub fn disk_empty_dir(
     if device_and_inode(&volume)? == device_and_inode(source)? {
         return Ok(Some(DiskEmptyDir { root: volume, subdirectory: Vec::new() }));
     }
+    let found = path_from_volume(&volume, source, id_mappings, host)?;
+    Ok(found.map(|(_, subdirectory)| DiskEmptyDir { root: volume, subdirectory }))
+}
+
+/// Finds the directory `volume` and `source` in their file system. Returns the path of `volume` from the root of the
+/// file system, and the components of the path from `volume` to `source`. Returns `None` if `source` is not in the
+/// volume, or is no longer there.
+///
+/// # Errors
+/// The kernel's error.
+pub fn path_from_volume(
+    volume: &OwnedFd,
+    source: &OwnedFd,
+    id_mappings: Option<&IdMappings>,
+    host: &HostView,
+) -> io::Result<Option<(PathBuf, Vec<VolumeDirectory>)>> {
     // The kubelet binds a subPath to a mount point outside the volume. Therefore, the shim compares the volume's
-    // path and the source's path, both relative to the root of the file system.
-    let (all, part) = (path_in_filesystem(&volume, host)?, path_in_filesystem(source, host)?);
+    // path and the source's path, both relative to the root of the file system. The mount list can be long.
+    let mounts = mountinfo::of_host(host)?;
+    let path = |file| match place_in_filesystem(file, &mounts) {
+        // The mount was unmounted after the file had been opened.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        place => place.map(|(_, path)| Some(path)),
+    };
+    let (Some(all), Some(part)) = (path(volume)?, path(source)?) else { return Ok(None) };
     let Ok(subdirectory) = part.strip_prefix(&all) else { return Ok(None) };
     // If the source was renamed or removed, or a mount covers a part of the path, the path does not lead to the source.
-    match stat_components(&volume, subdirectory, id_mappings) {
-        Ok((subdirectory, end)) if end == device_and_inode(source)? => {
-            Ok(Some(DiskEmptyDir { root: volume, subdirectory }))
-        }
-        Ok(_) => Ok(None),
+    match stat_components(volume, subdirectory, id_mappings) {
+        Ok((subdirectory, end)) => Ok((end == device_and_inode(source)?).then_some((all, subdirectory))),
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => Ok(None),
         Err(error) => Err(error),
     }
@@ -105,20 +124,11 @@ pub fn parse_empty_dir(path: &Path) -> Option<(String, PathBuf)> {
     Some((name.to_owned(), pod.join("volumes/kubernetes.io~empty-dir").join(name)))
 }
 
-/// Returns the path of `source` relative to the root of its file system. The mount list shows which directory of the
-/// file system is mounted (proc_pid_mountinfo(5)).
-///
-/// # Errors
-/// The kernel's error, or [`io::ErrorKind::NotFound`] if the mount is not in the mount list.
-pub fn path_in_filesystem(source: &OwnedFd, host: &HostView) -> io::Result<PathBuf> {
-    place_in_filesystem(source, &mountinfo::of_host(host)?).map(|(_, path)| path)
-}
-
 /// Returns the mount of `source`, and the path of `source` relative to the root of its file system. `mounts` is the
-/// host's mount list.
+/// host's mount list, which shows the directory of the file system that is mounted (proc_pid_mountinfo(5)).
 ///
 /// # Errors
-/// The errors of [`path_in_filesystem`].
+/// The kernel's error, or [`io::ErrorKind::NotFound`] if the mount is not in the list.
 pub fn place_in_filesystem<'a>(source: &OwnedFd, mounts: &'a [Entry]) -> io::Result<(&'a Entry, PathBuf)> {
     let id = mount_api::mount_id(source.as_fd())?;
     let path = fs::read_link(format!("/proc/self/fd/{}", source.as_raw_fd()))?;
@@ -198,6 +208,46 @@ mod tests {
         // The target of this symlink is not in the volume.
         std::os::unix::fs::symlink("/etc", root.join("out")).unwrap();
         assert_eq!(of(&root.join("out")), None);
+    }
+
+    #[test]
+    fn source_whose_mount_is_gone_is_in_no_empty_dir() {
+        use crate::volumes::memory_volume;
+        use crate::volumes::test_support::{isolated, tmpfs};
+        use nix::mount::{MntFlags, MsFlags, mount, umount2};
+        isolated(|_| {
+            let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+            let host = HostView::own();
+            for (name, is_memory) in [("disk", false), ("memory", true)] {
+                let volume = dir.path().join("uid/volumes/kubernetes.io~empty-dir").join(name);
+                let point = dir.path().join("uid/volume-subpaths").join(name).join("c/0");
+                fs::create_dir_all(&volume).unwrap();
+                if is_memory {
+                    tmpfs(&volume);
+                }
+                fs::create_dir_all(volume.join("sub")).unwrap();
+                fs::create_dir_all(&point).unwrap();
+                mount(Some(&volume.join("sub")), &point, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+                let source = host.open(&point, true).unwrap();
+                let find = || {
+                    let memory = memory_volume::request_for(&source, &point, None, ("c", 0), &host).unwrap();
+                    let disk = disk_empty_dir(&source, &point, None, ("uid", &host)).unwrap();
+                    [disk.map(|disk| disk.subdirectory), memory.map(|memory| memory.directories)]
+                };
+                let found = find().map(|found| found.map(|found| found[0].name.clone()));
+                let sub = Some("sub".to_owned());
+                assert_eq!(found, if is_memory { [None, sub] } else { [sub, None] });
+                // A rename leads to no error, either.
+                fs::rename(volume.join("sub"), volume.join("renamed")).unwrap();
+                fs::create_dir(volume.join("sub")).unwrap();
+                assert!(find().iter().flatten().all(|found| found[0].name == "renamed"));
+                umount2(&point, MntFlags::MNT_DETACH).unwrap();
+                assert!(find().iter().all(Option::is_none), "{name}");
+                if is_memory {
+                    umount2(&volume, MntFlags::MNT_DETACH).unwrap();
+                }
+            }
+        });
     }
 
     #[test]

@@ -66,24 +66,21 @@ pub fn request_for(
     };
     let volume_stat = fstat(&volume).map_err(|errno| inspect("stat the volume")(errno.into()))?;
     let dir_stat = fstat(source).map_err(|errno| inspect("stat the directory")(errno.into()))?;
-    let in_filesystem = |file| {
-        kubelet_paths::path_in_filesystem(file, host)
-            .map_err(inspect("determine the path of the directory in its volume"))
+    let found = match volume_stat.st_dev == dir_stat.st_dev {
+        true => kubelet_paths::path_from_volume(&volume, source, id_mappings, host)
+            .map_err(inspect("determine the path of the directory in its volume"))?,
+        false => None,
     };
     // A memory volume has a file system of its own. An emptyDir of the default medium is only a directory of the
     // kubelet's file system, which can be a tmpfs, too.
-    let is_root = in_filesystem(&volume)?.as_os_str().is_empty();
-    if volume_stat.st_dev != dir_stat.st_dev || !is_root {
+    let Some((_, directories)) = found.filter(|(root, _)| root.as_os_str().is_empty()) else {
         return if huge { Err(MemoryVolumeError::Shared) } else { Ok(None) };
-    }
+    };
     if huge && block_size != HUGE_PAGE {
         return Err(MemoryVolumeError::Size(block_size));
     }
     let (uid, gid) = kubelet_paths::owner(volume_stat.st_uid, volume_stat.st_gid, id_mappings);
     let kind = if huge { format!("pagesize={HUGE_PAGE}") } else { format!("size={size}") };
-    let subdirectory = in_filesystem(source)?;
-    let directories = kubelet_paths::stat_components(&volume, &subdirectory, id_mappings);
-    let (directories, _) = directories.map_err(inspect("stat a directory of the volume"))?;
     Ok(Some(MountVolumeRequest {
         name: format!("{name}-{:x}", volume_stat.st_dev),
         fs_type: fs_type.to_owned(),
