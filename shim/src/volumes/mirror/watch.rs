@@ -46,7 +46,7 @@ impl Watch {
     /// If the volume cannot be read.
     pub async fn new(watchers: &Watchers, volume: &Volume) -> io::Result<Self> {
         let volume = volume.clone();
-        let watched = match watchers.subscribe() {
+        let watched = match watchers.subscribe().await {
             Ok(subscription) => add_directories(Arc::new(subscription), volume.clone()).await,
             Err(error) => Err(error),
         };

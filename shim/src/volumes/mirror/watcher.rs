@@ -4,6 +4,7 @@
 //! root. Therefore a shim has at most one instance, and only some shims of a node have one ([`Permit`]).
 
 use std::collections::{HashMap, HashSet};
+use std::convert::identity;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -16,6 +17,7 @@ use tokio::io::Interest;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
+use crate::blocking;
 use crate::lock;
 use crate::volumes::mirror::instance_limit::Permit;
 
@@ -71,17 +73,15 @@ impl Watchers {
     /// # Errors
     /// If a limit of the node is reached, for example EMFILE for fs.inotify.max_user_instances, or if the other shims of
     /// the node have all instances that shims may have.
-    pub fn subscribe(&self) -> io::Result<Subscription> {
-        let mut current = lock(&self.0);
-        let watcher = match current.upgrade() {
+    pub async fn subscribe(&self) -> io::Result<Subscription> {
+        let current = lock(&self.0).upgrade();
+        let watcher = match current {
             Some(watcher) => watcher,
             None => {
-                let watcher = Watcher::start()?;
-                *current = Arc::downgrade(&watcher);
-                watcher
+                let permit = blocking::spawn(Permit::take).await.and_then(identity);
+                self.current_or_start(permit)?
             }
         };
-        drop(current);
         let changes = Arc::<Changes>::default();
         let mut routes = lock(&watcher.routes);
         routes.last_id += 1;
@@ -90,11 +90,21 @@ impl Watchers {
         drop(routes);
         Ok(Subscription { watcher, id, changes })
     }
+
+    /// Returns the inotify instance. Starts it with `permit` if no other task has started it meanwhile.
+    fn current_or_start(&self, permit: io::Result<Permit>) -> io::Result<Arc<Watcher>> {
+        let mut current = lock(&self.0);
+        if let Some(watcher) = current.upgrade() {
+            return Ok(watcher);
+        }
+        let watcher = Watcher::start(permit?)?;
+        *current = Arc::downgrade(&watcher);
+        Ok(watcher)
+    }
 }
 
 impl Watcher {
-    fn start() -> io::Result<Arc<Self>> {
-        let permit = Permit::take()?;
+    fn start(permit: Permit) -> io::Result<Arc<Self>> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         let events: OwnedFd = inotify.as_fd().try_clone_to_owned()?;
         let events = register(events, Interest::READABLE)?;
@@ -212,7 +222,9 @@ mod tests {
     async fn subscriptions_share_an_instance_and_get_only_their_own_changes() {
         let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let watchers = Watchers::default();
-        let [first, both, second] = std::array::from_fn(|_| watchers.subscribe().unwrap());
+        // Subscriptions that begin at the same time share an instance, too.
+        let all = tokio::try_join!(watchers.subscribe(), watchers.subscribe(), watchers.subscribe());
+        let (first, both, second) = all.unwrap();
         first.add(one.path()).unwrap();
         both.add(one.path()).unwrap();
         both.add(two.path()).unwrap();
@@ -234,6 +246,6 @@ mod tests {
         let watcher = Arc::downgrade(&second.watcher);
         drop((both, second));
         assert!(watcher.upgrade().is_none());
-        assert!(watchers.subscribe().is_ok());
+        assert!(watchers.subscribe().await.is_ok());
     }
 }
