@@ -2,8 +2,8 @@
 //! source, these containers share one mount.
 //!
 //! The virtio-fs server identifies a file by its inode and mount id (virtiofsd, `passthrough::InodeIds`). With two
-//! mounts of one directory, the guest would see two inodes for each file. A fifo, a socket or a lock would then not
-//! work between containers.
+//! mounts of one directory, the guest would see two inodes for each file. A fifo, a socket, a shared mapping, or a lock
+//! of an emptyDir's file would then not work between containers.
 
 use std::{
     os::fd::{AsFd, OwnedFd},
