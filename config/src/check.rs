@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::{Config, RateLimit, annotation, digest};
+use crate::{Config, RateLimit, TimeoutFactor, annotation, digest};
 
 /// A key with an invalid value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +43,8 @@ impl Config {
             limit.check().map_err(|message| InvalidValue { key, message })?;
         }
         check_range("start_timeout_secs", self.start_timeout_secs, 1, 3600)?;
+        let (low, high) = TimeoutFactor::RANGE;
+        check_range("timeout_factor", self.timeout_factor.0, low, high)?;
         if !self.timeline_log.as_os_str().is_empty() {
             check_absolute_path("timeline_log", &self.timeline_log)?;
         }
@@ -130,6 +132,10 @@ mod tests {
         assert!(problem(|c| c.min_memory_mib = 0).starts_with("min_memory_mib: "));
         assert!(problem(|c| c.virtio_fs_workers = 0).starts_with("virtio_fs_workers: "));
         assert!(problem(|c| c.start_timeout_secs = 0).starts_with("start_timeout_secs: "));
+        for factor in [0, 11] {
+            let expected = format!("timeout_factor: {factor} is out of range: must be 1 to 10");
+            assert_eq!(problem(|c| c.timeout_factor = TimeoutFactor(factor)), expected);
+        }
         let burst = RateLimit { burst_ops: 1, ..RateLimit::default() };
         assert_eq!(
             problem(|c| c.vsock_rate_limit = burst),

@@ -9,10 +9,12 @@ mod load;
 pub mod rate_limit;
 pub mod sandbox;
 pub mod timeline;
+pub mod timeout_factor;
 
 pub use check::InvalidValue;
 pub use load::ConfigError;
 pub use rate_limit::RateLimit;
+pub use timeout_factor::{BaseTimeout, TimeoutFactor};
 
 use std::path::PathBuf;
 
@@ -107,6 +109,8 @@ pub struct Config {
     pub require_landlock: bool,
     /// Timeout for the agent's first answer, in seconds.
     pub start_timeout_secs: u64,
+    /// Factor by which the timeouts are multiplied that end a container or a pod.
+    pub timeout_factor: TimeoutFactor,
     /// Log level of the shim.
     pub log_level: LogLevel,
     /// File to which the [`timeline::Timeline`] of each start is appended. If the path is empty, no timeline is
@@ -143,6 +147,7 @@ impl Default for Config {
             seccomp: Seccomp::Enforce,
             require_landlock: false,
             start_timeout_secs: 60,
+            timeout_factor: TimeoutFactor::default(),
             log_level: LogLevel::Info,
             timeline_log: PathBuf::new(),
             allowed_annotations: [annotation::VCPUS, annotation::MEMORY_MIB, annotation::POLICY].map(Into::into).into(),

@@ -6,8 +6,19 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A wait: the file and the name of its constant. The value is the number of seconds.
-type Waits = BTreeMap<(String, String), u64>;
+/// A wait: the file and the name of its constant.
+type Waits = BTreeMap<(String, String), Limit>;
+
+/// The limit of a wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Limit {
+    millis: u64,
+    /// Whether the node's factor multiplies the limit.
+    multiplied: bool,
+}
+
+/// The factor of the test node.
+const TEST_NODE: u64 = 5;
 
 /// Constants that end in TIMEOUT but limit no wait of the shim, the VMM or the agent.
 const NO_WAITS: [&str; 1] = ["CACHE_TIMEOUT"];
@@ -38,32 +49,51 @@ fn code() -> Waits {
     for file in files {
         let path = file.strip_prefix(root()).unwrap().to_string_lossy().into_owned();
         for line in fs::read_to_string(&file).unwrap().lines() {
-            let Some((name, value)) = line
-                .trim_start()
-                .trim_start_matches("pub ")
-                .strip_prefix("const ")
-                .and_then(|rest| rest.split_once(": Duration = Duration::from_secs("))
-            else {
-                continue;
-            };
+            let Some((name, limit)) = constant(line) else { continue };
             let is_wait = name.ends_with("TIMEOUT") || ["QUERY", "QUICK", "SLOW"].contains(&name);
             if is_wait && !NO_WAITS.contains(&name) {
-                let seconds = value.split(')').next().unwrap().parse().unwrap();
-                waits.insert((path.clone(), name.to_owned()), seconds);
+                waits.insert((path.clone(), name.to_owned()), limit);
             }
         }
     }
     waits
 }
 
+/// Returns the name and the limit of a constant.
+fn constant(line: &str) -> Option<(&str, Limit)> {
+    let visible = line.trim_start().trim_start_matches("pub").trim_start_matches("(super)").trim_start();
+    let (name, rest) = visible.strip_prefix("const ")?.split_once(": ")?;
+    let (kind, value) = rest.split_once(" = ")?;
+    let multiplied = kind == "BaseTimeout";
+    let (unit, number) = value.strip_prefix(kind)?.strip_prefix("::from_")?.strip_suffix(");")?.split_once('(')?;
+    let number: u64 = number.replace('_', "").parse().ok()?;
+    let millis = match unit {
+        "secs" => number * 1000,
+        "millis" => number,
+        _ => return None,
+    };
+    (multiplied || kind == "Duration").then_some((name, Limit { millis, multiplied }))
+}
+
+/// Returns the milliseconds of a number of seconds with at most one decimal.
+fn millis(seconds: &str) -> Option<u64> {
+    let (whole, tenths) = seconds.split_once('.').unwrap_or((seconds, "0"));
+    Some(whole.parse::<u64>().ok()? * 1000 + tenths.parse::<u64>().ok().filter(|tenths| *tenths < 10)? * 100)
+}
+
+fn text() -> String {
+    fs::read_to_string(root().join("docs/reliability.md")).unwrap()
+}
+
 fn page() -> Waits {
-    let text = fs::read_to_string(root().join("docs/reliability.md")).unwrap();
+    let text = text();
     let (_, table) = text.split_once("## Waits").unwrap();
     let rows = table.lines().filter_map(|line| {
         let cells: Vec<_> = line.strip_prefix('|')?.split('|').map(str::trim).collect();
         let [file, constant, seconds, what, end, ""] = cells[..] else { return None };
         assert!(!what.is_empty() && !end.is_empty(), "{line}");
-        Some(((file.to_owned(), constant.to_owned()), seconds.parse().ok()?))
+        let (seconds, multiplied) = seconds.strip_suffix(" × factor").map_or((seconds, false), |base| (base, true));
+        Some(((file.to_owned(), constant.to_owned()), Limit { millis: millis(seconds)?, multiplied }))
     });
     rows.collect()
 }
@@ -72,10 +102,37 @@ fn page() -> Waits {
 fn page_lists_every_wait_with_its_limit() {
     let (code, page) = (code(), page());
     assert!(code.len() > 20, "the test finds only {} constants", code.len());
-    for (wait, seconds) in &code {
-        assert_eq!(page.get(wait), Some(seconds), "docs/reliability.md has to list {wait:?}");
+    for (wait, limit) in &code {
+        assert_eq!(page.get(wait), Some(limit), "docs/reliability.md has to list {wait:?}");
     }
     for wait in page.keys() {
         assert!(code.contains_key(wait), "docs/reliability.md lists {wait:?}, which the code does not have");
+    }
+}
+
+#[test]
+fn requests_that_end_something_take_at_most_nine_seconds_and_five_times_as_long_in_the_test_node() {
+    let (text, code) = (text(), code());
+    let table = text.split_once("### Slow nodes").unwrap().1.split_once("\n## ").unwrap().0;
+    let mut requests = Vec::new();
+    for line in table.lines().filter(|line| line.contains("_TIMEOUT")) {
+        let cells: Vec<_> = line.split('|').map(str::trim).collect();
+        let ["", request, _, path, hardware, test_node, ""] = cells[..] else { panic!("{line}") };
+        let sum = |factor: u64| -> u64 {
+            let limit = |name: &str| {
+                let mut found = code.iter().filter(|((_, constant), _)| constant == name);
+                let (Some((_, limit)), None) = (found.next(), found.next()) else {
+                    panic!("{name} is not the name of exactly one wait")
+                };
+                limit.millis * if limit.multiplied { factor } else { 1 }
+            };
+            path.split(" + ").map(limit).sum()
+        };
+        assert_eq!((millis(hardware), millis(test_node)), (Some(sum(1)), Some(sum(TEST_NODE))), "{line}");
+        assert!(sum(1) <= 9_000 && sum(TEST_NODE) <= 45_000, "{line}");
+        requests.push(request);
+    }
+    for request in ["Kill with SIGKILL", "Delete", "StopContainer", "StopPodSandbox", "RemovePodSandbox"] {
+        assert!(requests.contains(&request), "the table lacks {request}");
     }
 }

@@ -76,7 +76,7 @@ fn configuration(root: &Path, more: &str) -> Result<String> {
 fn in_node(mut add: Vec<Add>, script: &Path) -> Result<u8> {
     let config = paths::node().join("demo-config.toml");
     files::make_dir(&paths::node())?;
-    let text = configuration(&paths::dist(), "timeline_log = \"/out/timeline\"\n")?;
+    let text = node::configuration("timeline_log = \"/out/timeline\"\n")?;
     fs::write(&config, text).with_context(|| format!("failed to write {}", config.display()))?;
     add.push(Add::new(config, "/etc/husk/config.toml"));
     let env = vec![

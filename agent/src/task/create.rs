@@ -9,8 +9,10 @@ use husk_proto::agent::CreateOptions;
 use husk_proto::containerd::api::CreateTaskRequest;
 use libcontainer::oci_spec::runtime::Spec;
 use protobuf::Message;
+use tokio::time::Instant;
 
 use super::helper::HelperJob;
+use super::kill::KILL_TIMEOUT;
 use super::process::{Phase, Process, StreamTokens};
 use super::{Container, STATE_DIR, Tasks, check_id, shares_pid_namespace, spec, task_dir};
 use crate::cgroup::Cgroup;
@@ -94,7 +96,7 @@ impl Tasks {
             Ok(pid) => Ok(pid),
             Err(error) => {
                 container.init.advance(Phase::Stopped(0, ProcessExit { status: 255, at_ns: now_ns() }));
-                self.cleanup(&container).await;
+                self.cleanup(&container, Instant::now() + KILL_TIMEOUT).await;
                 self.remove(&container.id);
                 Err(error)
             }

@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use std::{fs, io};
 
 use husk_base::error::chain;
 use husk_base::sync::lock;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
 use super::kill::{self, KILL_TIMEOUT};
 use super::process::Phase;
@@ -19,8 +20,13 @@ use crate::sandbox::volume;
 
 impl Tasks {
     /// Deletes a container or an exec. The process must have exited or must never have been started. Returns the PID
-    /// and the exit of the process. The PID is 0 for an exec that never ran.
-    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(i32, ProcessExit), ServiceError> {
+    /// and the exit of the process. The PID is 0 for an exec that never ran. `limit` is the timeout of the request.
+    pub async fn delete(
+        &self,
+        id: &str,
+        exec_id: &str,
+        limit: Option<Duration>,
+    ) -> Result<(i32, ProcessExit), ServiceError> {
         let container = match self.get(id) {
             Err(error) if exec_id.is_empty() => {
                 // The container was never created, or creating it failed. Its volumes may exist nevertheless, because
@@ -31,6 +37,7 @@ impl Tasks {
             container => container?,
         };
         let process = container.process(exec_id)?;
+        let deadline = Instant::now() + kill_timeout(limit);
         if exec_id.is_empty() {
             // A Create of this container may still be running although its client has given up. A container cannot be
             // cleaned up while it is being created. Therefore wait until Create has finished.
@@ -41,7 +48,7 @@ impl Tasks {
             Phase::New if !exec_id.is_empty() => (0, ProcessExit { status: 0, at_ns: 0 }),
             Phase::Created(_) if exec_id.is_empty() => {
                 // As with runc, deleting a container that was created but never started kills the container.
-                let exit = timeout(KILL_TIMEOUT, async {
+                let exit = timeout_at(deadline, async {
                     let _ = kill::all(&container, libc::SIGKILL).await;
                     process.wait().await
                 });
@@ -52,7 +59,7 @@ impl Tasks {
             _ => return Err(ServiceError::FailedPrecondition("cannot delete a running process".into())),
         };
         if exec_id.is_empty() {
-            self.cleanup(&container).await;
+            self.cleanup(&container, deadline).await;
             self.remove(id);
         } else {
             lock(&container.execs).remove(exec_id);
@@ -60,13 +67,14 @@ impl Tasks {
         Ok((pid, exit))
     }
 
-    /// Kills the processes of a container and removes its cgroup, volumes and directories. Best effort.
-    pub(super) async fn cleanup(&self, container: &Arc<Container>) {
+    /// Kills the processes of a container and removes its cgroup, volumes and directories. Best effort. Waits until
+    /// `deadline` for the exit of the processes.
+    pub(super) async fn cleanup(&self, container: &Arc<Container>, deadline: Instant) {
         if let Some(watch_task) = lock(&container.oom_task).take() {
             // The async task would never end, because inotify does not report the removal of a cgroup file.
             watch_task.abort();
         }
-        if let Err(error) = remove_cgroup(container).await {
+        if let Err(error) = remove_cgroup(container, deadline).await {
             tracing::warn!("failed to remove the cgroup of container {}: {}", container.id, chain(&error));
         }
         self.remove_volumes(&container.id, container.volumes.clone()).await;
@@ -97,14 +105,18 @@ fn remove_directory(path: &Path) {
     }
 }
 
-async fn remove_cgroup(container: &Arc<Container>) -> Result<(), ServiceError> {
+/// Returns how long a request with the timeout `limit` waits for the exit of killed processes.
+fn kill_timeout(limit: Option<Duration>) -> Duration {
+    limit.map_or(KILL_TIMEOUT, |limit| KILL_TIMEOUT.min(limit / 2))
+}
+
+async fn remove_cgroup(container: &Arc<Container>, deadline: Instant) -> Result<(), ServiceError> {
     let cgroup = container.cgroup.clone();
     if !cgroup.path().exists() {
         return Ok(());
     }
     if cgroup.is_populated() {
         let watch = FileWatch::new(&cgroup.path().join("cgroup.events")).map_err(failed("watch the cgroup"))?;
-        let deadline = Instant::now() + KILL_TIMEOUT;
         let killed = timeout_at(deadline, kill::all(container, libc::SIGKILL)).await;
         killed.map_err(failed("kill the processes of the container"))??;
         if let Err(error) = watch.wait_until(deadline, || !cgroup.is_populated()).await {
@@ -121,6 +133,13 @@ mod tests {
     use super::*;
     use crate::events::EventHub;
 
+    #[test]
+    fn wait_for_killed_processes_ends_before_the_request() {
+        assert_eq!(kill_timeout(None), KILL_TIMEOUT);
+        assert_eq!(kill_timeout(Some(Duration::from_secs(2))), Duration::from_secs(1));
+        assert_eq!(kill_timeout(Some(Duration::from_secs(60))), KILL_TIMEOUT);
+    }
+
     #[tokio::test]
     async fn delete_waits_for_a_container_that_is_being_created() {
         let tasks = Tasks::new(EventHub::default(), Default::default(), Default::default(), Default::default());
@@ -128,7 +147,7 @@ mod tests {
         let (created, failed) = (container_below(root.path(), "made"), container_below(root.path(), "failed"));
         for (container, last) in [(&created, Phase::Created(7)), (&failed, Phase::New)] {
             tasks.insert(container).unwrap();
-            let deleting = tasks.delete(&container.id, "");
+            let deleting = tasks.delete(&container.id, "", None);
             tokio::pin!(deleting);
             tokio::select! {
                 biased;

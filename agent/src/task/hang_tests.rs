@@ -257,7 +257,7 @@ async fn kill_all_signals_the_processes_of_the_cgroup() {
 #[tokio::test(start_paused = true)]
 async fn delete_fails_if_the_killed_init_does_not_exit() {
     let guest = Guest::new(Phase::Created(7));
-    let deleted = timeout(Duration::from_secs(60), guest.tasks.delete(ID, "")).await;
+    let deleted = timeout(Duration::from_secs(60), guest.tasks.delete(ID, "", None)).await;
     deleted.expect("the wait has no limit").unwrap_err();
     assert_eq!(guest.file("cgroup.kill"), "1");
     guest.tasks.get(ID).unwrap();

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use husk_base::failpoint;
@@ -75,10 +76,12 @@ impl Task for TaskService {
         Ok(StartResponse { pid: pid.unsigned_abs(), ..Default::default() })
     }
 
-    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+    async fn delete(&self, context: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
         failpoint!(async "agent.delete").map_err(failed("pass the failpoint"))?;
         let tasks = self.tasks.clone();
-        let (pid, exit) = run_to_completion(async move { tasks.delete(&request.id, &request.exec_id).await }).await?;
+        let limit = u64::try_from(context.timeout_nano).ok().filter(|nanos| *nanos > 0).map(Duration::from_nanos);
+        let deleted = async move { tasks.delete(&request.id, &request.exec_id, limit).await };
+        let (pid, exit) = run_to_completion(deleted).await?;
         Ok(DeleteResponse {
             pid: pid.unsigned_abs(),
             exit_status: exit.status,

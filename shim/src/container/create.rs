@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_base::failpoint;
+use husk_config::BaseTimeout;
 use husk_proto::CREATE_OPTIONS_TYPE_URL;
 use husk_proto::agent::CreateOptions;
 use husk_proto::containerd::api::{CreateTaskRequest, DeleteRequest};
@@ -36,11 +37,14 @@ use crate::volumes;
 use crate::volumes::mirror;
 
 /// How long a request to delete a container may wait for the end of the container's creation.
-const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
+const CANCEL_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(4);
+/// Timeout for the agent's answer to the request that deletes a container whose creation was cancelled. If it expires, the
+/// agent still gets the request, because the requests arrive in order.
+const UNDO_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(2);
 
 /// How long the removal of a container's mounts may take. A file system of the host that hangs can delay it. The
 /// removal then continues in the background.
-const TEARDOWN_TIMEOUT: Duration = Duration::from_secs(5);
+const TEARDOWN_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(1);
 
 /// The shim cannot watch the host's mounts. Therefore, it cannot propagate the mounts to the guest.
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +71,12 @@ impl Shim {
         let created = self.create_reserved(&request, &reservation).await;
         if let Err(error) = &created {
             tracing::error!(container = request.id, error = %crate::chain(error), "failed to create the container");
-            self.delete_in_guest(&request.id).await;
+            // A client waits for the end of a cancelled creation.
+            let limit = match error {
+                ServiceError::Cancelled => self.sandbox.timeout(UNDO_TIMEOUT),
+                _ => timeouts::QUICK,
+            };
+            self.delete_in_guest(&request.id, limit).await;
             self.tear_down_bundle(&request.id).await;
             self.release_resources(&request.id);
             self.release_pid(&request.id);
@@ -182,7 +191,7 @@ impl Shim {
     }
 
     async fn cancel(&self, id: Option<&str>) {
-        if tokio::time::timeout(CANCEL_TIMEOUT, self.containers.cancel(id)).await.is_err() {
+        if tokio::time::timeout(self.sandbox.timeout(CANCEL_TIMEOUT), self.containers.cancel(id)).await.is_err() {
             let id = id.unwrap_or("(all)");
             tracing::error!(container = id, "the creation of a container does not end after its cancellation");
         }
@@ -192,10 +201,10 @@ impl Shim {
     ///
     /// If the agent is still creating the container, the agent deletes the container after the creation. The agent
     /// deletes the container even if the Delete request has timed out.
-    async fn delete_in_guest(&self, id: &str) {
+    async fn delete_in_guest(&self, id: &str, limit: Duration) {
         let Ok(agent) = self.agent().await else { return };
         let request = DeleteRequest { id: id.to_owned(), ..Default::default() };
-        match agent.task.delete(within(timeouts::QUICK), &request).await {
+        match agent.task.delete(within(limit), &request).await {
             Ok(_) => tracing::info!(container = id, "deleted the container in the guest after its creation failed"),
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
             Err(error) => {
@@ -282,7 +291,7 @@ impl Shim {
     pub(crate) async fn tear_down_bundle(&self, id: &str) {
         let (container, share) = (id.to_owned(), self.sandbox.share());
         let done = blocking::spawn(move || volumes::teardown(&share, &container).map_err(|error| crate::chain(&error)));
-        match tokio::time::timeout(TEARDOWN_TIMEOUT, done).await {
+        match tokio::time::timeout(self.sandbox.timeout(TEARDOWN_TIMEOUT), done).await {
             Ok(Ok(Ok(()))) => {}
             Ok(Ok(Err(error))) => tracing::warn!(container = id, error, "failed to remove the container's mounts"),
             Err(_) => {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use husk_base::failpoint;
+use husk_config::BaseTimeout;
 use husk_proto::containerd::api::{DeleteRequest, DeleteResponse, KillRequest};
 use husk_proto::containerd::events::task::TaskDelete;
 use husk_proto::containerd::topics::TASK_DELETE_EVENT_TOPIC;
@@ -17,7 +18,7 @@ use crate::container::{EXIT_STATUS_KILLED, Shim};
 use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::vm::agent;
-use crate::vm::agent::{timeouts, within};
+use crate::vm::agent::within;
 
 /// The number of SIGKILL, which ends a process in any state.
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
@@ -26,18 +27,20 @@ const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 ///
 /// All processes of the container have ended. Therefore, only a client that does not read the output can delay the
 /// copying.
-const INIT_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+const INIT_OUTPUT_IDLE_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(2);
 /// The counterpart of [`INIT_OUTPUT_IDLE_TIMEOUT`] if the shim has killed the VMM process, and the process waits in the
 /// host's kernel. The process keeps its sockets open. Therefore the output does not end, although no more data arrives.
-const STUCK_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(1);
+const STUCK_OUTPUT_IDLE_TIMEOUT: BaseTimeout = BaseTimeout::from_millis(400);
 /// The counterpart of [`INIT_OUTPUT_IDLE_TIMEOUT`] for an exec. This timeout is shorter, because a child of the exec
 /// can hold the exec's stdout open forever. runc's shim also waits 2 s.
 const EXEC_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// After this duration, the output of a container counts as complete even if more output arrives. A client that reads
-/// slowly must not delay the deletion for longer. runc's shim waits 10 s.
-const INIT_OUTPUT_TIMEOUT: Duration = Duration::from_secs(12);
+/// slowly must not delay the deletion for longer. containerd sends Delete only when it has read the output.
+const INIT_OUTPUT_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(3);
 /// The counterpart of [`INIT_OUTPUT_TIMEOUT`] for an exec. A child of the exec can write output forever.
 const EXEC_OUTPUT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout for the agent's answer to the request that deletes an exec. The shim then deletes the exec nevertheless.
+const EXEC_DELETE_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(2);
 
 /// How long after its arrival a Delete request waits for poststop hooks. The hooks then continue until their own
 /// timeouts. A guest that hangs can delay the answer, too, and the deletion must not take longer for the kubelet.
@@ -81,7 +84,7 @@ impl Shim {
         };
         failpoint!(async "shim.kill").map_err(ServiceError::failed)?;
         let ends_container = process.exec.is_empty() && request.signal == SIGKILL;
-        let limit = if ends_container { KILL_ANSWER_TIMEOUT } else { SIGNAL_TIMEOUT };
+        let limit = self.sandbox.timeout(if ends_container { KILL_ANSWER_TIMEOUT } else { SIGNAL_TIMEOUT });
         if ends_container {
             self.expect_exit(container);
         }
@@ -116,10 +119,12 @@ impl Shim {
     /// containerd deletes a container only when its outputs have ended (`Delete` in containerd's client/task.go).
     pub(crate) async fn end_stuck_outputs(self: Arc<Self>) {
         let mut draining = JoinSet::new();
+        let (idle, total) =
+            (self.sandbox.timeout(STUCK_OUTPUT_IDLE_TIMEOUT), self.sandbox.timeout(INIT_OUTPUT_TIMEOUT));
         for process in self.containers.all().iter().flat_map(|container| container.processes()) {
             draining.spawn(async move {
                 if let Some(relay) = process.relay() {
-                    relay.drain(STUCK_OUTPUT_IDLE_TIMEOUT, INIT_OUTPUT_TIMEOUT).await;
+                    relay.drain(idle, total).await;
                 }
                 process.drop_relay();
             });
@@ -127,37 +132,41 @@ impl Shim {
         draining.join_all().await;
     }
 
-    /// Deletes a container.
+    /// Deletes a container. `begin` is when the request arrived.
     ///
     /// If the agent does not answer, the shim kills the VM.
     pub(crate) async fn delete_container(
         self: &Arc<Self>,
         container: &Arc<Container>,
+        begin: Instant,
     ) -> Result<DeleteResponse, ServiceError> {
         failpoint!(async "shim.delete").map_err(ServiceError::failed)?;
-        let (process, begin) = (&container.init, Instant::now());
+        let process = &container.init;
         let before = process.begin_delete(ServiceError::NoContainer)?;
         if before == State::Stopped
             && let Some(relay) = process.relay()
         {
             let stuck = self.vm_has_ended() && self.sandbox.has_vmm_process();
             let idle = if stuck { STUCK_OUTPUT_IDLE_TIMEOUT } else { INIT_OUTPUT_IDLE_TIMEOUT };
-            relay.drain(idle, INIT_OUTPUT_TIMEOUT).await;
+            relay.drain(self.sandbox.timeout(idle), self.sandbox.timeout(INIT_OUTPUT_TIMEOUT)).await;
         }
         // The shim ends the VM when the sandbox container is deleted. The shim also ends the VM when the last container
         // is deleted, unless a CreateSandbox request created the sandbox. In both cases, the guest needs no cleanup.
         if container.is_sandbox_container()
             || (self.containers.is_only(&container.id) && !self.sandbox_state.is_created())
         {
-            self.sandbox.end().await;
+            let limit = self.sandbox.timeout(DELETE_TIMEOUT) + self.sandbox.timeout(INIT_OUTPUT_TIMEOUT);
+            self.sandbox.end_within(limit.saturating_sub(begin.elapsed())).await;
         } else if let Ok(agent) = self.agent().await {
             let request = DeleteRequest { id: container.id.clone(), ..Default::default() };
-            // The time for the output counts, so that the request ends within its budget.
-            let limit = DELETE_TIMEOUT.saturating_sub(begin.elapsed());
+            // The time for the output, and for the end of a cancelled creation, counts. Otherwise the request would take
+            // longer than its budget.
+            let whole = self.sandbox.timeout(DELETE_TIMEOUT);
+            let limit = whole.saturating_sub(begin.elapsed());
             match agent.task.delete(within(limit), &request).await {
                 Ok(_) => {}
                 Err(error) if agent::is_timeout(&error) => {
-                    self.end_silent_vm(container, "delete", DELETE_TIMEOUT).await;
+                    self.end_silent_vm(container, "delete", whole).await;
                 }
                 Err(_) if self.sandbox.is_dead() => {}
                 Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
@@ -221,8 +230,9 @@ impl Shim {
             if let Ok(agent) = self.agent().await {
                 let request =
                     DeleteRequest { id: container.id.clone(), exec_id: process.exec.clone(), ..Default::default() };
+                let limit = self.sandbox.timeout(EXEC_DELETE_TIMEOUT);
                 // Only log a failure, because the agent does not know an exec whose start has failed.
-                if let Err(error) = agent.task.delete(within(timeouts::QUICK), &request).await {
+                if let Err(error) = agent.task.delete(within(limit), &request).await {
                     tracing::debug!(container = container.id, exec = process.exec, %error, "failed to delete the exec");
                 }
             }

@@ -7,22 +7,24 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use husk_config::BaseTimeout;
+
 use crate::container::Shim;
 use crate::container::containers::Container;
-use crate::vm::vmm::EXIT_TIMEOUT;
 
 /// Timeout for the agent's answer to a request that sends a signal. The agent answers without waiting for another
 /// process of the guest.
-pub const SIGNAL_TIMEOUT: Duration = Duration::from_secs(5);
+pub const SIGNAL_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(1);
 /// Timeout for the agent's answer to a request that sends SIGKILL to a container.
-pub const KILL_ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+pub const KILL_ANSWER_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(2);
 /// How long a container may take to exit after SIGKILL.
-pub const KILL_EXIT_TIMEOUT: Duration = Duration::from_secs(20);
+pub const KILL_EXIT_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(4);
 /// Timeout for the remaining output of a deleted container, and for the agent's answer to the request that deletes it.
 /// The container's processes have ended.
-pub const DELETE_TIMEOUT: Duration = Duration::from_secs(25);
-/// How long the shim waits for the exits of all containers after it has killed the VMM process.
-const END_TIMEOUT: Duration = EXIT_TIMEOUT.saturating_add(Duration::from_secs(2));
+pub const DELETE_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(5);
+/// How long the shim waits for the exits of all containers after it has killed the VMM process. This is longer than
+/// `VMM_EXIT_TIMEOUT` with the last events.
+const VM_END_TIMEOUT: BaseTimeout = BaseTimeout::from_millis(1500);
 
 impl Shim {
     /// Kills the VM if the container's init process does not exit within [`KILL_EXIT_TIMEOUT`]. Returns at once. Only
@@ -32,10 +34,11 @@ impl Shim {
             return;
         }
         let (shim, container) = (Arc::clone(self), Arc::clone(container));
+        let limit = self.sandbox.timeout(KILL_EXIT_TIMEOUT);
         tokio::spawn(async move {
-            if tokio::time::timeout(KILL_EXIT_TIMEOUT, container.init.wait()).await.is_err() {
-                let limit = KILL_EXIT_TIMEOUT.as_secs();
-                shim.sandbox.fail(format!("container {} did not exit within {limit} s after SIGKILL", container.id));
+            if tokio::time::timeout(limit, container.init.wait()).await.is_err() {
+                let (id, secs) = (&container.id, limit.as_secs());
+                shim.sandbox.fail(format!("container {id} did not exit within {secs} s after SIGKILL"));
             }
         });
     }
@@ -51,7 +54,7 @@ impl Shim {
     pub(crate) async fn end_vm(&self, container: &Container, reason: String) {
         self.sandbox.fail(reason);
         let mut ended = self.vm_ended.subscribe();
-        if tokio::time::timeout(END_TIMEOUT, ended.wait_for(|ended| *ended)).await.is_err() {
+        if tokio::time::timeout(self.sandbox.timeout(VM_END_TIMEOUT), ended.wait_for(|ended| *ended)).await.is_err() {
             tracing::error!(container = container.id, "the VM has not ended, although the shim has killed it");
         }
     }

@@ -7,6 +7,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use husk_config::TimeoutFactor;
 use husk_proto::containerd::api::{
     CreateTaskRequest, ExecProcessRequest, PidsRequest, ShutdownRequest, StartRequest, StatsRequest, Status,
 };
@@ -18,7 +19,12 @@ use crate::container::escalation::{KILL_ANSWER_TIMEOUT, KILL_EXIT_TIMEOUT, SIGNA
 use crate::container::model_tests::{Answer, BUDGET, Model, within};
 use crate::sandbox::end::OOM_KILLED;
 use crate::vm::agent::timeouts;
-use crate::vm::vmm::EXIT_TIMEOUT;
+use crate::vm::vmm::VMM_EXIT_TIMEOUT;
+
+/// The factor of the model.
+const HARDWARE: TimeoutFactor = TimeoutFactor(1);
+/// The shim may be this much later.
+const SLACK: Duration = Duration::from_millis(500);
 
 #[tokio::test(start_paused = true)]
 async fn sigkill_ends_the_pod_if_the_agent_does_not_answer() {
@@ -28,9 +34,9 @@ async fn sigkill_ends_the_pod_if_the_agent_does_not_answer() {
     model.script.hang("*");
     let begin = Instant::now();
     model.kill("a", libc::SIGKILL).await.unwrap();
-    assert!(begin.elapsed() < KILL_ANSWER_TIMEOUT + Duration::from_secs(1), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < HARDWARE.of(KILL_ANSWER_TIMEOUT) + SLACK, "{:?}", begin.elapsed());
     assert_eq!((model.wait("a").await, model.wait("b").await), (137, 137));
-    assert_eq!(model.reason(), "the agent did not kill container a within 10 s");
+    assert_eq!(model.reason(), "the agent did not kill container a within 2 s");
     assert_eq!(model.status("a").await, Status::STOPPED);
     for id in ["a", "b"] {
         assert_eq!(model.delete(id).await.unwrap().exit_status, 137);
@@ -63,8 +69,8 @@ async fn sigkill_ends_the_pod_if_the_container_does_not_exit() {
     model.kill("a", libc::SIGKILL).await.unwrap();
     assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
     assert_eq!(model.wait("a").await, 137);
-    assert!(begin.elapsed() < KILL_EXIT_TIMEOUT + Duration::from_secs(1), "{:?}", begin.elapsed());
-    assert_eq!(model.reason(), "container a did not exit within 20 s after SIGKILL");
+    assert!(begin.elapsed() < HARDWARE.of(KILL_EXIT_TIMEOUT) + SLACK, "{:?}", begin.elapsed());
+    assert_eq!(model.reason(), "container a did not exit within 4 s after SIGKILL");
 }
 
 #[tokio::test(start_paused = true)]
@@ -75,7 +81,7 @@ async fn sigkill_ends_the_pod_if_the_agent_answers_with_an_error() {
     assert!(model.kill("a", libc::SIGTERM).await.is_err());
     model.kill("a", libc::SIGKILL).await.unwrap();
     assert_eq!(model.wait("a").await, 137);
-    assert_eq!(model.reason(), "container a did not exit within 20 s after SIGKILL");
+    assert_eq!(model.reason(), "container a did not exit within 4 s after SIGKILL");
 }
 
 #[tokio::test(start_paused = true)]
@@ -86,7 +92,7 @@ async fn container_that_exits_after_sigkill_does_not_end_the_pod() {
     model.kill("a", libc::SIGKILL).await.unwrap();
     assert_eq!(model.wait("a").await, 137);
     assert_eq!(model.delete("a").await.unwrap().exit_status, 137);
-    tokio::time::sleep(KILL_EXIT_TIMEOUT * 2).await;
+    tokio::time::sleep(HARDWARE.of(KILL_EXIT_TIMEOUT) * 2).await;
     assert_eq!((model.reason(), model.status("b").await), (String::new(), Status::RUNNING));
 }
 
@@ -98,7 +104,7 @@ async fn other_signals_succeed_and_end_nothing_while_the_agent_hangs() {
     let begin = Instant::now();
     // A client that gets an error for SIGTERM never sends SIGKILL.
     model.kill("a", libc::SIGTERM).await.unwrap();
-    assert!(begin.elapsed() < SIGNAL_TIMEOUT + Duration::from_secs(1), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < HARDWARE.of(SIGNAL_TIMEOUT) + SLACK, "{:?}", begin.elapsed());
     tokio::time::sleep(BUDGET).await;
     assert_eq!((model.reason(), model.status("a").await), (String::new(), Status::RUNNING));
     // The agent gets the signal when it continues.
@@ -123,7 +129,7 @@ async fn delete_ends_the_pod_if_the_agent_does_not_answer() {
         let status = if created_only { 137 } else { 3 };
         assert_eq!(model.delete("a").await.unwrap().exit_status, status);
         assert!(begin.elapsed() < BUDGET);
-        assert_eq!(model.reason(), "the agent did not delete container a within 25 s");
+        assert_eq!(model.reason(), "the agent did not delete container a within 5 s");
         assert_eq!(model.wait("other").await, 137);
     }
 }
@@ -136,15 +142,15 @@ async fn containers_end_although_the_vmm_process_does_not_exit() {
     let begin = Instant::now();
     model.kill("a", libc::SIGKILL).await.unwrap();
     // The request ends only when the container counts as exited, and the time for the exit does not begin anew.
-    let limit = KILL_ANSWER_TIMEOUT + EXIT_TIMEOUT + Duration::from_secs(1);
+    let limit = HARDWARE.of(KILL_ANSWER_TIMEOUT) + HARDWARE.of(VMM_EXIT_TIMEOUT) + SLACK;
     assert!(begin.elapsed() < limit, "{:?}", begin.elapsed());
     assert_eq!(model.status("a").await, Status::STOPPED);
     assert_eq!(model.wait("a").await, 137);
-    assert!(model.reason().contains("the VMM process did not exit within 5 s after SIGKILL"), "{}", model.reason());
+    assert!(model.reason().contains("the VMM process did not exit within 1 s after SIGKILL"), "{}", model.reason());
     assert_eq!(model.delete("a").await.unwrap().exit_status, 137);
     let request = ShutdownRequest { id: "a".to_owned(), ..Default::default() };
     model.client().shutdown(within(BUDGET), &request).await.unwrap();
-    assert!(begin.elapsed() < BUDGET + EXIT_TIMEOUT, "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < BUDGET + HARDWARE.of(VMM_EXIT_TIMEOUT), "{:?}", begin.elapsed());
     model.process.abort();
 }
 

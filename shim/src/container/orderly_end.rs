@@ -74,7 +74,7 @@ impl Shim {
         {
             // A process that is frozen handles no signal.
             let request = ResumeRequest { id: container.id.clone(), ..Default::default() };
-            if agent.task.resume(within(SIGNAL_TIMEOUT), &request).await.is_ok() {
+            if agent.task.resume(within(self.sandbox.timeout(SIGNAL_TIMEOUT)), &request).await.is_ok() {
                 container.set_paused(false);
             }
         }

@@ -32,7 +32,7 @@ use crate::sandbox::timeline::Timeline;
 use crate::vm::agent::{Agent, SetupError};
 use crate::vm::console;
 use crate::vm::console::LogTail;
-use crate::vm::vmm::{Vmm, VmmError};
+use crate::vm::vmm::{VMM_EXIT_TIMEOUT, Vmm, VmmError};
 
 /// Number of spare slots at boot, for hot-plugged disks and interfaces.
 const SPARE_SLOTS: u8 = 5;
@@ -190,7 +190,7 @@ pub async fn boot(
                 vmm.kill();
                 let reason = match vmm.wait_exit_or_give_up().await {
                     Some(status) => notices::end_reason(progress, status, None).await,
-                    None => end::stuck(&error.to_string()),
+                    None => end::stuck(&error.to_string(), vmm.timeout(VMM_EXIT_TIMEOUT)),
                 };
                 return Err(BootError::Ended { reason, console: console_suffix(tail) });
             }

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use husk_config::BaseTimeout;
 use husk_proto::agent::{BindDeviceRequest, SyncRequest};
 use husk_vmm::config::{BlkConfig, FdIndex};
 use husk_vmm::control::{Answer, Call};
@@ -22,7 +23,11 @@ use crate::lock;
 use crate::oci::{DeviceNumbers, Disk};
 use crate::sandbox::Sandbox;
 use crate::vm::agent::{Agent, timeouts, within};
-use crate::vm::vmm::VmmError;
+use crate::vm::vmm::{Vmm, VmmError};
+
+/// How long the guest may take to write its dirty pages to its disks if a request ends the VM. The last writes to a
+/// slower disk are lost.
+pub const DISK_FLUSH_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(5);
 
 /// Disks that are attached or being attached.
 pub type AttachedDisks = Mutex<HashMap<Disk, Arc<AttachedDisk>>>;
@@ -95,9 +100,9 @@ impl Sandbox {
         attached.get_or_attach(self.attach(disk), |slot| find_in_guest(agent, slot)).await
     }
 
-    /// If the VM has disks, tells the guest to write its dirty pages to the disks. Waits at most ten seconds.
+    /// If the VM has disks, tells the guest to write its dirty pages to the disks. Waits at most [`DISK_FLUSH_TIMEOUT`].
     pub async fn flush_disks(&self) {
-        self.flush_disks_within(timeouts::QUICK).await;
+        self.flush_disks_within(self.timeout(DISK_FLUSH_TIMEOUT)).await;
     }
 
     /// If the VM has disks, tells the guest to write its dirty pages to the disks. Waits at most for `limit`.
@@ -106,7 +111,9 @@ impl Sandbox {
     /// node's page cache after the pod has ended.
     pub async fn flush_disks_within(&self, limit: Duration) {
         let some = lock(&self.disks).values().any(|plug| plug.slot.initialized());
-        let agent = self.agent().filter(|_| some && !self.is_dead());
+        // A VM that was killed answers nothing, even if its process does not exit.
+        let ends = self.is_dead() || self.vmm().is_some_and(Vmm::is_killed);
+        let agent = self.agent().filter(|_| some && !ends);
         let Some(agent) = agent else { return };
         match agent.sandbox.sync(within(limit), &SyncRequest::new()).await {
             Ok(_) => tracing::debug!("flushed the guest's disks"),

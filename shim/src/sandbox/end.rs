@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use husk_config::BaseTimeout;
 use tokio::sync::{mpsc, watch};
 
 use crate::blocking;
@@ -14,11 +15,11 @@ use crate::sandbox::ENDED_BY_REQUEST;
 use crate::sandbox::notices::{self, Progress};
 use crate::text::bounded;
 use crate::vm::agent::{self, Agent, Report};
-use crate::vm::vmm::{EXIT_TIMEOUT, Vmm};
+use crate::vm::vmm::{VMM_EXIT_TIMEOUT, Vmm};
 use crate::vm::{State, StateCell};
 
 /// How long the agent's last events may take to arrive after the VMM process has exited.
-const LAST_EVENTS_TIMEOUT: Duration = Duration::from_secs(2);
+const LAST_EVENTS_TIMEOUT: BaseTimeout = BaseTimeout::from_millis(400);
 /// The reason for the VM's end can contain an error of the agent's event stream. Maximum length of this error, in
 /// bytes.
 const MAX_STREAM_ERROR: usize = 512;
@@ -75,7 +76,8 @@ impl End {
                 notices::end_reason(progress, status, by_shim.or(lost.as_deref())).await
             }
             None => {
-                let reason = stuck(by_shim.or(lost.as_deref()).unwrap_or(ENDED_BY_REQUEST));
+                let killed = by_shim.or(lost.as_deref()).unwrap_or(ENDED_BY_REQUEST);
+                let reason = stuck(killed, vmm.timeout(VMM_EXIT_TIMEOUT));
                 tracing::error!(pid = vmm.pid(), reason, "the VMM process does not exit");
                 reason
             }
@@ -93,11 +95,11 @@ impl End {
 }
 
 /// Returns the reason of the VM's end if the VMM process has not exited after SIGKILL. `killed` says why the shim
-/// killed the process.
-pub fn stuck(killed: &str) -> String {
+/// killed the process, and `limit` is how long the shim has waited.
+pub fn stuck(killed: &str, limit: Duration) -> String {
     format!(
         "{killed}; the VMM process did not exit within {} s after SIGKILL, because a thread waits in the host's kernel",
-        EXIT_TIMEOUT.as_secs()
+        limit.as_secs()
     )
 }
 
@@ -120,7 +122,7 @@ async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mp
     // connection open, and so does a copy of the socket elsewhere.
     let vmm_ended = async {
         if vmm.wait_exit_or_give_up().await.is_some() {
-            tokio::time::sleep(LAST_EVENTS_TIMEOUT).await;
+            tokio::time::sleep(vmm.timeout(LAST_EVENTS_TIMEOUT)).await;
         }
     };
     tokio::pin!(vmm_ended);

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use husk_base::failpoint;
-use husk_config::{Config, ConfigError, Seccomp};
+use husk_config::{Config, ConfigError, Seccomp, TimeoutFactor};
 use husk_proto::sysctls::{self, SysctlError};
 use husk_vmm::virtio::net::MAX_QUEUE_PAIRS;
 use tokio::sync::{mpsc, oneshot};
@@ -212,6 +212,7 @@ struct PartialLaunch {
     /// The pod's network namespace, if it is new.
     new_network: Option<OwnedFd>,
     timeline_log: PathBuf,
+    timeout_factor: TimeoutFactor,
 }
 
 /// Prepares a launch. The process must have a single thread, apart from the threads of the host view.
@@ -258,7 +259,8 @@ async fn on_thread(
 impl PartialLaunch {
     fn finish(self, plan: Result<BootPlan, LaunchError>) -> LaunchInput {
         let plan = plan.map_err(|error| chain(&error));
-        LaunchInput { cgroup: self.cgroup, vmm: self.vmm, plan, timeline_log: self.timeline_log }
+        let Self { cgroup, vmm, timeline_log, timeout_factor, .. } = self;
+        LaunchInput { cgroup, vmm, plan, timeline_log, timeout_factor }
     }
 
     /// Spawns the VMM process in the cgroup that this process has entered. If this process is confined, the launcher
@@ -300,6 +302,7 @@ impl PartialLaunch {
     ) -> Result<BootPlan, LaunchError> {
         let Installation { config, images } = installation?;
         self.timeline_log.clone_from(&config.timeline_log);
+        self.timeout_factor = config.timeout_factor;
         bundle.check()?;
         let spec = &bundle.spec;
         let memory_limit_mib = self.cgroup.as_ref().map_or(u64::MAX, |cgroup| limits::max_guest_mib(cgroup.location()));

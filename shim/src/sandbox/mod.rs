@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use husk_config::{BaseTimeout, TimeoutFactor};
 use husk_proto::{ports, stream};
 use husk_vmm::client::Spawned;
 use husk_vmm::config::RateLimit;
@@ -51,7 +52,7 @@ pub use policy::PodPolicies;
 /// VMM has to wait before it can send another notice.
 const MAX_NOTICES: usize = 64;
 /// Timeout for the reason of the VM's end, after the VMM process has ended or has closed a connection.
-const END_TIMEOUT: Duration = Duration::from_secs(2);
+const REASON_TIMEOUT: BaseTimeout = BaseTimeout::from_millis(400);
 /// Why the VM ended, if a request ended the VM.
 const ENDED_BY_REQUEST: &str = "a request stopped the sandbox";
 
@@ -65,6 +66,8 @@ pub struct LaunchInput {
     pub plan: Result<BootPlan, String>,
     /// File to which the timeline is appended when the sandbox ends.
     pub timeline_log: PathBuf,
+    /// The node's factor for timeouts.
+    pub timeout_factor: TimeoutFactor,
 }
 
 /// A sandbox.
@@ -96,6 +99,7 @@ struct Launched {
     resizer: Option<Resizer>,
     disk_rate_limit: RateLimit,
     timeline_log: PathBuf,
+    timeout_factor: TimeoutFactor,
 }
 
 /// A failure to open a stream to the guest.
@@ -142,9 +146,10 @@ impl Sandbox {
         if !self.state.enter(State::Booting) {
             return;
         }
-        let LaunchInput { cgroup, vmm, plan, timeline_log } = input;
+        let LaunchInput { cgroup, vmm, plan, timeline_log, timeout_factor } = input;
         let (notify, notices) = mpsc::channel(MAX_NOTICES);
-        let attached = vmm.map(|spawned| Vmm::attach(spawned, notify).map_err(|e| crate::chain(&e))).transpose();
+        let attach = |spawned| Vmm::attach(spawned, notify, timeout_factor).map_err(|e| crate::chain(&e));
+        let attached = vmm.map(attach).transpose();
         let (vmm, plan) = match attached {
             Ok(vmm) => (vmm, plan),
             Err(error) => (None, Err(error)),
@@ -160,7 +165,8 @@ impl Sandbox {
         let location = cgroup.as_ref().map(|cgroup| cgroup.location().clone());
         let pids_max = cgroup.as_ref().and_then(|cgroup| limits::pids_max(cgroup.location()));
         let disk_rate_limit = plan.as_ref().map(|plan| plan.pod.rate_limits.disk).unwrap_or_default();
-        let _ = self.launched.set(Launched { cgroup, vmm: vmm.clone(), resizer, disk_rate_limit, timeline_log });
+        let launched = Launched { cgroup, vmm: vmm.clone(), resizer, disk_rate_limit, timeline_log, timeout_factor };
+        let _ = self.launched.set(launched);
         let (handle, timeline, console) = (vmm, Arc::clone(&self.timeline), self.log_tail.clone());
         let network_sync = Arc::clone(&self.network_sync);
         let end = self.end_follower(location.clone());
@@ -249,6 +255,11 @@ impl Sandbox {
         self.launched.get()?.vmm.as_ref()
     }
 
+    /// Returns a timeout of this node. Before the launch, the configuration is not known, and the factor is 1.
+    pub fn timeout(&self, base: BaseTimeout) -> Duration {
+        self.launched.get().map(|launched| launched.timeout_factor).unwrap_or_default().of(base)
+    }
+
     /// Returns the rate limit of each disk.
     fn disk_rate_limit(&self) -> RateLimit {
         self.launched.get().map(|launched| launched.disk_rate_limit).unwrap_or_default()
@@ -311,6 +322,7 @@ impl Sandbox {
             resizer: Some(resizer),
             disk_rate_limit: RateLimit::default(),
             timeline_log: PathBuf::new(),
+            timeout_factor: TimeoutFactor::default(),
         };
         assert!(sandbox.launched.set(launched).is_ok());
         let end = sandbox.end_follower(Some(cgroup));
@@ -319,10 +331,10 @@ impl Sandbox {
         sandbox
     }
 
-    /// Waits until the VM has ended. Returns `None` if the VM has not ended before the timeout `END_TIMEOUT`.
+    /// Waits until the VM has ended. Returns `None` if the VM has not ended before the timeout `REASON_TIMEOUT`.
     /// Otherwise, returns why the VM has ended.
     pub async fn wait_end(&self) -> Option<Arc<str>> {
-        tokio::time::timeout(END_TIMEOUT, self.state.wait_end()).await.ok().flatten()
+        tokio::time::timeout(self.timeout(REASON_TIMEOUT), self.state.wait_end()).await.ok().flatten()
     }
 
     /// Returns why the VM has failed or ended, if the reason is known already.
@@ -400,7 +412,12 @@ impl Sandbox {
 
     /// Flushes the guest's disks and kills the VM. Does not wait until the VM has ended.
     pub async fn end(&self) {
-        self.flush_disks().await;
+        self.end_within(Duration::MAX).await;
+    }
+
+    /// Flushes the guest's disks, at most for `limit`, and kills the VM. Does not wait until the VM has ended.
+    pub async fn end_within(&self, limit: Duration) {
+        self.flush_disks_within(self.timeout(disks::DISK_FLUSH_TIMEOUT).min(limit)).await;
         self.kill();
     }
 
@@ -444,8 +461,11 @@ impl Sandbox {
         self.state.enter(State::Gone(ENDED_BY_REQUEST.into()));
         self.timeline.mark("vmm gone");
         self.propagation.stop();
-        if let Some(cgroup) = self.cgroup() {
-            cgroup.leave_and_remove().await;
+        match self.cgroup() {
+            // The cgroup of a process that does not exit cannot be removed. `wait_for_stuck_vmm` removes it later.
+            Some(cgroup) if self.has_vmm_process() => cgroup.leave(),
+            Some(cgroup) => cgroup.leave_and_remove().await,
+            None => {}
         }
         self.dir.remove();
         self.timeline.mark("torn down");

@@ -15,6 +15,7 @@ use husk_proto::containerd::shim_async::{Task, create_task};
 use husk_proto::containerd::topics::{TASK_PAUSED_EVENT_TOPIC, TASK_RESUMED_EVENT_TOPIC};
 use husk_proto::metrics;
 use protobuf::well_known_types::any::Any;
+use tokio::time::Instant;
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::container::Shim;
@@ -115,12 +116,13 @@ impl Task for Handler {
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        let begin = Instant::now();
         if request.exec_id.is_empty() {
             self.shim.cancel_creation(&request.id).await;
         }
         let container = self.container(&request.id)?;
         if request.exec_id.is_empty() {
-            return Ok(self.shim.delete_container(&container).await?);
+            return Ok(self.shim.delete_container(&container, begin).await?);
         }
         let exec = container.exec(&request.exec_id)?;
         Ok(self.shim.delete_exec(&container, &exec).await?)

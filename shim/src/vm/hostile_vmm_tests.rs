@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use husk_base::sys::resource;
+use husk_config::TimeoutFactor;
 use husk_vmm::control::{BootStep, ExitReason, PageKind};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -322,7 +323,7 @@ async fn vmm_that_closes_its_socket_is_killed() {
     let pidfd = husk_base::sys::pidfd::open(child.id().cast_signed()).unwrap();
     let (control, theirs) = wire::pair().unwrap();
     let (notify, _notices) = mpsc::channel(64);
-    let vmm = Vmm::attach(Spawned { pid: child.id(), pidfd, control }, notify).unwrap();
+    let vmm = Vmm::attach(Spawned { pid: child.id(), pidfd, control }, notify, TimeoutFactor::default()).unwrap();
     drop(theirs);
     assert_eq!(vmm.wait().await.signal(), Some(libc::SIGKILL));
     assert!(child.wait().is_err(), "the shim did not reap the process");

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use husk_base::async_fd::register;
 use husk_base::sys::{process, scm_rights};
+use husk_config::{BaseTimeout, TimeoutFactor};
 use husk_vmm::client::{self, SpawnError, SpawnOptions, Spawned};
 use husk_vmm::config::NetConfig;
 use husk_vmm::control::{Answer, Call, Notice, Reply, Request, wire};
@@ -43,7 +44,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 const SLOW_ANSWER_TIMEOUT: Duration = Duration::from_secs(3600);
 /// How long the VMM process may take to exit after SIGKILL. A thread that waits in a file system of the host that hangs
 /// exits only when the wait ends. The shim then leaves the process to the kernel.
-pub const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
+pub const VMM_EXIT_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(1);
 
 /// Error from starting or calling the VMM.
 #[derive(Debug, thiserror::Error)]
@@ -113,6 +114,7 @@ struct Inner {
     killed: watch::Sender<Option<Instant>>,
     fd_shortage: Notify,
     vhost: VhostPermits,
+    factor: TimeoutFactor,
     /// For each container, the VMM has a thread. The shim reports the thread's id on the host to containerd as the
     /// container's PID. Maps this PID to the thread's id in the VMM's PID namespace.
     threads: Mutex<HashMap<u32, u32>>,
@@ -206,12 +208,13 @@ fn reap(pid: u32) -> ExitStatus {
 }
 
 impl Vmm {
-    /// Registers the fds of a started VMM with the async runtime. Forwards the VMM's notices to `notices`.
+    /// Registers the fds of a started VMM with the async runtime. Forwards the VMM's notices to `notices`. `factor` is the
+    /// node's factor.
     ///
     /// # Errors
     /// [`VmmError::Watch`] if the fds cannot be registered. This function waits until the process has exited
     /// before it returns the error.
-    pub fn attach(spawned: Spawned, notices: mpsc::Sender<Notice>) -> Result<Self, VmmError> {
+    pub fn attach(spawned: Spawned, notices: mpsc::Sender<Notice>, factor: TimeoutFactor) -> Result<Self, VmmError> {
         let Spawned { pid, pidfd, control } = spawned;
         let watch = || -> std::io::Result<_> {
             nix::fcntl::fcntl(&control, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
@@ -228,7 +231,7 @@ impl Vmm {
             }
         };
         let (died, dead) = watch::channel(None);
-        let vmm = Self::new(control, pid, dead);
+        let vmm = Self::new(control, pid, dead, factor);
         let inner = Arc::clone(&vmm.inner);
         tokio::spawn(async move {
             read_all(&inner, notices).await;
@@ -240,7 +243,12 @@ impl Vmm {
         Ok(vmm)
     }
 
-    fn new(control: AsyncFd<OwnedFd>, pid: u32, dead: watch::Receiver<Option<ExitStatus>>) -> Self {
+    fn new(
+        control: AsyncFd<OwnedFd>,
+        pid: u32,
+        dead: watch::Receiver<Option<ExitStatus>>,
+        factor: TimeoutFactor,
+    ) -> Self {
         // The error is ignored. On older kernels, which lack the option, the kernel drops the fds at each read.
         let _ = scm_rights::accept_fds(control.get_ref(), false);
         let inner = Inner {
@@ -252,6 +260,7 @@ impl Vmm {
             killed: watch::Sender::new(None),
             fd_shortage: Notify::new(),
             vhost: VhostPermits::default(),
+            factor,
             threads: Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
@@ -265,7 +274,8 @@ impl Vmm {
     #[cfg(any(test, feature = "testing"))]
     pub fn over(control: OwnedFd, notices: mpsc::Sender<Notice>) -> std::io::Result<Self> {
         let (_, dead) = watch::channel(None);
-        let vmm = Self::new(register(control, Interest::READABLE | Interest::WRITABLE)?, std::process::id(), dead);
+        let control = register(control, Interest::READABLE | Interest::WRITABLE)?;
+        let vmm = Self::new(control, std::process::id(), dead, TimeoutFactor::default());
         let inner = Arc::clone(&vmm.inner);
         tokio::spawn(async move { read_all(&inner, notices).await });
         Ok(vmm)
@@ -279,7 +289,8 @@ impl Vmm {
     pub fn scripted(control: OwnedFd, notices: mpsc::Sender<Notice>) -> std::io::Result<ScriptedVmm> {
         let (died, dead) = watch::channel(None);
         // No process has this PID, and `kill` sends no signal to it.
-        let vmm = Self::new(register(control, Interest::READABLE | Interest::WRITABLE)?, u32::MAX, dead);
+        let control = register(control, Interest::READABLE | Interest::WRITABLE)?;
+        let vmm = Self::new(control, u32::MAX, dead, TimeoutFactor::default());
         let killed = vmm.inner.killed.subscribe();
         let inner = Arc::clone(&vmm.inner);
         tokio::spawn(async move {
@@ -425,6 +436,16 @@ impl Vmm {
         });
     }
 
+    /// Returns a timeout of this node.
+    pub fn timeout(&self, base: BaseTimeout) -> Duration {
+        self.inner.factor.of(base)
+    }
+
+    /// Returns whether the shim has sent SIGKILL to the process.
+    pub fn is_killed(&self) -> bool {
+        self.inner.killed.borrow().is_some()
+    }
+
     /// Waits until the process exits. Returns the exit status.
     pub async fn wait(&self) -> ExitStatus {
         let mut dead = self.inner.dead.clone();
@@ -435,13 +456,13 @@ impl Vmm {
     }
 
     /// Waits until the process exits, and returns the exit status. Returns `None` if the process has not exited
-    /// [`EXIT_TIMEOUT`] after [`Vmm::kill`].
+    /// [`VMM_EXIT_TIMEOUT`] after [`Vmm::kill`].
     pub async fn wait_exit_or_give_up(&self) -> Option<ExitStatus> {
         let give_up = async {
             let mut killed = self.inner.killed.subscribe();
             // The wait does not fail, because `inner` owns the sender.
             let at = killed.wait_for(Option::is_some).await.map_or(None, |at| *at);
-            tokio::time::sleep_until(at.unwrap_or_else(Instant::now) + EXIT_TIMEOUT).await;
+            tokio::time::sleep_until(at.unwrap_or_else(Instant::now) + self.timeout(VMM_EXIT_TIMEOUT)).await;
         };
         tokio::select! {
             biased;

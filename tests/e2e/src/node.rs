@@ -83,10 +83,11 @@ pub struct Config {
 }
 
 impl Config {
-    /// Replaces the configuration by `content`.
+    /// Replaces the configuration by `content`. The factor for timeouts stays, because the node can be emulated.
     pub fn set(content: &str) -> Self {
         let saved = Self { saved: fs::read(CONFIG).ok() };
-        fs::write(CONFIG, content).unwrap();
+        let factor = if content.contains("timeout_factor") { "" } else { "\ntimeout_factor = 5\n" };
+        fs::write(CONFIG, format!("{content}{factor}")).unwrap();
         saved
     }
 

@@ -131,7 +131,7 @@ fn shims_grow_linearly() {
     let dir = tempfile::tempdir().expect("the directory for temporary files is writable");
     let image = dir.path().join("image");
     fs::write(&image, "no kernel").expect("the directory is writable");
-    let config = format!("kernel = {image:?}\ninitrd = {image:?}\n");
+    let config = format!("kernel = {image:?}\ninitrd = {image:?}\ntimeout_factor = 5\n");
     fs::write(dir.path().join("config.toml"), config).expect("the directory is writable");
 
     let (mut series, mut shims) = (Series::default(), Vec::new());

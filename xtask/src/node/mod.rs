@@ -285,6 +285,17 @@ pub fn shell(containerd: Line, add: &[Add], machine: Machine) -> Result<()> {
     fetch(seat, &out)
 }
 
+/// Path of Husk's configuration in the node and in `dist/root`.
+const CONFIG: &str = "etc/husk/config.toml";
+
+/// Returns Husk's configuration for the node: the installed one, followed by the settings in `more`. The node can be
+/// emulated, and is then slow.
+pub fn configuration(more: &str) -> Result<String> {
+    let path = paths::dist().join(CONFIG);
+    let text = fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
+    Ok(format!("{text}\ntimeout_factor = 5\n{more}"))
+}
+
 /// Writes the tar that the node unpacks over its root file system. The tar has `tests/node/root`, `dist/root`, what the
 /// containerd line needs, `add` and `files`.
 fn extras(seat: Seat, line: Line, add: &[Add], files: &[(&str, &[u8])]) -> Result<PathBuf> {
@@ -294,6 +305,7 @@ fn extras(seat: Seat, line: Line, add: &[Add], files: &[(&str, &[u8])]) -> Resul
     tar.add(&paths::root().join("tests/node/root"), Path::new("/"))?;
     if paths::dist().exists() {
         tar.add(&paths::dist(), Path::new("/"))?;
+        tar.content(CONFIG, configuration("")?.as_bytes())?;
     } else {
         ui::say("node", "dist/root does not exist, so the node has no Husk; `cargo xtask dist` builds dist/root");
     }

@@ -157,6 +157,8 @@ fn limit(call: Call) -> Duration {
         Call::Create | Call::Start | Call::StartExec | Call::Update | Call::StartSandbox => {
             timeouts::SLOW * 2 + timeouts::QUICK
         }
+        // The drain of an exec's output is as long as with runc's shim.
+        Call::Pause | Call::Resume | Call::Resize | Call::DeleteExec => timeouts::QUICK + Duration::from_secs(3),
         Call::State | Call::Connect | Call::SandboxStatus | Call::Platform => Duration::from_secs(1),
         _ => BUDGET,
     }

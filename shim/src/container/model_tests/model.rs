@@ -42,8 +42,8 @@ use crate::stdio::{LoggerContext, Stdio};
 use crate::vm::agent::Agent;
 use crate::vm::vmm::{ScriptedVmm, Vmm};
 
-/// The limit of every request that ends a container or a pod.
-pub const BUDGET: Duration = Duration::from_secs(45);
+/// The limit of every request that ends a container or a pod, with the factor 1.
+pub const BUDGET: Duration = Duration::from_secs(9);
 /// The sandbox's id.
 pub const SANDBOX: &str = "model";
 

@@ -183,7 +183,8 @@ impl Cgroup {
         &self.location
     }
 
-    fn leave(&self) {
+    /// Moves this process back to its original cgroups.
+    pub fn leave(&self) {
         for (path, origin) in self.location.dirs().zip(&self.origins) {
             if std::fs::write(origin.join("cgroup.procs"), "0").is_err() {
                 // The original cgroup no longer exists. Move the process to the root of the hierarchy, which always

@@ -20,7 +20,7 @@ use crate::systemd::Unit;
 /// Stops the scope first, because systemd might keep the unit if the cgroup were already removed.
 pub fn remove(dirs: &[&Path], unit: Option<&Unit>, namespace: &str) {
     let dirs: Vec<&Path> = dirs.iter().copied().filter(|path| is_within(path)).collect();
-    let deadline = Instant::now() + EXIT_TIMEOUT;
+    let deadline = Instant::now() + CGROUP_EXIT_TIMEOUT;
     // Wait even if all processes were reaped. A reaped process can stay in its cgroup for a short time.
     let empty: Vec<_> = dirs.iter().map(|path| wait_until_empty(path, deadline)).collect();
     unit.into_iter().for_each(crate::resources::cgroup::stop_scope);
@@ -41,7 +41,7 @@ fn is_within(path: &Path) -> bool {
 }
 
 /// Timeout of the wait until killed processes have left a cgroup.
-const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
+const CGROUP_EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Pause before another attempt to remove a cgroup.
 const RETRY_DELAY: Duration = Duration::from_millis(10);
