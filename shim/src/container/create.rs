@@ -63,11 +63,12 @@ impl Shim {
         if !self.sandbox.is_launched() {
             return Err(ServiceError::NotCreated);
         }
-        self.check_not_ending()?;
         // A sandbox whose launch has failed must not run the hooks.
         self.check_alive().await?;
         self.sandbox.timeline.mark("create begin");
         let reservation = self.containers.reserve(&request.id)?;
+        // From here on, the orderly end cancels the creation.
+        self.check_not_ending()?;
         let created = self.create_reserved(&request, &reservation).await;
         if let Err(error) = &created {
             tracing::error!(container = request.id, error = %crate::chain(error), "failed to create the container");

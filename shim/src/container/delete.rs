@@ -156,7 +156,7 @@ impl Shim {
             || (self.containers.is_only(&container.id) && !self.sandbox_state.is_created())
         {
             let limit = self.sandbox.timeout(DELETE_TIMEOUT) + self.sandbox.timeout(INIT_OUTPUT_TIMEOUT);
-            self.sandbox.end_within(limit.saturating_sub(begin.elapsed())).await;
+            self.end_vm_by_request(limit.saturating_sub(begin.elapsed())).await;
         } else if let Ok(agent) = self.agent().await {
             let request = DeleteRequest { id: container.id.clone(), ..Default::default() };
             // The time for the output, and for the end of a cancelled creation, counts. Otherwise the request would take

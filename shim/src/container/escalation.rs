@@ -11,6 +11,7 @@ use husk_config::BaseTimeout;
 
 use crate::container::Shim;
 use crate::container::containers::Container;
+use crate::sandbox::disks::DISK_FLUSH_TIMEOUT;
 
 /// Timeout for the agent's answer to a request that sends a signal. The agent answers without waiting for another
 /// process of the guest.
@@ -24,11 +25,12 @@ pub const KILL_EXIT_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(4);
 pub const DELETE_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(5);
 /// How long the shim waits for the exits of all containers after it has killed the VMM process. This is longer than
 /// `VMM_EXIT_TIMEOUT` with the last events.
-const VM_END_TIMEOUT: BaseTimeout = BaseTimeout::from_millis(1500);
+pub const VM_END_TIMEOUT: BaseTimeout = BaseTimeout::from_millis(1500);
 
 impl Shim {
     /// Kills the VM if the container's init process does not exit within [`KILL_EXIT_TIMEOUT`]. Returns at once. Only
-    /// the first call for a container has an effect.
+    /// the first call for a container has an effect. While the pod ends in an orderly way, the VM is not killed, because
+    /// the guest still has to flush its disks.
     pub(crate) fn expect_exit(self: &Arc<Self>, container: &Arc<Container>) {
         if !container.claim_exit_guard() {
             return;
@@ -38,7 +40,7 @@ impl Shim {
         tokio::spawn(async move {
             if tokio::time::timeout(limit, container.init.wait()).await.is_err() {
                 let (id, secs) = (&container.id, limit.as_secs());
-                shim.sandbox.fail(format!("container {id} did not exit within {secs} s after SIGKILL"));
+                shim.fail_vm(format!("container {id} did not exit within {secs} s after SIGKILL"));
             }
         });
     }
@@ -52,10 +54,34 @@ impl Shim {
 
     /// Kills the VM because of `reason`. Waits until the VM has ended.
     pub(crate) async fn end_vm(&self, container: &Container, reason: String) {
-        self.sandbox.fail(reason);
+        self.fail_vm(reason);
         let mut ended = self.vm_ended.subscribe();
         if tokio::time::timeout(self.sandbox.timeout(VM_END_TIMEOUT), ended.wait_for(|ended| *ended)).await.is_err() {
             tracing::error!(container = container.id, "the VM has not ended, although the shim has killed it");
+        }
+    }
+
+    /// Kills the VM because of `reason`. Leaves the VM to the orderly end while that is in progress. The orderly end has
+    /// timeouts of its own.
+    fn fail_vm(&self, reason: String) {
+        if self.is_ending() {
+            tracing::warn!(reason, "the shim does not kill the VM yet, because the pod is ending");
+        } else {
+            self.sandbox.fail(reason);
+        }
+    }
+
+    /// Flushes the guest's disks, at most for `limit`, and kills the VM because of a request. While the pod ends in an
+    /// orderly way, only waits for this end, at most as long as for the flush.
+    pub(crate) async fn end_vm_by_request(&self, limit: Duration) {
+        let limit = limit.min(self.sandbox.timeout(DISK_FLUSH_TIMEOUT));
+        if !self.is_ending() {
+            self.sandbox.flush_disks_within(limit).await;
+        }
+        if self.is_ending() {
+            let _ = tokio::time::timeout(limit, self.wait_orderly_end()).await;
+        } else {
+            self.sandbox.kill();
         }
     }
 }

@@ -25,13 +25,14 @@ mod streams;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use husk_proto::containerd::events::task::{TaskExit, TaskOOM};
 use husk_proto::containerd::topics::{TASK_EXIT_EVENT_TOPIC, TASK_OOM_EVENT_TOPIC};
 use tokio::sync::{mpsc, watch};
 
 use crate::container::containers::{Container, Containers};
+use crate::container::orderly_end::OrderlyEnd;
 use crate::container::process::{Exit, ExitReport, Process};
 use crate::error::ServiceError;
 use crate::events::{Events, timestamp};
@@ -65,8 +66,7 @@ pub struct Shim {
     /// exited.
     pub(crate) vm_ended: watch::Sender<bool>,
     pub(crate) finishing: AtomicBool,
-    /// Whether the shim ends the pod because of a signal. If true, no further process is started.
-    pub(crate) ending: AtomicBool,
+    orderly_end: watch::Sender<OrderlyEnd>,
     pub(crate) finished: watch::Sender<bool>,
 }
 
@@ -97,7 +97,7 @@ impl Shim {
             launcher,
             vm_ended: watch::Sender::new(false),
             finishing: AtomicBool::new(false),
-            ending: AtomicBool::new(false),
+            orderly_end: watch::Sender::new(OrderlyEnd::NotBegun),
             finished: watch::Sender::new(false),
         });
         tokio::spawn(Arc::clone(&shim).handle_reports(reports));
@@ -119,7 +119,7 @@ impl Shim {
     /// # Errors
     /// [`ServiceError::Ending`] if the shim ends the pod because of a signal.
     pub(crate) fn check_not_ending(&self) -> Result<(), ServiceError> {
-        if self.ending.load(Ordering::Relaxed) { Err(ServiceError::Ending) } else { Ok(()) }
+        if *self.orderly_end.borrow() == OrderlyEnd::NotBegun { Ok(()) } else { Err(ServiceError::Ending) }
     }
 
     /// Returns the event queue.
@@ -127,18 +127,29 @@ impl Shim {
         &self.events
     }
 
-    /// Tears the sandbox down. Only the first call starts the teardown, but every call waits until the teardown is
-    /// complete.
+    /// Tears the sandbox down, after the orderly end if that is in progress. Only the first call starts the teardown, but
+    /// every call waits until the teardown is complete.
     pub async fn finish(self: &Arc<Self>) {
         if !self.finishing.swap(true, Ordering::Relaxed) {
             // Use a separate task, because the caller's future may be dropped.
             let shim = Arc::clone(self);
             tokio::spawn(async move {
+                shim.wait_orderly_end().await;
                 shim.sandbox.tear_down().await;
                 shim.finished.send_replace(true);
             });
         }
         self.wait_finished().await;
+    }
+
+    /// Tears the sandbox down because of a request. While the pod ends in an orderly way, the request waits at most for
+    /// `limit`.
+    pub(crate) async fn finish_by_request(self: &Arc<Self>, limit: Duration) {
+        if self.is_ending() {
+            let _ = tokio::time::timeout(limit, self.finish()).await;
+        } else {
+            self.finish().await;
+        }
     }
 
     /// Waits for a VMM process that does not exit although it was killed.

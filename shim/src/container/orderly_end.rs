@@ -6,7 +6,6 @@
 //! shutdown.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use husk_proto::containerd::api::{KillRequest, ResumeRequest};
@@ -31,11 +30,32 @@ const OUTPUT_TIMEOUT: Duration = Duration::from_secs(2);
 /// The reason of the VM's end.
 const REASON: &str = "the shim or the VMM received SIGTERM or SIGINT, and the shim has ended the pod";
 
+/// Progress of the pod's orderly end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OrderlyEnd {
+    /// No signal has arrived.
+    NotBegun,
+    /// The shim ends the pod because of a signal. No further process is started, and no request kills the VM.
+    InProgress,
+    /// The shim has killed the VM.
+    Done,
+}
+
 impl Shim {
+    /// Returns whether the pod is ending in an orderly way.
+    pub(crate) fn is_ending(&self) -> bool {
+        *self.orderly_end.borrow() == OrderlyEnd::InProgress
+    }
+
+    /// Waits while the pod ends in an orderly way.
+    pub(crate) async fn wait_orderly_end(&self) {
+        let _ = self.orderly_end.subscribe().wait_for(|end| *end != OrderlyEnd::InProgress).await;
+    }
+
     /// Ends the containers, flushes the guest's disks and ends the VM. From the start of this call, the shim starts no
     /// further process.
     pub async fn end_orderly(self: &Arc<Self>) {
-        self.ending.store(true, Ordering::Relaxed);
+        self.orderly_end.send_replace(OrderlyEnd::InProgress);
         let cancelled = timeout(STOP_TIMEOUT, self.cancel_all_creations());
         let (_, stopped) = tokio::join!(cancelled, self.for_each_running(STOP_TIMEOUT, Self::stop_container));
         if !stopped {
@@ -47,6 +67,7 @@ impl Shim {
         self.sandbox.flush_disks_within(FLUSH_TIMEOUT).await;
         self.record_end_of_sandbox();
         self.sandbox.kill_because(REASON.into());
+        self.orderly_end.send_replace(OrderlyEnd::Done);
     }
 
     /// Runs `act` for each container that has a process in the guest, and waits until these containers have exited, at
@@ -69,6 +90,9 @@ impl Shim {
     }
 
     async fn stop_container(self: Arc<Self>, container: Arc<Container>) {
+        // Before its start, the program has no handler for the signal. The kernel then drops the signal, because the program
+        // is the first process of a PID namespace (pid_namespaces(7)).
+        container.init.wait_start().await;
         if container.is_paused()
             && let Some(agent) = self.sandbox.agent()
         {

@@ -63,6 +63,8 @@ pub struct Process {
     pub paths: Paths,
     inner: Mutex<Inner>,
     exit: watch::Sender<Option<Exit>>,
+    /// Whether the agent is starting the process.
+    starting: watch::Sender<bool>,
 }
 
 /// How to handle a reported exit.
@@ -85,6 +87,7 @@ impl Process {
             paths,
             inner: Mutex::new(Inner { state: State::Created, deferred_exit: None, relay: None }),
             exit: watch::Sender::new(None),
+            starting: watch::Sender::new(false),
         }
     }
 
@@ -139,12 +142,19 @@ impl Process {
             return Err(ServiceError::Start(inner.state.name()));
         }
         inner.state = State::Starting;
+        self.starting.send_replace(true);
         Ok(())
     }
 
     /// Records that the shim has published the start event. Returns the deferred exit, if there is one. The caller must
     /// publish this exit.
     pub fn confirm_start(&self) -> Option<Exit> {
+        let exit = self.end_start();
+        self.starting.send_replace(false);
+        exit
+    }
+
+    fn end_start(&self) -> Option<Exit> {
         let mut inner = lock(&self.inner);
         match inner.deferred_exit.take() {
             Some(exit) => {
@@ -171,6 +181,13 @@ impl Process {
         inner.state = State::Stopped;
         drop(inner);
         self.exit.send_if_modified(|e| e.is_none().then(|| *e = Some(exit)).is_some());
+        self.starting.send_replace(false);
+    }
+
+    /// Waits while the agent is starting the process.
+    pub async fn wait_start(&self) {
+        // The wait does not fail, because `self` owns the sender.
+        let _ = self.starting.subscribe().wait_for(|starting| !*starting).await;
     }
 
     /// Records an exit of the process. Returns what the caller must do with this exit.

@@ -14,6 +14,7 @@ use crate::container::process::{Exit, ExitReport, Process};
 use crate::container::{Shim, stdio_paths};
 use crate::error::ServiceError;
 use crate::oci::Spec;
+use crate::sandbox::disks::DISK_FLUSH_TIMEOUT;
 
 impl Shim {
     /// Waits until the agent is ready, runs the hooks, and adds the sandbox container without a process in the guest.
@@ -35,10 +36,19 @@ impl Shim {
         Ok(())
     }
 
-    /// Handles a signal to the sandbox container. If the signal would end the pause program, ends the pod's VM.
+    /// Handles a signal to the sandbox container. If the signal would end the pause program, ends the pod's VM, unless
+    /// the pod is already ending in an orderly way.
     pub(crate) async fn kill_sandbox_container(&self, container: &Container, request: &KillRequest) {
         let Some(status) = status_after(request.signal) else { return };
-        self.sandbox.flush_disks().await;
+        let limit = self.sandbox.timeout(DISK_FLUSH_TIMEOUT);
+        if !self.is_ending() {
+            self.sandbox.flush_disks_within(limit).await;
+        }
+        if self.is_ending() {
+            // The orderly end also records the exit.
+            let _ = tokio::time::timeout(limit, self.wait_orderly_end()).await;
+            return;
+        }
         let exit = Exit { status, at: SystemTime::now() };
         let seen = container.init.record_exit(exit);
         self.sandbox.kill();

@@ -142,14 +142,17 @@ impl Shim {
         Ok(())
     }
 
-    /// Ends the VM, and waits until the sandbox's exit has been recorded.
+    /// Ends the VM, and waits until the sandbox's exit has been recorded. While the pod ends in an orderly way, the wait has
+    /// a limit.
     pub(crate) async fn stop_sandbox(&self) {
         self.sandbox_state.begin_stop();
         // If the sandbox was never launched, this drop closes the channel for the agent's reports.
         // `Shim::handle_reports` then records the exit.
         drop(lock(&self.sandbox_state.pending).take());
-        self.sandbox.end().await;
-        self.sandbox_state.wait().await;
+        self.end_vm_by_request(Duration::MAX).await;
+        if !self.is_ending() {
+            self.sandbox_state.wait().await;
+        }
     }
 
     /// Returns after `CREATE_TIMEOUT` if the sandbox is still waiting for a CreateSandbox request. Otherwise, never

@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use husk_base::failpoint;
-use husk_proto::containerd::api::{DeleteRequest, ExecProcessRequest, KillRequest, StartRequest};
+use husk_proto::containerd::api::{DeleteRequest, ExecProcessRequest, KillRequest, StartRequest, WaitRequest};
 use husk_proto::containerd::events::task::{TaskExecAdded, TaskExecStarted, TaskStart};
 use husk_proto::containerd::topics::{
     TASK_EXEC_ADDED_EVENT_TOPIC, TASK_EXEC_STARTED_EVENT_TOPIC, TASK_START_EVENT_TOPIC,
@@ -95,7 +95,7 @@ impl Shim {
         }
         self.check_not_ending()?;
         process.begin_start()?;
-        if let Err(error) = self.start_exec_in_guest(exec).await {
+        if let Err(error) = self.start_exec_in_guest(container, exec).await {
             process.start_failed(Exit { status: EXIT_STATUS_NOT_STARTED, at: SystemTime::now() });
             process.drop_relay();
             return Err(error);
@@ -111,14 +111,20 @@ impl Shim {
         Ok(())
     }
 
-    async fn start_exec_in_guest(&self, exec: &Exec) -> Result<(), ServiceError> {
+    async fn start_exec_in_guest(&self, container: &Container, exec: &Exec) -> Result<(), ServiceError> {
         let process = &exec.process;
         let agent = self.agent().await?;
         let logger = LoggerContext { id: &process.container, namespace: &self.namespace, launcher: &self.launcher };
         self.load_profile(&agent, &exec.profile).await?;
         self.sandbox.wait_for_propagation().await;
-        let stdio = Stdio::open(&process.paths, &logger).await.map_err(ServiceError::failed)?;
-        let ConnectedStdio { relay, tokens, turn } = self.connect_stdio(stdio).await?;
+        let connect = async {
+            let stdio = Stdio::open(&process.paths, &logger).await.map_err(ServiceError::failed)?;
+            self.connect_stdio(stdio).await
+        };
+        let ConnectedStdio { relay, tokens, turn } = tokio::select! {
+            connected = connect => connected?,
+            _ = container.init.wait() => return Err(ServiceError::Exec("stopped")),
+        };
         failpoint!(async "shim.exec.connected").map_err(ServiceError::failed)?;
         process.set_relay(relay);
         let spec = Any { type_url: exec.type_url.clone(), value: exec.spec.clone(), ..Default::default() };
@@ -132,6 +138,7 @@ impl Shim {
             spec: Some(spec).into(),
             ..Default::default()
         };
+        self.check_not_ending()?;
         if let Err(error) = agent.task.exec(within(timeouts::SLOW), &request).await {
             if agent::is_timeout(&error) {
                 self.forget_exec(&agent, process).await;
@@ -152,7 +159,11 @@ impl Shim {
     async fn forget_exec(&self, agent: &Agent, process: &Process) {
         let (id, exec_id) = (process.container.clone(), process.exec.clone());
         let kill = KillRequest { id: id.clone(), exec_id: exec_id.clone(), signal: 9, ..Default::default() };
-        let _ = agent.task.kill(within(timeouts::QUICK), &kill).await;
+        if agent.task.kill(within(timeouts::QUICK), &kill).await.is_ok() {
+            // The agent does not delete a process that has not exited.
+            let wait = WaitRequest { id: id.clone(), exec_id: exec_id.clone(), ..Default::default() };
+            let _ = agent.task.wait(within(timeouts::QUICK), &wait).await;
+        }
         let delete = DeleteRequest { id, exec_id, ..Default::default() };
         let _ = agent.task.delete(within(timeouts::QUICK), &delete).await;
     }

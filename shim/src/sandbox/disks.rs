@@ -100,11 +100,6 @@ impl Sandbox {
         attached.get_or_attach(self.attach(disk), |slot| find_in_guest(agent, slot)).await
     }
 
-    /// If the VM has disks, tells the guest to write its dirty pages to the disks. Waits at most [`DISK_FLUSH_TIMEOUT`].
-    pub async fn flush_disks(&self) {
-        self.flush_disks_within(self.timeout(DISK_FLUSH_TIMEOUT)).await;
-    }
-
     /// If the VM has disks, tells the guest to write its dirty pages to the disks. Waits at most for `limit`.
     ///
     /// Without the flush, killing the VM would lose data in the guest's page cache. Under runc, such data stays in the

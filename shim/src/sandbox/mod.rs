@@ -411,13 +411,8 @@ impl Sandbox {
     }
 
     /// Flushes the guest's disks and kills the VM. Does not wait until the VM has ended.
-    pub async fn end(&self) {
-        self.end_within(Duration::MAX).await;
-    }
-
-    /// Flushes the guest's disks, at most for `limit`, and kills the VM. Does not wait until the VM has ended.
-    pub async fn end_within(&self, limit: Duration) {
-        self.flush_disks_within(self.timeout(disks::DISK_FLUSH_TIMEOUT).min(limit)).await;
+    async fn end(&self) {
+        self.flush_disks_within(self.timeout(disks::DISK_FLUSH_TIMEOUT)).await;
         self.kill();
     }
 

@@ -20,6 +20,7 @@ use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::blocking;
 use crate::container::Shim;
+use crate::container::escalation::VM_END_TIMEOUT;
 use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::pod;
@@ -154,7 +155,7 @@ impl Sandbox for Handler {
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
         self.check(&request.sandbox_id)?;
         self.shim.stop_sandbox().await;
-        self.shim.finish().await;
+        self.shim.finish_by_request(self.shim.sandbox.timeout(VM_END_TIMEOUT)).await;
         Ok(ShutdownSandboxResponse::new())
     }
 

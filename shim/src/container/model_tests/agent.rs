@@ -15,7 +15,7 @@ use husk_proto::agent_ttrpc;
 use husk_proto::containerd::api::{
     ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty,
     ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest,
-    StartRequest, StartResponse, StatsRequest, StatsResponse, UpdateTaskRequest,
+    StartRequest, StartResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use husk_proto::containerd::shim_async::{Task, create_task};
 use protobuf::well_known_types::any::Any;
@@ -71,6 +71,8 @@ pub struct Script {
     pub honest: AtomicBool,
     /// Whether a process exits before the agent answers the request to start it.
     pub exits_early: AtomicBool,
+    /// Whether an exec that is killed exits a second later.
+    pub exits_late: AtomicBool,
     guest: Mutex<Guest>,
     /// The guest's ends of the streams, by token.
     pub streams: Mutex<HashMap<String, UnixStream>>,
@@ -87,6 +89,7 @@ impl Script {
             log: Mutex::default(),
             honest: AtomicBool::new(true),
             exits_early: AtomicBool::new(false),
+            exits_late: AtomicBool::new(false),
             guest: Mutex::default(),
             streams: Mutex::default(),
             events: broadcast::channel(256).0,
@@ -279,6 +282,7 @@ impl Task for ScriptedAgent {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        let late = Arc::clone(&self.0);
         call(&self.0, "kill", move |script| {
             lock(&script.log).push(format!("{} gets {}", request.id, request.signal));
             match script.phase(&request.id, &request.exec_id) {
@@ -289,11 +293,29 @@ impl Task for ScriptedAgent {
                 _ if script.immortal.load(Ordering::Relaxed) => {}
                 _ if lock(&script.ignored).contains(&request.signal) => {}
                 _ if request.exec_id.is_empty() => script.exit(&request.id, 128 + request.signal),
+                _ if script.exits_late.load(Ordering::Relaxed) => {
+                    let script = Arc::clone(&late);
+                    tokio::spawn(async move {
+                        tokio::time::sleep(Duration::from_secs(1)).await;
+                        script.exit_of(&request.id, &request.exec_id, 128 + request.signal);
+                    });
+                }
                 _ => script.exit_of(&request.id, &request.exec_id, 128 + request.signal),
             }
             Ok(Empty::new())
         })
         .await
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let mut events = self.0.events.subscribe();
+        while self.0.phase(&request.id, &request.exec_id) == Some(Phase::Running) {
+            tokio::select! {
+                event = events.recv() => drop(event),
+                () = self.0.wait_end() => break,
+            }
+        }
+        Ok(WaitResponse::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {

@@ -6,6 +6,7 @@
 
 mod agent;
 mod check;
+mod execs;
 mod exhaustive;
 mod failed_launch;
 mod model;
@@ -15,4 +16,5 @@ mod requests;
 mod vmm;
 
 pub use agent::Answer;
-pub use model::{BUDGET, Model, within};
+pub use execs::{LAST_EXEC, start_more_execs_than_turns};
+pub use model::{BUDGET, Model, SANDBOX, within};
