@@ -16,7 +16,7 @@ use protobuf::well_known_types::any::Any;
 use tokio::time::Instant;
 
 use crate::container::escalation::{KILL_ANSWER_TIMEOUT, KILL_EXIT_TIMEOUT, SIGNAL_TIMEOUT};
-use crate::container::model_tests::{Answer, BUDGET, Model, within};
+use crate::container::model_tests::{Answer, BUDGET, Model, start_more_execs_than_turns, within};
 use crate::sandbox::end::OOM_KILLED;
 use crate::vm::agent::timeouts;
 use crate::vm::vmm::VMM_EXIT_TIMEOUT;
@@ -334,4 +334,68 @@ async fn output_ends_although_the_vmm_process_does_not_exit() {
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert!(container.init.relay().is_none(), "the shim still copies the output");
     model.process.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn exec_that_waits_for_its_turn_fails_when_its_container_ends() {
+    let model = Model::start(true).await;
+    model.run("a").await;
+    let waiting = start_more_execs_than_turns(&model).await;
+    let begin = Instant::now();
+    model.script.exit("a", 0);
+    let error = waiting.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("cannot exec in a stopped state"), "{error}");
+    assert!(begin.elapsed() < SLACK, "{:?}", begin.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn start_in_progress_does_not_hold_up_the_exit_if_the_vmm_process_does_not_exit() {
+    let model = Model::start(false).await;
+    model.run("b").await;
+    model.add("a");
+    model.script.hang("*");
+    let (client, start) = (model.client(), StartRequest { id: "a".to_owned(), ..Default::default() });
+    let started = tokio::spawn(async move { client.start(within(timeouts::SLOW * 2), &start).await });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    model.kill("b", libc::SIGKILL).await.unwrap();
+    // The container counts as stopped, as after every start that fails.
+    assert_eq!((model.wait("b").await, model.wait("a").await), (137, 255));
+    let error = started.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("the agent did not kill container b within 2 s"), "{error}");
+    assert_eq!(model.delete("a").await.unwrap().exit_status, 255);
+    model.process.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn shutdown_cancels_no_creation_while_the_pod_has_a_container() {
+    let mut model = Model::boot(true).await;
+    model.add("other");
+    begin_create(&model).await;
+    // containerd 1.7 sends this request after the deletion of each task, although the shim has other containers.
+    let request = ShutdownRequest { id: "model".to_owned(), ..Default::default() };
+    model.client().shutdown(within(BUDGET), &request).await.unwrap();
+    model.boot.take().unwrap().send(()).unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(model.status("model").await, Status::CREATED);
+}
+
+#[tokio::test(start_paused = true)]
+async fn exec_whose_start_fails_is_deleted_in_the_guest_when_it_has_exited() {
+    let model = Model::start(true).await;
+    model.run("a").await;
+    let spec = Any { value: br#"{ "args": ["true"], "cwd": "/" }"#.to_vec(), ..Default::default() };
+    let exec = ExecProcessRequest {
+        id: "a".to_owned(),
+        exec_id: "e".to_owned(),
+        spec: Some(spec).into(),
+        ..Default::default()
+    };
+    model.client().exec(within(BUDGET), &exec).await.unwrap();
+    model.script.set("start_exec", Answer::DoneLate(timeouts::SLOW + Duration::from_secs(1)));
+    // The exit follows the answer to the signal.
+    model.script.exits_late.store(true, Ordering::Relaxed);
+    let start = StartRequest { id: "a".to_owned(), exec_id: "e".to_owned(), ..Default::default() };
+    assert!(model.client().start(within(timeouts::SLOW * 2), &start).await.is_err());
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert!(!model.script.known().contains(&("a".to_owned(), "e".to_owned())), "the guest still has the exec");
 }

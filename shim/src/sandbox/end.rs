@@ -83,7 +83,12 @@ impl End {
             }
         };
         tracing::debug!(reason, "the VM has ended");
+        let agent = self.state.agent();
         self.state.enter(State::Gone(reason.into()));
+        // A process that does not exit keeps the connection open. Without the close, calls would wait for their timeouts.
+        if let Some(agent) = agent {
+            agent.close();
+        }
     }
 
     /// Returns whether the node's OOM killer caused the VMM's exit with `status`. The shim cannot tell a SIGKILL of the

@@ -24,6 +24,7 @@ use crate::container::process::State;
 use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::oci;
+use crate::sandbox::disks::DISK_FLUSH_TIMEOUT;
 use crate::vm::agent;
 use crate::vm::agent::{timeouts, within};
 
@@ -275,10 +276,14 @@ impl Task for Handler {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        self.shim.cancel_all_creations().await;
+        // containerd 1.7 sends this request after the deletion of each task of a pod. A creation of another container must
+        // then continue.
+        if self.shim.containers.all().is_empty() {
+            self.shim.cancel_all_creations().await;
+        }
         // If containerd created the sandbox through the Sandbox API, only ShutdownSandbox ends the shim.
         if self.shim.containers.is_empty() && !self.shim.sandbox_state.is_created() {
-            self.shim.finish().await;
+            self.shim.finish_by_request(self.shim.sandbox.timeout(DISK_FLUSH_TIMEOUT)).await;
         }
         Ok(Empty::new())
     }

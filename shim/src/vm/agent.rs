@@ -133,6 +133,11 @@ impl Agent {
         Ok(Self { task, sandbox, unhandled, silence: Arc::default() })
     }
 
+    /// Closes the connection to the agent. All calls that wait for an answer then fail.
+    pub fn close(&self) {
+        self.unhandled.close();
+    }
+
     /// Makes a query with the timeout [`timeouts::QUERY`]. `call` gets the context with this timeout.
     ///
     /// If the agent has not answered [`MAX_MISSED`] queries, further queries fail at once until the agent answers.

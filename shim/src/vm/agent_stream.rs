@@ -32,8 +32,12 @@ pub struct UnhandledEvents(Mutex<Count>);
 #[derive(Debug, Default)]
 struct Count {
     events: usize,
+    /// Whether the shim has closed the connection.
+    closed: bool,
     /// Wakes the task that reads from the connection, if the task waits until the shim has handled an event.
     reader: Option<Waker>,
+    /// Wakes the task that reads from the connection when the shim closes the connection.
+    closer: Option<Waker>,
 }
 
 impl UnhandledEvents {
@@ -44,6 +48,24 @@ impl UnhandledEvents {
         if let Some(reader) = count.reader.take() {
             reader.wake();
         }
+    }
+
+    /// Closes the connection: its reader gets EOF. All calls that wait for an answer then fail.
+    pub fn close(&self) {
+        let mut count = lock(&self.0);
+        count.closed = true;
+        for waker in [count.reader.take(), count.closer.take()].into_iter().flatten() {
+            waker.wake();
+        }
+    }
+
+    /// Returns whether the shim has closed the connection. If not, `close` wakes the task of `context`.
+    fn is_closed(&self, context: &Context<'_>) -> bool {
+        let mut count = lock(&self.0);
+        if !count.closed && !count.closer.as_ref().is_some_and(|closer| closer.will_wake(context.waker())) {
+            count.closer = Some(context.waker().clone());
+        }
+        count.closed
     }
 
     fn received(&self) {
@@ -110,6 +132,9 @@ impl AsyncRead for AgentStream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.unhandled.is_closed(context) {
+            return Poll::Ready(Ok(()));
+        }
         let in_header = self.body == 0;
         if in_header && self.header_len == 0 && !self.unhandled.has_room(context) {
             return Poll::Pending;
