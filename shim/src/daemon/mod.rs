@@ -11,7 +11,7 @@ use std::time::Duration;
 use husk_base::sys::heap;
 use husk_vmm::config::SeccompMode;
 use tokio::net::unix::pipe;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
@@ -233,6 +233,7 @@ async fn serve(
     };
     let events = Events::start(&namespace, destination, RetryPolicy::default());
     let shim = Shim::new(&namespace, sandbox, events, launcher, reported, pending);
+    let mut termination = Termination::watch();
     let code = match listen(listener, &shim).await {
         Ok(mut server) => {
             tokio::select! {
@@ -240,7 +241,7 @@ async fn serve(
                 () = shim.create_timed_out() => {
                     tracing::warn!("the shim ends, because no request to create the sandbox arrived in time");
                 }
-                () = termination_signal() => {
+                () = termination.received() => {
                     tracing::info!("the shim ends the pod after SIGTERM or SIGINT");
                     shim.end_orderly().await;
                 }
@@ -254,7 +255,10 @@ async fn serve(
             shim.events().flush(EVENT_FLUSH_TIMEOUT).await;
             // Give the server time to send the last responses.
             let _ = tokio::time::timeout(SERVER_SHUTDOWN_TIMEOUT, server.shutdown()).await;
-            shim.wait_for_stuck_vmm().await;
+            tokio::select! {
+                () = shim.wait_for_stuck_vmm() => {}
+                () = termination.received() => tracing::warn!("the shim ends although the VMM process runs"),
+            }
             0
         }
         Err(error) => {
@@ -275,12 +279,36 @@ async fn listen(listener: UnixListener, shim: &Arc<Shim>) -> Result<Server, Stri
     Ok(server)
 }
 
-/// Waits for SIGTERM or SIGINT.
-async fn termination_signal() {
-    let streams = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
-    let (Ok(mut term), Ok(mut int)) = streams else { return std::future::pending().await };
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = int.recv() => {}
+/// The signals SIGTERM and SIGINT. A signal that arrives while nothing waits for it is not lost.
+struct Termination(Option<[Signal; 2]>);
+
+impl Termination {
+    /// Replaces the signals' default action, which would end this process at once.
+    fn watch() -> Self {
+        let signals = signal(SignalKind::terminate()).and_then(|term| Ok([term, signal(SignalKind::interrupt())?]));
+        Self(signals.inspect_err(|error| tracing::error!(%error, "failed to watch for SIGTERM and SIGINT")).ok())
+    }
+
+    /// Waits for a signal.
+    async fn received(&mut self) {
+        let Some([term, int]) = &mut self.0 else { return std::future::pending().await };
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn signal_that_arrives_while_nothing_waits_is_not_lost() {
+        let mut termination = Termination::watch();
+        for _ in 0..2 {
+            nix::sys::signal::raise(nix::sys::signal::Signal::SIGINT).unwrap();
+            termination.received().await;
+        }
     }
 }

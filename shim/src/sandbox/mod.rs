@@ -457,22 +457,29 @@ impl Sandbox {
         self.timeline.mark("vmm gone");
         self.propagation.stop();
         match self.cgroup() {
-            // The cgroup of a process that does not exit cannot be removed. `wait_for_stuck_vmm` removes it later.
+            // The cgroup of a process that does not exit cannot be removed. `wait_for_stuck_vmm` removes it later, and its
+            // record stays until then.
             Some(cgroup) if self.has_vmm_process() => cgroup.leave(),
             Some(cgroup) => cgroup.leave_and_remove().await,
             None => {}
         }
-        self.dir.remove();
+        if self.has_vmm_process() {
+            self.dir.remove_except_cleanup()
+        } else {
+            self.dir.remove()
+        }
         self.timeline.mark("torn down");
         if let Some(launched) = self.launched.get() {
             self.timeline.finish(&launched.timeline_log);
         }
     }
 
-    /// If the VMM process has not exited although it was killed, waits until it exits, and then removes its cgroup. The
-    /// kernel removes a cgroup only when its last process has exited. Called when the shim has no other work.
+    /// If the VMM process has not exited although it was killed, waits until it exits, and then removes its cgroup and the
+    /// records of both. The kernel removes a cgroup only when its last process has exited. Called when the shim has no
+    /// other work.
     ///
-    /// The wait has no limit, because nothing else of the pod is left, and nobody waits for the shim.
+    /// The wait has no limit, because nothing else of the pod is left, and nobody waits for the shim. The caller may drop
+    /// the wait. The records then stay.
     pub async fn wait_for_stuck_vmm(&self) {
         let Some(vmm) = self.vmm().filter(|vmm| vmm.ended().is_none()) else { return };
         tracing::warn!("the shim stays until the VMM process exits, which waits in the node's kernel");
@@ -480,5 +487,6 @@ impl Sandbox {
         if let Some(cgroup) = self.cgroup() {
             cgroup.leave_and_remove().await;
         }
+        self.dir.remove();
     }
 }

@@ -17,6 +17,11 @@ pub const ROOT: &str = "/run/husk";
 
 /// File with the record that `husk ps` reads.
 const RECORD: &str = "sandbox.json";
+/// File that exists while the sandbox's shim waits for a VMM process that does not exit. The shim then removes the cgroup
+/// and the directory itself.
+const STUCK: &str = "stuck";
+/// Files that a cleanup needs: the processes, the cgroup and the systemd scope.
+const CLEANUP: [&str; 4] = ["vmm.pid", "shim.pid", "cgroup", "unit"];
 /// Temporary file that is renamed to `RECORD`.
 const RECORD_NEW: &str = "sandbox.json.new";
 
@@ -157,8 +162,12 @@ impl StateDir {
         std::fs::read_to_string(self.path.join(name)).ok()
     }
 
-    /// Kills the sandbox's processes. Removes the sandbox's mounts, cgroup and directory from the host.
+    /// Kills the sandbox's processes. Removes the sandbox's mounts, cgroup and directory from the host. Does nothing if
+    /// the shim waits for a VMM process that does not exit.
     pub fn clean_up(&self) {
+        if self.read(STUCK).is_some() && self.read_process("shim.pid").is_some_and(ProcessId::is_alive) {
+            return;
+        }
         for name in ["vmm.pid", "shim.pid"] {
             if let Some(process) = self.read_process(name)
                 && process.pid != std::process::id().cast_signed()
@@ -174,17 +183,35 @@ impl StateDir {
         self.remove();
     }
 
+    /// Unmounts the share and removes the files that nothing needs while the shim waits for a VMM process that does not
+    /// exit. If the shim is killed during this wait, `clean_up` still finds the processes and the cgroup.
+    pub fn remove_except_cleanup(&self) {
+        if let Err(error) = self.write(STUCK, "") {
+            tracing::warn!(error = %crate::chain(&error), "failed to record that the VMM process does not exit");
+        }
+        self.unmount_share();
+        self.remove_files(|name| name != STUCK && !CLEANUP.contains(&name));
+    }
+
+    fn unmount_share(&self) {
+        Share { host: self.path.join("share"), guest: self.path.join("guest") }.unmount();
+    }
+
+    /// Removes the known files that `select` selects. Removes nothing else, and never recursively, because a file system
+    /// may be mounted below the directory.
+    fn remove_files(&self, select: impl Fn(&str) -> bool) {
+        let others = ["address", "timeline.json", RECORD, RECORD_NEW, STUCK];
+        let all = CLEANUP.iter().chain(&others).chain(&crate::pod::FILES);
+        for name in all.filter(|name| select(name)) {
+            let _ = std::fs::remove_file(self.path.join(name));
+        }
+    }
+
     /// Unmounts the share and removes the directory. If the parent directory is then empty, removes the parent
     /// directory, too.
     pub fn remove(&self) {
-        Share { host: self.path.join("share"), guest: self.path.join("guest") }.unmount();
-        // Remove only known files, and never recursively, because a file system may be mounted below the directory.
-        for name in ["vmm.pid", "shim.pid", "cgroup", "unit", "address", "timeline.json", RECORD, RECORD_NEW]
-            .iter()
-            .chain(&crate::pod::FILES)
-        {
-            let _ = std::fs::remove_file(self.path.join(name));
-        }
+        self.unmount_share();
+        self.remove_files(|_| true);
         if let Err(error) = std::fs::remove_dir(&self.path)
             && error.kind() != std::io::ErrorKind::NotFound
         {
@@ -203,13 +230,18 @@ impl ProcessId {
         Some(Self { pid: i32::try_from(pid).ok()?, start: start_time(&stat)? })
     }
 
+    /// Returns whether the process runs. A process with the same PID and another start time is another process.
+    fn is_alive(self) -> bool {
+        Self::read(self.pid.cast_unsigned()) == Some(self)
+    }
+
     /// Kills the process, and waits at most 5 s until the process has ended. Does nothing if the PID belongs to another
     /// process.
     pub fn kill_and_wait(self) {
         let Ok(fd) = pidfd::open(self.pid) else { return };
         // Compare the start times only after the pidfd is open. If the start times match, the PID has not been reused.
         // The pidfd then refers to the recorded process.
-        if Self::read(self.pid.cast_unsigned()) != Some(self) {
+        if !self.is_alive() {
             return;
         }
         let _ = pidfd::send_signal(fd.as_fd(), libc::SIGKILL);
@@ -290,6 +322,29 @@ mod tests {
         state.clean_up();
         assert!(!vmm.wait().unwrap().success() && !shim.wait().unwrap().success());
         assert!(!dir.path().join("k8s.io").exists());
+    }
+
+    #[test]
+    fn clean_up_leaves_a_stuck_vmm_to_its_shim_while_the_shim_lives() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir { path: dir.path().join("k8s.io").join("s") };
+        std::fs::create_dir_all(state.path()).unwrap();
+        let mut shim = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        state.write_process("shim.pid", ProcessId::read(shim.id()).unwrap()).unwrap();
+        for name in ["vmm.pid", "cgroup", "unit", "address", RECORD] {
+            state.write(name, "").unwrap();
+        }
+        state.remove_except_cleanup();
+        state.clean_up();
+        for name in CLEANUP {
+            assert!(state.read(name).is_some(), "{name} is needed for the cleanup");
+        }
+        assert_eq!((state.read("address"), state.read(RECORD)), (None, None));
+        assert!(shim.try_wait().unwrap().is_none());
+        shim.kill().unwrap();
+        shim.wait().unwrap();
+        state.clean_up();
+        assert!(!state.path().exists());
     }
 
     #[test]

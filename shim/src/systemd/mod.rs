@@ -94,6 +94,15 @@ pub enum UnitError {
     },
 }
 
+impl UnitError {
+    /// Returns whether another unit already has the name. If not, systemd may still create the unit after an error, for
+    /// example if it answers after the timeout.
+    pub fn is_name_in_use(&self) -> bool {
+        let (Self::Start { source, .. } | Self::Set { source, .. } | Self::Stop { source, .. }) = self;
+        source.has_name(UNIT_EXISTS)
+    }
+}
+
 impl Scope {
     /// Starts the scope and moves process `pid` into it. Blocks until systemd has moved the process.
     ///
