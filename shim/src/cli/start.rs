@@ -4,8 +4,7 @@
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::waitpid;
+use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
 use crate::address::{Address, Listen, ListenError};
@@ -15,7 +14,7 @@ use crate::cli::bootstrap::{Env, MAX_INPUT, Params};
 use crate::daemon;
 use crate::events::Destination;
 use crate::oci::{Bundle, BundleError};
-use crate::sandbox::state_dir::StateDir;
+use crate::sandbox::state_dir::{ProcessId, StateDir};
 
 /// A failure to start the shim.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +92,7 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     match unsafe { nix::unistd::fork() } {
         Ok(nix::unistd::ForkResult::Parent { child }) => {
             let state = StateDir::new(&args.namespace, &group);
-            write_reply(&address, reply_format).inspect_err(|_| abandon(child, &state, &address))
+            write_reply(&address, reply_format).inspect_err(|_| abandon(child, &state, &address, &dir))
         }
         Ok(nix::unistd::ForkResult::Child) => {
             let args = daemon::DaemonArgs {
@@ -117,12 +116,16 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     }
 }
 
-/// Ends the daemon, and removes what it has made. A containerd that gets no reply does not know the daemon.
-fn abandon(daemon: Pid, state: &StateDir, address: &Address) {
-    let _ = kill(daemon, Signal::SIGKILL);
-    let _ = waitpid(daemon, None);
+/// Ends the daemon, and removes what it has made. Also removes the `address` file of the bundle. A containerd that gets no
+/// reply does not know the daemon. Waits at most 5 s for the daemon, because a thread of it can wait in the kernel.
+fn abandon(daemon: Pid, state: &StateDir, address: &Address, bundle: &Path) {
+    if let Some(process) = ProcessId::read(daemon.as_raw().cast_unsigned()) {
+        process.kill_and_wait();
+    }
+    let _ = waitpid(daemon, Some(WaitPidFlag::WNOHANG));
     state.clean_up();
     address.remove();
+    let _ = std::fs::remove_file(bundle.join("address"));
 }
 
 fn write_reply(address: &Address, reply_format: bootstrap::ReplyFormat) -> Result<(), StartError> {
@@ -170,9 +173,12 @@ mod tests {
         let address = Address::new(dir.path().to_str(), "c", "n", "g");
         let Listen::Bound(_listener) = address.listen().unwrap() else { panic!("the new socket is already in use") };
         let daemon = Pid::from_raw(std::process::Command::new("sleep").arg("60").spawn().unwrap().id().cast_signed());
-        abandon(daemon, &StateDir::new("husk-test-abandon", "none"), &address);
-        assert!(!address.path().exists());
-        assert!(kill(daemon, None).is_err(), "the daemon still runs");
+        let bundle = dir.path().join("bundle");
+        std::fs::create_dir(&bundle).unwrap();
+        write_address(&bundle, &address).unwrap();
+        abandon(daemon, &StateDir::new("husk-test-abandon", "none"), &address, &bundle);
+        assert!(!address.path().exists() && !bundle.join("address").exists());
+        assert!(nix::sys::signal::kill(daemon, None).is_err(), "the daemon still runs");
     }
 
     #[test]
