@@ -20,6 +20,9 @@ const MIN_VM_MIB: u64 = 64;
 /// Maximum VM memory, in MiB (64 TiB). No x86 host has more memory than that. Sums of sizes up to this maximum cannot
 /// overflow.
 const MAX_VM_MIB: u64 = 64 << 20;
+/// Maximum grace period of a pod's orderly end, in seconds. After the grace period, the shim needs up to 37 s for the pod's
+/// end, and the VMM waits 60 s for this end.
+pub const MAX_SHUTDOWN_GRACE_SECS: u64 = 20;
 /// Maximum length of additional kernel parameters, in bytes. An x86-64 kernel's command line has at most 2048 bytes
 /// (COMMAND_LINE_SIZE), and the VMM needs a part of these bytes for its own parameters.
 const MAX_PARAMS: usize = 1024;
@@ -45,6 +48,7 @@ impl Config {
         check_range("start_timeout_secs", self.start_timeout_secs, 1, 3600)?;
         let (low, high) = TimeoutFactor::RANGE;
         check_range("timeout_factor", self.timeout_factor.0, low, high)?;
+        check_range("shutdown_grace_secs", self.shutdown_grace_secs, 1, MAX_SHUTDOWN_GRACE_SECS)?;
         if !self.timeline_log.as_os_str().is_empty() {
             check_absolute_path("timeline_log", &self.timeline_log)?;
         }
@@ -135,6 +139,10 @@ mod tests {
         for factor in [0, 11] {
             let expected = format!("timeout_factor: {factor} is out of range: must be 1 to 10");
             assert_eq!(problem(|c| c.timeout_factor = TimeoutFactor(factor)), expected);
+        }
+        for secs in [0, 21] {
+            let expected = format!("shutdown_grace_secs: {secs} is out of range: must be 1 to 20");
+            assert_eq!(problem(|c| c.shutdown_grace_secs = secs), expected);
         }
         let burst = RateLimit { burst_ops: 1, ..RateLimit::default() };
         assert_eq!(

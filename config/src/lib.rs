@@ -111,6 +111,8 @@ pub struct Config {
     pub start_timeout_secs: u64,
     /// Factor by which the timeouts are multiplied that end a container or a pod.
     pub timeout_factor: TimeoutFactor,
+    /// How long containers may take to exit after their stop signals when the shim or the VMM gets SIGTERM, in seconds.
+    pub shutdown_grace_secs: u64,
     /// Log level of the shim.
     pub log_level: LogLevel,
     /// File to which the [`timeline::Timeline`] of each start is appended. If the path is empty, no timeline is
@@ -148,6 +150,7 @@ impl Default for Config {
             require_landlock: false,
             start_timeout_secs: 60,
             timeout_factor: TimeoutFactor::default(),
+            shutdown_grace_secs: 10,
             log_level: LogLevel::Info,
             timeline_log: PathBuf::new(),
             allowed_annotations: [annotation::VCPUS, annotation::MEMORY_MIB, annotation::POLICY].map(Into::into).into(),

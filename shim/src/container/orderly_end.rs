@@ -18,8 +18,6 @@ use crate::container::escalation::SIGNAL_TIMEOUT;
 use crate::container::process::{Exit, ExitReport, State};
 use crate::vm::agent::within;
 
-/// The grace period: how long all containers together may take to exit after their stop signals.
-const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long all containers together may take to exit after SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the guest may take to write its dirty pages to slow disks. This is longer than in a request that ends a
@@ -56,8 +54,9 @@ impl Shim {
     /// further process.
     pub async fn end_orderly(self: &Arc<Self>) {
         self.orderly_end.send_replace(OrderlyEnd::InProgress);
-        let cancelled = timeout(STOP_TIMEOUT, self.cancel_all_creations());
-        let (_, stopped) = tokio::join!(cancelled, self.for_each_running(STOP_TIMEOUT, Self::stop_container));
+        let grace = self.sandbox.shutdown_grace();
+        let cancelled = timeout(grace, self.cancel_all_creations());
+        let (_, stopped) = tokio::join!(cancelled, self.for_each_running(grace, Self::stop_container));
         if !stopped {
             self.for_each_running(KILL_TIMEOUT, Self::kill_container).await;
         }

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use husk_base::failpoint;
 use husk_config::{Config, ConfigError, Seccomp, TimeoutFactor};
@@ -213,6 +213,7 @@ struct PartialLaunch {
     new_network: Option<OwnedFd>,
     timeline_log: PathBuf,
     timeout_factor: TimeoutFactor,
+    shutdown_grace: Duration,
 }
 
 /// Prepares a launch. The process must have a single thread, apart from the threads of the host view.
@@ -259,8 +260,8 @@ async fn on_thread(
 impl PartialLaunch {
     fn finish(self, plan: Result<BootPlan, LaunchError>) -> LaunchInput {
         let plan = plan.map_err(|error| chain(&error));
-        let Self { cgroup, vmm, timeline_log, timeout_factor, .. } = self;
-        LaunchInput { cgroup, vmm, plan, timeline_log, timeout_factor }
+        let Self { cgroup, vmm, timeline_log, timeout_factor, shutdown_grace, .. } = self;
+        LaunchInput { cgroup, vmm, plan, timeline_log, timeout_factor, shutdown_grace }
     }
 
     /// Spawns the VMM process in the cgroup that this process has entered. If this process is confined, the launcher
@@ -303,6 +304,7 @@ impl PartialLaunch {
         let Installation { config, images } = installation?;
         self.timeline_log.clone_from(&config.timeline_log);
         self.timeout_factor = config.timeout_factor;
+        self.shutdown_grace = Duration::from_secs(config.shutdown_grace_secs);
         bundle.check()?;
         let spec = &bundle.spec;
         let memory_limit_mib = self.cgroup.as_ref().map_or(u64::MAX, |cgroup| limits::max_guest_mib(cgroup.location()));

@@ -68,6 +68,8 @@ pub struct LaunchInput {
     pub timeline_log: PathBuf,
     /// The node's factor for timeouts.
     pub timeout_factor: TimeoutFactor,
+    /// How long containers may take to exit after their stop signals.
+    pub shutdown_grace: Duration,
 }
 
 /// A sandbox.
@@ -100,6 +102,7 @@ struct Launched {
     disk_rate_limit: RateLimit,
     timeline_log: PathBuf,
     timeout_factor: TimeoutFactor,
+    shutdown_grace: Duration,
 }
 
 /// A failure to open a stream to the guest.
@@ -146,7 +149,7 @@ impl Sandbox {
         if !self.state.enter(State::Booting) {
             return;
         }
-        let LaunchInput { cgroup, vmm, plan, timeline_log, timeout_factor } = input;
+        let LaunchInput { cgroup, vmm, plan, timeline_log, timeout_factor, shutdown_grace } = input;
         let (notify, notices) = mpsc::channel(MAX_NOTICES);
         let attach = |spawned| Vmm::attach(spawned, notify, timeout_factor).map_err(|e| crate::chain(&e));
         let attached = vmm.map(attach).transpose();
@@ -165,7 +168,15 @@ impl Sandbox {
         let location = cgroup.as_ref().map(|cgroup| cgroup.location().clone());
         let pids_max = cgroup.as_ref().and_then(|cgroup| limits::pids_max(cgroup.location()));
         let disk_rate_limit = plan.as_ref().map(|plan| plan.pod.rate_limits.disk).unwrap_or_default();
-        let launched = Launched { cgroup, vmm: vmm.clone(), resizer, disk_rate_limit, timeline_log, timeout_factor };
+        let launched = Launched {
+            cgroup,
+            vmm: vmm.clone(),
+            resizer,
+            disk_rate_limit,
+            timeline_log,
+            timeout_factor,
+            shutdown_grace,
+        };
         let _ = self.launched.set(launched);
         let (handle, timeline, console) = (vmm, Arc::clone(&self.timeline), self.log_tail.clone());
         let network_sync = Arc::clone(&self.network_sync);
@@ -260,6 +271,11 @@ impl Sandbox {
         self.launched.get().map(|launched| launched.timeout_factor).unwrap_or_default().of(base)
     }
 
+    /// Returns how long containers may take to exit after their stop signals.
+    pub fn shutdown_grace(&self) -> Duration {
+        self.launched.get().map(|launched| launched.shutdown_grace).unwrap_or_default()
+    }
+
     /// Returns the rate limit of each disk.
     fn disk_rate_limit(&self) -> RateLimit {
         self.launched.get().map(|launched| launched.disk_rate_limit).unwrap_or_default()
@@ -323,6 +339,7 @@ impl Sandbox {
             disk_rate_limit: RateLimit::default(),
             timeline_log: PathBuf::new(),
             timeout_factor: TimeoutFactor::default(),
+            shutdown_grace: Duration::from_secs(10),
         };
         assert!(sandbox.launched.set(launched).is_ok());
         let end = sandbox.end_follower(Some(cgroup));
