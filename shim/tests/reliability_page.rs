@@ -140,7 +140,7 @@ fn requests_that_end_something_take_at_most_nine_seconds_and_five_times_as_long_
 #[test]
 fn orderly_end_with_the_longest_grace_period_ends_before_the_vmm_gives_up() {
     let code = code();
-    let secs = |file: &str, name: &str| code.get(&(file.to_owned(), name.to_owned())).unwrap().millis / 1000;
+    let secs = |file: &str, name: &str| code[&(file.to_owned(), name.to_owned())].millis / 1000;
     let steps = ["KILL_TIMEOUT", "OUTPUT_TIMEOUT", "FLUSH_TIMEOUT"];
     let steps: u64 = steps.iter().map(|name| secs("shim/src/container/orderly_end.rs", name)).sum();
     let whole = husk_config::check::MAX_SHUTDOWN_GRACE_SECS + steps;

@@ -21,18 +21,18 @@ use crate::network;
 use crate::network::NetworkError;
 use crate::oci::{Bundle, BundleError, IdMappings, Network, Spec};
 use crate::resources;
-use crate::resources::cgroup::{Cgroup, CgroupError, CgroupLocation, PlannedCgroup};
+use crate::resources::cgroup::{Cgroup, CgroupError, PlannedCgroup};
 use crate::resources::limits;
 use crate::resources::oom_score;
 use crate::resources::rate_limits::{RateLimitError, RateLimits};
 use crate::resources::{BootSize, BootSizeError};
 use crate::sandbox::boot::{BootError, BootPlan, Pod};
+use crate::sandbox::cgroup_record;
 use crate::sandbox::guest_image::{self, GuestImages, ImageError};
 use crate::sandbox::policy::{PodPolicies, PolicyError};
 use crate::sandbox::state_dir::{ProcessId, StateDir, StateError};
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{LaunchInput, Sandbox};
-use crate::systemd::Unit;
 use crate::vm::agent::Report;
 use crate::vm::vmm::{self, VmmError};
 
@@ -424,49 +424,12 @@ fn enter_cgroup(context: &LaunchContext, path: &str) -> Result<Option<Cgroup>, L
     }
     let failed = |source| LaunchError::EnterCgroup { path: path.to_owned(), source: Box::new(source) };
     let planned = PlannedCgroup::new(path, &context.namespace).map_err(failed)?;
-    let recorded = record_unless_exists(&context.dir, planned.parts())?;
-    let cgroup = planned.enter().inspect_err(|error| {
-        if !may_appear_later(error) {
-            context.dir.forget_cgroup();
-        }
-    });
-    let cgroup = cgroup.map_err(failed)?;
-    if !recorded {
-        record_cgroup(&context.dir, (cgroup.location(), cgroup.unit()))?;
-    }
-    Ok(Some(cgroup))
-}
-
-/// Records a cgroup unless it exists already. Returns whether it was recorded.
-///
-/// A cgroup that exists can belong to another sandbox. If the shim died before it knew, the action `delete` would stop the
-/// other sandbox's scope.
-fn record_unless_exists(dir: &StateDir, parts: (&CgroupLocation, Option<&Unit>)) -> Result<bool, StateError> {
-    let exists = parts.0.dirs().any(Path::exists);
-    if !exists {
-        record_cgroup(dir, parts)?;
-    }
-    Ok(!exists)
-}
-
-/// Returns whether the cgroup can still appear after `error`: systemd may create the scope after the timeout. After any
-/// other error, the cgroup no longer exists, or belongs to another sandbox.
-fn may_appear_later(error: &CgroupError) -> bool {
-    matches!(error, CgroupError::Unit(error) if !error.is_name_in_use())
-}
-
-/// Records a cgroup before the cgroup is created. If the shim dies, the action `delete` can then remove it.
-fn record_cgroup(dir: &StateDir, (location, unit): (&CgroupLocation, Option<&Unit>)) -> Result<(), StateError> {
-    let dirs: Vec<_> = location.dirs().map(|dir| dir.display().to_string()).collect();
-    let recorded = dir.write("cgroup", &dirs.join("\n"));
-    let recorded = recorded.and_then(|()| unit.map_or(Ok(()), |unit| dir.write("unit", unit.name())));
-    recorded.inspect_err(|_| dir.forget_cgroup())
+    cgroup_record::enter(&context.dir, planned)?.map(Some).map_err(failed)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::systemd::{CallError, UnitError};
 
     #[tokio::test]
     async fn launch_whose_thread_fails_keeps_what_it_has_acquired() {
@@ -477,44 +440,5 @@ mod tests {
         let LaunchInput { plan, timeline_log, .. } = input.await;
         assert!(plan.is_err_and(|error| error == LaunchError::Panicked.to_string()));
         assert_eq!(timeline_log, Path::new("/kept"));
-    }
-
-    #[test]
-    fn record_stays_if_systemd_is_slow_but_not_if_the_scope_is_of_another_sandbox() {
-        let failed =
-            |source| CgroupError::Unit(UnitError::Start { unit: "a.scope".into(), slice: "pods.slice".into(), source });
-        assert!(may_appear_later(&failed(CallError::Io(io::ErrorKind::TimedOut.into()))));
-        let name = "org.freedesktop.systemd1.UnitExists".to_owned();
-        assert!(!may_appear_later(&failed(CallError::Failed { name, text: String::new() })));
-        assert!(!may_appear_later(&CgroupError::None));
-    }
-
-    #[test]
-    fn cgroup_that_exists_is_not_recorded_in_advance() {
-        let dir = tempfile::tempdir().unwrap();
-        let state = StateDir::at(dir.path());
-        let (taken, unit) = (dir.path().join("taken"), Unit::new("a.scope"));
-        std::fs::create_dir(&taken).unwrap();
-        for (path, recorded) in [(taken, false), (dir.path().join("free"), true)] {
-            let location = CgroupLocation::V2(path);
-            assert_eq!(record_unless_exists(&state, (&location, Some(&unit))).unwrap(), recorded);
-            assert_eq!((state.read("cgroup").is_some(), state.read("unit").is_some()), (recorded, recorded));
-        }
-    }
-
-    #[test]
-    fn cgroup_is_recorded_before_it_is_made() {
-        let dir = tempfile::tempdir().unwrap();
-        let state = StateDir::at(dir.path());
-        let planned = PlannedCgroup::new("/husk-test-planned/x", "husk-test").unwrap();
-        let first = planned.parts().0.dirs().next().unwrap().to_owned();
-        record_cgroup(&state, planned.parts()).unwrap();
-        assert!(state.read("cgroup").unwrap().lines().any(|line| Path::new(line) == first));
-        assert!(!first.exists());
-        state.forget_cgroup();
-        assert_eq!(state.read("cgroup"), None);
-        // If a cgroup cannot be recorded, it must not be created.
-        let missing = StateDir::at(&dir.path().join("missing"));
-        assert!(record_cgroup(&missing, planned.parts()).is_err());
     }
 }

@@ -2,6 +2,7 @@
 
 mod apparmor;
 pub mod boot;
+mod cgroup_record;
 mod clock;
 pub mod disks;
 pub(crate) mod end;
@@ -481,9 +482,9 @@ impl Sandbox {
             None => {}
         }
         if self.has_vmm_process() {
-            self.dir.remove_except_cleanup()
+            self.dir.remove_except_cleanup();
         } else {
-            self.dir.remove()
+            self.dir.remove();
         }
         self.timeline.mark("torn down");
         if let Some(launched) = self.launched.get() {
