@@ -101,7 +101,7 @@ impl Shim {
         let io = stdio_paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
         let logger = LoggerContext { id: &request.id, namespace: &self.namespace, launcher: &self.launcher };
         let prepare = async {
-            self.acquire_pid(&request.id, &spec).await;
+            self.acquire_pid(&request.id, &spec).await?;
             let prepared = self.prepare(request, bundle).await?;
             if prepared.needs_propagation {
                 let started = self.sandbox.start_propagation();

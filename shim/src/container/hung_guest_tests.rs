@@ -16,7 +16,7 @@ use protobuf::well_known_types::any::Any;
 use tokio::time::Instant;
 
 use crate::container::escalation::{KILL_ANSWER_TIMEOUT, KILL_EXIT_TIMEOUT, SIGNAL_TIMEOUT};
-use crate::container::model_tests::{Answer, BUDGET, Model, start_more_execs_than_turns, within};
+use crate::container::model_tests::{Answer, BUDGET, Model, create, start_more_execs_than_turns, within};
 use crate::sandbox::end::OOM_KILLED;
 use crate::vm::agent::timeouts;
 use crate::vm::vmm::VMM_EXIT_TIMEOUT;
@@ -224,6 +224,19 @@ async fn begin_create(model: &Model) {
     let call = tokio::time::timeout(Duration::from_secs(1), client.create(within(BUDGET), &request));
     assert!(call.await.is_err());
     assert!(!model.shim.containers.is_empty());
+}
+
+/// `cargo xtask chaos --replay 1:0:15` found that each request to the VMM and to the agent waited for its own timeout.
+#[tokio::test(start_paused = true)]
+async fn create_in_a_stopped_vmm_fails_after_one_timeout() {
+    let model = Model::start(true).await;
+    model.run("a").await;
+    model.host.hang(true);
+    model.script.hang("*");
+    let begin = Instant::now();
+    let error = model.client().create(within(timeouts::SLOW * 3), &create(&model, "b")).await.unwrap_err().to_string();
+    assert!(begin.elapsed() < timeouts::SLOW + timeouts::QUICK * 2, "{:?}", begin.elapsed());
+    assert!(error.contains("the VMM did not answer the request AcquirePid within 60 s"), "{error}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -8,8 +8,10 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 
 use crate::container::Shim;
+use crate::error::ServiceError;
 use crate::lock;
 use crate::oci::Spec;
+use crate::vm::vmm::VmmError;
 
 /// PIDs of the containers that have their own PID, by container id.
 #[derive(Default)]
@@ -29,14 +31,19 @@ impl Shim {
         lock(&self.pids.0).iter().map(|(id, pid)| (*pid, id.clone())).collect()
     }
 
-    /// Acquires a PID for a container. Does nothing for a sandbox container or a container outside a pod. After a
-    /// failure, the container has the VMM's PID. The caller must later call [`Shim::release_pid`].
-    pub(crate) async fn acquire_pid(&self, container: &str, spec: &Spec) {
+    /// Acquires a PID for a container. Does nothing for a sandbox container or a container outside a pod. If the VMM
+    /// refuses, the container has the VMM's PID. The caller must later call [`Shim::release_pid`].
+    ///
+    /// # Errors
+    /// If the VMM does not answer. It would not answer the other requests for the container either, and each of them
+    /// would wait for its own timeout.
+    pub(crate) async fn acquire_pid(&self, container: &str, spec: &Spec) -> Result<(), ServiceError> {
         if !spec.group(container).is_ok_and(|group| group != container) {
-            return;
+            return Ok(());
         }
         match self.sandbox.acquire_pid().await {
             Ok(pid) => drop(lock(&self.pids.0).insert(container.to_owned(), pid)),
+            Err(error @ VmmError::Timeout { .. }) => return Err(ServiceError::failed(error)),
             Err(error) => {
                 let error = crate::chain(&error);
                 tracing::warn!(
@@ -46,6 +53,7 @@ impl Shim {
                 );
             }
         }
+        Ok(())
     }
 
     /// Releases the PID of a container that was deleted or could not be created.

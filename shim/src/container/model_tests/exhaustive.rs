@@ -154,9 +154,7 @@ fn fault(model: &Model, fault: Fault) -> Box<dyn FnOnce() + Send> {
 /// The limit of a request. A request that creates or starts something waits for the guest.
 fn limit(call: Call) -> Duration {
     match call {
-        Call::Create | Call::Start | Call::StartExec | Call::Update | Call::StartSandbox => {
-            timeouts::SLOW * 2 + timeouts::QUICK
-        }
+        Call::Create | Call::Start | Call::StartExec | Call::Update | Call::StartSandbox => timeouts::SLOW * 2,
         // The drain of an exec's output is as long as with runc's shim.
         Call::Pause | Call::Resume | Call::Resize | Call::DeleteExec => timeouts::QUICK + Duration::from_secs(3),
         Call::State | Call::Connect | Call::SandboxStatus | Call::Platform => Duration::from_secs(1),

@@ -18,3 +18,4 @@ mod vmm;
 pub use agent::Answer;
 pub use execs::{LAST_EXEC, start_more_execs_than_turns};
 pub use model::{BUDGET, Model, SANDBOX, within};
+pub use requests::create;
