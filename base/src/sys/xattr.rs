@@ -1,7 +1,8 @@
-//! Lists, reads and sets the extended attributes of a file by its path (xattr(7)).
+//! Lists, reads, sets and removes the extended attributes of a file (xattr(7)).
 
 use std::ffi::{CStr, CString};
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -45,6 +46,55 @@ pub fn set(path: &Path, name: &CStr, value: &[u8]) -> io::Result<()> {
     }
 }
 
+/// Reads the names of an open file's attributes into `names`, each followed by a NUL byte. Returns the length of all
+/// names. If `names` is empty, only returns this length.
+///
+/// # Errors
+/// ERANGE if `names` is too short, and the other errors of flistxattr(2).
+pub fn list_of(file: impl AsFd, names: &mut [u8]) -> io::Result<usize> {
+    let fd = file.as_fd().as_raw_fd();
+    // SAFETY: the fd is open, and `names` has the given length.
+    let length = unsafe { libc::flistxattr(fd, names.as_mut_ptr().cast(), names.len()) };
+    usize::try_from(length).map_err(|_| io::Error::last_os_error())
+}
+
+/// Reads the value of an open file's attribute into `value`. Returns the value's length. If `value` is empty, only
+/// returns this length.
+///
+/// # Errors
+/// ENODATA if there is no such attribute, ERANGE if `value` is too short, and the other errors of fgetxattr(2).
+pub fn get_of(file: impl AsFd, name: &CStr, value: &mut [u8]) -> io::Result<usize> {
+    let fd = file.as_fd().as_raw_fd();
+    // SAFETY: the fd is open, the name ends with NUL, and `value` has the given length.
+    let length = unsafe { libc::fgetxattr(fd, name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
+    usize::try_from(length).map_err(|_| io::Error::last_os_error())
+}
+
+/// Creates or replaces an open file's attribute, with the flags of setxattr(2).
+///
+/// # Errors
+/// The errors of fsetxattr(2).
+pub fn set_of(file: impl AsFd, name: &CStr, value: &[u8], flags: i32) -> io::Result<()> {
+    let fd = file.as_fd().as_raw_fd();
+    // SAFETY: the fd is open, the name ends with NUL, and `value` has the given length.
+    match unsafe { libc::fsetxattr(fd, name.as_ptr(), value.as_ptr().cast(), value.len(), flags) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Removes an open file's attribute.
+///
+/// # Errors
+/// ENODATA if there is no such attribute, and the other errors of fremovexattr(2).
+pub fn remove_of(file: impl AsFd, name: &CStr) -> io::Result<()> {
+    // SAFETY: the fd is open, and the name ends with NUL.
+    match unsafe { libc::fremovexattr(file.as_fd().as_raw_fd(), name.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -62,5 +112,23 @@ mod tests {
         assert_eq!(&value[..length], b"a\0b");
         let error = get(file.path(), c"user.none", &mut value).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENODATA));
+    }
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no fsetxattr")]
+    fn attributes_of_an_open_file_are_set_listed_read_and_removed() {
+        let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let name = c"user.husk";
+        set_of(&file, name, b"a\0b", libc::XATTR_CREATE).unwrap();
+        let error = set_of(&file, name, b"c", libc::XATTR_CREATE).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EEXIST));
+        let mut names = vec![0; list_of(&file, &mut []).unwrap()];
+        let length = list_of(&file, &mut names).unwrap();
+        assert!(names[..length].split(|byte| *byte == 0).any(|found| found == name.to_bytes()));
+        let mut value = [0; 3];
+        assert_eq!((get_of(&file, name, &mut []).unwrap(), get_of(&file, name, &mut value).unwrap()), (3, 3));
+        assert_eq!(&value, b"a\0b");
+        assert_eq!(get_of(&file, name, &mut [0; 2]).unwrap_err().raw_os_error(), Some(libc::ERANGE));
+        remove_of(&file, name).unwrap();
+        assert_eq!(remove_of(&file, name).unwrap_err().raw_os_error(), Some(libc::ENODATA));
     }
 }
