@@ -1,4 +1,5 @@
-//! File system semantics of a pod's volume: attributes, locks, mmap, sparse files, fifos and sockets.
+//! File system semantics of a pod's volume: attributes, locks, mmap, sparse files, fifos, sockets, and files without a
+//! name.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -83,6 +84,61 @@ for name in os.listdir("many"): os.unlink(f"many/{name}")
 os.rmdir("many")
 done("directories")
 "#;
+
+/// Creates files without a name in `/volume` and in the root file system, and links them.
+const UNNAMED: &str = r#"
+import errno, mmap, os, time
+open_files = os.open("/proc/self/fd", os.O_RDONLY)
+def link(fd, name): os.link(str(fd), name, src_dir_fd=open_files, follow_symlinks=True)
+os.mkdir("/own")
+for place in ("/volume", "/own"):
+    os.chdir(place); os.umask(0o027)
+    fd = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o666)
+    os.write(fd, b"no name" + bytes(4089)); os.fsync(fd); os.setxattr(fd, "user.husk", b"value")
+    assert os.fstat(fd).st_nlink == 0 and os.listdir(".") == []
+    again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY); assert os.pread(again, 7, 0) == b"no name"
+    link(fd, "linked")
+    shared = mmap.mmap(fd, 4096)
+    # The guest caches a name for a second. The second check looks the name up again.
+    for text in (b"cached", b"looked up"):
+        shared[:len(text)] = text
+        with open("linked", "rb") as f: assert f.read(len(text)) == text, (place, text)
+        assert os.path.samestat(os.fstat(fd), os.stat("linked"))
+        time.sleep(2)
+    shared.flush()
+    link(fd, "twice"); s = os.stat("twice")
+    assert (s.st_nlink, s.st_mode & 0o7777, os.getxattr("twice", "user.husk")) == (2, 0o640, b"value"), s
+    open("new", "w").close(); os.rename("new", "twice"); assert os.fstat(fd).st_nlink == 1
+    excluded = os.open(".", os.O_TMPFILE | os.O_WRONLY | os.O_EXCL, 0o600)
+    try: link(excluded, "excluded"); raise SystemExit("linked in spite of O_EXCL")
+    except FileNotFoundError: pass
+    lost = os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o600); os.write(lost, b"lost"); os.close(lost)
+    assert sorted(os.listdir(".")) == ["linked", "twice"]
+    print("ok", place, flush=True)
+fd = os.open("/own", os.O_TMPFILE | os.O_RDWR, 0o600)
+try: link(fd, "/volume/other"); raise SystemExit("linked to another file system")
+except OSError as e: assert e.errno == errno.EXDEV, e
+print("ok end", flush=True)
+"#;
+
+#[test]
+fn files_without_a_name_are_linked() {
+    need_image(PYTHON);
+    pods("cri-unnamed", |pods| {
+        let volume = pods.dir().join("volume");
+        fs::create_dir_all(&volume).unwrap();
+        let pod = pods.pod();
+        let mut config = pod.python(UNNAMED);
+        config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/volume" }]);
+        let container = pod.start(&config);
+        let (code, _) = container.wait();
+        assert_eq!(code, 0, "{}", container.log());
+        assert_eq!(container.log().matches(" ok ").count(), 3, "{}", container.log());
+        let linked = fs::read(volume.join("linked")).unwrap();
+        assert!(linked.starts_with(b"looked up") && linked.len() == 4096, "{linked:?}");
+        assert_eq!(fs::read_dir(&volume).unwrap().count(), 2);
+    });
+}
 
 #[test]
 fn volume_has_posix_file_semantics() {

@@ -22,8 +22,21 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_REQUESTS: usize = 48;
 
 const WITH_NAME: [u32; 10] = [LOOKUP, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, CREATE, RENAME2];
-const WITH_NODE: [u32; 12] =
-    [GETATTR, SETATTR, READLINK, OPEN, STATFS, SETXATTR, GETXATTR, LISTXATTR, REMOVEXATTR, OPENDIR, ACCESS, SYNCFS];
+const WITH_NODE: [u32; 13] = [
+    GETATTR,
+    SETATTR,
+    READLINK,
+    OPEN,
+    STATFS,
+    SETXATTR,
+    GETXATTR,
+    LISTXATTR,
+    REMOVEXATTR,
+    OPENDIR,
+    ACCESS,
+    SYNCFS,
+    TMPFILE,
+];
 const WITH_HANDLE: [u32; 15] = [
     READ,
     WRITE,
@@ -369,7 +382,7 @@ impl Guest {
 
     /// Remembers the nodes and handles of an answer.
     fn learn(&mut self, opcode: u32, node: u64, answer: &[u8]) {
-        let entry = matches!(opcode, LOOKUP | SYMLINK | MKNOD | MKDIR | LINK | CREATE) && answer.len() >= 128;
+        let entry = matches!(opcode, LOOKUP | SYMLINK | MKNOD | MKDIR | LINK | CREATE | TMPFILE) && answer.len() >= 128;
         let mut opened = matches!(opcode, OPEN | OPENDIR).then(|| (node, long_at(answer, 0)));
         if entry {
             // In a `struct fuse_entry_out`, the `struct fuse_attr` begins at byte 40.
@@ -377,7 +390,7 @@ impl Guest {
             assert!(!self.inodes.contains(&inode), "request {opcode} returned node {node}, which is outside the share");
             self.nodes.push(node);
             self.modes.insert(node, mode & libc::S_IFMT);
-            opened = (opcode == CREATE && answer.len() >= 136).then(|| (node, long_at(answer, 128)));
+            opened = (matches!(opcode, CREATE | TMPFILE) && answer.len() >= 136).then(|| (node, long_at(answer, 128)));
         }
         if let Some((node, handle)) = opened {
             let mode = self.modes.get(&node).copied().unwrap_or(libc::S_IFDIR);

@@ -19,13 +19,14 @@ use virtiofsd::filesystem::{
 };
 use virtiofsd::fuse::{Attr, FsOptions, InHeader, OpenOptions, SetattrIn, SetattrValid, SetxattrFlags};
 use virtiofsd::oslib::WritevFlags;
-use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::soft_idmap::GuestUid;
 
 use super::fd_limit::FdLimit;
 use super::ids::{Handle, Inode};
 use super::locks::Locks;
 use super::nodes::{Job, Nodes, SpaceWait};
+use super::share_fs::ShareFs;
+use super::tmpfile::is_temporary;
 use super::{closing, request_checks, writer};
 use crate::virtio::rate_limit::SharedLimiter;
 
@@ -43,7 +44,7 @@ type Opened = (Option<Handle>, OpenOptions);
 /// The wrapped file system. All clones share one state.
 #[derive(Clone)]
 pub struct CheckedFs {
-    fs: Arc<PassthroughFs>,
+    fs: Arc<ShareFs>,
     locks: Arc<Locks>,
     fd_limit: Arc<FdLimit>,
     nodes: Arc<Nodes>,
@@ -54,7 +55,7 @@ pub struct CheckedFs {
 impl CheckedFs {
     /// Wraps a file system. `dev_null` is /dev/null, opened for writing.
     pub fn new(
-        fs: Arc<PassthroughFs>,
+        fs: Arc<ShareFs>,
         locks: Locks,
         fd_limit: FdLimit,
         nodes: Nodes,
@@ -84,6 +85,23 @@ impl CheckedFs {
     /// Waits for a limited time while fds are scarce. A request that may open a file calls this function first.
     pub fn wait_for_fd(&self) {
         self.fd_limit.wait_for_fd();
+    }
+
+    /// Creates a file without a name, and opens it (TMPFILE).
+    pub fn create_temporary(
+        &self,
+        ctx: Context,
+        parent: Inode,
+        mode: u32,
+        flags: u32,
+        umask: u32,
+    ) -> io::Result<(Entry, Handle, OpenOptions)> {
+        self.wait_for_fd();
+        self.wait_for_space(parent);
+        let (entry, handle) = self.fs.create_temporary(ctx, parent, mode, flags, umask)?;
+        self.nodes.add_unnamed(parent, entry.inode);
+        let options = self.with_lock_option(entry.inode, Some(handle), OpenOptions::KEEP_CACHE);
+        Ok((entry, handle, options))
     }
 
     /// Drops the references of a job.
@@ -210,7 +228,7 @@ macro_rules! forward {
 impl FileSystem for CheckedFs {
     type Inode = Inode;
     type Handle = Handle;
-    type DirIter = <PassthroughFs as FileSystem>::DirIter;
+    type DirIter = <ShareFs as FileSystem>::DirIter;
 
     fn write<R: ZeroCopyReader>(
         &self,
@@ -294,10 +312,11 @@ impl FileSystem for CheckedFs {
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
         let is_last = self.nodes.forget(inode, count);
-        let open = is_last.then(|| closing::keep_open(&self.fs, ctx, inode)).flatten();
+        // A temporary file is never closed under virtiofsd's lock.
+        let open = if is_last && !is_temporary(inode) { closing::keep_open(&*self.fs, ctx, inode) } else { None };
         self.fs.forget(ctx, inode, count);
         if let Some(handle) = open {
-            closing::close(&self.fs, ctx, inode, handle);
+            closing::close(&*self.fs, ctx, inode, handle);
         }
         self.fd_limit.released();
     }
@@ -314,13 +333,13 @@ impl FileSystem for CheckedFs {
     ) -> io::Result<()> {
         self.locks.release(inode, handle);
         // Closing the handle also ends the lock of flock(2).
-        closing::while_open(&self.fs, ctx, inode, handle, || {
+        closing::while_open(&*self.fs, ctx, inode, handle, || {
             self.fs.release(ctx, inode, flags, handle, flush, flock_release, lock_owner)
         })
     }
 
     fn releasedir(&self, ctx: Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()> {
-        closing::while_open(&self.fs, ctx, inode, handle, || self.fs.releasedir(ctx, inode, flags, handle))
+        closing::while_open(&*self.fs, ctx, inode, handle, || self.fs.releasedir(ctx, inode, flags, handle))
     }
 
     fn create(

@@ -9,9 +9,8 @@
 use std::fs::File;
 use std::io;
 
-use virtiofsd::filesystem::{Context, FileSystem as _, ZeroCopyWriter};
+use virtiofsd::filesystem::{Context, FileSystem, ZeroCopyWriter};
 use virtiofsd::oslib::ReadvFlags;
-use virtiofsd::passthrough::PassthroughFs;
 
 use super::ids::{Handle, Inode};
 
@@ -33,7 +32,7 @@ impl<F: FnOnce(&File) -> io::Result<T>, T> ZeroCopyWriter for Caller<'_, F, T> {
 /// `PassthroughFs::read()` holds a reference to the handle while it calls the writer, and drops the reference after the
 /// writer has returned.
 pub fn with_file<T>(
-    fs: &PassthroughFs,
+    fs: &impl FileSystem<Inode = Inode, Handle = Handle>,
     ctx: Context,
     inode: Inode,
     handle: Handle,
@@ -46,7 +45,7 @@ pub fn with_file<T>(
 
 /// Calls `release`, which removes a handle. The handle's file is closed after the call, without a lock.
 pub fn while_open(
-    fs: &PassthroughFs,
+    fs: &impl FileSystem<Inode = Inode, Handle = Handle>,
     ctx: Context,
     inode: Inode,
     handle: Handle,
@@ -61,12 +60,12 @@ pub fn while_open(
 ///
 /// Returns `None` if no fd is free, or if the file is neither a regular file nor a directory. virtiofsd opens no other
 /// files.
-pub fn keep_open(fs: &PassthroughFs, ctx: Context, inode: Inode) -> Option<Handle> {
+pub fn keep_open(fs: &impl FileSystem<Inode = Inode, Handle = Handle>, ctx: Context, inode: Inode) -> Option<Handle> {
     fs.open(ctx, inode, false, libc::O_PATH.cast_unsigned()).ok()?.0
 }
 
-/// Closes a handle of [`keep_open`].
-pub fn close(fs: &PassthroughFs, ctx: Context, inode: Inode, handle: Handle) {
+/// Closes a handle that the guest does not know.
+pub fn close(fs: &impl FileSystem<Inode = Inode, Handle = Handle>, ctx: Context, inode: Inode, handle: Handle) {
     // The call fails only if the guest has released the handle, whose number it can guess.
     let _ = while_open(fs, ctx, inode, handle, || fs.release(ctx, inode, 0, handle, false, false, None));
 }

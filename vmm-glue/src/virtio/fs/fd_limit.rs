@@ -8,10 +8,13 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use husk_base::sync::{lock, wait_timeout};
+
+use super::fd_budget::FdBudget;
+
 /// While fds are not scarce, only every 64th call of [`FdLimit::wait_for_fd`] counts the open fds.
 const CHECK_INTERVAL: u32 = 64;
 /// Minimum time between two requests to the shim.
@@ -29,6 +32,8 @@ pub struct FdLimit {
     fd_directory: File,
     /// Fds are scarce if at least this number of fds are open.
     threshold: u64,
+    /// Fds are also scarce if few of this budget are left.
+    budget: Arc<FdBudget>,
     request_forget: RequestForget,
     /// Number of calls of [`FdLimit::wait_for_fd`].
     count: AtomicU32,
@@ -45,12 +50,13 @@ struct State {
 }
 
 impl FdLimit {
-    /// Creates a watcher. While at least `threshold` fds are open and requests wait, the waiting requests call
+    /// Creates a watcher. While at least `threshold` fds are open, or `budget` is scarce, and requests wait, the waiting requests call
     /// `request_forget` at most once per [`REQUEST_INTERVAL`]. `fd_directory` is /proc/self/fd.
-    pub fn new(fd_directory: File, threshold: u64, request_forget: RequestForget) -> Self {
+    pub fn new(fd_directory: File, threshold: u64, budget: Arc<FdBudget>, request_forget: RequestForget) -> Self {
         Self {
             fd_directory,
             threshold,
+            budget,
             request_forget,
             count: AtomicU32::new(0),
             scarce: AtomicBool::new(false),
@@ -63,7 +69,7 @@ impl FdLimit {
     /// file must call this function first.
     pub fn wait_for_fd(&self) {
         let check = self.count.fetch_add(1, Ordering::Relaxed).is_multiple_of(CHECK_INTERVAL);
-        if check || self.scarce.load(Ordering::Relaxed) {
+        if check || self.scarce.load(Ordering::Relaxed) || self.budget.is_scarce() {
             self.wait();
         }
     }
@@ -106,7 +112,7 @@ impl FdLimit {
         // number, and therefore all lower numbers are in use.
         let count = self.fd_directory.metadata().map_or(0, |directory| directory.len());
         let lowest_free = self.fd_directory.try_clone().map_or(u64::MAX, |file| file.as_raw_fd().unsigned_abs().into());
-        count.max(lowest_free) < self.threshold
+        count.max(lowest_free) < self.threshold && !self.budget.is_scarce()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -116,7 +122,6 @@ impl FdLimit {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::sync::mpsc::channel;
 
     use super::*;
@@ -133,7 +138,8 @@ mod tests {
         // open, including the fds of other tests.
         let held: Vec<File> = std::iter::repeat_with(open).take(600).collect();
         let (requests, requested) = channel();
-        let limit = Arc::new(FdLimit::new(fd_directory(), 500, Box::new(move || requests.send(()).unwrap())));
+        let limit =
+            Arc::new(FdLimit::new(fd_directory(), 500, FdBudget::new(8), Box::new(move || requests.send(()).unwrap())));
         let waiting = std::thread::spawn({
             let limit = Arc::clone(&limit);
             move || limit.wait_for_fd()
@@ -151,7 +157,7 @@ mod tests {
     #[cfg_attr(miri, ignore = "the fds in /proc are those of the interpreter")]
     fn request_proceeds_after_the_timeout() {
         let (requests, requested) = channel();
-        let limit = FdLimit::new(fd_directory(), 0, Box::new(move || requests.send(()).unwrap()));
+        let limit = FdLimit::new(fd_directory(), 0, FdBudget::new(8), Box::new(move || requests.send(()).unwrap()));
         let began = Instant::now();
         limit.wait_for_fd();
         assert!(began.elapsed() >= TIMEOUT && requested.try_iter().count() > 1);
@@ -160,5 +166,22 @@ mod tests {
         let began = Instant::now();
         limit.wait_for_fd();
         assert!(began.elapsed() < REQUEST_INTERVAL);
+    }
+    #[test]
+    #[cfg_attr(miri, ignore = "the fds in /proc are those of the interpreter")]
+    fn request_waits_while_the_budget_is_scarce() {
+        let budget = FdBudget::new(1);
+        let held = budget.count(File::open("/dev/null").unwrap()).unwrap();
+        let (requests, requested) = channel();
+        let request = Box::new(move || requests.send(()).unwrap());
+        let limit = Arc::new(FdLimit::new(fd_directory(), u64::MAX, budget, request));
+        let waiting = std::thread::spawn({
+            let limit = Arc::clone(&limit);
+            move || limit.wait_for_fd()
+        });
+        requested.recv().unwrap();
+        drop(held);
+        limit.released();
+        waiting.join().unwrap();
     }
 }

@@ -1,5 +1,5 @@
-//! Serves FUSE requests. This module itself decodes the requests that have no answer, and the requests for locks.
-//! virtiofsd's `Server` serves all other requests of the request queue.
+//! Serves FUSE requests. This module itself decodes the requests that have no answer, the requests for locks, and
+//! TMPFILE. virtiofsd's `Server` serves all other requests of the request queue.
 //!
 //! A vCPU can change guest memory while a request is served. If this module checked a value in guest memory and then
 //! read the value again, the second value could be unchecked. Therefore, this module follows three rules:
@@ -16,7 +16,9 @@ use std::sync::Mutex;
 
 use husk_base::sync::lock;
 use virtiofsd::filesystem::{Context, FileSystem as _};
-use virtiofsd::fuse::{BatchForgetIn, ForgetIn, ForgetOne, InHeader, InterruptIn, LkIn, LkOut};
+use virtiofsd::fuse::{
+    BatchForgetIn, CreateIn, EntryOut, ForgetIn, ForgetOne, InHeader, InterruptIn, LkIn, LkOut, OpenOut,
+};
 use virtiofsd::server::Server;
 use vm_memory::{ByteValued, Bytes as _, GuestAddress};
 
@@ -42,6 +44,8 @@ const SETLK: u32 = 32;
 const SETLKW: u32 = 33;
 const DESTROY: u32 = 38;
 const BATCH_FORGET: u32 = 42;
+/// FUSE operation that creates and opens a file without a name (O_TMPFILE).
+const TMPFILE: u32 = 51;
 /// Size of `struct fuse_out_header`, in bytes.
 const OUT_HEADER: usize = OUT_HEADER_LEN as usize;
 /// The same size in the type that virtqueues use.
@@ -102,6 +106,10 @@ impl FuseServer {
                 chain.readable.skip(size_of::<InHeader>());
                 self.serve_lock(header, memory, chain, later)
             }
+            Some(header) if header.opcode == TMPFILE => {
+                chain.readable.skip(size_of::<InHeader>());
+                Some(self.serve_tmpfile(header, chain))
+            }
             header => Some(self.serve_now(header, memory, chain)),
         }
     }
@@ -137,6 +145,26 @@ impl FuseServer {
         });
         let result = locks.set(nodeid, unique, &request, later)?;
         Some(reply_error(&chain, unique, result.as_ref().map_or_else(errno, |()| 0)))
+    }
+
+    /// Serves a TMPFILE request. `header` is a private copy. The name after the arguments has no meaning. The extensions
+    /// after the name would add a group to the thread that creates the file, which needs none because of its
+    /// capabilities.
+    fn serve_tmpfile(&self, header: InHeader, mut chain: Chain<'_>) -> u32 {
+        let fits = chain.writable.len() >= OUT_HEADER + size_of::<EntryOut>() + size_of::<OpenOut>();
+        let Some(request) = take::<CreateIn>(&mut chain.readable).filter(|_| fits) else {
+            log_guest_fault(REQUEST_QUEUE, &"the TMPFILE request is incomplete, or has no space for its answer");
+            return reply_error(&chain, header.unique, libc::EINVAL);
+        };
+        let CreateIn { flags, mode, umask, .. } = request;
+        match self.fs.create_temporary(Context::from(header), header.nodeid, mode, flags, umask) {
+            Ok((entry, fh, options)) => {
+                let opened = OpenOut { fh, open_flags: options.bits(), padding: 0 };
+                let data = [EntryOut::from(entry).as_slice(), opened.as_slice()].concat();
+                reply(&chain, header.unique, 0, &data)
+            }
+            Err(error) => reply_error(&chain, header.unique, errno(&error)),
+        }
     }
 
     fn serve_now(&self, header: Option<InHeader>, memory: &GuestMemory, mut chain: Chain<'_>) -> u32 {

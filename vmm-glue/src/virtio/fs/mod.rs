@@ -10,6 +10,7 @@
 mod checked_fs;
 mod closing;
 mod descriptor_table;
+mod fd_budget;
 mod fd_limit;
 mod fuse_server;
 #[cfg(test)]
@@ -32,12 +33,16 @@ mod request_checks;
 mod requests_tests;
 #[cfg(test)]
 mod reserved_blocks_tests;
+mod share_fs;
 #[cfg(test)]
 mod test_guest;
 #[cfg(test)]
 mod test_tree;
 #[cfg(test)]
 mod tests;
+mod tmpfile;
+#[cfg(test)]
+mod tmpfile_tests;
 mod writer;
 mod xattr_names;
 #[cfg(test)]
@@ -56,10 +61,13 @@ use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 
 use self::checked_fs::CheckedFs;
+use self::fd_budget::FdBudget;
 use self::fd_limit::FdLimit;
 use self::fuse_server::{FuseServer, HIGH_PRIORITY_QUEUE};
 use self::locks::Locks;
 use self::nodes::Nodes;
+use self::share_fs::ShareFs;
+use self::tmpfile::TemporaryFiles;
 use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, OnIdle, VirtioDevice};
 use super::queue::{Chain, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
@@ -78,9 +86,11 @@ const QUEUE_SIZES: [u16; 2] = [64, 512];
 const HIGH_PRIORITY: u32 = HIGH_PRIORITY_QUEUE as u32;
 /// Number of fds that are reserved for the VMM itself.
 const RESERVED_FDS: u64 = 512;
+/// virtiofsd cannot use 1/`TEMPORARY_FRACTION` of the fds for guest files. They are for files without a name.
+const TEMPORARY_FRACTION: u64 = 8;
 /// The VMM asks the shim to make the guest forget files when less than 1/`SPARE_FRACTION` of the fds for guest files is
-/// free.
-const SPARE_FRACTION: u64 = 8;
+/// free. These are the fds for files without a name, and as many others.
+const SPARE_FRACTION: u64 = 4;
 /// Maximum number of worker threads that are added while others hang. A thread needs about 50 KiB.
 const ADDED_WORKERS: usize = 64;
 /// Maximum number of worker threads of one mount, unless the device has more from its start.
@@ -190,14 +200,20 @@ impl Fs {
             .filter(|&guest_fds| guest_fds >= RESERVED_FDS)
             .ok_or(FsError::Limit(max_fds))?;
         let threshold = guest_fd_limit - guest_fd_limit / SPARE_FRACTION;
-        let fd_limit = fd_directory.try_clone().map_err(FsError::Event)?;
-        let paths_directory = fd_directory.try_clone().map_err(FsError::Event)?;
-        let fd_limit = FdLimit::new(fd_limit, threshold, Box::new(request_forget));
+        let temporary_fds = guest_fd_limit / TEMPORARY_FRACTION;
+        let budget = FdBudget::new(temporary_fds);
+        let [fd_limit, paths_directory, temporary] =
+            [fd_directory.try_clone(), fd_directory.try_clone(), fd_directory.try_clone()];
+        let (fd_limit, paths_directory) = (fd_limit.map_err(FsError::Event)?, paths_directory.map_err(FsError::Event)?);
+        let fd_limit = FdLimit::new(fd_limit, threshold, Arc::clone(&budget), Box::new(request_forget));
         let xattrmap = xattr_names::map().map_err(|error| root_error(io::Error::other(error)))?;
-        let fs = PassthroughFs::new(passthrough_config(share.root.clone(), fd_directory, guest_fd_limit, xattrmap));
+        let temporary = temporary.map_err(FsError::Event)?;
+        let temporary = TemporaryFiles::new(budget, temporary, xattrmap.clone(), CACHE_TIMEOUT);
+        let virtiofsd_fds = guest_fd_limit - temporary_fds;
+        let fs = PassthroughFs::new(passthrough_config(share.root.clone(), fd_directory, virtiofsd_fds, xattrmap));
         let limiter = SharedLimiter::new(share.rate_limit);
         let nodes = Nodes::new(guest_fd_limit);
-        let fs = Arc::new(fs.map_err(root_error)?);
+        let fs = Arc::new(ShareFs::new(fs.map_err(root_error)?, temporary));
         let locks = Locks::new(Arc::clone(&fs), paths_directory).map_err(FsError::Threads)?;
         let server = FuseServer::new(CheckedFs::new(fs, locks, fd_limit, nodes, dev_null, limiter));
         let server = server.map_err(root_error)?;

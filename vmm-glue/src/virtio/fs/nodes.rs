@@ -164,6 +164,15 @@ impl Nodes {
         }
     }
 
+    /// Records a node that has no name, on the mount of its directory.
+    pub fn add_unnamed(&self, directory: Inode, node: Inode) {
+        let state = &mut *self.lock();
+        if state.nodes.len() < self.max {
+            let mount = mount_of(state, directory);
+            state.nodes.insert(node, Node { mount, lookups: 1 });
+        }
+    }
+
     /// Returns the group of a request for a node.
     pub fn group(&self, node: Inode) -> u64 {
         self.lock().nodes.get(&node).map_or(SHARE, |node| node.mount).into()
@@ -370,6 +379,17 @@ mod tests {
         assert_eq!((job.node, job.count), (2, 2));
         nodes.end_job(&job);
         assert!(nodes.lock().jobs.is_empty());
+    }
+
+    #[test]
+    fn node_without_a_name_is_in_the_group_of_its_directory() {
+        let nodes = nodes(1);
+        nodes.lock().nodes.insert(9, Node { mount: 7, lookups: 1 });
+        nodes.add_unnamed(9, 1 << 63);
+        nodes.add_unnamed(2, 1 << 63 | 1);
+        assert_eq!((nodes.group(1 << 63), nodes.group(1 << 63 | 1)), (7, 0));
+        assert_eq!(nodes.queue_forget(1 << 63, 1), Some(7));
+        assert!(nodes.forget(1 << 63, 1));
     }
 
     #[test]

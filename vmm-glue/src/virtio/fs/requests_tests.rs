@@ -7,6 +7,8 @@ use super::test_tree::{Tree, differences};
 
 /// FUSE_SECURITY_CTX: bit 32 of the INIT flags, and therefore bit 0 of `flags2`.
 const SECURITY_CTX: u32 = 1 << 0;
+/// The smallest flags of open(2) for a file without a name.
+const TMPFILE_FLAGS: i32 = libc::O_TMPFILE | libc::O_RDWR;
 const FATTR_MODE: u32 = 1 << 0;
 const FATTR_UID: u32 = 1 << 1;
 const FATTR_GID: u32 = 1 << 2;
@@ -63,6 +65,8 @@ pub fn without_handle() -> Vec<Request> {
         ("OPEN and truncate", OPEN, flags(libc::O_RDWR | libc::O_TRUNC)),
         ("OPENDIR", OPENDIR, flags(libc::O_RDONLY)),
         ("SYNCFS", SYNCFS, longs([0])),
+        ("STATFS", STATFS, Vec::new()),
+        ("TMPFILE", TMPFILE, [&words([TMPFILE_FLAGS.cast_unsigned(), 0o644, 0, 0])[..], b"/\0"].concat()),
         ("ACCESS", ACCESS, words([7, 0])),
         ("SETXATTR", SETXATTR, [&words([1, 0, 0, 0])[..], xattr, b"x"].concat()),
         ("SETXATTR as root", SETXATTR, [&words([1, 0, 0, 0])[..], b"trusted.a\0", b"x"].concat()),
@@ -281,9 +285,9 @@ fn unsupported_opcodes_are_answered_with_enosys() {
     let tree = Tree::new();
     let mut guest = guest_of(&tree);
     let before = tree.state();
-    // The opcodes are BMAP, IOCTL, POLL, NOTIFY_REPLY, SETUPMAPPING, REMOVEMAPPING, TMPFILE, STATX,
+    // The opcodes are BMAP, IOCTL, POLL, NOTIFY_REPLY, SETUPMAPPING, REMOVEMAPPING, STATX,
     // CUSE_INIT, and unknown opcodes.
-    for opcode in [0, 7, 19, 37, 39, 40, 41, 48, 49, 51, 52, 53, 4096, 1 << 20, u32::MAX] {
+    for opcode in [0, 7, 19, 37, 39, 40, 41, 48, 49, 52, 53, 4096, 1 << 20, u32::MAX] {
         for body in [&[0; 128][..], b"../outside\0", b""] {
             assert_eq!(guest.error(opcode, ROOT, body), libc::ENOSYS, "opcode {opcode} must return ENOSYS");
         }

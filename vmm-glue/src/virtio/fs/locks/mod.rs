@@ -28,7 +28,6 @@ use husk_base::sys::file_lock::{Flock, flock};
 use nix::fcntl::{FcntlArg, fcntl};
 use virtiofsd::filesystem::{Context, FileSystem as _};
 use virtiofsd::fuse::{FileLock, InHeader, LkIn};
-use virtiofsd::passthrough::PassthroughFs;
 
 use self::change::{Change, LAST_BYTE, error};
 use self::private::PrivateFiles;
@@ -37,6 +36,7 @@ use self::table::{Owner, OwnerLocks, Table};
 use self::waiters::{Job, Waiters};
 use super::closing;
 use super::ids::{Handle, Inode};
+use super::share_fs::ShareFs;
 
 /// The lock is a lock of flock(2): FUSE_LK_FLOCK in include/uapi/linux/fuse.h.
 const FLOCK: u32 = 1 << 0;
@@ -48,7 +48,7 @@ pub type Answer = Box<dyn FnOnce(io::Result<()>) + Send>;
 
 /// The locks of one device.
 pub struct Locks {
-    fs: Arc<PassthroughFs>,
+    fs: Arc<ShareFs>,
     private: PrivateFiles,
     table: Mutex<Table>,
     waiters: Waiters,
@@ -77,7 +77,7 @@ impl Locks {
     ///
     /// # Errors
     /// If the thread cannot be started or confined.
-    pub fn new(fs: Arc<PassthroughFs>, fd_directory: File) -> io::Result<Self> {
+    pub fn new(fs: Arc<ShareFs>, fd_directory: File) -> io::Result<Self> {
         let private = PrivateFiles::new(fd_directory);
         Ok(Self { fs, private, table: Mutex::default(), waiters: Waiters::start()? })
     }
@@ -462,13 +462,13 @@ impl Locks {
 
     fn close(&self, inode: Inode, description: Handle) {
         let release = || self.fs.release(context(), inode, 0, description, false, false, None);
-        if let Err(error) = closing::while_open(&self.fs, context(), inode, description, release) {
+        if let Err(error) = closing::while_open(&*self.fs, context(), inode, description, release) {
             log::error!("failed to close a file that had locks: {error}");
         }
     }
 
     fn with_file<T>(&self, inode: Inode, handle: Handle, call: impl FnOnce(&File) -> io::Result<T>) -> io::Result<T> {
-        closing::with_file(&self.fs, context(), inode, handle, call)
+        self.fs.with_file(context(), inode, handle, call)
     }
 }
 
