@@ -1,11 +1,14 @@
 //! File system semantics of a pod's volume: attributes, locks, mmap, sparse files, fifos, sockets, and files without a
 //! name.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use husk_e2e::PYTHON;
 use husk_e2e::cri::pod::{need_image, pods};
+use husk_e2e::disk::Disk;
 use serde_json::json;
 
 /// Tries the file operations that databases and package managers use, in `/volume`.
@@ -137,6 +140,96 @@ fn files_without_a_name_are_linked() {
         let linked = fs::read(volume.join("linked")).unwrap();
         assert!(linked.starts_with(b"looked up") && linked.len() == 4096, "{linked:?}");
         assert_eq!(fs::read_dir(&volume).unwrap().count(), 2);
+    });
+}
+
+/// Writes a sparse file in `/volume`, and prints the extents that FIEMAP reports.
+const EXTENTS: &str = r#"
+import fcntl, mmap, os, struct
+def extents(fd, start=0, length=(1 << 64) - 1, count=32, flags=1):
+    request = bytearray(struct.pack("=QQIIII", start, length, flags, 0, count, 0) + bytes(56 * count))
+    fcntl.ioctl(fd, 0xc020660b, request)
+    mapped = struct.unpack_from("=I", request, 20)[0]
+    found = []
+    for at in range(32, len(request), 56)[:mapped]:
+        logical, _, size = struct.unpack_from("=QQQ", request, at)
+        if found and sum(found[-1]) == logical: found[-1] = (found[-1][0], found[-1][1] + size)
+        else: found.append((logical, size))
+    last = mapped and count and struct.unpack_from("=I", request, 32 + 56 * (mapped - 1) + 40)[0] & 1
+    return found, bool(last), mapped
+fd = os.open("/volume/sparse", os.O_RDWR | os.O_CREAT)
+os.ftruncate(fd, 4 << 20)
+os.pwrite(fd, b"x" * 4096, 0); os.pwrite(fd, b"x" * 8192, 1 << 20)
+m = mmap.mmap(fd, 4 << 20); m[2 << 20] = 1
+found, last, mapped = extents(fd)
+print("extents", found, last, flush=True)
+assert extents(fd, count=0)[2] == mapped and extents(fd, start=1 << 20, length=4096)[0][0][0] == 1 << 20
+assert extents(fd, start=3 << 20) == ([], False, 0) and not extents(fd, count=1)[1]
+try: extents(fd, flags=1 << 30); raise SystemExit("an unknown flag is accepted")
+except OSError as e: assert e.errno == 53, e
+"#;
+
+/// The header of `struct fiemap` and its extents (include/uapi/linux/fiemap.h).
+#[repr(C)]
+struct Fiemap {
+    start: u64,
+    length: u64,
+    flags: u32,
+    mapped: u32,
+    count: u32,
+    reserved: u32,
+    extents: [Extent; 32],
+}
+
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Extent {
+    logical: u64,
+    physical: u64,
+    length: u64,
+    reserved: [u64; 2],
+    flags: u32,
+    reserved_too: [u32; 3],
+}
+
+// The size in the number of the request does not include the extents.
+nix::ioctl_readwrite_bad! {
+    /// Returns the extents of a file.
+    fs_ioc_fiemap, nix::request_code_readwrite!(b'f', 11, 32), Fiemap
+}
+
+/// Returns the ranges of a file that the node's file system stores.
+fn extents_on_node(path: &Path) -> Vec<(u64, u64)> {
+    let extents = [Extent::default(); 32];
+    let mut request = Fiemap { start: 0, length: u64::MAX, flags: 1, mapped: 0, count: 32, reserved: 0, extents };
+    let file = File::open(path).unwrap();
+    // SAFETY: `request` has space for the number of extents that `count` says.
+    unsafe { fs_ioc_fiemap(file.as_raw_fd(), &mut request) }.unwrap();
+    let mut found: Vec<(u64, u64)> = Vec::new();
+    for extent in &request.extents[..request.mapped as usize] {
+        match found.last_mut() {
+            Some((start, length)) if *start + *length == extent.logical => *length += extent.length,
+            _ => found.push((extent.logical, extent.length)),
+        }
+    }
+    found
+}
+
+#[test]
+fn extents_of_a_sparse_file_are_those_of_the_node() {
+    need_image(PYTHON);
+    pods("cri-extents", |pods| {
+        let disk = Disk::new(&pods.dir().join("disk"), 64);
+        let (volume, pod) = (pods.dir().join("volume"), pods.pod());
+        let _mounted = disk.format().mount(&volume, "defaults");
+        let mut config = pod.python(EXTENTS);
+        config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/volume" }]);
+        let container = pod.start(&config);
+        assert_eq!(container.wait().0, 0, "{}", container.log());
+        let expected = vec![(0, 4096), (1 << 20, 8192), (2 << 20, 4096)];
+        assert_eq!(extents_on_node(&volume.join("sparse")), expected);
+        let line = format!("extents {expected:?} True");
+        assert!(container.log().contains(&line), "{line} is missing:\n{}", container.log());
     });
 }
 

@@ -277,6 +277,44 @@ fn requests_have_the_same_results_as_for_a_file_with_a_name() {
     assert_eq!(results(false), results(true));
 }
 
+/// The guest's kernel builds the answer to FIEMAP from these requests (guest/kernel/patches).
+#[test]
+fn seek_finds_the_ranges_of_data_with_and_without_a_name() {
+    let tree = Tree::new();
+    let file = File::options().write(true).open(tree.share().join("file")).unwrap();
+    file.set_len(4 << 20).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, b"data", 1 << 20).unwrap();
+    let mut guest = guest_of(&tree);
+    let named = guest.lookup(ROOT, "file");
+    let named = (named, guest.open(OPEN, named, libc::O_RDONLY));
+    let unnamed = create(&mut guest, ROOT, FLAGS);
+    for (offset, data) in [(0, &b"content"[..]), (1 << 20, b"data"), ((4 << 20) - 1, b"x")] {
+        assert_eq!(write(&mut guest, unnamed.0, unnamed.1, offset, data), 0);
+    }
+    for ((node, handle), size) in [(named, 2), (unnamed, 3)] {
+        let mut seek = |offset: u64, whence: i32| {
+            let body = [longs([handle, offset]), words([whence.cast_unsigned(), 0])].concat();
+            match guest.call(LSEEK, node, &body, 8) {
+                (0, answer) => Ok(u64_at(&answer, 0)),
+                (error, _) => Err(-error),
+            }
+        };
+        let (mut ranges, mut at) = (Vec::new(), 0);
+        let end = loop {
+            match seek(at, libc::SEEK_DATA) {
+                Ok(data) => {
+                    at = seek(data, libc::SEEK_HOLE).unwrap();
+                    ranges.push((data, at));
+                }
+                Err(error) => break error,
+            }
+        };
+        let all = [(0, 4096), (1 << 20, (1 << 20) + 4096), ((4 << 20) - 4096, 4 << 20)];
+        assert_eq!((end, &ranges[..]), (libc::ENXIO, &all[..size]));
+        assert_eq!(seek(0, 9), Err(libc::EINVAL));
+    }
+}
+
 #[test]
 fn lock_of_a_file_without_a_name_applies_to_the_host_after_the_link() {
     let tree = Tree::new();
