@@ -236,14 +236,13 @@ impl FuseServer {
     /// Returns the group of a request: the mount of its node. The guest can change the request afterwards. Then the
     /// request only counts for another mount.
     pub fn group(&self, chain: &Chain<'_>) -> u64 {
-        let mut request = [0; size_of::<InHeader>() + MAX_NAME];
-        let (length, Some(header)) = (chain.readable.copy_to(&mut request), peek::<InHeader>(&chain.readable)) else {
-            return 0;
-        };
+        let Some(header) = peek::<InHeader>(&chain.readable) else { return 0 };
         let nodes = self.fs.nodes();
         if header.opcode != LOOKUP {
             return nodes.group(header.nodeid);
         }
+        let mut request = [0; size_of::<InHeader>() + MAX_NAME];
+        let length = chain.readable.copy_to(&mut request);
         let name = request.get(size_of::<InHeader>()..length).unwrap_or_default();
         nodes.lookup_group(header.nodeid, name.split(|&byte| byte == 0).next().unwrap_or_default())
     }
