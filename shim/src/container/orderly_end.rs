@@ -25,6 +25,9 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the last output of all containers together may take.
 const OUTPUT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the shim serves requests after the end. containerd deletes the containers when it gets their exits, and then
+/// sends Shutdown. If the shim ended before, containerd would record the status 137 for each container.
+pub(super) const LAST_REQUESTS_TIMEOUT: Duration = Duration::from_secs(5);
 /// The reason of the VM's end.
 const REASON: &str = "the shim or the VMM received SIGTERM or SIGINT, and the shim has ended the pod";
 
@@ -67,6 +70,13 @@ impl Shim {
         self.record_end_of_sandbox();
         self.sandbox.kill_because(REASON.into());
         self.orderly_end.send_replace(OrderlyEnd::Done);
+    }
+
+    /// Waits until containerd has deleted the containers and sent Shutdown, at most for [`LAST_REQUESTS_TIMEOUT`].
+    pub async fn wait_last_requests(&self) {
+        if timeout(LAST_REQUESTS_TIMEOUT, self.wait_finished()).await.is_err() {
+            tracing::warn!("containerd has not deleted all containers of the pod, whose exits it got");
+        }
     }
 
     /// Runs `act` for each container that has a process in the guest, and waits until these containers have exited, at

@@ -245,3 +245,25 @@ async fn exec_that_waits_for_its_turn_does_not_start_while_the_pod_ends() {
     assert!(!model.script.known().contains(&("a".to_owned(), LAST_EXEC.to_owned())));
     ending.await.unwrap();
 }
+
+#[tokio::test(start_paused = true)]
+async fn shim_serves_requests_until_the_containers_are_deleted() {
+    let model = Model::start(true).await;
+    model.run("a").await;
+    model.shim.end_orderly().await;
+    let begin = Instant::now();
+    let shim = std::sync::Arc::clone(&model.shim);
+    let last = tokio::spawn(async move { shim.wait_last_requests().await });
+    assert_eq!(model.delete("a").await.unwrap().exit_status, 143);
+    assert!(!last.is_finished());
+    model.client().shutdown(within(BUDGET), &ShutdownRequest::default()).await.unwrap();
+    last.await.unwrap();
+    assert!(begin.elapsed() < orderly_end::LAST_REQUESTS_TIMEOUT, "{:?}", begin.elapsed());
+
+    let model = Model::start(true).await;
+    model.run("a").await;
+    model.shim.end_orderly().await;
+    let begin = Instant::now();
+    model.shim.wait_last_requests().await;
+    assert!(begin.elapsed() >= orderly_end::LAST_REQUESTS_TIMEOUT, "{:?}", begin.elapsed());
+}

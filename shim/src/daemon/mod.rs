@@ -244,10 +244,12 @@ async fn serve(
                 () = termination.received() => {
                     tracing::info!("the shim ends the pod after SIGTERM or SIGINT");
                     shim.end_orderly().await;
+                    shim.wait_last_requests().await;
                 }
                 () = shim.vmm_terminated() => {
                     tracing::info!("the shim ends the pod after SIGTERM or SIGINT to the VMM");
                     shim.end_orderly().await;
+                    shim.wait_last_requests().await;
                 }
             }
             shim.finish().await;
