@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::{Config, RateLimit, TimeoutFactor, annotation, digest};
+use crate::{Config, RateLimit, TimeoutFactor, annotation, digest, host_sockets};
 
 /// A key with an invalid value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,6 +44,9 @@ impl Config {
         check_range("virtio_fs_workers", self.virtio_fs_workers, 1, 64)?;
         for (key, limit) in self.rate_limits() {
             limit.check().map_err(|message| InvalidValue { key, message })?;
+        }
+        for entry in &self.host_sockets {
+            host_sockets::check(entry).map_err(|message| InvalidValue { key: "host_sockets", message })?;
         }
         check_range("start_timeout_secs", self.start_timeout_secs, 1, 3600)?;
         let (low, high) = TimeoutFactor::RANGE;
@@ -148,6 +151,10 @@ mod tests {
         assert_eq!(
             problem(|c| c.vsock_rate_limit = burst),
             "vsock_rate_limit: burst_ops has no effect without ops_per_sec: set ops_per_sec, or remove burst_ops"
+        );
+        assert_eq!(
+            problem(|c| c.host_sockets = vec!["/run/a".into(), "run/b".into()]),
+            "host_sockets: \"run/b\" is not an absolute path"
         );
         assert!(problem(|c| c.timeline_log = "x".into()).starts_with("timeline_log: "));
         assert_eq!(

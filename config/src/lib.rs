@@ -5,6 +5,7 @@
 
 pub mod check;
 pub mod digest;
+pub mod host_sockets;
 mod load;
 pub mod rate_limit;
 pub mod sandbox;
@@ -103,6 +104,9 @@ pub struct Config {
     pub virtio_fs_rate_limit: RateLimit,
     /// Rate limit of each direction of vsock.
     pub vsock_rate_limit: RateLimit,
+    /// Sockets of the node to which containers may connect. An entry for all sockets below a directory ends with a
+    /// slash.
+    pub host_sockets: Vec<String>,
     /// What happens when the VMM or the shim makes a system call that its seccomp filter does not allow.
     pub seccomp: Seccomp,
     /// Whether a pod fails to start if the host's kernel cannot restrict the VMM's access to files with landlock.
@@ -146,6 +150,7 @@ impl Default for Config {
             net_transmit_rate_limit: RateLimit::default(),
             virtio_fs_rate_limit: RateLimit::default(),
             vsock_rate_limit: RateLimit::default(),
+            host_sockets: Vec::new(),
             seccomp: Seccomp::Enforce,
             require_landlock: false,
             start_timeout_secs: 60,
