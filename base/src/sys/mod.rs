@@ -21,6 +21,7 @@ pub mod resource;
 pub mod scm_rights;
 pub mod terminal;
 pub mod thread;
+pub mod unix_relay;
 pub mod user_namespace;
 pub mod vsock;
 pub mod xattr;
