@@ -1,9 +1,9 @@
-//! The event hub: sends process exits and OOM kills to all subscribers, in order.
+//! The event hub: sends process exits, OOM kills and connections to sockets of the node to all subscribers, in order.
 
 use std::sync::{Arc, Mutex};
 
 use husk_base::sync::lock;
-use husk_proto::agent::{Event, Exit, Oom};
+use husk_proto::agent::{Event, Exit, HostSocket, Oom};
 use tokio::sync::mpsc;
 
 /// Sends events to all subscribers. Clones share the same subscribers.
@@ -31,6 +31,13 @@ impl EventHub {
     pub fn oom(&self, container_id: &str) {
         let mut event = Event::new();
         event.set_oom(Oom { container_id: container_id.to_owned(), ..Default::default() });
+        self.publish(event);
+    }
+
+    /// Publishes a connection to a socket of the node.
+    pub fn host_socket(&self, request: HostSocket) {
+        let mut event = Event::new();
+        event.set_host_socket(request);
         self.publish(event);
     }
 

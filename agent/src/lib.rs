@@ -10,6 +10,7 @@ mod error;
 mod events;
 mod fatal;
 mod helper;
+mod host_sockets;
 mod id_mappings;
 mod io;
 mod log;

@@ -6,6 +6,7 @@
 
 pub mod annotations;
 pub mod boot_mark;
+pub mod host_socket;
 pub mod metrics;
 pub mod mmio_slots;
 pub mod network;

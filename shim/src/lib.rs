@@ -38,11 +38,15 @@ use husk_base::sync::lock;
 use cli::Args;
 use text::chain;
 
-/// Runs the VMM if `argv[0]` is the VMM's name. Otherwise, runs the action that the command line names.
+/// Runs the VMM, or the relay to a socket of the node, if `argv[0]` is its name. Otherwise, runs the action that the command line names.
 pub fn main() -> ExitCode {
     let started_ns = sandbox::timeline::now();
     let mut args = std::env::args_os();
-    if args.next().is_some_and(|name| name == husk_vmm::client::ARGV0) {
+    let name = args.next().unwrap_or_default();
+    if name == sandbox::host_sockets::program::ARGV0 {
+        return sandbox::host_sockets::program::main(args);
+    }
+    if name == husk_vmm::client::ARGV0 {
         // SAFETY: only `husk_vmm::client::spawn` starts this program under the VMM's name. `spawn` passes the control
         // socket as fd `CONTROL_FD`. Nothing else in this process uses this fd.
         husk_vmm::process::main(unsafe { OwnedFd::from_raw_fd(husk_vmm::client::CONTROL_FD) });

@@ -15,7 +15,7 @@ use crate::io::streams::Streams;
 use crate::sandbox::service::SandboxService;
 use crate::sandbox::{Sandbox, port_forwarding};
 use crate::task::{Tasks, service::TaskService};
-use crate::{events, fatal, log, reaper, vsock};
+use crate::{events, fatal, host_sockets, log, reaper, vsock};
 
 /// Reason why the agent failed to boot.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +73,11 @@ async fn serve() -> Result<std::convert::Infallible, BootError> {
     let (hub, streams, reaper) = (events::EventHub::default(), Streams::default(), reaper::Reaper::default());
     let mut children = reaper.signals().map_err(BootError::Reaper)?;
     let sandbox = Arc::new(Sandbox::default());
+    match host_sockets::listen() {
+        Ok(listener) => drop(tokio::spawn(host_sockets::serve(listener, hub.clone(), streams.clone()))),
+        // A socket of the node then refuses connections, as without the relay.
+        Err(error) => tracing::warn!("failed to register the relay to sockets of the node: {error}"),
+    }
     let tasks = Arc::new(Tasks::new(hub.clone(), streams.clone(), reaper.clone(), sandbox.clone()));
     let mut server = ttrpc::asynchronous::Server::new()
         .add_listener(api.into_ttrpc())

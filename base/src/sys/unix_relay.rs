@@ -1,5 +1,5 @@
 //! The relay of connections to Unix sockets of the host, which a patch adds to the guest's kernel
-//! (`guest/kernel/patches/0005-unix-relay-host-sockets.patch`). Also reads the groups of a peer.
+//! (`guest/kernel/patches/0006-unix-relay-host-sockets.patch`). Also reads the groups of a peer.
 
 use std::ffi::CStr;
 use std::io;

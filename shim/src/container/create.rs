@@ -265,6 +265,7 @@ impl Shim {
         let (files, pids) = (self.sandbox_state.files(), self.pids());
         let rootfs: Vec<_> = request.rootfs.iter().map(volumes::RootMount::from).collect();
         let (is_of_sandbox, vmm) = (id == self.sandbox.id, self.sandbox.pid());
+        let host_sockets = self.sandbox.host_sockets();
         let prepared = blocking::spawn(move || {
             bundle.check_in_sandbox(is_of_sandbox, vmm).map_err(|e| crate::chain(&e))?;
             if let Some(files) = files {
@@ -277,6 +278,7 @@ impl Shim {
                 share: &share,
                 rootfs: &rootfs,
                 host: host_view::of_process(),
+                host_sockets: host_sockets.as_ref().map_or(&[], |sockets| sockets.allowed()),
                 pids: &pids,
             };
             prepare::prepare(&bundle, &request).map_err(|e| crate::chain(&e))

@@ -166,6 +166,7 @@ impl Shim {
                     Ok(container) => self.publish_oom(&container),
                     Err(_) => tracing::warn!(container, "the agent reported an OOM kill in an unknown container"),
                 },
+                Report::HostSocket(request) => self.sandbox.connect_host_socket(request, &self.launcher),
                 Report::Exit { container, exec, status, at, oom } => {
                     let Ok(container) = self.containers.get(&container) else {
                         tracing::warn!(container, exec, status, "the agent reported an exit in an unknown container");

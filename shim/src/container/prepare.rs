@@ -31,6 +31,8 @@ pub struct Request<'a> {
     pub rootfs: &'a [RootMount],
     /// Resolves the host's paths.
     pub host: &'a HostView,
+    /// The node's sockets to which containers may connect (`host_sockets` of the configuration).
+    pub host_sockets: &'a [String],
     /// Ids of the pod's containers that have their own PID on the host, by PID.
     pub pids: &'a HashMap<u32, String>,
 }
@@ -135,7 +137,7 @@ fn mount(
     notes: &mut Vec<String>,
     guest: &mut GuestVolumes,
 ) -> Result<(), PrepareError> {
-    let Request { id, share, rootfs, host, .. } = *request;
+    let Request { id, share, rootfs, host, host_sockets, .. } = *request;
     let target = share.join(id).join("rootfs");
     let stage = StagingDir::for_share(share);
     let host_only =
@@ -158,6 +160,7 @@ fn mount(
         share,
         host_only: &host_only,
         host,
+        host_sockets,
         container: id,
         kubernetes: bundle.spec.annotations.is_cri(),
         pod: bundle.spec.annotations.cri(POD_UID).unwrap_or_default(),

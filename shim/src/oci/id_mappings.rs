@@ -34,6 +34,11 @@ impl IdMapping {
         let offset = id.checked_sub(self.container).filter(|offset| *offset < self.size)?;
         self.host.checked_add(offset)
     }
+
+    /// Returns whether an id of this range maps to `id`.
+    fn has_host_id(&self, id: u32) -> bool {
+        id.checked_sub(self.host).is_some_and(|offset| offset < self.size)
+    }
 }
 
 /// Why id mappings are invalid.
@@ -132,6 +137,16 @@ impl IdMappings {
             }
         }
         Self::from_mount(&uids, &gids).map_err(|error| error.to_string())
+    }
+
+    /// Returns whether a user id of the namespace maps to `id`.
+    pub fn has_host_uid(&self, id: u32) -> bool {
+        self.uids.iter().any(|mapping| mapping.has_host_id(id))
+    }
+
+    /// Returns whether a group id of the namespace maps to `id`.
+    pub fn has_host_gid(&self, id: u32) -> bool {
+        self.gids.iter().any(|mapping| mapping.has_host_id(id))
     }
 
     /// Returns the user id to which `id` maps outside the namespace, or `None` if `id` is not mapped.

@@ -25,6 +25,7 @@ use crate::resources::hugepages;
 use crate::resources::rate_limits::RateLimits;
 use crate::sandbox::end;
 use crate::sandbox::guest_image::GuestImages;
+use crate::sandbox::host_sockets::HostSockets;
 use crate::sandbox::notices;
 use crate::sandbox::notices::Progress;
 use crate::sandbox::policy::PodPolicies;
@@ -43,6 +44,8 @@ const SHM_SIZE: &str = "size=65536k";
 pub struct Pod {
     /// Sandbox id.
     pub id: String,
+    /// The Kubernetes pod as `namespace/name`. Empty for a container without a pod.
+    pub name: String,
     /// Host name of the sandbox.
     pub hostname: String,
     /// Whether the containers share `/dev/shm`.
@@ -134,6 +137,12 @@ impl BootPlan {
     /// Returns what happens when a process makes a system call that its filter does not allow.
     pub fn seccomp(&self) -> SeccompMode {
         seccomp_mode(&self.config)
+    }
+
+    /// Returns which sockets of the node the pod may use.
+    pub fn host_sockets(&self) -> HostSockets {
+        let Pod { name, id_mappings, .. } = &self.pod;
+        HostSockets::new(name.clone(), self.config.host_sockets.clone(), id_mappings.clone())
     }
 
     /// Opens `/dev/kvm` and returns the plan.

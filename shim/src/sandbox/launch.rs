@@ -383,6 +383,7 @@ fn pod(
     let (id, hostname) = (context.sandbox.clone(), hostname(&spec.hostname));
     Ok(Pod {
         id,
+        name: spec.annotations.pod(),
         hostname,
         shared_memory: is_sandbox,
         sysctls,

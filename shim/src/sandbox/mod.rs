@@ -7,6 +7,7 @@ mod clock;
 pub mod disks;
 pub(crate) mod end;
 mod guest_image;
+pub mod host_sockets;
 pub mod launch;
 mod notices;
 mod policy;
@@ -44,6 +45,7 @@ use crate::vm::console::LogTail;
 use crate::vm::vmm::{Vmm, VmmError};
 use crate::vm::{State, StateCell};
 use boot::BootPlan;
+use host_sockets::HostSockets;
 use timeline::Timeline;
 
 #[cfg(feature = "testing")]
@@ -101,6 +103,7 @@ struct Launched {
     vmm: Option<Vmm>,
     resizer: Option<Resizer>,
     disk_rate_limit: RateLimit,
+    host_sockets: Arc<HostSockets>,
     timeline_log: PathBuf,
     timeout_factor: TimeoutFactor,
     shutdown_grace: Duration,
@@ -169,11 +172,13 @@ impl Sandbox {
         let location = cgroup.as_ref().map(|cgroup| cgroup.location().clone());
         let pids_max = cgroup.as_ref().and_then(|cgroup| limits::pids_max(cgroup.location()));
         let disk_rate_limit = plan.as_ref().map(|plan| plan.pod.rate_limits.disk).unwrap_or_default();
+        let host_sockets = Arc::new(plan.as_ref().map(BootPlan::host_sockets).unwrap_or_default());
         let launched = Launched {
             cgroup,
             vmm: vmm.clone(),
             resizer,
             disk_rate_limit,
+            host_sockets,
             timeline_log,
             timeout_factor,
             shutdown_grace,
@@ -338,6 +343,7 @@ impl Sandbox {
             vmm: Some(vmm.clone()),
             resizer: Some(resizer),
             disk_rate_limit: RateLimit::default(),
+            host_sockets: Arc::default(),
             timeline_log: PathBuf::new(),
             timeout_factor: TimeoutFactor::default(),
             shutdown_grace: Duration::from_secs(10),
@@ -399,15 +405,23 @@ impl Sandbox {
     /// # Errors
     /// Fails with a [`StreamError`] if the stream cannot be opened.
     pub async fn open_stream(&self) -> Result<(u64, tokio::net::UnixStream), StreamError> {
-        let vmm = self.vmm().ok_or(StreamError::Connect(VmmError::Gone))?;
         // The token must be unpredictable, because any request that contains it gets the stream.
         let token = random::token().map_err(StreamError::Token)?;
+        Ok((token, self.open_stream_with(token).await?))
+    }
+
+    /// Opens a stream with a token that the agent has chosen.
+    ///
+    /// # Errors
+    /// Fails with a [`StreamError`] if the stream cannot be opened.
+    async fn open_stream_with(&self, token: u64) -> Result<tokio::net::UnixStream, StreamError> {
+        let vmm = self.vmm().ok_or(StreamError::Connect(VmmError::Gone))?;
         let stream = vmm.connect(ports::STREAM).await.map_err(StreamError::Connect)?;
         stream.set_nonblocking(true).map_err(StreamError::Header)?;
         let mut stream = tokio::net::UnixStream::from_std(stream).map_err(StreamError::Header)?;
         let header = stream::Header { token }.encode();
         tokio::io::AsyncWriteExt::write_all(&mut stream, &header).await.map_err(StreamError::Header)?;
-        Ok((token, stream))
+        Ok(stream)
     }
 
     /// Starts to propagate the host's new mounts to the pod's volumes.

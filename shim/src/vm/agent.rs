@@ -19,6 +19,7 @@ use crate::error::ServiceError;
 use crate::ids::is_name;
 use crate::text::bounded;
 use crate::vm::agent_stream::{AgentStream, UnhandledEvents};
+use crate::vm::host_socket::{self, HostSocketRequest};
 
 /// The text of ttrpc's error if the agent does not answer before the timeout (ttrpc 0.10, asynchronous/client.rs).
 const CLIENT_TIMEOUT: &str = "Request deadline elapsed";
@@ -99,6 +100,8 @@ pub enum Report {
         /// Id of the container.
         container: String,
     },
+    /// A process of a container connects to a socket of the node.
+    HostSocket(HostSocketRequest),
 }
 
 /// Timeouts of calls to the agent. The timeouts are long, because the agent can be slow on a loaded node.
@@ -234,6 +237,7 @@ pub fn check(event: Event) -> Option<Report> {
             })
         }
         event::Kind::Oom(oom) => is_name(&oom.container_id).then_some(Report::Oom { container: oom.container_id }),
+        event::Kind::HostSocket(request) => host_socket::check(request).map(Report::HostSocket),
         _ => None,
     }
 }

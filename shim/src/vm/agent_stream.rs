@@ -22,7 +22,8 @@ use crate::vm::throttle::Throttled;
 
 /// Maximum number of events that are received but not handled.
 pub const MAX_UNHANDLED: usize = 64;
-/// Maximum length of an event in bytes. An event contains two ids and a few numbers.
+/// Maximum length of an event in bytes. An event contains two ids and a few numbers, or the path
+/// of a socket and the ids of a process's groups.
 pub const MAX_EVENT: u32 = 4096;
 
 /// Counts the events that are received but not handled.

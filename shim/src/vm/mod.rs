@@ -3,6 +3,7 @@
 pub mod agent;
 mod agent_stream;
 pub mod console;
+pub mod host_socket;
 mod outgoing;
 pub mod state;
 mod thread_id;

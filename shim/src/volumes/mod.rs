@@ -10,7 +10,7 @@ pub mod error;
 #[cfg(test)]
 pub mod hanging_fs;
 pub mod host_only;
-mod kubelet_paths;
+pub mod kubelet_paths;
 mod loop_device;
 mod memory_volume;
 pub mod mirror;

@@ -59,6 +59,8 @@ pub struct PlanContext<'a> {
     pub host_only: &'a HostOnly,
     /// Resolves the sources.
     pub host: &'a HostView,
+    /// The node's sockets to which containers may connect.
+    pub host_sockets: &'a [String],
     /// Container id.
     pub container: &'a str,
     /// Whether containerd's CRI created the specification.
@@ -216,7 +218,9 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
     let on_host_only = |file: &OwnedFd| {
         context.host_only.type_of(file, context.host).map_err(|error| host("stat the file system of the source", error))
     };
-    if shareable && let Some(kind) = on_host_only(&fd)? {
+    if (shareable || kind == SFlag::S_IFSOCK)
+        && let Some(kind) = on_host_only(&fd)?
+    {
         return guest_instance(&resolved, kind, notes);
     }
     if kind == SFlag::S_IFDIR {
@@ -259,7 +263,14 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
                 Err(message) => reject(message),
             }
         }
-        SFlag::S_IFSOCK => reject("a socket of the host cannot be reached from a VM".into()),
+        SFlag::S_IFSOCK if husk_config::host_sockets::allow(context.host_sockets, &resolved) => {
+            Ok(Plan::Bind { source: fd, directory: false, id_mappings, ignores_mount_id })
+        }
+        SFlag::S_IFSOCK => reject(format!(
+            "a socket of the host cannot be reached from a VM; to allow it, add {} to host_sockets in {}",
+            resolved.display(),
+            husk_config::DEFAULT_PATH
+        )),
         SFlag::S_IFIFO => reject("a fifo of the host cannot be reached from a VM".into()),
         _ => reject("only directories and files can be shared with a VM".into()),
     }
@@ -287,9 +298,22 @@ mod tests {
     }
 
     fn plan_for(mount: &Mount) -> Result<Plan, String> {
+        plan_allowing(&[], mount)
+    }
+
+    fn plan_allowing(host_sockets: &[String], mount: &Mount) -> Result<Plan, String> {
         let host_only = &HostOnly::new([]).unwrap();
         let (bundle, share, host) = (Path::new("/b"), Path::new("/h"), &HostView::own());
-        let context = PlanContext { bundle, share, host_only, host, container: "c", kubernetes: true, pod: "pod-uid" };
+        let context = PlanContext {
+            bundle,
+            share,
+            host_only,
+            host,
+            host_sockets,
+            container: "c",
+            kubernetes: true,
+            pod: "pod-uid",
+        };
         plan(mount, 0, &context, &mut Vec::new()).map_err(|error| error.to_string())
     }
 
@@ -370,13 +394,30 @@ mod tests {
     }
 
     #[test]
+    fn plan_binds_an_allowed_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&socket, &link).unwrap();
+        let allowed = [socket.to_str().unwrap().to_owned()];
+        // The path without symlinks counts.
+        for path in [&socket, &link] {
+            let plan = plan_allowing(&allowed, &mount(path.to_str().unwrap(), "/x", &["rbind"]));
+            assert!(matches!(plan, Ok(Plan::Bind { directory: false, .. })), "{}", path.display());
+        }
+        let other = [link.to_str().unwrap().to_owned()];
+        assert!(plan_allowing(&other, &mount(link.to_str().unwrap(), "/x", &["rbind"])).is_err());
+    }
+
+    #[test]
     fn plan_rejects_sockets_fifos_and_shared_propagation() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("socket");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         let fifo = dir.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        for (path, expected) in [(&socket, "a socket of the host"), (&fifo, "a fifo of the host")] {
+        for (path, expected) in [(&socket, "to allow it, add /"), (&fifo, "a fifo of the host")] {
             let error = plan_for(&mount(path.to_str().unwrap(), "/x", &["bind"])).unwrap_err();
             assert!(error.contains(expected), "{error}");
         }

@@ -112,7 +112,7 @@ const FILES: &[Rule] = &[
     allow(Sysno::fcntl, "duplicates fds, and makes them non-blocking"),
     allow(Sysno::pipe2, "creates pipes for hooks and loggers"),
     allow(Sysno::openat, "opens files"),
-    allow(Sysno::openat2, "opens files of mirrored volumes below the volume's directory"),
+    allow(Sysno::openat2, "opens files of mirrored volumes, and sockets of the node, below the volume's directory"),
     allow(Sysno::fstat, "reads file types and sizes"),
     allow(Sysno::newfstatat, "reads file types and sizes"),
     allow(Sysno::statx, "reads file types and sizes"),

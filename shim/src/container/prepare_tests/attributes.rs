@@ -80,8 +80,14 @@ fn prepare_every_kind(dir: &Path, share: &Share, source: &Path) -> Vec<PathBuf> 
     ];
     let mut seen = Vec::new();
     for (id, root) in roots {
-        let request =
-            Request { id, share: &share.host, rootfs: &[root], host: &HostView::own(), pids: &HashMap::new() };
+        let request = Request {
+            id,
+            share: &share.host,
+            rootfs: &[root],
+            host: &HostView::own(),
+            host_sockets: &[],
+            pids: &HashMap::new(),
+        };
         let prepared = prepare(&bundle, &request).unwrap();
         seen.push(share.guest.join(id).join("rootfs"));
         seen.extend([2, 3, 4, 7].map(|index| guest_source(share, &prepared, index)));

@@ -191,6 +191,7 @@ fn prepare_rejects_a_volume_whose_host_only_mounts_cannot_be_covered() {
             share: &share.host,
             rootfs: &[overlay(dir, 1)],
             host: &HostView::own(),
+            host_sockets: &[],
             pids: &HashMap::new(),
         };
         let error = crate::chain(&prepare(&bundle, &request).unwrap_err());
@@ -209,6 +210,7 @@ fn prepare_rejects_a_host_only_rootfs_or_layer() {
                 share: &share.host,
                 rootfs: &[rootfs],
                 host: &HostView::own(),
+                host_sockets: &[],
                 pids: &HashMap::new(),
             };
             let error = crate::chain(&prepare(&bundle(dir, |_| {}), &request).unwrap_err());
@@ -254,6 +256,7 @@ fn volumes_exclude_the_share_of_the_sandbox() {
             share: &share.host,
             rootfs: &[overlay(dir, 1)],
             host: &HostView::own(),
+            host_sockets: &[],
             pids: &HashMap::new(),
         };
         let error = crate::chain(&prepare(&bundle, &request).unwrap_err());
@@ -268,8 +271,14 @@ fn rootfs_excludes_host_only_file_systems() {
         let share = share(dir);
         let root = mount_host_only(dir);
         let bundle = bundle(dir, |spec| spec["root"]["path"] = json!(root));
-        let request =
-            Request { id: "c1", share: &share.host, rootfs: &[], host: &HostView::own(), pids: &HashMap::new() };
+        let request = Request {
+            id: "c1",
+            share: &share.host,
+            rootfs: &[],
+            host: &HostView::own(),
+            host_sockets: &[],
+            pids: &HashMap::new(),
+        };
         let prepared = prepare(&bundle, &request).unwrap();
         let seen = share.guest.join("c1/rootfs");
         assert_no_host_only(&seen, &share);

@@ -45,7 +45,7 @@ fn prepare_in_for(
     let share = share.clone();
     daemon.run(move |host| {
         let pids = HashMap::new();
-        let request = Request { id, share: &share.host, rootfs: &[rootfs], host, pids: &pids };
+        let request = Request { id, share: &share.host, rootfs: &[rootfs], host, host_sockets: &[], pids: &pids };
         guest_source(&share, &prepare(&bundle, &request).unwrap(), 2)
     })
 }

@@ -30,7 +30,14 @@ fn later_mounts_propagate_to_slave_volumes_only() {
         let rootfs = [overlay(dir, 1)];
         let prepared = prepare(
             &bundle,
-            &Request { id: "c1", share: &share.host, rootfs: &rootfs, host: &HostView::own(), pids: &HashMap::new() },
+            &Request {
+                id: "c1",
+                share: &share.host,
+                rootfs: &rootfs,
+                host: &HostView::own(),
+                host_sockets: &[],
+                pids: &HashMap::new(),
+            },
         )
         .unwrap();
         tmpfs(&source.join("later"));
@@ -249,6 +256,7 @@ fn sync_tolerates_concurrent_volume_changes() {
                         share: host,
                         rootfs: &rootfs,
                         host: &HostView::own(),
+                        host_sockets: &[],
                         pids: &HashMap::new(),
                     };
                     prepare(bundle, &request).unwrap();

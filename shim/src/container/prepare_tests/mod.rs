@@ -101,7 +101,14 @@ fn prepare_volume_for(id: &str, dir: &Path, share: &Share, root: &Path, options:
         mounts.push(json!({"destination": "/host", "type": "bind", "source": root, "options": options}));
     });
     let rootfs = [overlay(dir, 1)];
-    let request = Request { id, share: &share.host, rootfs: &rootfs, host: &HostView::own(), pids: &HashMap::new() };
+    let request = Request {
+        id,
+        share: &share.host,
+        rootfs: &rootfs,
+        host: &HostView::own(),
+        host_sockets: &[],
+        pids: &HashMap::new(),
+    };
     let prepared = prepare(&bundle, &request).unwrap();
     assert_eq!(prepared.needs_propagation, options.contains(&"rslave"));
     guest_source(share, &prepared, 2)

@@ -23,7 +23,14 @@ fn prepare_mounts_an_overlay_whose_options_exceed_a_page() {
         let cwd = std::env::current_dir().unwrap();
         prepare(
             &bundle,
-            &Request { id: "c1", share: &share.host, rootfs: &rootfs, host: &HostView::own(), pids: &HashMap::new() },
+            &Request {
+                id: "c1",
+                share: &share.host,
+                rootfs: &rootfs,
+                host: &HostView::own(),
+                host_sockets: &[],
+                pids: &HashMap::new(),
+            },
         )
         .unwrap();
         assert!(share.guest.join("c1/rootfs/from-the-lowest").exists());
@@ -44,7 +51,14 @@ fn prepare_mounts_a_rootfs_from_the_bundle_or_an_image_file() {
         let bundle = bundle(dir, |_| ());
         prepare(
             &bundle,
-            &Request { id: "c1", share: &share.host, rootfs: &[], host: &HostView::own(), pids: &HashMap::new() },
+            &Request {
+                id: "c1",
+                share: &share.host,
+                rootfs: &[],
+                host: &HostView::own(),
+                host_sockets: &[],
+                pids: &HashMap::new(),
+            },
         )
         .unwrap();
         assert!(share.guest.join("c1/rootfs/here").exists());
@@ -56,7 +70,14 @@ fn prepare_mounts_a_rootfs_from_the_bundle_or_an_image_file() {
         };
         prepare(
             &bundle,
-            &Request { id: "c2", share: &share.host, rootfs: &[ro], host: &HostView::own(), pids: &HashMap::new() },
+            &Request {
+                id: "c2",
+                share: &share.host,
+                rootfs: &[ro],
+                host: &HostView::own(),
+                host_sockets: &[],
+                pids: &HashMap::new(),
+            },
         )
         .unwrap();
         let error = fs::write(share.guest.join("c2/rootfs/no"), "").unwrap_err();
@@ -73,7 +94,14 @@ fn prepare_mounts_a_rootfs_from_the_bundle_or_an_image_file() {
         };
         prepare(
             &bundle,
-            &Request { id: "c3", share: &share.host, rootfs: &[looped], host: &HostView::own(), pids: &HashMap::new() },
+            &Request {
+                id: "c3",
+                share: &share.host,
+                rootfs: &[looped],
+                host: &HostView::own(),
+                host_sockets: &[],
+                pids: &HashMap::new(),
+            },
         )
         .unwrap();
         assert!(share.guest.join("c3/rootfs/lost+found").exists());
@@ -95,8 +123,14 @@ fn rootfs_receives_no_later_mounts() {
         for (id, option) in [("c1", "bind"), ("c2", "rbind")] {
             let (kind, source, options) = ("bind".into(), source.clone(), vec![option.into()]);
             let mounts = [RootMount { kind, source, options, ..RootMount::default() }];
-            let request =
-                Request { id, share: &share.host, rootfs: &mounts, host: &HostView::own(), pids: &HashMap::new() };
+            let request = Request {
+                id,
+                share: &share.host,
+                rootfs: &mounts,
+                host: &HostView::own(),
+                host_sockets: &[],
+                pids: &HashMap::new(),
+            };
             prepare(&bundle(dir, |_| {}), &request).unwrap();
         }
         mount(Some("proc"), &root.join("proc"), Some("proc"), MsFlags::empty(), None::<&Path>).unwrap();

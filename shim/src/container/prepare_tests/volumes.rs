@@ -25,8 +25,14 @@ fn prepare_makes_mounts_and_teardown_removes_them() {
             mounts.push(json!({"destination": "/file", "type": "bind", "source": file, "options": ["bind", "ro"]}));
         });
         let rootfs = [overlay(dir, 3)];
-        let request =
-            Request { id: "c1", share: &share.host, rootfs: &rootfs, host: &HostView::own(), pids: &HashMap::new() };
+        let request = Request {
+            id: "c1",
+            share: &share.host,
+            rootfs: &rootfs,
+            host: &HostView::own(),
+            host_sockets: &[],
+            pids: &HashMap::new(),
+        };
         let prepared = prepare(&bundle, &request).unwrap();
         assert_eq!(prepared.rootfs, "/run/husk/share/c1/rootfs");
         let spec = &prepared.spec;
@@ -76,8 +82,14 @@ fn prepare_removes_mounts_after_a_failure() {
             mounts.push(json!({"destination": "/b", "type": "bind", "source": "/nowhere", "options": ["rbind"]}));
         });
         let rootfs = [overlay(dir, 2)];
-        let request =
-            Request { id: "c1", share: &share.host, rootfs: &rootfs, host: &HostView::own(), pids: &HashMap::new() };
+        let request = Request {
+            id: "c1",
+            share: &share.host,
+            rootfs: &rootfs,
+            host: &HostView::own(),
+            host_sockets: &[],
+            pids: &HashMap::new(),
+        };
         assert!(matches!(prepare(&bundle, &request), Err(PrepareError::Volume(_))));
         assert_eq!(entries_in_share(&share), 0);
         assert_eq!(mounts_below(&share.host).len(), 1);
@@ -107,7 +119,14 @@ fn containers_share_one_mount_of_a_directory() {
             let rootfs = [overlay(dir, 1)];
             prepare(
                 &with(options),
-                &Request { id, share: &share.host, rootfs: &rootfs, host: &HostView::own(), pids: &HashMap::new() },
+                &Request {
+                    id,
+                    share: &share.host,
+                    rootfs: &rootfs,
+                    host: &HostView::own(),
+                    host_sockets: &[],
+                    pids: &HashMap::new(),
+                },
             )
             .unwrap()
         };

@@ -143,7 +143,8 @@ fn mounts_of_one_container_meet_in_any_order() {
             }
         });
         let (rootfs, host, pids) = ([overlay(dir, 1)], HostView::own(), HashMap::new());
-        let request = Request { id: "c1", share: &pod.share.host, rootfs: &rootfs, host: &host, pids: &pids };
+        let request =
+            Request { id: "c1", share: &pod.share.host, rootfs: &rootfs, host: &host, host_sockets: &[], pids: &pids };
         let prepared = prepare(&bundle, &request).unwrap();
         let [part, read_only, deep, whole] = [2, 3, 4, 5].map(|index| guest_source(&pod.share, &prepared, index));
         assert_eq!((part, read_only, deep), (whole.join("sub"), whole.clone(), whole.join("sub/deep")));
@@ -252,7 +253,8 @@ fn id_mapped_mounts_meet_only_with_the_same_mappings() {
             }
             let bundle = bundle(dir, |spec| spec["mounts"].as_array_mut().unwrap().push(mount));
             let (rootfs, host, pids) = ([overlay(dir, 1)], HostView::own(), HashMap::new());
-            let request = Request { id, share: &pod.share.host, rootfs: &rootfs, host: &host, pids: &pids };
+            let request =
+                Request { id, share: &pod.share.host, rootfs: &rootfs, host: &host, host_sockets: &[], pids: &pids };
             guest_source(&pod.share, &prepare(&bundle, &request).unwrap(), 2)
         };
         let sub = pod.volume.join("sub");

@@ -1,0 +1,224 @@
+//! Guest side of connections to Unix sockets of the node.
+//!
+//! If a process of a container connects to a socket in the share to which no socket of this guest is bound, the guest's
+//! kernel hands the connection to the agent (`husk_base::sys::unix_relay`). The agent asks the shim to connect, passes
+//! the result to the waiting process, and relays the data.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixListener as StdListener};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use husk_base::entropy;
+use husk_base::sys::unix_relay::{self, Target};
+use husk_proto::agent::HostSocket;
+use husk_proto::host_socket::{BUFFER, MAX_CONNECTIONS, MAX_GROUPS, MAX_PATH};
+use husk_proto::{GUEST_SHARE, SHARED_VOLUMES};
+use nix::sys::socket::{getsockopt, sockopt};
+use tokio::io::AsyncReadExt;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
+
+use crate::events::EventHub;
+use crate::io::streams::Streams;
+
+/// Timeout for the shim's reply, after the shim has connected the stream.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Retry delay of accept when the guest is out of fds or memory. No event reports that fds or memory are available
+/// again.
+const RETRY_DELAY: Duration = Duration::from_millis(100);
+/// Name of the listener in the abstract namespace of the agent's network namespace, which containers cannot enter.
+const NAME: &[u8] = b"husk-host-sockets";
+
+/// Why the agent refuses a connection.
+#[derive(Debug, thiserror::Error)]
+enum RelayError {
+    #[error("the socket is not in a volume of the share")]
+    NotInVolume,
+    #[error("the path of the socket is longer than {MAX_PATH} bytes")]
+    LongPath,
+    #[error("failed to {0}")]
+    Kernel(&'static str, #[source] io::Error),
+    #[error(transparent)]
+    Stream(#[from] crate::io::streams::StreamError),
+    #[error("the shim did not reply within {} s", REPLY_TIMEOUT.as_secs())]
+    Timeout,
+    #[error("the shim refused the connection")]
+    Refused(#[source] io::Error),
+}
+
+/// A connection whose client waits in connect(2). If dropped without an answer, connect(2) fails with ECONNREFUSED.
+struct Waiting(UnixStream);
+
+impl Waiting {
+    fn answer(&self, errno: u8) {
+        // An error means that the client has gone.
+        let _ = unix_relay::answer(self.0.as_fd(), errno);
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.answer((libc::ECONNREFUSED & 0xff) as u8);
+    }
+}
+
+/// Creates the listener to which the guest's kernel hands connections.
+pub fn listen() -> io::Result<StdListener> {
+    let listener = StdListener::bind_addr(&SocketAddr::from_abstract_name(NAME)?)?;
+    unix_relay::register(listener.as_fd())?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// Accepts connections until the listener fails.
+pub async fn serve(listener: StdListener, hub: EventHub, streams: Streams) {
+    let listener = match UnixListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => return tracing::error!("failed to register the relay with the async runtime: {error}"),
+    };
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let connection = match listener.accept().await {
+            Ok((connection, _)) => Waiting(connection),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS) => {
+                    tokio::time::sleep(RETRY_DELAY).await;
+                    continue;
+                }
+                _ => return tracing::error!("failed to accept a connection to a socket of the node: {error}"),
+            },
+        };
+        // A full backlog also makes connect(2) of a non-blocking socket fail with EAGAIN (unix(7)).
+        let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
+            tracing::warn!("refused a connection to a socket of the node: the pod has {MAX_CONNECTIONS}");
+            connection.answer((libc::EAGAIN & 0xff) as u8);
+            continue;
+        };
+        tokio::spawn(relay(connection, slot, hub.clone(), streams.clone()));
+    }
+}
+
+async fn relay(connection: Waiting, slot: OwnedSemaphorePermit, hub: EventHub, streams: Streams) {
+    match connect(&connection, &hub, &streams).await {
+        Ok(mut host) => {
+            connection.answer(0);
+            let mut connection = connection;
+            // Fds that the client sends are not received, and the kernel closes them.
+            let copied = tokio::io::copy_bidirectional_with_sizes(&mut connection.0, &mut host, BUFFER, BUFFER).await;
+            if let Err(error) = copied {
+                tracing::debug!("a connection to a socket of the node failed: {error}");
+            }
+        }
+        Err(error) => {
+            if let RelayError::Refused(source) = &error {
+                connection.answer(husk_proto::host_socket::reply(source.raw_os_error().unwrap_or(libc::EIO)));
+            }
+            tracing::debug!("refused a connection to a socket of the node: {}", husk_base::error::chain(&error));
+        }
+    }
+    drop(slot);
+}
+
+/// Asks the shim to connect to the socket of the node. Returns the stream of the connection.
+async fn connect(connection: &Waiting, hub: &EventHub, streams: &Streams) -> Result<UnixStream, RelayError> {
+    let request = request(connection)?;
+    let token = request.token;
+    hub.host_socket(request);
+    // The table of streams has its own timeout.
+    let stream = streams.take(&token.to_string()).await?.ok_or(RelayError::Timeout)?;
+    let stream = OwnedFd::into(stream);
+    let mut stream = UnixStream::from_std(stream).map_err(|e| RelayError::Kernel("register the stream", e))?;
+    let reply = timeout(REPLY_TIMEOUT, stream.read_u8()).await.map_err(|_| RelayError::Timeout)?;
+    match reply.map_err(|e| RelayError::Kernel("read the shim's reply", e))? {
+        0 => Ok(stream),
+        errno => Err(RelayError::Refused(io::Error::from_raw_os_error(errno.into()))),
+    }
+}
+
+/// Returns the request to the shim for a connection.
+fn request(connection: &Waiting) -> Result<HostSocket, RelayError> {
+    let kernel = |step| move |error: io::Error| RelayError::Kernel(step, error);
+    let socket = connection.0.as_fd();
+    let target = unix_relay::target(socket).map_err(kernel("read the target of a connection"))?;
+    let mounts = fs::read("/proc/self/mountinfo").map_err(kernel("read the agent's mounts"))?;
+    let (volume, path) = place(&target, &mounts).ok_or(RelayError::NotInVolume)?;
+    if path.as_os_str().len() > MAX_PATH {
+        return Err(RelayError::LongPath);
+    }
+    let peer = getsockopt(&socket, sockopt::PeerCredentials)
+        .map_err(|error| RelayError::Kernel("read the credentials of a client", error.into()))?;
+    let groups = unix_relay::peer_groups(socket, MAX_GROUPS).map_err(kernel("read the groups of a client"))?;
+    let token = entropy::bytes().map_err(kernel("get a random token"))?;
+    Ok(HostSocket {
+        token: u64::from_ne_bytes(token).max(1),
+        volume,
+        path: path.as_os_str().as_bytes().to_vec(),
+        uid: peer.uid(),
+        gid: peer.gid(),
+        groups,
+        ..Default::default()
+    })
+}
+
+/// Returns the volume of the share that contains `target`, and the path below the volume's root. `mounts` is the
+/// agent's mount list.
+///
+/// A volume that is a directory is a file system of its own, which the guest's kernel automounts. A volume that is a
+/// socket belongs to the file system of the share itself.
+fn place(target: &Target, mounts: &[u8]) -> Option<(String, PathBuf)> {
+    let path = target.path.strip_prefix("/").ok()?;
+    let point = mount_points(mounts, target.device).find(|point| point.starts_with(GUEST_SHARE))?;
+    let whole = point.strip_prefix(GUEST_SHARE).ok()?.join(path);
+    let below = whole.strip_prefix(SHARED_VOLUMES).ok()?;
+    let mut parts = below.components();
+    let Some(Component::Normal(volume)) = parts.next() else { return None };
+    Some((volume.to_str()?.to_owned(), parts.as_path().to_owned()))
+}
+
+/// Returns the mount points of a file system. Skips bind mounts of a part of the file system.
+fn mount_points(mounts: &[u8], (major, minor): (u32, u32)) -> impl Iterator<Item = &Path> {
+    let device = format!("{major}:{minor}");
+    mounts.split(|byte| *byte == b'\n').filter_map(move |line| {
+        let mut fields = line.split(|byte| *byte == b' ').skip(2);
+        let (found, root, point) = (fields.next()?, fields.next()?, fields.next()?);
+        // The names in the share contain no character that the kernel escapes.
+        (found == device.as_bytes() && root == b"/").then(|| Path::new(std::ffi::OsStr::from_bytes(point)))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTS: &[u8] = b"22 21 0:20 / /run rw - tmpfs tmpfs rw\n\
+        23 22 0:30 / /run/husk/share rw - virtiofs husk rw\n\
+        24 23 0:31 / /run/husk/share/.volumes/0.1-2-3-1 rw - virtiofs husk rw\n\
+        25 23 0:32 / /run/husk/share/c1/rootfs rw - virtiofs husk rw\n\
+        26 22 0:31 /part /run/husk/subpaths/c1/3 rw - virtiofs husk rw\n";
+
+    fn of(minor: u32, path: &str) -> Option<(String, PathBuf)> {
+        place(&Target { device: (0, minor), path: path.into() }, MOUNTS)
+    }
+
+    #[test]
+    fn place_finds_sockets_in_volumes_only() {
+        let in_volume = |name: &str, path: &str| Some((name.to_owned(), PathBuf::from(path)));
+        assert_eq!(of(31, "/a/socket"), in_volume("0.1-2-3-1", "a/socket"));
+        assert_eq!(of(30, "/.volumes/7.1-2-3-1"), in_volume("7.1-2-3-1", ""));
+        for (minor, path) in [(32, "/tmp/socket"), (33, "/socket"), (20, "/socket"), (30, "/c1"), (30, "/.volumes")] {
+            assert_eq!(of(minor, path), None, "{minor} {path}");
+        }
+    }
+
+    #[test]
+    fn mount_points_skips_malformed_lines() {
+        assert_eq!(mount_points(b"\n1 2 0:31\n1 2 0:31 /\n", (0, 31)).count(), 0);
+    }
+}

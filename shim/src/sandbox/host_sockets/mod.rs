@@ -1,0 +1,256 @@
+//! Connects processes of containers to Unix sockets of the node, if the configuration allows it.
+//!
+//! The agent asks for a connection with an event (`husk_proto::host_socket`). A process of its own connects and relays
+//! the data ([`program`]).
+
+mod find;
+pub mod program;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use husk_base::sync::lock;
+use husk_config::host_sockets;
+use husk_proto::host_socket::{MAX_CONNECTIONS, reply};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::sync::Semaphore;
+
+use crate::blocking;
+use crate::host_view;
+use crate::launcher::{LaunchError, Launcher, Program, ProgramOptions};
+use crate::oci::IdMappings;
+use crate::sandbox::{Sandbox, StreamError};
+use crate::vm::host_socket::{Credentials, HostSocketRequest};
+use find::{FindError, Found};
+
+/// Timeout for everything before connect(2): the stream to the agent, the lookup of the socket, and the start of the
+/// program.
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a connection counts at least. This limits how many processes a pod can start on the node in a second.
+const MIN_TIME: Duration = Duration::from_secs(1);
+/// How long the refusal of a socket is not logged again.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
+/// Maximum number of sockets whose refusals are logged within [`LOG_INTERVAL`].
+const MAX_LOGGED: usize = 16;
+
+/// Which sockets of the node the pod's containers may connect to, and the connections.
+#[derive(Debug)]
+pub struct HostSockets {
+    /// The pod, for the log.
+    pod: String,
+    /// The list of the configuration.
+    allowed: Vec<String>,
+    /// Id mappings of the pod's user namespace.
+    id_mappings: Option<IdMappings>,
+    /// Limits the requests of the agent, including those that wait for a slot.
+    requests: Arc<Semaphore>,
+    /// Limits the connections.
+    slots: Arc<Semaphore>,
+    refused: Mutex<Refused>,
+}
+
+/// Why a connection was refused.
+#[derive(Debug, thiserror::Error)]
+enum ConnectError {
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    #[error(transparent)]
+    Find(#[from] FindError),
+    #[error("the configuration does not allow the socket")]
+    NotAllowed,
+    #[error("the ids {0:?} are not in the pod's user namespace")]
+    Unmapped(Credentials),
+    #[error("failed to {0}")]
+    Step(&'static str, #[source] io::Error),
+    #[error("failed to start the program that connects")]
+    Launch(#[from] LaunchError),
+    #[error("the socket could not be prepared within {} s", PREPARE_TIMEOUT.as_secs())]
+    Timeout,
+}
+
+impl ConnectError {
+    /// Returns the error of the process's connect(2). A refusal has the error of a socket without a listener, because
+    /// many programs take this error as the sign that nobody uses the socket.
+    fn errno(&self) -> i32 {
+        match self {
+            Self::Timeout => libc::ETIMEDOUT,
+            Self::Unmapped(_) => libc::EACCES,
+            _ => libc::ECONNREFUSED,
+        }
+    }
+}
+
+impl Default for HostSockets {
+    /// Returns a value that allows no socket.
+    fn default() -> Self {
+        Self::new(String::new(), Vec::new(), None)
+    }
+}
+
+impl HostSockets {
+    /// Returns a value without connections.
+    pub fn new(pod: String, allowed: Vec<String>, id_mappings: Option<IdMappings>) -> Self {
+        let [requests, slots] = [2 * MAX_CONNECTIONS, MAX_CONNECTIONS].map(|max| Arc::new(Semaphore::new(max)));
+        Self { pod, allowed, id_mappings, requests, slots, refused: Mutex::default() }
+    }
+
+    /// Returns the list of the configuration.
+    pub fn allowed(&self) -> &[String] {
+        &self.allowed
+    }
+
+    /// Returns the socket, if the configuration allows the connection. Blocks the calling thread.
+    fn find(&self, share: &Path, request: &HostSocketRequest) -> Result<OwnedFd, ConnectError> {
+        let host = host_view::of_process();
+        self.check(&request.credentials)?;
+        let found = find::find(share, &request.volume, &request.path, host)?;
+        match found.allowed_path(host, |path| host_sockets::allow(&self.allowed, path)) {
+            Ok(Some(_)) => Ok(found.file),
+            Ok(None) => {
+                self.log_refusal(&found);
+                Err(ConnectError::NotAllowed)
+            }
+            Err(error) => Err(ConnectError::Step("stat the socket on the node", error)),
+        }
+    }
+
+    /// Checks that the pod's processes can have the credentials. A pod without a user namespace can have any.
+    fn check(&self, credentials: &Credentials) -> Result<(), ConnectError> {
+        let Some(id_mappings) = &self.id_mappings else { return Ok(()) };
+        let mapped = id_mappings.has_host_uid(credentials.uid)
+            && id_mappings.has_host_gid(credentials.gid)
+            && credentials.groups.iter().all(|group| id_mappings.has_host_gid(*group));
+        if mapped { Ok(()) } else { Err(ConnectError::Unmapped(credentials.clone())) }
+    }
+
+    fn log_refusal(&self, found: &Found) {
+        let Some(path) = found.shortest_path() else { return };
+        if lock(&self.refused).is_new(path, Instant::now()) {
+            tracing::warn!(
+                pod = self.pod,
+                socket = %path.display(),
+                "refused a connection of a container to a socket of the node: to allow it, add the path to \
+                 host_sockets in {}",
+                husk_config::DEFAULT_PATH
+            );
+        }
+    }
+}
+
+/// Sockets whose refusals were logged, with the times.
+#[derive(Debug, Default)]
+struct Refused(Vec<(PathBuf, Instant)>);
+
+impl Refused {
+    /// Returns whether to log a refusal of `path`.
+    fn is_new(&mut self, path: &Path, now: Instant) -> bool {
+        self.0.retain(|(_, at)| now.saturating_duration_since(*at) < LOG_INTERVAL);
+        if self.0.len() >= MAX_LOGGED || self.0.iter().any(|(logged, _)| logged == path) {
+            return false;
+        }
+        self.0.push((path.to_owned(), now));
+        true
+    }
+}
+
+impl Sandbox {
+    /// Returns the sockets of the node that the pod may use, or `None` if the sandbox was not launched.
+    pub fn host_sockets(&self) -> Option<Arc<HostSockets>> {
+        Some(Arc::clone(&self.launched.get()?.host_sockets))
+    }
+
+    /// Connects a process of a container to a socket of the node, in a new task.
+    pub fn connect_host_socket(self: &Arc<Self>, request: HostSocketRequest, launcher: &Launcher) {
+        let Some(sockets) = self.host_sockets() else { return };
+        let Some(vmm) = self.vmm().cloned() else { return };
+        // The agent itself allows no more than MAX_CONNECTIONS at the same time.
+        let Ok(waiting) = Arc::clone(&sockets.requests).try_acquire_owned() else {
+            return tracing::warn!("the agent asked for too many connections to sockets of the node");
+        };
+        let (sandbox, launcher) = (Arc::clone(self), launcher.clone());
+        tokio::spawn(async move {
+            let relay = async {
+                let Ok(slot) = Arc::clone(&sockets.slots).acquire_owned().await else { return };
+                let (slot, begin) = (Arc::new(slot), tokio::time::Instant::now());
+                if let Err(error) = sandbox.relay(request, sockets, &launcher, Arc::clone(&slot)).await {
+                    tracing::debug!(error = %crate::chain(&error), "refused a connection to a socket of the node");
+                }
+                drop(waiting);
+                tokio::time::sleep_until(begin + MIN_TIME).await;
+            };
+            tokio::select! {
+                () = relay => {}
+                _ = vmm.wait() => {}
+            }
+        });
+    }
+
+    /// Runs until the connection ends. A lookup that hangs keeps `slot`.
+    async fn relay(
+        &self,
+        request: HostSocketRequest,
+        sockets: Arc<HostSockets>,
+        launcher: &Launcher,
+        slot: impl Send + 'static,
+    ) -> Result<(), ConnectError> {
+        let stream = tokio::time::timeout(PREPARE_TIMEOUT, self.open_stream_with(request.token));
+        let mut stream = stream.await.map_err(|_| ConnectError::Timeout)??;
+        let start = async {
+            let (share, credentials) = (self.share(), request.credentials.clone());
+            let socket = blocking::spawn(move || {
+                let found = sockets.find(&share, &request);
+                drop(slot);
+                found
+            });
+            let socket = socket.await.map_err(|error| ConnectError::Step("look up the socket", error))??;
+            self.start_relay(&stream, &socket, &credentials, launcher).await
+        };
+        let started = tokio::time::timeout(PREPARE_TIMEOUT, start).await.unwrap_or(Err(ConnectError::Timeout));
+        match started {
+            Ok(program) => {
+                // The program has its own copy, and sees the end of the stream only if there is no other copy.
+                drop(stream);
+                let _ = program.wait().await;
+                Ok(())
+            }
+            Err(error) => {
+                let _ = stream.write_u8(reply(error.errno())).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_relay(
+        &self,
+        stream: &UnixStream,
+        socket: &OwnedFd,
+        credentials: &Credentials,
+        launcher: &Launcher,
+    ) -> Result<Program, ConnectError> {
+        let open = |error| ConnectError::Step("open the sandbox's cgroup", error);
+        let cgroups = self.cgroup().map_or(Ok(Vec::new()), |cgroup| cgroup.open_procs()).map_err(open)?;
+        let null = File::options().write(true).open("/dev/null");
+        let null = null.map_err(|error| ConnectError::Step("open /dev/null", error))?;
+        let fixed = [stream.as_fd(), socket.as_fd(), null.as_fd()];
+        let fds: Vec<_> = fixed.into_iter().chain(cgroups.iter().map(AsFd::as_fd)).collect();
+        let options = ProgramOptions {
+            // The launcher is a process of the shim's program.
+            path: Path::new("/proc/self/exe"),
+            arg0: Some(program::ARGV0),
+            args: &program::args(credentials, cgroups.len()),
+            env: Some(Vec::new()),
+            cwd: Some(Path::new("/")),
+            fds: &fds,
+            kill_on_drop: true,
+        };
+        Ok(launcher.start_program(&options).await?)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,146 @@
+//! The program that connects to a socket of the node and relays the data.
+//!
+//! The launcher starts one process of this program for each connection. Daemons of the node authenticate a client by
+//! the credentials of its socket (SO_PEERCRED in unix(7)) and by its PID. Therefore, the process has the user and the
+//! groups of the container's process, is in the pod's cgroup, and stays until the connection ends.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use husk_base::sys::capabilities::{self, Capabilities};
+use husk_proto::host_socket::{BUFFER, reply};
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
+use nix::sys::time::TimeVal;
+use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+
+use crate::vm::host_socket::Credentials;
+
+/// `argv[0]` of the program.
+pub const ARGV0: &str = "husk-host-socket";
+/// Timeout of connect(2), which waits while the backlog of the socket is full.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Fd of the stream to the guest.
+const STREAM: RawFd = 0;
+/// Fd of the socket, opened with O_PATH.
+const SOCKET: RawFd = 1;
+/// First fd of the files `cgroup.procs`. Fd 2 is /dev/null.
+const CGROUPS: RawFd = 3;
+/// Name of the process (comm in proc(5)).
+const NAME: &std::ffi::CStr = c"husk-socket";
+/// Bit of CAP_DAC_OVERRIDE (linux/capability.h).
+const DAC_OVERRIDE: u64 = 1 << 1;
+
+/// Returns the arguments for the program.
+pub fn args(credentials: &Credentials, cgroups: usize) -> Vec<String> {
+    let Credentials { uid, gid, groups } = credentials;
+    let fixed = [cgroups.to_string(), uid.to_string(), gid.to_string()];
+    fixed.into_iter().chain(groups.iter().map(u32::to_string)).collect()
+}
+
+/// Parses the arguments of [`args`].
+fn parse(args: impl Iterator<Item = OsString>) -> Option<(RawFd, Credentials)> {
+    let mut numbers = args.map(|arg| arg.to_str()?.parse::<u32>().ok());
+    let mut next = || numbers.next().flatten();
+    let (cgroups, uid, gid) = (RawFd::try_from(next()?).ok()?, next()?, next()?);
+    Some((cgroups, Credentials { uid, gid, groups: numbers.collect::<Option<_>>()? }))
+}
+
+/// Runs the program. `args` are the arguments after `argv[0]`.
+pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
+    let _ = prctl::set_name(NAME);
+    // SAFETY: the launcher has passed the stream as this fd, and nothing else in this process uses it.
+    let mut stream = unsafe { UnixStream::from_raw_fd(STREAM) };
+    let connected = match parse(args) {
+        Some((cgroups, credentials)) => connect_as(&credentials, cgroups),
+        None => Err(io::ErrorKind::InvalidInput.into()),
+    };
+    let code = connected.as_ref().map_or_else(|e| reply(e.raw_os_error().unwrap_or(libc::EIO)), |_| 0);
+    let replied = stream.write_all(&[code]);
+    match (connected, replied) {
+        (Ok(daemon), Ok(())) => relay(stream, daemon).map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS),
+        _ => ExitCode::FAILURE,
+    }
+}
+
+/// Enters the cgroups, becomes the user of the container's process, and connects.
+fn connect_as(credentials: &Credentials, cgroups: RawFd) -> io::Result<UnixStream> {
+    for fd in CGROUPS..CGROUPS.saturating_add(cgroups) {
+        // SAFETY: the launcher has passed these fds, and nothing else in this process uses them.
+        unsafe { File::from_raw_fd(fd) }.write_all(b"0")?;
+    }
+    // SAFETY: as above.
+    let target = unsafe { OwnedFd::from_raw_fd(SOCKET) };
+    // Without this, the process would keep the low score that it inherits from containerd.
+    std::fs::write("/proc/self/oom_score_adj", "0")?;
+    become_user(credentials)?;
+    let connection = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let limit = TimeVal::new(i64::try_from(CONNECT_TIMEOUT.as_secs()).unwrap_or(i64::MAX), 0);
+    setsockopt(&connection, sockopt::SendTimeout, &limit)?;
+    let address = UnixAddr::new(format!("/proc/self/fd/{}", target.as_raw_fd()).as_str())?;
+    connect(connection.as_raw_fd(), &address).map_err(|errno| match errno {
+        // The timeout has expired.
+        nix::Error::EAGAIN => nix::Error::ETIMEDOUT,
+        other => other,
+    })?;
+    keep_capabilities(0)?;
+    Ok(connection.into())
+}
+
+/// Gives up all privileges except those that the container's process has for connect(2).
+///
+/// The guest's kernel has already checked whether the process may write to the socket. Root has CAP_DAC_OVERRIDE in
+/// most containers, and needs it for the sockets of other users.
+fn become_user(credentials: &Credentials) -> io::Result<()> {
+    let (uid, gid) = (Uid::from_raw(credentials.uid), Gid::from_raw(credentials.gid));
+    prctl::set_no_new_privs()?;
+    for number in 0..capabilities::count()? {
+        capabilities::drop_from_bounding_set(number)?;
+    }
+    setgroups(&credentials.groups.iter().copied().map(Gid::from_raw).collect::<Vec<_>>())?;
+    setresgid(gid, gid, gid)?;
+    setresuid(uid, uid, uid)?;
+    keep_capabilities(if uid.is_root() { DAC_OVERRIDE } else { 0 })?;
+    // A change of credentials resets the signal.
+    Ok(prctl::set_pdeathsig(Signal::SIGKILL)?)
+}
+
+fn keep_capabilities(kept: u64) -> io::Result<()> {
+    capabilities::set(Capabilities { effective: kept, permitted: kept, inheritable: 0 })
+}
+
+/// Copies data in both directions until both have ended, or one has failed.
+fn relay(stream: UnixStream, daemon: UnixStream) -> io::Result<()> {
+    stream.set_nonblocking(true)?;
+    daemon.set_nonblocking(true)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    runtime.block_on(async {
+        let mut stream = tokio::net::UnixStream::from_std(stream)?;
+        let mut daemon = tokio::net::UnixStream::from_std(daemon)?;
+        tokio::io::copy_bidirectional_with_sizes(&mut stream, &mut daemon, BUFFER, BUFFER).await.map(drop)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parse_reverses_args() {
+        for groups in [vec![], vec![5, 7]] {
+            let credentials = Credentials { uid: 1, gid: 2, groups };
+            let args = args(&credentials, 3).into_iter().map(OsString::from);
+            assert_eq!(parse(args), Some((3, credentials)));
+        }
+        for bad in [vec![], vec!["0", "1"], vec!["0", "1", "x"], vec!["0", "1", "2", "-1"]] {
+            assert_eq!(parse(bad.into_iter().map(OsString::from)), None);
+        }
+    }
+}
