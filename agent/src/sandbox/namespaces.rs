@@ -136,6 +136,9 @@ fn create_in_user_namespace(id_mappings: &IdMappings) -> Result<(), NamespaceErr
 
 /// Spawns the helper with the arguments `args`. The new process calls `enter` before it executes the helper. `enter`
 /// has finished when this function returns.
+///
+/// Only the async thread, which also reaps all children, may call this function. If execve(2) fails, [`Command::spawn`]
+/// waits for the child itself. It panics if another thread has reaped the child.
 pub(super) fn spawn(
     args: &[&str],
     stdout: Stdio,

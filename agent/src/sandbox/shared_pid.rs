@@ -23,8 +23,8 @@ use super::{IPC_NAMESPACE, NET_NAMESPACE, UTS_NAMESPACE, namespaces};
 use crate::helper::POD_INIT;
 use crate::helper::pod_init::CONFINED;
 
-/// Maximum time to wait for the namespace: until its PID 1 has started and is confined, or until another request has
-/// created the namespace.
+/// Maximum time to wait for the namespace: until its PID 1 is confined, or until another request has created the
+/// namespace.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Arguments of the namespace's PID 1.
 const ARGS: [&str; 4] = [POD_INIT, NET_NAMESPACE, IPC_NAMESPACE, UTS_NAMESPACE];
@@ -49,14 +49,15 @@ impl SharedPid {
         self.create_with(start, move |init| init.pin(pin)).await
     }
 
-    /// Creates the namespace with `start`, and pins it with `pin`. Both may block.
+    /// Creates the namespace with `start`, and pins it with `pin`, which may block for long. `start` runs on the caller's
+    /// thread, because [`namespaces::spawn`] and [`Init::new`] must not run while the reaper takes exits.
     async fn create_with(
         &self,
-        start: impl FnOnce() -> io::Result<Init> + Send + 'static,
+        start: impl FnOnce() -> io::Result<Init>,
         pin: impl FnOnce(&Init) -> io::Result<()> + Send + 'static,
     ) -> io::Result<()> {
         let create = async || {
-            let mut init = spawn_blocking(start).await??;
+            let mut init = start()?;
             wait_until_confined(init.output.take()).await?;
             spawn_blocking(move || pin(&init).map(|()| init.keep())).await?
         };
@@ -214,14 +215,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn create_runs_blocking_calls_on_another_thread_and_only_once() {
+    async fn create_starts_pid_1_on_the_async_thread_and_only_once() {
         let shared = SharedPid::default();
         let async_thread = thread::current().id();
         let (init, mut writer, child) = init();
         writer.write_all(CONFINED.as_bytes()).unwrap();
         drop(writer);
+        // The reaper cannot take the exit of a child that the async thread is starting.
         let start = move || {
-            assert_ne!(thread::current().id(), async_thread);
+            assert_eq!(thread::current().id(), async_thread);
             Ok(init)
         };
         let pin = move |_: &Init| {
