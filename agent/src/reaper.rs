@@ -104,7 +104,8 @@ impl Reaper {
         }
     }
 
-    fn record_exit(&self, pid: i32, exit: ProcessExit) {
+    /// Stores the exit of `pid`, or calls its callback.
+    pub(crate) fn record_exit(&self, pid: i32, exit: ProcessExit) {
         let callback = self.with(|inner| {
             let callback = inner.claimed.remove(&pid);
             if callback.is_none() && inner.guards > 0 {

@@ -53,7 +53,7 @@ impl Tasks {
         if spec::joins_shared_pid_namespace(&spec) {
             self.sandbox.create_shared_pid().await.map_err(failed("create the shared PID namespace"))?;
         }
-        let cgroup = Cgroup::for_container(&request.id);
+        let cgroup = Cgroup::below(&self.cgroups, &request.id);
         // The cgroup is created before the specification is adapted, because the cgroup's files show which limits the
         // guest kernel supports.
         let container = {
@@ -104,7 +104,7 @@ impl Tasks {
     }
 
     /// Returns the path of a running container's PID namespace, so that another container can join that namespace.
-    fn pid_namespace(&self, id: &str) -> Result<PathBuf, ServiceError> {
+    pub(super) fn pid_namespace(&self, id: &str) -> Result<PathBuf, ServiceError> {
         match self.get(id)?.init.phase() {
             Phase::Created(pid) | Phase::Running(pid) => Ok(format!("/proc/{pid}/ns/pid").into()),
             _ => Err(ServiceError::FailedPrecondition(format!(
@@ -202,7 +202,9 @@ impl Tasks {
                 Ok(pid)
             }
             Phase::Running(_) => Err(ServiceError::FailedPrecondition("cannot start a running container".into())),
-            Phase::Stopped(..) => Err(ServiceError::FailedPrecondition("cannot start a stopped container".into())),
+            Phase::Exiting(_) | Phase::Stopped(..) => {
+                Err(ServiceError::FailedPrecondition("cannot start a stopped container".into()))
+            }
             Phase::New | Phase::Starting => {
                 Err(ServiceError::FailedPrecondition("the container is not created yet".into()))
             }

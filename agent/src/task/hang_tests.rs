@@ -31,6 +31,7 @@ use super::{Container, ProcessSpec, Tasks, kill};
 use crate::cgroup::Cgroup;
 use crate::events::EventHub;
 use crate::oom::{FileWatch, OomWatch};
+use crate::reaper::ProcessExit;
 
 const ID: &str = "c";
 /// The shim's timeout for Pause, Resume, Kill and Update (`QUICK` in shim/src/vm/agent.rs).
@@ -67,8 +68,13 @@ struct Guest {
 
 impl Guest {
     fn new(phase: Phase) -> Self {
+        Self::with(phase, false)
+    }
+
+    fn with(phase: Phase, shares_pid_namespace: bool) -> Self {
         let root = tempfile::tempdir().unwrap();
-        let container = container_below(root.path(), ID);
+        let mut container = container_below(root.path(), ID);
+        Arc::get_mut(&mut container).unwrap().shares_pid_namespace = shares_pid_namespace;
         fs::create_dir_all(container.cgroup.path()).unwrap();
         fs::write(root.path().join("cgroup.controllers"), "memory pids").unwrap();
         for (file, content) in [
@@ -81,7 +87,8 @@ impl Guest {
             fs::write(container.cgroup.path().join(file), content).unwrap();
         }
         container.init.advance(phase);
-        let tasks = Tasks::new(EventHub::default(), Default::default(), Default::default(), Default::default());
+        let mut tasks = Tasks::new(EventHub::default(), Default::default(), Default::default(), Default::default());
+        tasks.cgroups = root.path().to_owned();
         let tasks = Arc::new(tasks);
         tasks.insert(&container).unwrap();
         Self { service: TaskService::new(Arc::clone(&tasks)), _root: root, container, tasks }
@@ -261,4 +268,35 @@ async fn delete_fails_if_the_killed_init_does_not_exit() {
     deleted.expect("the wait has no limit").unwrap_err();
     assert_eq!(guest.file("cgroup.kill"), "1");
     guest.tasks.get(ID).unwrap();
+}
+
+#[test]
+fn pid_of_a_reaped_init_is_not_used() {
+    let (runtime, occupied) = occupied_pool();
+    runtime.block_on(async {
+        // This process stands for a process that has got the PID of the init.
+        let mut other = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = other.id().cast_signed();
+        let guest = Guest::with(Phase::Running(pid), true);
+        guest.tasks.watch_exit(&guest.container, &guest.container.init, pid);
+        guest.tasks.reaper.record_exit(pid, ProcessExit { status: 3, at_ns: 1 });
+        // The agent cannot kill the container's other processes yet, so the container has not ended.
+        let state = StateRequest { id: ID.into(), ..Default::default() };
+        assert_eq!(guest.service.state(&context(), state).await.unwrap().status, Status::RUNNING.into());
+
+        let request = KillRequest { id: ID.into(), signal: 15, ..Default::default() };
+        let killed = guest.service.kill(&context(), request).await;
+        other.kill().unwrap();
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&other.wait().unwrap()), Some(libc::SIGKILL));
+        killed.unwrap_err();
+        guest.tasks.pid_namespace(ID).unwrap_err();
+        guest.tasks.start_init(&guest.container).unwrap_err();
+        let exec = Process::new("e", StreamTokens::default(), Some(Default::default()));
+        let starting = pin!(guest.tasks.start_exec(&guest.container, &exec));
+        assert!(matches!(poll_all(starting).await, Poll::Ready(Err(_))));
+
+        drop(occupied);
+        assert_eq!(guest.container.init.wait().await, Some((pid, ProcessExit { status: 3, at_ns: 1 })));
+        assert!(guest.file("cgroup.kill").starts_with('1'));
+    });
 }

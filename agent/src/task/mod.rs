@@ -24,7 +24,7 @@ use husk_proto::agent::Exit;
 use libcontainer::oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec, Spec};
 use tokio::task::AbortHandle;
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{self, Cgroup};
 use crate::error::ServiceError;
 use crate::events::EventHub;
 use crate::io::streams::Streams;
@@ -93,12 +93,14 @@ pub struct Tasks {
     streams: Streams,
     reaper: Reaper,
     sandbox: Arc<Sandbox>,
+    /// Mount point of the cgroup hierarchy.
+    cgroups: PathBuf,
 }
 
 impl Tasks {
     /// Creates the table of containers, which is empty at first.
     pub fn new(hub: EventHub, streams: Streams, reaper: Reaper, sandbox: Arc<Sandbox>) -> Self {
-        Self { containers: Mutex::default(), hub, streams, reaper, sandbox }
+        Self { containers: Mutex::default(), hub, streams, reaper, sandbox, cgroups: cgroup::MOUNT.into() }
     }
 
     /// Returns the container `id`.
@@ -133,7 +135,8 @@ impl Tasks {
         self.reaper.on_exit(pid, move |exit: ProcessExit| {
             if process.exec_id.is_empty() && container.shares_pid_namespace {
                 // The shared PID namespace outlives this init. Therefore the agent, not the kernel, kills the
-                // container's other processes.
+                // container's other processes. Meanwhile, nothing may use the PID, because the init is reaped.
+                process.advance(Phase::Exiting(pid));
                 tokio::spawn(async move {
                     kill::rest(&container).await;
                     record_exit(&container, &process, &hub, pid, exit);

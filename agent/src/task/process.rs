@@ -24,6 +24,9 @@ pub enum Phase {
     Starting,
     /// The process runs.
     Running(i32),
+    /// The container's init has exited and is reaped, so that another process can get its PID. The agent still kills the
+    /// container's other processes.
+    Exiting(i32),
     /// The process has exited.
     Stopped(i32, ProcessExit),
 }
@@ -33,7 +36,7 @@ impl Phase {
     pub fn pid(self) -> i32 {
         match self {
             Self::New | Self::Starting => 0,
-            Self::Created(pid) | Self::Running(pid) | Self::Stopped(pid, _) => pid,
+            Self::Created(pid) | Self::Running(pid) | Self::Exiting(pid) | Self::Stopped(pid, _) => pid,
         }
     }
 }
@@ -93,6 +96,7 @@ impl Process {
     pub fn advance(&self, next: Phase) {
         self.phase.send_if_modified(|phase| match phase {
             Phase::Stopped(..) => false,
+            Phase::Exiting(_) if !matches!(next, Phase::Stopped(..)) => false,
             _ => {
                 *phase = next;
                 true
@@ -154,7 +158,7 @@ impl Process {
                     _ => failed(format!("send signal {signal}"))(error),
                 })
             }
-            Phase::Stopped(..) => Err(ServiceError::NotFound("process already finished".into())),
+            Phase::Exiting(_) | Phase::Stopped(..) => Err(ServiceError::NotFound("process already finished".into())),
             Phase::New | Phase::Starting => Err(ServiceError::FailedPrecondition("process not created".into())),
         }
     }

@@ -96,8 +96,8 @@ impl Task for TaskService {
         let phase = process.phase();
         let status = match phase {
             Phase::Stopped(..) => Status::STOPPED,
-            Phase::Running(_) if container.is_paused() => Status::PAUSED,
-            Phase::Running(_) => Status::RUNNING,
+            Phase::Running(_) | Phase::Exiting(_) if container.is_paused() => Status::PAUSED,
+            Phase::Running(_) | Phase::Exiting(_) => Status::RUNNING,
             _ => Status::CREATED,
         };
         let mut response = StateResponse {
