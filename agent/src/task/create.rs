@@ -86,6 +86,7 @@ impl Tasks {
                 oom,
                 oom_task: Mutex::default(),
                 paused: false.into(),
+                freezer: Default::default(),
                 execs: Mutex::default(),
                 cgroup,
                 dir,

@@ -54,6 +54,7 @@ pub fn container_below(root: &Path, id: &str) -> Arc<Container> {
         volumes: Vec::new(),
         oom_task: Mutex::default(),
         paused: false.into(),
+        freezer: Default::default(),
         execs: Mutex::default(),
     })
 }
@@ -298,5 +299,28 @@ fn pid_of_a_reaped_init_is_not_used() {
         drop(occupied);
         assert_eq!(guest.container.init.wait().await, Some((pid, ProcessExit { status: 3, at_ns: 1 })));
         assert!(guest.file("cgroup.kill").starts_with('1'));
+    });
+}
+
+#[test]
+fn late_undo_of_a_freeze_does_not_reverse_a_newer_request() {
+    let (runtime, occupied) = occupied_pool();
+    runtime.block_on(async {
+        pause();
+        let guest = Guest::new(Phase::Running(7));
+        let context = context();
+        let mut failing = pin!(guest.service.pause(&context, pause_request()));
+        while poll_all(failing.as_mut()).await.is_pending() {
+            advance(Duration::from_millis(100)).await;
+        }
+        let mut newer = pin!(guest.service.pause(&context, pause_request()));
+        assert!(poll_all(newer.as_mut()).await.is_pending());
+        guest.container.cgroup.write("cgroup.events", "populated 1\nfrozen 1\n").unwrap();
+        drop(occupied);
+        newer.await.unwrap();
+        // The only thread of the pool has then completed all writes.
+        tokio::task::spawn_blocking(|| {}).await.unwrap();
+        assert_eq!(guest.file("cgroup.freeze"), "1");
+        assert!(guest.container.is_paused());
     });
 }

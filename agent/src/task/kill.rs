@@ -101,8 +101,8 @@ fn kill_descendants(container: &Container, process: &Process) -> io::Result<()> 
             Err(error) => Some(Err(error)),
         }
     });
-    if frozen && !container.is_paused() {
-        container.cgroup.freeze(false)?;
+    if frozen {
+        container.freezer.thaw_after_kill(&container.cgroup)?;
     }
     result.unwrap_or_else(|| Err(io::Error::other("the exec creates new processes faster than they can be killed")))
 }

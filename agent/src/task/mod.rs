@@ -31,6 +31,7 @@ use crate::io::streams::Streams;
 use crate::oom::OomWatch;
 use crate::reaper::{ProcessExit, Reaper};
 use crate::sandbox::Sandbox;
+use freeze::Freezer;
 use process::{Phase, Process};
 
 /// Directory with one subdirectory per container. A subdirectory holds the container's bundle, and the requests and
@@ -60,6 +61,7 @@ pub struct Container {
     oom: Arc<OomWatch>,
     oom_task: Mutex<Option<AbortHandle>>,
     paused: AtomicBool,
+    freezer: Freezer,
     execs: Mutex<HashMap<String, Arc<Process>>>,
 }
 
