@@ -57,13 +57,9 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Returns the cgroup of container `id`. The cgroup need not exist.
-    pub fn for_container(id: &str) -> Self {
-        Self::below(Path::new(MOUNT), id)
-    }
-
-    /// Returns the cgroup of container `id` in the hierarchy with the root `root`. Tests pass an ordinary directory.
-    pub(crate) fn below(root: &Path, id: &str) -> Self {
+    /// Returns the cgroup of container `id` in the hierarchy with the root `root`. The cgroup need not exist. Tests pass
+    /// an ordinary directory.
+    pub fn below(root: &Path, id: &str) -> Self {
         let name = Path::new("/").join(PARENT).join(id);
         Self { path: root.join(PARENT).join(id), name, root: root.to_owned() }
     }

@@ -11,7 +11,7 @@ use husk_proto::containerd::api::CreateTaskRequest;
 use libcontainer::oci_spec::runtime::{LinuxResources, Process, Spec};
 use protobuf::Message;
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{self, Cgroup};
 use crate::id_mappings::IdMappings;
 use crate::sandbox::mirror::Mirrors;
 use crate::sandbox::network::{self, NetworkConfig};
@@ -46,7 +46,7 @@ impl PreparedSandbox {
         let options = CreateOptions::parse_from_bytes(&request.options.value).map_err(|error| chain(&error))?;
         let mut spec: Spec = serde_json::from_slice(&options.spec).map_err(|error| chain(&error))?;
         self.0.policy.check_container(&spec, request, &options.rootfs).map_err(|error| chain(&error))?;
-        let cgroup = Cgroup::for_container(&request.id);
+        let cgroup = Cgroup::below(Path::new(cgroup::MOUNT), &request.id);
         spec::adapt(&mut spec, &options.rootfs, &cgroup, &self.0, |_| Ok(PathBuf::from("/proc/1/ns/pid")))
             .map_err(|error| chain(&error))?;
         let _ = shared_volumes::of_spec(&spec);
@@ -68,7 +68,7 @@ impl PreparedSandbox {
 /// Parses the resources of an Update request, and adapts them to the guest. Returns `None` if the agent rejects them.
 pub fn update(resources: &[u8]) -> Option<LinuxResources> {
     let mut resources = serde_json::from_slice::<LinuxResources>(resources).ok()?;
-    spec::adapt_resources(&mut resources, &Cgroup::for_container("c")).ok()?;
+    spec::adapt_resources(&mut resources, &Cgroup::below(Path::new(cgroup::MOUNT), "c")).ok()?;
     Some(resources)
 }
 

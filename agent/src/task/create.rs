@@ -15,6 +15,7 @@ use super::helper::HelperJob;
 use super::kill::KILL_TIMEOUT;
 use super::process::{Phase, Process, StreamTokens};
 use super::{Container, STATE_DIR, Tasks, check_id, shares_pid_namespace, spec, task_dir};
+use crate::blocking;
 use crate::cgroup::Cgroup;
 use crate::error::{ServiceError, failed, malformed};
 use crate::helper::protocol::{CreateRequest, Request};
@@ -49,6 +50,7 @@ impl Tasks {
             return Err(ServiceError::Unimplemented("restoring from a checkpoint is not supported"));
         }
         self.sandbox.policy.check_container(&spec, &request, &options.rootfs)?;
+        let reservation = self.reserve(&request.id)?;
         self.sandbox.prepare(None).map_err(failed("prepare the pod's namespaces"))?;
         if spec::joins_shared_pid_namespace(&spec) {
             self.sandbox.create_shared_pid().await.map_err(failed("create the shared PID namespace"))?;
@@ -59,15 +61,11 @@ impl Tasks {
         let container = {
             let oom = Arc::new(OomWatch::new(&request.id, cgroup.clone(), self.hub.clone()));
             let dir = task_dir(&request.id);
-            let is_new = self.get(&request.id).is_err();
-            if is_new {
-                cgroup.create().map_err(failed("create the cgroup"))?;
-            }
+            let new = cgroup.clone();
+            blocking::run("create the cgroup", move || new.create()).await?;
             let target = |id: &str| self.pid_namespace(id);
             if let Err(error) = spec::adapt(&mut spec, &options.rootfs, &cgroup, &self.sandbox, target) {
-                if is_new {
-                    let _ = cgroup.remove();
-                }
+                let _ = blocking::run("remove the cgroup", move || cgroup.remove()).await;
                 return Err(error);
             }
             if let Some(process) = spec.process_mut() {
@@ -93,6 +91,7 @@ impl Tasks {
             })
         };
         self.insert(&container)?;
+        drop(reservation);
         match self.create_inserted(&container, &spec, streams).await {
             Ok(pid) => Ok(pid),
             Err(error) => {

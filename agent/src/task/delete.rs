@@ -27,6 +27,9 @@ impl Tasks {
         exec_id: &str,
         limit: Option<Duration>,
     ) -> Result<(i32, ProcessExit), ServiceError> {
+        if exec_id.is_empty() {
+            self.wait_unreserved(id).await;
+        }
         let container = match self.get(id) {
             Err(error) if exec_id.is_empty() => {
                 // The container was never created, or creating it failed. Its volumes may exist nevertheless, because

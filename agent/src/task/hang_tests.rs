@@ -324,3 +324,17 @@ fn late_undo_of_a_freeze_does_not_reverse_a_newer_request() {
         assert!(guest.container.is_paused());
     });
 }
+
+#[tokio::test]
+async fn delete_waits_for_a_container_whose_cgroup_is_being_created() {
+    let guest = Guest::new(Phase::Running(7));
+    let reservation = guest.tasks.reserve("new").unwrap();
+    assert!(guest.tasks.reserve("new").is_err());
+    let mut deleting = pin!(guest.tasks.delete("new", "", None));
+    assert!(poll_all(deleting.as_mut()).await.is_pending());
+    let container = container_below(&guest.tasks.cgroups, "new");
+    container.init.advance(Phase::Stopped(9, ProcessExit { status: 0, at_ns: 1 }));
+    guest.tasks.insert(&container).unwrap();
+    drop(reservation);
+    assert_eq!(deleting.await.unwrap().0, 9);
+}

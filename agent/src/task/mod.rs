@@ -14,7 +14,7 @@ pub mod service;
 pub(crate) mod spec;
 mod time_namespace;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex};
 use husk_base::sync::lock;
 use husk_proto::agent::Exit;
 use libcontainer::oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec, Spec};
+use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use crate::cgroup::{self, Cgroup};
@@ -91,6 +92,8 @@ impl Container {
 /// All containers of the sandbox.
 pub struct Tasks {
     containers: Mutex<HashMap<String, Arc<Container>>>,
+    /// Ids of containers that are being created, but are not in `containers` yet.
+    reserved: watch::Sender<HashSet<String>>,
     hub: EventHub,
     streams: Streams,
     reaper: Reaper,
@@ -102,13 +105,34 @@ pub struct Tasks {
 impl Tasks {
     /// Creates the table of containers, which is empty at first.
     pub fn new(hub: EventHub, streams: Streams, reaper: Reaper, sandbox: Arc<Sandbox>) -> Self {
-        Self { containers: Mutex::default(), hub, streams, reaper, sandbox, cgroups: cgroup::MOUNT.into() }
+        Self {
+            containers: Mutex::default(),
+            reserved: Default::default(),
+            hub,
+            streams,
+            reaper,
+            sandbox,
+            cgroups: cgroup::MOUNT.into(),
+        }
     }
 
     /// Returns the container `id`.
     pub fn get(&self, id: &str) -> Result<Arc<Container>, ServiceError> {
         let containers = lock(&self.containers);
         containers.get(id).cloned().ok_or_else(|| ServiceError::NotFound(format!("task {id}")))
+    }
+
+    /// Reserves `id` for a new container, until the reservation is dropped.
+    fn reserve(&self, id: &str) -> Result<Reservation<'_>, ServiceError> {
+        if self.get(id).is_ok() || !self.reserved.send_if_modified(|ids| ids.insert(id.to_owned())) {
+            return Err(ServiceError::AlreadyExists(format!("task {id}")));
+        }
+        Ok(Reservation { tasks: self, id: id.to_owned() })
+    }
+
+    /// Waits while `id` is reserved.
+    async fn wait_unreserved(&self, id: &str) {
+        let _ = self.reserved.subscribe().wait_for(|ids| !ids.contains(id)).await;
     }
 
     fn insert(&self, container: &Arc<Container>) -> Result<(), ServiceError> {
@@ -147,6 +171,18 @@ impl Tasks {
                 record_exit(&container, &process, &hub, pid, exit);
             }
         });
+    }
+}
+
+/// The id of a container that is being created.
+struct Reservation<'a> {
+    tasks: &'a Tasks,
+    id: String,
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        self.tasks.reserved.send_if_modified(|ids| ids.remove(&self.id));
     }
 }
 

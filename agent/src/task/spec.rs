@@ -286,7 +286,7 @@ mod tests {
     fn equal_memory_and_swap_limits_disable_swap() {
         let adapted = |memory: &str| {
             let mut resources: LinuxResources = serde_json::from_str(&format!(r#"{{"memory":{memory}}}"#)).unwrap();
-            adapt_resources(&mut resources, &Cgroup::for_container("none")).unwrap();
+            adapt_resources(&mut resources, &Cgroup::below("/none".as_ref(), "none")).unwrap();
             resources.unified().as_ref().and_then(|unified| unified.get("memory.swap.max").cloned())
         };
         assert_eq!(adapted(r#"{"limit":100,"swap":100}"#).as_deref(), Some("0"));
@@ -298,8 +298,8 @@ mod tests {
     #[test]
     fn adapt_resources_refuses_paths_as_keys_of_unified() {
         let text = r#"{"unified":{"/proc/sys/kernel/core_pattern":"|/bin/x"}}"#;
-        let error =
-            adapt_resources(&mut serde_json::from_str(text).unwrap(), &Cgroup::for_container("none")).unwrap_err();
+        let error = adapt_resources(&mut serde_json::from_str(text).unwrap(), &Cgroup::below("/none".as_ref(), "none"))
+            .unwrap_err();
         assert!(
             error.to_string().contains("unified./proc/sys/kernel/core_pattern: the key must be a file name"),
             "{error}"
