@@ -11,6 +11,8 @@ const PARENT: &str = "husk";
 
 /// The kernel's default for the number of PIDs (`PID_MAX_DEFAULT` in include/linux/threads.h).
 const DEFAULT_PID_MAX: u64 = 32768;
+/// Directory with the kernel's limits of PIDs and threads.
+const LIMITS: &str = "/proc/sys/kernel";
 /// Maximum number of the guest's processes and threads that containers cannot use.
 const MAX_RESERVED_PIDS: u64 = 1024;
 
@@ -18,7 +20,11 @@ const MAX_RESERVED_PIDS: u64 = 1024;
 /// of processes and threads in all containers, so that the agent can always start threads and helpers. The async
 /// runtime panics if it cannot start the first thread of its blocking pool.
 pub fn init_root() -> io::Result<()> {
-    init_hierarchy(Path::new(MOUNT), pids_for_containers())
+    let limits = Path::new(LIMITS);
+    if let Err(error) = add_reserve(limits) {
+        tracing::warn!("failed to raise kernel.threads-max: {error}");
+    }
+    init_hierarchy(Path::new(MOUNT), pids_for_containers(limits))
 }
 
 fn init_hierarchy(root: &Path, pids_max: u64) -> io::Result<()> {
@@ -33,19 +39,30 @@ fn init_hierarchy(root: &Path, pids_max: u64) -> io::Result<()> {
 
 /// Limits the total number of processes and threads in all containers.
 pub fn limit_pids(max: u64) -> io::Result<()> {
-    fs::write(Path::new(MOUNT).join(PARENT).join("pids.max"), max.min(pids_for_containers()).to_string())
+    fs::write(
+        Path::new(MOUNT).join(PARENT).join("pids.max"),
+        max.min(pids_for_containers(Path::new(LIMITS))).to_string(),
+    )
+}
+
+/// Raises the kernel's limit of threads by the reserve of the agent, so that containers keep what they would have
+/// without the reserve. The kernel derives its limit from the guest's memory. A small guest has about 1000 threads.
+fn add_reserve(limits: &Path) -> io::Result<()> {
+    let path = limits.join("threads-max");
+    let max: u64 = fs::read_to_string(&path)?.trim().parse().map_err(io::Error::other)?;
+    fs::write(path, max.saturating_add((max / 4).min(MAX_RESERVED_PIDS)).to_string())
 }
 
 /// Returns the number of processes and threads that containers can use.
-fn pids_for_containers() -> u64 {
-    let limit = |name: &str| fs::read_to_string(Path::new("/proc/sys/kernel").join(name)).ok()?.trim().parse().ok();
+fn pids_for_containers(limits: &Path) -> u64 {
+    let limit = |name: &str| fs::read_to_string(limits.join(name)).ok()?.trim().parse().ok();
     let limits = ["threads-max", "pid_max"].into_iter().filter_map(limit);
     without_reserve(limits.min().unwrap_or(DEFAULT_PID_MAX))
 }
 
-/// Subtracts the reserve of the agent from the kernel's limit.
+/// Subtracts the reserve of the agent from the kernel's limit. This is the inverse of [`add_reserve`].
 fn without_reserve(limit: u64) -> u64 {
-    limit - (limit / 4).min(MAX_RESERVED_PIDS)
+    limit - (limit / 5).min(MAX_RESERVED_PIDS)
 }
 
 /// Cgroup of one container.
@@ -186,10 +203,28 @@ mod tests {
         let parent = root.path().join(PARENT);
         assert_eq!(fs::read_to_string(parent.join("cgroup.subtree_control")).unwrap(), "+memory +pids ");
         assert_eq!(fs::read_to_string(parent.join("pids.max")).unwrap(), "31744");
-        assert_eq!(without_reserve(1000), 750);
         assert_eq!(without_reserve(0), 0);
         let kernel: u64 = fs::read_to_string("/proc/sys/kernel/pid_max").unwrap().trim().parse().unwrap();
-        assert!(pids_for_containers() < kernel);
+        assert!(pids_for_containers(Path::new(LIMITS)) < kernel);
+    }
+
+    #[test]
+    fn reserve_does_not_take_threads_from_the_containers_of_a_small_guest() {
+        let limits = tempfile::tempdir().unwrap();
+        let threads = limits.path().join("threads-max");
+        fs::write(limits.path().join("pid_max"), "32768\n").unwrap();
+        for (at_boot, raised, containers) in [
+            ("1003\n", "1253", 1003),
+            ("1024\n", "1280", 1024),
+            ("4100\n", "5124", 4100),
+            ("7000\n", "8024", 7000),
+            ("63000\n", "64024", 31744),
+        ] {
+            fs::write(&threads, at_boot).unwrap();
+            add_reserve(limits.path()).unwrap();
+            assert_eq!(fs::read_to_string(&threads).unwrap(), raised);
+            assert_eq!(pids_for_containers(limits.path()), containers);
+        }
     }
 
     #[test]
