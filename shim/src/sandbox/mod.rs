@@ -13,6 +13,7 @@ mod notices;
 mod policy;
 mod propagation;
 pub mod state_dir;
+mod teardown;
 pub mod timeline;
 mod volume_updates;
 
@@ -95,6 +96,8 @@ pub struct Sandbox {
     oom_killed: Arc<AtomicBool>,
     /// Notified when the VMM reports that it has received SIGTERM or SIGINT.
     terminated: Arc<Notify>,
+    /// Whether the teardown has left the cgroup and the records to [`Sandbox::wait_for_stuck_vmm`].
+    left_for_later: AtomicBool,
 }
 
 /// The resources that a launch acquires before the guest boots. If the boot fails, the sandbox keeps these resources.
@@ -144,6 +147,7 @@ impl Sandbox {
             kill_reason: Arc::default(),
             oom_killed: Arc::default(),
             terminated: Arc::default(),
+            left_for_later: AtomicBool::new(false),
         })
     }
 
@@ -442,12 +446,6 @@ impl Sandbox {
         self.log_tail.console_tail()
     }
 
-    /// Flushes the guest's disks and kills the VM. Does not wait until the VM has ended.
-    async fn end(&self) {
-        self.flush_disks_within(self.timeout(disks::DISK_FLUSH_TIMEOUT)).await;
-        self.kill();
-    }
-
     /// Kills the VM, because of a request.
     pub fn kill(&self) {
         self.kill_because(ENDED_BY_REQUEST.into());
@@ -473,52 +471,5 @@ impl Sandbox {
             }
             vmm.kill();
         }
-    }
-
-    /// Ends the VM. Removes the sandbox's mounts, cgroup and directory from the host.
-    pub async fn tear_down(&self) {
-        self.end().await;
-        if let Some(vmm) = self.vmm() {
-            vmm.wait_exit_or_give_up().await;
-        }
-        if self.is_launched() {
-            // The task of `launch` knows the reason.
-            self.wait_end().await;
-        }
-        self.state.enter(State::Gone(ENDED_BY_REQUEST.into()));
-        self.timeline.mark("vmm gone");
-        self.propagation.stop();
-        match self.cgroup() {
-            // The cgroup of a process that does not exit cannot be removed. `wait_for_stuck_vmm` removes it later, and its
-            // record stays until then.
-            Some(cgroup) if self.has_vmm_process() => cgroup.leave(),
-            Some(cgroup) => cgroup.leave_and_remove().await,
-            None => {}
-        }
-        if self.has_vmm_process() {
-            self.dir.remove_except_cleanup();
-        } else {
-            self.dir.remove();
-        }
-        self.timeline.mark("torn down");
-        if let Some(launched) = self.launched.get() {
-            self.timeline.finish(&launched.timeline_log);
-        }
-    }
-
-    /// If the VMM process has not exited although it was killed, waits until it exits, and then removes its cgroup and the
-    /// records of both. The kernel removes a cgroup only when its last process has exited. Called when the shim has no
-    /// other work.
-    ///
-    /// The wait has no limit, because nothing else of the pod is left, and nobody waits for the shim. The caller may drop
-    /// the wait. The records then stay.
-    pub async fn wait_for_stuck_vmm(&self) {
-        let Some(vmm) = self.vmm().filter(|vmm| vmm.ended().is_none()) else { return };
-        tracing::warn!("the shim stays until the VMM process exits, which waits in the node's kernel");
-        vmm.wait().await;
-        if let Some(cgroup) = self.cgroup() {
-            cgroup.leave_and_remove().await;
-        }
-        self.dir.remove();
     }
 }
