@@ -113,7 +113,7 @@ pub struct Config {
     pub require_landlock: bool,
     /// Timeout for the agent's first answer, in seconds.
     pub start_timeout_secs: u64,
-    /// Factor by which the timeouts are multiplied that end a container or a pod.
+    /// Factor for the timeouts after which the shim kills the VM of a pod that does not end.
     pub timeout_factor: TimeoutFactor,
     /// How long containers may take to exit after their stop signals when the shim or the VMM gets SIGTERM, in seconds.
     pub shutdown_grace_secs: u64,

@@ -146,3 +146,34 @@ fn orderly_end_with_the_longest_grace_period_ends_before_the_vmm_gives_up() {
     let whole = husk_config::check::MAX_SHUTDOWN_GRACE_SECS + steps;
     assert!(whole < secs("vmm-glue/src/process/termination.rs", "END_TIMEOUT"), "{whole}");
 }
+
+#[test]
+fn action_delete_waits_longer_for_shutdown_than_the_shim_takes() {
+    let code = code();
+    let steps = [
+        ("shim/src/container/create.rs", "CANCEL_TIMEOUT"),
+        ("shim/src/sandbox/disks.rs", "DISK_FLUSH_TIMEOUT"),
+        ("shim/src/vm/vmm.rs", "VMM_EXIT_TIMEOUT"),
+        ("shim/src/sandbox/mod.rs", "REASON_TIMEOUT"),
+        ("shim/src/resources/cgroup/remove.rs", "CGROUP_EXIT_TIMEOUT"),
+        ("shim/src/systemd/mod.rs", "STOP_TIMEOUT"),
+    ];
+    for factor in [1, TEST_NODE, 10] {
+        let millis = |(file, name): (&str, &str)| {
+            let limit = code[&(file.to_owned(), name.to_owned())];
+            limit.millis * if limit.multiplied { factor } else { 1 }
+        };
+        let whole: u64 = steps.into_iter().map(millis).sum();
+        assert!(whole < millis(("shim/src/cli/delete.rs", "SHUTDOWN_TIMEOUT")), "{whole}");
+    }
+}
+
+#[test]
+fn output_leaves_the_agent_its_time_for_a_delete_request() {
+    let code = code();
+    let millis = |file: &str, name: &str| code[&(file.to_owned(), name.to_owned())].millis;
+    let escalation = "shim/src/container/escalation.rs";
+    let steps =
+        millis("shim/src/container/delete.rs", "INIT_OUTPUT_TIMEOUT") + millis(escalation, "AGENT_DELETE_TIMEOUT");
+    assert!(steps <= millis(escalation, "DELETE_TIMEOUT"), "{steps}");
+}

@@ -2,8 +2,9 @@
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
+use husk_config::BaseTimeout;
 use husk_proto::containerd::api::{DeleteResponse, ShutdownRequest, StateRequest};
 use husk_proto::containerd::shim_async::{Client, TaskClient};
 use protobuf::Message;
@@ -14,12 +15,17 @@ use crate::cli::Args;
 use crate::cli::bootstrap::Env;
 use crate::events::timestamp;
 use crate::oci::Bundle;
+use crate::sandbox::launch;
 use crate::sandbox::state_dir::StateDir;
+use crate::vm::agent::within;
 
 /// Exit status that `delete` reports: the status after SIGKILL. `delete` cannot know the task's real exit status.
 const EXIT_STATUS_KILLED: u32 = 128 + 9;
-/// Timeout of each request to the sandbox's shim.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
+/// Timeout of the request for a container's state, which the sandbox's shim answers at once.
+const REQUEST_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(3);
+/// Timeout of the Shutdown request. This is longer than the shim takes to cancel all creations, to flush the guest's
+/// disks, and to tear the sandbox down. A cleanup before that would kill the VM during the flush.
+const SHUTDOWN_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(15);
 
 /// Cleans up the container's sandbox, unless the sandbox's shim is alive and needed. Writes a DeleteResponse to stdout
 /// even if no cleanup is necessary.
@@ -68,14 +74,16 @@ fn has_other_containers(address: &Address, id: &str) -> bool {
     let probe = async {
         let stream = tokio::net::UnixStream::connect(address.path()).await.ok()?;
         let task = TaskClient::new(Client::new(Socket::from(stream)));
-        let context = || ttrpc::context::with_duration(REQUEST_TIMEOUT);
+        // If the configuration is invalid, the shim has not started the VM.
+        let factor = launch::config().map(|config| config.timeout_factor).unwrap_or_default();
+        let context = |base| within(factor.of(base));
         let state = StateRequest { id: id.to_owned(), ..Default::default() };
-        match task.state(context(), &state).await {
+        match task.state(context(REQUEST_TIMEOUT), &state).await {
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
             _ => return None,
         }
         let shutdown = ShutdownRequest { id: id.to_owned(), ..Default::default() };
-        task.shutdown(context(), &shutdown).await.ok()?;
+        task.shutdown(context(SHUTDOWN_TIMEOUT), &shutdown).await.ok()?;
         // A shim without containers now ends and removes its socket. In this case, `is_live` below returns false.
         Some(())
     };

@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::container::containers::{Container, Exec};
-use crate::container::escalation::{DELETE_TIMEOUT, KILL_ANSWER_TIMEOUT, SIGNAL_TIMEOUT};
+use crate::container::escalation::{AGENT_DELETE_TIMEOUT, DELETE_TIMEOUT, KILL_ANSWER_TIMEOUT, SIGNAL_TIMEOUT};
 use crate::container::process::{Exit, Process, State};
 use crate::container::{EXIT_STATUS_KILLED, Shim};
 use crate::error::ServiceError;
@@ -22,21 +22,19 @@ use crate::vm::agent::within;
 
 /// The number of SIGKILL, which ends a process in any state.
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
-/// After a container's exit, the shim copies the remaining output. If the shim copies no byte for this duration, the
-/// output counts as complete.
+/// After a container's exit, the shim copies the remaining output. After this duration, the output counts as complete.
 ///
-/// All processes of the container have ended. Therefore, only a client that does not read the output can delay the
-/// copying.
-const INIT_OUTPUT_IDLE_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(2);
-/// The counterpart of [`INIT_OUTPUT_IDLE_TIMEOUT`] if the shim has killed the VMM process, and the process waits in the
-/// host's kernel. The process keeps its sockets open. Therefore the output does not end, although no more data arrives.
+/// All processes of the container have ended. Therefore, only a client that does not read the output, or reads it
+/// slowly, can delay the copying. containerd sends Delete only when it has read the output. The time is short, so that
+/// enough of [`DELETE_TIMEOUT`] is left for the agent.
+const INIT_OUTPUT_TIMEOUT: BaseTimeout = BaseTimeout::from_millis(1500);
+/// If the shim has killed the VMM process, and the process waits in the host's kernel, the process keeps its sockets
+/// open. Therefore the output does not end, although no more data arrives. If the shim copies no byte for this
+/// duration, the output counts as complete.
 const STUCK_OUTPUT_IDLE_TIMEOUT: BaseTimeout = BaseTimeout::from_millis(400);
-/// The counterpart of [`INIT_OUTPUT_IDLE_TIMEOUT`] for an exec. This timeout is shorter, because a child of the exec
-/// can hold the exec's stdout open forever. runc's shim also waits 2 s.
+/// The counterpart of [`STUCK_OUTPUT_IDLE_TIMEOUT`] for an exec, because a child of the exec can hold the exec's stdout
+/// open forever. runc's shim also waits 2 s.
 const EXEC_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
-/// After this duration, the output of a container counts as complete even if more output arrives. A client that reads
-/// slowly must not delay the deletion for longer. containerd sends Delete only when it has read the output.
-const INIT_OUTPUT_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(3);
 /// The counterpart of [`INIT_OUTPUT_TIMEOUT`] for an exec. A child of the exec can write output forever.
 const EXEC_OUTPUT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout for the agent's answer to the request that deletes an exec. The shim then deletes the exec nevertheless.
@@ -147,7 +145,7 @@ impl Shim {
             && let Some(relay) = process.relay()
         {
             let stuck = self.vm_has_ended() && self.sandbox.has_vmm_process();
-            let idle = if stuck { STUCK_OUTPUT_IDLE_TIMEOUT } else { INIT_OUTPUT_IDLE_TIMEOUT };
+            let idle = if stuck { STUCK_OUTPUT_IDLE_TIMEOUT } else { INIT_OUTPUT_TIMEOUT };
             relay.drain(self.sandbox.timeout(idle), self.sandbox.timeout(INIT_OUTPUT_TIMEOUT)).await;
         }
         // The shim ends the VM when the sandbox container is deleted. The shim also ends the VM when the last container
@@ -159,14 +157,13 @@ impl Shim {
             self.end_vm_by_request(limit.saturating_sub(begin.elapsed())).await;
         } else if let Ok(agent) = self.agent().await {
             let request = DeleteRequest { id: container.id.clone(), ..Default::default() };
-            // The time for the output, and for the end of a cancelled creation, counts. Otherwise the request would take
-            // longer than its budget.
-            let whole = self.sandbox.timeout(DELETE_TIMEOUT);
-            let limit = whole.saturating_sub(begin.elapsed());
+            // The time for the output counts. Otherwise the request would take longer than its budget.
+            let rest = self.sandbox.timeout(DELETE_TIMEOUT).saturating_sub(begin.elapsed());
+            let limit = rest.max(self.sandbox.timeout(AGENT_DELETE_TIMEOUT));
             match agent.task.delete(within(limit), &request).await {
                 Ok(_) => {}
                 Err(error) if agent::is_timeout(&error) => {
-                    self.end_silent_vm(container, "delete", whole).await;
+                    self.end_silent_vm(container, "delete", limit).await;
                 }
                 Err(_) if self.sandbox.is_dead() => {}
                 Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}

@@ -11,6 +11,8 @@ use husk_config::BaseTimeout;
 
 use crate::container::Shim;
 use crate::container::containers::Container;
+#[cfg(doc)]
+use crate::container::exit_progress;
 use crate::sandbox::disks::DISK_FLUSH_TIMEOUT;
 
 /// Timeout for the agent's answer to a request that sends a signal. The agent answers without waiting for another
@@ -20,17 +22,27 @@ pub const SIGNAL_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(1);
 pub const KILL_ANSWER_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(2);
 /// How long a container may take to exit after SIGKILL.
 pub const KILL_EXIT_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(4);
-/// Timeout for the remaining output of a deleted container, and for the agent's answer to the request that deletes it.
-/// The container's processes have ended.
+/// How long after its arrival a Delete request waits for the agent's answer. The container's processes have ended. This
+/// includes the time for the remaining output, after which [`AGENT_DELETE_TIMEOUT`] is left.
 pub const DELETE_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(5);
+/// Minimum timeout for the agent's answer to the request that deletes a container. A client that reads the output
+/// slowly must not take the time from a guest that is healthy.
+pub const AGENT_DELETE_TIMEOUT: BaseTimeout = BaseTimeout::from_millis(3500);
 /// How long the shim waits for the exits of all containers after it has killed the VMM process. This is longer than
 /// `VMM_EXIT_TIMEOUT` with the last events.
 pub const VM_END_TIMEOUT: BaseTimeout = BaseTimeout::from_millis(1500);
 
+/// Returns the number of seconds, rounded up.
+fn whole_secs(limit: Duration) -> u64 {
+    limit.as_secs() + u64::from(limit.subsec_nanos() > 0)
+}
+
 impl Shim {
-    /// Kills the VM if the container's init process does not exit within [`KILL_EXIT_TIMEOUT`]. Returns at once. Only
-    /// the first call for a container has an effect. While the pod ends in an orderly way, the VM is not killed, because
-    /// the guest still has to flush its disks.
+    /// Kills the VM if the container's init process does not exit within [`KILL_EXIT_TIMEOUT`]. While the exit makes
+    /// progress, the process may take up to [`KILL_PROGRESS_TIMEOUT`](exit_progress::KILL_PROGRESS_TIMEOUT). Returns at
+    /// once. Only the first call for a container has an effect.
+    ///
+    /// While the pod ends in an orderly way, the VM is not killed, because the guest still has to flush its disks.
     pub(crate) fn expect_exit(self: &Arc<Self>, container: &Arc<Container>) {
         if !container.claim_exit_guard() {
             return;
@@ -38,10 +50,13 @@ impl Shim {
         let (shim, container) = (Arc::clone(self), Arc::clone(container));
         let limit = self.sandbox.timeout(KILL_EXIT_TIMEOUT);
         tokio::spawn(async move {
-            if tokio::time::timeout(limit, container.init.wait()).await.is_err() {
-                let (id, secs) = (&container.id, limit.as_secs());
-                shim.fail_vm(format!("container {id} did not exit within {secs} s after SIGKILL"));
-            }
+            let waited = tokio::select! {
+                biased;
+                _ = container.init.wait() => return,
+                waited = shim.wait_exit_stalls(&container, limit) => waited,
+            };
+            let (id, secs) = (&container.id, waited.as_secs());
+            shim.fail_vm(format!("container {id} did not exit within {secs} s after SIGKILL"));
         });
     }
 
@@ -49,7 +64,7 @@ impl Shim {
     /// the pod count as exited. The reason names `call`, which is a verb.
     pub(crate) async fn end_silent_vm(&self, container: &Container, call: &str, limit: Duration) {
         let id = &container.id;
-        self.end_vm(container, format!("the agent did not {call} container {id} within {} s", limit.as_secs())).await;
+        self.end_vm(container, format!("the agent did not {call} container {id} within {} s", whole_secs(limit))).await;
     }
 
     /// Kills the VM because of `reason`. Waits until the VM has ended.
@@ -61,8 +76,8 @@ impl Shim {
         }
     }
 
-    /// Kills the VM because of `reason`. Leaves the VM to the orderly end while that is in progress. The orderly end has
-    /// timeouts of its own.
+    /// Kills the VM because of `reason`. Leaves the VM to the orderly end while that is in progress. The orderly end
+    /// has timeouts of its own.
     fn fail_vm(&self, reason: String) {
         if self.is_ending() {
             tracing::warn!(reason, "the shim does not kill the VM yet, because the pod is ending");

@@ -4,6 +4,7 @@ pub mod containers;
 mod create;
 mod delete;
 pub mod escalation;
+pub mod exit_progress;
 #[cfg(test)]
 mod hung_guest_tests;
 #[cfg(test)]
@@ -20,6 +21,8 @@ pub mod process;
 mod resize;
 mod sandbox_container;
 pub mod sandbox_state;
+#[cfg(test)]
+mod slow_guest_tests;
 mod start;
 mod streams;
 
@@ -127,8 +130,8 @@ impl Shim {
         &self.events
     }
 
-    /// Tears the sandbox down, after the orderly end if that is in progress. Only the first call starts the teardown, but
-    /// every call waits until the teardown is complete.
+    /// Tears the sandbox down, after the orderly end if that is in progress. Only the first call starts the teardown,
+    /// but every call waits until the teardown is complete.
     pub async fn finish(self: &Arc<Self>) {
         if !self.finishing.swap(true, Ordering::Relaxed) {
             // Use a separate task, because the caller's future may be dropped.

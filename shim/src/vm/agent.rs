@@ -117,9 +117,13 @@ pub mod timeouts {
     pub const SLOW: Duration = Duration::from_secs(60);
 }
 
-/// Returns a ttrpc context with the timeout `limit`.
+/// Minimum timeout of a call. ttrpc would take a timeout of 0 for none.
+const MIN_LIMIT: Duration = Duration::from_millis(1);
+
+/// Returns a ttrpc context with the timeout `limit`. If `limit` is zero, because the time of a request is used up, the
+/// call still has a timeout.
 pub fn within(limit: Duration) -> Context {
-    ttrpc::context::with_duration(limit)
+    ttrpc::context::with_duration(limit.max(MIN_LIMIT))
 }
 
 impl Agent {
@@ -289,6 +293,15 @@ mod tests {
         let mut event = Event::new();
         event.set_exit(Exit { container_id: "c".into(), status, exited_at_ns: at, ..Default::default() });
         event
+    }
+
+    #[test]
+    fn every_call_has_a_deadline() {
+        // ttrpc waits without a limit if the timeout of a call is 0.
+        for limit in [Duration::ZERO, Duration::from_nanos(1)] {
+            assert!(within(limit).timeout_nano > 0, "{limit:?}");
+        }
+        assert_eq!(within(Duration::from_secs(1)).timeout_nano, 1_000_000_000);
     }
 
     #[test]

@@ -17,7 +17,9 @@ use husk_proto::containerd::api::{
     ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest,
     StartRequest, StartResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
+use husk_proto::containerd::cgroups_v2::metrics::{MemoryStat, Metrics};
 use husk_proto::containerd::shim_async::{Task, create_task};
+use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use tokio::sync::{broadcast, watch};
 use ttrpc::Code;
@@ -73,6 +75,8 @@ pub struct Script {
     pub exits_early: AtomicBool,
     /// Whether an exec that is killed exits a second later.
     pub exits_late: AtomicBool,
+    /// The memory of each container in bytes, and how much less it is after each query.
+    pub memory: Mutex<(u64, u64)>,
     guest: Mutex<Guest>,
     /// The guest's ends of the streams, by token.
     pub streams: Mutex<HashMap<String, UnixStream>>,
@@ -90,6 +94,7 @@ impl Script {
             honest: AtomicBool::new(true),
             exits_early: AtomicBool::new(false),
             exits_late: AtomicBool::new(false),
+            memory: Mutex::default(),
             guest: Mutex::default(),
             streams: Mutex::default(),
             events: broadcast::channel(256).0,
@@ -363,8 +368,13 @@ impl Task for ScriptedAgent {
     }
 
     async fn stats(&self, _: &TtrpcContext, _: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        call(&self.0, "stats", |_| {
-            let any = Any { type_url: husk_proto::metrics::TYPE_URL.to_owned(), ..Default::default() };
+        call(&self.0, "stats", |script| {
+            let mut memory = lock(&script.memory);
+            let stat = MemoryStat { anon: memory.0, ..Default::default() };
+            memory.0 = memory.0.saturating_sub(memory.1);
+            let metrics = Metrics { memory: Some(stat).into(), ..Default::default() };
+            let type_url = husk_proto::metrics::TYPE_URL.to_owned();
+            let any = Any { type_url, value: metrics.write_to_bytes().unwrap(), ..Default::default() };
             Ok(StatsResponse { stats: Some(any).into(), ..Default::default() })
         })
         .await
