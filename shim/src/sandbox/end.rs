@@ -85,7 +85,8 @@ impl End {
         tracing::debug!(reason, "the VM has ended");
         let agent = self.state.agent();
         self.state.enter(State::Gone(reason.into()));
-        // A process that does not exit keeps the connection open. Without the close, calls would wait for their timeouts.
+        // A process that does not exit keeps the connection open. Without the close, calls would wait for their
+        // timeouts.
         if let Some(agent) = agent {
             agent.close();
         }
@@ -103,7 +104,8 @@ impl End {
 /// killed the process, and `limit` is how long the shim has waited.
 pub fn stuck(killed: &str, limit: Duration) -> String {
     format!(
-        "{killed}; the VMM process did not exit within {} s after SIGKILL, because a thread waits in the host's kernel",
+        "{killed}; the VMM process did not exit within {} s after SIGKILL, perhaps because a thread waits in the host's \
+         kernel",
         limit.as_secs()
     )
 }
@@ -133,6 +135,8 @@ async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mp
     tokio::pin!(vmm_ended);
     let reason = loop {
         let event = tokio::select! {
+            // Events that have arrived come first, even if the shim runs so late that the time for them is over.
+            biased;
             event = events.recv() => event,
             () = &mut vmm_ended => break "the connection to the agent did not end".to_owned(),
         };
