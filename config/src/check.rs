@@ -20,8 +20,8 @@ const MIN_VM_MIB: u64 = 64;
 /// Maximum VM memory, in MiB (64 TiB). No x86 host has more memory than that. Sums of sizes up to this maximum cannot
 /// overflow.
 const MAX_VM_MIB: u64 = 64 << 20;
-/// Maximum grace period of a pod's orderly end, in seconds. After the grace period, the shim needs up to 37 s for the pod's
-/// end, and the VMM waits 60 s for this end.
+/// Maximum grace period of a pod's orderly end, in seconds. After the grace period, the shim needs up to 37 s for the
+/// pod's end, and the VMM waits 60 s for this end.
 pub const MAX_SHUTDOWN_GRACE_SECS: u64 = 20;
 /// Maximum length of additional kernel parameters, in bytes. An x86-64 kernel's command line has at most 2048 bytes
 /// (COMMAND_LINE_SIZE), and the VMM needs a part of these bytes for its own parameters.

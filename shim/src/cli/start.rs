@@ -116,8 +116,8 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     }
 }
 
-/// Ends the daemon, and removes what it has made. Also removes the `address` file of the bundle. A containerd that gets no
-/// reply does not know the daemon. Waits at most 5 s for the daemon, because a thread of it can wait in the kernel.
+/// Ends the daemon, and removes what it has made. Also removes the `address` file of the bundle. A containerd that gets
+/// no reply does not know the daemon. Waits at most 5 s for the daemon, because a thread of it can wait in the kernel.
 fn abandon(daemon: Pid, state: &StateDir, address: &Address, bundle: &Path) {
     if let Some(process) = ProcessId::read(daemon.as_raw().cast_unsigned()) {
         process.kill_and_wait();

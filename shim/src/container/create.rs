@@ -38,8 +38,8 @@ use crate::volumes::mirror;
 
 /// How long a request to delete a container may wait for the end of the container's creation.
 const CANCEL_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(4);
-/// Timeout for the agent's answer to the request that deletes a container whose creation was cancelled. If it expires, the
-/// agent still gets the request, because the requests arrive in order.
+/// Timeout for the agent's answer to the request that deletes a container whose creation was cancelled. If it expires,
+/// the agent still gets the request, because the requests arrive in order.
 const UNDO_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(2);
 
 /// How long the removal of a container's mounts may take. A file system of the host that hangs can delay it. The

@@ -25,8 +25,8 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the last output of all containers together may take.
 const OUTPUT_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long the shim serves requests after the end. containerd deletes the containers when it gets their exits, and then
-/// sends Shutdown. If the shim ended before, containerd would record the status 137 for each container.
+/// How long the shim serves requests after the end. containerd deletes the containers when it gets their exits, and
+/// then sends Shutdown. If the shim ended before, containerd would record the status 137 for each container.
 pub(super) const LAST_REQUESTS_TIMEOUT: Duration = Duration::from_secs(5);
 /// The reason of the VM's end.
 const REASON: &str = "the shim or the VMM received SIGTERM or SIGINT, and the shim has ended the pod";
@@ -99,8 +99,8 @@ impl Shim {
     }
 
     async fn stop_container(self: Arc<Self>, container: Arc<Container>) {
-        // Before its start, the program has no handler for the signal. The kernel then drops the signal, because the program
-        // is the first process of a PID namespace (pid_namespaces(7)).
+        // Before its start, the program has no handler for the signal. The kernel then drops the signal, because the
+        // program is the first process of a PID namespace (pid_namespaces(7)).
         container.init.wait_start().await;
         if container.is_paused()
             && let Some(agent) = self.sandbox.agent()

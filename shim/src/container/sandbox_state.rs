@@ -142,8 +142,8 @@ impl Shim {
         Ok(())
     }
 
-    /// Ends the VM, and waits until the sandbox's exit has been recorded. While the pod ends in an orderly way, the wait has
-    /// a limit.
+    /// Ends the VM, and waits until the sandbox's exit has been recorded. While the pod ends in an orderly way, the
+    /// wait has a limit.
     pub(crate) async fn stop_sandbox(&self) {
         self.sandbox_state.begin_stop();
         // If the sandbox was never launched, this drop closes the channel for the agent's reports.

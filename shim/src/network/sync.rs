@@ -145,7 +145,8 @@ impl Pace {
         delay
     }
 
-    /// Records that an update has ended. The time of a long update is no time without a change.
+    /// Records that an update has ended. The quiet time begins now, because the network can have changed during the
+    /// update.
     fn update_ended(&mut self) {
         self.last = Instant::now();
     }
@@ -302,8 +303,8 @@ async fn read_change(watcher: &Arc<Mutex<NetworkWatcher>>) -> Result<Option<Netw
     Ok(changes.await.map_err(|error| NetworkSyncError::Thread(io::Error::other(error)))??)
 }
 
-/// Removes the taps and tc filters in a new thread, because [`NetworkWatcher::remove_all`] permanently moves the calling
-/// thread to the pod's network namespace.
+/// Removes the taps and tc filters in a new thread, because [`NetworkWatcher::remove_all`] permanently moves the
+/// calling thread to the pod's network namespace.
 fn remove_all(watcher: Arc<Mutex<NetworkWatcher>>) {
     let thread = std::thread::Builder::new().name("pod-network".into()).spawn(move || lock(&watcher).remove_all());
     if let Err(error) = thread {

@@ -30,8 +30,8 @@ pub fn enter(dir: &StateDir, planned: PlannedCgroup) -> Result<Result<Cgroup, Cg
 
 /// Records a cgroup before it is created, unless it exists already. Returns whether it was recorded.
 ///
-/// A cgroup that exists can belong to another sandbox. If the shim died before it knew, the action `delete` would stop the
-/// other sandbox's scope.
+/// A cgroup that exists can belong to another sandbox. If the shim died before it knew, the action `delete` would stop
+/// the other sandbox's scope.
 fn record_unless_exists(dir: &StateDir, parts: (&CgroupLocation, Option<&Unit>)) -> Result<bool, StateError> {
     let exists = parts.0.dirs().any(Path::exists);
     if !exists {

@@ -17,8 +17,8 @@ pub const ROOT: &str = "/run/husk";
 
 /// File with the record that `husk ps` reads.
 const RECORD: &str = "sandbox.json";
-/// File that exists while the sandbox's shim waits for a VMM process that does not exit. The shim then removes the cgroup
-/// and the directory itself.
+/// File that exists while the sandbox's shim waits for a VMM process that does not exit. The shim then removes the
+/// cgroup and the directory itself.
 const STUCK: &str = "stuck";
 /// Files that a cleanup needs: the processes, the cgroup and the systemd scope.
 const CLEANUP: [&str; 4] = ["vmm.pid", "shim.pid", "cgroup", "unit"];
@@ -197,8 +197,8 @@ impl StateDir {
         Share { host: self.path.join("share"), guest: self.path.join("guest") }.unmount();
     }
 
-    /// Removes the known files that `select` selects. Removes nothing else, and never recursively, because a file system
-    /// may be mounted below the directory.
+    /// Removes the known files that `select` selects. Removes nothing else, and never recursively, because a file
+    /// system may be mounted below the directory.
     fn remove_files(&self, select: impl Fn(&str) -> bool) {
         let others = ["address", "timeline.json", RECORD, RECORD_NEW, STUCK];
         let all = CLEANUP.iter().chain(&others).chain(&crate::pod::FILES);

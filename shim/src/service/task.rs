@@ -276,8 +276,8 @@ impl Task for Handler {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // containerd 1.7 sends this request after the deletion of each task of a pod. A creation of another container must
-        // then continue.
+        // containerd 1.7 sends this request after the deletion of each task of a pod. A creation of another container
+        // must then continue.
         if self.shim.containers.all().is_empty() {
             self.shim.cancel_all_creations().await;
         }

@@ -5,8 +5,8 @@
 //! a task of the connection sends the request, even if the caller goes away. The agent gets all requests in the order
 //! in which they were made. For example, it gets the request to delete a container after the request to create it.
 //!
-//! A request whose timeout has expired before its first byte was sent is dropped, if its caller must be able to rely on its
-//! failure ([`limit`]).
+//! A request whose timeout has expired before its first byte was sent is dropped, if its caller must be able to rely on
+//! its failure ([`limit`]).
 
 use std::collections::VecDeque;
 use std::io;
@@ -70,10 +70,10 @@ impl Waiter {
 /// Returns the timeout of a request that must not reach the agent after its timeout. Returns `None` for all other
 /// messages.
 ///
-/// The caller of a Create, Start, Exec, Pause, Resume or Update request has been told that the request has failed, and may
-/// repeat it. Kill and Delete are still wanted: a client that has sent SIGTERM waits for its effect, and the agent must not
-/// keep a container that the shim has deleted. The requests of Husk's own service, such as updates of volumes and of the
-/// network, change a state that both sides follow.
+/// The caller of a Create, Start, Exec, Pause, Resume or Update request has been told that the request has failed, and
+/// may repeat it. Kill and Delete are still wanted: a client that has sent SIGTERM waits for its effect, and the agent
+/// must not keep a container that the shim has deleted. The requests of Husk's own service, such as updates of volumes
+/// and of the network, change a state that both sides follow.
 fn limit(message: &[u8]) -> Option<Duration> {
     let (header, body) = message.split_first_chunk::<MESSAGE_HEADER_LENGTH>()?;
     if MessageHeader::from(*header).type_ != MESSAGE_TYPE_REQUEST {

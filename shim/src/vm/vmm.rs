@@ -208,8 +208,8 @@ fn reap(pid: u32) -> ExitStatus {
 }
 
 impl Vmm {
-    /// Registers the fds of a started VMM with the async runtime. Forwards the VMM's notices to `notices`. `factor` is the
-    /// node's factor.
+    /// Registers the fds of a started VMM with the async runtime. Forwards the VMM's notices to `notices`. `factor` is
+    /// the node's factor.
     ///
     /// # Errors
     /// [`VmmError::Watch`] if the fds cannot be registered. This function waits until the process has exited

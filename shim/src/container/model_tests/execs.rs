@@ -14,8 +14,8 @@ const TURNS: usize = 32;
 /// The exec that waits for its turn.
 pub const LAST_EXEC: &str = "last";
 
-/// Starts as many execs of the container `a` as there are turns, and then [`LAST_EXEC`]. Returns the start of the latter.
-/// The agent does not answer the method `exec`.
+/// Starts as many execs of the container `a` as there are turns, and then [`LAST_EXEC`]. Returns the start of the
+/// latter. The agent does not answer the method `exec`.
 pub async fn start_more_execs_than_turns(model: &Model) -> JoinHandle<ttrpc::Result<StartResponse>> {
     model.script.hang("exec");
     for number in 0..TURNS {

@@ -71,8 +71,8 @@ impl Watchers {
     /// Returns a subscription without directories. Creates the inotify instance if there is none.
     ///
     /// # Errors
-    /// If a limit of the node is reached, for example EMFILE for fs.inotify.max_user_instances, or if the other shims of
-    /// the node have all instances that shims may have.
+    /// If a limit of the node is reached, for example EMFILE for fs.inotify.max_user_instances, or if the other shims
+    /// of the node have all instances that shims may have.
     pub async fn subscribe(&self) -> io::Result<Subscription> {
         let current = lock(&self.0).upgrade();
         let watcher = match current {
