@@ -83,8 +83,13 @@ impl CheckedFs {
     }
 
     /// Waits for a limited time while fds are scarce. A request that may open a file calls this function first.
-    pub fn wait_for_fd(&self) {
+    fn wait_for_fd(&self) {
         self.fd_limit.wait_for_fd();
+    }
+
+    /// Waits as [`CheckedFs::wait_for_fd`] does. A request that may open the file of a node calls this function first.
+    pub fn wait_for_fd_of(&self, inode: Inode) {
+        if is_temporary(inode) { self.fd_limit.wait_for_temporary() } else { self.wait_for_fd() }
     }
 
     /// Creates a file without a name, and opens it (TMPFILE).
@@ -96,7 +101,7 @@ impl CheckedFs {
         flags: u32,
         umask: u32,
     ) -> io::Result<(Entry, Handle, OpenOptions)> {
-        self.wait_for_fd();
+        self.fd_limit.wait_for_temporary();
         self.wait_for_space(parent);
         let (entry, handle) = self.fs.create_temporary(ctx, parent, mode, flags, umask)?;
         self.nodes.add_unnamed(parent, entry.inode);
@@ -333,9 +338,11 @@ impl FileSystem for CheckedFs {
     ) -> io::Result<()> {
         self.locks.release(inode, handle);
         // Closing the handle also ends the lock of flock(2).
-        closing::while_open(&*self.fs, ctx, inode, handle, || {
+        let released = closing::while_open(&*self.fs, ctx, inode, handle, || {
             self.fs.release(ctx, inode, flags, handle, flush, flock_release, lock_owner)
-        })
+        });
+        self.fd_limit.released();
+        released
     }
 
     fn releasedir(&self, ctx: Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()> {
@@ -382,7 +389,7 @@ impl FileSystem for CheckedFs {
 
     fn open(&self, ctx: Context, inode: Inode, kill_priv: bool, flags: u32) -> io::Result<Opened> {
         request_checks::open_flags(flags)?;
-        self.wait_for_fd();
+        self.wait_for_fd_of(inode);
         let (handle, options) = self.fs.open(ctx, inode, kill_priv, flags)?;
         Ok((handle, self.with_lock_option(inode, handle, options)))
     }

@@ -28,9 +28,10 @@ impl FdBudget {
         Arc::new(Self { max, open: AtomicU64::new(0) })
     }
 
-    /// Returns whether few fds are left.
-    pub fn is_scarce(&self) -> bool {
-        self.open.load(Ordering::Relaxed) >= self.max - self.max / SPARE_FRACTION
+    /// If few fds are left, returns the number of open ones.
+    pub fn open_if_scarce(&self) -> Option<u64> {
+        let open = self.open.load(Ordering::Relaxed);
+        (open >= self.max - self.max / SPARE_FRACTION).then_some(open)
     }
 
     /// Counts an open file. Closes the file and returns ENFILE if the budget is used up.
@@ -72,11 +73,11 @@ mod tests {
         let budget = FdBudget::new(8);
         let open = || budget.count(File::open("/dev/null").unwrap());
         let mut held: Vec<CountedFile> = (0..6).map(|_| open().unwrap()).collect();
-        assert!(!budget.is_scarce());
+        assert_eq!(budget.open_if_scarce(), None);
         held.extend([open().unwrap(), open().unwrap()]);
-        assert!(budget.is_scarce());
+        assert_eq!(budget.open_if_scarce(), Some(8));
         assert_eq!(open().err().unwrap().raw_os_error(), Some(libc::ENFILE));
         held.truncate(6);
-        assert!(!budget.is_scarce() && open().is_ok());
+        assert!(budget.open_if_scarce().is_none() && open().is_ok());
     }
 }

@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use husk_base::sync::{lock, wait_timeout};
@@ -17,8 +17,11 @@ use super::fd_budget::FdBudget;
 
 /// While fds are not scarce, only every 64th call of [`FdLimit::wait_for_fd`] counts the open fds.
 const CHECK_INTERVAL: u32 = 64;
-/// Minimum time between two requests to the shim.
+/// Minimum time between two requests to the shim for the same kind of shortage.
 const REQUEST_INTERVAL: Duration = Duration::from_secs(1);
+/// Maximum time after which a request is repeated although the earlier ones freed nothing. The guest may have closed
+/// files meanwhile, which it can forget now.
+const MAX_REQUEST_INTERVAL: Duration = Duration::from_secs(64);
 /// Maximum time that requests wait, counted from the time at which fds became scarce. After this time, requests proceed
 /// although fds are scarce, and may fail.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -32,11 +35,19 @@ pub struct FdLimit {
     fd_directory: File,
     /// Fds are scarce if at least this number of fds are open.
     threshold: u64,
-    /// Fds are also scarce if few of this budget are left.
+    /// The fds of temporary files.
     budget: Arc<FdBudget>,
     request_forget: RequestForget,
     /// Number of calls of [`FdLimit::wait_for_fd`].
     count: AtomicU32,
+    all: Shortage,
+    /// A shortage of fds for temporary files only. Other requests do not wait for its end.
+    temporary: Shortage,
+}
+
+/// A shortage of one kind of fds.
+#[derive(Default)]
+struct Shortage {
     scarce: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
@@ -46,12 +57,23 @@ pub struct FdLimit {
 struct State {
     /// Time at which fds became scarce.
     scarce_since: Option<Instant>,
-    last_request: Option<Instant>,
+    last_request: Option<Request>,
+}
+
+/// A request to the shim.
+#[derive(Clone, Copy)]
+struct Request {
+    at: Instant,
+    /// Number of fds that were open.
+    open: u64,
+    /// Time until the next request if this one frees nothing.
+    interval: Duration,
 }
 
 impl FdLimit {
-    /// Creates a watcher. While at least `threshold` fds are open, or `budget` is scarce, and requests wait, the waiting requests call
-    /// `request_forget` at most once per [`REQUEST_INTERVAL`]. `fd_directory` is /proc/self/fd.
+    /// Creates a watcher. While at least `threshold` fds are open, or `budget` is scarce, waiting requests call
+    /// `request_forget`. They call it at most once per [`REQUEST_INTERVAL`], and more rarely if the earlier calls freed
+    /// nothing. `fd_directory` is /proc/self/fd.
     pub fn new(fd_directory: File, threshold: u64, budget: Arc<FdBudget>, request_forget: RequestForget) -> Self {
         Self {
             fd_directory,
@@ -59,9 +81,8 @@ impl FdLimit {
             budget,
             request_forget,
             count: AtomicU32::new(0),
-            scarce: AtomicBool::new(false),
-            state: Mutex::default(),
-            changed: Condvar::new(),
+            all: Shortage::default(),
+            temporary: Shortage::default(),
         }
     }
 
@@ -69,54 +90,91 @@ impl FdLimit {
     /// file must call this function first.
     pub fn wait_for_fd(&self) {
         let check = self.count.fetch_add(1, Ordering::Relaxed).is_multiple_of(CHECK_INTERVAL);
-        if check || self.scarce.load(Ordering::Relaxed) || self.budget.is_scarce() {
-            self.wait();
+        if check || self.all.is_scarce() {
+            self.all.wait(|| self.open_if_scarce(), &self.request_forget);
         }
     }
 
-    /// Wakes the requests that wait for an fd. The caller calls this function after the guest has forgotten files.
+    /// Waits as [`FdLimit::wait_for_fd`] does, and also while the fds of temporary files are scarce. A request that may
+    /// open a temporary file must call this function first.
+    pub fn wait_for_temporary(&self) {
+        self.wait_for_fd();
+        if self.temporary.is_scarce() || self.budget.open_if_scarce().is_some() {
+            self.temporary.wait(|| self.budget.open_if_scarce(), &self.request_forget);
+        }
+    }
+
+    /// Wakes the requests that wait for an fd. The caller calls this function after the guest has forgotten or closed
+    /// files.
     pub fn released(&self) {
-        if self.scarce.load(Ordering::Relaxed) {
-            // Take the lock before the notification. A thread that finds the threshold reached holds the lock until
-            // it waits for the notification. Therefore, the thread cannot miss the notification.
-            drop(self.lock());
+        self.all.wake();
+        self.temporary.wake();
+    }
+
+    /// If fds are scarce, returns the number of open fds.
+    fn open_if_scarce(&self) -> Option<u64> {
+        // Since Linux 6.2, the size of /proc/self/fd is the number of open fds (proc_readfd_count() in fs/proc/fd.c).
+        // On older kernels, this size is 0, and the number of a new fd is used instead. A new fd gets the lowest free
+        // number, and therefore all lower numbers are in use.
+        let count = self.fd_directory.metadata().map_or(0, |directory| directory.len());
+        let lowest_free = self.fd_directory.try_clone().map_or(u64::MAX, |file| file.as_raw_fd().unsigned_abs().into());
+        Some(count.max(lowest_free)).filter(|&open| open >= self.threshold)
+    }
+}
+
+impl Shortage {
+    fn is_scarce(&self) -> bool {
+        self.scarce.load(Ordering::Relaxed)
+    }
+
+    fn wake(&self) {
+        if self.is_scarce() {
+            // Take the lock before the notification. A thread that finds fds scarce holds the lock until it waits for
+            // the notification. Therefore, the thread cannot miss the notification.
+            drop(lock(&self.state));
             self.changed.notify_all();
         }
     }
 
-    fn wait(&self) {
-        let mut state = self.lock();
+    /// Waits while `open_if_scarce` returns a number of open fds.
+    fn wait(&self, open_if_scarce: impl Fn() -> Option<u64>, request_forget: &RequestForget) {
+        let mut state = lock(&self.state);
         loop {
-            if self.is_below_threshold() {
+            let Some(open) = open_if_scarce() else {
                 state.scarce_since = None;
                 self.scarce.store(false, Ordering::Relaxed);
                 return;
-            }
+            };
             self.scarce.store(true, Ordering::Relaxed);
             let waited = state.scarce_since.get_or_insert_with(Instant::now).elapsed();
-            if state.last_request.is_none_or(|last| last.elapsed() >= REQUEST_INTERVAL) {
-                state.last_request = Some(Instant::now());
+            if state.begin_request(Instant::now(), open) {
                 drop(state);
-                (self.request_forget)();
-                state = self.lock();
+                request_forget();
+                state = lock(&self.state);
                 continue;
             }
             let Some(left) = TIMEOUT.checked_sub(waited).filter(|left| !left.is_zero()) else { return };
             (state, _) = wait_timeout(&self.changed, state, left.min(REQUEST_INTERVAL));
         }
     }
+}
 
-    fn is_below_threshold(&self) -> bool {
-        // Since Linux 6.2, the size of /proc/self/fd is the number of open fds (proc_readfd_count() in fs/proc/fd.c).
-        // On older kernels, this size is 0, and the number of a new fd is used instead. A new fd gets the lowest free
-        // number, and therefore all lower numbers are in use.
-        let count = self.fd_directory.metadata().map_or(0, |directory| directory.len());
-        let lowest_free = self.fd_directory.try_clone().map_or(u64::MAX, |file| file.as_raw_fd().unsigned_abs().into());
-        count.max(lowest_free) < self.threshold && !self.budget.is_scarce()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
+impl State {
+    /// Returns whether to send a request to the shim, and records the request. Files that the guest has open cannot be
+    /// forgotten. Therefore, the time between requests that free nothing doubles.
+    fn begin_request(&mut self, now: Instant, open: u64) -> bool {
+        let interval = match self.last_request {
+            None => REQUEST_INTERVAL,
+            Some(last) => {
+                let freed = open < last.open;
+                if now.duration_since(last.at) < if freed { REQUEST_INTERVAL } else { last.interval } {
+                    return false;
+                }
+                if freed { REQUEST_INTERVAL } else { (last.interval * 2).min(MAX_REQUEST_INTERVAL) }
+            }
+        };
+        self.last_request = Some(Request { at: now, open, interval });
+        true
     }
 }
 
@@ -150,7 +208,7 @@ mod tests {
         limit.released();
         waiting.join().unwrap();
         limit.wait_for_fd();
-        assert!(requested.try_recv().is_err() && !limit.scarce.load(Ordering::Relaxed));
+        assert!(requested.try_recv().is_err() && !limit.all.is_scarce());
     }
 
     #[test]
@@ -167,21 +225,39 @@ mod tests {
         limit.wait_for_fd();
         assert!(began.elapsed() < REQUEST_INTERVAL);
     }
+
     #[test]
     #[cfg_attr(miri, ignore = "the fds in /proc are those of the interpreter")]
-    fn request_waits_while_the_budget_is_scarce() {
+    fn scarce_budget_stops_only_requests_for_temporary_files() {
         let budget = FdBudget::new(1);
         let held = budget.count(File::open("/dev/null").unwrap()).unwrap();
         let (requests, requested) = channel();
         let request = Box::new(move || requests.send(()).unwrap());
         let limit = Arc::new(FdLimit::new(fd_directory(), u64::MAX, budget, request));
+        limit.wait_for_fd();
+        assert!(requested.try_recv().is_err());
         let waiting = std::thread::spawn({
             let limit = Arc::clone(&limit);
-            move || limit.wait_for_fd()
+            move || limit.wait_for_temporary()
         });
         requested.recv().unwrap();
+        limit.wait_for_fd();
         drop(held);
         limit.released();
         waiting.join().unwrap();
+        limit.wait_for_temporary();
+        assert!(!limit.temporary.is_scarce());
+    }
+
+    #[test]
+    fn requests_become_rarer_while_they_free_nothing() {
+        let (mut state, began) = (State::default(), Instant::now());
+        let seconds = |state: &mut State, from: u64, open: u64| -> Vec<u64> {
+            let due = |&at: &u64| state.begin_request(began + Duration::from_secs(at), open);
+            (from..from + 300).filter(due).collect()
+        };
+        assert_eq!(seconds(&mut state, 0, 28), [0, 1, 3, 7, 15, 31, 63, 127, 191, 255]);
+        // A request that freed files is repeated soon.
+        assert_eq!(seconds(&mut state, 300, 27)[..3], [300, 301, 303]);
     }
 }

@@ -129,7 +129,7 @@ impl FuseServer {
             return Some(reply_error(&chain, unique, libc::EINVAL));
         };
         // The request may open the file once more.
-        self.fs.wait_for_fd();
+        self.fs.wait_for_fd_of(nodeid);
         let locks = self.fs.locks();
         if opcode == GETLK {
             return Some(match locks.get(nodeid, &request) {

@@ -173,7 +173,7 @@ struct Active {
 
 impl Fs {
     /// Creates the device and its worker threads. The share's directory must exist. When few fds are left, a worker
-    /// thread calls `request_forget` at most once a second. `request_forget` should make the guest forget files.
+    /// thread calls `request_forget` at most twice a second. `request_forget` should make the guest forget files.
     pub fn new(
         share: &ShareConfig,
         belongings: Belongings,
