@@ -57,13 +57,14 @@ impl ShareFs {
         closing::with_file(self, ctx, inode, handle, call)
     }
 
+    /// Calls a function with an O_PATH fd of a directory. This fd needs no read permission, and no request to a server.
     fn with_directory<T>(
         &self,
         ctx: Context,
         inode: Inode,
         call: impl FnOnce(&File) -> io::Result<T>,
     ) -> io::Result<T> {
-        let flags = (libc::O_RDONLY | libc::O_DIRECTORY).cast_unsigned();
+        let flags = (libc::O_PATH | libc::O_DIRECTORY).cast_unsigned();
         let handle = self.passthrough.opendir(ctx, inode, flags)?.0.ok_or(io::ErrorKind::NotADirectory)?;
         let result = self.with_file(ctx, inode, handle, call);
         closing::close(&self.passthrough, ctx, inode, handle);
@@ -167,8 +168,14 @@ impl FileSystem for ShareFs {
             closing::close(&self.passthrough, ctx, alias, handle);
         }
         let flags = flags & !(libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC).cast_unsigned();
-        let (handle, options) = self.temporary.open(ctx, entry.inode, false, flags)?;
-        Ok((entry, handle, options))
+        match self.temporary.open(ctx, entry.inode, false, flags) {
+            Ok((handle, options)) => Ok((entry, handle, options)),
+            Err(error) => {
+                // The guest does not get the entry, which `known` has counted.
+                self.forget(ctx, entry.inode, 1);
+                Err(error)
+            }
+        }
     }
 
     fn link(&self, ctx: Context, inode: Inode, newparent: Inode, newname: &CStr) -> io::Result<Entry> {
@@ -262,11 +269,10 @@ impl FileSystem for ShareFs {
         let mut from = i64::try_from(offset_in).map_err(|_| invalid())?;
         let mut to = i64::try_from(offset_out).map_err(|_| invalid())?;
         let len = usize::try_from(len).unwrap_or(usize::MAX);
-        self.with_file(ctx, inode_in, handle_in, |source| {
-            self.with_file(ctx, inode_out, handle_out, |target| {
-                Ok(copy_file_range(source, Some(&mut from), target, Some(&mut to), len)?)
-            })
-        })
+        // A long copy must not hold virtiofsd's locks of the handles.
+        let source = self.with_file(ctx, inode_in, handle_in, File::try_clone)?;
+        let target = self.with_file(ctx, inode_out, handle_out, File::try_clone)?;
+        Ok(copy_file_range(source, Some(&mut from), target, Some(&mut to), len)?)
     }
 
     fn release(

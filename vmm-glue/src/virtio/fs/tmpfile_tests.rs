@@ -17,7 +17,7 @@ use super::test_guest::*;
 use super::test_tree::Tree;
 use crate::jail::{Belongings, restrict};
 
-/// FATTR_KILL_SUIDGID is not set, so that the guest's kernel is not asked to clear the mode's bits.
+/// The flags of open(2) with which most tests create a file.
 const FLAGS: i32 = libc::O_TMPFILE | libc::O_RDWR;
 /// First number of the nodes and handles of temporary files.
 const FIRST: u64 = 1 << 63;
@@ -27,6 +27,34 @@ const OPENED: usize = 128;
 
 fn tmpfile_body(flags: i32, mode: u32, umask: u32) -> Vec<u8> {
     [&words([flags.cast_unsigned(), mode, umask, 0])[..], b"/\0"].concat()
+}
+
+/// Creates files without a name until this fails. Returns their nodes and handles, and the errno.
+fn create_all(guest: &mut Guest) -> (Vec<(u64, u64)>, i32) {
+    let mut files = Vec::new();
+    loop {
+        match guest.call(TMPFILE, ROOT, &tmpfile_body(FLAGS, 0o600, 0), OPENED + 16) {
+            (0, answer) => files.push((u64_at(&answer, 0), u64_at(&answer, OPENED))),
+            (error, _) => return (files, -error),
+        }
+    }
+}
+
+/// Creates a guest whose share may have 512 files open, and 64 of them for files without a name.
+fn guest_with_few_fds(tree: &Tree) -> Guest {
+    let mut guest = Guest::with_belongings(&tree.share(), 1, Belongings { max_fds: 1024, ..belongings() });
+    guest.init();
+    guest
+}
+
+/// Creates a file, or opens the file that has the name. Returns the errno, the node and the handle.
+fn create_named(guest: &mut Guest, directory: u64, name: &str, flags: i32) -> (i32, u64, u64) {
+    let flags = (libc::O_CREAT | flags).cast_unsigned();
+    let body = [&words([flags, 0o644, 0, 0])[..], format!("{name}\0").as_bytes()].concat();
+    match guest.call(CREATE, directory, &body, OPENED + 16) {
+        (0, answer) => (0, u64_at(&answer, 0), u64_at(&answer, OPENED)),
+        (error, _) => (-error, 0, 0),
+    }
 }
 
 /// Creates a file without a name. Returns its node and its handle.
@@ -109,7 +137,9 @@ fn file_without_a_name_gets_its_name_and_content_by_a_later_link() {
     assert_eq!(fs::read(&path).unwrap(), b"before and after");
     fs::write(&path, "of the host").unwrap();
     let again = guest.open(OPEN, node, libc::O_RDONLY);
-    assert_eq!((read(&mut guest, node, again), read(&mut guest, node, handle)).0, b"of the host");
+    for handle in [again, handle] {
+        assert_eq!(read(&mut guest, node, handle), b"of the host");
+    }
     assert_eq!(link(&mut guest, node, ROOT, "twice"), (0, node));
     assert_eq!((links(&mut guest, node), guest.lookup(ROOT, "twice")), (2, node));
     assert_eq!(link(&mut guest, node, ROOT, "twice").0, libc::EEXIST);
@@ -137,6 +167,72 @@ fn forgotten_file_is_found_by_its_name() {
     assert!(named < FIRST);
     let handle = guest.open(OPEN, named, libc::O_RDONLY);
     assert_eq!(read(&mut guest, named, handle), b"content");
+}
+
+#[test]
+fn create_with_the_name_of_a_linked_file_opens_its_own_node() {
+    let tree = Tree::new();
+    let mut guest = guest_of(&tree);
+    let (node, handle) = create(&mut guest, ROOT, FLAGS);
+    assert_eq!(write(&mut guest, node, handle, 0, b"content"), 0);
+    assert_eq!(link(&mut guest, node, ROOT, "linked"), (0, node));
+    assert_eq!(create_named(&mut guest, ROOT, "linked", libc::O_RDWR | libc::O_EXCL).0, libc::EEXIST);
+    let (error, opened, again) = create_named(&mut guest, ROOT, "linked", libc::O_RDWR);
+    assert_eq!((error, opened), (0, node));
+    assert_eq!(read(&mut guest, node, again), b"content");
+    let (error, opened, emptied) = create_named(&mut guest, ROOT, "linked", libc::O_RDWR | libc::O_TRUNC);
+    assert_eq!((error, opened), (0, node));
+    for handle in [handle, again, emptied] {
+        assert_eq!(read(&mut guest, node, handle), b"");
+        release(&mut guest, node, handle);
+    }
+    // The guest got the node four times.
+    forget(&mut guest, node, 3);
+    assert_eq!(links(&mut guest, node), 1);
+    forget(&mut guest, node, 1);
+    assert_eq!(guest.error(GETATTR, node, &longs([0, 0])), libc::EBADF);
+}
+
+#[test]
+fn create_that_fails_for_lack_of_fds_counts_no_reference() {
+    let tree = Tree::new();
+    let mut guest = guest_with_few_fds(&tree);
+    let (node, handle) = create(&mut guest, ROOT, FLAGS);
+    assert_eq!(link(&mut guest, node, ROOT, "linked"), (0, node));
+    create_all(&mut guest);
+    assert_eq!(create_named(&mut guest, ROOT, "linked", libc::O_RDWR).0, libc::ENFILE);
+    release(&mut guest, node, handle);
+    // The guest got the node from TMPFILE and LINK.
+    forget(&mut guest, node, 2);
+    assert_eq!(guest.error(GETATTR, node, &longs([0, 0])), libc::EBADF);
+}
+
+#[test]
+fn directory_listing_has_the_own_node_of_a_linked_file() {
+    let tree = Tree::new();
+    let mut guest = guest_of(&tree);
+    let directory = guest.lookup(ROOT, "dir");
+    let (node, _) = create(&mut guest, directory, FLAGS);
+    assert_eq!(link(&mut guest, node, directory, "linked"), (0, node));
+    let open = guest.open(OPENDIR, directory, libc::O_RDONLY);
+    let body = [longs([open, 0]), words([4096, 0, 0, 0, 0, 0])].concat();
+    let (error, mut entries) = guest.call(READDIRPLUS, directory, &body, 4096 + 16);
+    assert_eq!(error, 0);
+    let mut nodes = Vec::new();
+    while !entries.is_empty() {
+        // `struct fuse_entry_out`, `struct fuse_dirent` and the name, which is padded to a multiple of 8 bytes.
+        let length = u32::from_le_bytes(entries[144..148].try_into().unwrap()) as usize;
+        if entries[152..152 + length] == *b"linked" {
+            nodes.push(u64_at(&entries, 0));
+        }
+        entries.drain(..(152 + length).next_multiple_of(8));
+    }
+    assert_eq!(nodes, [node]);
+    // The guest got the node three times.
+    forget(&mut guest, node, 2);
+    assert_eq!(links(&mut guest, node), 1);
+    forget(&mut guest, node, 1);
+    assert_eq!(guest.error(GETATTR, node, &longs([0, 0])), libc::EBADF);
 }
 
 #[test]
@@ -406,17 +502,8 @@ fn hostile_numbers_are_rejected() {
 #[test]
 fn number_of_files_without_a_name_is_limited() {
     let tree = Tree::new();
-    // The share may have 512 files open, and 64 of them for files without a name.
-    let belongings = Belongings { max_fds: 1024, ..belongings() };
-    let mut guest = Guest::with_belongings(&tree.share(), 1, belongings);
-    guest.init();
-    let mut files = Vec::new();
-    let error = loop {
-        match guest.call(TMPFILE, ROOT, &tmpfile_body(FLAGS, 0o600, 0), OPENED + 16) {
-            (0, answer) => files.push((u64_at(&answer, 0), u64_at(&answer, OPENED))),
-            (error, _) => break -error,
-        }
-    };
+    let mut guest = guest_with_few_fds(&tree);
+    let (files, error) = create_all(&mut guest);
     assert_eq!((error, files.len()), (libc::ENFILE, 32));
     assert_eq!(guest.error(OPEN, files[0].0, &words([0, 0])), libc::ENFILE);
     for (node, handle) in files {

@@ -3,8 +3,8 @@
 //!
 //! A file can get a name later (linkat(2)). virtiofsd then has a node for the file, too, but the guest must have one
 //! node for one file: the kernel caches data and locks by node, and overlayfs in the guest reports ESTALE if a name
-//! leads to another node. Therefore, the file keeps its own node until the guest forgets the node, and virtiofsd's node is
-//! its `alias`, which the guest never sees.
+//! leads to another node. Therefore, the file keeps its own node until the guest forgets the node, and virtiofsd's node
+//! is its `alias`, which the guest never sees.
 
 mod file;
 
@@ -141,8 +141,11 @@ impl TemporaryFiles {
 
     /// Forgets all nodes and closes all files. The caller has dropped all of virtiofsd's nodes.
     pub fn clear(&self) {
-        let files = std::mem::take(&mut *self.lock());
-        self.aliases.store(0, Ordering::Release);
+        let files = {
+            let mut state = self.lock();
+            self.aliases.store(0, Ordering::Release);
+            std::mem::take(&mut *state)
+        };
         // Close the files without the lock.
         drop(files);
     }
