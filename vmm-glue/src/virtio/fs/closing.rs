@@ -56,7 +56,8 @@ pub fn while_open(
 
 /// Opens a file once more, so that the host's file system does not have to free the file when the node's O_PATH fd is
 /// closed. Makes no request to a server: a file that is opened with O_PATH is not opened at the file system. Therefore,
-/// the guest can drop its cache while the server of a network file system is gone.
+/// the guest can drop its cache while the server of a network file system is gone. The exception is an NFS file without
+/// a name, for which the kernel asks the server when the path in /proc is followed (`nfs_weak_revalidate()`).
 ///
 /// Returns `None` if no fd is free, or if the file is neither a regular file nor a directory. virtiofsd opens no other
 /// files.

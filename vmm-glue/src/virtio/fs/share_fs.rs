@@ -18,7 +18,7 @@ use virtiofsd::passthrough::credentials::drop_effective_cap;
 
 use super::closing;
 use super::ids::{Handle, Inode};
-use super::tmpfile::{Node, TemporaryFiles, is_temporary};
+use super::tmpfile::{TemporaryFiles, is_temporary};
 
 type Opened = (Option<Handle>, OpenOptions);
 
@@ -77,20 +77,17 @@ impl ShareFs {
         self.with_directory(ctx, newparent, |directory| self.temporary.link(&node, directory, newname))?;
         // If another process has already renamed or removed the file, the guest finds out when it looks the name up.
         if let Ok(found) = self.passthrough.lookup(ctx, newparent, newname) {
-            let is_same = self.is_same(ctx, &node, found.inode);
+            let open = closing::keep_open(&self.passthrough, ctx, found.inode);
+            let is = |handle| self.with_file(ctx, found.inode, handle, |file| node.is(file));
+            let is_same = open.is_some_and(|handle| is(handle).unwrap_or(false));
             if !is_same || !self.temporary.set_alias(inode, found.inode) {
                 self.passthrough.forget(ctx, found.inode, 1);
             }
+            if let Some(handle) = open {
+                closing::close(&self.passthrough, ctx, found.inode, handle);
+            }
         }
         self.temporary.linked(inode)
-    }
-
-    /// Returns whether a node of virtiofsd's is a temporary file.
-    fn is_same(&self, ctx: Context, node: &Node, found: Inode) -> bool {
-        let Some(handle) = closing::keep_open(&self.passthrough, ctx, found) else { return false };
-        let is_same = self.with_file(ctx, found, handle, |file| node.is(file));
-        closing::close(&self.passthrough, ctx, found, handle);
-        is_same.unwrap_or(false)
     }
 
     /// Returns the entry of a node that virtiofsd has looked up, with the node by which the guest knows the file.
