@@ -113,6 +113,7 @@ mod tests {
         let error = get(file.path(), c"user.none", &mut value).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENODATA));
     }
+
     #[test]
     #[cfg_attr(miri, ignore = "Miri has no fsetxattr")]
     fn attributes_of_an_open_file_are_set_listed_read_and_removed() {

@@ -147,9 +147,9 @@ impl FuseServer {
         Some(reply_error(&chain, unique, result.as_ref().map_or_else(errno, |()| 0)))
     }
 
-    /// Serves a TMPFILE request. `header` is a private copy. The name after the arguments has no meaning. The extensions
-    /// after the name would add a group to the thread that creates the file, which needs none because of its
-    /// capabilities.
+    /// Serves a TMPFILE request. `header` is a private copy. The name after the arguments has no meaning. The
+    /// extensions after the name would add a group to the thread that creates the file, which needs none because of
+    /// its capabilities.
     fn serve_tmpfile(&self, header: InHeader, mut chain: Chain<'_>) -> u32 {
         let fits = chain.writable.len() >= OUT_HEADER + size_of::<EntryOut>() + size_of::<OpenOut>();
         let Some(request) = take::<CreateIn>(&mut chain.readable).filter(|_| fits) else {

@@ -283,7 +283,8 @@ impl Connection {
         }
     }
 
-    /// Records that the device has delivered `count` bytes from the guest to the socket. Only then, the window may grow.
+    /// Records that the device has delivered `count` bytes from the guest to the socket. Only then, the window may
+    /// grow.
     fn delivered(&mut self, count: usize) {
         self.window.delivered(u32::try_from(count).unwrap_or(u32::MAX));
         self.forward(count);

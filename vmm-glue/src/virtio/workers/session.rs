@@ -72,7 +72,8 @@ impl State {
 }
 
 impl Session {
-    /// Creates a session for `first_workers` workers and `added` additional ones. A group has at most `max_busy` workers.
+    /// Creates a session for `first_workers` workers and `added` additional ones. A group has at most `max_busy`
+    /// workers.
     ///
     /// # Errors
     /// If an eventfd cannot be created.
@@ -228,8 +229,8 @@ impl Session {
         Ok(epoll)
     }
 
-    /// Returns the maximum number of workers of a group. If many groups hang, each group gets fewer workers. While there
-    /// are no additional workers, not all workers hang.
+    /// Returns the maximum number of workers of a group. If many groups hang, each group gets fewer workers. While
+    /// there are no additional workers, not all workers hang.
     fn max_busy(&self, state: &State) -> usize {
         let many_hang = state.workers > self.first_workers && state.busy * 2 > self.max_workers;
         if many_hang { FEW_WORKERS } else { usize::MAX }

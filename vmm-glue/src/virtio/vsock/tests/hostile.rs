@@ -99,8 +99,6 @@ fn device_reset_ends_connections_and_connection_attempts() {
     }
 }
 
-/// An orphan is a connection whose client has closed its end ([`Connection::is_orphan`]). The device must remove an
-/// orphan even if there is no receive buffer for the orphan's RST packet.
 #[test]
 fn refused_connections_leave_nothing_if_the_guest_offers_no_receive_buffers() {
     let mut bench = Bench::new(Vsock::new(CID, RateLimit::default()).unwrap());
@@ -115,6 +113,8 @@ fn refused_connections_leave_nothing_if_the_guest_offers_no_receive_buffers() {
     }
 }
 
+/// An orphan is a connection whose client has closed its end ([`Connection::is_orphan`]). The device must remove an
+/// orphan even if there is no receive buffer for the orphan's RST packet.
 #[test]
 fn connections_stay_bounded_if_the_guest_offers_no_receive_buffers() {
     let mut bench = Bench::new(Vsock::new(CID, RateLimit::default()).unwrap());
