@@ -345,8 +345,32 @@ const OVERLAY: &str = "
     readlink merged/link && stat -c '%F %a %u' merged/link merged/pipe
     umount merged";
 
+/// Replaces a file of overlayfs by a file that was created without a name, and writes to this file by its old fd.
+const OVERLAY_TMPFILE: &str = r#"
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+os.chdir("/data")
+for name in ("below", "above", "scratch", "union"):
+    os.mkdir(name)
+with open("below/name", "w") as file:
+    file.write("old")
+options = b"lowerdir=below,upperdir=above,workdir=scratch"
+assert libc.mount(b"overlay", b"union", b"overlay", 0, options) == 0, os.strerror(ctypes.get_errno())
+fd = os.open("union", os.O_TMPFILE | os.O_RDWR, 0o640)
+os.write(fd, b"new")
+# With a directory fd, Python calls linkat() with AT_SYMLINK_FOLLOW.
+os.link(str(fd), "union/linked", src_dir_fd=os.open("/proc/self/fd", os.O_RDONLY))
+os.rename("union/linked", "union/name")
+os.write(fd, b"er")
+by_fd, by_name = os.fstat(fd), os.stat("union/name")
+print(open("union/name").read(), by_fd.st_nlink, by_fd.st_ino == by_name.st_ino, os.listdir("union"))
+os.close(fd)
+assert libc.umount(b"union") == 0, os.strerror(ctypes.get_errno())
+"#;
+
 #[test]
 fn overlayfs_works_with_its_upper_directory_on_an_empty_dir() {
+    need_image(PYTHON);
     pods("cri-overlay", |pods| {
         // The directory is on the node's disk, like the kubelet's volumes.
         let dir = Path::new("/var/lib/kubelet/pods/uid-cri-overlay");
@@ -360,14 +384,22 @@ fn overlayfs_works_with_its_upper_directory_on_an_empty_dir() {
         config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/data" }]);
         let container = pod.start(&config);
         let seen = container.exec(&["sh", "-c", OVERLAY]);
+        let mut config = pod.python(OVERLAY_TMPFILE);
+        config["linux"]["security_context"]["privileged"] = json!(true);
+        config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/data" }]);
+        let replacing = pod.start(&config);
+        let (code, output) = (replacing.wait().0, replacing.log());
         let log = container.exec(&["sh", "-c", "dmesg | tail -n 5"]);
         pod.stop();
         let attributes = xattr::list(&volume.join("upper/dir"));
+        let content = fs::read_to_string(volume.join("above/name"));
         fs::remove_dir_all(dir).unwrap();
         let expected = "dir\nlink\nmoved\npipe\nnew\ncharacter special file 0:0\n\
             merged:\ndir\nlink\nmoved\npipe\n\nmerged/dir:\nnew\n\
             dir/kept\nsymbolic link 777 7\nfifo 600 0\n";
         assert_eq!(seen.out, expected, "{}\n{}", seen.err, log.out);
+        assert!(code == 0 && output.contains("newer 1 True ['name']"), "{code} {output}\n{}", log.out);
+        assert_eq!(content.unwrap(), "newer");
         // Husk adds a prefix to the attribute's name, and runc does not.
         let attributes = String::from_utf8(attributes.unwrap()).unwrap();
         assert!(
