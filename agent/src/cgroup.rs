@@ -74,8 +74,8 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Returns the cgroup of container `id` in the hierarchy with the root `root`. The cgroup need not exist. Tests pass
-    /// an ordinary directory.
+    /// Returns the cgroup of container `id` in the hierarchy with the root `root`. The cgroup need not exist. Tests
+    /// pass an ordinary directory.
     pub fn below(root: &Path, id: &str) -> Self {
         let name = Path::new("/").join(PARENT).join(id);
         Self { path: root.join(PARENT).join(id), name, root: root.to_owned() }

@@ -4,8 +4,8 @@ use protobuf::Message;
 
 use crate::agent::UpdateNetworkRequest;
 
-/// Maximum number of addresses, routes, neighbours and rules of a pod together. The agent keeps them in the guest's memory, and
-/// adds each with a request to the kernel.
+/// Maximum number of addresses, routes, neighbours and rules of a pod together. The agent keeps them in the guest's
+/// memory, and adds each with a request to the kernel.
 pub const MAX_OBJECTS: usize = 100_000;
 /// Maximum size of a part in bytes. ttrpc allows messages of 4 MiB.
 const MAX_PART: u64 = 2 << 20;

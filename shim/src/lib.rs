@@ -38,7 +38,8 @@ use husk_base::sync::lock;
 use cli::Args;
 use text::chain;
 
-/// Runs the VMM, or the relay to a socket of the node, if `argv[0]` is its name. Otherwise, runs the action that the command line names.
+/// Runs the VMM, or the relay to a socket of the node, if `argv[0]` is its name. Otherwise, runs the action that the
+/// command line names.
 pub fn main() -> ExitCode {
     let started_ns = sandbox::timeline::now();
     let mut args = std::env::args_os();

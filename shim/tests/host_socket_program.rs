@@ -111,8 +111,8 @@ async fn check() {
     assert_eq!(reply(&mut stream), libc::ECONNREFUSED);
 }
 
-// The main thread runs the test, because the launcher ends with the thread that has started it, and because this process
-// must have a single thread when it forks the launcher.
+// The main thread runs the test, because the launcher ends with the thread that has started it, and because this
+// process must have a single thread when it forks the launcher.
 fn main() -> ExitCode {
     let mut args = std::env::args_os();
     if args.next().is_some_and(|name| name == program::ARGV0) {

@@ -49,8 +49,8 @@ impl SharedPid {
         self.create_with(start, move |init| init.pin(pin)).await
     }
 
-    /// Creates the namespace with `start`, and pins it with `pin`, which may block for long. `start` runs on the caller's
-    /// thread, because [`namespaces::spawn`] and [`Init::new`] must not run while the reaper takes exits.
+    /// Creates the namespace with `start`, and pins it with `pin`, which may block for long. `start` runs on the
+    /// caller's thread, because [`namespaces::spawn`] and [`Init::new`] must not run while the reaper takes exits.
     async fn create_with(
         &self,
         start: impl FnOnce() -> io::Result<Init>,

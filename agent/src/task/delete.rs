@@ -50,8 +50,8 @@ impl Tasks {
             Phase::Stopped(pid, exit) => (pid, exit),
             Phase::New if !exec_id.is_empty() => (0, ProcessExit { status: 0, at_ns: 0 }),
             Phase::Created(_) | Phase::Exiting(_) if exec_id.is_empty() => {
-                // As with runc, deleting a container that was created but never started kills the container. If the init
-                // has exited, its other processes are killed anyway.
+                // As with runc, deleting a container that was created but never started kills the container. If the
+                // init has exited, its other processes are killed anyway.
                 let exit = timeout_at(deadline, async {
                     let _ = kill::all(&container, libc::SIGKILL).await;
                     process.wait().await

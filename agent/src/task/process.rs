@@ -24,8 +24,8 @@ pub enum Phase {
     Starting,
     /// The process runs.
     Running(i32),
-    /// The container's init has exited and is reaped, so that another process can get its PID. The agent still kills the
-    /// container's other processes.
+    /// The container's init has exited and is reaped, so that another process can get its PID. The agent still kills
+    /// the container's other processes.
     Exiting(i32),
     /// The process has exited.
     Stopped(i32, ProcessExit),

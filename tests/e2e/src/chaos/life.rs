@@ -91,8 +91,8 @@ impl<'a, 'b> Life<'a, 'b> {
     }
 }
 
-/// Runs the life of a victim with the fault of `step`, and then calls `judge`. Returns why the fault has not struck, and
-/// what is wrong.
+/// Runs the life of a victim with the fault of `step`, and then calls `judge`. Returns why the fault has not struck,
+/// and what is wrong.
 pub fn run(
     shard: &mut Shard<'_>,
     step: Step,
@@ -141,7 +141,8 @@ impl Life<'_, '_> {
         if self.pod.is_none() || !self.run_container() {
             return;
         }
-        // A SIGTERM before the script has set its trap would be lost, and StopContainer would wait for its whole timeout.
+        // A SIGTERM before the script has set its trap would be lost, and StopContainer would wait for its whole
+        // timeout.
         self.writes();
         if self.strikes(Phase::Running) {
             self.strike();
