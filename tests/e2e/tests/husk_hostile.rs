@@ -87,6 +87,12 @@ def boot_marks():
 def console():
     return ports(0x3f8, [ord("x"), 10])
 
+def note(name, text):
+    # A reader must not see an empty file.
+    with open("/dev/shm/." + name, "w") as f:
+        f.write(text)
+    os.rename("/dev/shm/." + name, "/dev/shm/" + name)
+
 attacks = {
     "connections": lambda: connections,
     "files": lambda: files,
@@ -103,11 +109,9 @@ for name, make in attacks.items():
             while True:
                 attack()
                 rounds += 1
-                with open("/dev/shm/" + name, "w") as f:
-                    f.write(str(rounds))
+                note(name, str(rounds))
         except Exception as error:
-            with open("/dev/shm/" + name, "w") as f:
-                f.write("%s after %d rounds" % (error, rounds))
+            note(name, "%s after %d rounds" % (error, rounds))
             os._exit(1)
 print("attacking", flush=True)
 time.sleep(100000)
