@@ -20,7 +20,7 @@ use crate::blocking::{Job, Pool};
 
 /// How long a caller waits for a call.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(30);
-/// Maximum number of abandoned calls for one path. While so many calls hang, further calls for the path fail at once.
+/// Maximum number of abandoned calls for one path. If this many calls hang, further calls for the path fail at once.
 const MAX_ABANDONED: usize = 2;
 
 /// An fd that threads of the view can close. In a debug build, dropping an `OwnedFd` calls fcntl(2), which the seccomp

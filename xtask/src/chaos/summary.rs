@@ -47,7 +47,7 @@ impl Tally {
         self.struck + self.missed
     }
 
-    /// Returns whether the steps have passed. Steps of which none struck prove nothing.
+    /// Returns whether the steps have passed. Steps prove nothing if none of their faults struck.
     pub fn passes(self) -> bool {
         self.struck > 0 && self.found == 0 && self.missed <= self.steps() / STEPS_PER_MISS
     }
