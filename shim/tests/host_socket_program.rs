@@ -1,7 +1,7 @@
 //! The program that connects to a socket of the node and relays the data, started by the launcher. This test has a
 //! binary of its own, because it starts itself as the program.
 
-#![expect(clippy::expect_used, clippy::unwrap_used, reason = "a test fails by a panic")]
+#![expect(clippy::unwrap_used, reason = "a test fails by a panic")]
 
 use std::fs::{self, File, Permissions};
 use std::io::{Read, Write};
