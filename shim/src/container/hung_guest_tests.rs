@@ -301,10 +301,8 @@ async fn delete_ends_the_requests_that_wait_for_the_container_and_its_execs() {
     assert_eq!(model.count(TASK_EXIT_EVENT_TOPIC), 0);
 }
 
-#[tokio::test(start_paused = true)]
-async fn exec_whose_start_times_out_does_not_run_later() {
-    let model = Model::start(true).await;
-    model.run("a").await;
+/// Adds the exec `e` to the container `a`.
+async fn add_exec(model: &Model) {
     let spec = Any { value: br#"{ "args": ["true"], "cwd": "/" }"#.to_vec(), ..Default::default() };
     let exec = ExecProcessRequest {
         id: "a".to_owned(),
@@ -313,6 +311,13 @@ async fn exec_whose_start_times_out_does_not_run_later() {
         ..Default::default()
     };
     model.client().exec(within(BUDGET), &exec).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn exec_whose_start_times_out_does_not_run_later() {
+    let model = Model::start(true).await;
+    model.run("a").await;
+    add_exec(&model).await;
     model.script.set("start_exec", Answer::DoneLate(timeouts::SLOW + Duration::from_secs(1)));
     let start = StartRequest { id: "a".to_owned(), exec_id: "e".to_owned(), ..Default::default() };
     assert!(model.client().start(within(timeouts::SLOW * 2), &start).await.is_err());
@@ -396,14 +401,7 @@ async fn shutdown_cancels_no_creation_while_the_pod_has_a_container() {
 async fn exec_whose_start_fails_is_deleted_in_the_guest_when_it_has_exited() {
     let model = Model::start(true).await;
     model.run("a").await;
-    let spec = Any { value: br#"{ "args": ["true"], "cwd": "/" }"#.to_vec(), ..Default::default() };
-    let exec = ExecProcessRequest {
-        id: "a".to_owned(),
-        exec_id: "e".to_owned(),
-        spec: Some(spec).into(),
-        ..Default::default()
-    };
-    model.client().exec(within(BUDGET), &exec).await.unwrap();
+    add_exec(&model).await;
     model.script.set("start_exec", Answer::DoneLate(timeouts::SLOW + Duration::from_secs(1)));
     // The exit follows the answer to the signal.
     model.script.exits_late.store(true, Ordering::Relaxed);

@@ -1,7 +1,6 @@
 //! Tests that the host neither opens devices, nor executes programs, nor follows symlinks in the share.
 
 use std::{
-    collections::HashMap,
     fs::{self, File},
     os::unix::fs::{OpenOptionsExt, symlink},
     path::{Path, PathBuf},
@@ -14,7 +13,6 @@ use nix::{
 };
 use serde_json::json;
 
-use crate::container::prepare::*;
 use crate::container::prepare_tests::*;
 use crate::volumes::*;
 
@@ -80,15 +78,7 @@ fn prepare_every_kind(dir: &Path, share: &Share, source: &Path) -> Vec<PathBuf> 
     ];
     let mut seen = Vec::new();
     for (id, root) in roots {
-        let request = Request {
-            id,
-            share: &share.host,
-            rootfs: &[root],
-            host: &HostView::own(),
-            host_sockets: &[],
-            pids: &HashMap::new(),
-        };
-        let prepared = prepare(&bundle, &request).unwrap();
+        let prepared = prepare_from(&bundle, id, &share.host, &[root]).unwrap();
         seen.push(share.guest.join(id).join("rootfs"));
         seen.extend([2, 3, 4, 7].map(|index| guest_source(share, &prepared, index)));
     }

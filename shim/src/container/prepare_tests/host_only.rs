@@ -205,15 +205,7 @@ fn prepare_rejects_a_host_only_rootfs_or_layer() {
     isolated(|dir| {
         let share = share(dir);
         let rejected = |rootfs: RootMount| {
-            let request = Request {
-                id: "c1",
-                share: &share.host,
-                rootfs: &[rootfs],
-                host: &HostView::own(),
-                host_sockets: &[],
-                pids: &HashMap::new(),
-            };
-            let error = crate::chain(&prepare(&bundle(dir, |_| {}), &request).unwrap_err());
+            let error = crate::chain(&prepare_from(&bundle(dir, |_| {}), "c1", &share.host, &[rootfs]).unwrap_err());
             assert!(error.contains("host-only file system"), "{error}");
         };
         for kind in ["proc", "sysfs", "devtmpfs", "cgroup2"] {
@@ -271,15 +263,7 @@ fn rootfs_excludes_host_only_file_systems() {
         let share = share(dir);
         let root = mount_host_only(dir);
         let bundle = bundle(dir, |spec| spec["root"]["path"] = json!(root));
-        let request = Request {
-            id: "c1",
-            share: &share.host,
-            rootfs: &[],
-            host: &HostView::own(),
-            host_sockets: &[],
-            pids: &HashMap::new(),
-        };
-        let prepared = prepare(&bundle, &request).unwrap();
+        let prepared = prepare_from(&bundle, "c1", &share.host, &[]).unwrap();
         let seen = share.guest.join("c1/rootfs");
         assert_no_host_only(&seen, &share);
         assert_eq!(fs::read_to_string(seen.join("data/file")).unwrap(), "data");
@@ -290,8 +274,7 @@ fn rootfs_excludes_host_only_file_systems() {
             source: root.join("proc").to_string_lossy().into(),
             ..RootMount::default()
         };
-        let request = Request { id: "c2", rootfs: &[host_only], ..request };
-        let error = crate::chain(&prepare(&bundle, &request).unwrap_err());
+        let error = crate::chain(&prepare_from(&bundle, "c2", &share.host, &[host_only]).unwrap_err());
         assert!(error.contains("host-only file system (proc)"), "{error}");
         assert_eq!(entries_in_share(&share), 0);
     });

@@ -1,11 +1,10 @@
 //! Tests that volumes with `rslave` propagation receive the mounts that the host makes after the container's creation.
 
-use std::{collections::HashMap, fs, path::Path};
+use std::{fs, path::Path};
 
 use nix::mount::{MsFlags, mount};
 use serde_json::json;
 
-use crate::container::prepare::*;
 use crate::container::prepare_tests::*;
 use crate::volumes::*;
 
@@ -28,18 +27,7 @@ fn later_mounts_propagate_to_slave_volumes_only() {
             }
         });
         let rootfs = [overlay(dir, 1)];
-        let prepared = prepare(
-            &bundle,
-            &Request {
-                id: "c1",
-                share: &share.host,
-                rootfs: &rootfs,
-                host: &HostView::own(),
-                host_sockets: &[],
-                pids: &HashMap::new(),
-            },
-        )
-        .unwrap();
+        let prepared = prepare_from(&bundle, "c1", &share.host, &rootfs).unwrap();
         tmpfs(&source.join("later"));
         fs::write(source.join("later/x"), "").unwrap();
         sync_mounts(&share.host).unwrap();
@@ -251,15 +239,7 @@ fn sync_tolerates_concurrent_volume_changes() {
                 for round in 0..40 {
                     let id = format!("c{round}");
                     let rootfs = [overlay(dir, 1)];
-                    let request = Request {
-                        id: &id,
-                        share: host,
-                        rootfs: &rootfs,
-                        host: &HostView::own(),
-                        host_sockets: &[],
-                        pids: &HashMap::new(),
-                    };
-                    prepare(bundle, &request).unwrap();
+                    prepare_from(bundle, &id, host, &rootfs).unwrap();
                     teardown(host, &id).unwrap();
                 }
             });

@@ -90,6 +90,12 @@ fn share(dir: &Path) -> Share {
     Share::mount(&sandbox).unwrap()
 }
 
+/// Prepares a container that is allowed no socket of the node, and that shares no PID namespace.
+fn prepare_from(bundle: &Bundle, id: &str, share: &Path, rootfs: &[RootMount]) -> Result<Prepared, PrepareError> {
+    let (host, pids) = (HostView::own(), HashMap::new());
+    prepare(bundle, &Request { id, share, rootfs, host: &host, host_sockets: &[], pids: &pids })
+}
+
 /// Prepares container `c1` with a volume whose source is `root`. Returns the volume's path below `share.guest`.
 fn prepare_volume(dir: &Path, share: &Share, root: &Path, options: &[&str]) -> PathBuf {
     prepare_volume_for("c1", dir, share, root, options)
@@ -101,15 +107,7 @@ fn prepare_volume_for(id: &str, dir: &Path, share: &Share, root: &Path, options:
         mounts.push(json!({"destination": "/host", "type": "bind", "source": root, "options": options}));
     });
     let rootfs = [overlay(dir, 1)];
-    let request = Request {
-        id,
-        share: &share.host,
-        rootfs: &rootfs,
-        host: &HostView::own(),
-        host_sockets: &[],
-        pids: &HashMap::new(),
-    };
-    let prepared = prepare(&bundle, &request).unwrap();
+    let prepared = prepare_from(&bundle, id, &share.host, &rootfs).unwrap();
     assert_eq!(prepared.needs_propagation, options.contains(&"rslave"));
     guest_source(share, &prepared, 2)
 }

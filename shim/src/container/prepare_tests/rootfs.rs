@@ -1,7 +1,6 @@
 //! Tests the kinds of rootfs: overlays, directories and image files.
 
 use std::{
-    collections::HashMap,
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -9,7 +8,6 @@ use std::{
 
 use nix::mount::{MsFlags, mount};
 
-use crate::container::prepare::*;
 use crate::container::prepare_tests::*;
 use crate::volumes::*;
 
@@ -21,18 +19,7 @@ fn prepare_mounts_an_overlay_whose_options_exceed_a_page() {
         assert!(rootfs[0].options.join(",").len() > 4096);
         let bundle = bundle(dir, |_| ());
         let cwd = std::env::current_dir().unwrap();
-        prepare(
-            &bundle,
-            &Request {
-                id: "c1",
-                share: &share.host,
-                rootfs: &rootfs,
-                host: &HostView::own(),
-                host_sockets: &[],
-                pids: &HashMap::new(),
-            },
-        )
-        .unwrap();
+        prepare_from(&bundle, "c1", &share.host, &rootfs).unwrap();
         assert!(share.guest.join("c1/rootfs/from-the-lowest").exists());
         assert_eq!(std::env::current_dir().unwrap(), cwd);
         teardown(&share.host, "c1").unwrap();
@@ -49,18 +36,7 @@ fn prepare_mounts_a_rootfs_from_the_bundle_or_an_image_file() {
         fs::write(root.join("here"), "").unwrap();
         fs::set_permissions(&root, fs::Permissions::from_mode(0o755)).unwrap();
         let bundle = bundle(dir, |_| ());
-        prepare(
-            &bundle,
-            &Request {
-                id: "c1",
-                share: &share.host,
-                rootfs: &[],
-                host: &HostView::own(),
-                host_sockets: &[],
-                pids: &HashMap::new(),
-            },
-        )
-        .unwrap();
+        prepare_from(&bundle, "c1", &share.host, &[]).unwrap();
         assert!(share.guest.join("c1/rootfs/here").exists());
         let ro = RootMount {
             kind: "bind".into(),
@@ -68,18 +44,7 @@ fn prepare_mounts_a_rootfs_from_the_bundle_or_an_image_file() {
             options: vec!["rbind".into(), "ro".into()],
             ..RootMount::default()
         };
-        prepare(
-            &bundle,
-            &Request {
-                id: "c2",
-                share: &share.host,
-                rootfs: &[ro],
-                host: &HostView::own(),
-                host_sockets: &[],
-                pids: &HashMap::new(),
-            },
-        )
-        .unwrap();
+        prepare_from(&bundle, "c2", &share.host, &[ro]).unwrap();
         let error = fs::write(share.guest.join("c2/rootfs/no"), "").unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EROFS));
         let image: PathBuf = dir.join("image");
@@ -92,18 +57,7 @@ fn prepare_mounts_a_rootfs_from_the_bundle_or_an_image_file() {
             options: vec!["loop".into()],
             ..RootMount::default()
         };
-        prepare(
-            &bundle,
-            &Request {
-                id: "c3",
-                share: &share.host,
-                rootfs: &[looped],
-                host: &HostView::own(),
-                host_sockets: &[],
-                pids: &HashMap::new(),
-            },
-        )
-        .unwrap();
+        prepare_from(&bundle, "c3", &share.host, &[looped]).unwrap();
         assert!(share.guest.join("c3/rootfs/lost+found").exists());
         for id in ["c1", "c2", "c3"] {
             teardown(&share.host, id).unwrap();
@@ -123,15 +77,7 @@ fn rootfs_receives_no_later_mounts() {
         for (id, option) in [("c1", "bind"), ("c2", "rbind")] {
             let (kind, source, options) = ("bind".into(), source.clone(), vec![option.into()]);
             let mounts = [RootMount { kind, source, options, ..RootMount::default() }];
-            let request = Request {
-                id,
-                share: &share.host,
-                rootfs: &mounts,
-                host: &HostView::own(),
-                host_sockets: &[],
-                pids: &HashMap::new(),
-            };
-            prepare(&bundle(dir, |_| {}), &request).unwrap();
+            prepare_from(&bundle(dir, |_| {}), id, &share.host, &mounts).unwrap();
         }
         mount(Some("proc"), &root.join("proc"), Some("proc"), MsFlags::empty(), None::<&Path>).unwrap();
         for id in ["c1", "c2"] {

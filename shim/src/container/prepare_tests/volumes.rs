@@ -25,15 +25,7 @@ fn prepare_makes_mounts_and_teardown_removes_them() {
             mounts.push(json!({"destination": "/file", "type": "bind", "source": file, "options": ["bind", "ro"]}));
         });
         let rootfs = [overlay(dir, 3)];
-        let request = Request {
-            id: "c1",
-            share: &share.host,
-            rootfs: &rootfs,
-            host: &HostView::own(),
-            host_sockets: &[],
-            pids: &HashMap::new(),
-        };
-        let prepared = prepare(&bundle, &request).unwrap();
+        let prepared = prepare_from(&bundle, "c1", &share.host, &rootfs).unwrap();
         assert_eq!(prepared.rootfs, "/run/husk/share/c1/rootfs");
         let spec = &prepared.spec;
         let (second, third) = (guest_source(&share, &prepared, 2), guest_source(&share, &prepared, 3));
@@ -51,7 +43,7 @@ fn prepare_makes_mounts_and_teardown_removes_them() {
             assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EROFS));
         }
         // `prepare` rejects a second container with the same id, and does not change the first container.
-        assert!(matches!(prepare(&bundle, &request), Err(PrepareError::Create { .. })));
+        assert!(matches!(prepare_from(&bundle, "c1", &share.host, &rootfs), Err(PrepareError::Create { .. })));
         assert!(guest.join("rootfs/new").exists());
 
         // An open file does not prevent the teardown.
@@ -82,19 +74,11 @@ fn prepare_removes_mounts_after_a_failure() {
             mounts.push(json!({"destination": "/b", "type": "bind", "source": "/nowhere", "options": ["rbind"]}));
         });
         let rootfs = [overlay(dir, 2)];
-        let request = Request {
-            id: "c1",
-            share: &share.host,
-            rootfs: &rootfs,
-            host: &HostView::own(),
-            host_sockets: &[],
-            pids: &HashMap::new(),
-        };
-        assert!(matches!(prepare(&bundle, &request), Err(PrepareError::Volume(_))));
+        assert!(matches!(prepare_from(&bundle, "c1", &share.host, &rootfs), Err(PrepareError::Volume(_))));
         assert_eq!(entries_in_share(&share), 0);
         assert_eq!(mounts_below(&share.host).len(), 1);
         let broken = [RootMount { kind: "overlay".into(), ..RootMount::default() }];
-        let error = prepare(&bundle, &Request { rootfs: &broken, ..request }).unwrap_err();
+        let error = prepare_from(&bundle, "c1", &share.host, &broken).unwrap_err();
         assert!(matches!(error, PrepareError::Rootfs(_)), "{error}");
         assert_eq!(mounts_below(&share.host).len(), 1);
         share.unmount();
