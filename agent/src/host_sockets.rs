@@ -27,12 +27,10 @@ use tokio::time::timeout;
 
 use crate::events::EventHub;
 use crate::io::streams::Streams;
+use crate::vsock::{RETRY_DELAY, is_shortage};
 
 /// Timeout for the shim's reply, after the shim has connected the stream.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
-/// Retry delay of accept when the guest is out of fds or memory. No event reports that fds or memory are available
-/// again.
-const RETRY_DELAY: Duration = Duration::from_millis(100);
 /// Name of the listener in the abstract namespace of the agent's network namespace, which containers cannot enter.
 const NAME: &[u8] = b"husk-host-sockets";
 
@@ -87,13 +85,11 @@ pub async fn serve(listener: StdListener, hub: EventHub, streams: Streams) {
     loop {
         let connection = match listener.accept().await {
             Ok((connection, _)) => Waiting(connection),
-            Err(error) => match error.raw_os_error() {
-                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS) => {
-                    tokio::time::sleep(RETRY_DELAY).await;
-                    continue;
-                }
-                _ => return tracing::error!("failed to accept a connection to a socket of the node: {error}"),
-            },
+            Err(error) if is_shortage(&error) => {
+                tokio::time::sleep(RETRY_DELAY).await;
+                continue;
+            }
+            Err(error) => return tracing::error!("failed to accept a connection to a socket of the node: {error}"),
         };
         // A full backlog also makes connect(2) of a non-blocking socket fail with EAGAIN (unix(7)).
         let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {

@@ -18,7 +18,12 @@ use tokio::net::UnixStream;
 
 /// Retry delay of accept when the guest is out of fds or memory. No event reports that fds or memory are available
 /// again.
-const RETRY_DELAY: Duration = Duration::from_millis(100);
+pub const RETRY_DELAY: Duration = Duration::from_millis(100);
+
+/// Returns whether accept failed because the guest is out of fds or memory.
+pub fn is_shortage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS))
+}
 
 /// A listening vsock socket.
 pub struct Listener {
@@ -45,13 +50,9 @@ impl Listener {
             match self.socket.async_io(Interest::READABLE, accept).await {
                 Ok((stream, peer)) if is_host(&peer) => return Ok(stream),
                 Ok((_, peer)) => log_rejected_peer(self.port, peer.cid),
-                Err(error) => match error.raw_os_error() {
-                    Some(libc::ECONNABORTED) => {}
-                    Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS) => {
-                        tokio::time::sleep(RETRY_DELAY).await;
-                    }
-                    _ => return Err(error),
-                },
+                Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => {}
+                Err(error) if is_shortage(&error) => tokio::time::sleep(RETRY_DELAY).await,
+                Err(error) => return Err(error),
             }
         }
     }
