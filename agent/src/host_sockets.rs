@@ -67,8 +67,17 @@ impl Drop for Waiting {
     }
 }
 
+/// Registers the relay with the guest's kernel, and serves its connections in a new task. If this fails, the kernel
+/// refuses the connections.
+pub fn start(hub: EventHub, streams: Streams) {
+    match listen() {
+        Ok(listener) => drop(tokio::spawn(serve(listener, hub, streams))),
+        Err(error) => tracing::warn!("failed to register the relay to sockets of the node: {error}"),
+    }
+}
+
 /// Creates the listener to which the guest's kernel hands connections.
-pub fn listen() -> io::Result<StdListener> {
+fn listen() -> io::Result<StdListener> {
     let listener = StdListener::bind_addr(&SocketAddr::from_abstract_name(NAME)?)?;
     unix_relay::register(listener.as_fd())?;
     listener.set_nonblocking(true)?;
@@ -76,7 +85,7 @@ pub fn listen() -> io::Result<StdListener> {
 }
 
 /// Accepts connections until the listener fails.
-pub async fn serve(listener: StdListener, hub: EventHub, streams: Streams) {
+async fn serve(listener: StdListener, hub: EventHub, streams: Streams) {
     let listener = match UnixListener::from_std(listener) {
         Ok(listener) => listener,
         Err(error) => return tracing::error!("failed to register the relay with the async runtime: {error}"),

@@ -15,7 +15,7 @@ use crate::io::streams::Streams;
 use crate::sandbox::service::SandboxService;
 use crate::sandbox::{Sandbox, port_forwarding};
 use crate::task::{Tasks, service::TaskService};
-use crate::{events, fatal, host_sockets, log, reaper, vsock};
+use crate::{events, fatal, log, reaper, vsock};
 
 /// Reason why the agent failed to boot.
 #[derive(Debug, thiserror::Error)]
@@ -73,16 +73,15 @@ async fn serve() -> Result<std::convert::Infallible, BootError> {
     let (hub, streams, reaper) = (events::EventHub::default(), Streams::default(), reaper::Reaper::default());
     let mut children = reaper.signals().map_err(BootError::Reaper)?;
     let sandbox = Arc::new(Sandbox::default());
-    match host_sockets::listen() {
-        Ok(listener) => drop(tokio::spawn(host_sockets::serve(listener, hub.clone(), streams.clone()))),
-        // A socket of the node then refuses connections, as without the relay.
-        Err(error) => tracing::warn!("failed to register the relay to sockets of the node: {error}"),
-    }
     let tasks = Arc::new(Tasks::new(hub.clone(), streams.clone(), reaper.clone(), sandbox.clone()));
     let mut server = ttrpc::asynchronous::Server::new()
         .add_listener(api.into_ttrpc())
         .register_service(containerd::shim_async::create_task(Arc::new(TaskService::new(tasks))))
-        .register_service(agent_ttrpc::create_sandbox(Arc::new(SandboxService::new(sandbox.clone(), hub))));
+        .register_service(agent_ttrpc::create_sandbox(Arc::new(SandboxService::new(
+            sandbox.clone(),
+            hub,
+            streams.clone(),
+        ))));
     server.start().await.map_err(BootError::Serve)?;
     tokio::spawn(streams.serve(stream_port));
     tokio::spawn(log::serve(log_port));

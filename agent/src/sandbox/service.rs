@@ -19,20 +19,24 @@ use super::volume::Volumes;
 use super::{Sandbox, apparmor, clock, hotplug, namespaces, setup, slots};
 use crate::error::{ServiceError, failed};
 use crate::events::EventHub;
+use crate::host_sockets;
 use crate::id_mappings::IdMappings;
+use crate::io::streams::Streams;
 
 /// Implementation of the Sandbox service.
 pub struct SandboxService {
     sandbox: Arc<Sandbox>,
     hub: EventHub,
+    streams: Streams,
     volumes: Arc<Volumes>,
     network: Network,
 }
 
 impl SandboxService {
-    /// Creates the service for `sandbox`. The Events request streams the events of `hub`.
-    pub fn new(sandbox: Arc<Sandbox>, hub: EventHub) -> Self {
-        Self { sandbox, hub, volumes: Arc::default(), network: Network::default() }
+    /// Creates the service for `sandbox`. The Events request streams the events of `hub`. The connections to sockets of
+    /// the node use `streams`.
+    pub fn new(sandbox: Arc<Sandbox>, hub: EventHub, streams: Streams) -> Self {
+        Self { sandbox, hub, streams, volumes: Arc::default(), network: Network::default() }
     }
 }
 
@@ -83,6 +87,7 @@ impl agent_ttrpc::Sandbox for SandboxService {
         for mount in &request.mounts {
             setup::mount(mount).map_err(failed(format!("mount {}", mount.target)))?;
         }
+        let relays_host_sockets = request.relays_host_sockets;
         let SetupRequest { interfaces, routes, neighbours, rules, .. } = request;
         let config = NetworkConfig { interfaces, routes, neighbours, rules };
         self.network.apply(config).await.map_err(failed("set up the network"))?;
@@ -93,6 +98,9 @@ impl agent_ttrpc::Sandbox for SandboxService {
             Ok(())
         })
         .map_err(failed("enter the pod's namespaces"))??;
+        if relays_host_sockets {
+            host_sockets::start(self.hub.clone(), self.streams.clone());
+        }
         let kernel_release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Ok(SetupResponse {
             kernel_release: kernel_release.trim().to_owned(),

@@ -317,6 +317,7 @@ async fn connect(plan: &BootPlan, vmm: &Vmm, timeline: &Timeline, limit: Duratio
         node_policy: pod.policies.node.clone(),
         pod_policy: pod.policies.pod.clone(),
         protocol_version: AGENT_PROTOCOL,
+        relays_host_sockets: !plan.config.host_sockets.is_empty(),
         ..Default::default()
     };
     let kernel = agent.setup(&request, limit).await.map_err(BootError::Setup)?;
