@@ -310,8 +310,17 @@ mod tests {
         for pid in launchers {
             nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM).unwrap();
         }
-        let script = "PATH=/usr/bin:/bin; grep SigBlk /proc/self/status >&3";
-        let program = start(script, &fds, true).await.unwrap();
+        // A shell would clear the mask itself.
+        let options = ProgramOptions {
+            path: Path::new("/usr/bin/grep"),
+            arg0: None,
+            args: &["SigBlk".to_owned(), "/proc/self/status".to_owned()],
+            env: None,
+            cwd: None,
+            fds: &[null.as_fd(), writer.as_fd()],
+            kill_on_drop: true,
+        };
+        let program = of_tests().start_program(&options).await.unwrap();
         drop(writer);
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();

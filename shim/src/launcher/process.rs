@@ -29,8 +29,7 @@ pub fn run(socket: &OwnedFd) -> ! {
     let _ = nix::sys::prctl::set_name(NAME);
     // This process is suspended while it starts a VMM. Then it does not see that the shim has closed the socket.
     let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
-    // systemd sends SIGTERM to all processes of a pod at once. The shim may still need the launcher to end the pod. A
-    // started program has an empty signal mask, because `Command` clears the mask.
+    // systemd sends SIGTERM to all processes of a pod at once. The shim may still need the launcher to end the pod.
     let blocked: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
     let _ = blocked.thread_block();
     // This process has inherited the shim's end of `socket`. While this copy is open, the kernel does not report that
@@ -112,6 +111,8 @@ fn start_program(reply: &OwnedFd, mut command: Command, fds: &[OwnedFd]) -> io::
     match unsafe { clone_sibling() }? {
         Cloned::Caller { pid, pidfd } => Reply::send_started(reply, pid, &[pidfd.as_fd()]),
         Cloned::Sibling => {
+            // The program would inherit the signal mask, also over execve(2), and could not be ended by SIGTERM.
+            let _ = SigSet::empty().thread_set_mask();
             // The program inherits each standard stream that `fds` does not replace from this process.
             let _ = match place(fds, reply) {
                 Ok(reply) => Reply::send_failed(&reply, &command.exec()),
