@@ -15,7 +15,9 @@ use std::process::ExitCode;
 use husk_shim::launcher::{Launcher, Program, ProgramOptions};
 use husk_shim::sandbox::host_sockets::program;
 use husk_shim::vm::host_socket::Credentials;
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{getsockopt, sockopt};
+use nix::unistd::Pid;
 
 /// Starts the program for the socket at `path`. Returns the other end of its stream.
 async fn start(launcher: &Launcher, path: &Path, credentials: &Credentials) -> (UnixStream, Program) {
@@ -75,6 +77,8 @@ async fn check() {
     for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
         assert_eq!(is(set), "0000000000000000", "{set}");
     }
+    // When the node shuts down, systemd sends SIGTERM to all processes of the pod's scope.
+    kill(Pid::from_raw(pid), Signal::SIGTERM).unwrap();
     let data: Vec<u8> = (0..1_000_003_u32).map(|number| (number % 251) as u8).collect();
     std::thread::scope(|scope| {
         scope.spawn(|| {

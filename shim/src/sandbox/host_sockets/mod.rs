@@ -33,6 +33,11 @@ use find::{FindError, Found};
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a connection counts at least. This limits how many processes a pod can start on the node in a second.
 const MIN_TIME: Duration = Duration::from_secs(1);
+/// How long a request waits for a slot.
+const SLOT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum number of lookups at the same time. A lookup in a file system that hangs keeps one of the shim's blocking
+/// threads, and other requests need these threads.
+const MAX_LOOKUPS: usize = 4;
 /// How long the refusal of a socket is not logged again.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// Maximum number of sockets whose refusals are logged within [`LOG_INTERVAL`].
@@ -51,6 +56,8 @@ pub struct HostSockets {
     requests: Arc<Semaphore>,
     /// Limits the connections.
     slots: Arc<Semaphore>,
+    /// Limits the lookups.
+    lookups: Arc<Semaphore>,
     refused: Mutex<Refused>,
 }
 
@@ -69,6 +76,8 @@ enum ConnectError {
     Step(&'static str, #[source] io::Error),
     #[error("failed to start the program that connects")]
     Launch(#[from] LaunchError),
+    #[error("the pod has {MAX_CONNECTIONS} connections")]
+    Busy,
     #[error("the socket could not be prepared within {} s", PREPARE_TIMEOUT.as_secs())]
     Timeout,
 }
@@ -79,6 +88,7 @@ impl ConnectError {
     fn errno(&self) -> i32 {
         match self {
             Self::Timeout => libc::ETIMEDOUT,
+            Self::Busy => libc::EAGAIN,
             Self::Unmapped(_) => libc::EACCES,
             _ => libc::ECONNREFUSED,
         }
@@ -95,8 +105,9 @@ impl Default for HostSockets {
 impl HostSockets {
     /// Returns a value without connections.
     pub fn new(pod: String, allowed: Vec<String>, id_mappings: Option<IdMappings>) -> Self {
-        let [requests, slots] = [2 * MAX_CONNECTIONS, MAX_CONNECTIONS].map(|max| Arc::new(Semaphore::new(max)));
-        Self { pod, allowed, id_mappings, requests, slots, refused: Mutex::default() }
+        let limits = [2 * MAX_CONNECTIONS, MAX_CONNECTIONS, MAX_LOOKUPS];
+        let [requests, slots, lookups] = limits.map(|max| Arc::new(Semaphore::new(max)));
+        Self { pod, allowed, id_mappings, requests, slots, lookups, refused: Mutex::default() }
     }
 
     /// Returns the list of the configuration.
@@ -175,9 +186,11 @@ impl Sandbox {
         let (sandbox, launcher) = (Arc::clone(self), launcher.clone());
         tokio::spawn(async move {
             let relay = async {
-                let Ok(slot) = Arc::clone(&sockets.slots).acquire_owned().await else { return };
-                let (slot, begin) = (Arc::new(slot), tokio::time::Instant::now());
-                if let Err(error) = sandbox.relay(request, sockets, &launcher, Arc::clone(&slot)).await {
+                // The agent stops waiting, too. A request that waited longer would connect for nobody.
+                let slot = tokio::time::timeout(SLOT_TIMEOUT, Arc::clone(&sockets.slots).acquire_owned()).await;
+                let slot = slot.ok().and_then(Result::ok).map(Arc::new);
+                let begin = tokio::time::Instant::now();
+                if let Err(error) = sandbox.relay(request, sockets, &launcher, slot.clone()).await {
                     tracing::debug!(error = %crate::chain(&error), "refused a connection to a socket of the node");
                 }
                 drop(waiting);
@@ -190,21 +203,23 @@ impl Sandbox {
         });
     }
 
-    /// Runs until the connection ends. A lookup that hangs keeps `slot`.
+    /// Runs until the connection ends. A lookup that hangs keeps `slot`. Refuses the connection if there is no slot.
     async fn relay(
         &self,
         request: HostSocketRequest,
         sockets: Arc<HostSockets>,
         launcher: &Launcher,
-        slot: impl Send + 'static,
+        slot: Option<impl Send + 'static>,
     ) -> Result<(), ConnectError> {
         let stream = tokio::time::timeout(PREPARE_TIMEOUT, self.open_stream_with(request.token));
         let mut stream = stream.await.map_err(|_| ConnectError::Timeout)??;
         let start = async {
+            let slot = slot.ok_or(ConnectError::Busy)?;
             let (share, credentials) = (self.share(), request.credentials.clone());
+            let lookup = Arc::clone(&sockets.lookups).acquire_owned().await;
             let socket = blocking::spawn(move || {
                 let found = sockets.find(&share, &request);
-                drop(slot);
+                drop((slot, lookup));
                 found
             });
             let socket = socket.await.map_err(|error| ConnectError::Step("look up the socket", error))??;

@@ -15,7 +15,7 @@ use std::time::Duration;
 use husk_base::sys::capabilities::{self, Capabilities};
 use husk_proto::host_socket::{BUFFER, reply};
 use nix::sys::prctl;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
 use nix::sys::time::TimeVal;
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
@@ -70,8 +70,19 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
+/// Blocks the signals with which systemd stops the processes of the pod's scope. The connection ends with the pod. Until
+/// then, the containers can use it, as under runc.
+fn block_termination() -> io::Result<()> {
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        signals.add(signal);
+    }
+    Ok(signals.thread_block()?)
+}
+
 /// Enters the cgroups, becomes the user of the container's process, and connects.
 fn connect_as(credentials: &Credentials, cgroups: RawFd) -> io::Result<UnixStream> {
+    block_termination()?;
     for fd in CGROUPS..CGROUPS.saturating_add(cgroups) {
         // SAFETY: the launcher has passed these fds, and nothing else in this process uses them.
         unsafe { File::from_raw_fd(fd) }.write_all(b"0")?;
@@ -108,6 +119,8 @@ fn become_user(credentials: &Credentials) -> io::Result<()> {
     setresgid(gid, gid, gid)?;
     setresuid(uid, uid, uid)?;
     keep_capabilities(if uid.is_root() { DAC_OVERRIDE } else { 0 })?;
+    // For root, the changes above leave the process dumpable. Other processes of this user must not trace it.
+    prctl::set_dumpable(false)?;
     // A change of credentials resets the signal.
     Ok(prctl::set_pdeathsig(Signal::SIGKILL)?)
 }
