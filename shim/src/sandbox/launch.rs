@@ -34,7 +34,8 @@ use crate::sandbox::state_dir::{ProcessId, StateDir, StateError};
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{LaunchInput, Sandbox};
 use crate::vm::agent::Report;
-use crate::vm::vmm::{self, VmmError};
+use crate::vm::spawn;
+use crate::vm::vmm::VmmError;
 
 /// Why a sandbox cannot be launched.
 #[derive(Debug, thiserror::Error)]
@@ -274,14 +275,14 @@ impl PartialLaunch {
     ) -> Result<Network, LaunchError> {
         failpoint!("shim.launch.entered").map_err(LaunchError::Failpoint)?;
         let network = spec.network()?;
-        let namespace = vmm::network_namespace(&network)?;
+        let namespace = spawn::network_namespace(&network)?;
         let spawned = match launcher {
             Some(launcher) => {
                 let cgroups = self.cgroup.as_ref().map_or(Ok(Vec::new()), Cgroup::open_procs);
                 let cgroups = cgroups.map_err(LaunchError::OpenCgroup)?;
-                vmm::spawn_by_launcher(launcher, &namespace, &cgroups)
+                spawn::spawn_by_launcher(launcher, &namespace, &cgroups)
             }
-            None => vmm::spawn(&namespace),
+            None => spawn::spawn(&namespace),
         };
         let vmm = self.vmm.insert(spawned?);
         failpoint!("shim.launch.spawned").map_err(LaunchError::Failpoint)?;

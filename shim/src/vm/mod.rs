@@ -5,6 +5,7 @@ mod agent_stream;
 pub mod console;
 pub mod host_socket;
 mod outgoing;
+pub mod spawn;
 pub mod state;
 mod thread_id;
 mod throttle;

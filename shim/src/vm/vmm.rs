@@ -1,4 +1,4 @@
-//! Client of the VMM: starts the process, sends requests over the control socket, and waits until the process exits.
+//! Client of the VMM: sends requests over the control socket, and waits until the process exits.
 
 use std::collections::HashMap;
 use std::convert::identity;
@@ -13,7 +13,7 @@ use std::time::Duration;
 use husk_base::async_fd::register;
 use husk_base::sys::{process, scm_rights};
 use husk_config::{BaseTimeout, TimeoutFactor};
-use husk_vmm::client::{self, SpawnError, SpawnOptions, Spawned};
+use husk_vmm::client::{SpawnError, Spawned};
 use husk_vmm::config::NetConfig;
 use husk_vmm::control::{Answer, Call, Notice, Reply, Request, wire};
 use tokio::io::Interest;
@@ -22,10 +22,8 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::blocking;
-use crate::host_view;
-use crate::launcher::{LaunchError, Launcher};
+use crate::launcher::LaunchError;
 use crate::lock;
-use crate::oci::Network;
 use crate::vm::thread_id;
 use crate::vm::throttle::Budget;
 use crate::vm::vhost::{self, VhostPermits};
@@ -150,54 +148,6 @@ pub struct ScriptedVmm {
     pub killed: watch::Receiver<Option<Instant>>,
     /// Takes the exit status.
     pub died: watch::Sender<Option<ExitStatus>>,
-}
-
-/// Opens the sandbox's network namespace, or creates it.
-///
-/// # Errors
-/// [`VmmError::Netns`] or [`VmmError::NewNetns`].
-pub fn network_namespace(network: &Network) -> Result<OwnedFd, VmmError> {
-    match network {
-        Network::Path(path) => host_view::of_process()
-            .reach(path)
-            .and_then(|reached| std::fs::File::open(&reached.path))
-            .map(OwnedFd::from)
-            .map_err(|source| VmmError::Netns { path: path.display().to_string(), source }),
-        Network::New => new_network_namespace().map_err(VmmError::NewNetns),
-    }
-}
-
-/// Creates a network namespace on another thread, so that this thread need not return to its own namespace.
-fn new_network_namespace() -> std::io::Result<OwnedFd> {
-    let creator = std::thread::Builder::new().name("new-network".into()).spawn(|| -> std::io::Result<OwnedFd> {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
-        Ok(std::fs::File::open("/proc/thread-self/ns/net")?.into())
-    })?;
-    creator.join().unwrap_or_else(|_| Err(std::io::Error::other("the thread that creates the namespace panicked")))
-}
-
-/// Starts the VMM process in a network namespace. The process inherits this process's cgroup and mount namespace.
-///
-/// Must be called on the main thread. When the calling thread exits, the kernel kills the VMM (PR_SET_PDEATHSIG).
-///
-/// # Errors
-/// [`VmmError::Spawn`], or [`VmmError::Netns`] if the fd cannot be duplicated.
-pub fn spawn(namespace: &OwnedFd) -> Result<Spawned, VmmError> {
-    let namespace = namespace.try_clone().map_err(|source| VmmError::Netns { path: "of the pod".into(), source })?;
-    let network = client::Network::Join(namespace);
-    client::spawn(SpawnOptions { network, ..Default::default() }).map_err(VmmError::Spawn)
-}
-
-/// Lets the launcher start the VMM process, because this process is confined already. `cgroups` are the open files
-/// `cgroup.procs` of the cgroups that the VMM process enters. The VMM process also enters this process's mount
-/// namespace. When the main thread of this process exits, the kernel kills the VMM process.
-///
-/// # Errors
-/// [`VmmError::Launch`], or [`VmmError::Netns`] if the mount namespace cannot be opened.
-pub fn spawn_by_launcher(launcher: &Launcher, namespace: &OwnedFd, cgroups: &[OwnedFd]) -> Result<Spawned, VmmError> {
-    let path = "/proc/self/ns/mnt";
-    let mounts = std::fs::File::open(path).map_err(|source| VmmError::Netns { path: path.into(), source })?;
-    launcher.start_vmm(mounts.as_fd(), namespace.as_fd(), cgroups).map_err(VmmError::Launch)
 }
 
 /// Waits until the child `pid` exits, and returns its exit status. Blocks the calling thread.
