@@ -87,10 +87,30 @@ impl Volumes {
         if request.directories.is_empty() {
             return Ok(());
         }
-        let _guard = lock_shared_volumes();
-        let found = open_subpath(&root, &request.directories)?;
-        bind(&found, &volume::guest_path(request))
+        bind_opened(|| open_subpath(&root, &request.directories), &volume::guest_path(request))
     }
+}
+
+/// Maximum number of attempts to bind a subpath. Each further attempt needs another container that ends meanwhile.
+const MAX_BINDS: usize = 16;
+
+/// Bind-mounts the file that `open` returns. `open` runs without the lock, because it can hang together with the file
+/// system of the volume, and other volumes must not wait for it.
+///
+/// If another thread has unmounted the volume meanwhile, opens the file again, which mounts the volume again.
+fn bind_opened(mut open: impl FnMut() -> Result<Subpath, VolumeError>, target: &Path) -> Result<(), VolumeError> {
+    for _ in 1..MAX_BINDS {
+        let found = open()?;
+        let _guard = lock_shared_volumes();
+        match bind(&found, target) {
+            // The kernel binds only files of mounted file systems (`__do_loopback` in fs/namespace.c).
+            Err(VolumeError::Mount(_, Errno::EINVAL)) => {}
+            bound => return bound,
+        }
+    }
+    let found = open()?;
+    let _guard = lock_shared_volumes();
+    bind(&found, target)
 }
 
 /// Lock that a thread holds while it binds a subpath or unmounts unused volumes of the share. The agent creates and
@@ -145,9 +165,16 @@ pub fn remove_subpaths(container: &str) -> HashSet<PathBuf> {
     volumes
 }
 
+/// An opened subpath of a volume.
+#[derive(Debug)]
+pub(crate) struct Subpath {
+    file: OwnedFd,
+    is_directory: bool,
+}
+
 /// Opens a path below `root` and creates missing components as directories. If the last component already exists, it
 /// may be a file.
-pub(crate) fn open_subpath(root: &Path, directories: &[VolumeDirectory]) -> Result<OwnedFd, VolumeError> {
+pub(crate) fn open_subpath(root: &Path, directories: &[VolumeDirectory]) -> Result<Subpath, VolumeError> {
     let open_error = |name: &str| {
         let name = name.to_owned();
         move |error| VolumeError::OpenSubpath(name, error)
@@ -156,6 +183,7 @@ pub(crate) fn open_subpath(root: &Path, directories: &[VolumeDirectory]) -> Resu
     // O_DIRECTORY triggers the automount of a shared volume. O_PATH alone does not (fs/namei.c, `follow_automount`).
     let mut current =
         openat(nix::fcntl::AT_FDCWD, root, flags | OFlag::O_DIRECTORY, Mode::empty()).map_err(open_error("."))?;
+    let mut is_directory = true;
     for directory in directories {
         let name = path_component(&directory.name)?;
         let next = match openat(&current, name, flags, Mode::empty()) {
@@ -167,11 +195,13 @@ pub(crate) fn open_subpath(root: &Path, directories: &[VolumeDirectory]) -> Resu
             found => found,
         };
         current = next.map_err(open_error(&directory.name))?;
-        if kind(&current).map_err(open_error(&directory.name))? == SFlag::S_IFLNK {
+        let kind = kind(&current).map_err(open_error(&directory.name))?;
+        if kind == SFlag::S_IFLNK {
             return Err(VolumeError::OpenSubpath(directory.name.clone(), Errno::ELOOP));
         }
+        is_directory = kind == SFlag::S_IFDIR;
     }
-    Ok(current)
+    Ok(Subpath { file: current, is_directory })
 }
 
 fn create_directory(parent: BorrowedFd<'_>, name: &Path, directory: &VolumeDirectory) -> nix::Result<()> {
@@ -192,17 +222,18 @@ fn make_dir(path: &Path) -> Result<(), VolumeError> {
     fs::create_dir_all(path).map_err(|error| VolumeError::Directory(path.to_owned(), error))
 }
 
-fn bind(source: &OwnedFd, target: &Path) -> Result<(), VolumeError> {
+/// Bind-mounts `source` at `target`. Makes no request to the file system of the volume, which can hang.
+fn bind(source: &Subpath, target: &Path) -> Result<(), VolumeError> {
     let failed = |error| VolumeError::Mount(target.to_owned(), error);
     if let Some(parent) = target.parent() {
         make_dir(parent)?;
     }
-    if kind(source).map_err(failed)? == SFlag::S_IFDIR {
+    if source.is_directory {
         make_dir(target)?;
     } else {
         fs::File::create(target).map_err(|error| VolumeError::File(target.to_owned(), error))?;
     }
-    let source = format!("/proc/self/fd/{}", source.as_raw_fd());
+    let source = format!("/proc/self/fd/{}", source.file.as_raw_fd());
     mount(Some(source.as_str()), target, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(failed)
 }
 
@@ -223,6 +254,9 @@ fn path_component(name: &str) -> Result<&Path, VolumeError> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::{MetadataExt, symlink};
+    use std::thread;
+
+    use nix::sched::{CloneFlags, unshare};
 
     use super::*;
 
@@ -238,7 +272,7 @@ mod tests {
         assert_eq!(fs::metadata(dir.path().join("a/b")).unwrap().mode() & 0o7777, 0o2770);
         fs::write(dir.path().join("a/file"), "x").unwrap();
         let file = open_subpath(dir.path(), &[directory("a"), directory("file")]).unwrap();
-        assert_eq!(kind(&file).unwrap(), SFlag::S_IFREG);
+        assert!(!file.is_directory);
         symlink("/tmp", dir.path().join("out")).unwrap();
         for path in [&["out"][..], &["out", "x"], &["a", "file", "x"], &[".."], &["a/b"], &[""]] {
             let directories: Vec<_> = path.iter().map(|name| directory(name)).collect();
@@ -250,10 +284,52 @@ mod tests {
     fn bind_fails_if_the_target_cannot_be_created() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), "x").unwrap();
-        let source = OwnedFd::from(fs::File::open(dir.path().join("file")).unwrap());
+        let source = open_subpath(dir.path(), &[directory("file")]).unwrap();
         let result = bind(&source, dir.path());
         let Err(VolumeError::File(path, error)) = result else { panic!("{result:?}") };
         assert_eq!((path.as_path(), error.raw_os_error()), (dir.path(), Some(libc::EISDIR)));
+    }
+
+    #[test]
+    fn subpath_whose_file_system_hangs_does_not_hold_up_other_volumes() {
+        let dir = tempfile::tempdir().unwrap();
+        let result = bind_opened(
+            || {
+                // While the open hangs, the deletion of another container unmounts its volumes.
+                unmount_unused(Vec::new());
+                Err(VolumeError::OpenSubpath("a".into(), Errno::EIO))
+            },
+            &dir.path().join("target"),
+        );
+        assert!(matches!(result, Err(VolumeError::OpenSubpath(_, Errno::EIO))), "{result:?}");
+    }
+
+    #[test]
+    fn volume_that_is_unmounted_while_its_subpath_is_opened_is_mounted_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, target) = (dir.path().join("volume"), dir.path().join("target"));
+        fs::create_dir(&root).unwrap();
+        // The mounts of this thread are its own.
+        thread::spawn(move || {
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+            let mut opened = 0;
+            let open = || {
+                mount(Some("tmpfs"), &root, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+                let found = open_subpath(&root, &[directory("a")]);
+                opened += 1;
+                if opened == 1 {
+                    umount2(&root, MntFlags::MNT_DETACH).unwrap();
+                }
+                found
+            };
+            bind_opened(open, &target).unwrap();
+            assert_eq!(opened, 2);
+            fs::write(root.join("a/file"), "x").unwrap();
+            assert!(target.join("file").exists());
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]
