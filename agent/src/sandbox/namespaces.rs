@@ -1,7 +1,7 @@
 //! Creates the pod's namespaces, pins them with bind mounts and runs code in them.
 //!
-//! The agent has one async thread, and no function of this module awaits. Therefore no other async code runs while the
-//! thread is in the pod's namespaces.
+//! Namespaces belong to a thread. No function of this module awaits. Therefore no async code runs while a thread is in
+//! the pod's namespaces.
 
 use std::fs::{self, File};
 use std::io;
@@ -54,9 +54,9 @@ pub enum NamespaceError {
 }
 
 const KINDS: &[(&str, CloneFlags, &str)] = &[
-    ("/proc/self/ns/net", CloneFlags::CLONE_NEWNET, NET_NAMESPACE),
-    ("/proc/self/ns/ipc", CloneFlags::CLONE_NEWIPC, IPC_NAMESPACE),
-    ("/proc/self/ns/uts", CloneFlags::CLONE_NEWUTS, UTS_NAMESPACE),
+    ("/proc/thread-self/ns/net", CloneFlags::CLONE_NEWNET, NET_NAMESPACE),
+    ("/proc/thread-self/ns/ipc", CloneFlags::CLONE_NEWIPC, IPC_NAMESPACE),
+    ("/proc/thread-self/ns/uts", CloneFlags::CLONE_NEWUTS, UTS_NAMESPACE),
 ];
 
 fn open(path: &str) -> Result<File, NamespaceError> {
@@ -71,7 +71,7 @@ fn kernel_error(action: &'static str) -> impl Fn(nix::Error) -> NamespaceError {
 struct NamespaceGuard(Vec<(File, CloneFlags)>);
 
 impl NamespaceGuard {
-    /// Opens the current namespaces.
+    /// Opens the current namespaces of the calling thread.
     fn save() -> Result<Self, NamespaceError> {
         KINDS.iter().map(|(current, flag, _)| Ok((open(current)?, *flag))).collect::<Result<_, _>>().map(Self)
     }
@@ -125,7 +125,7 @@ fn create_in_user_namespace(id_mappings: &IdMappings) -> Result<(), NamespaceErr
             fs::write(&path, text).map_err(|source| NamespaceError::Write { path, source })?;
         }
         pin_namespace(&format!("{proc}/ns/user"), USER_NAMESPACE)?;
-        KINDS.iter().try_for_each(|(current, _, pin)| pin_namespace(&current.replace("/proc/self", &proc), pin))
+        KINDS.iter().try_for_each(|(current, _, pin)| pin_namespace(&current.replace("/proc/thread-self", &proc), pin))
     })();
     // The reaper waits for the killed holder.
     if let Err(error) = holder.kill() {
@@ -165,9 +165,11 @@ fn pin_namespace(namespace: &str, pin: &str) -> Result<(), NamespaceError> {
 
 /// Runs `f` in the pod's namespaces. `f` must not block.
 pub fn run_in_pod<T>(f: impl FnOnce() -> T) -> Result<T, NamespaceError> {
+    let pins =
+        KINDS.iter().map(|(_, flag, pin)| Ok((open(pin)?, *flag))).collect::<Result<Vec<_>, NamespaceError>>()?;
     let guard = NamespaceGuard::save()?;
-    for (_, flag, pin) in KINDS {
-        setns(open(pin)?.as_fd(), *flag).map_err(kernel_error("enter the pod's namespaces"))?;
+    for (pin, flag) in &pins {
+        setns(pin.as_fd(), *flag).map_err(kernel_error("enter the pod's namespaces"))?;
     }
     let result = f();
     drop(guard);

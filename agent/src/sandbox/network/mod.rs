@@ -15,13 +15,15 @@ use std::fs::File;
 use std::hash::Hash;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use husk_base::sync::lock;
 use husk_netlink::{Link, Message, Netlink, link_header, links};
 use husk_proto::agent::{Interface, Neighbour, Route, Rule, UpdateNetworkRequest};
-use tokio::time::{Instant, timeout_at};
+use tokio::runtime::Handle;
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::link_notifications::LinkNotifications;
 use super::{NET_NAMESPACE, namespaces};
@@ -30,6 +32,9 @@ use parts::Parts;
 
 /// Maximum time to wait for an interface. The shim hot-plugs the device before it sends the request.
 const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Maximum time for a change of the network. This is shorter than the shim's timeout of 60 s.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(50);
 
 /// Reason why setting up or changing the network failed.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +61,9 @@ pub enum NetworkError {
     /// Another request is in progress.
     #[error("failed to change the pod's network: another change is in progress")]
     Busy,
+    /// The kernel has not made the change in time.
+    #[error("failed to change the pod's network within {} s", CHANGE_TIMEOUT.as_secs())]
+    Timeout,
     /// The kernel rejected a netlink request or a system call.
     #[error("failed to {0}")]
     Kernel(String, #[source] io::Error),
@@ -120,14 +128,15 @@ struct Applied {
 
 /// The pod's network as last requested. Does not include a bridge or route that a container has added.
 pub struct Network {
-    applied: Mutex<Option<Applied>>,
+    /// `None` while a change is in progress.
+    applied: Arc<Mutex<Option<Applied>>>,
     parts: Mutex<Parts>,
 }
 
 impl Default for Network {
     fn default() -> Self {
         let applied = Applied { config: NetworkConfig::default(), complete: true };
-        Self { applied: Mutex::new(Some(applied)), parts: Mutex::default() }
+        Self { applied: Arc::new(Mutex::new(Some(applied))), parts: Mutex::default() }
     }
 }
 
@@ -146,21 +155,35 @@ impl Network {
 
     /// Changes the network to `config`. Touches only parts that differ from the previous configuration.
     ///
+    /// The change is made on another thread, because the kernel makes network changes one after the other. A container
+    /// can hold the kernel's lock for long (`rtnl_lock` in net/core/rtnetlink.c). The change runs to completion even if
+    /// the caller gives up.
+    ///
     /// # Errors
-    /// Returns the first failure. The next call recreates all parts that this call may have changed.
+    /// Returns the first failure. The next call recreates all parts that this call may have changed. If the kernel does
+    /// not answer, calls fail with [`NetworkError::Busy`] until it does.
     pub async fn apply(&self, config: NetworkConfig) -> Result<(), NetworkError> {
         let take_applied = || lock(&self.applied).take();
         let before = take_applied().ok_or(NetworkError::Busy)?;
-        let changed = change(&before, &config).await;
-        let applied = match changed {
-            Ok(()) => Applied { config, complete: true },
-            Err(_) => Applied { config: before.config.merge(config), complete: false },
-        };
-        *lock(&self.applied) = Some(applied);
-        changed
+        let (applied, runtime) = (Arc::clone(&self.applied), Handle::current());
+        let changing = spawn_blocking(move || {
+            let changed = runtime.block_on(change(&before, &config));
+            let after = match changed {
+                Ok(()) => Applied { config, complete: true },
+                Err(_) => Applied { config: before.config.merge(config), complete: false },
+            };
+            *lock(&applied) = Some(after);
+            changed
+        });
+        match timeout(CHANGE_TIMEOUT, changing).await {
+            Ok(Ok(changed)) => changed,
+            Ok(Err(error)) => Err(kernel_error("change the pod's network")(io::Error::other(error))),
+            Err(_) => Err(NetworkError::Timeout),
+        }
     }
 }
 
+/// Makes a change. Blocks the calling thread, except while it waits for an interface.
 async fn change(Applied { config: before, complete }: &Applied, after: &NetworkConfig) -> Result<(), NetworkError> {
     if *complete && before == after {
         return Ok(());
@@ -391,7 +414,12 @@ async fn wait_for_link(mac: &[u8]) -> Result<Option<Link>, NetworkError> {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+    use std::sync::mpsc::channel;
+
     use proptest::prelude::*;
+    use tokio::runtime::Builder;
+    use tokio::time::{advance, pause};
 
     use super::*;
 
@@ -412,6 +440,38 @@ mod tests {
         assert_eq!(config(&before).merge(config(&after)).rules, [&before[..], &after[3..]].concat());
         let rules = [rule(1, ""), Rule { ipv6: true, ..rule(1, "") }];
         assert_eq!(changed_keys(&rules[..1], &rules, true, rule::key), HashSet::from([(true, 1)]));
+    }
+
+    #[test]
+    fn change_of_the_network_does_not_block_the_async_thread_and_has_a_limit() {
+        let runtime = Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
+        let (release, released) = channel::<()>();
+        let occupied = runtime.spawn_blocking(move || released.recv());
+        runtime.block_on(async {
+            pause();
+            let network = Network::default();
+            // The namespaces of the pod do not exist. The change fails as soon as it has a thread.
+            let config = || NetworkConfig { rules: vec![rule(1, "")], ..Default::default() };
+            let hanging = {
+                let mut change = pin!(network.apply(config()));
+                let begin = Instant::now();
+                loop {
+                    tokio::select! {
+                        biased;
+                        changed = &mut change => break changed,
+                        () = advance(Duration::from_secs(1)) => assert!(begin.elapsed() <= CHANGE_TIMEOUT * 2),
+                    }
+                }
+            };
+            assert!(matches!(hanging, Err(NetworkError::Timeout)), "{hanging:?}");
+            assert!(matches!(network.apply(config()).await, Err(NetworkError::Busy)));
+            drop(release);
+            occupied.await.unwrap().unwrap_err();
+            // The only thread has then ended the change.
+            spawn_blocking(|| {}).await.unwrap();
+            let next = network.apply(config()).await;
+            assert!(matches!(next, Err(NetworkError::Namespace(_))), "{next:?}");
+        });
     }
 
     proptest! {
