@@ -11,6 +11,7 @@ use libcontainer::oci_spec::runtime::Spec;
 use protobuf::Message;
 use tokio::time::Instant;
 
+use tokio::sync::Semaphore;
 use super::helper::HelperJob;
 use super::kill::KILL_TIMEOUT;
 use super::process::{Phase, Process, StreamTokens};
@@ -93,6 +94,7 @@ impl Tasks {
         self.insert(&container)?;
         drop(reservation);
         match self.create_inserted(&container, &spec, streams).await {
+                update_turn: Arc::new(Semaphore::new(1)),
             Ok(pid) => Ok(pid),
             Err(error) => {
                 container.init.advance(Phase::Stopped(0, ProcessExit { status: 255, at_ns: now_ns() }));

@@ -22,6 +22,7 @@ use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, advance, pause, timeout};
 use ttrpc::asynchronous::TtrpcContext;
 
@@ -55,6 +56,7 @@ pub fn container_below(root: &Path, id: &str) -> Arc<Container> {
         oom_task: Mutex::default(),
         paused: false.into(),
         freezer: Default::default(),
+        update_turn: Arc::new(Semaphore::new(1)),
         execs: Mutex::default(),
     })
 }
@@ -337,4 +339,39 @@ async fn delete_waits_for_a_container_whose_cgroup_is_being_created() {
     guest.tasks.insert(&container).unwrap();
     drop(reservation);
     assert_eq!(deleting.await.unwrap().0, 9);
+}
+
+#[test]
+fn updates_of_a_container_do_not_overlap_and_do_not_wait_forever() {
+    let (runtime, occupied) = occupied_pool();
+    runtime.block_on(async {
+        pause();
+        let guest = Guest::new(Phase::Running(7));
+        let update = |limit: u64| {
+            let value = format!(r#"{{"memory":{{"limit":{limit}}}}}"#).into_bytes();
+            let resources = MessageField::some(Any { value, ..Default::default() });
+            UpdateTaskRequest { id: ID.into(), resources, ..Default::default() }
+        };
+        let context = context();
+        let mut hanging = pin!(guest.service.update(&context, update(65536)));
+        assert!(poll_all(hanging.as_mut()).await.is_pending());
+        let begin = Instant::now();
+        let mut second = pin!(guest.service.update(&context, update(131_072)));
+        let refused = loop {
+            if let Poll::Ready(result) = poll_all(second.as_mut()).await {
+                break result;
+            }
+            assert!(begin.elapsed() < SHIM_TIMEOUT, "the shim would not learn that the update has not been made");
+            advance(Duration::from_millis(100)).await;
+        };
+        let error = refused.unwrap_err().to_string();
+        assert!(error.contains("another update is in progress"), "{error}");
+        // The third update waits for the first one, although the client of the first one has given up.
+        let mut third = pin!(guest.service.update(&context, update(262_144)));
+        assert!(poll_all(third.as_mut()).await.is_pending());
+        drop(occupied);
+        hanging.await.unwrap();
+        third.await.unwrap();
+        assert!(guest.file("memory.max").starts_with("262144"));
+    });
 }

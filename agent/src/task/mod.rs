@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex};
 use husk_base::sync::lock;
 use husk_proto::agent::Exit;
 use libcontainer::oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec, Spec};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 
 use crate::cgroup::{self, Cgroup};
@@ -63,6 +63,8 @@ pub struct Container {
     oom_task: Mutex<Option<AbortHandle>>,
     paused: AtomicBool,
     freezer: Freezer,
+    /// The one permit belongs to the Update request that changes the cgroup.
+    update_turn: Arc<Semaphore>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
 }
 

@@ -20,6 +20,7 @@ use libcontainer::oci_spec::runtime::LinuxResources;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
+use tokio::time::timeout;
 use ttrpc::asynchronous::TtrpcContext;
 
 use super::process::Phase;
@@ -27,6 +28,10 @@ use super::{Tasks, freeze, kill, spec};
 use crate::blocking;
 use crate::cgroup::Cgroup;
 use crate::error::{ServiceError, failed, malformed};
+
+/// Maximum time that an Update request waits for an earlier one of the same container. This is shorter than the shim's
+/// timeout of 10 s, so that the client learns that its update has not been made.
+const UPDATE_TURN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Implementation of the Task service.
 pub struct TaskService {
@@ -181,9 +186,22 @@ impl Task for TaskService {
         let mut resources: LinuxResources =
             serde_json::from_slice(&request.resources.value).map_err(malformed("failed to parse the resources"))?;
         spec::adapt_resources(&mut resources, &container.cgroup)?;
+        let turn = timeout(UPDATE_TURN_TIMEOUT, Arc::clone(&container.update_turn).acquire_owned()).await;
+        let turn = turn.map_err(|_| {
+            ServiceError::FailedPrecondition(format!(
+                "failed to update container {}: another update is in progress, and has not ended within {} s",
+                request.id,
+                UPDATE_TURN_TIMEOUT.as_secs()
+            ))
+        })?;
         // If a memory limit is lowered, the kernel reclaims memory before the write returns. This can take long, and
-        // must not block the agent's only async thread.
-        blocking::run("update the resources", move || apply(&container.cgroup, &resources)).await?;
+        // must not block the agent's only async thread. The turn ends with the last write, even if the client has given
+        // up. Otherwise, a later request could be undone by the rest of this one.
+        let update = move || {
+            let _turn = turn;
+            apply(&container.cgroup, &resources)
+        };
+        blocking::run("update the resources", update).await?;
         Ok(Empty::new())
     }
 
