@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -44,8 +44,8 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
     let init = pidfd::open(request.init_pid).map_err(io("cannot exec in a stopped container"))?;
     let cgroups = open_cgroups(&request).map_err(io("failed to open the cgroup"))?;
     let (mut reasons, reason_writer) = io::pipe().map_err(io("failed to create a pipe for the child's error"))?;
-    let namespaces =
-        namespaces_to_join(request.init_pid).map_err(io("failed to read the namespaces of the container"))?;
+    let namespaces = namespaces_to_join(init.as_fd(), request.init_pid)
+        .map_err(io("failed to read the namespaces of the container"))?;
     unshare_time();
     // setns(2) with a PID namespace takes effect only for children that the caller creates later.
     set_namespaces(&init, namespaces & CloneFlags::CLONE_NEWPID).map_err(io("failed to enter the PID namespace"))?;
@@ -193,9 +193,12 @@ fn open_cgroups(request: &ExecRequest) -> io::Result<Vec<File>> {
     Ok(vec![container, File::open(of_init)?])
 }
 
-/// Compares the namespaces of `pid` with those of this process. Returns the CLONE_NEW* flags of the namespaces that
-/// differ.
-fn namespaces_to_join(pid: i32) -> io::Result<CloneFlags> {
+/// Compares the namespaces of the process `process`, whose PID is `pid`, with those of this process. Returns the
+/// CLONE_NEW* flags of the namespaces that differ.
+///
+/// # Errors
+/// ESRCH if the process has been reaped. In this case, another process may have got its PID.
+fn namespaces_to_join(process: BorrowedFd<'_>, pid: i32) -> io::Result<CloneFlags> {
     const KINDS: &[(&str, CloneFlags)] = &[
         ("user", CloneFlags::CLONE_NEWUSER),
         ("pid", CloneFlags::CLONE_NEWPID),
@@ -213,6 +216,8 @@ fn namespaces_to_join(pid: i32) -> io::Result<CloneFlags> {
             flags |= *flag;
         }
     }
+    // The process still has its PID. Therefore, all files that were read before belong to this process.
+    pidfd::send_signal(process, 0)?;
     Ok(flags)
 }
 
@@ -239,4 +244,23 @@ fn clone_into(cgroups: &[File]) -> io::Result<i32> {
 
 fn io_error_text(error: &io::Error) -> String {
     error.raw_os_error().map_or_else(|| error.to_string(), |code| errno_text(nix::Error::from_raw(code)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn namespaces_to_join_fails_if_another_process_can_have_the_pid() {
+        let own = std::process::id().cast_signed();
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pidfd = pidfd::open(child.id().cast_signed()).unwrap();
+        assert_eq!(namespaces_to_join(pidfd.as_fd(), own).unwrap(), CloneFlags::empty());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let error = namespaces_to_join(pidfd.as_fd(), own).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
+    }
 }

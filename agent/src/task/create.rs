@@ -1,5 +1,7 @@
 //! The Create and Start requests of a container.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -9,9 +11,9 @@ use husk_proto::agent::CreateOptions;
 use husk_proto::containerd::api::CreateTaskRequest;
 use libcontainer::oci_spec::runtime::Spec;
 use protobuf::Message;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-use tokio::sync::Semaphore;
 use super::helper::HelperJob;
 use super::kill::KILL_TIMEOUT;
 use super::process::{Phase, Process, StreamTokens};
@@ -57,6 +59,9 @@ impl Tasks {
             self.sandbox.create_shared_pid().await.map_err(failed("create the shared PID namespace"))?;
         }
         let cgroup = Cgroup::below(&self.cgroups, &request.id);
+        // The PID namespace of another container, which stays open until the helper has opened it. A path with the PID
+        // of the other container's init could lead to another process.
+        let mut pid_namespace = None;
         // The cgroup is created before the specification is adapted, because the cgroup's files show which limits the
         // guest kernel supports.
         let container = {
@@ -64,7 +69,10 @@ impl Tasks {
             let dir = task_dir(&request.id);
             let new = cgroup.clone();
             blocking::run("create the cgroup", move || new.create()).await?;
-            let target = |id: &str| self.pid_namespace(id);
+            let target = |id: &str| -> Result<PathBuf, ServiceError> {
+                let namespace = pid_namespace.insert(self.pid_namespace(id)?);
+                Ok(format!("/proc/{}/fd/{}", std::process::id(), namespace.as_raw_fd()).into())
+            };
             if let Err(error) = spec::adapt(&mut spec, &options.rootfs, &cgroup, &self.sandbox, target) {
                 let _ = blocking::run("remove the cgroup", move || cgroup.remove()).await;
                 return Err(error);
@@ -86,6 +94,7 @@ impl Tasks {
                 oom_task: Mutex::default(),
                 paused: false.into(),
                 freezer: Default::default(),
+                update_turn: Arc::new(Semaphore::new(1)),
                 execs: Mutex::default(),
                 cgroup,
                 dir,
@@ -93,8 +102,9 @@ impl Tasks {
         };
         self.insert(&container)?;
         drop(reservation);
-        match self.create_inserted(&container, &spec, streams).await {
-                update_turn: Arc::new(Semaphore::new(1)),
+        let created = self.create_inserted(&container, &spec, streams).await;
+        drop(pid_namespace);
+        match created {
             Ok(pid) => Ok(pid),
             Err(error) => {
                 container.init.advance(Phase::Stopped(0, ProcessExit { status: 255, at_ns: now_ns() }));
@@ -105,10 +115,13 @@ impl Tasks {
         }
     }
 
-    /// Returns the path of a running container's PID namespace, so that another container can join that namespace.
-    pub(super) fn pid_namespace(&self, id: &str) -> Result<PathBuf, ServiceError> {
+    /// Opens a running container's PID namespace, so that another container can join that namespace.
+    pub(super) fn pid_namespace(&self, id: &str) -> Result<File, ServiceError> {
         match self.get(id)?.init.phase() {
-            Phase::Created(pid) | Phase::Running(pid) => Ok(format!("/proc/{pid}/ns/pid").into()),
+            // The init is a child of the agent, and the async thread has not reaped it. Therefore, no other process has
+            // its PID.
+            Phase::Created(pid) | Phase::Running(pid) => File::open(format!("/proc/{pid}/ns/pid"))
+                .map_err(failed(format!("open the PID namespace of container {id}"))),
             _ => Err(ServiceError::FailedPrecondition(format!(
                 "failed to join the PID namespace of container {id}: the container is not running"
             ))),

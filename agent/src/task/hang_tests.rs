@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::future::poll_fn;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::pin::{Pin, pin};
 use std::process::Command;
@@ -374,4 +375,15 @@ fn updates_of_a_container_do_not_overlap_and_do_not_wait_forever() {
         third.await.unwrap();
         assert!(guest.file("memory.max").starts_with("262144"));
     });
+}
+
+#[tokio::test]
+async fn opened_pid_namespace_stays_that_of_the_container() {
+    let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+    let guest = Guest::new(Phase::Running(child.id().cast_signed()));
+    let namespace = guest.tasks.pid_namespace(ID).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let (own, opened) = (fs::metadata("/proc/self/ns/pid").unwrap(), namespace.metadata().unwrap());
+    assert_eq!((opened.dev(), opened.ino()), (own.dev(), own.ino()));
 }

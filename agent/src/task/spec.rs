@@ -23,7 +23,7 @@ pub fn adapt(
     rootfs: &str,
     cgroup: &Cgroup,
     sandbox: &Sandbox,
-    target: impl Fn(&str) -> Result<PathBuf, ServiceError>,
+    target: impl FnOnce(&str) -> Result<PathBuf, ServiceError>,
 ) -> Result<(), ServiceError> {
     let invalid = |text: &str| ServiceError::InvalidArgument(text.to_owned());
     spec.root_mut().as_mut().ok_or_else(|| invalid("no root in the specification"))?.set_path(PathBuf::from(rootfs));
@@ -91,7 +91,7 @@ fn pid_namespace_owner(path: &Path) -> Option<&str> {
 
 fn namespaces(
     requested: &[LinuxNamespace],
-    target: impl Fn(&str) -> Result<PathBuf, ServiceError>,
+    target: impl FnOnce(&str) -> Result<PathBuf, ServiceError>,
 ) -> Result<Vec<LinuxNamespace>, ServiceError> {
     let find = |kind| requested.iter().find(|namespace| namespace.typ() == kind);
     let make = |kind, path: Option<PathBuf>| {
