@@ -15,12 +15,13 @@ use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::Duration;
 
+use husk_proto::agent::CreateOptions;
 use husk_proto::containerd::api::{
-    KillRequest, PauseRequest, PidsRequest, StateRequest, StatsRequest, Status, UpdateTaskRequest,
+    CreateTaskRequest, KillRequest, PauseRequest, PidsRequest, StateRequest, StatsRequest, Status, UpdateTaskRequest,
 };
 use husk_proto::containerd::shim_async::Task;
-use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageField};
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Semaphore;
@@ -340,6 +341,30 @@ async fn delete_waits_for_a_container_whose_cgroup_is_being_created() {
     guest.tasks.insert(&container).unwrap();
     drop(reservation);
     assert_eq!(deleting.await.unwrap().0, 9);
+}
+
+#[test]
+fn create_does_not_change_cgroups_on_the_async_thread() {
+    let (runtime, occupied) = occupied_pool();
+    runtime.block_on(async {
+        let guest = Guest::new(Phase::Running(7));
+        guest.tasks.sandbox.policy.accept(&[], &[]).unwrap();
+        guest.tasks.sandbox.prepare_with(None, |_| Ok(())).unwrap();
+        // The specification is invalid, because it has no root. The agent finds this after it has made the cgroup.
+        let options = CreateOptions { spec: br#"{"ociVersion":"1.0.2"}"#.into(), ..Default::default() };
+        let options = Any { value: options.write_to_bytes().unwrap(), ..Default::default() };
+        let request =
+            CreateTaskRequest { id: "new".into(), options: MessageField::some(options), ..Default::default() };
+        let cgroup = Cgroup::below(&guest.tasks.cgroups, "new");
+        let mut creating = pin!(guest.tasks.create(request));
+        let polled = poll_all(creating.as_mut()).await;
+        assert!(polled.is_pending(), "{polled:?}");
+        assert!(!cgroup.path().exists());
+        drop(occupied);
+        let error = creating.await.unwrap_err().to_string();
+        assert!(error.contains("no root"), "{error}");
+        assert!(!cgroup.path().exists());
+    });
 }
 
 #[test]
