@@ -77,6 +77,12 @@ impl Reaper {
         }
     }
 
+    /// Whether `pid` was reaped while the caller holds an [`UnclaimedExitsGuard`], and no callback has claimed the exit.
+    /// In this case, another process may have the PID.
+    pub fn is_reaped(&self, pid: i32) -> bool {
+        self.with(|inner| inner.unclaimed.contains_key(&pid))
+    }
+
     /// Waits for the exit of `pid`.
     pub async fn wait(&self, pid: i32) -> Option<ProcessExit> {
         let (sender, receiver) = tokio::sync::oneshot::channel();

@@ -24,6 +24,9 @@ pub enum ServiceError {
     /// The exec to signal has not been started.
     #[error("process not created: failed precondition")]
     NotStarted,
+    /// A client has killed the exec while it was being started.
+    #[error("the process was killed while it was being started: failed precondition")]
+    KilledAtStart,
     /// The process to start is not in the state `created`. The field is the process's state.
     #[error("cannot start a {0} process: failed precondition")]
     Start(&'static str),

@@ -130,6 +130,7 @@ async fn all(rootfs: String) -> Outcome {
         readonly_root,
         twenty_containers,
         eight_execs,
+        killed_exec,
         seccomp_exec,
         stdout_reopened,
         shared_pids,

@@ -172,6 +172,28 @@ impl Driver {
         self.end(&id).await
     }
 
+    /// An exec whose process hangs before it executes its program: the container's cgroup is frozen.
+    pub async fn killed_exec(&self) -> Outcome {
+        let id = self.sleeper().await?;
+        let freeze = |value: &str| std::fs::write(format!("/proc/1/root/sys/fs/cgroup/husk/{id}/cgroup.freeze"), value);
+        freeze("1")?;
+        let (task, container) = (self.task.clone(), id.clone());
+        let killing = async {
+            let request = KillRequest { id: container, exec_id: "e".into(), signal: 9, ..Default::default() };
+            // The first requests can be earlier than the exec.
+            while task.kill(ctx(), &request).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let process = process(&["true"]);
+        let (ran, ()) = tokio::join!(self.exec_in(&id, "e", &process), killing);
+        freeze("0")?;
+        self.end(&id).await?;
+        // If the exec was killed before its start, the start has failed.
+        let status = ran.map_or(137, |ran| ran.status);
+        ensure(status == 137, format!("exit status {status}"))
+    }
+
     pub async fn seccomp_exec(&self) -> Outcome {
         let mut spec = spec(&["sleep", "1000"]);
         spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -20,7 +20,7 @@ use libcontainer::{apparmor, capabilities, seccomp};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::sys::stat::{Mode, umask};
-use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid, setsid};
+use nix::unistd::{Gid, Uid, close, setgroups, setresgid, setresuid, setsid};
 
 use super::executor::{errno_text, exec_program, home_directory};
 use super::protocol::ExecRequest;
@@ -41,6 +41,7 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
         .map(UnixStream::connect)
         .transpose()
         .map_err(io("failed to connect to the console socket"))?;
+    let mut pid_pipe = open_pid_pipe(request.pid_pipe).map_err(io("failed to open the pipe for the PID"))?;
     let init = pidfd::open(request.init_pid).map_err(io("cannot exec in a stopped container"))?;
     let cgroups = open_cgroups(&request).map_err(io("failed to open the cgroup"))?;
     let (mut reasons, reason_writer) = io::pipe().map_err(io("failed to create a pipe for the child's error"))?;
@@ -51,19 +52,29 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
     set_namespaces(&init, namespaces & CloneFlags::CLONE_NEWPID).map_err(io("failed to enter the PID namespace"))?;
     let pid = match clone_into(&cgroups).map_err(io("failed to clone the process"))? {
         0 => {
-            drop(reasons);
+            drop((reasons, pid_pipe));
             let reason = child(&request, &init, namespaces - CloneFlags::CLONE_NEWPID, console);
             let _ = (&reason_writer).write_all(reason.as_bytes());
             std::process::exit(1)
         }
         pid => pid,
     };
+    // The new process may hang before it executes its program, for example because its cgroup is frozen. With the PID,
+    // the agent can kill the process.
+    let _ = pid_pipe.write_all(&pid.to_ne_bytes());
     drop(reason_writer);
     drop(console);
     let mut reason = String::new();
     // The child's end of the pipe closes when the child executes its program or exits.
     reasons.read_to_string(&mut reason).map_err(io("failed to read the child's error from the pipe"))?;
     if reason.is_empty() { Ok(pid) } else { Err(reason) }
+}
+
+/// Opens the pipe that this process has inherited as the fd `number`, and closes the inherited fd.
+fn open_pid_pipe(number: RawFd) -> io::Result<File> {
+    let pipe = File::options().write(true).open(format!("/proc/self/fd/{number}"))?;
+    close(number)?;
+    Ok(pipe)
 }
 
 /// Puts the next child into a new time namespace. The clocks of the new namespace equal those of the current namespace,

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use libcontainer::oci_spec::runtime::{LinuxSeccomp, Process};
@@ -44,6 +45,9 @@ pub struct ExecRequest {
     pub cgroup: PathBuf,
     /// Path of the console socket, which receives the terminal's master. `None` for a process without a terminal.
     pub console: Option<PathBuf>,
+    /// Number of the inherited fd of a pipe. The helper writes the PID of the new process to this pipe, in native byte
+    /// order, as soon as the process exists.
+    pub pid_pipe: RawFd,
 }
 
 /// Response of a helper.

@@ -163,6 +163,7 @@ impl Tasks {
             response_file: &container.helper_file("", "rsp"),
             io,
             console,
+            inherited: None,
         };
         let (pid, master) = self.run_helper(job).await.map_err(|reason| {
             ServiceError::Unknown(format!(

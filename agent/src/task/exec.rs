@@ -1,20 +1,33 @@
 //! The Exec request, and the Start request of an exec.
 
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::pin::pin;
 use std::sync::Arc;
 
+use husk_base::async_fd;
 use husk_base::sync::lock;
+use husk_base::sys::fd::set_nonblocking;
+use husk_base::sys::pidfd;
 use husk_proto::containerd::api::ExecProcessRequest;
 use libcontainer::oci_spec::runtime::Process as ProcessSpec;
+use tokio::io::Interest;
 
 use super::helper::HelperJob;
+use super::kill::EXIT_STATUS_KILLED;
 use super::process::{Phase, Process, StreamTokens};
 use super::time_namespace::TimeNamespace;
-use super::{Container, Tasks, spec};
+use super::{Container, Tasks, kill, spec};
 use crate::error::{ServiceError, failed, malformed};
 use crate::helper::protocol::{ExecRequest, Request};
 use crate::id_mappings::uid_in_guest;
 use crate::io::console::Console;
 use crate::io::stdio::{self, Relays, StdioStreams};
+use crate::reaper::{ProcessExit, now_ns};
+
+/// Exit status of a process that could not be started, as in runc's shim.
+const EXIT_STATUS_NOT_STARTED: u32 = 255;
 
 impl Tasks {
     /// Registers an exec. [`Tasks::start_exec`] starts it.
@@ -72,12 +85,16 @@ impl Tasks {
         };
         process.advance(Phase::Starting);
         let result = self.start_pending(container, process, init_pid, spec, streams).await;
-        if result.is_err() {
-            // As with runc, a process that failed to start counts as exited and can be deleted.
-            let at_ns = crate::reaper::now_ns();
-            process.advance(Phase::Stopped(0, crate::reaper::ProcessExit { status: 255, at_ns }));
+        let (killed, child) = process.end_start();
+        let Err(error) = result else { return result };
+        // The helper or the agent may have failed after the helper had created the process.
+        if let Some(child) = child {
+            let _ = pidfd::send_signal(child.as_fd(), libc::SIGKILL);
         }
-        result
+        // As with runc, a process that failed to start counts as exited and can be deleted.
+        let status = if killed { EXIT_STATUS_KILLED } else { EXIT_STATUS_NOT_STARTED };
+        process.advance(Phase::Stopped(0, ProcessExit { status, at_ns: now_ns() }));
+        Err(if killed { exec_failed("the process was killed while it was being started") } else { error })
     }
 
     async fn start_pending(
@@ -97,7 +114,9 @@ impl Tasks {
             let (relays, io) = Relays::pipes(streams, uid).map_err(failed("create pipes for the standard streams"))?;
             (None, Some(relays), io, None)
         };
+        let (pid_reader, pid_writer) = io::pipe().map_err(failed("create the pipe for the PID"))?;
         let request = Request::Exec(Box::new(ExecRequest {
+            pid_pipe: pid_writer.as_raw_fd(),
             init_pid,
             process: spec,
             seccomp: container.seccomp.clone(),
@@ -111,11 +130,25 @@ impl Tasks {
             response_file: &container.helper_file(&process.exec_id, "rsp"),
             io,
             console,
+            inherited: Some(pid_writer.into()),
         };
-        let (pid, master) = self
-            .run_helper(job)
-            .await
-            .map_err(|reason| exec_failed(&format!("unable to start container process: {reason}")))?;
+        let mut helper = pin!(self.run_helper(job));
+        let ended = tokio::select! {
+            biased;
+            created = read_pid(pid_reader.into()) => {
+                if let Ok(Some(pid)) = created {
+                    self.record_child(process, pid, init_pid);
+                    if process.is_start_killed() {
+                        // Best effort. The process itself is dead.
+                        let _ = kill::exec(container, process).await;
+                    }
+                }
+                helper.await
+            }
+            ended = &mut helper => ended,
+        };
+        let (pid, master) =
+            ended.map_err(|reason| exec_failed(&format!("unable to start container process: {reason}")))?;
         let relays = match (relays, &master, streams) {
             (Some(relays), _, _) => relays,
             (None, Some(master), Some(streams)) => {
@@ -123,14 +156,37 @@ impl Tasks {
             }
             _ => return Err(ServiceError::Unknown("failed to receive the terminal from the helper".into())),
         };
-        if let Some(namespace) = TimeNamespace::of_exec(pid, init_pid) {
-            let _ = process.time_namespace.set(namespace);
-        }
         process.attach_io(relays.start(), master);
         process.advance(Phase::Running(pid));
         self.watch_exit(container, process, pid);
         Ok(pid)
     }
+
+    /// Stores the process `pid`, which the helper has created for an exec. The caller must hold a
+    /// [`crate::reaper::UnclaimedExitsGuard`].
+    fn record_child(&self, process: &Process, pid: i32, init_pid: i32) {
+        let Ok(child) = pidfd::open(pid) else { return };
+        let namespace = TimeNamespace::of_exec(pid, init_pid);
+        // If the process has already exited, another process may have got the PID before these files were opened.
+        if self.reaper.is_reaped(pid) {
+            return;
+        }
+        if let Some(namespace) = namespace {
+            let _ = process.time_namespace.set(namespace);
+        }
+        process.set_child(child);
+    }
+}
+
+/// Reads the PID of an exec's process from the helper. Returns `None` if the helper has ended without creating the
+/// process.
+async fn read_pid(pipe: OwnedFd) -> io::Result<Option<i32>> {
+    set_nonblocking(&pipe)?;
+    let pipe = async_fd::register(File::from(pipe), Interest::READABLE)?;
+    let mut pid = [0; size_of::<i32>()];
+    // A write of a few bytes to a pipe is atomic (pipe(7)).
+    let read = pipe.async_io(Interest::READABLE, |mut file| file.read(&mut pid)).await?;
+    Ok((read == pid.len()).then(|| i32::from_ne_bytes(pid)))
 }
 
 fn exec_failed(reason: &str) -> ServiceError {

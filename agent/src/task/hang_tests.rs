@@ -15,9 +15,12 @@ use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::Duration;
 
+use husk_base::sync::lock;
+use husk_base::sys::pidfd;
 use husk_proto::agent::CreateOptions;
 use husk_proto::containerd::api::{
-    CreateTaskRequest, KillRequest, PauseRequest, PidsRequest, StateRequest, StatsRequest, Status, UpdateTaskRequest,
+    CreateTaskRequest, Empty, KillRequest, PauseRequest, PidsRequest, StateRequest, StatsRequest, Status,
+    UpdateTaskRequest,
 };
 use husk_proto::containerd::shim_async::Task;
 use protobuf::well_known_types::any::Any;
@@ -97,6 +100,19 @@ impl Guest {
         let tasks = Arc::new(tasks);
         tasks.insert(&container).unwrap();
         Self { service: TaskService::new(Arc::clone(&tasks)), _root: root, container, tasks }
+    }
+
+    /// Adds the exec `e` in the phase `phase`.
+    fn add_exec(&self, phase: Phase) -> Arc<Process> {
+        let exec = Process::new("e", StreamTokens::default(), Some(Default::default()));
+        exec.advance(phase);
+        lock(&self.container.execs).insert(exec.exec_id.clone(), Arc::clone(&exec));
+        exec
+    }
+
+    async fn kill_exec(&self, signal: i32) -> ttrpc::Result<Empty> {
+        let (id, exec_id, signal) = (ID.to_owned(), "e".to_owned(), signal.unsigned_abs());
+        self.service.kill(&context(), KillRequest { id, exec_id, signal, ..Default::default() }).await
     }
 
     fn file(&self, name: &str) -> String {
@@ -341,6 +357,36 @@ async fn delete_waits_for_a_container_whose_cgroup_is_being_created() {
     guest.tasks.insert(&container).unwrap();
     drop(reservation);
     assert_eq!(deleting.await.unwrap().0, 9);
+}
+
+#[tokio::test]
+async fn sigkill_ends_an_exec_that_hangs_in_its_start() {
+    for is_created in [true, false] {
+        let guest = Guest::new(Phase::Running(7));
+        let exec = guest.add_exec(Phase::Starting);
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let created = pidfd::open(child.id().cast_signed()).unwrap();
+        // As with runc, other signals fail until the process has executed its program.
+        guest.kill_exec(libc::SIGTERM).await.unwrap_err();
+        if is_created {
+            exec.set_child(created);
+            guest.kill_exec(libc::SIGKILL).await.unwrap();
+        } else {
+            guest.kill_exec(libc::SIGKILL).await.unwrap();
+            exec.set_child(created);
+        }
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()), Some(libc::SIGKILL));
+        assert!(exec.end_start().0);
+    }
+}
+
+#[tokio::test]
+async fn killed_exec_cannot_be_started_later() {
+    let guest = Guest::new(Phase::Running(7));
+    let exec = guest.add_exec(Phase::New);
+    guest.kill_exec(libc::SIGKILL).await.unwrap();
+    guest.tasks.start_exec(&guest.container, &exec).await.unwrap_err();
+    assert_eq!(guest.tasks.delete(ID, "e", None).await.unwrap().1.status, 137);
 }
 
 #[test]

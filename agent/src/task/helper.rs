@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use husk_base::error::chain;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use tokio::time::timeout;
 
 use super::Tasks;
@@ -28,6 +29,8 @@ pub struct HelperJob<'a> {
     pub io: ChildIo,
     /// Console socket that receives the terminal's master. `None` for a process without a terminal.
     pub console: Option<Console>,
+    /// An fd that the helper inherits with the same number. The agent closes it when the helper runs.
+    pub inherited: Option<OwnedFd>,
 }
 
 impl Tasks {
@@ -39,6 +42,11 @@ impl Tasks {
         job.request
             .write(job.request_file)
             .map_err(|error| format!("failed to write the helper's request: {error}"))?;
+        if let Some(fd) = &job.inherited {
+            // Only the async thread starts processes. Therefore, no other process inherits the fd.
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))
+                .map_err(|error| format!("failed to pass a file to the helper: {error}"))?;
+        }
         let stdio = |fd: OwnedFd| Stdio::from(fd);
         let child = Command::new("/proc/self/exe")
             .arg0(crate::helper::ARGV0)
@@ -51,6 +59,7 @@ impl Tasks {
             .stderr(stdio(job.io.stderr))
             .spawn()
             .map_err(|error| format!("failed to run the helper: {error}"))?;
+        drop(job.inherited);
         let ended = self.reaper.wait(child.id().cast_signed());
         let (ended, master) = match job.console {
             None => (ended.await, None),

@@ -12,18 +12,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_base::error::chain;
+use husk_base::sync::lock;
 use husk_base::sys::pidfd;
 use tokio::time::timeout;
 
 use super::Container;
-use super::process::Process;
+use super::process::{Phase, Process};
 use super::time_namespace::TimeNamespace;
 use crate::blocking;
 use crate::cgroup::Cgroup;
 use crate::error::ServiceError;
+use crate::reaper::{ProcessExit, now_ns};
 
 /// Maximum time to wait for the exit of killed processes.
 pub const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Exit status of a process that SIGKILL has ended.
+pub const EXIT_STATUS_KILLED: u32 = 128 + libc::SIGKILL.cast_unsigned();
 /// Number of scans for newly forked processes before the container is frozen.
 const SCANS_BEFORE_FREEZE: usize = 4;
 /// Maximum number of scans. After the freeze, a few scans find all processes. The limit ends the loop if the container
@@ -74,10 +78,22 @@ pub async fn rest(container: &Container) {
 
 /// Kills an exec with all its descendants, including those that have left its session or process group.
 ///
+/// An exec that is being started is killed as soon as it has a process. For example, a process in a frozen cgroup does
+/// not execute its program. An exec that has not been started ends, and cannot be started later.
+///
 /// # Errors
 /// Fails if the first process of the exec has already exited. In that case the descendants keep running.
 pub async fn exec(container: &Arc<Container>, process: &Arc<Process>) -> Result<(), ServiceError> {
-    process.signal(libc::SIGKILL)?;
+    match process.phase() {
+        Phase::New => {
+            // Close the streams.
+            lock(&process.pending).take();
+            process.advance(Phase::Stopped(0, ProcessExit { status: EXIT_STATUS_KILLED, at_ns: now_ns() }));
+            return Ok(());
+        }
+        Phase::Starting => process.kill_start(),
+        _ => process.signal(libc::SIGKILL)?,
+    }
     if process.time_namespace.get().is_some() {
         let (container, process) = (Arc::clone(container), Arc::clone(process));
         blocking::run("kill the exec", move || kill_descendants(&container, &process)).await?;

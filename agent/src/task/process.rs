@@ -1,8 +1,10 @@
 //! One process of a container: phase, streams and exit.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use husk_base::sync::lock;
+use husk_base::sys::pidfd;
 use libcontainer::oci_spec::runtime::Process as ProcessSpec;
 use tokio::sync::{Notify, watch};
 
@@ -20,7 +22,7 @@ pub enum Phase {
     New,
     /// The container's init waits for Start.
     Created(i32),
-    /// Start is in progress.
+    /// Start is in progress. The new process can already exist, and can hang before it executes its program.
     Starting,
     /// The process runs.
     Running(i32),
@@ -54,6 +56,26 @@ pub struct StreamTokens {
     pub stderr: String,
 }
 
+/// What is known about an exec that is being started.
+#[derive(Default)]
+struct Start {
+    /// Whether a client has killed the exec.
+    killed: bool,
+    /// The new process, once the helper has created it.
+    child: Option<OwnedFd>,
+}
+
+impl Start {
+    /// Kills the new process if it exists and a client has killed the exec.
+    fn enforce(&self) {
+        if self.killed
+            && let Some(child) = &self.child
+        {
+            let _ = pidfd::send_signal(child.as_fd(), libc::SIGKILL);
+        }
+    }
+}
+
 #[derive(Default)]
 struct Io {
     close: Option<Arc<Notify>>,
@@ -67,6 +89,7 @@ pub struct Process {
     /// Stream tokens of the process.
     pub tokens: StreamTokens,
     phase: watch::Sender<Phase>,
+    start: Mutex<Start>,
     io: Mutex<Io>,
     /// Time namespace of an exec. All descendants of the exec are in this namespace.
     pub time_namespace: OnceLock<TimeNamespace>,
@@ -81,6 +104,7 @@ impl Process {
             exec_id: exec_id.to_owned(),
             tokens,
             phase: watch::Sender::new(Phase::New),
+            start: Mutex::default(),
             io: Mutex::default(),
             time_namespace: OnceLock::new(),
             pending: Mutex::new(pending),
@@ -102,6 +126,33 @@ impl Process {
                 true
             }
         });
+    }
+
+    /// Kills an exec that is being started. Its process is killed now, or as soon as the helper has created it.
+    pub fn kill_start(&self) {
+        let mut start = lock(&self.start);
+        start.killed = true;
+        start.enforce();
+    }
+
+    /// Stores the process that the helper has created for an exec. The process is killed if a client has already killed
+    /// the exec.
+    pub fn set_child(&self, child: OwnedFd) {
+        let mut start = lock(&self.start);
+        start.child = Some(child);
+        start.enforce();
+    }
+
+    /// Ends the start of an exec. Returns whether a client has killed the exec meanwhile, and the process that the
+    /// helper has created.
+    pub fn end_start(&self) -> (bool, Option<OwnedFd>) {
+        let mut start = lock(&self.start);
+        (start.killed, start.child.take())
+    }
+
+    /// Whether a client has killed the exec while it was being started.
+    pub fn is_start_killed(&self) -> bool {
+        lock(&self.start).killed
     }
 
     /// Waits until the process has been created, or its creation has failed.

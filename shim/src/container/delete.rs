@@ -86,6 +86,8 @@ impl Shim {
         if ends_container {
             self.expect_exit(container);
         }
+        // The agent refuses a signal for an exec that it does not know yet. Then the start itself fails.
+        let ends_start = !process.exec.is_empty() && request.signal == SIGKILL && process.kill_start();
         match agent.task.kill(within(limit), &guest).await {
             Ok(_) => Ok(()),
             Err(error) if agent::is_timeout(&error) && ends_container => {
@@ -95,6 +97,11 @@ impl Shim {
             Err(error) if agent::is_timeout(&error) => {
                 let (signal, exec) = (request.signal, &request.exec_id);
                 tracing::warn!(container = container.id, exec, signal, "the agent has not confirmed a signal yet");
+                Ok(())
+            }
+            Err(ttrpc::Error::RpcStatus(status))
+                if ends_start && matches!(status.code(), ttrpc::Code::NOT_FOUND | ttrpc::Code::FAILED_PRECONDITION) =>
+            {
                 Ok(())
             }
             // The process exited before the signal arrived, by itself or because the VM ended.

@@ -4,6 +4,8 @@ pub mod containers;
 mod create;
 mod delete;
 pub mod escalation;
+#[cfg(test)]
+mod exec_kill_tests;
 pub mod exit_progress;
 #[cfg(test)]
 mod hung_guest_tests;

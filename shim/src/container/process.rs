@@ -65,6 +65,8 @@ pub struct Process {
     exit: watch::Sender<Option<Exit>>,
     /// Whether the agent is starting the process.
     starting: watch::Sender<bool>,
+    /// Whether a client has killed the process while it was being started.
+    start_killed: watch::Sender<bool>,
 }
 
 /// How to handle a reported exit.
@@ -88,6 +90,7 @@ impl Process {
             inner: Mutex::new(Inner { state: State::Created, deferred_exit: None, relay: None }),
             exit: watch::Sender::new(None),
             starting: watch::Sender::new(false),
+            start_killed: watch::Sender::new(false),
         }
     }
 
@@ -188,6 +191,27 @@ impl Process {
     pub async fn wait_start(&self) {
         // The wait does not fail, because `self` owns the sender.
         let _ = self.starting.subscribe().wait_for(|starting| !*starting).await;
+    }
+
+    /// Records that a client kills the process while it is being started. Returns false if the process is in another
+    /// state.
+    pub fn kill_start(&self) -> bool {
+        // The lock is held so that the start does not end meanwhile.
+        let inner = lock(&self.inner);
+        let starting = inner.state == State::Starting;
+        self.start_killed.send_if_modified(|killed| starting && !std::mem::replace(killed, true));
+        starting
+    }
+
+    /// Whether a client has killed the process while it was being started.
+    pub fn is_start_killed(&self) -> bool {
+        *self.start_killed.borrow()
+    }
+
+    /// Waits until a client kills the process while it is being started.
+    pub async fn wait_start_killed(&self) {
+        // The wait does not fail, because `self` owns the sender.
+        let _ = self.start_killed.subscribe().wait_for(|killed| *killed).await;
     }
 
     /// Records an exit of the process. Returns what the caller must do with this exit.

@@ -13,7 +13,7 @@ use protobuf::well_known_types::any::Any;
 use crate::container::containers::{Container, Exec};
 use crate::container::process::{Exit, Process, State};
 use crate::container::streams::ConnectedStdio;
-use crate::container::{Shim, stdio_paths};
+use crate::container::{EXIT_STATUS_KILLED, Shim, stdio_paths};
 use crate::error::ServiceError;
 use crate::oci;
 use crate::stdio::{LoggerContext, Stdio};
@@ -96,7 +96,8 @@ impl Shim {
         self.check_not_ending()?;
         process.begin_start()?;
         if let Err(error) = self.start_exec_in_guest(container, exec).await {
-            process.start_failed(Exit { status: EXIT_STATUS_NOT_STARTED, at: SystemTime::now() });
+            let status = if process.is_start_killed() { EXIT_STATUS_KILLED } else { EXIT_STATUS_NOT_STARTED };
+            process.start_failed(Exit { status, at: SystemTime::now() });
             process.drop_relay();
             return Err(error);
         }
@@ -124,6 +125,7 @@ impl Shim {
         let ConnectedStdio { relay, tokens, turn } = tokio::select! {
             connected = connect => connected?,
             _ = container.init.wait() => return Err(ServiceError::Exec("stopped")),
+            () = process.wait_start_killed() => return Err(ServiceError::KilledAtStart),
         };
         failpoint!(async "shim.exec.connected").map_err(ServiceError::failed)?;
         process.set_relay(relay);
@@ -139,6 +141,10 @@ impl Shim {
             ..Default::default()
         };
         self.check_not_ending()?;
+        // The agent does not know the exec yet, and has refused the client's Kill request.
+        if process.is_start_killed() {
+            return Err(ServiceError::KilledAtStart);
+        }
         if let Err(error) = agent.task.exec(within(timeouts::SLOW), &request).await {
             if agent::is_timeout(&error) {
                 self.forget_exec(&agent, process).await;
@@ -146,6 +152,10 @@ impl Shim {
             return Err(agent::error("exec", error));
         }
         drop(turn);
+        if process.is_start_killed() {
+            self.forget_exec(&agent, process).await;
+            return Err(ServiceError::KilledAtStart);
+        }
         let start = StartRequest { id: process.container.clone(), exec_id: process.exec.clone(), ..Default::default() };
         if let Err(error) = agent.task.start(within(timeouts::SLOW), &start).await {
             self.forget_exec(&agent, process).await;
