@@ -304,8 +304,11 @@ impl Setup<'_> {
             match ended {
                 Ok(code) => {
                     seat.keep("containerd.log", &self.kept.join(format!("{}.containerd.log", shard.name)))?;
-                    // The program ends with 1 if its steps did not pass. The results tell the same.
-                    failed |= code > 1 || kept.results().len() == before;
+                    let expected = if shard.steps.is_some() { rest.len() } else { 1 };
+                    if let Some(why) = incomplete(code, expected, kept.results().len() - before) {
+                        ui::say(self.what, format!("{}: {why}", shard.name));
+                        failed = true;
+                    }
                     break;
                 }
                 // The cause of a crash of the node is a fault, or a defect of the emulator. A replay of the step shows
@@ -357,6 +360,15 @@ impl Setup<'_> {
             None => code,
         }
     }
+}
+
+/// Returns why the results of a boot do not count, although the node has not crashed. The program ends with 1 if its
+/// steps did not pass, which the results tell, too. A program that ends early can have the same exit code.
+fn incomplete(code: u8, expected: usize, got: usize) -> Option<String> {
+    if code > 1 {
+        return Some(format!("the program ended with the exit code {code}"));
+    }
+    (got != expected).then(|| format!("the program ended with {got} results instead of {expected}"))
 }
 
 /// Builds the programs with failpoints. In the node, they replace those of `dist/root`.
@@ -456,6 +468,16 @@ mod tests {
         for args in ["--lives 40", "--lives 260", "--lives 133", "--lives 40 --at-once 1"] {
             let error = soak_shards(args).unwrap_err().to_string();
             assert!(error.contains("could judge nothing"), "{args}: {error}");
+        }
+    }
+
+    #[test]
+    fn boot_without_all_results_is_an_error() {
+        for (code, got) in [(0, 50), (1, 50)] {
+            assert_eq!(incomplete(code, 50, got), None);
+        }
+        for (code, got) in [(0, 49), (1, 49), (1, 0), (1, 51), (2, 50), (101, 50)] {
+            assert!(incomplete(code, 50, got).is_some(), "{code} with {got} results");
         }
     }
 
