@@ -82,7 +82,7 @@ impl End {
                 reason
             }
         };
-        tracing::debug!(reason, "the VM has ended");
+        tracing::info!(reason, "the VM has ended");
         let agent = self.state.agent();
         self.state.enter(State::Gone(reason.into()));
         // A process that does not exit keeps the connection open. Without the close, calls would wait for their

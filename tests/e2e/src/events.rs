@@ -1,6 +1,7 @@
 //! Records containerd's task events of each container, in order of arrival.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
@@ -67,6 +68,12 @@ impl Events {
     pub fn so_far(&self, container: &str) -> Vec<String> {
         self.receive(Instant::now(), |_| false);
         self.seen_of(container)
+    }
+
+    /// Returns the ids of all containers with an event so far.
+    pub fn ids_so_far(&self) -> BTreeSet<String> {
+        self.receive(Instant::now(), |_| false);
+        self.seen.borrow().iter().map(|(id, _)| id.clone()).filter(|id| !id.is_empty()).collect()
     }
 
     fn seen_of(&self, container: &str) -> Vec<String> {

@@ -1,5 +1,6 @@
 //! Judges a life after its end.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::thread;
@@ -12,7 +13,8 @@ use super::grammar;
 use super::life::Life;
 use super::targets;
 use super::victim::Writer;
-use crate::{containerd, node};
+use crate::events::Events;
+use crate::{containerd, containerd_log, node};
 
 /// Time for everything of the victim to disappear.
 const SETTLE: Duration = Duration::from_secs(30);
@@ -25,6 +27,7 @@ const WRITES: Duration = Duration::from_secs(1);
 /// Judges a life, and records what is wrong.
 pub fn judge(life: &mut Life<'_, '_>) {
     events(life);
+    vm_end(life);
     life.shard.files.empty();
     life.victim.clean_up_cgroup();
     census(life);
@@ -39,7 +42,7 @@ pub fn judge(life: &mut Life<'_, '_>) {
 }
 
 fn events(life: &mut Life<'_, '_>) {
-    for id in life.victim.ids.clone() {
+    for id in victim_ids(life) {
         let mut wrong = Ok(());
         node::eventually(EVENTS, || {
             let mut events: Vec<String> = life.ended_events.iter().flat_map(|events| events.so_far(&id)).collect();
@@ -51,6 +54,37 @@ fn events(life: &mut Life<'_, '_>) {
             life.findings.push(format!("events of {id}: {wrong}"));
         }
     }
+}
+
+/// Returns the ids of the victim's sandboxes and containers. containerd tells no id if its client has disconnected, or if
+/// the request has failed. Only the events have these ids. Beside the witness, only the victim has events in a life.
+fn victim_ids(life: &Life<'_, '_>) -> BTreeSet<String> {
+    let witness = [life.shard.witness.pod.id.as_str(), life.shard.witness.id()];
+    let all = life.ended_events.iter().chain([&life.shard.events]).flat_map(Events::ids_so_far);
+    let mut ids = new_ids(all, &life.earlier_ids, witness);
+    ids.extend(life.victim.ids.iter().cloned());
+    ids
+}
+
+/// Returns the ids that are neither `earlier` nor the witness's.
+fn new_ids(all: impl Iterator<Item = String>, earlier: &BTreeSet<String>, witness: [&str; 2]) -> BTreeSet<String> {
+    all.filter(|id| !earlier.contains(id) && !witness.contains(&id.as_str())).collect()
+}
+
+/// Reports an end of the VM that the fault does not justify.
+fn vm_end(life: &mut Life<'_, '_>) {
+    if !life.may_end_pod() {
+        let ends = vm_ends(&containerd_log::since(life.log)).into_iter();
+        life.findings.extend(ends.map(|reason| format!("the fault must not end the pod, but the VM ended: {reason}")));
+    }
+}
+
+/// Returns the reasons for the ends of VMs that the shims have logged, except those that a client has requested.
+fn vm_ends(log: &str) -> Vec<String> {
+    let ends = log.lines().filter(|line| line.contains("msg=\"the VM has ended\"") && line.contains("runtime=husk"));
+    let reasons = ends.map(|line| line.split_once(" reason=").map_or(line, |(_, reason)| reason));
+    let reasons = reasons.map(|rest| rest.split_once(" runtime=husk").map_or(rest, |(reason, _)| reason));
+    reasons.filter(|reason| !reason.contains("a request stopped the sandbox")).map(str::to_owned).collect()
 }
 
 fn census(life: &mut Life<'_, '_>) {
@@ -105,7 +139,26 @@ fn sweep(life: &Life<'_, '_>) {
 
 #[cfg(test)]
 mod tests {
-    use super::is_containerds;
+    use super::*;
+
+    #[test]
+    fn ids_of_a_request_without_an_answer_are_those_of_new_events() {
+        let set = |ids: &[&str]| ids.iter().map(|id| (*id).to_owned()).collect::<BTreeSet<_>>();
+        let all = ["old", "pod", "witness", "dropped"].map(str::to_owned).into_iter();
+        assert_eq!(new_ids(all, &set(&["old"]), ["pod", "witness"]), set(&["dropped"]));
+    }
+
+    #[test]
+    fn ends_of_vms_are_found_in_the_log() {
+        let line = |message: &str, reason: &str| {
+            format!("time=\"t\" level=info msg=\"{message}\" reason={reason} runtime=husk namespace=k8s.io sandbox=a\n")
+        };
+        let killed = "\"container a did not exit within 20 s after SIGKILL\"";
+        let log = line("the VM has ended", killed)
+            + &line("the VM has ended", "\"a request stopped the sandbox\"")
+            + &line("the shim kills the VM", killed);
+        assert_eq!(vm_ends(&log), [killed]);
+    }
 
     #[test]
     fn what_containerd_itself_leaves_is_known() {

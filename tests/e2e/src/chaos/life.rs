@@ -1,5 +1,6 @@
 //! One life of the victim, with the fault in one phase.
 
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -29,6 +30,9 @@ const END: Duration = Duration::from_secs(150);
 const EFFECT: Duration = Duration::from_secs(2);
 /// Longest time in which containerd ends a request whose client has disconnected.
 const DROPPED: Duration = Duration::from_secs(30);
+/// A fault that ends earlier leaves enough time for each request that would otherwise kill the VM. The shortest timeout
+/// is `KILL_ANSWER_TIMEOUT` of the shim, which is 10 s with the test node's factor.
+const SHORT_FAULT: Duration = Duration::from_secs(5);
 /// Shortest delay of a fault, so that containerd has received the request.
 const SENT: Duration = Duration::from_millis(10);
 /// The duration of a request that has not been measured.
@@ -48,12 +52,16 @@ pub struct Life<'a, 'b> {
     attempt: u32,
     random: Rng,
     /// Length of containerd's log when the life began.
-    log: usize,
+    pub log: usize,
+    /// Ids of the containers that had events before the life began.
+    pub earlier_ids: BTreeSet<String>,
     /// The victim.
     pub victim: Victim,
     pod: Option<String>,
     container: Option<String>,
     armed: Option<Armed>,
+    /// How long the fault lasts, once it is injected.
+    hold: Option<Hold>,
     struck: bool,
     /// When the last fault was healed.
     healed: Option<Instant>,
@@ -71,6 +79,7 @@ impl<'a, 'b> Life<'a, 'b> {
     fn new(shard: &'a mut Shard<'b>, step: Step, attempt: u32) -> Self {
         let victim = Victim::new(shard.pods);
         Self {
+            earlier_ids: shard.events.ids_so_far(),
             shard,
             step,
             attempt,
@@ -81,6 +90,7 @@ impl<'a, 'b> Life<'a, 'b> {
             pod: None,
             container: None,
             armed: None,
+            hold: None,
             struck: matches!(step.fault, Fault::Failpoint | Fault::Nothing),
             healed: None,
             missed: None,
@@ -368,7 +378,10 @@ impl Life<'_, '_> {
             random: &mut self.random,
         };
         match faults::arm(self.step.fault, &mut field) {
-            Ok(armed) => self.armed = Some(armed),
+            Ok(armed) => {
+                self.hold = Some(armed.hold);
+                self.armed = Some(armed);
+            }
             Err(why) => self.missed = Some(why),
         }
     }
@@ -417,6 +430,16 @@ impl Life<'_, '_> {
         if took > QUERY_BUDGET {
             self.findings.push(format!("{what} took {took:.1?}, its limit is {QUERY_BUDGET:?}"));
         }
+    }
+
+    /// Returns whether the pod may end because of the fault. A VM that has not booted yet may always end, because a
+    /// fault may make the request fail.
+    pub fn may_end_pod(&self) -> bool {
+        let short = match self.hold {
+            Some(Hold::Short(time)) => time < SHORT_FAULT,
+            Some(Hold::Life) | None => false,
+        };
+        self.step.phase == Phase::RunPodSandbox || self.step.fault.may_end_pod(short)
     }
 
     /// Returns whether the step kills or restarts containerd.

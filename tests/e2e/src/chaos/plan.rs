@@ -237,6 +237,23 @@ impl Fault {
         !self.needs_container() || phase.has_container()
     }
 
+    /// Returns whether the pod may end because of the fault, if the pod ran before. `short` says whether the fault ends
+    /// by itself before the shim's timeouts. The end of a pod because of any other fault is needless.
+    pub fn may_end_pod(self, short: bool) -> bool {
+        use Fault::*;
+        match self {
+            // The fault ends a process of the pod, or the guest does not run.
+            KillShim | TermShim | KillVmm | TermVmm | StopVmm | Failpoint => true,
+            // The node's OOM killer kills the VMM. The guest, too, can fail without memory.
+            PodMemory | GuestMemory => true,
+            // A container that does not exit after SIGKILL ends its pod: a process waits for the file system, or has
+            // too little CPU time for its exit (`docs/reliability.md`, slow nodes).
+            Freeze | BusyLoop => true,
+            StarvePod => !short,
+            _ => false,
+        }
+    }
+
     /// Returns whether the fault needs a running container.
     pub fn needs_container(self) -> bool {
         use Fault::*;
@@ -347,6 +364,15 @@ mod tests {
         assert!(steps.iter().all(|step| step.fault.applies(step.phase)));
         let faults: BTreeSet<_> = steps.iter().map(|step| step.fault).collect();
         assert_eq!(faults.len(), Fault::ALL.len(), "a fault never strikes");
+    }
+
+    #[test]
+    fn only_faults_that_outlast_the_timeouts_may_end_the_pod() {
+        for fault in [Fault::StopShim, Fault::StopLauncher, Fault::Pause, Fault::NoSpace, Fault::Nothing] {
+            assert!(!fault.may_end_pod(false) && !fault.may_end_pod(true), "{fault:?}");
+        }
+        assert!(Fault::StarvePod.may_end_pod(false) && !Fault::StarvePod.may_end_pod(true));
+        assert!(Fault::StopVmm.may_end_pod(true));
     }
 
     #[test]
