@@ -103,8 +103,8 @@ fn container_of_a_stopped_vmm_survives_a_restart_of_containerd() {
         // containerd still knows the container. Otherwise the kubelet would start a second copy beside the first one.
         let state = || container.status()["state"].clone();
         assert_eq!(state(), json!("CONTAINER_RUNNING"));
+        // The agent answers the requests that it got while the VMM was stopped before it starts the exec.
         assert_eq!(container.sh("echo here"), "here");
-        thread::sleep(Duration::from_secs(2));
         assert_eq!((state(), vm::vmm_pids_of(&pod.id)), (json!("CONTAINER_RUNNING"), before));
     });
 }
@@ -236,6 +236,13 @@ fn pod_whose_vmm_is_killed_by_the_oom_killer_says_so() {
     });
 }
 
+/// Returns the number of threads that run blocking calls of the shim (`shim/src/blocking.rs`).
+fn worker_threads(shim: i32) -> usize {
+    let threads = fs::read_dir(format!("/proc/{shim}/task")).unwrap().flatten();
+    let names = threads.filter_map(|thread| fs::read_to_string(thread.path().join("comm")).ok());
+    names.filter(|name| name.trim() == "husk-shim").count()
+}
+
 #[test]
 fn pod_without_free_pids_refuses_a_container_and_runs_on() {
     pods("cri-hang-pids", |pods| {
@@ -244,7 +251,9 @@ fn pod_without_free_pids_refuses_a_container_and_runs_on() {
         let second = pod.create(&pod.sh("exec sleep 100000"));
         let cgroup = cgroup(&pod);
         // Idle threads of the shim end after a second. Without them, the shim needs a new thread.
-        thread::sleep(Duration::from_secs(2));
+        let no_thread = || worker_threads(vm::shim_pids_of(&pod.id)[0]) == 0;
+        let ended = node::eventually(BUDGET, || no_thread().then_some(()));
+        assert!(ended.is_some(), "the idle threads of the shim do not end");
         let limit = fs::read_to_string(cgroup.join("pids.max")).unwrap();
         fs::write(cgroup.join("pids.max"), fs::read(cgroup.join("pids.current")).unwrap()).unwrap();
         let error = expect_error("StartContainer", &json!({ "container_id": second.id }));
