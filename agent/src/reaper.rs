@@ -77,10 +77,10 @@ impl Reaper {
         }
     }
 
-    /// Whether `pid` was reaped while the caller holds an [`UnclaimedExitsGuard`], and no callback has claimed the exit.
-    /// In this case, another process may have the PID.
-    pub fn is_reaped(&self, pid: i32) -> bool {
-        self.with(|inner| inner.unclaimed.contains_key(&pid))
+    /// Forgets the exit of an earlier process with the PID `pid`. The caller knows that the process that has this PID
+    /// now has not been reaped. While a start hangs, its guard keeps exits for long, and PIDs are reused.
+    pub fn forget_earlier_exit(&self, pid: i32) {
+        self.with(|inner| inner.unclaimed.remove(&pid));
     }
 
     /// Waits for the exit of `pid`.
@@ -158,6 +158,19 @@ mod tests {
         assert_eq!(decode(libc::SIGKILL), Some(137));
         assert_eq!(decode(40), Some(168));
         assert_eq!(decode(0x7f | libc::SIGSTOP << 8), None);
+    }
+
+    #[test]
+    fn exit_of_an_earlier_process_with_the_same_pid_is_not_reported() {
+        let (reaper, seen) = (Reaper::default(), Arc::new(AtomicU32::new(0)));
+        let _guard_of_a_start_that_hangs = reaper.keep_unclaimed_exits();
+        reaper.record_exit(42, ProcessExit { status: 7, at_ns: 1 });
+        let count = seen.clone();
+        reaper.forget_earlier_exit(42);
+        reaper.on_exit(42, move |exit| count.store(exit.status, Ordering::Relaxed));
+        assert_eq!(seen.load(Ordering::Relaxed), 0);
+        reaper.record_exit(42, ProcessExit { status: 8, at_ns: 2 });
+        assert_eq!(seen.load(Ordering::Relaxed), 8);
     }
 
     #[test]

@@ -162,15 +162,13 @@ impl Tasks {
         Ok(pid)
     }
 
-    /// Stores the process `pid`, which the helper has created for an exec. The caller must hold a
-    /// [`crate::reaper::UnclaimedExitsGuard`].
+    /// Stores the process `pid`, which the helper has just created for an exec.
     fn record_child(&self, process: &Process, pid: i32, init_pid: i32) {
+        // If this fails, the process has already exited.
         let Ok(child) = pidfd::open(pid) else { return };
+        // Only the async thread reaps. Therefore, no other process can get the PID during this function.
+        self.reaper.forget_earlier_exit(pid);
         let namespace = TimeNamespace::of_exec(pid, init_pid);
-        // If the process has already exited, another process may have got the PID before these files were opened.
-        if self.reaper.is_reaped(pid) {
-            return;
-        }
         if let Some(namespace) = namespace {
             let _ = process.time_namespace.set(namespace);
         }

@@ -60,7 +60,9 @@ impl Tasks {
             .spawn()
             .map_err(|error| format!("failed to run the helper: {error}"))?;
         drop(job.inherited);
-        let ended = self.reaper.wait(child.id().cast_signed());
+        let pid = child.id().cast_signed();
+        self.reaper.forget_earlier_exit(pid);
+        let ended = self.reaper.wait(pid);
         let (ended, master) = match job.console {
             None => (ended.await, None),
             Some(console) => {
