@@ -300,7 +300,8 @@ impl Setup<'_> {
             }
             ui::say(self.what, format!("{}: boot {}, from step {}", shard.name, boot + 1, rest.start));
             let before = kept.results().len();
-            let ended = self.boot(seat, shard, &rest, &mut kept);
+            let mut begun = false;
+            let ended = self.boot(seat, shard, &rest, &mut kept, &mut begun);
             match ended {
                 Ok(code) => {
                     seat.keep("containerd.log", &self.kept.join(format!("{}.containerd.log", shard.name)))?;
@@ -310,6 +311,10 @@ impl Setup<'_> {
                         failed = true;
                     }
                     break;
+                }
+                // No step has begun. A busy machine can be too slow for a boot.
+                Err(error) if error.is::<Crashed>() && !begun && boot + 1 < BOOTS => {
+                    ui::say(self.what, format!("{}: the node did not boot: {error:#}", shard.name));
                 }
                 // The cause of a crash of the node is a fault, or a defect of the emulator. A replay of the step shows
                 // the cause.
@@ -328,8 +333,8 @@ impl Setup<'_> {
         Ok(Ended { name: shard.name.clone(), results: kept.results().to_vec(), failed })
     }
 
-    /// Runs the steps `rest` of a shard in one boot. Returns the exit code.
-    fn boot(&self, seat: Seat, shard: &Shard, rest: &Range<usize>, kept: &mut Kept) -> Result<u8> {
+    /// Runs the steps `rest` of a shard in one boot. Returns the exit code. Sets `begun` if the program has begun.
+    fn boot(&self, seat: Seat, shard: &Shard, rest: &Range<usize>, kept: &mut Kept, begun: &mut bool) -> Result<u8> {
         let mut args = shard.args.clone();
         if shard.steps.is_some() {
             args.extend(["--from".to_owned(), rest.start.to_string()]);
@@ -348,6 +353,7 @@ impl Setup<'_> {
         };
         let mut lost = None;
         let code = node::run_observed(&run, &mut |progress| {
+            *begun = true;
             if let Progress::Mark(text) = progress
                 && let Some(line) = text.strip_prefix("result ")
                 && let Err(error) = kept.add(line)
