@@ -12,15 +12,14 @@ use super::Shard;
 use super::faults::{self, Armed, Field, Hold, sleep_until};
 use super::grammar::Disturbed;
 use super::plan::{Class, Fault, Phase, Step};
-use super::victim::{Call, Ended, QUERY_BUDGET, START_BUDGET, STOP_BUDGET, Victim};
+use super::probe::probe;
+use super::victim::{Call, Ended, OVERTIME, START_BUDGET, STOP_BUDGET, Victim};
 use crate::cri::pod::text;
-use crate::cri::{restart, try_call_within};
+use crate::cri::restart;
 use crate::events::Events;
 use crate::figures::print_line;
-use crate::{KUBERNETES, containerd, containerd_log, node};
+use crate::{containerd_log, node};
 
-/// How long after its budget a request is still awaited.
-const OVERTIME: Duration = Duration::from_secs(15);
 /// Maximum number of attempts to remove the victim.
 const ATTEMPTS: u32 = 4;
 /// Time after which no further attempt to remove the victim begins. `cargo xtask test` stops the node if a test prints
@@ -94,7 +93,7 @@ impl<'a, 'b> Life<'a, 'b> {
             struck: matches!(step.fault, Fault::Failpoint | Fault::Nothing),
             healed: None,
             missed: None,
-            disturbed: Disturbed { repeated: step.fault == Fault::Failpoint, lossy: false },
+            disturbed: Disturbed { repeated: step.fault == Fault::Failpoint, ..Disturbed::default() },
             ended_events: Vec::new(),
             findings: Vec::new(),
         }
@@ -157,7 +156,7 @@ impl Life<'_, '_> {
         if self.strikes(Phase::Running) {
             self.strike();
             self.await_effect();
-            self.probe();
+            self.probe_others();
             self.replace();
         }
         if self.strikes(Phase::Exec) || matches!(self.step.fault, Fault::Failpoint | Fault::Nothing) {
@@ -365,6 +364,7 @@ impl Life<'_, '_> {
         match self.step.fault {
             Fault::KillShim | Fault::TermShim | Fault::PodMemory => self.disturbed.repeated = true,
             Fault::KillContainerd | Fault::TermContainerd => self.disturbed.lossy = true,
+            Fault::StopContainerd => self.disturbed.unconfirmed = true,
             _ => {}
         }
         let mut field = Field {
@@ -393,7 +393,7 @@ impl Life<'_, '_> {
                 thread::sleep(time);
                 self.heal();
             }
-            Some(Hold::Life) => self.probe(),
+            Some(Hold::Life) => self.probe_others(),
             None => {}
         }
     }
@@ -409,27 +409,10 @@ impl Life<'_, '_> {
         }
     }
 
-    /// Makes queries that a fault of the victim must not delay: the witness's statistics, and the victim's pids.
-    fn probe(&mut self) {
-        let begin = Instant::now();
-        let request = json!({ "container_id": self.shard.witness.id() });
-        let stats = try_call_within(QUERY_BUDGET + OVERTIME, "RuntimeService", "ContainerStats", &request);
-        self.judge_query("ContainerStats of the witness", begin);
-        if let Err(status) = stats {
-            self.findings.push(format!("ContainerStats of the witness failed: {status}"));
-        }
-        if let Some(id) = &self.container {
-            let begin = Instant::now();
-            let _ = containerd::pids(KUBERNETES, id);
-            self.judge_query("ListPids of the victim", begin);
-        }
-    }
-
-    fn judge_query(&mut self, what: &str, begin: Instant) {
-        let took = begin.elapsed();
-        if took > QUERY_BUDGET {
-            self.findings.push(format!("{what} took {took:.1?}, its limit is {QUERY_BUDGET:?}"));
-        }
+    /// Makes queries that a fault of the victim must not delay.
+    fn probe_others(&mut self) {
+        let findings = probe(self.shard.witness.id(), self.container.as_deref());
+        self.findings.extend(findings);
     }
 
     /// Returns whether the pod may end because of the fault. A VM that has not booted yet may always end, because a

@@ -11,6 +11,7 @@ pub mod grammar;
 mod judge;
 mod life;
 pub mod plan;
+mod probe;
 mod targets;
 pub mod verdict;
 mod victim;

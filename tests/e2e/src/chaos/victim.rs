@@ -18,6 +18,8 @@ pub const START_BUDGET: Duration = Duration::from_secs(120);
 pub const STOP_BUDGET: Duration = Duration::from_secs(45);
 /// Limit of a query. Husk's limit is a second. A node that is emulated, and busy with a fault, gets more.
 pub const QUERY_BUDGET: Duration = Duration::from_secs(6);
+/// How long after its budget a request is still awaited.
+pub const OVERTIME: Duration = Duration::from_secs(15);
 
 /// Timeout for a container to begin with a script.
 const BEGIN_TIMEOUT: Duration = Duration::from_secs(30);
