@@ -13,5 +13,7 @@ pub mod error;
 pub mod failpoint;
 pub mod log;
 pub mod log_limit;
+#[cfg(feature = "async")]
+pub mod relay;
 pub mod sync;
 pub mod sys;

@@ -42,7 +42,7 @@ fn rust_files(dir: &Path, files: &mut Vec<PathBuf>) {
 /// agent.
 fn code() -> Waits {
     let mut files = Vec::new();
-    for crate_dir in ["shim", "vmm-glue", "agent"] {
+    for crate_dir in ["base", "shim", "vmm-glue", "agent"] {
         rust_files(&root().join(crate_dir).join("src"), &mut files);
     }
     let mut waits = Waits::new();
