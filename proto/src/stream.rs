@@ -7,6 +7,11 @@
 /// Magic number at the start of every stream: "HSK1".
 const MAGIC: [u8; 4] = *b"HSK1";
 
+/// Bit of the tokens that the agent chooses (`crate::host_socket`). The shim chooses tokens without this bit. The agent
+/// waits for a stream before it tells the shim the token. Therefore it closes a stream with this bit for which it does
+/// not wait.
+pub const AGENT_TOKEN: u64 = 1 << 63;
+
 /// Length of an encoded header in bytes.
 pub const HEADER_LEN: usize = 12;
 

@@ -3,21 +3,23 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use husk_base::relay::Near;
 use husk_base::sync::lock;
-use husk_proto::stream::{HEADER_LEN, Header};
+use husk_proto::stream::{AGENT_TOKEN, HEADER_LEN, Header};
 use tokio::io::Interest;
 use tokio::sync::{Semaphore, oneshot};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::vsock::Listener;
 
 /// Maximum number of connections that wait for a request. The same limit applies to connections that wait for a header.
 const MAX_PENDING: usize = 256;
-/// Timeout of a request that waits for its stream, and of a connection that waits for its header.
+/// Timeout of a request that waits for its stream, and of a connection that waits for its header. Also the timeout of a
+/// stream that the host has closed, and that waits for its request.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Reason why a request does not get the stream that its token names.
@@ -33,8 +35,41 @@ pub enum StreamError {
 
 #[derive(Default)]
 struct Table {
-    ready: HashMap<u64, OwnedFd>,
+    ready: HashMap<u64, Ready>,
     awaited: HashMap<u64, oneshot::Sender<OwnedFd>>,
+}
+
+/// A stream that waits for its request. The host owns the stream, and closes it if there will be no request.
+struct Ready {
+    stream: OwnedFd,
+    /// When the table saw that the host had closed the stream.
+    closed: Option<Instant>,
+}
+
+impl Table {
+    /// Removes the streams that the host closed some time ago. Their requests could still arrive until then, because the
+    /// host sends a request after its streams, and closes a stdin stream that has ended.
+    fn remove_closed(&mut self) {
+        let now = Instant::now();
+        self.ready.retain(|_, ready| {
+            if ready.closed.is_none() && Near::Relay.is_gone(ready.stream.as_fd()) {
+                ready.closed = Some(now);
+            }
+            ready.closed.is_none_or(|closed| now.saturating_duration_since(closed) < TIMEOUT)
+        });
+    }
+}
+
+/// A token for which the agent waits. If dropped, the agent does not wait any longer.
+struct Awaited<'a> {
+    streams: &'a Streams,
+    token: u64,
+}
+
+impl Drop for Awaited<'_> {
+    fn drop(&mut self) {
+        lock(&self.streams.table).awaited.remove(&self.token);
+    }
 }
 
 /// Handle to the table of streams. Clones share the same table.
@@ -82,17 +117,19 @@ impl Streams {
         }
     }
 
-    /// Adds a stream. Rejects the stream if too many streams already wait for a request.
+    /// Adds a stream. Rejects the stream if too many streams already wait for a request, or if the agent has chosen the
+    /// token and does not wait for the stream any longer.
     pub fn insert(&self, token: u64, stream: OwnedFd) {
         let mut table = lock(&self.table);
-        match table.awaited.remove(&token) {
-            Some(waiter) => {
-                let _ = waiter.send(stream);
-            }
-            None if table.ready.len() < MAX_PENDING => {
-                table.ready.insert(token, stream);
-            }
-            None => tracing::warn!("rejected stream {token}: {MAX_PENDING} streams already wait for a request"),
+        table.remove_closed();
+        if let Some(waiter) = table.awaited.remove(&token) {
+            let _ = waiter.send(stream);
+        } else if token & AGENT_TOKEN != 0 {
+            tracing::debug!("closed a stream for which the agent does not wait any longer");
+        } else if table.ready.len() >= MAX_PENDING {
+            tracing::warn!("rejected stream {token}: {MAX_PENDING} streams already wait for a request");
+        } else {
+            table.ready.insert(token, Ready { stream, closed: None });
         }
     }
 
@@ -105,19 +142,17 @@ impl Streams {
         let number: u64 = token.parse().map_err(|_| StreamError::Token(token.to_owned()))?;
         let waiter = {
             let mut table = lock(&self.table);
-            if let Some(stream) = table.ready.remove(&number) {
-                return Ok(Some(stream));
+            if let Some(ready) = table.ready.remove(&number) {
+                return Ok(Some(ready.stream));
             }
             let (sender, receiver) = oneshot::channel();
             table.awaited.insert(number, sender);
             receiver
         };
+        let _awaited = Awaited { streams: self, token: number };
         match timeout(TIMEOUT, waiter).await {
             Ok(Ok(stream)) => Ok(Some(stream)),
-            _ => {
-                lock(&self.table).awaited.remove(&number);
-                Err(StreamError::Missing(number))
-            }
+            _ => Err(StreamError::Missing(number)),
         }
     }
 }
@@ -187,11 +222,56 @@ mod tests {
         server.abort();
     }
 
+    #[tokio::test]
+    async fn insert_closes_a_stream_whose_waiter_has_gone() {
+        let streams = Streams::default();
+        let token = AGENT_TOKEN | 7;
+        {
+            let text = token.to_string();
+            let mut waiting = std::pin::pin!(streams.take(&text));
+            assert!(futures::poll!(&mut waiting).is_pending());
+            assert_eq!(lock(&streams.table).awaited.len(), 1);
+        }
+        assert!(lock(&streams.table).awaited.is_empty());
+        let (mut host, guest) = UnixStream::pair().unwrap();
+        streams.insert(token, guest.into());
+        assert_eq!(host.read(&mut [0]).unwrap(), 0, "the stream is open");
+        assert!(lock(&streams.table).ready.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn stream_that_the_host_closes_waits_for_its_request_for_a_limited_time() {
+        let streams = Streams::default();
+        let open = |token| {
+            let (host, guest) = UnixStream::pair().unwrap();
+            streams.insert(token, guest.into());
+            host
+        };
+        let (mut stdin, _stdout, leaked) = (open(1), open(2), open(3));
+        stdin.write_all(b"input").unwrap();
+        drop((stdin, leaked));
+        let _next = open(4);
+        tokio::time::sleep(TIMEOUT / 2).await;
+        let _next = open(5);
+        let taken = streams.take("1").await.unwrap().unwrap();
+        let mut text = String::new();
+        File::from(taken).read_to_string(&mut text).unwrap();
+        assert_eq!(text, "input");
+        tokio::time::sleep(TIMEOUT / 2).await;
+        let _next = open(6);
+        let table = lock(&streams.table);
+        assert!(!table.ready.contains_key(&3));
+        assert!(table.ready.contains_key(&2), "the host owns a stream that it keeps open");
+    }
+
     #[test]
     fn insert_rejects_streams_that_exceed_the_limit() {
         let streams = Streams::default();
+        let mut hosts = Vec::new();
         for token in 0..=MAX_PENDING as u64 {
-            streams.insert(token, UnixStream::pair().unwrap().0.into());
+            let (host, guest) = UnixStream::pair().unwrap();
+            streams.insert(token, guest.into());
+            hosts.push(host);
         }
         let ready = &lock(&streams.table).ready;
         assert_eq!(ready.len(), MAX_PENDING);
