@@ -7,21 +7,24 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::{SocketAddr, UnixListener as StdListener};
+use std::os::unix::net::UnixListener;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use husk_base::async_fd::register;
 use husk_base::entropy;
+use husk_base::relay::{self, Departure, Near};
 use husk_base::sys::unix_relay::{self, Target};
 use husk_proto::agent::HostSocket;
-use husk_proto::host_socket::{BUFFER, MAX_CONNECTIONS, MAX_GROUPS, MAX_PATH};
+use husk_proto::host_socket::{MAX_CONNECTIONS, MAX_GROUPS, MAX_PATH};
+use husk_proto::stream::AGENT_TOKEN;
 use husk_proto::{GUEST_SHARE, SHARED_VOLUMES};
 use nix::sys::socket::{getsockopt, sockopt};
-use tokio::io::AsyncReadExt;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt, Interest};
+use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
@@ -31,8 +34,9 @@ use crate::vsock::{RETRY_DELAY, is_shortage};
 
 /// Timeout for the shim's reply, after the shim has connected the stream.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
-/// Name of the listener in the abstract namespace of the agent's network namespace, which containers cannot enter.
-const NAME: &[u8] = b"husk-host-sockets";
+/// Path of the listener, until it is registered. It is not an abstract address, because Landlock can forbid a process of
+/// a container to connect to these (LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET).
+const LISTENER: &str = "/run/husk/host-sockets";
 
 /// Why the agent refuses a connection.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +45,10 @@ enum RelayError {
     NotInVolume,
     #[error("the path of the socket is longer than {MAX_PATH} bytes")]
     LongPath,
+    #[error("the process has more than {MAX_GROUPS} supplementary groups")]
+    ManyGroups,
+    #[error("the process does not wait any longer")]
+    Gone,
     #[error("failed to {0}")]
     Kernel(&'static str, #[source] io::Error),
     #[error(transparent)]
@@ -51,19 +59,32 @@ enum RelayError {
     Refused(#[source] io::Error),
 }
 
-/// A connection whose client waits in connect(2). If dropped without an answer, connect(2) fails with ECONNREFUSED.
-struct Waiting(UnixStream);
-
-impl Waiting {
-    fn answer(&self, errno: u8) {
-        // An error means that the client has gone.
-        let _ = unix_relay::answer(self.0.as_fd(), errno);
+impl RelayError {
+    /// Returns the error of the process's connect(2).
+    fn errno(&self) -> i32 {
+        match self {
+            Self::Refused(source) => source.raw_os_error().unwrap_or(libc::EIO),
+            Self::ManyGroups => libc::E2BIG,
+            Self::Timeout => libc::ETIMEDOUT,
+            _ => libc::ECONNREFUSED,
+        }
     }
 }
 
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        self.answer((libc::ECONNREFUSED & 0xff) as u8);
+/// A connection whose client waits in connect(2). If dropped without an answer, connect(2) fails with ECONNREFUSED.
+struct Waiting(OwnedFd);
+
+impl Waiting {
+    /// Makes connect(2) fail. The client's socket stays unconnected.
+    fn refuse(&self, errno: i32) {
+        // An error means that the client has gone.
+        let _ = unix_relay::answer(self.0.as_fd(), husk_proto::host_socket::reply(errno));
+    }
+
+    /// Makes connect(2) succeed, and returns the agent's end of the connection.
+    fn accept(self) -> io::Result<UnixStream> {
+        unix_relay::answer(self.0.as_fd(), 0)?;
+        UnixStream::from_std(self.0.into())
     }
 }
 
@@ -76,24 +97,22 @@ pub fn start(hub: EventHub, streams: Streams) {
     }
 }
 
-/// Creates the listener to which the guest's kernel hands connections.
-fn listen() -> io::Result<StdListener> {
-    let listener = StdListener::bind_addr(&SocketAddr::from_abstract_name(NAME)?)?;
+/// Creates the listener to which the guest's kernel hands connections. Without a name, it has no other clients.
+fn listen() -> io::Result<AsyncFd<UnixListener>> {
+    let listener = UnixListener::bind(LISTENER)?;
+    fs::remove_file(LISTENER)?;
     unix_relay::register(listener.as_fd())?;
     listener.set_nonblocking(true)?;
-    Ok(listener)
+    register(listener, Interest::READABLE)
 }
 
 /// Accepts connections until the listener fails.
-async fn serve(listener: StdListener, hub: EventHub, streams: Streams) {
-    let listener = match UnixListener::from_std(listener) {
-        Ok(listener) => listener,
-        Err(error) => return tracing::error!("failed to register the relay with the async runtime: {error}"),
-    };
+async fn serve(listener: AsyncFd<UnixListener>, hub: EventHub, streams: Streams) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
-        let connection = match listener.accept().await {
-            Ok((connection, _)) => Waiting(connection),
+        let accept = |listener: &UnixListener| unix_relay::accept(listener.as_fd());
+        let connection = match listener.async_io(Interest::READABLE, accept).await {
+            Ok(connection) => Waiting(connection),
             Err(error) if is_shortage(&error) => {
                 tokio::time::sleep(RETRY_DELAY).await;
                 continue;
@@ -103,7 +122,7 @@ async fn serve(listener: StdListener, hub: EventHub, streams: Streams) {
         // A full backlog also makes connect(2) of a non-blocking socket fail with EAGAIN (unix(7)).
         let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
             tracing::warn!("refused a connection to a socket of the node: the pod has {MAX_CONNECTIONS}");
-            connection.answer((libc::EAGAIN & 0xff) as u8);
+            connection.refuse(libc::EAGAIN);
             continue;
         };
         tokio::spawn(relay(connection, slot, hub.clone(), streams.clone()));
@@ -111,21 +130,33 @@ async fn serve(listener: StdListener, hub: EventHub, streams: Streams) {
 }
 
 async fn relay(connection: Waiting, slot: OwnedSemaphorePermit, hub: EventHub, streams: Streams) {
-    match connect(&connection, &hub, &streams).await {
-        Ok(mut host) => {
-            connection.answer(0);
-            let mut connection = connection;
+    let connected = match Departure::watch(&connection.0, Near::Client) {
+        // A client that has gone needs no connection. The shim sees that the stream is closed.
+        Ok(departure) => tokio::select! {
+            connected = connect(&connection, &hub, &streams) => connected,
+            _ = departure.wait() => Err(RelayError::Gone),
+        },
+        Err(error) => Err(RelayError::Kernel("watch a client", error)),
+    };
+    match connected {
+        Ok(host) => match connection.accept() {
             // Fds that the client sends are not received, and the kernel closes them.
-            let copied = tokio::io::copy_bidirectional_with_sizes(&mut connection.0, &mut host, BUFFER, BUFFER).await;
-            if let Err(error) = copied {
-                tracing::debug!("a connection to a socket of the node failed: {error}");
+            Ok(client) => {
+                if let Err(error) = relay::relay(client, host, Near::Client).await {
+                    tracing::debug!("failed to relay a connection to a socket of the node: {error}");
+                }
             }
-        }
+            Err(error) => tracing::debug!("the client of a connection to a socket of the node has gone: {error}"),
+        },
         Err(error) => {
-            if let RelayError::Refused(source) = &error {
-                connection.answer(husk_proto::host_socket::reply(source.raw_os_error().unwrap_or(libc::EIO)));
+            connection.refuse(error.errno());
+            let error_text = husk_base::error::chain(&error);
+            match error {
+                RelayError::ManyGroups => {
+                    tracing::warn!("refused a connection to a socket of the node: {error_text}");
+                }
+                _ => tracing::debug!("refused a connection to a socket of the node: {error_text}"),
             }
-            tracing::debug!("refused a connection to a socket of the node: {}", husk_base::error::chain(&error));
         }
     }
     drop(slot);
@@ -159,10 +190,13 @@ fn request(connection: &Waiting) -> Result<HostSocket, RelayError> {
     }
     let peer = getsockopt(&socket, sockopt::PeerCredentials)
         .map_err(|error| RelayError::Kernel("read the credentials of a client", error.into()))?;
-    let groups = unix_relay::peer_groups(socket, MAX_GROUPS).map_err(kernel("read the groups of a client"))?;
+    let groups = unix_relay::peer_groups(socket, MAX_GROUPS).map_err(|error| match error.raw_os_error() {
+        Some(libc::ERANGE) => RelayError::ManyGroups,
+        _ => RelayError::Kernel("read the groups of a client", error),
+    })?;
     let token = entropy::bytes().map_err(kernel("get a random token"))?;
     Ok(HostSocket {
-        token: u64::from_ne_bytes(token).max(1),
+        token: u64::from_ne_bytes(token) | AGENT_TOKEN,
         volume,
         path: path.as_os_str().as_bytes().to_vec(),
         uid: peer.uid(),

@@ -2,14 +2,16 @@
 //!
 //! The agent sends an event that names the socket and a token. The shim connects a stream ([`crate::stream`]) with this
 //! token, and writes a one-byte reply: 0 if it has connected, otherwise the errno of connect(2). After the reply, the
-//! stream carries the data. A half-close means end of file.
+//! stream carries the data. A half-close means end of file. When the client has gone, the agent shuts down its receive
+//! direction (`husk_base::relay`).
 
 /// Maximum number of connections of a pod at the same time.
 pub const MAX_CONNECTIONS: usize = 64;
 /// Maximum length of the socket's path below its volume, in bytes.
 pub const MAX_PATH: usize = 2048;
-/// Maximum number of supplementary groups of the process that connects.
-pub const MAX_GROUPS: usize = 128;
+/// Maximum number of supplementary groups of the process that connects. Linux allows 65536, but the shim keeps the groups
+/// of all requests in memory.
+pub const MAX_GROUPS: usize = 1024;
 /// Size of the buffer for each direction of a connection, in bytes.
 pub const BUFFER: usize = 8 << 10;
 

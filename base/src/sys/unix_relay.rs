@@ -3,11 +3,12 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use libc::{c_int, c_ulong};
+use nix::sys::socket::{SockFlag, accept4};
 
 /// SIOCUNIXRELAY and SIOCUNIXRELAYTARGET of include/net/af_unix.h.
 const SIOCUNIXRELAY: c_ulong = 0x89e1;
@@ -20,7 +21,7 @@ struct RawTarget {
     path: [u8; libc::PATH_MAX as usize],
 }
 
-/// The socket to which a client has connected.
+/// The socket to which a client wants to connect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
     /// Major and minor device number of the file system, as in proc_pid_mountinfo(5).
@@ -37,10 +38,23 @@ pub fn register(listener: BorrowedFd<'_>) -> io::Result<()> {
     ioctl(listener, SIOCUNIXRELAY, 0)
 }
 
-/// Ends the client's connect(2), which fails with the error `errno`, or succeeds if `errno` is 0.
+/// Accepts a connection of the relay. The new fd is non-blocking. The accept of the standard library asks for the address
+/// of the peer, and fails, because there is no peer before the answer.
 ///
 /// # Errors
-/// EALREADY if there was an answer, ENOTCONN if the client has gone, and the errors of ioctl(2).
+/// The errors of accept4(2).
+pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
+    // SAFETY: accept4 has returned a new fd, which nothing else owns.
+    unsafe { super::new_fd(fd) }
+}
+
+/// Ends the client's connect(2), which fails with the error `errno`, or succeeds if `errno` is 0. Until an answer of 0,
+/// neither `connection` nor the client's socket is connected.
+///
+/// # Errors
+/// ENOTCONN if there was an answer, if the client has gone, or if the client's socket has been connected in another way.
+/// Then there is no connection.
 pub fn answer(connection: BorrowedFd<'_>, errno: u8) -> io::Result<()> {
     ioctl(connection, SIOCUNIXRELAY, errno.into())
 }
@@ -53,7 +67,7 @@ fn ioctl(socket: BorrowedFd<'_>, request: c_ulong, value: c_ulong) -> io::Result
     }
 }
 
-/// Returns the socket to which the client of an accepted connection has connected.
+/// Returns the socket to which the client of an accepted connection wants to connect.
 ///
 /// # Errors
 /// ENOENT if the connection was not relayed, and the errors of ioctl(2).
