@@ -12,8 +12,6 @@ pub const MAX_PATH: usize = 2048;
 /// Maximum number of supplementary groups of the process that connects. Linux allows 65536, but the shim keeps the groups
 /// of all requests in memory.
 pub const MAX_GROUPS: usize = 1024;
-/// Size of the buffer for each direction of a connection, in bytes.
-pub const BUFFER: usize = 8 << 10;
 
 /// EIO, which stands for an errno that is not a byte.
 const EIO: u8 = 5;

@@ -140,6 +140,7 @@ async fn run_one(
         env: (!hook.env.is_empty()).then(|| hook.env.iter().filter_map(|pair| pair.split_once('=')).collect()),
         cwd: bundle,
         fds: &[stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
+        cgroup: None,
         kill_on_drop: true,
     };
     let program = launcher.start_program(&options).await.map_err(|error| match error {

@@ -27,10 +27,11 @@ async fn start(launcher: &Launcher, path: &Path, credentials: &Credentials) -> (
     let options = ProgramOptions {
         path: Path::new("/proc/self/exe"),
         arg0: Some(program::ARGV0),
-        args: &program::args(credentials, 0),
+        args: &program::args(credentials),
         env: Some(Vec::new()),
         cwd: Some(Path::new("/")),
         fds: &[theirs.as_fd(), socket.as_fd(), null.as_fd()],
+        cgroup: None,
         kill_on_drop: true,
     };
     let program = launcher.start_program(&options).await.unwrap();
@@ -107,8 +108,22 @@ async fn check() {
     drop((stream, listener));
     relay.wait().await.unwrap();
 
+    // If the client has gone, the process ends, although the daemon has not closed its socket.
+    let path = dir.path().join("ignored");
+    let listener = listen(&path, 0, 0o600);
+    let (mut stream, relay) = start(&launcher, &path, &root).await;
+    assert_eq!(reply(&mut stream), 0);
+    let (mut daemon, _) = listener.accept().unwrap();
+    stream.write_all(b"last words").unwrap();
+    drop(stream);
+    assert!(relay.wait().await.unwrap().success());
+    let mut words = String::new();
+    daemon.read_to_string(&mut words).unwrap();
+    assert_eq!(words, "last words");
+
     // The node's permissions count, and errors of the node are passed on.
     let other = Credentials { uid: 4321, ..user };
+    let path = dir.path().join("user");
     let (mut stream, _relay) = start(&launcher, &path, &other).await;
     assert_eq!(reply(&mut stream), libc::EACCES);
     let (mut stream, _relay) = start(&launcher, &path, &root).await;

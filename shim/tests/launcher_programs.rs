@@ -18,6 +18,7 @@ async fn check() {
         env: None,
         cwd: None,
         fds: &[],
+        cgroup: None,
         kill_on_drop: false,
     };
     for _ in 0..50 {

@@ -13,7 +13,7 @@ use std::path::Path;
 use husk_base::error::chain;
 use husk_base::sys::fd::close_on_exec_from;
 use husk_base::sys::pidfd;
-use husk_base::sys::process::clone_sibling_into;
+use husk_base::sys::process::{Cloned, clone_sibling_into};
 use libcontainer::oci_spec::runtime::Process;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::{apparmor, capabilities, seccomp};
@@ -239,13 +239,15 @@ fn set_namespaces(pidfd: &OwnedFd, flags: CloneFlags) -> io::Result<()> {
     Ok(())
 }
 
-/// Forks a sibling of this process. The sibling starts in the first cgroup of `cgroups` that accepts a process.
+/// Forks a sibling of this process. The sibling starts in the first cgroup of `cgroups` that accepts a process. Returns 0
+/// in the sibling.
 fn clone_into(cgroups: &[File]) -> io::Result<i32> {
     let mut last = io::Error::from_raw_os_error(libc::EINVAL);
     for cgroup in cgroups {
         // SAFETY: the process has one thread.
         match unsafe { clone_sibling_into(cgroup) } {
-            Ok(pid) => return Ok(pid),
+            Ok(Cloned::Caller { pid, .. }) => return Ok(pid),
+            Ok(Cloned::Sibling) => return Ok(0),
             Err(error) => last = error,
         }
     }

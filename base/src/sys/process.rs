@@ -111,27 +111,33 @@ struct CloneArgs {
 }
 
 /// Copies this process like [`clone_sibling`]. The new process starts in `cgroup`, which is the open directory of a
-/// cgroup v2 (CLONE_INTO_CGROUP, Linux 5.7). Returns the PID of the new process, and 0 in the new process. The new
-/// process has the exit signal of this process.
+/// cgroup v2 (CLONE_INTO_CGROUP, Linux 5.7). The new process has the exit signal of this process.
 ///
 /// # Errors
 /// EBUSY if the cgroup cannot have processes, and the other errors of clone3(2).
 ///
 /// # Safety
 /// See [`clone_sibling`].
-pub unsafe fn clone_sibling_into(cgroup: impl AsFd) -> io::Result<i32> {
+pub unsafe fn clone_sibling_into(cgroup: impl AsFd) -> io::Result<Cloned> {
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    let mut pidfd: libc::c_int = -1;
     let args = CloneArgs {
-        flags: u64::from(libc::CLONE_PARENT.cast_unsigned()) | CLONE_INTO_CGROUP,
+        flags: u64::from((libc::CLONE_PARENT | libc::CLONE_PIDFD).cast_unsigned()) | CLONE_INTO_CGROUP,
+        pidfd: (&raw mut pidfd) as u64,
         cgroup: u64::from(cgroup.as_fd().as_raw_fd().unsigned_abs()),
         ..Default::default()
     };
     // SAFETY: without a stack and without CLONE_VM, the call is equivalent to fork(2). The caller guarantees the
-    // conditions under which fork(2) is safe (see Safety). The arguments outlive the call.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
-    match i32::try_from(pid) {
-        Ok(pid) if pid >= 0 => Ok(pid),
-        _ => Err(io::Error::last_os_error()),
+    // conditions under which fork(2) is safe (see Safety). The arguments and `pidfd` outlive the call, in which the kernel
+    // writes an fd to `pidfd`.
+    match unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) } {
+        0 => Ok(Cloned::Sibling),
+        pid => match i32::try_from(pid) {
+            // SAFETY: the call returned a pid. Therefore, the kernel has stored a new fd in `pidfd`, and nothing else
+            // owns this fd.
+            Ok(pid) if pid > 0 => Ok(Cloned::Caller { pid, pidfd: unsafe { super::new_fd(pidfd) }? }),
+            _ => Err(io::Error::last_os_error()),
+        },
     }
 }
 

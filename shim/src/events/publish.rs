@@ -146,6 +146,7 @@ impl Destination {
             env: None,
             cwd: None,
             fds: &[stdin.as_fd(), null.as_fd(), null.as_fd()],
+            cgroup: None,
             kill_on_drop: true,
         };
         let program = launcher.start_program(&options).await;

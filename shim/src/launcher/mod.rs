@@ -61,6 +61,25 @@ pub enum LaunchError {
     Timeout,
 }
 
+/// The open files of a cgroup in which a new process starts.
+#[derive(Debug)]
+pub enum StartCgroup {
+    /// The directory, for CLONE_INTO_CGROUP.
+    V2(OwnedFd),
+    /// The files `cgroup.procs` of the hierarchies.
+    V1(Vec<OwnedFd>),
+}
+
+impl StartCgroup {
+    /// Returns the open files.
+    fn files(&self) -> &[OwnedFd] {
+        match self {
+            Self::V2(directory) => std::slice::from_ref(directory),
+            Self::V1(procs) => procs,
+        }
+    }
+}
+
 /// How to start a program.
 #[derive(Debug)]
 pub struct ProgramOptions<'a> {
@@ -76,6 +95,8 @@ pub struct ProgramOptions<'a> {
     pub cwd: Option<&'a std::path::Path>,
     /// The program's fds 0, 1, 2 and so on.
     pub fds: &'a [BorrowedFd<'a>],
+    /// The cgroup in which the program starts. `None` means the launcher's cgroup.
+    pub cgroup: Option<&'a StartCgroup>,
     /// Whether the program gets SIGKILL when its [`Program`] is dropped before the program has ended.
     pub kill_on_drop: bool,
 }
@@ -126,7 +147,9 @@ impl Launcher {
     /// [`LaunchError`].
     pub async fn start_program(&self, options: &ProgramOptions<'_>) -> Result<Program, LaunchError> {
         let start = async {
-            let reply = self.send_when_writable(&Request::from(options), options.fds).await?;
+            let cgroup = options.cgroup.map_or(&[][..], StartCgroup::files);
+            let fds: Vec<_> = options.fds.iter().copied().chain(cgroup.iter().map(AsFd::as_fd)).collect();
+            let reply = self.send_when_writable(&Request::from(options), &fds).await?;
             set_nonblocking(&reply).map_err(LaunchError::Receive)?;
             let reply = register(reply, Interest::READABLE).map_err(LaunchError::Receive)?;
             let (done, started) = oneshot::channel();
@@ -267,6 +290,7 @@ mod tests {
             env,
             cwd: Some(Path::new("/usr")),
             fds,
+            cgroup: None,
             kill_on_drop,
         };
         of_tests().start_program(&options).await
@@ -318,6 +342,7 @@ mod tests {
             env: None,
             cwd: None,
             fds: &[null.as_fd(), writer.as_fd()],
+            cgroup: None,
             kill_on_drop: true,
         };
         let program = of_tests().start_program(&options).await.unwrap();
@@ -326,6 +351,48 @@ mod tests {
         reader.read_to_string(&mut text).unwrap();
         assert_eq!(text, "SigBlk:\t0000000000000000\n");
         program.wait().await.unwrap();
+    }
+
+    /// Starts a program in a cgroup. The program writes its fds to a pipe. Returns this text.
+    async fn start_in(cgroup: &StartCgroup) -> Result<String, LaunchError> {
+        let null = File::options().read(true).write(true).open("/dev/null").unwrap();
+        let (mut reader, writer) = io::pipe().unwrap();
+        let options = ProgramOptions {
+            path: Path::new("/bin/ls"),
+            arg0: None,
+            args: &["/proc/self/fd".to_owned()],
+            env: None,
+            cwd: None,
+            fds: &[null.as_fd(), writer.as_fd()],
+            cgroup: Some(cgroup),
+            kill_on_drop: true,
+        };
+        let program = of_tests().start_program(&options).await?;
+        drop(writer);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        program.wait().await.unwrap();
+        Ok(text)
+    }
+
+    #[tokio::test]
+    async fn program_starts_in_its_cgroup_and_does_not_get_the_files_of_the_cgroup() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = ["cpu", "memory"].map(|name| dir.path().join(name));
+        let procs = paths.iter().map(|path| File::create(path).unwrap().into()).collect();
+        let fds = start_in(&StartCgroup::V1(procs)).await.unwrap();
+        for path in &paths {
+            assert_eq!(std::fs::read_to_string(path).unwrap(), "0");
+        }
+        // The last fd is that of the directory.
+        assert_eq!(fds, "0\n1\n2\n3\n");
+        // The kernel refuses to clone into a directory that is not a cgroup v2.
+        let directory = StartCgroup::V2(File::open(dir.path()).unwrap().into());
+        let error = start_in(&directory).await.unwrap_err();
+        assert!(matches!(&error, LaunchError::Execute(e) if e.raw_os_error() == Some(libc::EBADF)), "{error:?}");
+        // A program does not run outside of its cgroup.
+        let closed = StartCgroup::V1(vec![File::open("/dev/null").unwrap().into()]);
+        start_in(&closed).await.unwrap_err();
     }
 
     #[tokio::test]
@@ -337,6 +404,7 @@ mod tests {
             env: None,
             cwd: None,
             fds: &[],
+            cgroup: None,
             kill_on_drop: true,
         };
         let error = of_tests().start_program(&options).await.unwrap_err();

@@ -10,12 +10,12 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use husk_base::sys::fd::{close_all_except, copy_to, duplicate_from};
-use husk_base::sys::process::{Cloned, clone_sibling, exit_immediately};
+use husk_base::sys::process::{Cloned, clone_sibling, clone_sibling_into, exit_immediately};
 use husk_base::sys::scm_rights::{self, Packet};
 use husk_vmm::client::{Network, SpawnOptions, spawn};
 use nix::sys::signal::{SigSet, Signal};
 
-use super::request::{Reply, Request};
+use super::request::{Cgroup, Reply, Request};
 use crate::chain;
 
 /// Maximum size of a request in bytes. Linux allows 6 MiB for arguments and environment (fs/exec.c), and their encoding
@@ -60,7 +60,7 @@ fn serve(packet: Packet) {
     }
     let result = match read(file) {
         Ok(Request::Vmm) => start_vmm(&reply, fds),
-        Ok(Request::Program { path, arg0, args, env, cwd }) => {
+        Ok(Request::Program { path, arg0, args, env, cwd, cgroup }) => {
             let mut command = Command::new(OsStr::from_bytes(&path));
             command.args(args);
             if let Some(name) = arg0 {
@@ -72,7 +72,7 @@ fn serve(packet: Packet) {
             if let Some(cwd) = cwd {
                 command.current_dir(OsStr::from_bytes(&cwd));
             }
-            start_program(&reply, command, &fds)
+            start_program(&reply, command, fds, cgroup)
         }
         Err(error) => Err(error),
     };
@@ -106,21 +106,38 @@ fn start_vmm(reply: &OwnedFd, fds: Vec<OwnedFd>) -> io::Result<()> {
     }
 }
 
-fn start_program(reply: &OwnedFd, mut command: Command, fds: &[OwnedFd]) -> io::Result<()> {
-    // SAFETY: this process has a single thread.
-    match unsafe { clone_sibling() }? {
+fn start_program(reply: &OwnedFd, mut command: Command, mut fds: Vec<OwnedFd>, cgroup: Cgroup) -> io::Result<()> {
+    let count = match cgroup {
+        Cgroup::Launcher => 0,
+        Cgroup::V2 => 1,
+        Cgroup::V1(count) => count,
+    };
+    let files = fds.split_off(fds.len().checked_sub(count).ok_or(io::ErrorKind::InvalidInput)?);
+    let cloned = match (cgroup, files.as_slice()) {
+        // SAFETY: this process has a single thread.
+        (Cgroup::V2, [directory]) => unsafe { clone_sibling_into(directory) },
+        // SAFETY: as above.
+        _ => unsafe { clone_sibling() },
+    };
+    match cloned? {
         Cloned::Caller { pid, pidfd } => Reply::send_started(reply, pid, &[pidfd.as_fd()]),
         Cloned::Sibling => {
             // The program would inherit the signal mask, also over execve(2), and could not be ended by SIGTERM.
             let _ = SigSet::empty().thread_set_mask();
             // The program inherits each standard stream that `fds` does not replace from this process.
-            let _ = match place(fds, reply) {
+            let entered = if matches!(cgroup, Cgroup::V1(_)) { enter(&files) } else { Ok(()) };
+            let _ = match entered.and_then(|()| place(&fds, reply)) {
                 Ok(reply) => Reply::send_failed(&reply, &command.exec()),
                 Err(error) => Reply::send_failed(reply, &error),
             };
             exit_immediately(127);
         }
     }
+}
+
+/// Moves this process to cgroups. `procs` are their open files `cgroup.procs`.
+fn enter(procs: &[OwnedFd]) -> io::Result<()> {
+    procs.iter().try_for_each(|file| nix::unistd::write(file, b"0").map(drop).map_err(io::Error::from))
 }
 
 /// Duplicates `fds` to the numbers 0, 1, 2 and so on. Returns a copy of `reply`, because the number of `reply` may be

@@ -7,16 +7,27 @@ use std::os::unix::ffi::OsStrExt;
 use husk_base::sys::scm_rights;
 use serde::{Deserialize, Serialize};
 
-use super::ProgramOptions;
+use super::{ProgramOptions, StartCgroup};
 
 /// Maximum size of an answer in bytes.
 const MAX_REPLY: usize = 4096;
+
+/// The cgroup of a program.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub enum Cgroup {
+    /// The cgroup of the launcher.
+    Launcher,
+    /// Cgroup v2. The last fd of the packet is its directory.
+    V2,
+    /// Cgroup v1. The last fds of the packet, of this number, are the files `cgroup.procs`.
+    V1(usize),
+}
 
 /// A request to the launcher. The packet carries fds: first a file that contains the request as JSON, then the socket
 /// for the answers. The request determines which further fds the packet carries.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
-    /// Execute a program. The further fds become the program's fds 0, 1, 2 and so on.
+    /// Execute a program. The further fds become the program's fds 0, 1, 2 and so on, except those of the cgroup.
     Program {
         /// Bytes of the path.
         path: Vec<u8>,
@@ -28,6 +39,8 @@ pub enum Request {
         env: Option<Vec<(String, String)>>,
         /// Bytes of the working directory's path. `None` means the launcher's directory.
         cwd: Option<Vec<u8>>,
+        /// The cgroup in which the program starts.
+        cgroup: Cgroup,
     },
     /// Start the VMM process. The further fds are the mount namespace, the network namespace, and the files
     /// `cgroup.procs` of the cgroups.
@@ -43,6 +56,11 @@ impl From<&ProgramOptions<'_>> for Request {
             args: options.args.to_owned(),
             env: options.env.as_ref().map(|env| env.iter().map(pair).collect()),
             cwd: options.cwd.map(|path| path.as_os_str().as_bytes().to_owned()),
+            cgroup: match options.cgroup {
+                None => Cgroup::Launcher,
+                Some(StartCgroup::V2(_)) => Cgroup::V2,
+                Some(StartCgroup::V1(procs)) => Cgroup::V1(procs.len()),
+            },
         }
     }
 }

@@ -87,6 +87,7 @@ async fn spawn(path: &Path, args: &[String], context: &LoggerContext<'_>, ends: 
         env: Some(vec![("CONTAINER_ID", context.id), ("CONTAINER_NAMESPACE", context.namespace)]),
         cwd: None,
         fds: &[null.as_fd(), null.as_fd(), null.as_fd(), out, err, ready],
+        cgroup: None,
         kill_on_drop: false,
     };
     context.launcher.start_program(&options).await.map_err(|error| match error {

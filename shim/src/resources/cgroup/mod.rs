@@ -178,6 +178,17 @@ impl Cgroup {
         self.location.dirs().map(open).collect()
     }
 
+    /// Opens the directory of a cgroup v2, for CLONE_INTO_CGROUP. Returns `None` for cgroup v1.
+    ///
+    /// # Errors
+    /// The error of open(2).
+    pub fn open_directory(&self) -> std::io::Result<Option<OwnedFd>> {
+        match &self.location {
+            CgroupLocation::V2(path) => Ok(Some(std::fs::File::open(path)?.into())),
+            CgroupLocation::V1(_) => Ok(None),
+        }
+    }
+
     /// Returns the location of the cgroup.
     pub fn location(&self) -> &CgroupLocation {
         &self.location

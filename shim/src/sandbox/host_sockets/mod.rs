@@ -5,6 +5,7 @@
 
 mod find;
 pub mod program;
+mod rate;
 
 use std::fs::File;
 use std::io;
@@ -13,27 +14,28 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use husk_base::relay::Near;
 use husk_base::sync::lock;
 use husk_config::host_sockets;
 use husk_proto::host_socket::{MAX_CONNECTIONS, reply};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::blocking;
 use crate::host_view;
-use crate::launcher::{LaunchError, Launcher, Program, ProgramOptions};
+use crate::launcher::{LaunchError, Launcher, Program, ProgramOptions, StartCgroup};
 use crate::oci::IdMappings;
+use crate::resources::cgroup::Cgroup;
 use crate::sandbox::{Sandbox, StreamError};
 use crate::vm::host_socket::{Credentials, HostSocketRequest};
 use find::{FindError, Found};
+use rate::Rate;
 
 /// Timeout for everything before connect(2): the stream to the agent, the lookup of the socket, and the start of the
 /// program.
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(15);
-/// How long a connection counts at least. This limits how many processes a pod can start on the node in a second.
-const MIN_TIME: Duration = Duration::from_secs(1);
-/// How long a request waits for a slot.
+/// How long a request waits for a slot, and for its turn.
 const SLOT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum number of lookups at the same time. A lookup in a file system that hangs keeps one of the shim's blocking
 /// threads, and other requests need these threads.
@@ -58,6 +60,8 @@ pub struct HostSockets {
     slots: Arc<Semaphore>,
     /// Limits the lookups.
     lookups: Arc<Semaphore>,
+    /// Limits the rate of lookups and of started processes.
+    rate: Mutex<Rate>,
     refused: Mutex<Refused>,
 }
 
@@ -76,8 +80,10 @@ enum ConnectError {
     Step(&'static str, #[source] io::Error),
     #[error("failed to start the program that connects")]
     Launch(#[from] LaunchError),
-    #[error("the pod has {MAX_CONNECTIONS} connections")]
+    #[error("the pod has {MAX_CONNECTIONS} connections, or has made too many within a short time")]
     Busy,
+    #[error("the process does not wait any longer")]
+    Gone,
     #[error("the socket could not be prepared within {} s", PREPARE_TIMEOUT.as_secs())]
     Timeout,
 }
@@ -89,6 +95,8 @@ impl ConnectError {
         match self {
             Self::Timeout => libc::ETIMEDOUT,
             Self::Busy => libc::EAGAIN,
+            // The pod's cgroup has no free pid.
+            Self::Launch(LaunchError::Execute(source)) if source.raw_os_error() == Some(libc::EAGAIN) => libc::EAGAIN,
             Self::Unmapped(_) => libc::EACCES,
             _ => libc::ECONNREFUSED,
         }
@@ -107,7 +115,8 @@ impl HostSockets {
     pub fn new(pod: String, allowed: Vec<String>, id_mappings: Option<IdMappings>) -> Self {
         let limits = [2 * MAX_CONNECTIONS, MAX_CONNECTIONS, MAX_LOOKUPS];
         let [requests, slots, lookups] = limits.map(|max| Arc::new(Semaphore::new(max)));
-        Self { pod, allowed, id_mappings, requests, slots, lookups, refused: Mutex::default() }
+        let (rate, refused) = (Mutex::default(), Mutex::default());
+        Self { pod, allowed, id_mappings, requests, slots, lookups, rate, refused }
     }
 
     /// Returns the list of the configuration.
@@ -137,6 +146,17 @@ impl HostSockets {
             && id_mappings.has_host_gid(credentials.gid)
             && credentials.groups.iter().all(|group| id_mappings.has_host_gid(*group));
         if mapped { Ok(()) } else { Err(ConnectError::Unmapped(credentials.clone())) }
+    }
+
+    /// Waits for a slot, and until the rate allows another connection.
+    async fn slot(&self) -> Option<OwnedSemaphorePermit> {
+        let slot = async {
+            let slot = Arc::clone(&self.slots).acquire_owned().await.ok()?;
+            let wait = lock(&self.rate).reserve(Instant::now(), SLOT_TIMEOUT)?;
+            tokio::time::sleep(wait).await;
+            Some(slot)
+        };
+        tokio::time::timeout(SLOT_TIMEOUT, slot).await.ok()?
     }
 
     fn log_refusal(&self, found: &Found) {
@@ -187,14 +207,11 @@ impl Sandbox {
         tokio::spawn(async move {
             let relay = async {
                 // The agent stops waiting, too. A request that waited longer would connect for nobody.
-                let slot = tokio::time::timeout(SLOT_TIMEOUT, Arc::clone(&sockets.slots).acquire_owned()).await;
-                let slot = slot.ok().and_then(Result::ok).map(Arc::new);
-                let begin = tokio::time::Instant::now();
+                let slot = sockets.slot().await.map(Arc::new);
                 if let Err(error) = sandbox.relay(request, sockets, &launcher, slot.clone()).await {
                     tracing::debug!(error = %crate::chain(&error), "refused a connection to a socket of the node");
                 }
-                drop(waiting);
-                tokio::time::sleep_until(begin + MIN_TIME).await;
+                drop((waiting, slot));
             };
             tokio::select! {
                 () = relay => {}
@@ -223,6 +240,9 @@ impl Sandbox {
                 found
             });
             let socket = socket.await.map_err(|error| ConnectError::Step("look up the socket", error))??;
+            if Near::Relay.is_gone(stream.as_fd()) {
+                return Err(ConnectError::Gone);
+            }
             self.start_relay(&stream, &socket, &credentials, launcher).await
         };
         let started = tokio::time::timeout(PREPARE_TIMEOUT, start).await.unwrap_or(Err(ConnectError::Timeout));
@@ -247,23 +267,29 @@ impl Sandbox {
         credentials: &Credentials,
         launcher: &Launcher,
     ) -> Result<Program, ConnectError> {
-        let open = |error| ConnectError::Step("open the sandbox's cgroup", error);
-        let cgroups = self.cgroup().map_or(Ok(Vec::new()), |cgroup| cgroup.open_procs()).map_err(open)?;
+        let cgroup = self.cgroup().map(start_cgroup).transpose();
+        let cgroup = cgroup.map_err(|error| ConnectError::Step("open the sandbox's cgroup", error))?;
         let null = File::options().write(true).open("/dev/null");
         let null = null.map_err(|error| ConnectError::Step("open /dev/null", error))?;
-        let fixed = [stream.as_fd(), socket.as_fd(), null.as_fd()];
-        let fds: Vec<_> = fixed.into_iter().chain(cgroups.iter().map(AsFd::as_fd)).collect();
         let options = ProgramOptions {
             // The launcher is a process of the shim's program.
             path: Path::new("/proc/self/exe"),
             arg0: Some(program::ARGV0),
-            args: &program::args(credentials, cgroups.len()),
+            args: &program::args(credentials),
             env: Some(Vec::new()),
             cwd: Some(Path::new("/")),
-            fds: &fds,
+            fds: &[stream.as_fd(), socket.as_fd(), null.as_fd()],
+            cgroup: cgroup.as_ref(),
             kill_on_drop: true,
         };
         Ok(launcher.start_program(&options).await?)
+    }
+}
+
+fn start_cgroup(cgroup: &Cgroup) -> io::Result<StartCgroup> {
+    match cgroup.open_directory()? {
+        Some(directory) => Ok(StartCgroup::V2(directory)),
+        None => cgroup.open_procs().map(StartCgroup::V1),
     }
 }
 

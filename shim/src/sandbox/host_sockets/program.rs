@@ -2,18 +2,18 @@
 //!
 //! The launcher starts one process of this program for each connection. Daemons of the node authenticate a client by
 //! the credentials of its socket (SO_PEERCRED in unix(7)) and by its PID. Therefore, the process has the user and the
-//! groups of the container's process, is in the pod's cgroup, and stays until the connection ends.
+//! groups of the container's process, starts in the pod's cgroup, and stays until the connection ends.
 
 use std::ffi::OsString;
-use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use husk_base::relay::{self, Near};
 use husk_base::sys::capabilities::{self, Capabilities};
-use husk_proto::host_socket::{BUFFER, reply};
+use husk_proto::host_socket::reply;
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
@@ -29,28 +29,24 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Fd of the stream to the guest.
 const STREAM: RawFd = 0;
-/// Fd of the socket, opened with O_PATH.
+/// Fd of the socket, opened with O_PATH. Fd 2 is /dev/null.
 const SOCKET: RawFd = 1;
-/// First fd of the files `cgroup.procs`. Fd 2 is /dev/null.
-const CGROUPS: RawFd = 3;
 /// Name of the process (comm in proc(5)).
 const NAME: &std::ffi::CStr = c"husk-socket";
 /// Bit of CAP_DAC_OVERRIDE (linux/capability.h).
 const DAC_OVERRIDE: u64 = 1 << 1;
 
 /// Returns the arguments for the program.
-pub fn args(credentials: &Credentials, cgroups: usize) -> Vec<String> {
+pub fn args(credentials: &Credentials) -> Vec<String> {
     let Credentials { uid, gid, groups } = credentials;
-    let fixed = [cgroups.to_string(), uid.to_string(), gid.to_string()];
-    fixed.into_iter().chain(groups.iter().map(u32::to_string)).collect()
+    [uid, gid].into_iter().chain(groups).map(u32::to_string).collect()
 }
 
 /// Parses the arguments of [`args`].
-fn parse(args: impl Iterator<Item = OsString>) -> Option<(RawFd, Credentials)> {
+fn parse(args: impl Iterator<Item = OsString>) -> Option<Credentials> {
     let mut numbers = args.map(|arg| arg.to_str()?.parse::<u32>().ok());
-    let mut next = || numbers.next().flatten();
-    let (cgroups, uid, gid) = (RawFd::try_from(next()?).ok()?, next()?, next()?);
-    Some((cgroups, Credentials { uid, gid, groups: numbers.collect::<Option<_>>()? }))
+    let (uid, gid) = (numbers.next()??, numbers.next()??);
+    Some(Credentials { uid, gid, groups: numbers.collect::<Option<_>>()? })
 }
 
 /// Runs the program. `args` are the arguments after `argv[0]`.
@@ -59,7 +55,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     // SAFETY: the launcher has passed the stream as this fd, and nothing else in this process uses it.
     let mut stream = unsafe { UnixStream::from_raw_fd(STREAM) };
     let connected = match parse(args) {
-        Some((cgroups, credentials)) => connect_as(&credentials, cgroups),
+        Some(credentials) => connect_as(&credentials),
         None => Err(io::ErrorKind::InvalidInput.into()),
     };
     let code = connected.as_ref().map_or_else(|e| reply(e.raw_os_error().unwrap_or(libc::EIO)), |_| 0);
@@ -80,14 +76,10 @@ fn block_termination() -> io::Result<()> {
     Ok(signals.thread_block()?)
 }
 
-/// Enters the cgroups, becomes the user of the container's process, and connects.
-fn connect_as(credentials: &Credentials, cgroups: RawFd) -> io::Result<UnixStream> {
+/// Becomes the user of the container's process, and connects.
+fn connect_as(credentials: &Credentials) -> io::Result<UnixStream> {
     block_termination()?;
-    for fd in CGROUPS..CGROUPS.saturating_add(cgroups) {
-        // SAFETY: the launcher has passed these fds, and nothing else in this process uses them.
-        unsafe { File::from_raw_fd(fd) }.write_all(b"0")?;
-    }
-    // SAFETY: as above.
+    // SAFETY: the launcher has passed the socket as this fd, and nothing else in this process uses it.
     let target = unsafe { OwnedFd::from_raw_fd(SOCKET) };
     // Without this, the process would keep the low score that it inherits from containerd.
     std::fs::write("/proc/self/oom_score_adj", "0")?;
@@ -129,15 +121,15 @@ fn keep_capabilities(kept: u64) -> io::Result<()> {
     capabilities::set(Capabilities { effective: kept, permitted: kept, inheritable: 0 })
 }
 
-/// Copies data in both directions until both have ended, or one has failed.
+/// Relays the data until the connection ends.
 fn relay(stream: UnixStream, daemon: UnixStream) -> io::Result<()> {
     stream.set_nonblocking(true)?;
     daemon.set_nonblocking(true)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
     runtime.block_on(async {
-        let mut stream = tokio::net::UnixStream::from_std(stream)?;
-        let mut daemon = tokio::net::UnixStream::from_std(daemon)?;
-        tokio::io::copy_bidirectional_with_sizes(&mut stream, &mut daemon, BUFFER, BUFFER).await.map(drop)
+        let stream = tokio::net::UnixStream::from_std(stream)?;
+        let daemon = tokio::net::UnixStream::from_std(daemon)?;
+        relay::relay(stream, daemon, Near::Relay).await
     })
 }
 
@@ -149,10 +141,10 @@ mod tests {
     fn parse_reverses_args() {
         for groups in [vec![], vec![5, 7]] {
             let credentials = Credentials { uid: 1, gid: 2, groups };
-            let args = args(&credentials, 3).into_iter().map(OsString::from);
-            assert_eq!(parse(args), Some((3, credentials)));
+            let args = args(&credentials).into_iter().map(OsString::from);
+            assert_eq!(parse(args), Some(credentials));
         }
-        for bad in [vec![], vec!["0", "1"], vec!["0", "1", "x"], vec!["0", "1", "2", "-1"]] {
+        for bad in [vec![], vec!["0"], vec!["0", "x"], vec!["0", "1", "-1"]] {
             assert_eq!(parse(bad.into_iter().map(OsString::from)), None);
         }
     }
