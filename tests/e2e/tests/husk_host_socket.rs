@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -9,9 +10,16 @@ use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
 use husk_e2e::case::Container;
+use husk_e2e::cri::pod::need_image;
+use husk_e2e::cri::userns::{self, HOST_ID_BASE};
+use husk_e2e::cri::{Pod, pods};
 use husk_e2e::node::Config;
-use husk_e2e::{Case, case, containerd_log, node};
-use nix::sys::socket::{getsockopt, sockopt};
+use husk_e2e::{Case, PYTHON, case, containerd_log, node, vm};
+use nix::sys::signal::Signal;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket, sockopt,
+};
+use serde_json::{Value, json};
 
 /// Functions of the Python programs in the containers.
 const COMMON: &str = r#"
@@ -31,6 +39,8 @@ def error(call):
     try: call()
     except OSError as e: return errno.errorcode[e.errno]
     return "none"
+def attempt(path, s):
+    return error(lambda: s.connect("/v/" + path))
 def everything(s): return b"".join(iter(lambda: s.recv(1 << 16), b""))
 "#;
 
@@ -99,9 +109,44 @@ fn run(container: &Container, name: &str, program: &str) -> String {
 }
 
 fn directory(case: &Case) -> PathBuf {
-    let node = case.dir().join("node");
+    directory_in(case.dir())
+}
+
+fn directory_in(parent: &Path) -> PathBuf {
+    let node = parent.join("node");
     fs::create_dir_all(node.join("in/deep")).unwrap();
     node
+}
+
+/// A daemon that does not accept, and whose backlog is full.
+struct Full {
+    path: PathBuf,
+    _sockets: [OwnedFd; 2],
+}
+
+impl Full {
+    fn start(path: &Path) -> Self {
+        let (flags, address) = (SockFlag::SOCK_CLOEXEC, UnixAddr::new(path).unwrap());
+        let [listener, client] = [(); 2].map(|()| socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap());
+        bind(listener.as_raw_fd(), &address).unwrap();
+        // With a backlog of 0, one connection fits.
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
+        connect(client.as_raw_fd(), &address).unwrap();
+        Self { path: path.to_owned(), _sockets: [listener, client] }
+    }
+}
+
+impl Drop for Full {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Returns the configuration of a container of a pod, with the test's directory `node` at `/v`.
+fn python_in(pod: &Pod, node: &Path, program: &str) -> Value {
+    let mut config = pod.python(&format!("{COMMON}{program}"));
+    config["mounts"] = json!([{ "host_path": node.to_string_lossy(), "container_path": "/v" }]);
+    config
 }
 
 /// Allows the socket `exact`, and the sockets below `in`.
@@ -262,5 +307,176 @@ fn other_sockets_refuse_connections_and_the_log_names_the_key() {
         let without = case.container(case.python(program));
         assert_eq!(run(&without, "without", "print(error(lambda: dial('other')))"), "ENOENT");
         without.kill();
+    });
+}
+
+#[test]
+fn socket_of_a_failed_connect_can_be_used_again() {
+    case("host-socket-retry", |case| {
+        let node = directory(case);
+        let _config = allow(&node);
+        let _exact = Daemon::start(&node.join("exact"));
+        let _other = Daemon::start(&node.join("other"));
+        let full = Full::start(&node.join("in/full"));
+        let container = start(case, &node);
+        // A refusal by the configuration, a socket without a daemon, and a missing socket.
+        drop(UnixListener::bind(node.join("in/dead")).unwrap());
+        let retry = "s = socket.socket(socket.AF_UNIX)\n\
+            print(attempt('other', s), attempt('in/dead', s), attempt('in/none', s), attempt('exact', s), line(s))\n\
+            print(s.getpeername(), attempt('exact', s), attempt('other', s)); s.sendall(b'x\\n'); print(line(s))";
+        let expected = "ECONNREFUSED ECONNREFUSED ENOENT none 0 0\n/v/exact EISCONN EISCONN\nx";
+        assert_eq!(run(&container, "retry", retry), expected);
+        // Two threads connect the same socket, and one succeeds.
+        let threads = "for _ in range(20):\n\
+            \x20   s, results = socket.socket(socket.AF_UNIX), []\n\
+            \x20   both = [threading.Thread(target=lambda: results.append(attempt('exact', s))) for _ in range(2)]\n\
+            \x20   for t in both: t.start()\n\
+            \x20   for t in both: t.join()\n\
+            \x20   assert sorted(results) == ['EISCONN', 'none'], results\n\
+            \x20   assert line(s) == '0 0'; s.close()\n\
+            print('one')";
+        assert_eq!(run(&container, "threads", threads), "one");
+        // The relay is not an abstract socket, to which Landlock would forbid connections.
+        let scoped = "import ctypes, struct\n\
+            libc, attr = ctypes.CDLL(None), struct.pack('QQQ', 0, 0, 1)\n\
+            rules = libc.syscall(444, attr, len(attr), 0); libc.prctl(38, 1, 0, 0, 0)\n\
+            assert rules >= 0 and libc.syscall(446, rules, 0) == 0; print(line(dial('exact')))";
+        assert_eq!(run(&container, "scoped", scoped), "0 0");
+        // SO_SNDTIMEO limits the wait, as for a full backlog of a socket of the guest.
+        let limited = "import struct\n\
+            s = socket.socket(socket.AF_UNIX); s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack('ll', 0, 300000))\n\
+            print(attempt('in/full', s)); s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack('ll', 0, 0))\n\
+            print(attempt('exact', s), line(s))";
+        assert_eq!(run(&container, "limited", limited), "EAGAIN\nnone 0 0");
+        // While a thread waits, another connects, listens or shuts down.
+        let meanwhile = "own = socket.socket(socket.AF_UNIX); own.bind('/tmp/own'); own.listen()\n\
+            def during(act):\n\
+            \x20   s, results = socket.socket(socket.AF_UNIX), []\n\
+            \x20   t = threading.Thread(target=lambda: results.append(attempt('in/full', s))); t.start()\n\
+            \x20   act(s); t.join(); return s, results[0]\n\
+            s, result = during(lambda s: s.connect('/tmp/own')); own.accept()[0].sendall(b'own\\n')\n\
+            print(result in ('ETIMEDOUT', 'EISCONN'), line(s))\n\
+            s, result = during(lambda s: s.shutdown(socket.SHUT_RDWR)); print(result)";
+        assert_eq!(run(&container, "meanwhile", meanwhile), "True own\nETIMEDOUT");
+        // SIGKILL ends the wait at once, and the slots of the killed processes are free.
+        let killed = "import signal\n\
+            for _ in range(70):\n\
+            \x20   r, w = os.pipe(); pid = os.fork()\n\
+            \x20   if pid == 0: os.write(w, b'x'); attempt('in/full', socket.socket(socket.AF_UNIX)); os._exit(0)\n\
+            \x20   os.read(r, 1); os.kill(pid, signal.SIGKILL); os.close(r); os.close(w)\n\
+            \x20   assert os.waitpid(pid, 0)[1] == signal.SIGKILL\n\
+            print('killed')";
+        assert_eq!(run(&container, "killed", killed), "killed");
+        drop(full);
+        container.kill();
+    });
+}
+
+#[test]
+fn closed_clients_free_their_connections_while_the_daemon_ignores_them() {
+    case("host-socket-ignored", |case| {
+        let node = directory(case);
+        let _config = allow(&node);
+        // The daemon accepts, but neither reads nor closes.
+        let listener = UnixListener::bind(node.join("exact")).unwrap();
+        let (accept, accepted) = mpsc::channel();
+        std::thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                let _ = accept.send(client);
+            }
+        });
+        let container = start(case, &node);
+        let program = "for number in range(80):\n\
+            \x20   s = dial('exact'); s.sendall(b'last words')\n\
+            \x20   if number % 2: s.shutdown(socket.SHUT_WR)\n\
+            \x20   s.close()\n\
+            print('closed')";
+        assert_eq!(run(&container, "closed", program), "closed");
+        for _ in 0..80 {
+            let mut client = accepted.recv_timeout(Duration::from_secs(60)).unwrap();
+            let mut text = String::new();
+            client.read_to_string(&mut text).unwrap();
+            assert_eq!(text, "last words");
+            let ended = node::eventually(Duration::from_secs(60), || client.write_all(b"x").is_err().then_some(()));
+            assert!(ended.is_some(), "the relaying process stays");
+        }
+        container.kill();
+    });
+}
+
+#[test]
+fn daemon_sees_the_host_ids_of_a_user_namespace() {
+    need_image(PYTHON);
+    pods("host-socket-userns", |pods| {
+        let node = directory_in(pods.dir());
+        let _config = allow(&node);
+        let exact = Daemon::start(&node.join("exact"));
+        let pod = userns::pod(pods);
+        let program = "s = dial('exact'); print(line(s), flush=True)\n\
+            os.setgroups([7]); os.setgid(6); os.setuid(5); s = dial('exact'); print(line(s), 'done', flush=True)";
+        let container = pod.start(&userns::with_user_namespace(python_in(&pod, &node, program)));
+        assert_eq!(container.wait().0, 0, "{}", container.log());
+        let (root, user) = (HOST_ID_BASE, [HOST_ID_BASE + 5, HOST_ID_BASE + 6]);
+        let log = container.log();
+        assert!(
+            log.contains(&format!("{root} {root}")) && log.contains(&format!("{} {} done", user[0], user[1])),
+            "{log}"
+        );
+        pod.stop();
+        drop(exact);
+    });
+}
+
+#[test]
+fn deletion_of_a_container_ends_its_connections_only() {
+    need_image(PYTHON);
+    pods("host-socket-delete", |pods| {
+        let node = directory_in(pods.dir());
+        let _config = allow(&node);
+        let [exact, deep] = ["exact", "in/deep/one"].map(|name| Daemon::start(&node.join(name)));
+        let pod = pods.pod();
+        let hold = |path: &str| {
+            let program =
+                format!("s = dial('{path}'); print(line(s), 'connected', flush=True); print(line(s), flush=True)");
+            let container = pod.start(&python_in(&pod, &node, &program));
+            container.wait_for("connected");
+            container
+        };
+        let (first, second) = (hold("exact"), hold("in/deep/one"));
+        first.stop(0);
+        first.remove();
+        exact.ended.recv_timeout(Duration::from_secs(60)).expect("the connection outlives its container");
+        assert!(deep.ended.try_recv().is_err(), "the connection of another container has ended");
+        second.stop(0);
+        deep.ended.recv_timeout(Duration::from_secs(60)).expect("the connection outlives its container");
+        pod.stop();
+    });
+}
+
+#[test]
+fn connections_outlive_sigterm_until_the_containers_have_ended() {
+    need_image(PYTHON);
+    pods("host-socket-sigterm", |pods| {
+        let node = directory_in(pods.dir());
+        let _config = allow(&node);
+        let exact = Daemon::start(&node.join("exact"));
+        let pod = pods.pod();
+        let program = "import signal\n\
+            s = dial('exact'); line(s)\n\
+            def end(*_): s.sendall(b'goodbye\\n'); open('/v/last', 'w').write(line(s)); os._exit(7)\n\
+            signal.signal(signal.SIGTERM, end); print('ready', flush=True)\n\
+            while True: time.sleep(1000)";
+        let container = pod.start(&python_in(&pod, &node, program));
+        container.wait_for("ready");
+        // As systemd stops a scope. The cgroup contains the VMM and the relaying process.
+        let cgroup = exact.cgroups.recv().unwrap();
+        let path = cgroup.lines().find_map(|line| line.split("::").nth(1)).expect("no cgroup v2");
+        let procs = fs::read_to_string(format!("/sys/fs/cgroup{path}/cgroup.procs")).unwrap();
+        let pids: Vec<i32> = procs.lines().map(|pid| pid.parse().unwrap()).collect();
+        assert!(pids.contains(&vm::vmm_pids_of(&pod.id)[0]), "the relaying process is not in the pod's cgroup");
+        pids.into_iter().for_each(|pid| node::send_signal(pid, Signal::SIGTERM));
+        assert_eq!(container.wait().0, 7);
+        assert_eq!(fs::read_to_string(node.join("last")).unwrap(), "goodbye");
+        pod.stop();
     });
 }
