@@ -33,6 +33,7 @@ mod tests {
     #[cfg_attr(miri, ignore = "Miri has no fork")]
     fn large_allocation_is_unmapped_when_it_is_freed() {
         const LEN: usize = 96 << 10;
+        const ATTEMPTS: usize = 1000;
         // The test runs in a child process, so the settings of malloc do not affect other tests. The child has one
         // thread, so no other test allocates memory in it.
         // SAFETY: glibc's fork(2) takes the locks of malloc, so that the child process can use malloc.
@@ -45,11 +46,16 @@ mod tests {
                 let unmapped = std::hint::black_box(vec![1_u8; LEN]);
                 let is_in_heap = mapped_bytes() == before;
                 keep_small();
-                let mapped = std::hint::black_box(vec![1_u8; LEN]);
+                // The heap may have free memory of other tests, which malloc uses first.
+                let mut fillers = Vec::with_capacity(ATTEMPTS);
+                let mut mapped = std::hint::black_box(vec![1_u8; LEN]);
+                while mapped_bytes() == before && fillers.len() < ATTEMPTS {
+                    fillers.push(std::mem::replace(&mut mapped, std::hint::black_box(vec![1_u8; LEN])));
+                }
                 let is_mapped = mapped_bytes() >= before + LEN;
                 drop(mapped);
                 let is_freed = mapped_bytes() == before;
-                drop(unmapped);
+                drop((unmapped, fillers));
                 exit_immediately(i32::from(!(is_in_heap && is_mapped && is_freed)));
             }
             nix::unistd::ForkResult::Parent { child } => {
