@@ -192,8 +192,11 @@ fn volume_that_hangs_stops_only_the_container_that_uses_it() {
 #[test]
 fn exec_in_a_container_that_has_frozen_itself_can_be_killed() {
     pods("cri-hang-frozen", |pods| {
-        let pod = pods.pod();
-        let mut config = pod.sh("echo 1 > /sys/fs/cgroup/cgroup.freeze; exec sleep 100000");
+        let mut config = pods.config();
+        config["linux"]["security_context"]["privileged"] = json!(true);
+        let pod = pods.run(config);
+        let mut config =
+            pod.sh("echo 1 > /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/cgroup.freeze; exec sleep 100000");
         config["linux"]["security_context"]["privileged"] = json!(true);
         let container = pod.start(&config);
         let request = json!({ "container_id": container.id, "cmd": ["true"] });
