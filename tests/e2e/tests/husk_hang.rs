@@ -8,7 +8,7 @@ use husk_e2e::case::{case, remove};
 use husk_e2e::cri::restart::restart_containerd;
 use husk_e2e::cri::{Pod, expect_error, pods, try_call_within};
 use husk_e2e::disk::Disk;
-use husk_e2e::{KUBERNETES, containerd, node, vm};
+use husk_e2e::{node, vm};
 use nix::mount::umount;
 use serde_json::{Value, json};
 
@@ -186,34 +186,6 @@ fn volume_that_hangs_stops_only_the_container_that_uses_it() {
         let gone =
             node::eventually(BUDGET, || (vm::shim_pids_of(&pod.id).is_empty() && !cgroup.exists()).then_some(()));
         assert!(gone.is_some(), "the shim, the VMM process or their cgroup is still there");
-    });
-}
-
-#[test]
-fn exec_in_a_container_that_has_frozen_itself_can_be_killed() {
-    pods("cri-hang-frozen", |pods| {
-        let mut config = pods.config();
-        config["linux"]["security_context"]["privileged"] = json!(true);
-        let pod = pods.run(config);
-        let mut config =
-            pod.sh("echo 1 > /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/cgroup.freeze; exec sleep 100000");
-        config["linux"]["security_context"]["privileged"] = json!(true);
-        let container = pod.start(&config);
-        let request = json!({ "container_id": container.id, "cmd": ["true"] });
-        let limit = Duration::from_secs(10);
-        // The first execs can be earlier than the freeze.
-        let error = node::eventually(BUDGET, || try_call_within(limit, "RuntimeService", "ExecSync", &request).err());
-        let error = error.expect("the container has not frozen itself");
-        assert!(error.is_deadline(), "{error}");
-        // When the client gives up, containerd kills the exec.
-        let pids = || containerd::pids(KUBERNETES, &container.id).unwrap();
-        let killed = node::eventually(BUDGET, || (pids() == 1).then_some(()));
-        assert!(killed.is_some(), "the exec still has a process: {} PIDs", pids());
-        let stop = json!({ "container_id": container.id, "timeout": 1 });
-        within(BUDGET, "StopContainer", &stop);
-        assert_eq!(container.wait().0, 137);
-        // The shim has not ended the pod.
-        assert_eq!(pod.sleeper().sh("echo here"), "here");
     });
 }
 
