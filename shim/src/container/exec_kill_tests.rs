@@ -3,28 +3,12 @@
 
 use std::time::Duration;
 
-use husk_proto::containerd::api::{
-    DeleteRequest, Empty, ExecProcessRequest, KillRequest, StartRequest, StartResponse, WaitRequest,
-};
+use husk_proto::containerd::api::{DeleteRequest, Empty, KillRequest, WaitRequest};
 use husk_proto::containerd::topics::{TASK_EXEC_STARTED_EVENT_TOPIC, TASK_EXIT_EVENT_TOPIC};
-use protobuf::well_known_types::any::Any;
-use tokio::task::JoinHandle;
 
-use crate::container::model_tests::{Answer, BUDGET, LAST_EXEC, Model, start_more_execs_than_turns, within};
-use crate::vm::agent::timeouts;
-
-/// Adds the exec `e` to the container `a`, and begins to start it.
-async fn begin_start(model: &Model) -> JoinHandle<ttrpc::Result<StartResponse>> {
-    let spec = Any { value: br#"{ "args": ["true"], "cwd": "/" }"#.to_vec(), ..Default::default() };
-    let (id, exec_id) = ("a".to_owned(), "e".to_owned());
-    let add =
-        ExecProcessRequest { id: id.clone(), exec_id: exec_id.clone(), spec: Some(spec).into(), ..Default::default() };
-    model.client().exec(within(BUDGET), &add).await.unwrap();
-    let (client, start) = (model.client(), StartRequest { id, exec_id, ..Default::default() });
-    let started = tokio::spawn(async move { client.start(within(timeouts::SLOW * 2), &start).await });
-    tokio::time::sleep(Duration::from_millis(10)).await;
-    started
-}
+use crate::container::model_tests::{
+    Answer, BUDGET, LAST_EXEC, Model, begin_exec, start_more_execs_than_turns, within,
+};
 
 async fn kill(model: &Model, exec_id: &str) -> ttrpc::Result<Empty> {
     let (id, exec_id, signal) = ("a".to_owned(), exec_id.to_owned(), libc::SIGKILL.unsigned_abs());
@@ -57,7 +41,7 @@ async fn sigkill_ends_an_exec_that_the_agent_does_not_know_yet() {
     let model = Model::start(true).await;
     model.run("a").await;
     model.script.set("exec", Answer::Late(Duration::from_secs(1)));
-    let started = begin_start(&model).await;
+    let started = begin_exec(&model, "e").await;
     kill(&model, "e").await.unwrap();
     started.await.unwrap().unwrap_err();
     assert!(!model.script.known().contains(&("a".to_owned(), "e".to_owned())), "the guest still has the exec");
@@ -69,7 +53,7 @@ async fn sigkill_ends_an_exec_that_the_agent_is_starting() {
     let model = Model::start(true).await;
     model.run("a").await;
     model.script.set("start_exec", Answer::Late(Duration::from_secs(1)));
-    let started = begin_start(&model).await;
+    let started = begin_exec(&model, "e").await;
     kill(&model, "e").await.unwrap();
     started.await.unwrap().unwrap_err();
     expect_killed(&model, "e").await;

@@ -19,13 +19,13 @@ pub const LAST_EXEC: &str = "last";
 pub async fn start_more_execs_than_turns(model: &Model) -> JoinHandle<ttrpc::Result<StartResponse>> {
     model.script.hang("exec");
     for number in 0..TURNS {
-        drop(start(model, &format!("e{number}")).await);
+        drop(begin_exec(model, &format!("e{number}")).await);
     }
-    start(model, LAST_EXEC).await
+    begin_exec(model, LAST_EXEC).await
 }
 
-/// Adds an exec, and begins to start it.
-async fn start(model: &Model, exec: &str) -> JoinHandle<ttrpc::Result<StartResponse>> {
+/// Adds an exec to the container `a`, and begins to start it. The clock of the test must be paused.
+pub async fn begin_exec(model: &Model, exec: &str) -> JoinHandle<ttrpc::Result<StartResponse>> {
     let spec = Any { value: br#"{ "args": ["true"], "cwd": "/" }"#.to_vec(), ..Default::default() };
     let (id, exec_id) = ("a".to_owned(), exec.to_owned());
     let add =

@@ -16,6 +16,6 @@ mod requests;
 mod vmm;
 
 pub use agent::Answer;
-pub use execs::{LAST_EXEC, start_more_execs_than_turns};
+pub use execs::{LAST_EXEC, begin_exec, start_more_execs_than_turns};
 pub use model::{BUDGET, Model, SANDBOX, within};
 pub use requests::create;

@@ -1,4 +1,4 @@
-//! Tests of which sockets of the node a pod's containers may connect to.
+//! Tests of the rules for sockets of the node: a container may connect only to sockets that the configuration lists.
 
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
