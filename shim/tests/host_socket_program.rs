@@ -12,7 +12,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::ExitCode;
 
-use husk_shim::launcher::{Launcher, Program, ProgramOptions};
+use husk_shim::launcher::{Launcher, Program};
 use husk_shim::sandbox::host_sockets::program;
 use husk_shim::vm::host_socket::Credentials;
 use nix::sys::signal::{Signal, kill};
@@ -24,16 +24,8 @@ async fn start(launcher: &Launcher, path: &Path, credentials: &Credentials) -> (
     let (ours, theirs) = UnixStream::pair().unwrap();
     let socket: OwnedFd = File::options().read(true).custom_flags(libc::O_PATH).open(path).unwrap().into();
     let null = File::options().write(true).open("/dev/null").unwrap();
-    let options = ProgramOptions {
-        path: Path::new("/proc/self/exe"),
-        arg0: Some(program::ARGV0),
-        args: &program::args(credentials),
-        env: Some(Vec::new()),
-        cwd: Some(Path::new("/")),
-        fds: &[theirs.as_fd(), socket.as_fd(), null.as_fd()],
-        cgroup: None,
-        kill_on_drop: true,
-    };
+    let (args, fds) = (program::args(credentials), [theirs.as_fd(), socket.as_fd(), null.as_fd()]);
+    let options = program::options(&args, &fds, None);
     let program = launcher.start_program(&options).await.unwrap();
     (ours, program)
 }

@@ -24,7 +24,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::blocking;
 use crate::host_view;
-use crate::launcher::{LaunchError, Launcher, Program, ProgramOptions, StartCgroup};
+use crate::launcher::{LaunchError, Launcher, Program, StartCgroup};
 use crate::oci::IdMappings;
 use crate::resources::cgroup::Cgroup;
 use crate::sandbox::{Sandbox, StreamError};
@@ -271,17 +271,8 @@ impl Sandbox {
         let cgroup = cgroup.map_err(|error| ConnectError::Step("open the sandbox's cgroup", error))?;
         let null = File::options().write(true).open("/dev/null");
         let null = null.map_err(|error| ConnectError::Step("open /dev/null", error))?;
-        let options = ProgramOptions {
-            // The launcher is a process of the shim's program.
-            path: Path::new("/proc/self/exe"),
-            arg0: Some(program::ARGV0),
-            args: &program::args(credentials),
-            env: Some(Vec::new()),
-            cwd: Some(Path::new("/")),
-            fds: &[stream.as_fd(), socket.as_fd(), null.as_fd()],
-            cgroup: cgroup.as_ref(),
-            kill_on_drop: true,
-        };
+        let (args, fds) = (program::args(credentials), [stream.as_fd(), socket.as_fd(), null.as_fd()]);
+        let options = program::options(&args, &fds, cgroup.as_ref());
         Ok(launcher.start_program(&options).await?)
     }
 }

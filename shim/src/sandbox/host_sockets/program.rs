@@ -6,8 +6,9 @@
 
 use std::ffi::OsString;
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -20,6 +21,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, set
 use nix::sys::time::TimeVal;
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
+use crate::launcher::{ProgramOptions, StartCgroup};
 use crate::vm::host_socket::Credentials;
 
 /// `argv[0]` of the program.
@@ -40,6 +42,26 @@ const DAC_OVERRIDE: u64 = 1 << 1;
 pub fn args(credentials: &Credentials) -> Vec<String> {
     let Credentials { uid, gid, groups } = credentials;
     [uid, gid].into_iter().chain(groups).map(u32::to_string).collect()
+}
+
+/// Returns how the launcher starts the program. `args` are those of [`args`], `fds` are the stream to the guest, the
+/// socket, and /dev/null.
+pub fn options<'a>(
+    args: &'a [String],
+    fds: &'a [BorrowedFd<'a>; 3],
+    cgroup: Option<&'a StartCgroup>,
+) -> ProgramOptions<'a> {
+    ProgramOptions {
+        // The launcher is a process of the shim's program.
+        path: Path::new("/proc/self/exe"),
+        arg0: Some(ARGV0),
+        args,
+        env: Some(Vec::new()),
+        cwd: Some(Path::new("/")),
+        fds,
+        cgroup,
+        kill_on_drop: true,
+    }
 }
 
 /// Parses the arguments of [`args`].
