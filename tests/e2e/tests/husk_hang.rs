@@ -1,14 +1,16 @@
 //! Pods whose VMM or guest hangs: requests end, nothing runs twice, and nothing stays.
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use husk_e2e::case::{case, remove};
+use husk_e2e::command::{Input, Running};
 use husk_e2e::cri::restart::restart_containerd;
 use husk_e2e::cri::{Pod, expect_error, pods, try_call_within};
 use husk_e2e::disk::Disk;
-use husk_e2e::{node, vm};
+use husk_e2e::{KUBERNETES, containerd, node, vm};
 use nix::mount::umount;
 use serde_json::{Value, json};
 
@@ -186,6 +188,40 @@ fn volume_that_hangs_stops_only_the_container_that_uses_it() {
         let gone =
             node::eventually(BUDGET, || (vm::shim_pids_of(&pod.id).is_empty() && !cgroup.exists()).then_some(()));
         assert!(gone.is_some(), "the shim, the VMM process or their cgroup is still there");
+    });
+}
+
+#[test]
+fn exec_in_a_container_that_has_frozen_itself_can_be_killed() {
+    pods("cri-hang-frozen", |pods| {
+        let privileged = |mut config: Value| {
+            config["linux"]["security_context"]["privileged"] = json!(true);
+            config
+        };
+        let pod = pods.run(privileged(pods.config()));
+        // A privileged container has no cgroup namespace.
+        let freeze =
+            "echo up; echo 1 > /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/cgroup.freeze; exec sleep 100000";
+        let container = pod.start(&privileged(pod.sh(freeze)));
+        container.wait_for("up");
+        // `ctr` and not ExecSync: if the client gives up while the start hangs, containerd does not send SIGKILL.
+        let tasks = |args: &[&str]| {
+            let mut ctr = Command::new("ctr");
+            ctr.args(["-n", KUBERNETES, "tasks"]).args(args);
+            Running::start(ctr, Input::Null)
+        };
+        let exec = tasks(&["exec", "--exec-id", "stuck", &container.id, "sleep", "100000"]);
+        let pids = || containerd::pids(KUBERNETES, &container.id).unwrap();
+        let stuck = node::eventually(BUDGET, || (pids() == 2).then_some(()));
+        assert!(stuck.is_some(), "the exec has no process: {} PIDs", pids());
+        tasks(&["kill", "--signal", "SIGKILL", "--exec-id", "stuck", &container.id]).wait().expect_clean();
+        exec.wait_within(BUDGET).expect_code(137);
+        let killed = node::eventually(BUDGET, || (pids() == 1).then_some(()));
+        assert!(killed.is_some(), "the exec still has a process: {} PIDs", pids());
+        within(BUDGET, "StopContainer", &json!({ "container_id": container.id, "timeout": 1 }));
+        assert_eq!(container.wait().0, 137);
+        // The shim has not ended the pod.
+        assert_eq!(pod.sleeper().sh("echo here"), "here");
     });
 }
 
