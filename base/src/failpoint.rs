@@ -54,7 +54,7 @@ mod active {
     use std::io::{self, Write};
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicBool, Ordering};
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use nix::sys::signal::{Signal, raise};
 
@@ -165,6 +165,14 @@ mod active {
         }
     }
 
+    /// Blocks the thread. The seccomp filters of the VMM's threads do not allow clock_nanosleep(2), but futex(2).
+    fn delay() {
+        let begin = Instant::now();
+        while let Some(rest) = DELAY.checked_sub(begin.elapsed()) {
+            std::thread::park_timeout(rest);
+        }
+    }
+
     /// Reaches a failpoint.
     ///
     /// # Errors
@@ -172,7 +180,7 @@ mod active {
     pub fn hit(name: &str) -> io::Result<()> {
         let Some(action) = action(name) else { return Ok(()) };
         if action == Action::Delay {
-            std::thread::sleep(DELAY);
+            delay();
         }
         act(name, action)
     }
