@@ -1,6 +1,7 @@
 //! Failpoints (`base/src/failpoint.rs`): each action at each place in shim, VMM and agent.
 
 use std::fs;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -8,10 +9,12 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::faults::network;
 use super::plan::{Fault, Phase, Step, StepId};
 use super::verdict::Report;
 use super::{Shard, targets};
 use crate::figures::print_line;
+use crate::node;
 
 /// The file that has the rule (`RULE_FILE` in `base/src/failpoint.rs`).
 const RULE_FILE: &str = "/run/husk-failpoint";
@@ -19,8 +22,13 @@ const RULE_FILE: &str = "/run/husk-failpoint";
 /// `base/src/failpoint.rs`).
 const REACHED_FILE: &str = "/run/husk-failpoint-reached";
 
+/// The failpoint that a victim reaches only if its pod gets a further interface.
+const ATTACH_NET: &str = "vmm.attach-net";
+/// Time until the VMM attaches a further interface. The shim reads changes of the network at most every 2 s.
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(20);
+
 /// All failpoints. A unit test compares this list with the code. The life of a victim reaches each of them: it creates,
-/// starts, executes, stops and removes.
+/// starts, gets a further interface, executes, stops and removes.
 const NAMES: [&str; 26] = [
     "agent.create",
     "agent.created",
@@ -43,7 +51,7 @@ const NAMES: [&str; 26] = [
     "shim.start",
     "shim.start.answered",
     "vmm.acquire-pid",
-    "vmm.attach-net",
+    ATTACH_NET,
     "vmm.built",
     "vmm.connect",
     "vmm.create",
@@ -84,6 +92,17 @@ impl Drop for Rule {
         let _ = fs::remove_file(RULE_FILE);
         let _ = fs::remove_file(REACHED_FILE);
     }
+}
+
+/// Adds an interface to the pod's network namespace and waits until the VMM attaches it, if this is the life's failpoint.
+pub fn add_interface(namespace: &Path) -> Result<(), String> {
+    let is_rule = |text: String| text.starts_with(&format!("{ATTACH_NET}="));
+    if !fs::read_to_string(RULE_FILE).is_ok_and(is_rule) {
+        return Ok(());
+    }
+    network::add_interface(namespace)?;
+    let reached = || has_reached(&fs::read_to_string(REACHED_FILE).unwrap_or_default(), ATTACH_NET).then_some(());
+    node::eventually(ATTACH_TIMEOUT, reached).ok_or_else(|| "the VMM did not attach the interface".to_owned())
 }
 
 /// Returns whether `text`, the content of [`REACHED_FILE`], has the failpoint.

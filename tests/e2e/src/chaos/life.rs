@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 use serde_json::{Value, json};
 
-use super::Shard;
 use super::faults::{self, Armed, Field, Hold, sleep_until};
 use super::grammar::Disturbed;
 use super::plan::{Class, Fault, Phase, Step};
 use super::probe::probe;
 use super::victim::{Call, Ended, OVERTIME, START_BUDGET, STOP_BUDGET, Victim};
+use super::{Shard, failpoints, targets};
 use crate::cri::pod::text;
 use crate::cri::restart;
 use crate::events::Events;
@@ -153,6 +153,9 @@ impl Life<'_, '_> {
         // A SIGTERM before the script has set its trap would be lost, and StopContainer would wait for its whole
         // timeout.
         self.writes();
+        if self.step.fault == Fault::Failpoint {
+            self.add_interface();
+        }
         if self.strikes(Phase::Running) {
             self.strike();
             self.await_effect();
@@ -167,6 +170,14 @@ impl Life<'_, '_> {
         if self.step.fault == Fault::Nothing {
             self.request(Phase::Idle, IDLE_QUERY, json!({}), START_BUDGET);
         }
+    }
+
+    /// Adds an interface to the running pod if the failpoint needs one.
+    fn add_interface(&mut self) {
+        let known = &self.shard.namespaces;
+        let namespace = targets::network_namespaces().into_iter().find(|path| !known.contains(path));
+        let namespace = namespace.ok_or_else(|| "the victim has no network namespace".to_owned());
+        self.findings.extend(namespace.and_then(|path| failpoints::add_interface(&path)).err());
     }
 
     /// Creates and starts a container. Returns whether the container has started.

@@ -38,6 +38,15 @@ pub fn arm(fault: Fault, field: &mut Field<'_>) -> Result<Armed, String> {
     }
 }
 
+/// Adds an interface to the network namespace of a running pod, as a network plug-in can do late.
+pub fn add_interface(namespace: &Path) -> Result<(), String> {
+    ip(
+        namespace,
+        "link add later type veth peer name later-peer\naddr add 10.98.0.2/24 dev later\nlink set later-peer up\n\
+         link set later up\n",
+    )
+}
+
 /// Runs the commands of one `ip -batch` in a network namespace.
 fn ip(namespace: &Path, batch: &str) -> Result<(), String> {
     let file = PathBuf::from("/tmp/husk-chaos-ip");
