@@ -112,7 +112,7 @@ fn soak(first: u32, lives: u32, at_once: u32) -> Result<bool> {
     pods("soak", |pods| outcome = Some(soak::soak(pods, first, lives, at_once)));
     let outcome = outcome.context("the soak has no outcome")?;
     keep(&outcome.to_json().to_string());
-    for resource in &outcome.resources {
+    for resource in outcome.resources.iter().chain(&outcome.slabs) {
         let soak::Resource { name, first, last, slope, grows } = resource;
         println!("{name}: {first} to {last}, {slope:+.4} a life{}", if *grows { ", GROWS" } else { "" });
     }

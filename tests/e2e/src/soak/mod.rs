@@ -27,6 +27,8 @@ const LEAST: usize = 30;
 const END_TIMEOUT: Duration = Duration::from_secs(20);
 /// Timeout for the statistics of a container.
 const STATS_TIMEOUT: Duration = Duration::from_secs(60);
+/// Number of slab caches that are printed.
+const SLABS: usize = 12;
 /// Maximum growth of memory per life, in KiB.
 const MEMORY: f64 = 1.0;
 /// Maximum growth of an integer resource per life. The maximum is not zero, because a resource that has grown once, by
@@ -40,6 +42,8 @@ pub struct Outcome {
     pub lives: usize,
     /// Each resource: its first and last value, its slope, and whether it grows.
     pub resources: Vec<Resource>,
+    /// The slab caches that have grown the most. They are not judged.
+    pub slabs: Vec<Resource>,
     /// Duration in seconds.
     pub seconds: f64,
 }
@@ -76,8 +80,9 @@ impl Outcome {
                 "grows": resource.grows,
             })
         };
-        let resources: Vec<Value> = self.resources.iter().map(resource).collect();
-        json!({ "lives": self.lives, "seconds": self.seconds, "resources": resources })
+        let all = |resources: &[Resource]| resources.iter().map(resource).collect::<Vec<Value>>();
+        let (resources, slabs) = (all(&self.resources), all(&self.slabs));
+        json!({ "lives": self.lives, "seconds": self.seconds, "resources": resources, "slabs": slabs })
     }
 }
 
@@ -110,7 +115,8 @@ pub fn soak(pods: &Pods, first: u32, lives: u32, at_once: u32) -> Outcome {
         samples.push((ended, Sample::take(dying)));
         println!("lives up to {}: {:.1} s", before + count, since.elapsed().as_secs_f64());
     }
-    Outcome { lives: ended as usize, resources: judge(&samples), seconds: begin.elapsed().as_secs_f64() }
+    let seconds = begin.elapsed().as_secs_f64();
+    Outcome { lives: ended as usize, resources: judge(&samples), slabs: growing_slabs(&samples), seconds }
 }
 
 /// Runs lives at the same time, and waits until all their processes have ended.
@@ -148,19 +154,20 @@ fn live(pods: &Pods) {
     let _ = fs::remove_dir_all(pods.dir().join(format!("{name}.logs")));
 }
 
-/// Fits the slopes of all resources. A sample has the number of lives before it.
-fn judge(samples: &[(u32, Sample)]) -> Vec<Resource> {
-    let judged: Vec<&(u32, Sample)> = samples.iter().filter(|(lives, _)| *lives > WARM_UP).collect();
-    let enough = judged.len() >= LEAST;
-    let series = |of: fn(&Sample) -> &BTreeMap<String, u64>| {
-        let mut series: BTreeMap<&str, Vec<Point>> = BTreeMap::new();
-        for (lives, sample) in &judged {
-            for (name, value) in of(sample) {
-                series.entry(name).or_default().push((f64::from(*lives), *value as f64));
-            }
+/// Returns the values of resources after the warm-up. A sample has the number of lives before it.
+fn series(samples: &[(u32, Sample)], of: fn(&Sample) -> &BTreeMap<String, u64>) -> BTreeMap<&str, Vec<Point>> {
+    let mut series: BTreeMap<&str, Vec<Point>> = BTreeMap::new();
+    for (lives, sample) in samples.iter().filter(|(lives, _)| *lives > WARM_UP) {
+        for (name, value) in of(sample) {
+            series.entry(name).or_default().push((f64::from(*lives), *value as f64));
         }
-        series
-    };
+    }
+    series
+}
+
+/// Fits the slopes of all resources.
+fn judge(samples: &[(u32, Sample)]) -> Vec<Resource> {
+    let enough = samples.iter().filter(|(lives, _)| *lives > WARM_UP).count() >= LEAST;
     let resource = |name: &str, values: &[Point], slope: trend::Slope, most: f64| Resource {
         name: name.to_owned(),
         first: values.first().map(|point| point.1).unwrap_or_default(),
@@ -168,11 +175,25 @@ fn judge(samples: &[(u32, Sample)]) -> Vec<Resource> {
         slope: slope.slope,
         grows: enough && slope.slope > most && slope.least > if most < MEMORY { 0.0 } else { most },
     };
-    let numbers = series(|sample| &sample.numbers);
-    let memory = series(|sample| &sample.memory);
+    let numbers = series(samples, |sample| &sample.numbers);
+    let memory = series(samples, |sample| &sample.memory);
     let numbers = numbers.iter().map(|(name, values)| resource(name, values, trend::least_squares(values), NUMBER));
     let memory = memory.iter().map(|(name, values)| resource(name, values, trend::theil_sen(values), MEMORY));
     numbers.chain(memory).collect()
+}
+
+/// Returns the slab caches that have grown the most.
+fn growing_slabs(samples: &[(u32, Sample)]) -> Vec<Resource> {
+    let ends = |name: &str, values: Vec<Point>| {
+        let (first, last) = (values.first()?.1, values.last()?.1);
+        let slope = trend::theil_sen(&values).slope;
+        (last > first).then(|| Resource { name: format!("slab {name}"), first, last, slope, grows: false })
+    };
+    let all = series(samples, |sample| &sample.slabs);
+    let mut growing: Vec<Resource> = all.into_iter().filter_map(|(name, values)| ends(name, values)).collect();
+    growing.sort_by(|one, other| (other.last - other.first).total_cmp(&(one.last - one.first)));
+    growing.truncate(SLABS);
+    growing
 }
 
 #[cfg(test)]
@@ -184,6 +205,7 @@ mod tests {
         let sample = |life: u64| Sample {
             numbers: BTreeMap::from([("steady".to_owned(), 5), ("leaking".to_owned(), 5 + life / 10)]),
             memory: BTreeMap::from([("little".to_owned(), 1000 + life / 2), ("much".to_owned(), 1000 + 3 * life)]),
+            slabs: BTreeMap::from([("steady".to_owned(), 5), ("growing".to_owned(), 5 + life)]),
         };
         // A batch has four lives.
         let samples: Vec<(u32, Sample)> = (1..=50).map(|batch| (4 * batch, sample(4 * u64::from(batch)))).collect();
@@ -192,6 +214,8 @@ mod tests {
         assert_eq!(growing, ["leaking", "much"]);
         let slope = |name: &str| resources.iter().find(|one| one.name == name).unwrap().slope;
         assert!((slope("leaking") - 0.1).abs() < 0.01 && (slope("much") - 3.0).abs() < 0.01, "{resources:?}");
+        let slabs: Vec<_> = growing_slabs(&samples).into_iter().map(|one| (one.name, one.slope)).collect();
+        assert_eq!(slabs, [("slab growing".to_owned(), 1.0)]);
         assert!(judge(&samples[..LEAST]).iter().all(|resource| !resource.grows));
     }
 

@@ -22,6 +22,9 @@ const DIRS: [(&str, &str); 8] = [
 /// Fields of /proc/meminfo that together are the memory in use, except for the page cache.
 const MEMORY: [&str; 6] = ["AnonPages", "SUnreclaim", "KernelStack", "PageTables", "Percpu", "Shmem"];
 
+/// Size of a page.
+const PAGE_KIB: u64 = 4;
+
 /// The integer resources and the memory of the node, in KiB, after one life.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Sample {
@@ -29,6 +32,8 @@ pub struct Sample {
     pub numbers: BTreeMap<String, u64>,
     /// Memory in KiB.
     pub memory: BTreeMap<String, u64>,
+    /// Memory of each slab cache, in KiB. It is not judged, and shows what the slab consists of.
+    pub slabs: BTreeMap<String, u64>,
 }
 
 impl Sample {
@@ -60,7 +65,8 @@ impl Sample {
             ("unreclaimable slab".to_owned(), field("SUnreclaim")),
             ("unevictable".to_owned(), field("Unevictable")),
         ]);
-        Self { numbers, memory }
+        let slabs = slabs(&fs::read_to_string("/proc/slabinfo").unwrap_or_default());
+        Self { numbers, memory, slabs }
     }
 }
 
@@ -82,6 +88,17 @@ fn field(text: &str, name: &str) -> u64 {
 /// Anonymous memory of a process, in KiB.
 fn anonymous(pid: i32) -> u64 {
     field(&fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default(), "RssAnon")
+}
+
+/// Returns the memory of each slab cache in KiB, from /proc/slabinfo.
+fn slabs(text: &str) -> BTreeMap<String, u64> {
+    let of_line = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let number = |at: usize| fields.get(at)?.parse::<u64>().ok();
+        // `<pagesperslab>` and `<num_slabs>` of proc(5).
+        Some((fields.first()?.to_string(), number(5)? * number(14)? * PAGE_KIB))
+    };
+    text.lines().filter_map(of_line).collect()
 }
 
 fn lines(path: &str) -> u64 {
@@ -135,6 +152,14 @@ mod tests {
     fn fields_are_read() {
         assert_eq!(field("MemTotal:  6 kB\nSlab: 12 kB\n", "Slab"), 12);
         assert_eq!(field("Slabs: 12 kB\n", "Slab"), 0);
+    }
+
+    #[test]
+    fn slabs_are_read() {
+        let text = "slabinfo - version: 2.1\n# name <active_objs> <num_objs> <objsize> <objperslab> <pagesperslab> : \
+                    tunables <limit> <batchcount> <sharedfactor> : slabdata <active_slabs> <num_slabs> <sharedavail>\n\
+                    kmalloc-1k 900 960 1024 32 8 : tunables 0 0 0 : slabdata 30 30 0\n";
+        assert_eq!(slabs(text), BTreeMap::from([("kmalloc-1k".to_owned(), 960)]));
     }
 
     #[test]
