@@ -79,6 +79,9 @@ pub struct Soak {
     /// Skip shards that have a result.
     #[arg(long)]
     resume: bool,
+    /// Run the pods with runc, to see what containerd and the node's kernel take without Husk.
+    #[arg(long)]
+    runc: bool,
     #[command(flatten)]
     place: Place,
 }
@@ -192,8 +195,10 @@ impl Soak {
             let first = (u64::from(lives) * u64::from(number) / u64::from(count)).to_string();
             let next = u64::from(lives) * u64::from(number + 1) / u64::from(count);
             let own = (next - u64::from(lives) * u64::from(number) / u64::from(count)).to_string();
-            let args = ["soak", "--first", &first, "--lives", &own, "--at-once", &at_once.to_string()];
-            Shard { name: format!("soak-{first}"), args: args.map(str::to_owned).to_vec(), steps: None }
+            let (at_once, handler) = (at_once.to_string(), if self.runc { "runc" } else { "husk" });
+            let args = ["soak", "--first", &first, "--lives", &own, "--at-once", &at_once, "--handler", handler];
+            let name = if self.runc { format!("soak-runc-{first}") } else { format!("soak-{first}") };
+            Shard { name, args: args.map(str::to_owned).to_vec(), steps: None }
         };
         Ok((0..count).map(shard).collect())
     }

@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use husk_e2e::chaos::plan::{self, StepId};
 use husk_e2e::chaos::verdict::{Report, Tally};
 use husk_e2e::chaos::{Shard, failpoints};
-use husk_e2e::cri::pods;
+use husk_e2e::cri::{pods, pods_with_handler};
 use husk_e2e::soak;
 use nix::unistd::write;
 
@@ -61,6 +61,9 @@ enum Command {
         /// Number of lives at the same time.
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
         at_once: u32,
+        /// The handler of the runtime.
+        #[arg(long, default_value = "husk")]
+        handler: String,
     },
 }
 
@@ -81,7 +84,7 @@ fn main() -> Result<ExitCode> {
                 shard.run_failpoint(failpoint)
             })?
         }
-        Command::Soak { first, lives, at_once } => soak(first, lives, at_once)?,
+        Command::Soak { first, lives, at_once, handler } => soak(first, lives, at_once, &handler)?,
     };
     Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -105,11 +108,11 @@ fn chaos<S>(steps: impl Iterator<Item = S>, run: impl Fn(&mut Shard<'_>, S) -> R
     Ok(tally.passes())
 }
 
-fn soak(first: u32, lives: u32, at_once: u32) -> Result<bool> {
+fn soak(first: u32, lives: u32, at_once: u32, handler: &str) -> Result<bool> {
     let least = soak::least_lives(at_once);
     ensure!(lives >= least, "{lives} lives are too few to judge a growth; with {at_once} at once, it takes {least}");
     let mut outcome = None;
-    pods("soak", |pods| outcome = Some(soak::soak(pods, first, lives, at_once)));
+    pods_with_handler("soak", handler, |pods| outcome = Some(soak::soak(pods, first, lives, at_once)));
     let outcome = outcome.context("the soak has no outcome")?;
     keep(&outcome.to_json().to_string());
     for resource in outcome.resources.iter().chain(&outcome.slabs) {
