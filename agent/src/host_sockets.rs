@@ -4,10 +4,11 @@
 //! kernel hands the connection to the agent (`husk_base::sys::unix_relay`). The agent asks the shim to connect, passes
 //! the result to the waiting process, and relays the data.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -164,7 +165,12 @@ async fn relay(connection: Waiting, slot: OwnedSemaphorePermit, hub: EventHub, s
 
 /// Asks the shim to connect to the socket of the node. Returns the stream of the connection.
 async fn connect(connection: &Waiting, hub: &EventHub, streams: &Streams) -> Result<UnixStream, RelayError> {
-    let request = request(connection)?;
+    let duplicate = connection.0.as_fd().try_clone_to_owned();
+    let duplicate = duplicate.map_err(|e| RelayError::Kernel("duplicate a connection", e))?;
+    // Looks up the roots of volumes, on the file system of the socket, which the client has just looked up. If the host
+    // hangs, the client's connect(2) hangs, as any lookup would. `slot` limits the number of these threads.
+    let request = tokio::task::spawn_blocking(move || request(duplicate.as_fd())).await;
+    let request = request.map_err(|e| RelayError::Kernel("run a thread", io::Error::other(e)))??;
     let token = request.token;
     hub.host_socket(request);
     // The table of streams has its own timeout.
@@ -179,12 +185,12 @@ async fn connect(connection: &Waiting, hub: &EventHub, streams: &Streams) -> Res
 }
 
 /// Returns the request to the shim for a connection.
-fn request(connection: &Waiting) -> Result<HostSocket, RelayError> {
+fn request(socket: BorrowedFd<'_>) -> Result<HostSocket, RelayError> {
     let kernel = |step| move |error: io::Error| RelayError::Kernel(step, error);
-    let socket = connection.0.as_fd();
-    let target = unix_relay::target(socket).map_err(kernel("read the target of a connection"))?;
+    let target = unix_relay::target(socket, None).map_err(kernel("read the target of a connection"))?;
     let mounts = fs::read("/proc/self/mountinfo").map_err(kernel("read the agent's mounts"))?;
-    let (volume, path) = place(&target, &mounts).ok_or(RelayError::NotInVolume)?;
+    let path_in = |volume: &Path| path_in_volume(socket, volume).ok();
+    let (volume, path) = place(&target, &mounts, path_in).ok_or(RelayError::NotInVolume)?;
     if path.as_os_str().len() > MAX_PATH {
         return Err(RelayError::LongPath);
     }
@@ -207,28 +213,39 @@ fn request(connection: &Waiting) -> Result<HostSocket, RelayError> {
 }
 
 /// Returns the volume of the share that contains `target`, and the path below the volume's root. `mounts` is the
-/// agent's mount list.
+/// agent's mount list. `path_in` returns the path below the root of a volume that is a mount.
 ///
-/// A volume that is a directory is a file system of its own, which the guest's kernel automounts. A volume that is a
-/// socket belongs to the file system of the share itself.
-fn place(target: &Target, mounts: &[u8]) -> Option<(String, PathBuf)> {
-    let path = target.path.strip_prefix("/").ok()?;
-    let point = mount_points(mounts, target.device).find(|point| point.starts_with(GUEST_SHARE))?;
-    let whole = point.strip_prefix(GUEST_SHARE).ok()?.join(path);
-    let below = whole.strip_prefix(SHARED_VOLUMES).ok()?;
-    let mut parts = below.components();
-    let Some(Component::Normal(volume)) = parts.next() else { return None };
-    Some((volume.to_str()?.to_owned(), parts.as_path().to_owned()))
+/// A volume that is a directory is a mount of its own, which the guest's kernel automounts. Several volumes can be
+/// mounts of one file system. A volume that is a socket belongs to the file system of the share itself.
+fn place(target: &Target, mounts: &[u8], path_in: impl Fn(&Path) -> Option<PathBuf>) -> Option<(String, PathBuf)> {
+    let volumes = Path::new(GUEST_SHARE).join(SHARED_VOLUMES);
+    mount_points(mounts, target.device).find_map(|point| {
+        if point == Path::new(GUEST_SHARE) {
+            let below = target.path.strip_prefix("/").ok()?.strip_prefix(SHARED_VOLUMES).ok()?;
+            let mut parts = below.components();
+            let Some(Component::Normal(volume)) = parts.next() else { return None };
+            return Some((volume.to_str()?.to_owned(), parts.as_path().to_owned()));
+        }
+        let volume = point.strip_prefix(&volumes).ok()?.to_str().filter(|name| !name.contains('/'))?;
+        Some((volume.to_owned(), path_in(point)?.strip_prefix("/").ok()?.to_owned()))
+    })
 }
 
-/// Returns the mount points of a file system. Skips bind mounts of a part of the file system.
+/// Returns the path of the socket below the root of a volume. Blocks the calling thread.
+fn path_in_volume(socket: BorrowedFd<'_>, volume: &Path) -> io::Result<PathBuf> {
+    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    let root = OpenOptions::new().read(true).custom_flags(flags).open(volume)?;
+    Ok(unix_relay::target(socket, Some(root.as_fd()))?.path)
+}
+
+/// Returns the mount points of a file system.
 fn mount_points(mounts: &[u8], (major, minor): (u32, u32)) -> impl Iterator<Item = &Path> {
     let device = format!("{major}:{minor}");
     mounts.split(|byte| *byte == b'\n').filter_map(move |line| {
         let mut fields = line.split(|byte| *byte == b' ').skip(2);
-        let (found, root, point) = (fields.next()?, fields.next()?, fields.next()?);
+        let (found, _root, point) = (fields.next()?, fields.next()?, fields.next()?);
         // The names in the share contain no character that the kernel escapes.
-        (found == device.as_bytes() && root == b"/").then(|| Path::new(std::ffi::OsStr::from_bytes(point)))
+        (found == device.as_bytes()).then(|| Path::new(std::ffi::OsStr::from_bytes(point)))
     })
 }
 
@@ -238,21 +255,30 @@ mod tests {
 
     const MOUNTS: &[u8] = b"22 21 0:20 / /run rw - tmpfs tmpfs rw\n\
         23 22 0:30 / /run/husk/share rw - virtiofs husk rw\n\
-        24 23 0:31 / /run/husk/share/.volumes/0.1-2-3-1 rw - virtiofs husk rw\n\
+        24 23 0:31 / /run/husk/share/.volumes/0-w0.1-2-3-1 rw - virtiofs husk rw\n\
         25 23 0:32 / /run/husk/share/c1/rootfs rw - virtiofs husk rw\n\
-        26 22 0:31 /part /run/husk/subpaths/c1/3 rw - virtiofs husk rw\n";
+        26 22 0:31 /part /run/husk/subpaths/c1/3 rw - virtiofs husk rw\n\
+        27 24 0:33 / /run/husk/share/.volumes/0-w0.1-2-3-1/nested rw - virtiofs husk rw\n\
+        28 23 0:31 /part /run/husk/share/.volumes/1-w0.1-9-3-1 rw - virtiofs husk rw\n";
 
-    fn of(minor: u32, path: &str) -> Option<(String, PathBuf)> {
-        place(&Target { device: (0, minor), path: path.into() }, MOUNTS)
+    fn of(minor: u32, path: &str, roots: &[(&str, &str)]) -> Option<(String, PathBuf)> {
+        let path_in = |volume: &Path| {
+            let root = roots.iter().find(|(name, _)| volume == Path::new("/run/husk/share/.volumes").join(name))?;
+            Some(PathBuf::from(root.1))
+        };
+        place(&Target { device: (0, minor), path: path.into() }, MOUNTS, path_in)
     }
 
     #[test]
     fn place_finds_sockets_in_volumes_only() {
         let in_volume = |name: &str, path: &str| Some((name.to_owned(), PathBuf::from(path)));
-        assert_eq!(of(31, "/a/socket"), in_volume("0.1-2-3-1", "a/socket"));
-        assert_eq!(of(30, "/.volumes/7.1-2-3-1"), in_volume("7.1-2-3-1", ""));
-        for (minor, path) in [(32, "/tmp/socket"), (33, "/socket"), (20, "/socket"), (30, "/c1"), (30, "/.volumes")] {
-            assert_eq!(of(minor, path), None, "{minor} {path}");
+        let (first, second) = ("0-w0.1-2-3-1", "1-w0.1-9-3-1");
+        assert_eq!(of(31, "/part/a/socket", &[(first, "/part/a/socket")]), in_volume(first, "part/a/socket"));
+        // The mounts of one file system need not have a common root.
+        assert_eq!(of(31, "/a/socket", &[(second, "/a/socket")]), in_volume(second, "a/socket"));
+        assert_eq!(of(30, "/.volumes/7.1-2-3-1", &[]), in_volume("7.1-2-3-1", ""));
+        for (minor, path) in [(31, "/a"), (32, "/tmp/socket"), (33, "/s"), (20, "/s"), (30, "/c1"), (30, "/.volumes")] {
+            assert_eq!(of(minor, path, &[]), None, "{minor} {path}");
         }
     }
 

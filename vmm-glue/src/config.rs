@@ -80,6 +80,34 @@ pub fn is_private_mount(name: &str) -> bool {
     name == ROOTFS || name.ends_with(PRIVATE_SUFFIX)
 }
 
+/// A mount that belongs to one file system with other mounts of the share ([`joined_mount`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct JoinedMount<'a> {
+    /// Whether the host allows writes.
+    pub writable: bool,
+    /// Mounts with the same group are joined. They are on one file system of the host. They differ only in their
+    /// directories, and in what the guest itself enforces for each container.
+    pub group: &'a str,
+}
+
+impl JoinedMount<'_> {
+    /// Returns the name of a mount. `number` makes the name unique, and `key` is the rest of the name.
+    pub fn name(&self, number: u64, key: &str) -> String {
+        format!("{number}-{}{}.{key}", if self.writable { 'w' } else { 'r' }, self.group)
+    }
+}
+
+/// Returns how a mount with a name is joined with other mounts, if it is. The guest then has one node for each file,
+/// whatever mount leads to the file.
+pub fn joined_mount(name: &str) -> Option<JoinedMount<'_>> {
+    let (_, text) = name.split_once('.')?.0.split_once('-')?;
+    let (writable, group) = match text.strip_prefix('w') {
+        Some(group) => (true, group),
+        None => (false, text.strip_prefix('r')?),
+    };
+    Some(JoinedMount { writable, group })
+}
+
 /// A directory shared with the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

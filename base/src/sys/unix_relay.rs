@@ -18,6 +18,7 @@ const SIOCUNIXRELAYTARGET: c_ulong = 0x89e2;
 #[repr(C)]
 struct RawTarget {
     device: u32,
+    mount: c_int,
     path: [u8; libc::PATH_MAX as usize],
 }
 
@@ -26,7 +27,7 @@ struct RawTarget {
 pub struct Target {
     /// Major and minor device number of the file system, as in proc_pid_mountinfo(5).
     pub device: (u32, u32),
-    /// Path from the root of the file system. Begins with a slash.
+    /// Path from the root of the given mount, or of the file system. Begins with a slash.
     pub path: PathBuf,
 }
 
@@ -67,12 +68,14 @@ fn ioctl(socket: BorrowedFd<'_>, request: c_ulong, value: c_ulong) -> io::Result
     }
 }
 
-/// Returns the socket to which the client of an accepted connection wants to connect.
+/// Returns the socket to which the client of an accepted connection wants to connect. `mount` is the root of a mount.
+/// With `None`, the path begins at a root of the file system. A file system can have several roots.
 ///
 /// # Errors
-/// ENOENT if the connection was not relayed, and the errors of ioctl(2).
-pub fn target(connection: BorrowedFd<'_>) -> io::Result<Target> {
-    let mut raw = Box::new(RawTarget { device: 0, path: [0; libc::PATH_MAX as usize] });
+/// ENOENT if the connection was not relayed, or the socket is not below `mount`, and the errors of ioctl(2).
+pub fn target(connection: BorrowedFd<'_>, mount: Option<BorrowedFd<'_>>) -> io::Result<Target> {
+    let mount = mount.map_or(-1, |mount| mount.as_raw_fd());
+    let mut raw = Box::new(RawTarget { device: 0, mount, path: [0; libc::PATH_MAX as usize] });
     // SAFETY: the kernel writes at most one `struct unix_relay_target`, which `raw` is. It outlives the call.
     if unsafe { libc::ioctl(connection.as_raw_fd(), SIOCUNIXRELAYTARGET, &raw mut *raw) } == -1 {
         return Err(io::Error::last_os_error());
@@ -114,7 +117,7 @@ mod tests {
 
     #[test]
     fn parse_decodes_device_and_path() {
-        let mut raw = RawTarget { device: 0, path: [0; libc::PATH_MAX as usize] };
+        let mut raw = RawTarget { device: 0, mount: -1, path: [0; libc::PATH_MAX as usize] };
         // 0:300 and 259:3.
         for (device, expected) in [(0x10002c, (0, 300)), (0x10303, (259, 3))] {
             raw.device = device;
@@ -133,7 +136,7 @@ mod tests {
         register(listener.as_fd()).unwrap_err();
         let (connection, _peer) = UnixStream::pair().unwrap();
         answer(connection.as_fd(), 0).unwrap_err();
-        target(connection.as_fd()).unwrap_err();
+        target(connection.as_fd(), None).unwrap_err();
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //!
 //! The virtio-fs server identifies a file by its inode and mount id (virtiofsd, `passthrough::InodeIds`). With two
 //! mounts of one directory, the guest would see two inodes for each file. A fifo, a socket, a shared mapping, or a lock
-//! of an emptyDir's file would then not work between containers.
+//! of an emptyDir's file would then not work between containers. If two mounts are necessary, the VMM joins them
+//! ([`MountKey::group`]).
 
 use std::{
     os::fd::{AsFd, OwnedFd},
@@ -16,7 +17,7 @@ use crate::volumes::error::VolumeError;
 use crate::volumes::reuse::Part;
 use crate::volumes::shared_mounts::Step;
 use crate::volumes::source::{MountKey, Source};
-use crate::volumes::staging_dir::{CopyContext, StagingDir};
+use crate::volumes::staging_dir::{CopiedTree, CopyContext, StagingDir};
 use crate::volumes::{mount_api, reuse, shared_mounts};
 
 /// Binds `source` into the share for container `id`, unless the share has a mount that contains `source`. Returns the
@@ -45,9 +46,10 @@ pub fn bind(
     }
     let mut left_out = Vec::new();
     let name = shared_mounts::acquire((share, id), &key.to_string(), source.directory, || {
-        let tree;
-        (tree, left_out) = copy(source, context, &StagingDir::for_share(share))?;
-        Ok(tree)
+        let copied = copy(source, context, &StagingDir::for_share(share))?;
+        left_out = copied.left_out;
+        let group = if copied.is_single { key.group(source) } else { Ok(None) };
+        Ok((copied.tree, group.map_err(|error| ("stat the source", error))?))
     })
     .map_err(|(step, source)| host(step)(source))?;
     if !left_out.is_empty() {
@@ -82,16 +84,17 @@ fn acquire_part(
 }
 
 /// Returns a detached, private copy of the source's mount tree. The copy has the source's id mappings and read-only
-/// flags. Also returns the path of each omitted mount, with the reason.
-fn copy(source: &Source<'_>, context: CopyContext<'_>, stage: &StagingDir) -> Result<(OwnedFd, Vec<String>), Step> {
+/// flags.
+fn copy(source: &Source<'_>, context: CopyContext<'_>, stage: &StagingDir) -> Result<CopiedTree, Step> {
     let (at, flags) = (|step| move |error| (step, error), &source.flags);
     // A file has no submounts.
     let recursive = flags.recursive && source.directory;
-    let mut tree = clone_source(source, recursive, libc::MS_PRIVATE, context.host)?;
-    let mut left_out = Vec::new();
-    if recursive {
-        (tree, left_out) = stage.copy(&tree, source.file, context).map_err(at("copy the submounts"))?;
-    }
+    let tree = clone_source(source, recursive, libc::MS_PRIVATE, context.host)?;
+    let copied = match recursive {
+        true => stage.copy(&tree, source.file, context).map_err(at("copy the submounts"))?,
+        false => CopiedTree { tree, left_out: Vec::new(), is_single: false },
+    };
+    let tree = &copied.tree;
     if let Some(id_mappings) = source.id_mappings {
         let user_namespace = id_mappings.namespace().map_err(at("create a user namespace with the id mappings"))?;
         // As under runc, this call fails if a submount's file system does not support id-mapped mounts.
@@ -103,7 +106,7 @@ fn copy(source: &Source<'_>, context: CopyContext<'_>, stage: &StagingDir) -> Re
         mount_api::set_attributes(tree.as_fd(), mount_api::MOUNT_ATTR_RDONLY, 0, flags.read_only_submounts)
             .map_err(at("make the mount read-only"))?;
     }
-    Ok((tree, left_out))
+    Ok(copied)
 }
 
 /// Attaches a slave copy of the source's mount tree as the receiving tree of mount `name`. Does nothing if the mount

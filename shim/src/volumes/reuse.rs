@@ -6,7 +6,8 @@
 //! part, and applies the options of the container's mount.
 //!
 //! This gives the VM no access that it does not have: the mount is already in the share, with at least the same
-//! rights. In case of doubt, the source gets a mount of its own.
+//! rights. In case of doubt, the source gets a mount of its own. The VMM joins such mounts, if it can
+//! ([`MountKey::group`]).
 
 use std::{
     fs, io,
@@ -27,7 +28,7 @@ use crate::host_view::{HostView, path_of};
 use crate::volumes::kubelet_paths::{place_in_filesystem, stat_components};
 use crate::volumes::mountinfo::Entry;
 use crate::volumes::shared_mounts::VOLUMES;
-use crate::volumes::source::{MountKey, Source};
+use crate::volumes::source::{IGNORED_FLAGS, MountKey, Source};
 use crate::volumes::staging_dir::StagingDir;
 use crate::volumes::{mount_api, mountinfo};
 
@@ -153,8 +154,7 @@ fn open_in_mount(root: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
 /// host. `read_only` is the container's option, which the guest applies. The guest does not apply flags of the host.
 fn has_rights(read_only: bool, shared: FsFlags, host: FsFlags) -> bool {
     let is_read_only = |flags: FsFlags| flags.contains(FsFlags::ST_RDONLY);
-    // Every mount of the share has these flags.
-    let ignored = FsFlags::ST_RDONLY | FsFlags::ST_NOSUID | FsFlags::ST_NODEV | FsFlags::ST_NOEXEC;
+    let ignored = IGNORED_FLAGS | FsFlags::ST_RDONLY;
     (read_only || is_read_only(shared) == is_read_only(host)) && shared - ignored == host - ignored
 }
 

@@ -13,7 +13,7 @@ use crate::host_view::{HostView, path_of};
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::mount_api;
 use crate::volumes::overlay::Layers;
-use crate::volumes::staging_dir::{CopyContext, StagingDir};
+use crate::volumes::staging_dir::{CopiedTree, CopyContext, StagingDir};
 
 /// One mount of a rootfs, as in containerd's request.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -148,7 +148,7 @@ fn bind(
     // With another propagation, the copy would receive the host's later mounts.
     let mut tree = host.clone_tree(&file, recursive, libc::MS_PRIVATE)?;
     if recursive {
-        (tree, left_out) = stage.copy(&tree, &file, context)?;
+        CopiedTree { tree, left_out, .. } = stage.copy(&tree, &file, context)?;
     }
     if let Some(id_mappings) = id_mappings {
         mount_api::set_id_mapping(tree.as_fd(), id_mappings.namespace()?.as_fd(), recursive)?;

@@ -12,8 +12,10 @@ use std::{
 };
 
 use husk_base::sync::lock;
+use husk_vmm::config::JoinedMount;
 
 use crate::volumes::mount_api;
+use crate::volumes::source::Group;
 use crate::volumes::staging_dir::StagingDir;
 use crate::volumes::unmount::{remove, unmount};
 
@@ -21,9 +23,12 @@ use crate::volumes::unmount::{remove, unmount};
 /// the guest's kernel caches directory entries.
 pub use husk_proto::SHARED_VOLUMES as VOLUMES;
 
+/// Maximum length of a name (NAME_MAX of limits.h).
+const NAME_MAX: usize = 255;
+
 /// State of the mounts. The files in the share do not show this state.
 struct Mounts {
-    /// Number for the next mount. A mount's name is `<number>.<key>`.
+    /// Number for the next mount. A mount's name is `<number>.<key>`, or `<number>-<group>.<key>` ([`JoinedMount`]).
     next_number: u64,
     /// Mount points that no further container may use. Either the unmount has begun, or the mount could not be
     /// attached.
@@ -81,14 +86,14 @@ fn mark((share, id): (&Path, &str), name: &str) -> Result<(), Step> {
 }
 
 /// Creates a marker of container `id` for the mount with the key `key`. Returns the mount's name. If no mount has this
-/// key, attaches the tree that `copy` returns.
+/// key, attaches the tree that `copy` returns. `copy` also returns how the VMM joins the mount with others, if it does.
 ///
 /// `copy` runs without the lock. If another thread adds the mount during `copy`, discards the tree.
 pub fn acquire(
     (share, id): (&Path, &str),
     key: &str,
     directory: bool,
-    copy: impl FnOnce() -> Result<OwnedFd, Step>,
+    copy: impl FnOnce() -> Result<(OwnedFd, Option<Group>), Step>,
 ) -> Result<String, Step> {
     let at = |step| move |error| (step, error);
     let mark_present = |mounts: &Mounts| {
@@ -100,12 +105,15 @@ pub fn acquire(
     }
     // Declare `tree` before the lock's guard, so that the lock is released before the tree is dropped. The drop may
     // unmount the tree, and may hang.
-    let tree = copy()?;
+    let (tree, group) = copy()?;
     let mut mounts = lock_mounts();
     if let Some(name) = mark_present(&mounts)? {
         return Ok(name);
     }
-    let name = format!("{}.{key}", mounts.next_number);
+    let number = mounts.next_number;
+    let joined = group.map(|Group { writable, text }| JoinedMount { writable, group: &text }.name(number, key));
+    // A name that is too long for a directory is only possible with many id mappings.
+    let name = joined.filter(|name| name.len() <= NAME_MAX).unwrap_or_else(|| format!("{number}.{key}"));
     mounts.next_number += 1;
     mark((share, id), &name)?;
     let target = share.join(VOLUMES).join(&name);
@@ -248,8 +256,9 @@ mod tests {
         isolated(|dir| {
             let (share, source) = (Share::mount(dir).unwrap(), dir.join("source"));
             tmpfs(&source);
-            let copy =
-                || Ok(mount_api::clone_tree(mount_api::open_path(&source, true).unwrap().as_fd(), false).unwrap());
+            let copy = || {
+                Ok((mount_api::clone_tree(mount_api::open_path(&source, true).unwrap().as_fd(), false).unwrap(), None))
+            };
             for id in ["c1", "c2"] {
                 fs::create_dir_all(markers_dir(&share.host, id)).unwrap();
             }

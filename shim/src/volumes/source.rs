@@ -6,7 +6,11 @@ use std::{
 };
 
 use husk_vmm::config::PRIVATE_SUFFIX;
-use nix::sys::{stat::fstat, statvfs::fstatvfs};
+use nix::sys::{
+    stat::fstat,
+    statfs::{OVERLAYFS_SUPER_MAGIC, fstatfs},
+    statvfs::{FsFlags, fstatvfs},
+};
 
 use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::Mount;
@@ -28,6 +32,18 @@ pub struct Source<'a> {
     pub receives_mounts: bool,
     /// Whether only this pod uses the source. The guest then keeps the locks of its files to itself.
     pub private: bool,
+}
+
+/// The flags of the host's mounts that every mount of the share has.
+pub const IGNORED_FLAGS: FsFlags = FsFlags::ST_NOSUID.union(FsFlags::ST_NODEV).union(FsFlags::ST_NOEXEC);
+
+/// How the VMM joins a mount with other mounts of the share ([`husk_vmm::config::JoinedMount`]).
+#[derive(Debug, PartialEq, Eq)]
+pub struct Group {
+    /// Whether the host allows writes.
+    pub writable: bool,
+    /// Mounts with the same text are joined.
+    pub text: String,
 }
 
 /// Key of a mount in the share. Sources with equal keys share a mount.
@@ -70,6 +86,30 @@ impl MountKey {
         let id_mappings = source.id_mappings.map_or_else(String::new, |id_mappings| format!("-{}", id_mappings.tag()));
         let private = if source.private { PRIVATE_SUFFIX } else { "" };
         Ok(Self { device: stat.st_dev, inode: stat.st_ino, mount, flags, rest: format!("{id_mappings}{private}") })
+    }
+
+    /// Returns how the VMM joins the mount with other mounts of the share, if it does. The caller must have checked that
+    /// the mount has no submounts, and that the host's mount of the source is not id-mapped.
+    ///
+    /// Mounts are joined if they differ only in what the guest enforces for each container. Therefore, the group
+    /// contains the flags of the host's mount, as in [`crate::volumes::reuse`]. A container that mounts the source
+    /// read-only may use a writable mount.
+    ///
+    /// # Errors
+    /// The errors of fstatfs(2) and fstatvfs(2).
+    pub fn group(&self, source: &Source<'_>) -> io::Result<Option<Group>> {
+        // In an overlay, files of different layers can have the same inode number.
+        let joins = source.directory && !source.private && source.flags.recursive;
+        if !joins || fstatfs(source.file)?.filesystem_type() == OVERLAYFS_SUPER_MAGIC {
+            return Ok(None);
+        }
+        let mut host = fstatvfs(source.file)?.flags() - IGNORED_FLAGS;
+        let writable = !source.flags.read_only && !host.contains(FsFlags::ST_RDONLY);
+        if source.flags.read_only {
+            host -= FsFlags::ST_RDONLY;
+        }
+        let (host, device, flags) = (host.bits(), self.device, self.flags & (Self::RECURSIVE | Self::SLAVE));
+        Ok(Some(Group { writable, text: format!("{host:x}-{device:x}-{flags:x}{}", self.rest) }))
     }
 
     /// Parses the text of a key. Returns `None` if the text is not the text of a key.
@@ -144,7 +184,10 @@ impl Flags {
 mod tests {
     use std::path::Path;
 
+    use nix::mount::{MsFlags, mount};
+
     use super::*;
+    use crate::volumes::test_support::{isolated, tmpfs};
 
     #[test]
     fn vmm_recognizes_private_mounts_by_their_keys() {
@@ -178,6 +221,49 @@ mod tests {
         for other in ["ff-2-9-1", "fe-2-9-9", "fe-2-9-1-private", "fe-2-9-1-u0-1-2-g0-1-2"] {
             assert!(!key("fe-1a-7-3").may_be_part_of(&key(other)), "{other}");
         }
+    }
+
+    #[test]
+    fn group_is_equal_for_mounts_that_differ_in_what_the_guest_enforces() {
+        isolated(|dir| {
+            let root = dir.join("volume");
+            tmpfs(&root);
+            let sub = root.join("sub");
+            std::fs::create_dir(&sub).unwrap();
+            let group = |path: &Path, options: &[&str], private: bool| {
+                let file = mount_api::open_path(path, false).unwrap();
+                let options = Some(options.iter().map(ToString::to_string).collect());
+                let flags = Flags::of(&Mount { options, ..Mount::default() });
+                let source = Source {
+                    file: &file,
+                    directory: path.is_dir(),
+                    id_mappings: None,
+                    flags,
+                    ignores_mount_id: false,
+                    receives_mounts: false,
+                    private,
+                };
+                MountKey::of(&source).unwrap().group(&source).unwrap()
+            };
+            let text = |group: &Option<Group>| group.as_ref().map(|group| group.text.clone());
+            let whole = group(&root, &["rbind"], false);
+            assert!(whole.as_ref().is_some_and(|group| group.writable));
+            let read_only = group(&sub, &["rbind", "ro"], false);
+            assert_eq!((text(&read_only), read_only.unwrap().writable), (text(&whole), false));
+            assert_ne!(text(&group(&sub, &["rbind", "rslave"], false)), text(&whole));
+            let file = root.join("file");
+            std::fs::write(&file, "").unwrap();
+            assert_eq!(
+                [group(&sub, &["bind"], false), group(&sub, &["rbind"], true), group(&file, &["rbind"], false)],
+                [const { None }; 3]
+            );
+            // The guest does not enforce the flags of the host's mount.
+            let (none, flags) = (None::<&Path>, MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY);
+            mount(none, &root, none, flags, none).unwrap();
+            let of_host = group(&root, &["rbind"], false);
+            assert!(text(&of_host) != text(&whole) && of_host.is_some_and(|group| !group.writable));
+            assert_eq!(text(&group(&root, &["rbind", "ro"], false)), text(&whole));
+        });
     }
 
     #[test]

@@ -39,6 +39,16 @@ const OWN_DIRECTORIES: [&str; 3] = ["share", "guest", "stage"];
 /// Name of the directory in `COPYING` for the next copy.
 static NEXT_COPY: AtomicU64 = AtomicU64::new(0);
 
+/// A copy of a mount tree, which is detached and private.
+pub struct CopiedTree {
+    /// The copy.
+    pub tree: OwnedFd,
+    /// The path of each omitted mount, with the reason.
+    pub left_out: Vec<String>,
+    /// Whether the copy is a single mount without a cover, and the source's mount is not id-mapped.
+    pub is_single: bool,
+}
+
 /// Values that are necessary to copy a mount tree of the host.
 #[derive(Debug, Clone, Copy)]
 pub struct CopyContext<'a> {
@@ -88,18 +98,12 @@ impl StagingDir {
     }
 
     /// Copies the detached mount tree `tree` without host-only file systems, and covers their places and those of the
-    /// sandbox's own mounts. `source` is the root of the tree on the host. Returns the copy, which is detached and
-    /// private. Also returns the path of each omitted mount, with the reason.
+    /// sandbox's own mounts. `source` is the root of the tree on the host.
     ///
     /// # Errors
     /// If the tree's root cannot be copied, the place of a host-only file system cannot be covered, or the temporary
     /// mounts cannot be removed.
-    pub fn copy(
-        &self,
-        tree: &OwnedFd,
-        source: &OwnedFd,
-        context: CopyContext<'_>,
-    ) -> io::Result<(OwnedFd, Vec<String>)> {
+    pub fn copy(&self, tree: &OwnedFd, source: &OwnedFd, context: CopyContext<'_>) -> io::Result<CopiedTree> {
         let dir = self.dir.join(COPYING).join(NEXT_COPY.fetch_add(1, Ordering::Relaxed).to_string());
         let (from, to) = (dir.join("from"), dir.join("to"));
         let copied = self.copy_in(tree, source, context, &dir);
@@ -176,7 +180,7 @@ impl StagingDir {
         source: &OwnedFd,
         context: CopyContext<'_>,
         dir: &Path,
-    ) -> io::Result<(OwnedFd, Vec<String>)> {
+    ) -> io::Result<CopiedTree> {
         let (from, to, covers, host_only) = (dir.join("from"), dir.join("to"), self.covers(), context.host_only);
         for dir in [dir, &from, &to] {
             fs::create_dir(dir)?;
@@ -212,7 +216,10 @@ impl StagingDir {
             }
         }
         self.cover_own_directories(source, (&from.file, &to), context)?;
-        Ok((mount_api::clone_tree(mount_api::open_path(&to, false)?.as_fd(), true)?, left_out))
+        let copied = mount_api::open_path(&to, false)?;
+        let (id, entries) = (mount_api::mount_id(copied.as_fd())?, mountinfo::read()?);
+        let is_single = !entries.iter().any(|entry| entry.parent == id || entry.id == id && entry.id_mapped);
+        Ok(CopiedTree { tree: mount_api::clone_tree(copied.as_fd(), true)?, left_out, is_single })
     }
 
     /// Covers the places of the sandbox's own mounts in the copy at `to` of the tree at `from`. `source` is the root of

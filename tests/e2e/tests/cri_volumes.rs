@@ -156,9 +156,20 @@ fn start_server(pod: &Pod, volume: &Path) {
 
 /// Starts a container that runs a Python program, which prints "serving". The container has `volume` at `/data`.
 fn start_program(pod: &Pod, program: &str, volume: &Path) {
+    start_program_with(pod, program, volume, &json!({}));
+}
+
+/// Starts a container like [`start_program`]. The mount has the additional fields `more`.
+fn start_program_with(pod: &Pod, program: &str, volume: &Path, more: &Value) {
     let mut config = pod.python(program);
-    config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/data" }]);
+    config["mounts"] = json!([mount_at_data(volume, more)]);
     pod.start(&config).wait_for("serving");
+}
+
+fn mount_at_data(volume: &Path, more: &Value) -> Value {
+    let mut mount = json!({ "host_path": volume.to_string_lossy(), "container_path": "/data" });
+    mount.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    mount
 }
 
 /// Runs [`CLIENT`] in a container that has `volume` at `/data`. The mount has the additional fields `more`. The client
@@ -173,9 +184,7 @@ fn run_client(pod: &Pod, volume: &Path, at: &str, more: &Value) -> String {
 fn run_program(pod: &Pod, program: &str, volume: &Path, at: &str, more: &Value) -> String {
     let mut config = pod.python(program);
     config["command"].as_array_mut().unwrap().push(at.into());
-    let mut mount = json!({ "host_path": volume.to_string_lossy(), "container_path": "/data" });
-    mount.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    config["mounts"] = json!([mount]);
+    config["mounts"] = json!([mount_at_data(volume, more)]);
     let client = pod.start(&config);
     let code = client.wait().0;
     let output = client.log().lines().filter_map(|line| line.splitn(4, ' ').nth(3)).collect::<Vec<_>>().join(" ");
@@ -253,10 +262,11 @@ fn containers_share_sockets_and_locks_with_any_kind_of_mount() {
     });
 }
 
-/// For each client: changes a mapped file, answers, and writes to a fifo. Holds a lock all the time.
+/// For each client: changes a mapped file, answers, and writes to a fifo. Holds a lock all the time. The volume, or its
+/// directory `sub`, is at `/data`.
 const MEETING_SERVER: &str = r#"
 import fcntl, mmap, os, socket
-os.chdir("/data/sub")
+os.chdir("/data/sub" if os.path.isdir("/data/sub") else "/data")
 lock = open("lock", "w")
 fcntl.flock(lock, fcntl.LOCK_EX)
 os.mkfifo("fifo")
@@ -276,7 +286,8 @@ while True:
         fifo.write("through a fifo")
 "#;
 
-/// Prints what the client of [`MEETING_SERVER`] sees in the directory `argv[1]`.
+/// Prints what the client of [`MEETING_SERVER`] sees in the directory `argv[1]`. In `sub` of the whole volume, moves a
+/// file and a link out of `sub` and back.
 const MEETING_CLIENT: &str = r#"
 import fcntl, mmap, os, signal, socket, sys
 signal.alarm(60)
@@ -295,10 +306,24 @@ client.recv(100)
 print(mapping[0] - before)
 print(open("fifo").read())
 try:
-    open("written", "w")
+    open("written", "w").write("content")
     print("writes")
+    if sys.argv[1] == "/data/sub":
+        os.rename("written", "../moved")
+        os.link("../moved", "linked")
+        os.rename("../moved", "written")
+        os.unlink("linked")
+        print(open("written").read())
 except OSError as error:
     print(error.strerror)
+"#;
+
+/// Uses a volume until the pod ends. The files of the volume stay in the guest's cache.
+const HOLDER: &str = r#"
+import os, signal
+held = [os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path, _, _ in os.walk("/data")]
+print("serving", flush=True)
+signal.pause()
 "#;
 
 #[test]
@@ -318,14 +343,64 @@ fn containers_with_a_volume_in_several_ways_meet_in_its_files() {
             (&volume, "/data/sub", &only_reads),
         ] {
             let writes = if more == &plain { "writes" } else { "Read-only file system" };
+            let content = if (more, at) == (&plain, "/data/sub") { " content" } else { "" };
             assert_eq!(
                 run_program(&pod, MEETING_CLIENT, source, at, more),
-                format!("held 1 through a fifo {writes}"),
+                format!("held 1 through a fifo {writes}{content}"),
                 "wrong output of the client with {} at {at}, {more}",
                 source.display()
             );
         }
         pod.remove();
+    });
+}
+
+/// A mount in the share does not grow. Therefore, the later container gets a mount of its own, and the VMM joins the
+/// mounts.
+#[test]
+fn containers_meet_if_a_part_or_a_read_only_mount_comes_first() {
+    need_image(PYTHON);
+    let (plain, only_reads) = (json!({}), json!({ "readonly": true }));
+    pods("cri-volume-orders", |pods| {
+        for plugin in ["kubernetes.io~csi", "kubernetes.io~local-volume"] {
+            // The part is writable, and comes first.
+            let pod = pods.pod();
+            let pod_dir = PodDir::of(&pod);
+            let volume = pod_dir.volume(plugin);
+            let part = pod_dir.sub_path(&volume, 1);
+            start_program(&pod, MEETING_SERVER, &part);
+            let whole = "held 1 through a fifo writes content";
+            for (source, at, more, expected) in [
+                (&volume, "/data/sub", &only_reads, "held 1 through a fifo Read-only file system"),
+                (&volume, "/data/sub", &plain, whole),
+                (&part, "/data", &only_reads, "held 1 through a fifo Read-only file system"),
+                (&part, "/data", &plain, "held 1 through a fifo writes"),
+                (&volume, "/data/sub", &plain, whole),
+            ] {
+                let output = run_program(&pod, MEETING_CLIENT, source, at, more);
+                assert_eq!(output, expected, "{} of {plugin} at {at}, {more}", source.display());
+            }
+            pod.remove();
+            // All readers come first.
+            let pod = pods.pod();
+            let pod_dir = PodDir::of(&pod);
+            let volume = pod_dir.volume(plugin);
+            let part = pod_dir.sub_path(&volume, 1);
+            for source in [&part, &volume] {
+                start_program_with(&pod, HOLDER, source, &only_reads);
+            }
+            start_program(&pod, MEETING_SERVER, &volume);
+            for (source, at, more, expected) in [
+                (&part, "/data", &only_reads, "held 1 through a fifo Read-only file system"),
+                (&volume, "/data/sub", &only_reads, "held 1 through a fifo Read-only file system"),
+                (&volume, "/data/sub", &plain, whole),
+                (&part, "/data", &plain, "held 1 through a fifo writes"),
+            ] {
+                let output = run_program(&pod, MEETING_CLIENT, source, at, more);
+                assert_eq!(output, expected, "{} of {plugin} at {at}, {more}, after readers", source.display());
+            }
+            pod.remove();
+        }
     });
 }
 

@@ -1,6 +1,6 @@
 //! Wraps virtiofsd's file system. The wrapper rejects hostile requests ([`request_checks`]) and reports short writes.
 //! The wrapper also makes requests wait while fds are scarce ([`FdLimit`]), and writes data as the guest's user
-//! ([`writer`]). It records the mounts of nodes ([`Nodes`]), and closes files without virtiofsd's locks ([`closing`]).
+//! ([`writer`]), and closes files without virtiofsd's locks ([`closing`]).
 //!
 //! After a short write, virtiofsd 1.14 writes the rest of the data (`ZcReader` in virtiofsd's server.rs). This second
 //! write can fail, for example because the disk is full or a quota is used up. virtiofsd then answers with only the
@@ -23,9 +23,9 @@ use virtiofsd::soft_idmap::GuestUid;
 
 use super::fd_limit::FdLimit;
 use super::ids::{Handle, Inode};
+use super::joined_fs::JoinedFs;
 use super::locks::Locks;
 use super::nodes::{Job, Nodes, SpaceWait};
-use super::share_fs::ShareFs;
 use super::tmpfile::is_temporary;
 use super::{closing, request_checks, writer};
 use crate::virtio::rate_limit::SharedLimiter;
@@ -44,7 +44,7 @@ type Opened = (Option<Handle>, OpenOptions);
 /// The wrapped file system. All clones share one state.
 #[derive(Clone)]
 pub struct CheckedFs {
-    fs: Arc<ShareFs>,
+    fs: Arc<JoinedFs>,
     locks: Arc<Locks>,
     fd_limit: Arc<FdLimit>,
     nodes: Arc<Nodes>,
@@ -55,15 +55,15 @@ pub struct CheckedFs {
 impl CheckedFs {
     /// Wraps a file system. `dev_null` is /dev/null, opened for writing.
     pub fn new(
-        fs: Arc<ShareFs>,
+        fs: Arc<JoinedFs>,
         locks: Locks,
         fd_limit: FdLimit,
-        nodes: Nodes,
+        nodes: Arc<Nodes>,
         dev_null: File,
         limiter: SharedLimiter,
     ) -> Self {
         let (locks, fd_limit) = (Arc::new(locks), Arc::new(fd_limit));
-        let (nodes, dev_null) = (Arc::new(nodes), Arc::new(dev_null));
+        let dev_null = Arc::new(dev_null);
         Self { fs, locks, fd_limit, nodes, dev_null, limiter }
     }
 
@@ -104,7 +104,6 @@ impl CheckedFs {
         self.fd_limit.wait_for_temporary();
         self.wait_for_space(parent);
         let (entry, handle) = self.fs.create_temporary(ctx, parent, mode, flags, umask)?;
-        self.nodes.add_unnamed(parent, entry.inode);
         let options = self.with_lock_option(entry.inode, Some(handle), OpenOptions::KEEP_CACHE);
         Ok((entry, handle, options))
     }
@@ -199,8 +198,7 @@ macro_rules! check {
 }
 
 /// Calls a method of virtiofsd's file system. A method that is marked `#[wait_for_fd]` may open a file, and therefore
-/// first calls [`CheckedFs::wait_for_fd`]. A method that is marked `#[entry(PARENT, NAME)]` may also open a file. It
-/// returns a node, which is recorded.
+/// first calls [`CheckedFs::wait_for_fd`].
 macro_rules! call {
     ($self:ident, [], $call:expr) => {
         $call
@@ -209,23 +207,17 @@ macro_rules! call {
         $self.wait_for_fd();
         $call
     }};
-    ($self:ident, [entry($parent:ident, $name:ident)], $call:expr) => {{
-        $self.wait_for_fd();
-        let entry = $call?;
-        $self.nodes.add($parent, $name, &entry);
-        Ok(entry)
-    }};
 }
 
 /// Defines methods that check their arguments and then call the same method of virtiofsd's file system with `call`.
 macro_rules! forward {
     (
-        $($(#[$mark:ident $(($($marked:ident),*))?])?
+        $($(#[$mark:ident])?
         fn $name:ident($($argument:ident: $kind:ident $(<$of:ident>)?),*) -> $result:ty;)*
     ) => {
         $(fn $name(&self, $($argument: kind!($kind $(<$of>)?)),*) -> $result {
             $(check!($argument: $kind);)*
-            call!(self, [$($mark $(($($marked),*))?)?], self.fs.$name($($argument),*))
+            call!(self, [$($mark)?], self.fs.$name($($argument),*))
         })*
     };
 }
@@ -233,7 +225,7 @@ macro_rules! forward {
 impl FileSystem for CheckedFs {
     type Inode = Inode;
     type Handle = Handle;
-    type DirIter = <ShareFs as FileSystem>::DirIter;
+    type DirIter = <JoinedFs as FileSystem>::DirIter;
 
     fn write<R: ZeroCopyReader>(
         &self,
@@ -316,13 +308,7 @@ impl FileSystem for CheckedFs {
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
-        let is_last = self.nodes.forget(inode, count);
-        // A temporary file is never closed under virtiofsd's lock.
-        let open = if is_last && !is_temporary(inode) { closing::keep_open(&*self.fs, ctx, inode) } else { None };
         self.fs.forget(ctx, inode, count);
-        if let Some(handle) = open {
-            closing::close(&*self.fs, ctx, inode, handle);
-        }
         self.fd_limit.released();
     }
 
@@ -365,7 +351,6 @@ impl FileSystem for CheckedFs {
         self.wait_for_fd();
         self.wait_for_space(parent);
         let (entry, handle, options) = self.fs.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)?;
-        self.nodes.add(parent, name, &entry);
         let options = self.with_lock_option(entry.inode, handle, options);
         Ok((entry, handle, options))
     }
@@ -383,7 +368,6 @@ impl FileSystem for CheckedFs {
 
     fn destroy(&self) {
         self.fs.destroy();
-        self.nodes.clear();
         self.locks.clear();
     }
 
@@ -403,11 +387,11 @@ impl FileSystem for CheckedFs {
     // PassthroughFs does not implement.
     forward! {
         fn statfs(ctx: Context, inode: Inode) -> io::Result<libc::statvfs64>;
-        #[entry(parent, name)]
+        #[wait_for_fd]
         fn lookup(ctx: Context, parent: Inode, name: Name) -> io::Result<Entry>;
         #[wait_for_fd]
         fn opendir(ctx: Context, inode: Inode, flags: OpenFlags) -> io::Result<Opened>;
-        #[entry(parent, name)]
+        #[wait_for_fd]
         fn mkdir(
             ctx: Context, parent: Inode, name: Name, mode: u32, umask: u32, extensions: Extensions
         ) -> io::Result<Entry>;
@@ -421,13 +405,13 @@ impl FileSystem for CheckedFs {
         fn setattr(
             ctx: Context, inode: Inode, attr: SetattrIn, handle: Option<Handle>, valid: SetattrValid
         ) -> io::Result<(Attr, Duration)>;
-        #[entry(inode, name)]
+        #[wait_for_fd]
         fn mknod(
             ctx: Context, inode: Inode, name: Name, mode: u32, rdev: u32, umask: u32, extensions: Extensions
         ) -> io::Result<Entry>;
-        #[entry(newparent, newname)]
+        #[wait_for_fd]
         fn link(ctx: Context, inode: Inode, newparent: Inode, newname: Name) -> io::Result<Entry>;
-        #[entry(parent, name)]
+        #[wait_for_fd]
         fn symlink(
             ctx: Context, linkname: Text, parent: Inode, name: Name, extensions: Extensions
         ) -> io::Result<Entry>;

@@ -18,6 +18,10 @@ mod hang_tests;
 #[cfg(test)]
 mod hanging_fs;
 mod ids;
+mod joined_fs;
+mod joins;
+#[cfg(test)]
+mod joins_tests;
 #[cfg(test)]
 mod landlock_tests;
 mod locks;
@@ -64,6 +68,7 @@ use self::checked_fs::CheckedFs;
 use self::fd_budget::FdBudget;
 use self::fd_limit::FdLimit;
 use self::fuse_server::{FuseServer, HIGH_PRIORITY_QUEUE};
+use self::joined_fs::JoinedFs;
 use self::locks::Locks;
 use self::nodes::Nodes;
 use self::share_fs::ShareFs;
@@ -212,8 +217,10 @@ impl Fs {
         let virtiofsd_fds = guest_fd_limit - temporary_fds;
         let fs = PassthroughFs::new(passthrough_config(share.root.clone(), fd_directory, virtiofsd_fds, xattrmap));
         let limiter = SharedLimiter::new(share.rate_limit);
-        let nodes = Nodes::new(guest_fd_limit);
-        let fs = Arc::new(ShareFs::new(fs.map_err(root_error)?, temporary));
+        let nodes = Arc::new(Nodes::new(guest_fd_limit));
+        let names_directory = paths_directory.try_clone().map_err(FsError::Event)?;
+        let fs = ShareFs::new(fs.map_err(root_error)?, temporary);
+        let fs = Arc::new(JoinedFs::new(fs, Arc::clone(&nodes), names_directory));
         let locks = Locks::new(Arc::clone(&fs), paths_directory).map_err(FsError::Threads)?;
         let server = FuseServer::new(CheckedFs::new(fs, locks, fd_limit, nodes, dev_null, limiter));
         let server = server.map_err(root_error)?;
@@ -275,7 +282,7 @@ fn passthrough_config(root_dir: String, fd_directory: File, guest_fd_limit: u64,
         // With this option, the guest need not send a GETXATTR of security.capability before each write.
         killpriv_v2: true,
         // The shim attaches mounts to the share while the guest runs. With this option, each mount gets its own st_dev
-        // in the guest.
+        // in the guest, unless it is joined with another mount.
         announce_submounts: true,
         readdirplus: true,
         // virtiofsd keeps an open fd, and no file handle, for each inode that the guest has looked up and not

@@ -1,4 +1,5 @@
 //! The nodes that the guest has looked up: the mount of each node, and the references that the guest has dropped.
+//! virtiofsd's node for a node of the guest is the inner node ([`joins`](super::joins)).
 //!
 //! The mounts decide which requests share the worker threads of one host file system. A hostile guest can make a
 //! request count for another mount. This only changes how the guest's own requests wait for each other.
@@ -6,13 +7,18 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::CStr;
 use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use husk_base::sync::{lock, wait_timeout};
 use virtiofsd::filesystem::Entry;
 
-use super::ids::Inode;
+use super::ids::{Handle, Inode};
+use super::joins::{Joins, Stale, Surplus};
+use super::tmpfile::is_temporary;
+use crate::config::joined_mount;
 
 /// Node of the share's directory (include/uapi/linux/fuse.h).
 const ROOT: Inode = 1;
@@ -40,6 +46,8 @@ pub struct Nodes {
     /// Maximum number of known nodes. The guest cannot have more open files.
     max: usize,
     hasher: RandomState,
+    /// Whether inner nodes can differ from the guest's nodes. Stays true until the end of the connection.
+    joined: AtomicBool,
 }
 
 #[derive(Default)]
@@ -48,6 +56,7 @@ struct State {
     /// The mount at each name, by the hash of the parent's node and the name.
     mount_points: HashMap<u64, u32>,
     last_mount: u32,
+    joins: Joins,
     /// The nodes for which a job is queued. Each is a known node. Therefore, `max` also limits the queued jobs.
     forgotten: HashMap<Inode, Forgotten>,
     /// The jobs of each mount.
@@ -117,17 +126,39 @@ impl Jobs {
 }
 
 /// A node that the guest has looked up and not forgotten.
-struct Node {
-    mount: u32,
+pub struct Node {
+    /// The mount of the inner node.
+    pub mount: u32,
     /// Number of lookups that the guest has not forgotten.
-    lookups: u32,
+    pub lookups: u32,
+    /// The inode number of the file, or 0 if the file has no name.
+    pub file: u64,
+}
+
+/// Where a node of the guest is.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// The inner node.
+    pub inner: Inode,
+    /// The mount of the inner node. `None` if no node has been joined, so that it need not be looked up.
+    mount: Option<u32>,
+}
+
+/// The references of an inner node that the guest has dropped.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Dropped {
+    /// The references.
+    pub references: Surplus,
+    /// Whether the guest has no more references.
+    pub is_last: bool,
 }
 
 impl Nodes {
     /// Creates the nodes of a file system with at most `max` open files.
     pub fn new(max: u64) -> Self {
         let (state, job_ended) = (Mutex::default(), Condvar::new());
-        Self { state, job_ended, max: usize::try_from(max).unwrap_or(usize::MAX), hasher: RandomState::new() }
+        let max = usize::try_from(max).unwrap_or(usize::MAX);
+        Self { state, job_ended, max, hasher: RandomState::new(), joined: AtomicBool::new(false) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -138,30 +169,69 @@ impl Nodes {
         self.hasher.hash_one((parent, name)) & !NAME
     }
 
-    /// Records a lookup of a name.
-    pub fn add(&self, parent: Inode, name: &CStr, entry: &Entry) {
+    /// Returns where a node is. Fails with EBADF if the guest does not know the node.
+    pub fn place(&self, inode: Inode) -> io::Result<Place> {
+        // virtiofsd checks the nodes that are not joined.
+        if !self.joined.load(Ordering::Acquire) || inode == ROOT || is_temporary(inode) {
+            return Ok(Place { inner: inode, mount: None });
+        }
+        let state = self.lock();
+        let node = state.nodes.get(&inode).ok_or_else(bad_node)?;
+        Ok(Place { inner: state.joins.inner_of(inode), mount: Some(node.mount) })
+    }
+
+    /// Records a lookup of a name in a directory, which was at a place during the lookup. Changes the answer to what the
+    /// guest gets: its node of the file and, for the root of a mount that can be joined, the number of the file system
+    /// (`fs_id` in guest/kernel/patches). Returns references of inner nodes that the caller has to drop.
+    pub fn add(&self, directory: Inode, place: Place, name: &CStr, entry: &mut Entry) -> Option<Surplus> {
         let state = &mut *self.lock();
+        let first_mount = || state.joins.first_mount_of(directory);
+        let inherited = place.mount.or_else(first_mount).unwrap_or_else(|| mount_of(state, directory));
+        let is_directory = entry.attr.mode & libc::S_IFMT == libc::S_IFDIR;
+        let is_root = entry.attr.flags & SUBMOUNT != 0;
+        let mut joined = None;
+        if is_root {
+            entry.attr.rdev = 0;
+            if inherited == SHARE
+                && let Ok(name) = name.to_str()
+                && let Some(found) = joined_mount(name)
+            {
+                let point = self.hash(directory, name.as_bytes());
+                let known = state.mount_points.get(&point).copied();
+                let mount = known.unwrap_or_else(|| new_mount(state, point));
+                entry.attr.rdev = state.joins.mount(mount, &found, name, &state.nodes);
+                self.joined.fetch_or(state.joins.is_active(), Ordering::AcqRel);
+                joined = Some(mount);
+            }
+        }
+        let mount = joined.or_else(|| (!is_root).then_some(inherited));
+        if let Some(mount) = mount.filter(|_| !is_temporary(entry.inode))
+            && let Some(group) = state.joins.joined_group_of(mount)
+            && let Ok(surplus) = state.joins.find((group, mount, is_root), entry, &mut state.nodes)
+        {
+            state.joins.remove_unused(mount);
+            return surplus;
+        }
         if let Some(node) = state.nodes.get_mut(&entry.inode) {
             node.lookups = node.lookups.saturating_add(1);
-            return;
+            return None;
         }
-        let inherited = state.nodes.get(&parent).map_or(SHARE, |parent| parent.mount);
-        let is_directory = entry.attr.mode & libc::S_IFMT == libc::S_IFDIR;
         // virtiofsd marks the roots of mounts, but only directories. A file in the share's own directories can also be
         // a mount, because volumes can be files.
-        let mount = if entry.attr.flags & SUBMOUNT != 0 || inherited == SHARE && !is_directory {
-            state.last_mount = state.last_mount.wrapping_add(1).max(1);
-            if state.mount_points.len() >= MAX_MOUNT_POINTS {
-                state.mount_points.clear();
-            }
-            state.mount_points.insert(self.hash(parent, name.to_bytes()), state.last_mount);
-            state.last_mount
-        } else {
-            inherited
+        let is_file_of_share = inherited == SHARE && !is_directory;
+        let mount = match mount.filter(|_| !is_file_of_share) {
+            Some(mount) => mount,
+            None => new_mount(state, self.hash(directory, name.to_bytes())),
         };
-        if entry.inode != ROOT && state.nodes.len() < self.max {
-            state.nodes.insert(entry.inode, Node { mount, lookups: 1 });
+        if joined.is_some() {
+            state.joins.set_root(mount, entry.inode);
         }
+        if entry.inode != ROOT && state.nodes.len() < self.max {
+            let file = if is_temporary(entry.inode) { 0 } else { entry.attr.ino };
+            insert(state, entry.inode, Node { mount, lookups: 1, file });
+        }
+        state.joins.remove_unused(mount);
+        None
     }
 
     /// Records a node that has no name, on the mount of its directory.
@@ -169,8 +239,36 @@ impl Nodes {
         let state = &mut *self.lock();
         if state.nodes.len() < self.max {
             let mount = mount_of(state, directory);
-            state.nodes.insert(node, Node { mount, lookups: 1 });
+            insert(state, node, Node { mount, lookups: 1, file: 0 });
         }
+    }
+
+    /// Returns how to find a node on a better mount.
+    pub fn stale(&self, inode: Inode) -> Option<Stale> {
+        let state = self.lock();
+        state.joins.stale(inode, &state.nodes)
+    }
+
+    /// Records a handle that was opened with an inner node.
+    pub fn opened(&self, handle: Option<Handle>, inode: Inode, inner: Inode) {
+        if let Some(handle) = handle.filter(|_| inner != inode) {
+            self.lock().joins.opened(handle, inode, inner);
+        }
+    }
+
+    /// Records that a handle was closed.
+    pub fn closed(&self, handle: Handle) {
+        if self.joined.load(Ordering::Acquire) {
+            self.lock().joins.closed(handle);
+        }
+    }
+
+    /// Returns the inner node with which a handle was opened.
+    pub fn inner_of_handle(&self, inode: Inode, handle: Handle) -> io::Result<Inode> {
+        if !self.joined.load(Ordering::Acquire) {
+            return Ok(inode);
+        }
+        self.lock().joins.inner_of_handle(inode, handle).ok_or_else(bad_node)
     }
 
     /// Returns the group of a request for a node.
@@ -259,22 +357,27 @@ impl Nodes {
         }
     }
 
-    /// Removes references of a node. Returns whether the guest has dropped its last reference.
-    pub fn forget(&self, node: Inode, count: u64) -> bool {
+    /// Removes references of a node. Returns the references of the inner node to drop.
+    pub fn forget(&self, inode: Inode, count: u64) -> Option<Dropped> {
         let state = &mut *self.lock();
-        let Some(known) = state.nodes.get_mut(&node) else { return false };
+        let references = Surplus { inner: inode, count };
+        let Some(known) = state.nodes.get_mut(&inode) else {
+            // An inner node that the guest guesses must not be dropped.
+            let is_safe = inode == ROOT || is_temporary(inode) || !self.joined.load(Ordering::Acquire);
+            return is_safe.then_some(Dropped { references, is_last: false });
+        };
         known.lookups = known.lookups.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
         if known.lookups > 0 {
-            return false;
+            return (!state.joins.counts(inode)).then_some(Dropped { references, is_last: false });
         }
-        state.nodes.remove(&node);
+        let known = state.nodes.remove(&inode)?;
         // A job that is still queued has nothing left to do.
-        if let Some(forgotten) = state.forgotten.remove(&node)
+        if let Some(forgotten) = state.forgotten.remove(&inode)
             && let Some(jobs) = state.jobs.get_mut(&forgotten.mount)
         {
-            jobs.queued.remove(&node);
+            jobs.queued.remove(&inode);
         }
-        true
+        Some(Dropped { references: state.joins.removed(inode, &known, count), is_last: true })
     }
 
     /// Drops the record of queued jobs, which end with an activation of the device.
@@ -290,6 +393,8 @@ impl Nodes {
         let state = &mut *self.lock();
         state.nodes.clear();
         state.mount_points.clear();
+        state.joins = Joins::default();
+        self.joined.store(false, Ordering::Release);
         state.forgotten.clear();
         state.jobs.values_mut().for_each(|jobs| jobs.queued.clear());
     }
@@ -297,6 +402,25 @@ impl Nodes {
 
 fn mount_of(state: &State, node: Inode) -> u32 {
     state.nodes.get(&node).map_or(SHARE, |node| node.mount)
+}
+
+fn bad_node() -> io::Error {
+    io::Error::from_raw_os_error(libc::EBADF)
+}
+
+/// Records a new mount at a name.
+fn new_mount(state: &mut State, point: u64) -> u32 {
+    state.last_mount = state.last_mount.wrapping_add(1).max(1);
+    if state.mount_points.len() >= MAX_MOUNT_POINTS {
+        state.mount_points.clear();
+    }
+    state.mount_points.insert(point, state.last_mount);
+    state.last_mount
+}
+
+fn insert(state: &mut State, inode: Inode, node: Node) {
+    state.joins.added(inode, &node);
+    state.nodes.insert(inode, node);
 }
 
 /// Takes a queued job of a mount.
@@ -331,7 +455,7 @@ mod tests {
     }
 
     fn look_up(nodes: &Nodes, node: Inode, mount: u32) {
-        nodes.lock().nodes.insert(node, Node { mount, lookups: 1 });
+        nodes.lock().nodes.insert(node, Node { mount, lookups: 1, file: 0 });
     }
 
     fn take_inline(nodes: &Nodes, node: Inode) -> Option<Job> {
@@ -360,7 +484,7 @@ mod tests {
             calls += usize::from(nodes.queue_forget(node, 1).is_some());
             match node % 3 {
                 0 => nodes.end_job(&take_inline(&nodes, node).unwrap()),
-                1 => assert!(nodes.forget(node, 1)),
+                1 => assert!(nodes.forget(node, 1).unwrap().is_last),
                 _ => nodes.clear(),
             }
             assert_eq!((nodes.lock().forgotten.len(), calls), (0, 1));
@@ -384,12 +508,12 @@ mod tests {
     #[test]
     fn node_without_a_name_is_in_the_group_of_its_directory() {
         let nodes = nodes(1);
-        nodes.lock().nodes.insert(9, Node { mount: 7, lookups: 1 });
+        nodes.lock().nodes.insert(9, Node { mount: 7, lookups: 1, file: 0 });
         nodes.add_unnamed(9, 1 << 63);
         nodes.add_unnamed(2, 1 << 63 | 1);
         assert_eq!((nodes.group(1 << 63), nodes.group(1 << 63 | 1)), (7, 0));
         assert_eq!(nodes.queue_forget(1 << 63, 1), Some(7));
-        assert!(nodes.forget(1 << 63, 1));
+        assert!(nodes.forget(1 << 63, 1).unwrap().is_last);
     }
 
     #[test]

@@ -36,7 +36,7 @@ use self::table::{Owner, OwnerLocks, Table};
 use self::waiters::{Job, Waiters};
 use super::closing;
 use super::ids::{Handle, Inode};
-use super::share_fs::ShareFs;
+use super::joined_fs::JoinedFs;
 
 /// The lock is a lock of flock(2): FUSE_LK_FLOCK in include/uapi/linux/fuse.h.
 const FLOCK: u32 = 1 << 0;
@@ -48,7 +48,7 @@ pub type Answer = Box<dyn FnOnce(io::Result<()>) + Send>;
 
 /// The locks of one device.
 pub struct Locks {
-    fs: Arc<ShareFs>,
+    fs: Arc<JoinedFs>,
     private: PrivateFiles,
     table: Mutex<Table>,
     waiters: Waiters,
@@ -77,7 +77,7 @@ impl Locks {
     ///
     /// # Errors
     /// If the thread cannot be started or confined.
-    pub fn new(fs: Arc<ShareFs>, fd_directory: File) -> io::Result<Self> {
+    pub fn new(fs: Arc<JoinedFs>, fd_directory: File) -> io::Result<Self> {
         let private = PrivateFiles::new(fd_directory);
         Ok(Self { fs, private, table: Mutex::default(), waiters: Waiters::start()? })
     }

@@ -1,0 +1,274 @@
+//! Joins the mounts of one file system of the host, so that the guest has one node for one file.
+//!
+//! virtiofsd has a node for each file of each mount (`InodeIds` in its inode_store.rs). If several containers of a pod
+//! mount parts of one volume, or mount it read-only and writable, a file can have several of these nodes. The shim marks
+//! such mounts in their names ([`crate::config::joined_mount`]). The mounts with the same group become one file system
+//! in the guest (guest/kernel/patches), and the guest knows a file by the node that was found first.
+//!
+//! As long as a group has one mount, this module only counts the nodes of the mount. From the second mount on, each node
+//! of the guest stands for one of virtiofsd's nodes, the inner node. The inner node is on the best mount on which the
+//! guest has found the file: a writable mount rather than a read-only mount, and then a mount that contains the other.
+//! The host's kernel checks each request on this mount. The guest gets no access that it does not have by another name.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+
+use virtiofsd::filesystem::Entry;
+
+use super::ids::{Handle, Inode};
+use super::nodes::Node;
+use crate::config::JoinedMount;
+
+/// References of one of virtiofsd's nodes that are to be dropped.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Surplus {
+    /// virtiofsd's node.
+    pub inner: Inode,
+    /// The number of references.
+    pub count: u64,
+}
+
+/// A node that has to be found again on a better mount.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Stale {
+    /// Name of the mount on which the inner node is.
+    pub mount: String,
+    /// The root of this mount. Its inner node is on the better mount.
+    pub root: Inode,
+}
+
+/// The mounts that can be joined, and the nodes of joined mounts.
+#[derive(Default)]
+pub struct Joins {
+    groups: HashMap<String, u32>,
+    last_group: u32,
+    /// The mounts that have nodes, or whose root is being looked up.
+    mounts: HashMap<u32, Mount>,
+    /// The groups with several mounts.
+    joined: HashSet<u32>,
+    /// The guest's node of each file of a joined group, by the inode number.
+    by_file: HashMap<(u32, u64), Inode>,
+    /// The inner nodes of the guest's nodes that have been found on several mounts.
+    inner: HashMap<Inode, Inner>,
+    /// The guest's node and the inner node of each handle for which they differ.
+    handles: HashMap<Handle, (Inode, Inode)>,
+}
+
+struct Mount {
+    group: u32,
+    writable: bool,
+    name: String,
+    /// The guest's node of the root.
+    root: Option<Inode>,
+    /// The mounts that contain the root of this mount.
+    wider: BTreeSet<u32>,
+    /// Number of the guest's nodes whose inner nodes are on this mount.
+    nodes: usize,
+}
+
+struct Inner {
+    inode: Inode,
+    /// Number of references to the inner node.
+    count: u64,
+    /// The mount of the first inner node, whose number is the guest's node.
+    first_mount: u32,
+}
+
+impl Joins {
+    /// Records a mount, whose root has been looked up. Returns the number of its group.
+    pub fn mount(&mut self, mount: u32, found: &JoinedMount<'_>, name: &str, nodes: &HashMap<Inode, Node>) -> u32 {
+        let group = match self.groups.get(found.group) {
+            Some(&group) => group,
+            None => {
+                self.last_group = self.last_group.wrapping_add(1).max(1);
+                self.groups.insert(found.group.to_owned(), self.last_group);
+                self.last_group
+            }
+        };
+        self.mounts.entry(mount).or_insert_with(|| Mount {
+            group,
+            writable: found.writable,
+            name: name.to_owned(),
+            root: None,
+            wider: BTreeSet::new(),
+            nodes: 0,
+        });
+        let has_others = self.mounts.iter().any(|(number, other)| *number != mount && other.group == group);
+        if has_others && self.joined.insert(group) {
+            let of_group = |node: &Node| self.mounts.get(&node.mount).is_some_and(|mount| mount.group == group);
+            let known = nodes.iter().filter(|(_, node)| node.file != 0 && of_group(node));
+            self.by_file.extend(known.map(|(inode, node)| ((group, node.file), *inode)));
+        }
+        group
+    }
+
+    /// Removes the record of a mount if no node is on it.
+    pub fn remove_unused(&mut self, mount: u32) {
+        let Some(group) = self.mounts.get(&mount).filter(|mount| mount.nodes == 0).map(|mount| mount.group) else {
+            return;
+        };
+        self.mounts.remove(&mount);
+        if !self.mounts.values().any(|other| other.group == group) {
+            self.joined.remove(&group);
+            self.groups.retain(|_, number| *number != group);
+        }
+    }
+
+    /// Returns whether a group has several mounts.
+    pub fn is_active(&self) -> bool {
+        !self.joined.is_empty()
+    }
+
+    /// Returns the number of the group of a mount.
+    pub fn group_of(&self, mount: u32) -> Option<u32> {
+        self.mounts.get(&mount).map(|mount| mount.group)
+    }
+
+    /// Returns the number of the group of a mount if the group has several mounts.
+    pub fn joined_group_of(&self, mount: u32) -> Option<u32> {
+        self.group_of(mount).filter(|group| self.joined.contains(group))
+    }
+
+    /// Sets the root of a mount.
+    pub fn set_root(&mut self, mount: u32, root: Inode) {
+        if let Some(mount) = self.mounts.get_mut(&mount) {
+            mount.root = Some(root);
+        }
+    }
+
+    /// Records a new node of the guest.
+    pub fn added(&mut self, inode: Inode, node: &Node) {
+        if let Some(mount) = self.mounts.get_mut(&node.mount) {
+            mount.nodes += 1;
+        }
+        if let Some(group) = self.joined_group_of(node.mount).filter(|_| node.file != 0) {
+            self.by_file.insert((group, node.file), inode);
+        }
+    }
+
+    /// Records that the guest has dropped its last reference of a node. `count` is the number of references that it has
+    /// dropped now. Returns the references to drop.
+    pub fn removed(&mut self, inode: Inode, node: &Node, count: u64) -> Surplus {
+        if let Some(group) = self.joined_group_of(node.mount)
+            && self.by_file.get(&(group, node.file)) == Some(&inode)
+        {
+            self.by_file.remove(&(group, node.file));
+        }
+        if let Some(mount) = self.mounts.get_mut(&node.mount) {
+            mount.nodes = mount.nodes.saturating_sub(1);
+            self.remove_unused(node.mount);
+        }
+        let inner = self.inner.remove(&inode);
+        inner.map_or(Surplus { inner: inode, count }, |Inner { inode, count, .. }| Surplus { inner: inode, count })
+    }
+
+    /// Returns whether the references of a node are counted here, and are dropped only with the last one.
+    pub fn counts(&self, inode: Inode) -> bool {
+        self.inner.contains_key(&inode)
+    }
+
+    /// Returns the inner node of a node.
+    pub fn inner_of(&self, inode: Inode) -> Inode {
+        self.inner.get(&inode).map_or(inode, |inner| inner.inode)
+    }
+
+    /// Returns the mount of the first inner node, if the node has been found on several mounts.
+    pub fn first_mount_of(&self, inode: Inode) -> Option<u32> {
+        self.inner.get(&inode).map(|inner| inner.first_mount)
+    }
+
+    /// Finds the guest's node of a file that was found on a mount of a joined group. If there is one, replaces the node
+    /// in the answer, counts the answer, and returns the references to drop, if any. Otherwise returns `Err`.
+    pub fn find(
+        &mut self,
+        (group, mount, is_root): (u32, u32, bool),
+        entry: &mut Entry,
+        nodes: &mut HashMap<Inode, Node>,
+    ) -> Result<Option<Surplus>, ()> {
+        let (inode, found) = (*self.by_file.get(&(group, entry.attr.ino)).ok_or(())?, entry.inode);
+        let node = nodes.get_mut(&inode).ok_or(())?;
+        let count = u64::from(node.lookups);
+        node.lookups = node.lookups.saturating_add(1);
+        entry.inode = inode;
+        if is_root {
+            self.set_root(mount, inode);
+        }
+        let current = self.inner_of(inode);
+        if current == found {
+            if let Some(inner) = self.inner.get_mut(&inode) {
+                inner.count = inner.count.saturating_add(1);
+            }
+            return Ok(None);
+        }
+        let first_mount = node.mount;
+        let inner = self.inner.entry(inode).or_insert(Inner { inode, count, first_mount });
+        if mount == node.mount {
+            return Ok(Some(Surplus { inner: found, count: 1 }));
+        }
+        let dropped = Surplus { inner: inner.inode, count: inner.count };
+        self.compare(inode, node.mount, mount);
+        if !self.is_better(mount, node.mount) {
+            return Ok(Some(Surplus { inner: found, count: 1 }));
+        }
+        if let Some(inner) = self.inner.get_mut(&inode) {
+            (inner.inode, inner.count) = (found, 1);
+        }
+        let old = std::mem::replace(&mut node.mount, mount);
+        if let Some(mount) = self.mounts.get_mut(&mount) {
+            mount.nodes += 1;
+        }
+        if let Some(mount) = self.mounts.get_mut(&old) {
+            mount.nodes = mount.nodes.saturating_sub(1);
+            self.remove_unused(old);
+        }
+        Ok(Some(dropped))
+    }
+
+    /// Records which of two mounts contains the other, if both have a file that is the root of one of them.
+    fn compare(&mut self, inode: Inode, first: u32, second: u32) {
+        let is_root = |mount: u32| self.mounts.get(&mount).is_some_and(|mount| mount.root == Some(inode));
+        let (part, wider) = match (is_root(first), is_root(second)) {
+            (true, false) => (first, second),
+            (false, true) => (second, first),
+            _ => return,
+        };
+        if let Some(part) = self.mounts.get_mut(&part) {
+            part.wider.insert(wider);
+        }
+    }
+
+    fn is_better(&self, new: u32, old: u32) -> bool {
+        let (Some(of_new), Some(of_old)) = (self.mounts.get(&new), self.mounts.get(&old)) else { return false };
+        match (of_new.writable, of_old.writable) {
+            (true, false) => true,
+            (false, true) => false,
+            _ => of_old.wider.contains(&new),
+        }
+    }
+
+    /// Returns how to find a node on a better mount, if the root of its mount has been found on a better mount.
+    pub fn stale(&self, inode: Inode, nodes: &HashMap<Inode, Node>) -> Option<Stale> {
+        let current = nodes.get(&inode)?.mount;
+        let mount = self.mounts.get(&current)?;
+        let root = mount.root?;
+        let better = nodes.get(&root)?.mount;
+        self.is_better(better, current).then(|| Stale { mount: mount.name.clone(), root })
+    }
+
+    /// Records a handle whose inner node is not the guest's node.
+    pub fn opened(&mut self, handle: Handle, inode: Inode, inner: Inode) {
+        self.handles.insert(handle, (inode, inner));
+    }
+
+    /// Removes the record of a handle.
+    pub fn closed(&mut self, handle: Handle) {
+        self.handles.remove(&handle);
+    }
+
+    /// Returns the inner node with which a handle was opened. Returns `None` if the handle belongs to another node.
+    pub fn inner_of_handle(&self, inode: Inode, handle: Handle) -> Option<Inode> {
+        match self.handles.get(&handle) {
+            None => Some(inode),
+            Some(&(of, inner)) => (of == inode).then_some(inner),
+        }
+    }
+}
