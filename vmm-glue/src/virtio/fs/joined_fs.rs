@@ -1,8 +1,9 @@
 //! Serves each request for a node of the guest with the inner node ([`joins`](super::joins)).
 //!
 //! An inner node can change when another request finds the file on a better mount. A request that has used the earlier
-//! inner node then fails with EBADF, and is repeated. A request can also fail with EROFS or EXDEV because the guest has
-//! not looked the node up since a better mount arrived. This module then looks the node up, as the guest would.
+//! inner node of a file then fails with EBADF, and is repeated. A directory keeps its earlier inner nodes. A request can
+//! also fail with EROFS or EXDEV because the guest has not looked the node up since a better mount arrived. This module
+//! then looks the node up, as the guest would.
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
@@ -24,7 +25,7 @@ use super::ids::{Handle, Inode};
 use super::joins::Surplus;
 use super::nodes::{Dropped, Nodes, Place};
 use super::share_fs::ShareFs;
-use super::tmpfile::is_temporary;
+use super::tmpfile::{Relative, is_temporary};
 
 /// Maximum number of times that a request is repeated. Each repetition follows a change of an inner node, and a node
 /// moves only to better mounts.
@@ -68,7 +69,7 @@ impl JoinedFs {
         flags: u32,
         umask: u32,
     ) -> io::Result<(Entry, Handle)> {
-        let create = |place: Place| self.fs.create_temporary(ctx, place.inner, mode, flags, umask);
+        let create = |place: Place| self.fs.create_temporary(ctx, (place.inner, parent), mode, flags, umask);
         let (_, created) = self.call(ctx, parent, create)?;
         self.nodes.add_unnamed(parent, created.0.inode);
         Ok(created)
@@ -287,13 +288,14 @@ impl FileSystem for JoinedFs {
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
-        let Some(Dropped { references: Surplus { inner, count }, is_last }) = self.nodes.forget(inode, count) else {
-            return;
-        };
+        let Some(Dropped { references, is_last }) = self.nodes.forget(inode, count) else { return };
         // A temporary file is never closed under virtiofsd's lock.
-        let open = if is_last && !is_temporary(inner) { closing::keep_open(&self.fs, ctx, inner) } else { None };
-        self.fs.forget(ctx, inner, count);
-        if let Some(handle) = open {
+        let current = references.last().map(|current| current.inner).filter(|&inner| is_last && !is_temporary(inner));
+        let open = current.and_then(|inner| Some((inner, closing::keep_open(&self.fs, ctx, inner)?)));
+        for Surplus { inner, count } in references {
+            self.fs.forget(ctx, inner, count);
+        }
+        if let Some((inner, handle)) = open {
             closing::close(&self.fs, ctx, inner, handle);
         }
     }
@@ -308,6 +310,15 @@ impl FileSystem for JoinedFs {
         let (place, opened) = self.call(ctx, inode, |place| self.fs.opendir(ctx, place.inner, flags))?;
         self.nodes.opened(opened.0, inode, place.inner);
         Ok(opened)
+    }
+
+    fn statfs(&self, ctx: Context, inode: Inode) -> io::Result<libc::statvfs64> {
+        let node = match is_temporary(inode).then(|| self.fs.relative_of_temporary(inode)).transpose()? {
+            Some(Relative::Alias(inner)) => return self.fs.statfs(ctx, inner),
+            Some(Relative::Parent(node)) => node,
+            None => inode,
+        };
+        Ok(self.call(ctx, node, |place| self.fs.statfs(ctx, place.inner))?.1)
     }
 
     fn setattr(
@@ -415,7 +426,6 @@ impl FileSystem for JoinedFs {
     }
 
     by_node! {
-        fn statfs(ctx: Context, inode: Inode) -> libc::statvfs64;
         fn unlink(ctx: Context, parent: Inode, name: &CStr) -> ();
         fn rmdir(ctx: Context, parent: Inode, name: &CStr) -> ();
         fn getattr(ctx: Context, inode: Inode, handle: Option<Handle>) -> (Attr, Duration);

@@ -15,8 +15,17 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use virtiofsd::filesystem::Entry;
 
 use super::ids::{Handle, Inode};
-use super::nodes::Node;
 use crate::config::JoinedMount;
+
+/// A node that the guest has looked up and not forgotten.
+pub struct Node {
+    /// The mount of the inner node.
+    pub mount: u32,
+    /// Number of lookups that the guest has not forgotten.
+    pub lookups: u32,
+    /// The inode number of the file, or 0 if the file has no name.
+    pub file: u64,
+}
 
 /// References of one of virtiofsd's nodes that are to be dropped.
 #[derive(Debug, PartialEq, Eq)]
@@ -71,6 +80,9 @@ struct Inner {
     count: u64,
     /// The mount of the first inner node, whose number is the guest's node.
     first_mount: u32,
+    /// The earlier inner nodes of a directory. A request that creates a file may still use them, and must not fail after
+    /// it has created the file.
+    earlier: Vec<Surplus>,
 }
 
 impl Joins {
@@ -147,7 +159,7 @@ impl Joins {
 
     /// Records that the guest has dropped its last reference of a node. `count` is the number of references that it has
     /// dropped now. Returns the references to drop.
-    pub fn removed(&mut self, inode: Inode, node: &Node, count: u64) -> Surplus {
+    pub fn removed(&mut self, inode: Inode, node: &Node, count: u64) -> Vec<Surplus> {
         if let Some(group) = self.joined_group_of(node.mount)
             && self.by_file.get(&(group, node.file)) == Some(&inode)
         {
@@ -157,8 +169,13 @@ impl Joins {
             mount.nodes = mount.nodes.saturating_sub(1);
             self.remove_unused(node.mount);
         }
-        let inner = self.inner.remove(&inode);
-        inner.map_or(Surplus { inner: inode, count }, |Inner { inode, count, .. }| Surplus { inner: inode, count })
+        match self.inner.remove(&inode) {
+            None => vec![Surplus { inner: inode, count }],
+            Some(Inner { inode, count, mut earlier, .. }) => {
+                earlier.push(Surplus { inner: inode, count });
+                earlier
+            }
+        }
     }
 
     /// Returns whether the references of a node are counted here, and are dropped only with the last one.
@@ -200,7 +217,7 @@ impl Joins {
             return Ok(None);
         }
         let first_mount = node.mount;
-        let inner = self.inner.entry(inode).or_insert(Inner { inode, count, first_mount });
+        let inner = self.inner.entry(inode).or_insert_with(|| Inner { inode, count, first_mount, earlier: Vec::new() });
         if mount == node.mount {
             return Ok(Some(Surplus { inner: found, count: 1 }));
         }
@@ -209,8 +226,12 @@ impl Joins {
         if !self.is_better(mount, node.mount) {
             return Ok(Some(Surplus { inner: found, count: 1 }));
         }
+        let mut dropped = Some(dropped);
         if let Some(inner) = self.inner.get_mut(&inode) {
             (inner.inode, inner.count) = (found, 1);
+            if entry.attr.mode & libc::S_IFMT == libc::S_IFDIR {
+                inner.earlier.extend(dropped.take());
+            }
         }
         let old = std::mem::replace(&mut node.mount, mount);
         if let Some(mount) = self.mounts.get_mut(&mount) {
@@ -220,7 +241,7 @@ impl Joins {
             mount.nodes = mount.nodes.saturating_sub(1);
             self.remove_unused(old);
         }
-        Ok(Some(dropped))
+        Ok(dropped)
     }
 
     /// Records which of two mounts contains the other, if both have a file that is the root of one of them.

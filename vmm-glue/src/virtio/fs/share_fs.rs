@@ -18,7 +18,7 @@ use virtiofsd::passthrough::credentials::drop_effective_cap;
 
 use super::closing;
 use super::ids::{Handle, Inode};
-use super::tmpfile::{TemporaryFiles, is_temporary};
+use super::tmpfile::{Relative, TemporaryFiles, is_temporary};
 
 type Opened = (Option<Handle>, OpenOptions);
 
@@ -34,16 +34,23 @@ impl ShareFs {
         Self { passthrough, temporary }
     }
 
-    /// Creates a file without a name (TMPFILE).
+    /// Returns a node on the file system of a temporary file.
+    pub fn relative_of_temporary(&self, inode: Inode) -> io::Result<Relative> {
+        self.temporary.relative(inode)
+    }
+
+    /// Creates a file without a name (TMPFILE) in a directory, whose guest's node is `parent`.
     pub fn create_temporary(
         &self,
         ctx: Context,
-        parent: Inode,
+        (directory, parent): (Inode, Inode),
         mode: u32,
         flags: u32,
         umask: u32,
     ) -> io::Result<(Entry, Handle)> {
-        self.with_directory(ctx, parent, |directory| self.temporary.create(ctx, parent, directory, mode, flags, umask))
+        self.with_directory(ctx, directory, |directory| {
+            self.temporary.create(ctx, parent, directory, mode, flags, umask)
+        })
     }
 
     /// Calls a function with the file of a handle.
@@ -289,7 +296,6 @@ impl FileSystem for ShareFs {
     }
 
     fn statfs(&self, ctx: Context, inode: Inode) -> io::Result<libc::statvfs64> {
-        let inode = if is_temporary(inode) { self.temporary.known_to_virtiofsd(inode)? } else { inode };
         self.passthrough.statfs(ctx, inode)
     }
 

@@ -77,11 +77,20 @@ struct Known {
     alias: Option<Inode>,
 }
 
+/// A node on the file system of a temporary file.
+pub enum Relative {
+    /// virtiofsd's node of the file.
+    Alias(Inode),
+    /// The guest's node of the directory in which it has created the file. The guest's kernel keeps this directory as
+    /// long as the file has no name.
+    Parent(Inode),
+}
+
 /// A temporary file.
 pub struct Node {
     /// An O_PATH fd, which permits no access to the data, and does not count as a writer.
     path: CountedFile,
-    /// The directory in which the guest has created the file.
+    /// The guest's node of the directory in which it has created the file.
     parent: Inode,
 }
 
@@ -190,11 +199,11 @@ impl TemporaryFiles {
         state.handles.get(&handle).filter(|open| open.inode == inode).cloned().ok_or_else(bad_number)
     }
 
-    /// Returns a node of virtiofsd's on the file system of a file: the file's alias, or the directory in which the
-    /// guest has created the file. The guest's kernel keeps this directory as long as the file has no name.
-    pub fn known_to_virtiofsd(&self, inode: Inode) -> io::Result<Inode> {
+    /// Returns a node on the file system of a file that virtiofsd knows.
+    pub fn relative(&self, inode: Inode) -> io::Result<Relative> {
         let state = self.lock();
-        state.nodes.get(&inode).map(|known| known.alias.unwrap_or(known.node.parent)).ok_or_else(bad_number)
+        let known = state.nodes.get(&inode).ok_or_else(bad_number)?;
+        Ok(known.alias.map_or(Relative::Parent(known.node.parent), Relative::Alias))
     }
 
     /// Gives a file a name. Fails with ENOENT if the guest has created the file with O_EXCL.
