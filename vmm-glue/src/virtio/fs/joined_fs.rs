@@ -2,8 +2,9 @@
 //!
 //! An inner node can change when another request finds the file on a better mount. A request that has used the earlier
 //! inner node of a file then fails with EBADF, and is repeated. A directory keeps its earlier inner nodes. A request can
-//! also fail with EROFS or EXDEV because the guest has not looked the node up since a better mount arrived. This module
-//! then looks the node up, as the guest would.
+//! also fail with EROFS or EXDEV because the guest has not looked the node up since a better mount arrived, and with
+//! EACCES because the shim has unmounted the mount of the inner node. This module then looks the node up, as the guest
+//! would.
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
@@ -22,7 +23,7 @@ use virtiofsd::fuse::{Attr, FsOptions, OpenOptions, SetattrIn, SetattrValid, Set
 
 use super::closing;
 use super::ids::{Handle, Inode};
-use super::joins::Surplus;
+use super::joins::{MountPoint, Surplus};
 use super::nodes::{Dropped, Nodes, Place};
 use super::share_fs::ShareFs;
 use super::tmpfile::{Relative, is_temporary};
@@ -95,7 +96,7 @@ impl JoinedFs {
                 Ok(value) => return Ok((places, value)),
                 Err(error) => error,
             };
-            if matches!(error.raw_os_error(), Some(libc::EROFS | libc::EXDEV)) {
+            if matches!(error.raw_os_error(), Some(libc::EROFS | libc::EXDEV | libc::EACCES)) {
                 nodes.iter().for_each(|&node| self.find_again(ctx, node));
             } else if error.raw_os_error() != Some(libc::EBADF) {
                 return Err(error);
@@ -138,24 +139,47 @@ impl JoinedFs {
         Ok(entry)
     }
 
-    /// If the root of a node's mount has been found on a better mount, looks the node up there. Each lookup is one that
-    /// the guest could make. Best effort: the node does not move if it has another path by now.
+    /// If the root of a node's mount has been found on a better mount, or the mount is gone, looks the node up from the
+    /// root. Each lookup is one that the guest could make. Best effort: the node does not move if it has another path by
+    /// now.
     fn find_again(&self, ctx: Context, node: Inode) {
-        let Some(stale) = self.nodes.stale(node) else { return };
+        let Some(origin) = self.nodes.origin(node) else { return };
         let Ok(path) = self.path(ctx, node) else { return };
-        let below = path.components().skip_while(|part| part.as_os_str() != stale.mount.as_str()).skip(1);
-        let names = below.map(|part| match part {
+        // The path of a file begins at the root of its mount if the mount is detached.
+        let below = path.iter().position(|part| part == origin.name.as_str());
+        if below.is_none() {
+            self.nodes.set_gone(origin.mount);
+        } else if !origin.is_stale {
+            return;
+        }
+        let names = path.components().skip(below.map_or(0, |at| at + 1)).filter(|part| *part != Component::RootDir);
+        let names = names.map(|part| match part {
             Component::Normal(name) => CString::new(name.as_bytes()).ok(),
             _ => None,
         });
         let Some(names) = names.collect::<Option<Vec<_>>>().filter(|names| names.len() <= MAX_DEPTH) else { return };
-        let (mut directory, mut found) = (stale.root, Vec::new());
+        let (mut directory, mut found) = (origin.root, Vec::new());
+        self.leave_gone_mount(ctx, directory, &mut found);
         for name in &names {
             let Ok(entry) = self.lookup(ctx, directory, name) else { break };
             found.push(entry.inode);
             directory = entry.inode;
+            self.leave_gone_mount(ctx, directory, &mut found);
         }
         found.into_iter().rev().for_each(|inode| self.forget(ctx, inode, 1));
+    }
+
+    /// If a node is on a mount that is gone, and is the root of another mount, looks the other mount up. Adds the nodes
+    /// to `found`.
+    fn leave_gone_mount(&self, ctx: Context, node: Inode, found: &mut Vec<Inode>) {
+        while let Some(MountPoint { mount, directory, name }) = self.nodes.other_mount_of_root(node) {
+            let root = CString::new(name).ok().and_then(|name| self.lookup(ctx, directory, &name).ok());
+            let root = root.map(|entry| entry.inode);
+            found.extend(root);
+            if root != Some(node) {
+                self.nodes.set_gone(mount);
+            }
+        }
     }
 
     /// Returns the path of a directory or regular file.

@@ -8,6 +8,7 @@
 //! As long as a group has one mount, this module only counts the nodes of the mount. From the second mount on, each node
 //! of the guest stands for one of virtiofsd's nodes, the inner node. The inner node is on the best mount on which the
 //! guest has found the file: a writable mount rather than a read-only mount, and then a mount that contains the other.
+//! A mount that the shim has unmounted is worse than all others.
 //! The host's kernel checks each request on this mount. The guest gets no access that it does not have by another name.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -36,13 +37,28 @@ pub struct Surplus {
     pub count: u64,
 }
 
-/// A node that has to be found again on a better mount.
+/// The mount of an inner node.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Stale {
-    /// Name of the mount on which the inner node is.
-    pub mount: String,
-    /// The root of this mount. Its inner node is on the better mount.
+pub struct Origin {
+    /// The mount.
+    pub mount: u32,
+    /// Name of the mount.
+    pub name: String,
+    /// The guest's node of the mount's root.
     pub root: Inode,
+    /// Whether the inner node of the root is on a better mount.
+    pub is_stale: bool,
+}
+
+/// Where the guest looks a mount up.
+#[derive(Debug, PartialEq, Eq)]
+pub struct MountPoint {
+    /// The mount.
+    pub mount: u32,
+    /// The directory of the share in which the mount is.
+    pub directory: Inode,
+    /// Name of the mount.
+    pub name: String,
 }
 
 /// The mounts that can be joined, and the nodes of joined mounts.
@@ -50,8 +66,10 @@ pub struct Stale {
 pub struct Joins {
     groups: HashMap<String, u32>,
     last_group: u32,
-    /// The mounts that have nodes, or whose root is being looked up.
+    /// The mounts that have nodes or a root, or whose root is being looked up.
     mounts: HashMap<u32, Mount>,
+    /// The mounts of each root.
+    roots: HashMap<Inode, BTreeSet<u32>>,
     /// The groups with several mounts.
     joined: HashSet<u32>,
     /// The guest's node of each file of a joined group, by the inode number.
@@ -65,7 +83,11 @@ pub struct Joins {
 struct Mount {
     group: u32,
     writable: bool,
+    /// The directory of the share in which the mount is.
+    directory: Inode,
     name: String,
+    /// Whether the shim has unmounted the mount. The VMM's jail then denies access to its files.
+    gone: bool,
     /// The guest's node of the root.
     root: Option<Inode>,
     /// The mounts that contain the root of this mount.
@@ -87,7 +109,13 @@ struct Inner {
 
 impl Joins {
     /// Records a mount, whose root has been looked up. Returns the number of its group.
-    pub fn mount(&mut self, mount: u32, found: &JoinedMount<'_>, name: &str, nodes: &HashMap<Inode, Node>) -> u32 {
+    pub fn mount(
+        &mut self,
+        mount: u32,
+        found: &JoinedMount<'_>,
+        (directory, name): (Inode, &str),
+        nodes: &HashMap<Inode, Node>,
+    ) -> u32 {
         let group = match self.groups.get(found.group) {
             Some(&group) => group,
             None => {
@@ -96,14 +124,17 @@ impl Joins {
                 self.last_group
             }
         };
-        self.mounts.entry(mount).or_insert_with(|| Mount {
+        let known = self.mounts.entry(mount).or_insert_with(|| Mount {
             group,
             writable: found.writable,
+            directory,
             name: name.to_owned(),
+            gone: false,
             root: None,
             wider: BTreeSet::new(),
             nodes: 0,
         });
+        known.gone = false;
         let has_others = self.mounts.iter().any(|(number, other)| *number != mount && other.group == group);
         if has_others && self.joined.insert(group) {
             let of_group = |node: &Node| self.mounts.get(&node.mount).is_some_and(|mount| mount.group == group);
@@ -113,11 +144,10 @@ impl Joins {
         group
     }
 
-    /// Removes the record of a mount if no node is on it.
+    /// Removes the record of a mount if no node is on it, and the guest does not know its root.
     pub fn remove_unused(&mut self, mount: u32) {
-        let Some(group) = self.mounts.get(&mount).filter(|mount| mount.nodes == 0).map(|mount| mount.group) else {
-            return;
-        };
+        let is_unused = |mount: &&Mount| mount.nodes == 0 && mount.root.is_none();
+        let Some(group) = self.mounts.get(&mount).filter(is_unused).map(|mount| mount.group) else { return };
         self.mounts.remove(&mount);
         if !self.mounts.values().any(|other| other.group == group) {
             self.joined.remove(&group);
@@ -140,11 +170,14 @@ impl Joins {
         self.group_of(mount).filter(|group| self.joined.contains(group))
     }
 
-    /// Sets the root of a mount.
+    /// Sets the root of a mount. The root must be a known node.
     pub fn set_root(&mut self, mount: u32, root: Inode) {
-        if let Some(mount) = self.mounts.get_mut(&mount) {
-            mount.root = Some(root);
+        let Some(known) = self.mounts.get_mut(&mount) else { return };
+        let old = known.root.replace(root);
+        if let Some(mounts) = old.and_then(|old| self.roots.get_mut(&old)) {
+            mounts.remove(&mount);
         }
+        self.roots.entry(root).or_default().insert(mount);
     }
 
     /// Records a new node of the guest.
@@ -164,6 +197,12 @@ impl Joins {
             && self.by_file.get(&(group, node.file)) == Some(&inode)
         {
             self.by_file.remove(&(group, node.file));
+        }
+        for mount in self.roots.remove(&inode).unwrap_or_default() {
+            if let Some(mount) = self.mounts.get_mut(&mount) {
+                mount.root = None;
+            }
+            self.remove_unused(mount);
         }
         if let Some(mount) = self.mounts.get_mut(&node.mount) {
             mount.nodes = mount.nodes.saturating_sub(1);
@@ -259,20 +298,38 @@ impl Joins {
 
     fn is_better(&self, new: u32, old: u32) -> bool {
         let (Some(of_new), Some(of_old)) = (self.mounts.get(&new), self.mounts.get(&old)) else { return false };
-        match (of_new.writable, of_old.writable) {
-            (true, false) => true,
-            (false, true) => false,
+        match (of_new.gone, of_old.gone, of_new.writable, of_old.writable) {
+            (true, ..) | (false, false, false, true) => false,
+            (false, true, ..) | (false, false, true, false) => true,
             _ => of_old.wider.contains(&new),
         }
     }
 
-    /// Returns how to find a node on a better mount, if the root of its mount has been found on a better mount.
-    pub fn stale(&self, inode: Inode, nodes: &HashMap<Inode, Node>) -> Option<Stale> {
+    /// Returns the mount of the inner node of a node, if the mount can be joined.
+    pub fn origin(&self, inode: Inode, nodes: &HashMap<Inode, Node>) -> Option<Origin> {
         let current = nodes.get(&inode)?.mount;
         let mount = self.mounts.get(&current)?;
         let root = mount.root?;
-        let better = nodes.get(&root)?.mount;
-        self.is_better(better, current).then(|| Stale { mount: mount.name.clone(), root })
+        let is_stale = self.is_better(nodes.get(&root)?.mount, current);
+        Some(Origin { mount: current, name: mount.name.clone(), root, is_stale })
+    }
+
+    /// Records that the shim has unmounted a mount.
+    pub fn set_gone(&mut self, mount: u32) {
+        if let Some(mount) = self.mounts.get_mut(&mount) {
+            mount.gone = true;
+        }
+    }
+
+    /// If the mount of an inner node is gone, returns the best of the other mounts of which the node is the root.
+    pub fn other_mount_of_root(&self, inode: Inode, nodes: &HashMap<Inode, Node>) -> Option<MountPoint> {
+        let current = self.mounts.get(&nodes.get(&inode)?.mount).filter(|mount| mount.gone)?;
+        let is_other = |mount: &Mount| mount.group == current.group && !mount.gone;
+        let others = self.roots.get(&inode)?.iter().copied();
+        let others = others.filter(|mount| self.mounts.get(mount).is_some_and(is_other));
+        let mount = others.reduce(|best, other| if self.is_better(other, best) { other } else { best })?;
+        let other = self.mounts.get(&mount)?;
+        Some(MountPoint { mount, directory: other.directory, name: other.name.clone() })
     }
 
     /// Records a handle whose inner node is not the guest's node.

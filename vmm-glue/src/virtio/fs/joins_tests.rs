@@ -3,12 +3,15 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::hanging_fs::enter_mount_namespace;
 use super::test_guest::*;
 use super::test_tree::mknod;
+use crate::jail::restrict;
 
 /// FUSE_ATTR_SUBMOUNT of include/uapi/linux/fuse.h.
 const SUBMOUNT: u32 = 1;
@@ -65,6 +68,32 @@ impl Share {
         let mut guest = Guest::with_share(&self.root(), 1);
         guest.init();
         guest
+    }
+
+    /// Runs a guest whose VMM has the landlock rules of the jail. The function's second argument unmounts a mount.
+    fn confined(&mut self, run: impl FnOnce(&mut Guest, &dyn Fn(&str)) + Send) {
+        let (root, belongings) = (self.root(), belongings());
+        let (names, to_unmount) = mpsc::channel::<String>();
+        let (unmounted, result) = mpsc::channel();
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                restrict(Some(&root), false).unwrap();
+                let mut guest = Guest::with_belongings(&root, 1, belongings);
+                guest.init();
+                run(&mut guest, &|name| {
+                    names.send(name.to_owned()).unwrap();
+                    result.recv().unwrap();
+                });
+            });
+            // A thread with landlock rules cannot unmount.
+            for name in to_unmount {
+                let point = self.root().join(".volumes").join(name);
+                umount2(&point, MntFlags::MNT_DETACH).unwrap();
+                fs::remove_dir(&point).unwrap();
+                self.mounts.retain(|other| *other != point);
+                unmounted.send(()).unwrap();
+            }
+        });
     }
 
     /// Returns the number of files of the share that this process has open.
@@ -233,6 +262,44 @@ fn writable_part_of_a_read_only_whole_stays_writable_and_only_the_part() {
         assert_eq!(guest.error(MKDIR, part, &mkdir), 0);
         assert_eq!(rename(&mut guest, (part, "new"), (whole.node, "new")), libc::EXDEV);
     }
+}
+
+#[test]
+fn files_of_a_part_stay_usable_when_the_whole_is_unmounted() {
+    let mut share = Share::new();
+    fs::write(share.volume().join("outside"), "content").unwrap();
+    fs::write(share.volume().join("part/directory/later"), "content").unwrap();
+    for (below, name) in [("part", "0-rg.reader"), ("part", "1-wg.part"), ("", "2-wg.whole")] {
+        share.bind(below, name);
+    }
+    share.confined(|guest, unmount| {
+        for name in ["0-rg.reader", "1-wg.part", "2-wg.whole"] {
+            find_mount(guest, name);
+        }
+        let whole = find_mount(guest, "2-wg.whole").node;
+        let (part, outside) = (find(guest, whole, "part").node, find(guest, whole, "outside").node);
+        assert_eq!(part, find_mount(guest, "1-wg.part").node);
+        let file = find(guest, part, "file").node;
+        let directory = find(guest, part, "directory").node;
+        let inner = find(guest, directory, "inner").node;
+        let open = |guest: &mut Guest, node| open_error(guest, node, libc::O_RDWR);
+        assert_eq!([file, inner, outside].map(|node| open(guest, node)), [0; 3]);
+        unmount("2-wg.whole");
+        assert_eq!([file, inner].map(|node| open(guest, node)), [0; 2]);
+        assert_eq!(guest.error(OPENDIR, part, &words([0, 0])), 0);
+        let later = find(guest, directory, "later").node;
+        assert_eq!(open(guest, later), 0);
+        assert_eq!(rename(guest, (directory, "later"), (part, "moved")), 0);
+        // Only the whole has this file.
+        assert_eq!(open(guest, outside), libc::EACCES);
+        assert_eq!(rename(guest, (part, "moved"), (whole, "moved")), libc::EXDEV);
+        // The files move to another mount that allows writes only if there is one.
+        unmount("1-wg.part");
+        assert_eq!(open(guest, file), libc::EROFS);
+        assert_eq!(open_error(guest, file, libc::O_RDONLY), 0);
+        unmount("0-rg.reader");
+        assert_eq!(open_error(guest, file, libc::O_RDONLY), libc::EACCES);
+    });
 }
 
 #[test]

@@ -16,7 +16,7 @@ use husk_base::sync::{lock, wait_timeout};
 use virtiofsd::filesystem::Entry;
 
 use super::ids::{Handle, Inode};
-use super::joins::{Joins, Node, Stale, Surplus};
+use super::joins::{Joins, MountPoint, Node, Origin, Surplus};
 use super::tmpfile::is_temporary;
 use crate::config::joined_mount;
 
@@ -189,7 +189,7 @@ impl Nodes {
                 let point = self.hash(directory, name.as_bytes());
                 let known = state.mount_points.get(&point).copied();
                 let mount = known.unwrap_or_else(|| new_mount(state, point));
-                entry.attr.rdev = state.joins.mount(mount, &found, name, &state.nodes);
+                entry.attr.rdev = state.joins.mount(mount, &found, (directory, name), &state.nodes);
                 self.joined.fetch_or(state.joins.is_active(), Ordering::AcqRel);
                 joined = Some(mount);
             }
@@ -213,12 +213,12 @@ impl Nodes {
             Some(mount) => mount,
             None => new_mount(state, self.hash(directory, name.to_bytes())),
         };
-        if joined.is_some() {
-            state.joins.set_root(mount, entry.inode);
-        }
         if entry.inode != ROOT && state.nodes.len() < self.max {
             let file = if is_temporary(entry.inode) { 0 } else { entry.attr.ino };
             insert(state, entry.inode, Node { mount, lookups: 1, file });
+            if joined.is_some() {
+                state.joins.set_root(mount, entry.inode);
+            }
         }
         state.joins.remove_unused(mount);
         None
@@ -233,10 +233,21 @@ impl Nodes {
         }
     }
 
-    /// Returns how to find a node on a better mount.
-    pub fn stale(&self, inode: Inode) -> Option<Stale> {
+    /// Returns the mount of the inner node of a node, if the mount can be joined.
+    pub fn origin(&self, inode: Inode) -> Option<Origin> {
         let state = self.lock();
-        state.joins.stale(inode, &state.nodes)
+        state.joins.origin(inode, &state.nodes)
+    }
+
+    /// Records that the shim has unmounted a mount that can be joined.
+    pub fn set_gone(&self, mount: u32) {
+        self.lock().joins.set_gone(mount);
+    }
+
+    /// If the mount of an inner node is gone, returns another mount of which the node is the root.
+    pub fn other_mount_of_root(&self, inode: Inode) -> Option<MountPoint> {
+        let state = self.lock();
+        state.joins.other_mount_of_root(inode, &state.nodes)
     }
 
     /// Records a handle that was opened with an inner node.
