@@ -8,7 +8,10 @@ use std::{
 use husk_vmm::config::PRIVATE_SUFFIX;
 use nix::sys::{
     stat::fstat,
-    statfs::{OVERLAYFS_SUPER_MAGIC, fstatfs},
+    statfs::{
+        BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, F2FS_SUPER_MAGIC, FsType, NFS_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC,
+        fstatfs,
+    },
     statvfs::{FsFlags, fstatvfs},
 };
 
@@ -36,6 +39,19 @@ pub struct Source<'a> {
 
 /// The flags of the host's mounts that every mount of the share has.
 pub const IGNORED_FLAGS: FsFlags = FsFlags::ST_NOSUID.union(FsFlags::ST_NODEV).union(FsFlags::ST_NOEXEC);
+
+/// File systems on which two files of one device never have the same inode number. ext2 and ext3 have the number of
+/// ext4. The numbers of CephFS and ZFS are from their own sources (fs/ceph/super.h, include/sys/fs/zfs.h).
+const UNIQUE_INODES: [FsType; 8] = [
+    EXT4_SUPER_MAGIC,
+    XFS_SUPER_MAGIC,
+    BTRFS_SUPER_MAGIC,
+    F2FS_SUPER_MAGIC,
+    TMPFS_MAGIC,
+    NFS_SUPER_MAGIC,
+    FsType(0x00c3_6400),
+    FsType(0x2fc1_2fc1),
+];
 
 /// How the VMM joins a mount with other mounts of the share ([`husk_vmm::config::JoinedMount`]).
 #[derive(Debug, PartialEq, Eq)]
@@ -98,9 +114,11 @@ impl MountKey {
     /// # Errors
     /// The errors of fstatfs(2) and fstatvfs(2).
     pub fn group(&self, source: &Source<'_>) -> io::Result<Option<Group>> {
-        // In an overlay, files of different layers can have the same inode number.
-        let joins = source.directory && !source.private && source.flags.recursive;
-        if !joins || fstatfs(source.file)?.filesystem_type() == OVERLAYFS_SUPER_MAGIC {
+        // The host can later mount a file below a volume that is a slave. virtiofsd does not mark a file as a mount, and
+        // the file could have the inode number of another.
+        let is_slave = self.flags & Self::SLAVE != 0;
+        let joins = source.directory && !source.private && source.flags.recursive && !is_slave;
+        if !joins || !UNIQUE_INODES.contains(&fstatfs(source.file)?.filesystem_type()) {
             return Ok(None);
         }
         let mut host = fstatvfs(source.file)?.flags() - IGNORED_FLAGS;
@@ -108,8 +126,8 @@ impl MountKey {
         if source.flags.read_only {
             host -= FsFlags::ST_RDONLY;
         }
-        let (host, device, flags) = (host.bits(), self.device, self.flags & (Self::RECURSIVE | Self::SLAVE));
-        Ok(Some(Group { writable, text: format!("{host:x}-{device:x}-{flags:x}{}", self.rest) }))
+        let (host, device) = (host.bits(), self.device);
+        Ok(Some(Group { writable, text: format!("{host:x}-{device:x}{}", self.rest) }))
     }
 
     /// Parses the text of a key. Returns `None` if the text is not the text of a key.
@@ -250,12 +268,17 @@ mod tests {
             assert!(whole.as_ref().is_some_and(|group| group.writable));
             let read_only = group(&sub, &["rbind", "ro"], false);
             assert_eq!((text(&read_only), read_only.unwrap().writable), (text(&whole), false));
-            assert_ne!(text(&group(&sub, &["rbind", "rslave"], false)), text(&whole));
             let file = root.join("file");
             std::fs::write(&file, "").unwrap();
             assert_eq!(
-                [group(&sub, &["bind"], false), group(&sub, &["rbind"], true), group(&file, &["rbind"], false)],
-                [const { None }; 3]
+                [
+                    group(&sub, &["bind"], false),
+                    group(&sub, &["rbind"], true),
+                    group(&sub, &["rbind", "rslave"], false),
+                    group(&file, &["rbind"], false),
+                    group(Path::new("/proc"), &["rbind"], false),
+                ],
+                [const { None }; 5]
             );
             // The guest does not enforce the flags of the host's mount.
             let (none, flags) = (None::<&Path>, MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY);

@@ -362,44 +362,40 @@ fn containers_meet_if_a_part_or_a_read_only_mount_comes_first() {
     need_image(PYTHON);
     let (plain, only_reads) = (json!({}), json!({ "readonly": true }));
     pods("cri-volume-orders", |pods| {
-        for plugin in ["kubernetes.io~csi", "kubernetes.io~local-volume"] {
-            // The part is writable, and comes first.
-            let pod = pods.pod();
-            let pod_dir = PodDir::of(&pod);
-            let volume = pod_dir.volume(plugin);
-            let part = pod_dir.sub_path(&volume, 1);
-            start_program(&pod, MEETING_SERVER, &part);
-            let whole = "held 1 through a fifo writes content";
-            for (source, at, more, expected) in [
-                (&volume, "/data/sub", &only_reads, "held 1 through a fifo Read-only file system"),
-                (&volume, "/data/sub", &plain, whole),
-                (&part, "/data", &only_reads, "held 1 through a fifo Read-only file system"),
-                (&part, "/data", &plain, "held 1 through a fifo writes"),
-                (&volume, "/data/sub", &plain, whole),
-            ] {
-                let output = run_program(&pod, MEETING_CLIENT, source, at, more);
-                assert_eq!(output, expected, "{} of {plugin} at {at}, {more}", source.display());
-            }
-            pod.remove();
-            // All readers come first.
-            let pod = pods.pod();
-            let pod_dir = PodDir::of(&pod);
-            let volume = pod_dir.volume(plugin);
-            let part = pod_dir.sub_path(&volume, 1);
-            for source in [&part, &volume] {
-                start_program_with(&pod, HOLDER, source, &only_reads);
-            }
-            start_program(&pod, MEETING_SERVER, &volume);
-            for (source, at, more, expected) in [
-                (&part, "/data", &only_reads, "held 1 through a fifo Read-only file system"),
-                (&volume, "/data/sub", &only_reads, "held 1 through a fifo Read-only file system"),
-                (&volume, "/data/sub", &plain, whole),
-                (&part, "/data", &plain, "held 1 through a fifo writes"),
-            ] {
-                let output = run_program(&pod, MEETING_CLIENT, source, at, more);
-                assert_eq!(output, expected, "{} of {plugin} at {at}, {more}, after readers", source.display());
-            }
-            pod.remove();
+        // The part is writable, and comes first.
+        let pod = pods.pod();
+        let pod_dir = PodDir::of(&pod);
+        let volume = pod_dir.volume("kubernetes.io~csi");
+        let part = pod_dir.sub_path(&volume, 1);
+        start_program(&pod, MEETING_SERVER, &part);
+        let whole = "held 1 through a fifo writes content";
+        for (source, at, more, expected) in [
+            (&volume, "/data/sub", &only_reads, "held 1 through a fifo Read-only file system"),
+            (&volume, "/data/sub", &plain, whole),
+            // By now, the mount of the whole volume is gone.
+            (&part, "/data", &only_reads, "held 1 through a fifo Read-only file system"),
+            (&part, "/data", &plain, "held 1 through a fifo writes"),
+        ] {
+            let output = run_program(&pod, MEETING_CLIENT, source, at, more);
+            assert_eq!(output, expected, "{} at {at}, {more}", source.display());
+        }
+        pod.remove();
+        // All readers come first.
+        let pod = pods.pod();
+        let pod_dir = PodDir::of(&pod);
+        let volume = pod_dir.volume("kubernetes.io~csi");
+        let part = pod_dir.sub_path(&volume, 1);
+        for source in [&part, &volume] {
+            start_program_with(&pod, HOLDER, source, &only_reads);
+        }
+        start_program(&pod, MEETING_SERVER, &volume);
+        for (source, at, more, expected) in [
+            (&part, "/data", &only_reads, "held 1 through a fifo Read-only file system"),
+            (&volume, "/data/sub", &plain, whole),
+            (&part, "/data", &plain, "held 1 through a fifo writes"),
+        ] {
+            let output = run_program(&pod, MEETING_CLIENT, source, at, more);
+            assert_eq!(output, expected, "{} at {at}, {more}, after readers", source.display());
         }
     });
 }

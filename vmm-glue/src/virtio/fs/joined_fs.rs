@@ -23,8 +23,8 @@ use virtiofsd::fuse::{Attr, FsOptions, OpenOptions, SetattrIn, SetattrValid, Set
 
 use super::closing;
 use super::ids::{Handle, Inode};
-use super::joins::{MountPoint, Surplus};
-use super::nodes::{Dropped, Nodes, Place};
+use super::joins::{MountPoint, Origin, Surplus};
+use super::nodes::{Dropped, Nodes, Place, SUBMOUNT};
 use super::share_fs::ShareFs;
 use super::tmpfile::{Relative, is_temporary};
 
@@ -139,29 +139,42 @@ impl JoinedFs {
         Ok(entry)
     }
 
+    /// Records a handle that was opened with an inner node.
+    fn opened(&self, ctx: Context, handle: Option<Handle>, node: Inode, inner: Inode) {
+        let Some(handle) = handle.filter(|_| inner != node) else { return };
+        self.nodes.opened(handle, node, inner);
+        // Before this record, a hostile guest can have closed the handle, whose number it can guess.
+        if self.fs.with_file(ctx, inner, handle, |_| Ok(())).is_err() {
+            self.nodes.closed(handle);
+        }
+    }
+
     /// If the root of a node's mount has been found on a better mount, or the mount is gone, looks the node up from the
     /// root. Each lookup is one that the guest could make. Best effort: the node does not move if it has another path by
     /// now.
     fn find_again(&self, ctx: Context, node: Inode) {
-        let Some(origin) = self.nodes.origin(node) else { return };
-        let Ok(path) = self.path(ctx, node) else { return };
-        // The path of a file begins at the root of its mount if the mount is detached.
-        let below = path.iter().position(|part| part == origin.name.as_str());
-        if below.is_none() {
-            self.nodes.set_gone(origin.mount);
-        } else if !origin.is_stale {
+        let Some(Origin { point, root, is_stale }) = self.nodes.origin(node) else { return };
+        let Some(is_attached) = self.is_attached(ctx, &point) else { return };
+        if !is_attached {
+            self.nodes.set_gone(point.mount);
+        } else if !is_stale {
             return;
         }
-        let names = path.components().skip(below.map_or(0, |at| at + 1)).filter(|part| *part != Component::RootDir);
+        let Ok(path) = self.path(ctx, node) else { return };
+        // The path of a file begins at the root of its mount if the mount is detached.
+        let names = path.components().filter(|part| *part != Component::RootDir);
+        let above = if is_attached { path.iter().position(|part| part == point.name.as_str()) } else { Some(0) };
+        let Some(above) = above else { return };
+        let names = names.skip(above);
         let names = names.map(|part| match part {
             Component::Normal(name) => CString::new(name.as_bytes()).ok(),
             _ => None,
         });
         let Some(names) = names.collect::<Option<Vec<_>>>().filter(|names| names.len() <= MAX_DEPTH) else { return };
-        let (mut directory, mut found) = (origin.root, Vec::new());
+        let (mut directory, mut found) = (root, Vec::new());
         self.leave_gone_mount(ctx, directory, &mut found);
         for name in &names {
-            let Ok(entry) = self.lookup(ctx, directory, name) else { break };
+            let Ok(entry) = self.look_up(ctx, directory, name) else { break };
             found.push(entry.inode);
             directory = entry.inode;
             self.leave_gone_mount(ctx, directory, &mut found);
@@ -169,16 +182,38 @@ impl JoinedFs {
         found.into_iter().rev().for_each(|inode| self.forget(ctx, inode, 1));
     }
 
+    /// Looks a name up without a repetition, which could look up other nodes.
+    fn look_up(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
+        let place = self.nodes.place(parent)?;
+        let mut entry = self.fs.lookup(ctx, place.inner, name)?;
+        self.found(ctx, parent, place, name, &mut entry);
+        Ok(entry)
+    }
+
+    /// Returns whether a mount is still at its place in the share, or `None` if this is not known.
+    fn is_attached(&self, ctx: Context, point: &MountPoint) -> Option<bool> {
+        let name = CString::new(point.name.as_str()).ok()?;
+        match self.look_up(ctx, point.directory, &name) {
+            Ok(entry) => {
+                self.forget(ctx, entry.inode, 1);
+                Some(entry.attr.flags & SUBMOUNT != 0)
+            }
+            Err(error) => (error.raw_os_error() == Some(libc::ENOENT)).then_some(false),
+        }
+    }
+
     /// If a node is on a mount that is gone, and is the root of another mount, looks the other mount up. Adds the nodes
     /// to `found`.
     fn leave_gone_mount(&self, ctx: Context, node: Inode, found: &mut Vec<Inode>) {
+        let mut tried = None;
         while let Some(MountPoint { mount, directory, name }) = self.nodes.other_mount_of_root(node) {
-            let root = CString::new(name).ok().and_then(|name| self.lookup(ctx, directory, &name).ok());
-            let root = root.map(|entry| entry.inode);
-            found.extend(root);
-            if root != Some(node) {
+            if tried == Some(mount) {
                 self.nodes.set_gone(mount);
+                continue;
             }
+            let root = CString::new(name).ok().and_then(|name| self.look_up(ctx, directory, &name).ok());
+            found.extend(root.map(|entry| entry.inode));
+            tried = Some(mount);
         }
     }
 
@@ -250,7 +285,7 @@ impl FileSystem for JoinedFs {
             |place: Place| self.fs.create(ctx, place.inner, name, mode, kill_priv, flags, umask, extensions.clone());
         let (place, (mut entry, handle, options)) = self.call(ctx, parent, create)?;
         let inner = self.found(ctx, parent, place, name, &mut entry);
-        self.nodes.opened(handle, entry.inode, inner);
+        self.opened(ctx, handle, entry.inode, inner);
         Ok((entry, handle, options))
     }
 
@@ -326,13 +361,13 @@ impl FileSystem for JoinedFs {
 
     fn open(&self, ctx: Context, inode: Inode, kill_priv: bool, flags: u32) -> io::Result<Opened> {
         let (place, opened) = self.call(ctx, inode, |place| self.fs.open(ctx, place.inner, kill_priv, flags))?;
-        self.nodes.opened(opened.0, inode, place.inner);
+        self.opened(ctx, opened.0, inode, place.inner);
         Ok(opened)
     }
 
     fn opendir(&self, ctx: Context, inode: Inode, flags: u32) -> io::Result<Opened> {
         let (place, opened) = self.call(ctx, inode, |place| self.fs.opendir(ctx, place.inner, flags))?;
-        self.nodes.opened(opened.0, inode, place.inner);
+        self.opened(ctx, opened.0, inode, place.inner);
         Ok(opened)
     }
 
@@ -354,6 +389,8 @@ impl FileSystem for JoinedFs {
         valid: SetattrValid,
     ) -> io::Result<(Attr, Duration)> {
         let of_handle = handle.map(|handle| self.nodes.inner_of_handle(inode, handle)).transpose()?;
+        // virtiofsd reads the attributes after it has changed them. A repetition could truncate a file again.
+        let _change = self.nodes.begin_change(inode);
         let (_, result) = self.call(ctx, inode, |place| {
             // virtiofsd needs both the handle and its node. If the node has moved since the guest opened the handle, the
             // file is opened once more.

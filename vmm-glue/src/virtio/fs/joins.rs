@@ -40,10 +40,8 @@ pub struct Surplus {
 /// The mount of an inner node.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Origin {
-    /// The mount.
-    pub mount: u32,
-    /// Name of the mount.
-    pub name: String,
+    /// Where the guest looks the mount up.
+    pub point: MountPoint,
     /// The guest's node of the mount's root.
     pub root: Inode,
     /// Whether the inner node of the root is on a better mount.
@@ -68,6 +66,8 @@ pub struct Joins {
     last_group: u32,
     /// The mounts that have nodes or a root, or whose root is being looked up.
     mounts: HashMap<u32, Mount>,
+    /// The number of each mount, by its name. The shim uses a name once.
+    numbers: HashMap<String, u32>,
     /// The mounts of each root.
     roots: HashMap<Inode, BTreeSet<u32>>,
     /// The groups with several mounts.
@@ -78,6 +78,8 @@ pub struct Joins {
     inner: HashMap<Inode, Inner>,
     /// The guest's node and the inner node of each handle for which they differ.
     handles: HashMap<Handle, (Inode, Inode)>,
+    /// Number of requests that are changing the attributes of each node, and must not be repeated.
+    changing: HashMap<Inode, usize>,
 }
 
 struct Mount {
@@ -96,18 +98,40 @@ struct Mount {
     nodes: usize,
 }
 
+impl Mount {
+    fn point(&self, mount: u32) -> MountPoint {
+        MountPoint { mount, directory: self.directory, name: self.name.clone() }
+    }
+}
+
 struct Inner {
     inode: Inode,
     /// Number of references to the inner node.
     count: u64,
     /// The mount of the first inner node, whose number is the guest's node.
     first_mount: u32,
-    /// The earlier inner nodes of a directory. A request that creates a file may still use them, and must not fail after
-    /// it has created the file.
+    /// The earlier inner nodes of a directory, or of a file whose attributes are being changed. The request may still
+    /// use them, and must not fail after it has created a file or changed the attributes.
     earlier: Vec<Surplus>,
 }
 
+impl Inner {
+    /// Keeps an earlier inner node.
+    fn keep(&mut self, dropped: Surplus) {
+        // A file that moves back and forth has one inner node for each mount.
+        match self.earlier.iter_mut().find(|kept| kept.inner == dropped.inner) {
+            Some(kept) => kept.count = kept.count.saturating_add(dropped.count),
+            None => self.earlier.push(dropped),
+        }
+    }
+}
+
 impl Joins {
+    /// Returns the number of the mount with a name.
+    pub fn number_of(&self, name: &str) -> Option<u32> {
+        self.numbers.get(name).copied()
+    }
+
     /// Records a mount, whose root has been looked up. Returns the number of its group.
     pub fn mount(
         &mut self,
@@ -134,7 +158,8 @@ impl Joins {
             wider: BTreeSet::new(),
             nodes: 0,
         });
-        known.gone = false;
+        (known.directory, known.gone) = (directory, false);
+        self.numbers.entry(name.to_owned()).or_insert(mount);
         let has_others = self.mounts.iter().any(|(number, other)| *number != mount && other.group == group);
         if has_others && self.joined.insert(group) {
             let of_group = |node: &Node| self.mounts.get(&node.mount).is_some_and(|mount| mount.group == group);
@@ -148,7 +173,12 @@ impl Joins {
     pub fn remove_unused(&mut self, mount: u32) {
         let is_unused = |mount: &&Mount| mount.nodes == 0 && mount.root.is_none();
         let Some(group) = self.mounts.get(&mount).filter(is_unused).map(|mount| mount.group) else { return };
-        self.mounts.remove(&mount);
+        if let Some(removed) = self.mounts.remove(&mount) {
+            self.numbers.remove(&removed.name);
+        }
+        for other in self.mounts.values_mut() {
+            other.wider.remove(&mount);
+        }
         if !self.mounts.values().any(|other| other.group == group) {
             self.joined.remove(&group);
             self.groups.retain(|_, number| *number != group);
@@ -257,19 +287,18 @@ impl Joins {
         }
         let first_mount = node.mount;
         let inner = self.inner.entry(inode).or_insert_with(|| Inner { inode, count, first_mount, earlier: Vec::new() });
-        if mount == node.mount {
-            return Ok(Some(Surplus { inner: found, count: 1 }));
-        }
         let dropped = Surplus { inner: inner.inode, count: inner.count };
         self.compare(inode, node.mount, mount);
-        if !self.is_better(mount, node.mount) {
+        // If virtiofsd has two nodes of one mount, the earlier node is no longer valid.
+        if mount != node.mount && !self.is_better(mount, node.mount) {
             return Ok(Some(Surplus { inner: found, count: 1 }));
         }
+        let is_kept = entry.attr.mode & libc::S_IFMT == libc::S_IFDIR || self.changing.contains_key(&inode);
         let mut dropped = Some(dropped);
         if let Some(inner) = self.inner.get_mut(&inode) {
             (inner.inode, inner.count) = (found, 1);
-            if entry.attr.mode & libc::S_IFMT == libc::S_IFDIR {
-                inner.earlier.extend(dropped.take());
+            if is_kept {
+                dropped.take().into_iter().for_each(|dropped| inner.keep(dropped));
             }
         }
         let old = std::mem::replace(&mut node.mount, mount);
@@ -291,6 +320,10 @@ impl Joins {
             (false, true) => (second, first),
             _ => return,
         };
+        // If the host moves directories, each of two mounts can have contained the other.
+        if self.mounts.get(&wider).is_none_or(|mount| mount.wider.contains(&part)) {
+            return;
+        }
         if let Some(part) = self.mounts.get_mut(&part) {
             part.wider.insert(wider);
         }
@@ -311,7 +344,7 @@ impl Joins {
         let mount = self.mounts.get(&current)?;
         let root = mount.root?;
         let is_stale = self.is_better(nodes.get(&root)?.mount, current);
-        Some(Origin { mount: current, name: mount.name.clone(), root, is_stale })
+        Some(Origin { point: mount.point(current), root, is_stale })
     }
 
     /// Records that the shim has unmounted a mount.
@@ -328,8 +361,22 @@ impl Joins {
         let others = self.roots.get(&inode)?.iter().copied();
         let others = others.filter(|mount| self.mounts.get(mount).is_some_and(is_other));
         let mount = others.reduce(|best, other| if self.is_better(other, best) { other } else { best })?;
-        let other = self.mounts.get(&mount)?;
-        Some(MountPoint { mount, directory: other.directory, name: other.name.clone() })
+        Some(self.mounts.get(&mount)?.point(mount))
+    }
+
+    /// Records the begin of a request that changes the attributes of a node.
+    pub fn begin_change(&mut self, inode: Inode) {
+        *self.changing.entry(inode).or_default() += 1;
+    }
+
+    /// Records the end of such a request.
+    pub fn end_change(&mut self, inode: Inode) {
+        if let Some(requests) = self.changing.get_mut(&inode) {
+            *requests -= 1;
+            if *requests == 0 {
+                self.changing.remove(&inode);
+            }
+        }
     }
 
     /// Records a handle whose inner node is not the guest's node.

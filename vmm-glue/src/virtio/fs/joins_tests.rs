@@ -303,6 +303,24 @@ fn files_of_a_part_stay_usable_when_the_whole_is_unmounted() {
 }
 
 #[test]
+fn directory_that_the_host_has_moved_out_of_a_mount_does_not_make_the_mount_unusable() {
+    let mut share = Share::new();
+    for name in ["0-rg.reader", "1-wg.part", "2-wg.other"] {
+        share.bind("part", name);
+    }
+    let mut guest = share.guest();
+    for name in ["0-rg.reader", "1-wg.part", "2-wg.other"] {
+        find_mount(&mut guest, name);
+    }
+    let part = find_mount(&mut guest, "1-wg.part").node;
+    let (file, directory) = (find(&mut guest, part, "file").node, find(&mut guest, part, "directory").node);
+    fs::rename(share.volume().join("part/directory"), share.volume().join("moved")).unwrap();
+    let outside = find(&mut guest, ROOT, ".volumes").node;
+    assert_eq!(rename(&mut guest, (directory, "inner"), (outside, "inner")), libc::EXDEV);
+    assert_eq!(open_error(&mut guest, file, libc::O_RDWR), 0);
+}
+
+#[test]
 fn mounts_of_other_groups_are_not_joined() {
     let mut share = Share::new();
     for name in ["0-wg.1", "1-wh.1", "2.1", "3.1-wg"] {

@@ -23,7 +23,7 @@ use crate::config::joined_mount;
 /// Node of the share's directory (include/uapi/linux/fuse.h).
 const ROOT: Inode = 1;
 /// Flag of an entry that is the root of a mount (FUSE_ATTR_SUBMOUNT in include/uapi/linux/fuse.h).
-const SUBMOUNT: u32 = 1;
+pub const SUBMOUNT: u32 = 1;
 /// Mount of the share's directory, and of nodes that are not known.
 const SHARE: u32 = 0;
 /// Bit of the group of a lookup whose mount is not known.
@@ -134,6 +134,18 @@ pub struct Place {
     mount: Option<u32>,
 }
 
+/// A request that changes the attributes of a node.
+pub struct Change<'a> {
+    nodes: &'a Nodes,
+    inode: Inode,
+}
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        self.nodes.lock().joins.end_change(self.inode);
+    }
+}
+
 /// The references of inner nodes that the guest has dropped.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Dropped {
@@ -187,8 +199,9 @@ impl Nodes {
                 && let Some(found) = joined_mount(name)
             {
                 let point = self.hash(directory, name.as_bytes());
-                let known = state.mount_points.get(&point).copied();
-                let mount = known.unwrap_or_else(|| new_mount(state, point));
+                let known = state.joins.number_of(name);
+                let mount = known.unwrap_or_else(|| new_number(state));
+                set_mount(state, point, mount);
                 entry.attr.rdev = state.joins.mount(mount, &found, (directory, name), &state.nodes);
                 self.joined.fetch_or(state.joins.is_active(), Ordering::AcqRel);
                 joined = Some(mount);
@@ -204,6 +217,7 @@ impl Nodes {
         }
         if let Some(node) = state.nodes.get_mut(&entry.inode) {
             node.lookups = node.lookups.saturating_add(1);
+            mount.into_iter().for_each(|mount| state.joins.remove_unused(mount));
             return None;
         }
         // virtiofsd marks the roots of mounts, but only directories. A file in the share's own directories can also be
@@ -251,10 +265,18 @@ impl Nodes {
     }
 
     /// Records a handle that was opened with an inner node.
-    pub fn opened(&self, handle: Option<Handle>, inode: Inode, inner: Inode) {
-        if let Some(handle) = handle.filter(|_| inner != inode) {
-            self.lock().joins.opened(handle, inode, inner);
+    pub fn opened(&self, handle: Handle, inode: Inode, inner: Inode) {
+        self.lock().joins.opened(handle, inode, inner);
+    }
+
+    /// Records that a request begins to change the attributes of a node, if nodes have been joined. The inner node stays
+    /// valid until the result is dropped.
+    pub fn begin_change(&self, inode: Inode) -> Option<Change<'_>> {
+        if !self.joined.load(Ordering::Acquire) {
+            return None;
         }
+        self.lock().joins.begin_change(inode);
+        Some(Change { nodes: self, inode })
     }
 
     /// Records that a handle was closed.
@@ -361,14 +383,17 @@ impl Nodes {
     /// Removes references of a node. Returns the references of inner nodes to drop. The last inner node is the current.
     pub fn forget(&self, inode: Inode, count: u64) -> Option<Dropped> {
         let state = &mut *self.lock();
-        let references = vec![Surplus { inner: inode, count }];
         let Some(known) = state.nodes.get_mut(&inode) else {
             // An inner node that the guest guesses must not be dropped.
             let is_safe = inode == ROOT || is_temporary(inode) || !self.joined.load(Ordering::Acquire);
-            return is_safe.then_some(Dropped { references, is_last: false });
+            return is_safe.then(|| Dropped { references: vec![Surplus { inner: inode, count }], is_last: false });
         };
+        // The references of a lookup that is being served must stay.
+        let is_joined = state.joins.joined_group_of(known.mount).is_some();
+        let count = if is_joined { count.min(known.lookups.into()) } else { count };
         known.lookups = known.lookups.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
         if known.lookups > 0 {
+            let references = vec![Surplus { inner: inode, count }];
             return (!state.joins.counts(inode)).then_some(Dropped { references, is_last: false });
         }
         let known = state.nodes.remove(&inode)?;
@@ -411,12 +436,21 @@ fn bad_node() -> io::Error {
 
 /// Records a new mount at a name.
 fn new_mount(state: &mut State, point: u64) -> u32 {
+    let mount = new_number(state);
+    set_mount(state, point, mount);
+    mount
+}
+
+fn new_number(state: &mut State) -> u32 {
     state.last_mount = state.last_mount.wrapping_add(1).max(1);
-    if state.mount_points.len() >= MAX_MOUNT_POINTS {
+    state.last_mount
+}
+
+fn set_mount(state: &mut State, point: u64, mount: u32) {
+    if state.mount_points.len() >= MAX_MOUNT_POINTS && !state.mount_points.contains_key(&point) {
         state.mount_points.clear();
     }
-    state.mount_points.insert(point, state.last_mount);
-    state.last_mount
+    state.mount_points.insert(point, mount);
 }
 
 fn insert(state: &mut State, inode: Inode, node: Node) {

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use virtiofsd::fuse::Attr;
+
 use super::*;
 
 /// Returns `count` nodes that the guest has looked up, all of the share's mount.
@@ -13,6 +15,16 @@ fn nodes(count: u64) -> Nodes {
 
 fn look_up(nodes: &Nodes, node: Inode, mount: u32) {
     nodes.lock().nodes.insert(node, Node { mount, lookups: 1, file: 0 });
+}
+
+/// Looks up a mount that can be joined, in a directory of the share.
+fn look_up_mount(nodes: &Nodes, directory: Inode, name: &str, root: Inode) {
+    let name = std::ffi::CString::new(name).unwrap();
+    let attr = Attr { ino: root, mode: libc::S_IFDIR, flags: SUBMOUNT, ..Attr::default() };
+    let (attr_timeout, entry_timeout) = (Duration::ZERO, Duration::ZERO);
+    let mut entry = Entry { inode: root, generation: 0, attr, attr_timeout, entry_timeout };
+    assert_eq!(nodes.add(directory, Place::default(), &name, &mut entry), None);
+    assert_eq!(entry.inode, root);
 }
 
 fn take_inline(nodes: &Nodes, node: Inode) -> Option<Job> {
@@ -137,4 +149,23 @@ fn request_runs_a_limited_number_of_jobs_and_none_while_one_hangs() {
         nodes.queue_forget(node, 1);
     }
     assert!(take_inline(&nodes, 102).is_none());
+}
+
+#[test]
+fn mount_keeps_its_number_if_its_directory_is_forgotten() {
+    let nodes = nodes(0);
+    for directory in 2..100 {
+        look_up(&nodes, directory, SHARE);
+        look_up_mount(&nodes, directory, "0-wg.volume", 1000);
+        assert_eq!(nodes.forget(directory, 1).unwrap().references, [Surplus { inner: directory, count: 1 }]);
+    }
+    assert_eq!((nodes.group(1000), nodes.lock().last_mount), (1, 1));
+    assert!(!nodes.joined.load(Ordering::Acquire));
+    // The second mount joins. A guest cannot drop more references than it has.
+    look_up(&nodes, 2, SHARE);
+    look_up_mount(&nodes, 2, "1-wg.part", 1001);
+    assert_eq!(nodes.forget(1000, u64::MAX).unwrap().references, [Surplus { inner: 1000, count: 98 }]);
+    assert_eq!(nodes.forget(1001, 1).unwrap().references, [Surplus { inner: 1001, count: 1 }]);
+    look_up_mount(&nodes, 2, "0-wg.volume", 1002);
+    assert_eq!(nodes.group(1002), 3);
 }
