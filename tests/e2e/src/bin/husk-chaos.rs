@@ -116,7 +116,7 @@ fn soak(first: u32, lives: u32, at_once: u32, handler: &str) -> Result<bool> {
     let outcome = outcome.context("the soak has no outcome")?;
     keep(&outcome.to_json().to_string());
     for resource in outcome.resources.iter().chain(&outcome.slabs) {
-        let soak::Resource { name, first, last, slope, grows } = resource;
+        let soak::Resource { name, first, last, slope, grows, .. } = resource;
         println!("{name}: {first} to {last}, {slope:+.4} a life{}", if *grows { ", GROWS" } else { "" });
     }
     let growing = outcome.growing().count();

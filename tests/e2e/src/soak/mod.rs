@@ -61,6 +61,8 @@ pub struct Resource {
     pub slope: f64,
     /// Whether the resource grows beyond noise.
     pub grows: bool,
+    /// The values after the warm-up, each with the number of lives before it. Only for memory.
+    pub values: Vec<Point>,
 }
 
 impl Outcome {
@@ -78,6 +80,7 @@ impl Outcome {
                 "last": resource.last,
                 "slope": resource.slope,
                 "grows": resource.grows,
+                "values": resource.values,
             })
         };
         let all = |resources: &[Resource]| resources.iter().map(resource).collect::<Vec<Value>>();
@@ -174,6 +177,7 @@ fn judge(samples: &[(u32, Sample)]) -> Vec<Resource> {
         last: values.last().map(|point| point.1).unwrap_or_default(),
         slope: slope.slope,
         grows: enough && slope.slope > most && slope.least > if most < MEMORY { 0.0 } else { most },
+        values: if most < MEMORY { Vec::new() } else { values.to_vec() },
     };
     let numbers = series(samples, |sample| &sample.numbers);
     let memory = series(samples, |sample| &sample.memory);
@@ -187,7 +191,7 @@ fn growing_slabs(samples: &[(u32, Sample)]) -> Vec<Resource> {
     let ends = |name: &str, values: Vec<Point>| {
         let (first, last) = (values.first()?.1, values.last()?.1);
         let slope = trend::theil_sen(&values).slope;
-        (last > first).then(|| Resource { name: format!("slab {name}"), first, last, slope, grows: false })
+        (last > first).then(|| Resource { name: format!("slab {name}"), first, last, slope, grows: false, values })
     };
     let all = series(samples, |sample| &sample.slabs);
     let mut growing: Vec<Resource> = all.into_iter().filter_map(|(name, values)| ends(name, values)).collect();
