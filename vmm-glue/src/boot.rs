@@ -160,8 +160,8 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     let random = u64::from_ne_bytes(
         husk_base::entropy::bytes().map_err(|error| BootError::Host("a random kernel address", error))?,
     );
-    let randomized = !config.kernel_params.split_whitespace().any(|parameter| parameter == "nokaslr")
-        && kaslr::randomize(&memory, &kernel, loaded.kernel_end, random)?;
+    let is_fixed = config.kernel_params.split_whitespace().any(|parameter| parameter == "nokaslr");
+    let kernel_moved = if is_fixed { None } else { kaslr::randomize(&memory, &kernel, loaded.kernel_end, random)? };
     timing.step("kernel moved");
     let initrd_start = loaded.kernel_end.next_multiple_of(PAGE);
     let initrd_end = initrd_start.saturating_add(initrd_len);
@@ -234,7 +234,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
         initrd_len,
         device_tree: &device_tree,
         seed,
-        kaslr: randomized,
+        kaslr: kernel_moved.is_some(),
     };
     boot_params::write(&memory, &data).map_err(BootError::Write)?;
     regs::write_tables(&memory).map_err(BootError::Write)?;
@@ -269,6 +269,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
         hotplug_memory,
         hotplug_huge_pages,
         kvm: vm,
+        kernel_moved: kernel_moved.unwrap_or(0),
         interfaces,
         _vmgenid: vmgenid,
         running: false,

@@ -12,7 +12,7 @@ use husk_config::{Config, Seccomp};
 use husk_proto::agent::{IdMapping, Mount, SetupRequest, UpdateNetworkRequest};
 use husk_proto::{AGENT_PROTOCOL, AUDIT_PREFIX, GUEST_SHM, SHARE_TAG, ports};
 use husk_vmm::config::{FdIndex, SeccompMode, ShareConfig, VmConfig};
-use husk_vmm::control::{Answer, Call};
+use husk_vmm::control::{Answer, Call, VcpuPlace};
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
 
@@ -205,7 +205,33 @@ pub async fn boot(
             }
             Err(error)
         }
-        Err(_) => Err(BootError::Timeout { secs: limit.as_secs(), console: console_suffix(tail) }),
+        Err(_) => {
+            log_vcpus(vmm).await;
+            Err(BootError::Timeout { secs: limit.as_secs(), console: console_suffix(tail) })
+        }
+    }
+}
+
+/// Logs where the vCPUs of a guest that does not answer are. An address in the kernel can be looked up with
+/// `addr2line --exe vmlinux`.
+async fn log_vcpus(vmm: &Vmm) {
+    match vmm.call(Call::Inspect, &[]).await {
+        Ok(Answer::Inspected { vcpus }) => {
+            let vcpus: Vec<String> = vcpus.iter().enumerate().map(|(id, place)| describe_place(id, *place)).collect();
+            tracing::warn!(vcpus = vcpus.join(", "), "where the guest is");
+        }
+        Ok(other) => tracing::warn!(?other, "the VMM did not say where the guest is"),
+        Err(error) => tracing::warn!(error = crate::chain(&error), "the VMM did not say where the guest is"),
+    }
+}
+
+fn describe_place(id: usize, place: Option<VcpuPlace>) -> String {
+    match place {
+        Some(VcpuPlace { address, interrupts }) => {
+            let interrupts = if interrupts { "enabled" } else { "disabled" };
+            format!("vCPU {id} at {address:#x} with interrupts {interrupts}")
+        }
+        None => format!("vCPU {id} cannot be stopped"),
     }
 }
 

@@ -283,7 +283,10 @@ fn pod_whose_agent_lies_during_the_boot_fails_with_a_clear_error() {
         // The garbage begins like a message of 4 GiB, which the shim would not keep. It waits for the end of the
         // message.
         assert_fails_to_start(pods, "garbage", "the guest's agent was not ready after 30 s");
+        let log = containerd_log::len();
         assert_fails_to_start(pods, "silent", "the guest's agent was not ready after 30 s");
+        let log = containerd_log::since(log);
+        assert!(log.contains("where the guest is") && log.contains("vCPU 0 at 0xffffffff8"), "{log}");
         assert_fails_to_start(pods, "error", "failed to set up the sandbox in the guest");
         assert_fails_to_start(pods, "connect", "0 connections succeeded: []");
         assert_fails_to_start(pods, "version", "install the shim and the initrd from the same release");

@@ -52,11 +52,12 @@ pub enum KaslrError {
 }
 
 /// Moves the loaded kernel, which ends at the guest-physical address `end`, to a random virtual address. `random` is a
-/// random number. If the image has no table of relocations, the function does not move the kernel, and returns false.
+/// random number. Returns the number of bytes by which the kernel has moved. If the image has no table of relocations,
+/// the function does not move the kernel, and returns `None`.
 ///
 /// No other thread may access the kernel during the call.
-pub fn randomize(memory: &GuestMemory, image: &File, end: u64, random: u64) -> Result<bool, KaslrError> {
-    let Some((offset, len)) = find_section(image).map_err(KaslrError::Read)? else { return Ok(false) };
+pub fn randomize(memory: &GuestMemory, image: &File, end: u64, random: u64) -> Result<Option<u64>, KaslrError> {
+    let Some((offset, len)) = find_section(image).map_err(KaslrError::Read)? else { return Ok(None) };
     let positions = 1 + IMAGE_RANGE.saturating_sub(end) / ALIGN;
     let distance = random % positions * ALIGN;
     let kernel_len = usize::try_from(end).unwrap_or(usize::MAX);
@@ -74,7 +75,13 @@ pub fn randomize(memory: &GuestMemory, image: &File, end: u64, random: u64) -> R
         }
         done += rest as u64;
     }
-    Ok(true)
+    Ok(Some(distance))
+}
+
+/// Returns the address that an instruction of a moved kernel has in the image. Returns other addresses unchanged.
+pub fn address_in_image(address: u64, distance: u64) -> u64 {
+    let is_in_kernel = (KERNEL_MAP..KERNEL_MAP + IMAGE_RANGE).contains(&address);
+    address.checked_sub(distance).filter(|_| is_in_kernel).unwrap_or(address)
 }
 
 /// The lists of the table, in their order.
@@ -242,7 +249,12 @@ mod tests {
         memory.write_obj(0x8100_0000u32, at[2]).unwrap();
         let table = relocations(&[0, 0x8100_0000, 0, 0x8100_0008, 0, 0x8100_000d]);
         // The kernel has 504 possible positions.
-        assert!(randomize(&memory, &table, END, 504 * 7 + 3).unwrap());
+        assert_eq!(randomize(&memory, &table, END, 504 * 7 + 3).unwrap(), Some(3 * ALIGN));
+        assert_eq!(address_in_image(0xffff_ffff_8160_0000, 3 * ALIGN), 0xffff_ffff_8100_0000);
+        assert_eq!(
+            [0x1000, 0xffff_ffff_c000_0000].map(|at| address_in_image(at, ALIGN)),
+            [0x1000, 0xffff_ffff_c000_0000]
+        );
         assert_eq!(memory.read_obj::<u64>(at[0]).unwrap(), 0xffff_ffff_8160_0000);
         assert_eq!(memory.read_obj::<u32>(at[1]).unwrap(), 0x80a0_0000);
         assert_eq!(memory.read_obj::<u32>(at[2]).unwrap(), 0x8160_0000);
@@ -270,15 +282,15 @@ mod tests {
         let at = |index: usize| (16 << 20) + index as u32 * 4 % 0x1000;
         let mut elements = vec![0, 0, 0];
         elements.extend((0..2 * CHUNK / 4).map(|index| 0x8000_0000 + at(index)));
-        assert!(randomize(&memory, &relocations(&elements), END, 1).unwrap());
+        assert_eq!(randomize(&memory, &relocations(&elements), END, 1).unwrap(), Some(ALIGN));
         // Each of the 1024 numbers has been increased 32 times, each time by 2 MiB.
         assert_eq!(memory.read_obj::<u32>(GuestAddress(16 << 20)).unwrap(), 32 * ALIGN as u32);
     }
 
     #[test]
-    fn randomize_returns_false_without_relocations() {
+    fn randomize_returns_nothing_without_relocations() {
         let memory = memory();
-        assert!(!randomize(&memory, &image(b".husk.other!", &[1; 8]), END, 5).unwrap());
+        assert_eq!(randomize(&memory, &image(b".husk.other!", &[1; 8]), END, 5).unwrap(), None);
         assert!(matches!(randomize(&memory, &tempfile::tempfile().unwrap(), END, 5), Err(KaslrError::Read(_))));
     }
 

@@ -95,6 +95,8 @@ pub enum Call {
         /// The pid from the answer to `AcquirePid`.
         pid: u32,
     },
+    /// Requests where each vCPU is, to find out why a guest does not answer. The answer is `Inspected`.
+    Inspect,
     /// Ends the process without a warning to the guest. If the guest has disks, call the agent's Sync first, so that no
     /// data is lost.
     Stop,
@@ -120,6 +122,7 @@ impl Call {
             Self::GetPluggedMemory(_) => "GetPluggedMemory",
             Self::AcquirePid => "AcquirePid",
             Self::ReleasePid { .. } => "ReleasePid",
+            Self::Inspect => "Inspect",
             Self::Stop => "Stop",
         }
     }
@@ -173,11 +176,26 @@ pub enum Answer {
         /// The thread's id in the VMM's own PID namespace.
         pid: u32,
     },
+    /// Where each vCPU is, by the vCPU's number. `None` stands for a vCPU that did not stop within a second.
+    Inspected {
+        /// The places.
+        vcpus: Vec<Option<VcpuPlace>>,
+    },
     /// The device is in this virtio-mmio slot.
     Attached {
         /// Slot number. `husk_proto::mmio_slots::device_name` returns the guest's name for the device in this slot.
         slot: u32,
     },
+}
+
+/// Where a vCPU is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuPlace {
+    /// Virtual address of the next instruction. An address in the kernel is that in the kernel's image, as if the kernel
+    /// had not been moved to a random address.
+    pub address: u64,
+    /// Whether the vCPU accepts interrupts.
+    pub interrupts: bool,
 }
 
 /// An unsolicited message from the VMM.

@@ -142,6 +142,9 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
             }
         }
         (Call::SetBalloon { mib }, Some(vm)) => done(vm.set_balloon(mib)),
+        (Call::Inspect, Some(vm)) => {
+            vm.inspect().map(|vcpus| Answer::Inspected { vcpus }).map_err(|error| chain(&error))
+        }
     };
     reporter.answer(seq, answer);
 }

@@ -12,21 +12,27 @@ use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, Ordering, compiler_fence};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use husk_base::error::chain;
-use husk_base::sync::{lock, wait};
+use husk_base::sync::{lock, wait, wait_timeout};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, kvm_run};
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::bus::{Bus, Effect};
-use crate::control::{BootStep, ExitReason};
+use crate::control::{BootStep, ExitReason, VcpuPlace};
 use crate::jail::{Kind, confine};
 use crate::reporter::Reporter;
 use factory::{CreateVcpuError, VcpuFactory};
 
 /// Stack size of a vCPU thread in bytes. The thread's calls are not nested deeply.
 const STACK: usize = 128 << 10;
+
+/// How long [`Vcpus::inspect`] waits for the vCPUs to stop.
+const INSPECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// The interrupt flag of RFLAGS.
+const INTERRUPTS: u64 = 1 << 9;
 
 /// Error from starting vCPUs.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +70,8 @@ struct Gate {
     open: AtomicBool,
     parked: Mutex<usize>,
     changed: Condvar,
+    /// Where the vCPUs are. `None` unless [`Vcpus::inspect`] asks for it.
+    places: Mutex<Option<Vec<Option<VcpuPlace>>>>,
 }
 
 thread_local! {
@@ -83,7 +91,12 @@ impl Vcpus {
     ) -> Result<Self, VcpuError> {
         register_signal_handler(SIGRTMIN(), on_signal)
             .map_err(|error| VcpuError::Signal(io::Error::from_raw_os_error(error.errno())))?;
-        let gate = Arc::new(Gate { open: AtomicBool::new(false), parked: Mutex::new(0), changed: Condvar::new() });
+        let gate = Arc::new(Gate {
+            open: AtomicBool::new(false),
+            parked: Mutex::new(0),
+            changed: Condvar::new(),
+            places: Mutex::new(None),
+        });
         let threads = Vec::with_capacity(vcpus.len());
         let mut this = Self { threads, gate, factory, bus: bus.clone(), reporter: reporter.clone() };
         for vcpu in vcpus {
@@ -131,28 +144,74 @@ impl Vcpus {
     /// Pauses all vCPUs. Returns when all vCPUs have stopped.
     pub fn pause(&self) {
         let mut parked = lock(&self.gate.parked);
+        self.interrupt();
+        while *parked < self.threads.len() {
+            parked = wait(&self.gate.changed, parked);
+        }
+    }
+
+    /// Stops the vCPUs for a moment. Returns where each vCPU is, or `None` for a vCPU that did not stop in time.
+    pub fn inspect(&self) -> Vec<Option<VcpuPlace>> {
+        *lock(&self.gate.places) = Some(vec![None; self.threads.len()]);
+        let end = Instant::now() + INSPECT_TIMEOUT;
+        let mut parked = lock(&self.gate.parked);
+        self.interrupt();
+        // A thread can still wait since an earlier pause.
+        self.gate.changed.notify_all();
+        while self.gate.is_any_place_missing() {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            (parked, _) = wait_timeout(&self.gate.changed, parked, left);
+        }
+        drop(parked);
+        self.resume();
+        lock(&self.gate.places).take().unwrap_or_default()
+    }
+
+    /// Closes the gate, and makes the vCPUs leave the guest.
+    fn interrupt(&self) {
         self.gate.open.store(false, Ordering::SeqCst);
         for thread in &self.threads {
             // The signal does not end the process, because the signal has a handler. Sending cannot fail, because the
             // thread has not been joined.
             let _ = thread.kill(SIGRTMIN());
         }
-        while *parked < self.threads.len() {
-            parked = wait(&self.gate.changed, parked);
-        }
     }
 }
 
 impl Gate {
-    /// Waits until the gate is open.
-    fn wait_until_open(&self) {
+    /// Waits until the gate is open. Meanwhile, tells [`Vcpus::inspect`] where the vCPU is.
+    fn wait_until_open(&self, vcpu: &mut VcpuFd, index: usize) {
         let mut parked = lock(&self.parked);
         *parked += 1;
         self.changed.notify_all();
         while !self.open.load(Ordering::SeqCst) {
-            parked = wait(&self.changed, parked);
+            if self.is_place_missing(index) {
+                drop(parked);
+                self.record(index, place_of(vcpu));
+                parked = lock(&self.parked);
+                self.changed.notify_all();
+            } else {
+                parked = wait(&self.changed, parked);
+            }
         }
         *parked -= 1;
+    }
+
+    fn is_place_missing(&self, index: usize) -> bool {
+        lock(&self.places).as_ref().and_then(|places| places.get(index)).is_some_and(Option::is_none)
+    }
+
+    fn is_any_place_missing(&self) -> bool {
+        lock(&self.places).as_ref().is_some_and(|places| places.contains(&None))
+    }
+
+    fn record(&self, index: usize, place: VcpuPlace) {
+        if let Some(missing) = lock(&self.places).as_mut().and_then(|places| places.get_mut(index)) {
+            *missing = Some(place);
+        }
     }
 }
 
@@ -167,13 +226,26 @@ extern "C" fn on_signal(_signal: libc::c_int, _info: *mut libc::siginfo_t, _cont
     }
 }
 
+/// Returns where a vCPU is. KVM_RUN returns the registers, and does not enter the guest, so that the seccomp filter need
+/// not allow another ioctl.
+fn place_of(vcpu: &mut VcpuFd) -> VcpuPlace {
+    vcpu.set_sync_valid_reg(SyncReg::Register);
+    vcpu.set_kvm_immediate_exit(1);
+    // The call fails with EINTR.
+    let _ = vcpu.run();
+    vcpu.set_kvm_immediate_exit(0);
+    vcpu.clear_sync_valid_reg(SyncReg::Register);
+    let regs = vcpu.sync_regs().regs;
+    VcpuPlace { address: regs.rip, interrupts: regs.rflags & INTERRUPTS != 0 }
+}
+
 /// Main function of a vCPU thread.
 fn run(mut vcpu: VcpuFd, index: usize, gate: &Gate, bus: &Bus, reporter: &Reporter) {
     if let Err(error) = confine(Kind::Vcpu) {
         reporter.exit(ExitReason::Failed(chain(&error)));
     }
     KVM_RUN.set(vcpu.get_kvm_run());
-    gate.wait_until_open();
+    gate.wait_until_open(&mut vcpu, index);
     if index == 0 {
         reporter.report_boot_step(BootStep::FirstInstruction);
     }
@@ -186,7 +258,7 @@ fn run(mut vcpu: VcpuFd, index: usize, gate: &Gate, bus: &Bus, reporter: &Report
             Err(error) if error.errno() == libc::EINTR => {
                 vcpu.set_kvm_immediate_exit(0);
                 if !gate.open.load(Ordering::SeqCst) {
-                    gate.wait_until_open();
+                    gate.wait_until_open(&mut vcpu, index);
                     // Tells the guest that its clock was stopped, so that the guest does not report a lockup. KVM
                     // refuses this call until the guest uses kvmclock. Until then, the call is not needed.
                     let _ = vcpu.kvmclock_ctrl();

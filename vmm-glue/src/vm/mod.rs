@@ -10,9 +10,10 @@ use std::sync::{Arc, Mutex, Weak};
 use husk_base::sync::lock;
 use kvm_ioctls::VmFd;
 
+use crate::arch::kaslr;
 use crate::config::{BlkConfig, NetConfig};
 use crate::config_check::{self, ConfigError};
-use crate::control::PageKind;
+use crate::control::{PageKind, VcpuPlace};
 use crate::event_loop::LoopError;
 use crate::guest_memory::GuestMemory;
 use crate::memory::MemoryError;
@@ -91,6 +92,8 @@ pub struct Vm {
     pub(crate) hotplug_memory: HotplugMemory,
     pub(crate) hotplug_huge_pages: HotplugMemory,
     pub(crate) kvm: Arc<VmFd>,
+    /// Number of bytes by which the guest's kernel was moved.
+    pub(crate) kernel_moved: u64,
     pub(crate) interfaces: Interfaces,
     /// Restoring a VM from a snapshot will renew the id.
     pub(crate) _vmgenid: VmGenId,
@@ -198,6 +201,22 @@ impl Vm {
             self.running = false;
         }
         self.devices.pause()
+    }
+
+    /// Returns where each vCPU is: the address of its next instruction, in the kernel's image if it is in the kernel.
+    /// `None` stands for a vCPU that did not stop in time. Stops the vCPUs for a moment.
+    ///
+    /// # Errors
+    /// [`VmError::Paused`].
+    pub fn inspect(&self) -> Result<Vec<Option<VcpuPlace>>, VmError> {
+        if !self.running {
+            return Err(VmError::Paused);
+        }
+        let in_image = |place: VcpuPlace| VcpuPlace {
+            address: kaslr::address_in_image(place.address, self.kernel_moved),
+            ..place
+        };
+        Ok(self.vcpus.inspect().into_iter().map(|place| place.map(in_image)).collect())
     }
 
     /// Opens a vsock connection to a port in the guest. `fds` must be one stream socket. The client has the other end.

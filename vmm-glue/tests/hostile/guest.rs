@@ -22,7 +22,7 @@ const IDT: u64 = IMAGE + 0xb000;
 const STARTUP: u64 = 0x1_0000;
 /// Address of the operand of `lidt`.
 const IDT_POINTER: u64 = IMAGE + 0xc000;
-const CODE: u64 = IMAGE + 0x1_0000;
+pub const CODE: u64 = IMAGE + 0x1_0000;
 /// Start of queues and buffers.
 const DATA: u64 = 0x40_0000;
 /// Size of the address space that the attacker maps. This space contains RAM, devices, and hot-plugged memory.

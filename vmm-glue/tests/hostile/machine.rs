@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use husk_base::sys::interface;
 use husk_vmm::client::{CallError, SpawnOptions, Vmm, spawn};
 use husk_vmm::config::{BlkConfig, FdIndex, NetConfig, RateLimit, SeccompMode, ShareConfig, VmConfig};
-use husk_vmm::control::{Call, ExitReason, Notice, PageKind, Request, wire};
+use husk_vmm::control::{Answer, Call, ExitReason, Notice, PageKind, Request, wire};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
@@ -22,7 +22,7 @@ use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
 use nix::sys::time::TimeVal;
 use nix::unistd::{Pid, dup, dup2_stderr};
 
-use crate::guest::{END, Guest, REACTION};
+use crate::guest::{self, END, Guest, REACTION};
 use crate::traffic::Traffic;
 use crate::tree::Tree;
 
@@ -33,6 +33,8 @@ pub const MEMORY_MIB: u64 = 64;
 /// Size of the disk in MiB.
 const DISK_MIB: u64 = 8;
 pub const TAP: &str = "hostile";
+/// Maximum length of the attacker's program.
+const MAX_CODE: u64 = 1 << 20;
 /// Sequence number of requests whose answers the test ignores.
 const UNANSWERED: u64 = 1 << 40;
 
@@ -131,6 +133,7 @@ impl Node {
             for request in [Call::Pause, Call::Resume, Call::FindNet(MAC), Call::GetPluggedMemory(PageKind::Ordinary)] {
                 call(&mut vmm, request)?;
             }
+            check_places(&mut vmm);
             refuse_connections_without_a_socket(&mut vmm);
             notices = vmm.take_notices().len();
             call(&mut vmm, Call::Stop)
@@ -219,6 +222,16 @@ fn call(vmm: &mut Vmm, request: Call) -> Result<(), End> {
         CallError::Receive(error) if error.kind() == io::ErrorKind::WouldBlock => End::Hung("a request got no answer"),
         error => End::Died(error.to_string()),
     })
+}
+
+/// Checks that the VMM says where each vCPU is. The program of the boot vCPU has ended, and the other vCPU has not been
+/// started.
+fn check_places(vmm: &mut Vmm) {
+    let answer = vmm.call(Call::Inspect, &[]).expect("ask where the vCPUs are");
+    let Answer::Inspected { vcpus } = &answer else { panic!("unexpected answer: {answer:?}") };
+    let places: Vec<_> = vcpus.iter().map(|place| place.expect("a vCPU must stop")).collect();
+    let in_program = places.first().is_some_and(|place| (guest::CODE..guest::CODE + MAX_CODE).contains(&place.address));
+    assert!(in_program && places.len() == 2, "the vCPUs are at {places:x?}");
 }
 
 /// Checks that a request to connect needs exactly one socket.
