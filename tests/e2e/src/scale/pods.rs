@@ -68,6 +68,9 @@ pub fn run(pods: &Pods, options: Options) -> Result<Outcome, String> {
     Ok(outcome)
 }
 
+/// Number of times that the start of a pod is repeated.
+const RETRIES: u32 = 3;
+
 fn request(method: &str, request: &Value) -> Result<Value, Status> {
     try_call_within(LIMIT, "RuntimeService", method, request)
 }
@@ -102,8 +105,20 @@ fn start(dir: &Path, handler: &str, config: &Value) -> Result<f64, String> {
         .and_then(|()| fs::write(token.join("token"), name))
         .map_err(|error| error.to_string())?;
     let failed = |status: Status| format!("{name} cannot be started: {status}");
-    let begin = Instant::now();
-    let run = request("RunPodSandbox", &json!({ "config": config, "runtime_handler": handler })).map_err(failed)?;
+    let mut config = config.clone();
+    let mut begin = Instant::now();
+    let mut run = run_sandbox(handler, &config);
+    for attempt in 1..=RETRIES {
+        let Err(status) = &run else { break };
+        if !is_interrupted_plugin(&status.to_string()) {
+            break;
+        }
+        println!("{name} is started again: {status}");
+        config["metadata"]["attempt"] = attempt.into();
+        begin = Instant::now();
+        run = run_sandbox(handler, &config);
+    }
+    let run = run.map_err(failed)?;
     let container = json!({
         "metadata": { "name": "main", "attempt": 0 },
         "image": { "image": BUSYBOX },
@@ -118,9 +133,28 @@ fn start(dir: &Path, handler: &str, config: &Value) -> Result<f64, String> {
     Ok(begin.elapsed().as_secs_f64())
 }
 
+fn run_sandbox(handler: &str, config: &Value) -> Result<Value, Status> {
+    request("RunPodSandbox", &json!({ "config": config, "runtime_handler": handler }))
+}
+
+/// Returns whether a pod cannot be started because a CNI plugin has read a list from the kernel while the list changed
+/// (NLM_F_DUMP_INTR of netlink(7)). The plugins do not repeat the request. The kubelet starts such a pod
+/// again.
+fn is_interrupted_plugin(error: &str) -> bool {
+    error.contains("failed to setup network for sandbox") && error.contains("interrupted system call")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_failures_of_a_plugin_are_repeated() {
+        let error = "failed to setup network for sandbox \"af44\": plugin type=\"bridge\" failed (add): failed to set \
+                     bridge addr: could not get list of IP addresses: interrupted system call";
+        assert!(is_interrupted_plugin(error));
+        assert!(!is_interrupted_plugin("failed to create shim task: interrupted system call"));
+    }
 
     #[test]
     fn at_once_handles_each_item_once() {
