@@ -43,6 +43,8 @@ const SLOW_ANSWER_TIMEOUT: Duration = Duration::from_secs(3600);
 /// How long the VMM process may take to exit after SIGKILL. A thread that waits in a file system of the host that hangs
 /// exits only when the wait ends. The shim then leaves the process to the kernel.
 pub const VMM_EXIT_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(1);
+/// Timeout for the VMM's answer to Inspect. The VMM itself waits for one second.
+const INSPECT_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(2);
 
 /// Error from starting or calling the VMM.
 #[derive(Debug, thiserror::Error)]
@@ -332,6 +334,7 @@ impl Vmm {
             // The callers of the boot and of a growth have timeouts of their own. The guest decides when it unplugs
             // memory.
             Call::Create(_) | Call::Resume | Call::RequestMemory { .. } => SLOW_ANSWER_TIMEOUT,
+            Call::Inspect => self.timeout(INSPECT_TIMEOUT),
             _ => ANSWER_TIMEOUT,
         };
         let request = call.name();
