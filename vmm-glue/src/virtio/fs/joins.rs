@@ -338,9 +338,10 @@ impl Joins {
         }
     }
 
-    /// Returns the mount of the inner node of a node, if the mount can be joined.
+    /// Returns the mount of the inner node of a node, if the mount is joined with others.
     pub fn origin(&self, inode: Inode, nodes: &HashMap<Inode, Node>) -> Option<Origin> {
         let current = nodes.get(&inode)?.mount;
+        self.joined_group_of(current)?;
         let mount = self.mounts.get(&current)?;
         let root = mount.root?;
         let is_stale = self.is_better(nodes.get(&root)?.mount, current);
@@ -354,7 +355,7 @@ impl Joins {
         }
     }
 
-    /// If the mount of an inner node is gone, returns the best of the other mounts of which the node is the root.
+    /// If the mount of an inner node is gone, returns the best of the other mounts that have this root.
     pub fn other_mount_of_root(&self, inode: Inode, nodes: &HashMap<Inode, Node>) -> Option<MountPoint> {
         let current = self.mounts.get(&nodes.get(&inode)?.mount).filter(|mount| mount.gone)?;
         let is_other = |mount: &Mount| mount.group == current.group && !mount.gone;

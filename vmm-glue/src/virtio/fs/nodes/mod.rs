@@ -247,7 +247,7 @@ impl Nodes {
         }
     }
 
-    /// Returns the mount of the inner node of a node, if the mount can be joined.
+    /// Returns the mount of the inner node of a node, if the mount is joined with others.
     pub fn origin(&self, inode: Inode) -> Option<Origin> {
         let state = self.lock();
         state.joins.origin(inode, &state.nodes)
@@ -258,7 +258,7 @@ impl Nodes {
         self.lock().joins.set_gone(mount);
     }
 
-    /// If the mount of an inner node is gone, returns another mount of which the node is the root.
+    /// If the mount of an inner node is gone, returns the best of the other mounts that have this root.
     pub fn other_mount_of_root(&self, inode: Inode) -> Option<MountPoint> {
         let state = self.lock();
         state.joins.other_mount_of_root(inode, &state.nodes)
