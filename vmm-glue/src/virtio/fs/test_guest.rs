@@ -1,5 +1,6 @@
 //! The guest's side of FUSE, for tests: sends requests through the queues of a device.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::path::Path;
 
@@ -19,6 +20,8 @@ pub struct Guest {
     pub bench: Bench<Fs>,
     pub unique: u64,
     root: Option<tempfile::TempDir>,
+    /// Answers to requests of [`Guest::send`] that arrived while [`Guest::call`] waited for another answer.
+    early: VecDeque<Vec<u8>>,
 }
 
 pub fn share(root: &Path, workers: u8) -> ShareConfig {
@@ -71,7 +74,7 @@ impl Guest {
     fn with_config(share: &ShareConfig, belongings: Belongings) -> Self {
         let mut bench = Bench::new(Fs::new(share, belongings, || {}).unwrap());
         bench.activate(0);
-        Self { bench, unique: 0, root: None }
+        Self { bench, unique: 0, root: None, early: VecDeque::new() }
     }
 
     /// Returns the share's directory.
@@ -93,13 +96,11 @@ impl Guest {
     pub fn call(&mut self, opcode: u32, node: u64, body: &[u8], answer_size: usize) -> (i32, Vec<u8>) {
         let header = self.header(opcode, node, body.len());
         self.bench.queues[1].add(&[&header, body], &[16, answer_size]);
-        let mut answer = None;
-        self.bench.run_until(|queues| {
-            answer = queues[1].poll();
-            answer.is_some()
-        });
-        let (_, bytes) = answer.unwrap();
-        assert_eq!(u64_at(&bytes, 8), self.unique);
+        let mut bytes = self.next_answer();
+        while u64_at(&bytes, 8) != self.unique {
+            self.early.push_back(bytes);
+            bytes = self.next_answer();
+        }
         assert_eq!(u32::from_le_bytes(bytes[..4].try_into().unwrap()) as usize, bytes.len());
         (i32::from_le_bytes(bytes[4..8].try_into().unwrap()), bytes[16..].to_vec())
     }
@@ -111,14 +112,20 @@ impl Guest {
         self.unique
     }
 
-    /// Waits for the next answer. Returns the request's unique id and the errno.
-    pub fn answer(&mut self) -> (u64, i32) {
+    /// Waits until the device answers a request, and returns the answer. Requests are answered in any order.
+    fn next_answer(&mut self) -> Vec<u8> {
         let mut answer = None;
         self.bench.run_until(|queues| {
             answer = queues[1].poll();
             answer.is_some()
         });
-        let (_, bytes) = answer.unwrap();
+        answer.unwrap().1
+    }
+
+    /// Waits for the next answer to a request of [`Guest::send`]. Returns the request's unique id and the errno.
+    pub fn answer(&mut self) -> (u64, i32) {
+        let early = self.early.pop_front();
+        let bytes = early.unwrap_or_else(|| self.next_answer());
         (u64_at(&bytes, 8), -i32::from_le_bytes(bytes[4..8].try_into().unwrap()))
     }
 

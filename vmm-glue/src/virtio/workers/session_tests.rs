@@ -49,7 +49,8 @@ fn request_is_served_although_a_job_that_hangs_has_taken_its_wakeup() {
         started.extend(starts.try_iter());
         started.len() == 2
     });
-    assert_eq!(started, [Started::Job, Started::Request]);
+    // The two workers report their starts in any order.
+    assert!(started.contains(&Started::Job) && started.contains(&Started::Request), "{started:?}");
     drop(end);
     bench.run_until(|queues| queues[0].poll().is_some());
 }
