@@ -71,7 +71,7 @@ pub struct Soak {
     #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..))]
     lives: u32,
     /// The maximum number of pods of each shard. The node boots once for each shard.
-    #[arg(long, default_value_t = 250, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..))]
     shard: u32,
     /// The number of pods that live at the same time.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
@@ -175,7 +175,7 @@ pub fn chaos(options: &Chaos) -> Result<u8> {
 
 /// Returns the minimum number of lives for a judgement (`tests/e2e/src/soak/mod.rs` has the same rule).
 fn least_lives(at_once: u32) -> u32 {
-    10 + 31 * at_once
+    100 + 31 * at_once
 }
 
 impl Soak {
@@ -428,7 +428,7 @@ mod tests {
             ("chaos/failpoints.rs", format!("const NAMES: [&str; {}] =", FAILPOINTS / 4)),
             ("chaos/failpoints.rs", "const ACTIONS: [&str; 4] =".to_owned()),
             ("chaos/verdict.rs", format!("const STEPS_PER_MISS: usize = {};", summary::STEPS_PER_MISS)),
-            ("soak/mod.rs", "const WARM_UP: u32 = 10;".to_owned()),
+            ("soak/mod.rs", "const WARM_UP: u32 = 100;".to_owned()),
             ("soak/mod.rs", "const LEAST: usize = 30;".to_owned()),
         ] {
             let text = std::fs::read_to_string(paths::root().join("tests/e2e/src").join(path)).unwrap();
@@ -470,13 +470,13 @@ mod tests {
     #[test]
     fn soak_divides_the_lives_evenly_and_refuses_shards_that_judge_nothing() {
         let shards = soak_shards("--lives 2000").unwrap();
-        assert_eq!(shards.len(), 8);
-        assert_eq!(shards[7].args[..5], ["soak", "--first", "1750", "--lives", "250"].map(str::to_owned));
+        assert_eq!(shards.len(), 4);
+        assert_eq!(shards[3].args[..5], ["soak", "--first", "1500", "--lives", "500"].map(str::to_owned));
         let lives =
             |shards: &[Shard]| shards.iter().map(|shard| shard.args[4].parse::<u32>().unwrap()).collect::<Vec<_>>();
-        assert_eq!(lives(&soak_shards("--lives 300").unwrap()), [150, 150]);
-        assert_eq!(lives(&soak_shards("--lives 41 --at-once 1").unwrap()), [41]);
-        for args in ["--lives 40", "--lives 260", "--lives 133", "--lives 40 --at-once 1"] {
+        assert_eq!(lives(&soak_shards("--lives 510").unwrap()), [255, 255]);
+        assert_eq!(lives(&soak_shards("--lives 131 --at-once 1").unwrap()), [131]);
+        for args in ["--lives 40", "--lives 300 --shard 250", "--lives 223", "--lives 130 --at-once 1"] {
             let error = soak_shards(args).unwrap_err().to_string();
             assert!(error.contains("could judge nothing"), "{args}: {error}");
         }

@@ -19,8 +19,9 @@ use trend::Point;
 const RESTART: u32 = 50;
 /// Caches are dropped after this many lives. Without caches, the next life takes longer.
 const RECLAIM: u32 = 10;
-/// Number of first lives that are not judged, because caches are filled, and the kernel creates threads.
-const WARM_UP: u32 = 10;
+/// Number of first lives that are not judged, because the kernel creates threads and fills caches. Some slab caches of
+/// the node's kernel reach their size only after about a hundred lives, also with runc.
+const WARM_UP: u32 = 100;
 /// Minimum number of samples for a judgement.
 const LEAST: usize = 30;
 /// Timeout for the processes of a batch to end.
@@ -212,7 +213,7 @@ mod tests {
             slabs: BTreeMap::from([("steady".to_owned(), 5), ("growing".to_owned(), 5 + life)]),
         };
         // A batch has four lives.
-        let samples: Vec<(u32, Sample)> = (1..=50).map(|batch| (4 * batch, sample(4 * u64::from(batch)))).collect();
+        let samples: Vec<(u32, Sample)> = (1..=75).map(|batch| (4 * batch, sample(4 * u64::from(batch)))).collect();
         let resources = judge(&samples);
         let growing: Vec<_> = resources.iter().filter(|one| one.grows).map(|one| one.name.as_str()).collect();
         assert_eq!(growing, ["leaking", "much"]);
@@ -220,7 +221,7 @@ mod tests {
         assert!((slope("leaking") - 0.1).abs() < 0.01 && (slope("much") - 3.0).abs() < 0.01, "{resources:?}");
         let slabs: Vec<_> = growing_slabs(&samples).into_iter().map(|one| (one.name, one.slope)).collect();
         assert_eq!(slabs, [("slab growing".to_owned(), 1.0)]);
-        assert!(judge(&samples[..LEAST]).iter().all(|resource| !resource.grows));
+        assert!(judge(&samples[..WARM_UP as usize / 4 + LEAST - 1]).iter().all(|resource| !resource.grows));
     }
 
     #[test]
