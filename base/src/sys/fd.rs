@@ -28,6 +28,22 @@ pub fn close_on_exec_from(first: u32) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Gives this thread its own file table, which has only the fds below `first` (close_range(2) with CLOSE_RANGE_UNSHARE,
+/// Linux 5.9). Threads that this thread starts later share this table. The kernel copies at least the first 64 fds, and
+/// then closes the copies from `first` on. Such a close can block, for example for a file of a network file system.
+///
+/// # Errors
+/// The errors of close_range(2).
+///
+/// # Safety
+/// Afterwards, the thread and the threads that it starts must not use, close or drop any fd from `first` on that was
+/// open before.
+pub unsafe fn unshare_fds_below(first: u32) -> io::Result<()> {
+    // SAFETY: the call takes no pointers. The caller guarantees that no code uses a closed fd again.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, libc::CLOSE_RANGE_UNSHARE) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Closes every fd of this process except standard input, output and error, and `kept` (close_range(2), Linux 5.9).
 ///
 /// # Errors
@@ -119,6 +135,23 @@ mod tests {
                 assert_eq!(wait(child.as_raw(), 0), Ok(Some((child.as_raw(), 0))));
             }
         }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no file tables")]
+    fn unshare_fds_below_leaves_the_fds_of_other_threads_open() {
+        let (reader, writer) = io::pipe().unwrap();
+        let number = reader.as_raw_fd();
+        let thread = std::thread::spawn(move || {
+            // SAFETY: the thread owns no fd.
+            unsafe { unshare_fds_below(3) }.unwrap();
+            // SAFETY: F_GETFD takes a number, which need not be that of an open fd.
+            let open = |number| (unsafe { libc::fcntl(number, libc::F_GETFD) }) != -1;
+            (open(2), open(number))
+        });
+        assert_eq!(thread.join().unwrap(), (true, false));
+        (&writer).write_all(b"x").unwrap();
+        assert_eq!((&reader).read(&mut [0]).unwrap(), 1);
     }
 
     #[test]

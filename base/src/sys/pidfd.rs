@@ -1,7 +1,7 @@
 //! Pidfds: fds that refer to the same process even after its PID has been reused.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use super::new_fd;
 
@@ -28,8 +28,19 @@ pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     }
 }
 
+/// Copies the fd `number` of the process into this thread's file table (pidfd_getfd(2), Linux 5.6). If the process has
+/// several file tables, the number is that of its first thread. The copy is close-on-exec.
+///
+/// # Errors
+/// EBADF if the process has no such fd, and the other errors of pidfd_getfd(2).
+pub fn get_fd(pidfd: BorrowedFd<'_>, number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: the call takes no pointers, and returns a new fd or -1.
+    unsafe { new_fd(libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0)) }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
     use std::os::fd::AsFd;
     use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
@@ -50,5 +61,19 @@ mod tests {
     #[cfg_attr(miri, ignore = "Miri has no pidfd_open")]
     fn open_fails_without_a_process() {
         assert_eq!(open(i32::MAX).unwrap_err().raw_os_error(), Some(libc::ESRCH));
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no pidfd_open")]
+    fn get_fd_copies_the_open_file() {
+        let process = open(std::process::id().cast_signed()).unwrap();
+        let (mut reader, writer) = io::pipe().unwrap();
+        let copy = get_fd(process.as_fd(), writer.as_raw_fd()).unwrap();
+        drop(writer);
+        std::fs::File::from(copy).write_all(b"x").unwrap();
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "x");
+        assert_eq!(get_fd(process.as_fd(), RawFd::MAX).unwrap_err().raw_os_error(), Some(libc::EBADF));
     }
 }
