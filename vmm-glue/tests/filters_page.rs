@@ -28,13 +28,14 @@ is 0xae80, and `3 lacks 0x4` means that the third argument does not have this bi
 ";
 
 /// The kinds of threads, each with the title of its column.
-const KINDS: [(Kind, &str); 9] = [
+const KINDS: [(Kind, &str); 10] = [
     (Kind::Control, "control"),
     (Kind::Vcpu, "vCPU"),
     (Kind::DeviceLoop, "device loop"),
     (Kind::FileServer, "virtio-fs"),
     (Kind::FileSupervisor, "virtio-fs supervisor"),
     (Kind::LockWaiter, "lock waiter"),
+    (Kind::LockOwner, "lock owner"),
     (Kind::Disk, "disk"),
     (Kind::Prefault, "prefault"),
     (Kind::Pid, "pid"),

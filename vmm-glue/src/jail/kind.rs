@@ -16,6 +16,9 @@ pub enum Kind {
     FileSupervisor,
     /// A thread that waits for a lock of a file, or that starts these threads.
     LockWaiter,
+    /// A thread that takes the POSIX locks of a process of the guest, or that starts these threads. Its file table has
+    /// only files with such locks.
+    LockOwner,
     /// The worker thread of a disk.
     Disk,
     /// The thread that faults in guest memory.
@@ -26,13 +29,14 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Control,
         Self::Vcpu,
         Self::DeviceLoop,
         Self::FileServer,
         Self::FileSupervisor,
         Self::LockWaiter,
+        Self::LockOwner,
         Self::Disk,
         Self::Prefault,
         Self::Pid,
@@ -47,6 +51,7 @@ impl Kind {
             Self::FileServer => "virtio-fs",
             Self::FileSupervisor => "fs-supervisor",
             Self::LockWaiter => "fs-locks",
+            Self::LockOwner => "fs-lock-owner",
             Self::Disk => "virtio-blk",
             Self::Prefault => "prefault",
             Self::Pid => "husk-task",

@@ -2,9 +2,9 @@
 
 use libc::{
     CLONE_CHILD_CLEARTID, CLONE_FILES, CLONE_FS, CLONE_PARENT_SETTID, CLONE_SETTLS, CLONE_SIGHAND, CLONE_SYSVSEM,
-    CLONE_THREAD, CLONE_VM, F_DUPFD_CLOEXEC, F_GETFD, F_OFD_SETLK, F_OFD_SETLKW, FIONBIO, PR_CAP_AMBIENT,
-    PR_CAPBSET_READ, PR_GET_NAME, PR_GET_SECUREBITS, PR_SET_NAME, PR_SET_NO_NEW_PRIVS, PR_SET_SECUREBITS, PROT_EXEC,
-    SO_SNDBUF,
+    CLONE_THREAD, CLONE_VM, F_DUPFD_CLOEXEC, F_GETFD, F_GETLK, F_OFD_SETLK, F_OFD_SETLKW, F_SETLK, F_SETLKW, FIONBIO,
+    PR_CAP_AMBIENT, PR_CAPBSET_READ, PR_GET_NAME, PR_GET_SECUREBITS, PR_SET_NAME, PR_SET_NO_NEW_PRIVS,
+    PR_SET_SECUREBITS, PROT_EXEC, SO_SNDBUF,
 };
 use syscalls::Sysno;
 
@@ -235,6 +235,22 @@ const LOCK_WAITER: &[Rule] = &[
     allow_if(Sysno::tgkill, &[is(0, OWN_PID)], "interrupts a wait"),
 ];
 
+const LOCK_OWNER: &[Rule] = &[
+    allow_if(
+        Sysno::fcntl,
+        &[is(1, F_SETLK.cast_unsigned()), is(1, F_SETLKW.cast_unsigned()), is(1, F_GETLK.cast_unsigned())],
+        "takes, waits for and queries POSIX locks",
+    ),
+    allow_if(Sysno::unshare, &[is(0, CLONE_FILES.cast_unsigned())], "gives an owner of locks its own file table"),
+    allow(Sysno::pidfd_getfd, "copies an fd of the VMM into a file table; the only pidfd is that of the VMM"),
+    allow(Sysno::close, "closes a file that has no more locks"),
+    allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait"),
+    allow(Sysno::getrandom, "seeds the keys of hash tables"),
+    allow(Sysno::mremap, "the allocator resizes large blocks"),
+    allow_if(Sysno::prctl, &[is(0, PR_SET_NAME as u32)], "starts a thread"),
+    allow(Sysno::gettid, "reads the thread's id, to which the interruption is sent"),
+];
+
 const DEVICE_LOOP: &[Rule] = &[
     allow(Sysno::mremap, "the allocator resizes large blocks"),
     allow(Sysno::epoll_ctl, "registers the events of devices and connections"),
@@ -336,6 +352,8 @@ fn tables(kind: Kind) -> &'static [&'static [Rule]] {
         // The worker threads that this thread starts inherit its filter.
         Kind::FileSupervisor => &[EVERY_THREAD, THREAD_START, THREAD_END, WORKER, FILE_SERVER, FILE_SUPERVISOR],
         Kind::LockWaiter => &[EVERY_THREAD, THREAD_START, THREAD_END, LOCK_WAITER],
+        // The threads that this thread starts inherit its filter.
+        Kind::LockOwner => &[EVERY_THREAD, THREAD_START, THREAD_END, LOCK_OWNER],
         Kind::Disk => &[EVERY_THREAD, THREAD_END, WORKER, DISK],
         Kind::Prefault => &[EVERY_THREAD, THREAD_END],
         Kind::Pid => &[EVERY_THREAD, THREAD_END, PID],
@@ -353,13 +371,14 @@ mod tests {
 
     use super::*;
 
-    const KINDS: [(Kind, usize); 9] = [
+    const KINDS: [(Kind, usize); 10] = [
         (Kind::Control, 45),
         (Kind::Vcpu, 15),
         (Kind::DeviceLoop, 35),
         (Kind::FileServer, 70),
         (Kind::FileSupervisor, 80),
         (Kind::LockWaiter, 30),
+        (Kind::LockOwner, 29),
         (Kind::Disk, 35),
         (Kind::Prefault, 15),
         (Kind::Pid, 16),

@@ -2,15 +2,27 @@
 //!
 //! A lock of the guest is a lock of the host's kernel. Therefore, the lock excludes other VMMs and processes of the
 //! host, and ends with the VMM. A lock of flock(2) belongs to an open file, and the VMM takes the lock on the guest's
-//! handle. A range lock belongs to a process, or to an open file with F_OFD_SETLK. For each owner of range locks, the
-//! VMM opens the file once more, and takes the locks on this open file description (F_OFD_SETLK). A process of the host
-//! that asks for the holder sees PID -1.
+//! handle. A range lock belongs to a process, or to an open file with F_OFD_SETLK ([`place`]):
 //!
-//! A process that waits has a thread of its own ([`waiters`]), and its request stays in the queue. FUSE_INTERRUPT ends
-//! the wait. The VMM detects deadlocks of processes of its guest ([`table`]). As with NFS, deadlocks that involve
-//! several guests or the host are not detected.
+//! * For a process of the guest, the VMM takes the lock with F_SETLK in a file table of its own ([`file_table`]). For
+//!   the kernel, each such table is another process. Therefore, the kernel finds deadlocks between processes of several
+//!   guests and of the host. A process of the host that asks for the holder sees the VMM's PID.
+//! * For an open file, the VMM opens the file once more, and takes the lock with F_OFD_SETLK on this open file
+//!   description. A process of the host that asks for the holder sees PID -1.
+//!
+//! The number of tables is limited ([`owners`]). A process without a table has its locks on an open file description,
+//! too. The VMM itself finds deadlocks of processes of its guest ([`table`]). The kernel finds others only if they end
+//! with the request of a process that has a table, and if each of the other waits is for a lock in a table
+//! (`posix_locks_deadlock` and `__locks_insert_block` in fs/locks.c).
+//!
+//! Each wait has a thread ([`waiters`]), and its request stays in the queue. FUSE_INTERRUPT ends the wait.
 
 mod change;
+#[cfg(test)]
+mod deadlock_tests;
+mod file_table;
+mod owners;
+mod place;
 mod private;
 mod ranges;
 mod table;
@@ -20,21 +32,20 @@ mod waiters;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
 use husk_base::sync::lock;
 use husk_base::sys::file_lock::{Flock, flock};
-use nix::fcntl::{FcntlArg, fcntl};
 use virtiofsd::filesystem::{Context, FileSystem as _};
 use virtiofsd::fuse::{FileLock, InHeader, LkIn};
 
 use self::change::{Change, LAST_BYTE, error};
+use self::owners::Owners;
+use self::place::Waiting;
 use self::private::PrivateFiles;
 use self::ranges::RangeLock;
-use self::table::{Owner, OwnerLocks, Table};
-use self::waiters::{Job, Waiters};
-use super::closing;
+use self::table::{Owner, Place, Table};
+use self::waiters::{Calls, Job, Waiters};
 use super::ids::{Handle, Inode};
 use super::joined_fs::JoinedFs;
 
@@ -51,6 +62,7 @@ pub struct Locks {
     fs: Arc<JoinedFs>,
     private: PrivateFiles,
     table: Mutex<Table>,
+    owners: Owners,
     waiters: Waiters,
 }
 
@@ -73,13 +85,15 @@ fn would_block(error: &io::Error) -> bool {
 }
 
 impl Locks {
-    /// Creates the table, and starts the thread that starts the waiting threads. `fd_directory` is /proc/self/fd.
+    /// Creates the table, and starts the threads that start the other threads. `fd_directory` is /proc/self/fd. The
+    /// guest must not have open files yet ([`owners`]).
     ///
     /// # Errors
-    /// If the thread cannot be started or confined.
+    /// If a thread cannot be started or confined.
     pub fn new(fs: Arc<JoinedFs>, fd_directory: File) -> io::Result<Self> {
         let private = PrivateFiles::new(fd_directory);
-        Ok(Self { fs, private, table: Mutex::default(), waiters: Waiters::start()? })
+        let (owners, waiters) = (Owners::new()?, Waiters::start()?);
+        Ok(Self { fs, private, table: Mutex::default(), owners, waiters })
     }
 
     /// Returns whether only the guest uses a file, so that the guest need not ask for its locks.
@@ -98,12 +112,9 @@ impl Locks {
         }
         let entered = self.enter(inode);
         let _order = lock(&entered.order);
-        // The kernel does not report the locks of the description with which it is asked.
-        let own = lock(&self.table).owner(inode, change.owner).map(|locks| locks.description);
-        let mut answer = change.to_kernel();
-        self.with_file(inode, own.unwrap_or(change.handle), |file| {
-            Ok(fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut answer))?)
-        })?;
+        // The kernel does not report the locks of the place at which it is asked.
+        let own = lock(&self.table).owner(inode, change.owner).map(|locks| locks.place.clone());
+        let answer = self.get_at(&own.unwrap_or(Place::Description(change.handle)), &change)?;
         if i32::from(answer.l_type) == libc::F_UNLCK {
             return Ok(FileLock { type_: libc::F_UNLCK.cast_unsigned(), ..FileLock::default() });
         }
@@ -170,6 +181,7 @@ impl Locks {
     pub fn clear(&self) {
         self.waiters.interrupt_all();
         lock(&self.table).clear();
+        self.owners.clear();
     }
 
     /// Prepares for a new connection of a guest.
@@ -212,7 +224,7 @@ impl Locks {
             Ok(file) => file,
             Err(error) => return Some(Err(error)),
         };
-        self.wait(unique, move || flock(&file, operation, true), |_| {}, later)
+        self.wait(unique, move |calls| calls.call(|| flock(&file, operation, true)), |_| {}, later)
     }
 
     fn set_range(
@@ -226,7 +238,7 @@ impl Locks {
         if change.unlock {
             return Some(self.unlock(change));
         }
-        let result = self.prepare(change).and_then(|()| self.take(change));
+        let result = self.prepare(change).and_then(|tried| self.take(change, tried));
         let wait = match (&result, later) {
             (Err(error), Some(later)) if would_block(error) => later,
             _ => {
@@ -249,8 +261,8 @@ impl Locks {
             }
         }
         let (locks, change) = (Arc::clone(self), *change);
-        let mut file = None;
-        let attempt = move || locks.wait_for_range(&change, &mut file);
+        let mut waiting = None;
+        let attempt = move |calls: &Calls| locks.wait_for_range(&change, &mut waiting, calls);
         let locks = Arc::clone(self);
         let end = move |may_block| {
             if may_block {
@@ -258,7 +270,7 @@ impl Locks {
                 let _order = lock(&entered.order);
                 locks.end_wait(&change, unique);
             } else {
-                // If the owner has no locks, its description stays open until the guest closes its file.
+                // If the owner has no locks, its place stays open until the guest closes its file.
                 locks.remove_wait(&change, unique);
             }
         };
@@ -274,7 +286,7 @@ impl Locks {
     fn wait(
         &self,
         unique: u64,
-        attempt: impl FnMut() -> io::Result<()> + Send + 'static,
+        attempt: impl FnMut(&Calls) -> io::Result<()> + Send + 'static,
         end: impl FnOnce(bool) + Send + 'static,
         later: impl FnOnce() -> Answer,
     ) -> Option<io::Result<()>> {
@@ -299,30 +311,30 @@ impl Locks {
     }
 
     /// Waits for a lock in the kernel, and records the lock. Fails with EWOULDBLOCK if the wait must be repeated.
-    fn wait_for_range(&self, change: &Change, file: &mut Option<(Handle, File)>) -> io::Result<()> {
-        if file.is_none() {
+    fn wait_for_range(&self, change: &Change, waiting: &mut Option<Waiting>, calls: &Calls) -> io::Result<()> {
+        if waiting.is_none() {
             let entered = self.enter(change.inode);
             let _order = lock(&entered.order);
-            let description = self.description(change).ok_or_else(|| error(libc::EINTR))?;
-            *file = Some((description, self.with_file(change.inode, description, File::try_clone)?));
+            let place = self.place(change).ok_or_else(|| error(libc::EINTR))?;
+            *waiting = Some(self.waiting_at(place, change)?);
         }
-        let Some((description, duplicate)) = file else { return Err(error(libc::EINTR)) };
-        fcntl(duplicate.as_fd(), FcntlArg::F_OFD_SETLKW(&change.to_kernel()))?;
+        let Some(place) = waiting else { return Err(error(libc::EINTR)) };
+        place.wait(change, calls)?;
         let entered = self.enter(change.inode);
         let _order = lock(&entered.order);
-        if self.description(change) != Some(*description) {
+        if !self.place(change).is_some_and(|current| place.is_at(&current)) {
             // The owner got another description during the wait. Closing the last fd of the earlier one also ends the
             // lock that it has just got.
-            *file = None;
+            *waiting = None;
             return Err(io::ErrorKind::WouldBlock.into());
         }
         // Another thread of the owner may have unlocked the range since the wait ended. If the lock is still there,
         // this call changes nothing.
-        self.take(change)
+        self.take(change, None)
     }
 
-    fn description(&self, change: &Change) -> Option<Handle> {
-        Some(lock(&self.table).owner(change.inode, change.owner)?.description)
+    fn place(&self, change: &Change) -> Option<Place> {
+        Some(lock(&self.table).owner(change.inode, change.owner)?.place.clone())
     }
 
     fn end_wait(&self, change: &Change, unique: u64) {
@@ -338,69 +350,11 @@ impl Locks {
         }
     }
 
-    /// Opens a description for the owner, unless the owner has one that allows the lock.
-    fn prepare(&self, change: &Change) -> io::Result<()> {
-        let &Change { inode, owner, handle, .. } = change;
-        let access =
-            self.with_file(inode, handle, |file| Ok(fcntl(file.as_fd(), FcntlArg::F_GETFL)?))? & libc::O_ACCMODE;
-        let refused = if change.range.exclusive { libc::O_RDONLY } else { libc::O_WRONLY };
-        if access == refused {
-            return Err(error(libc::EBADF));
-        }
-        let writable = access != libc::O_RDONLY;
-        let table = lock(&self.table);
-        let existing = table.owner(inode, owner).map(|locks| (locks.description, locks.writable));
-        if !table.has_room(existing.is_none()) {
-            return Err(error(libc::ENOLCK));
-        }
-        drop(table);
-        let Some((old, old_writable)) = existing else {
-            let description = self.open(inode, writable, access)?;
-            let locks = OwnerLocks {
-                description,
-                writable,
-                guest_handle: handle,
-                open_file: change.open_file,
-                pid: change.pid,
-                ranges: ranges::Ranges::default(),
-                waits: 0,
-            };
-            lock(&self.table).add(inode, owner, locks);
-            return Ok(());
-        };
-        if old_writable || !writable {
-            return Ok(());
-        }
-        // The old description has only shared locks. The new one can take the same locks before the old one is closed.
-        let description = self.open(inode, true, access)?;
-        let held: Vec<RangeLock> = match lock(&self.table).owner(inode, owner) {
-            Some(locks) => locks.ranges.iter().copied().collect(),
-            None => Vec::new(),
-        };
-        let copied = self.with_file(inode, description, |file| {
-            held.iter().try_for_each(|range| {
-                let change = Change { range: *range, ..*change };
-                fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&change.to_kernel())).map(drop).map_err(io::Error::from)
-            })
-        });
-        if let Err(error) = copied {
-            self.close(inode, description);
-            return Err(error);
-        }
-        if let Some(locks) = lock(&self.table).owner_mut(inode, owner) {
-            (locks.description, locks.writable) = (description, true);
-        }
-        self.close(inode, old);
-        Ok(())
-    }
-
-    /// Takes a lock on the owner's description without waiting, and records the lock.
-    fn take(&self, change: &Change) -> io::Result<()> {
+    /// Takes a lock at the owner's place without waiting, unless this was already tried, and records the lock.
+    fn take(&self, change: &Change, tried: Option<io::Result<()>>) -> io::Result<()> {
         let &Change { inode, owner, range, .. } = change;
-        let description = self.description(change).ok_or_else(|| error(libc::EINTR))?;
-        self.with_file(inode, description, |file| {
-            Ok(fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&change.to_kernel())).map(drop)?)
-        })?;
+        let place = self.place(change).ok_or_else(|| error(libc::EINTR))?;
+        tried.unwrap_or_else(|| self.set_at(&place, change))?;
         let mut table = lock(&self.table);
         table.change(inode, owner, |ranges| ranges.lock(range));
         if let Some(locks) = table.owner_mut(inode, owner) {
@@ -412,14 +366,16 @@ impl Locks {
     /// Unlocks a range.
     fn unlock(&self, change: &Change) -> io::Result<()> {
         let &Change { inode, owner, range, .. } = change;
-        let Some(description) = self.description(change) else { return Ok(()) };
+        let Some(place) = self.place(change) else { return Ok(()) };
         // Unlocking the middle of a range creates two ranges.
         if !lock(&self.table).has_room(false) && (range.start, range.end) != (0, LAST_BYTE) {
             return Err(error(libc::ENOLCK));
         }
-        self.with_file(inode, description, |file| {
-            Ok(fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&change.to_kernel())).map(drop)?)
-        })?;
+        // `sweep` unlocks the last range in a file table. A second call there would need another switch of threads.
+        let last = lock(&self.table).has_only(inode, owner, &range);
+        if !(last && matches!(place, Place::FileTable(..))) {
+            self.set_at(&place, change)?;
+        }
         lock(&self.table).change(inode, owner, |ranges| ranges.unlock(range.start, range.end));
         self.sweep(change);
         Ok(())
@@ -441,29 +397,11 @@ impl Locks {
         }
     }
 
-    /// Closes the owner's description if the owner has no locks and does not wait.
+    /// Closes the owner's place if the owner has no locks and does not wait.
     fn sweep(&self, change: &Change) {
         let unused = lock(&self.table).remove_unused(change.inode, change.owner);
-        if let Some(description) = unused {
-            self.close(change.inode, description);
-        }
-    }
-
-    /// Opens a file of the guest.
-    fn open(&self, inode: Inode, writable: bool, access: i32) -> io::Result<Handle> {
-        let open = |flags: i32| self.fs.open(context(), inode, false, flags.cast_unsigned());
-        let opened = match open(if writable { libc::O_RDWR } else { libc::O_RDONLY }) {
-            // The guest's user may write the file, but not read it, on a file system that does not trust root.
-            Err(error) if writable && error.raw_os_error() == Some(libc::EACCES) => open(access),
-            opened => opened,
-        };
-        opened?.0.ok_or_else(|| error(libc::EBADF))
-    }
-
-    fn close(&self, inode: Inode, description: Handle) {
-        let release = || self.fs.release(context(), inode, 0, description, false, false, None);
-        if let Err(error) = closing::while_open(&*self.fs, context(), inode, description, release) {
-            log::error!("failed to close a file that had locks: {error}");
+        if let Some(place) = unused {
+            self.close_place(change, &place);
         }
     }
 

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 
 use super::super::ids::{Handle, Inode};
+use super::file_table::{FileId, FileTable};
 use super::ranges::{RangeLock, Ranges};
 
 /// Maximum number of owners with locks, over all files.
@@ -36,11 +37,21 @@ struct FileLocks {
     users: usize,
 }
 
+/// Where the range locks of one owner of a file are.
+#[derive(Clone)]
+pub enum Place {
+    /// On an open file description (F_OFD_SETLK). No other owner uses this handle.
+    Description(Handle),
+    /// In the owner's file table (F_SETLK), which has an fd of an open file description. No other owner uses the
+    /// description's handle. The handle stays open, because a close makes a request to a network file system.
+    FileTable(Arc<FileTable>, FileId, Handle),
+}
+
 /// The locks of one owner of a file.
 pub struct OwnerLocks {
-    /// The open file description that has the locks. No other owner uses this handle.
-    pub description: Handle,
-    /// Whether the description is open for writing.
+    /// Where the locks are in the host's kernel.
+    pub place: Place,
+    /// Whether the file is open for writing at this place.
     pub writable: bool,
     /// The guest's handle in the owner's last request.
     pub guest_handle: Handle,
@@ -118,15 +129,21 @@ impl Table {
         self.ranges = (self.ranges + locks.ranges.len()).saturating_sub(before);
     }
 
-    /// Removes an owner that has no locks and does not wait. Returns the owner's description, which the caller closes.
-    pub fn remove_unused(&mut self, inode: Inode, owner: Owner) -> Option<Handle> {
+    /// Returns whether an owner does not wait, and has no locks outside of a range.
+    pub fn has_only(&self, inode: Inode, owner: Owner, range: &RangeLock) -> bool {
+        let is_in = |held: &RangeLock| range.start <= held.start && held.end <= range.end;
+        self.owner(inode, owner).is_some_and(|locks| locks.waits == 0 && locks.ranges.iter().all(is_in))
+    }
+
+    /// Removes an owner that has no locks and does not wait. Returns the owner's place, which the caller closes.
+    pub fn remove_unused(&mut self, inode: Inode, owner: Owner) -> Option<Place> {
         let file = self.files.get_mut(&inode)?;
         if !file.owners.get(&owner).is_some_and(|locks| locks.ranges.is_empty() && locks.waits == 0) {
             return None;
         }
         let removed = file.owners.remove(&owner)?;
         self.owners = self.owners.saturating_sub(1);
-        Some(removed.description)
+        Some(removed.place)
     }
 
     /// Returns the PID of the process that has a lock which the kernel has reported. Returns 0 if no process of the
@@ -186,7 +203,7 @@ mod tests {
 
     fn owner(table: &mut Table, inode: Inode, owner: u64, open_file: bool) {
         let locks = OwnerLocks {
-            description: 0,
+            place: Place::Description(0),
             writable: true,
             guest_handle: 0,
             open_file,
@@ -241,7 +258,7 @@ mod tests {
         assert_eq!(table.ranges, MAX_RANGES - 1);
         table.change(0, Owner(0), |ranges| ranges.unlock(0, u64::MAX));
         assert!(table.has_room(false));
-        assert_eq!(table.remove_unused(0, Owner(0)), Some(0));
+        assert!(table.remove_unused(0, Owner(0)).is_some());
         assert!(table.has_room(true));
     }
 }

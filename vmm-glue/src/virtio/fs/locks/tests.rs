@@ -15,22 +15,22 @@ use super::Answer;
 use crate::virtio::device::VirtioDevice as _;
 use crate::virtio::fs::test_guest::*;
 
-const READ_LOCK: i32 = libc::F_RDLCK;
-const WRITE_LOCK: i32 = libc::F_WRLCK;
-const UNLOCK: i32 = libc::F_UNLCK;
-const ALL: (u64, u64) = (0, i64::MAX as u64);
+pub const READ_LOCK: i32 = libc::F_RDLCK;
+pub const WRITE_LOCK: i32 = libc::F_WRLCK;
+pub const UNLOCK: i32 = libc::F_UNLCK;
+pub const ALL: (u64, u64) = (0, i64::MAX as u64);
 const FLOCK: u32 = 1;
-const OPEN_FILE: u32 = 1 << 31;
+pub const OPEN_FILE: u32 = 1 << 31;
 
 /// A guest that has the file `hello` open.
-struct Pod {
-    guest: Guest,
-    node: u64,
-    handle: u64,
+pub struct Pod {
+    pub guest: Guest,
+    pub node: u64,
+    pub handle: u64,
 }
 
 impl Pod {
-    fn new(share: &Path) -> Self {
+    pub fn new(share: &Path) -> Self {
         let mut guest = Guest::with_share(share, 2);
         guest.init();
         let node = guest.lookup(ROOT, "hello");
@@ -38,16 +38,22 @@ impl Pod {
         Self { guest, node, handle }
     }
 
-    fn open(&mut self, flags: i32) -> u64 {
+    /// Opens another file of the share instead of `hello`.
+    pub fn reopen(&mut self, name: &str) {
+        self.node = self.guest.lookup(ROOT, name);
+        self.handle = self.guest.open(OPEN, self.node, libc::O_RDWR);
+    }
+
+    pub fn open(&mut self, flags: i32) -> u64 {
         self.guest.open(OPEN, self.node, flags)
     }
 
     /// Changes a lock with SETLK. Returns the errno.
-    fn set(&mut self, handle: u64, owner: u64, kind: i32, range: (u64, u64), flags: u32) -> i32 {
+    pub fn set(&mut self, handle: u64, owner: u64, kind: i32, range: (u64, u64), flags: u32) -> i32 {
         self.guest.error(SETLK, self.node, &body(handle, owner, kind, range, flags))
     }
 
-    fn range(&mut self, owner: u64, kind: i32, range: (u64, u64)) -> i32 {
+    pub fn range(&mut self, owner: u64, kind: i32, range: (u64, u64)) -> i32 {
         self.set(self.handle, owner, kind, range, 0)
     }
 
@@ -56,28 +62,28 @@ impl Pod {
     }
 
     /// Sends SETLKW, which is expected to wait. Returns its unique id.
-    fn wait(&mut self, owner: u64, kind: i32, range: (u64, u64), flags: u32) -> u64 {
+    pub fn wait(&mut self, owner: u64, kind: i32, range: (u64, u64), flags: u32) -> u64 {
         self.guest.send(SETLKW, self.node, &body(self.handle, owner, kind, range, flags))
     }
 
     /// Returns the lock that conflicts with a lock: type, first byte, last byte, PID.
-    fn get(&mut self, owner: u64, kind: i32, range: (u64, u64)) -> (i32, u64, u64, u32) {
+    pub fn get(&mut self, owner: u64, kind: i32, range: (u64, u64)) -> (i32, u64, u64, u32) {
         let (error, lock) = self.guest.call(GETLK, self.node, &body(self.handle, owner, kind, range, 0), 64);
         assert_eq!(error, 0);
         let word = |at: usize| u32::from_le_bytes(lock[at..at + 4].try_into().unwrap());
         (word(16) as i32, u64_at(&lock, 0), u64_at(&lock, 8), word(20))
     }
 
-    fn flush(&mut self, handle: u64, owner: u64) {
+    pub fn flush(&mut self, handle: u64, owner: u64) {
         assert_eq!(self.guest.error(FLUSH, self.node, &longs([handle, 0, owner])), 0);
     }
 
-    fn release(&mut self, handle: u64) {
+    pub fn release(&mut self, handle: u64) {
         assert_eq!(self.guest.error(RELEASE, self.node, &longs([handle, 0, 0])), 0);
     }
 
     /// Waits until `count` requests of this guest wait.
-    fn until_waiting(&mut self, count: usize) {
+    pub fn until_waiting(&mut self, count: usize) {
         let device = self.guest.bench.device.clone();
         let waits = move || device.lock().unwrap().server.lock_waits();
         self.guest.bench.run_until(|_| waits() == count);
@@ -85,17 +91,17 @@ impl Pod {
 }
 
 /// Encodes `struct fuse_lk_in`. The PID is the owner's number plus 1000.
-fn body(handle: u64, owner: u64, kind: i32, range: (u64, u64), flags: u32) -> Vec<u8> {
+pub fn body(handle: u64, owner: u64, kind: i32, range: (u64, u64), flags: u32) -> Vec<u8> {
     [longs([handle, owner, range.0, range.1]), words([kind as u32, owner as u32 + 1000, flags, 0])].concat()
 }
 
-fn share() -> tempfile::TempDir {
+pub fn share() -> tempfile::TempDir {
     let root = tempfile::tempdir().unwrap();
     std::fs::write(root.path().join("hello"), b"content").unwrap();
     root
 }
 
-fn on_host(root: &Path) -> File {
+pub fn on_host(root: &Path) -> File {
     File::options().read(true).write(true).open(root.join("hello")).unwrap()
 }
 

@@ -1,4 +1,5 @@
-//! Threads that wait for locks in the host's kernel, one for each wait.
+//! Threads that wait for locks in the host's kernel, one for each wait. For a lock in a file table, a thread of this
+//! table makes the system call ([`super::file_table`]).
 //!
 //! A manager thread starts the other threads, because its seccomp filter allows new threads, and because the threads
 //! inherit its filter. A signal interrupts a wait. The signal is lost if it arrives before the thread has entered the
@@ -32,16 +33,42 @@ const FIRST_REPEAT: Duration = Duration::from_millis(1);
 /// server answers.
 const MAX_REPEAT: Duration = Duration::from_secs(1);
 
+/// Waits for a lock in a system call.
+type Attempt = Box<dyn FnMut(&Calls) -> io::Result<()> + Send>;
+
 /// A wait for a lock.
 pub struct Job {
-    /// Waits for the lock in a system call. The function is called again if it fails with EWOULDBLOCK, or with EINTR
-    /// although the wait was not interrupted.
-    pub wait: Box<dyn FnMut() -> io::Result<()> + Send>,
+    /// Waits for the lock in a system call, which it makes with [`Calls::call`]. The function is called again if it
+    /// fails with EWOULDBLOCK, or with EINTR although the wait was not interrupted.
+    pub wait: Attempt,
     /// Ends the wait. The function may close a file, which can hang on the host. If no thread could be started for the
     /// wait, the manager calls the function with `false`. The function must then not block.
     pub end: Box<dyn FnOnce(bool) + Send>,
     /// Sends the answer after `end`. The function gets EINTR if the wait was interrupted.
     pub answer: Box<dyn FnOnce(io::Result<()>) + Send>,
+}
+
+/// The system calls of a wait, which an interruption of the wait ends.
+#[derive(Clone)]
+pub struct Calls {
+    shared: Arc<Shared>,
+    unique: u64,
+}
+
+impl Calls {
+    /// Makes a system call in this thread, which need not be the thread of the wait. Fails with EINTR, without making
+    /// the call, if the wait is already interrupted.
+    ///
+    /// # Errors
+    /// The errors of the call.
+    pub fn call(&self, call: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        if !self.shared.enter(self.unique, gettid()) {
+            return Err(io::Error::from_raw_os_error(libc::EINTR));
+        }
+        let result = call();
+        self.shared.leave(self.unique);
+        result
+    }
 }
 
 /// The waits of one device. If the value is dropped, all waits are interrupted, and their threads end.
@@ -269,12 +296,11 @@ impl Shared {
     }
 
     /// Waits until the lock is taken, the wait fails, or the wait is interrupted.
-    fn wait(&self, unique: u64, mut attempt: Box<dyn FnMut() -> io::Result<()> + Send>) -> io::Result<()> {
-        let thread = gettid();
+    fn wait(self: &Arc<Self>, unique: u64, mut attempt: Attempt) -> io::Result<()> {
+        let calls = Calls { shared: Arc::clone(self), unique };
         let mut result = Err(io::Error::from_raw_os_error(libc::EINTR));
-        while self.enter(unique, thread) {
-            result = attempt();
-            self.leave(unique);
+        while !self.is_interrupted(unique) {
+            result = attempt(&calls);
             match &result {
                 Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {
                     result = Err(io::Error::from_raw_os_error(libc::EINTR));
@@ -285,6 +311,10 @@ impl Shared {
         lock(&self.state).waits.remove(&unique);
         self.changed.notify_all();
         result
+    }
+
+    fn is_interrupted(&self, unique: u64) -> bool {
+        lock(&self.state).waits.get(&unique).is_none_or(|wait| wait.interrupted)
     }
 
     /// Records that a thread is about to wait. Returns false if the wait is interrupted.
@@ -318,7 +348,7 @@ mod tests {
         let answer = move |result: io::Result<()>| {
             results.send(result.err().and_then(|error| error.raw_os_error())).unwrap();
         };
-        let wait = Box::new(move || flock(&file, Flock::Exclusive, true));
+        let wait = Box::new(move |calls: &Calls| calls.call(|| flock(&file, Flock::Exclusive, true)));
         Job { wait, end: Box::new(|_| {}), answer: Box::new(answer) }
     }
 
