@@ -173,6 +173,63 @@ fn waits_end_with_the_lock_an_interrupt_or_a_deadlock() {
     });
 }
 
+/// Takes a POSIX lock of the file `OWN`. Then waits for one of the file `OTHER`, and later for one of the file `node`,
+/// each as soon as there is a certain file. After a deadlock, releases the first lock, and waits for no other.
+const DEADLOCK: &str = r#"
+files = {}
+def until(name):
+    while not os.path.exists(name): time.sleep(0.1)
+def lock(name):
+    files[name] = open(name, "a+"); say("asks", name)
+    try: fcntl.lockf(files[name], fcntl.LOCK_EX); say("got", name)
+    except OSError as e: say("deadlock", name, e.errno == errno.EDEADLK); files[OWN].close(); time.sleep(1000)
+lock(OWN); until("go-" + OWN); lock(OTHER); until("go-node"); lock("node")
+time.sleep(1000)
+"#;
+
+#[test]
+fn deadlock_between_pods_and_with_the_node_is_refused() {
+    need_image(PYTHON);
+    pods("cri-lock-deadlocks", |pods| {
+        let volume = volume(pods);
+        let (one, two) = (pods.pod(), pods.pod());
+        let program = |own: &str, other: &str| format!("OWN, OTHER = '{own}', '{other}'\n{DEADLOCK}");
+        let first = start(&one, &volume, &program("first", "second"));
+        let second = start(&two, &volume, &program("second", "first"));
+        first.wait_for("got first");
+        second.wait_for("got second");
+        let go = |name: &str| std::fs::write(volume.join(format!("go-{name}")), "").unwrap();
+        // After this line, the program sleeps only in fcntl(2).
+        let waits_for = |container: &PodContainer, name: &str| {
+            container.wait_for(&format!("asks {name}"));
+            let sleeps = || run(container, "say(open('/proc/1/stat').read().rsplit(')')[1].split()[0])") == "S";
+            node::eventually(Duration::from_secs(20), || sleeps().then_some(())).expect("the program does not wait");
+            assert!(!container.log().contains(&format!("got {name}")), "{}", container.log());
+        };
+        go("first");
+        waits_for(&first, "second");
+        go("second");
+        second.wait_for("deadlock first True");
+        first.wait_for("got second");
+        // The node's process is this one. All of its threads own its POSIX locks together.
+        let open = |name| File::options().read(true).append(true).create(true).open(volume.join(name)).unwrap();
+        let lock = libc::flock { l_type: libc::F_WRLCK as i16, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
+        let (own, other) = (open("node"), open("first"));
+        fcntl(own.as_fd(), FcntlArg::F_SETLK(&lock)).unwrap();
+        let mut holder = lock;
+        fcntl(other.as_fd(), FcntlArg::F_GETLK(&mut holder)).unwrap();
+        let status = std::fs::read_to_string(format!("/proc/{}/status", one.pid())).unwrap();
+        assert!(status.contains(&format!("\nTgid:\t{}\n", holder.l_pid)), "{}: {status}", holder.l_pid);
+        go("node");
+        waits_for(&first, "node");
+        let (result, results) = std::sync::mpsc::channel();
+        std::thread::spawn(move || result.send(fcntl(other.as_fd(), FcntlArg::F_SETLKW(&lock))));
+        assert_eq!(results.recv_timeout(Duration::from_secs(60)), Ok(Err(nix::errno::Errno::EDEADLK)));
+        drop(own);
+        first.wait_for("got node");
+    });
+}
+
 /// Removes and inserts ranges of a file that is also mapped.
 const RANGES: &str = r#"
 import mmap
