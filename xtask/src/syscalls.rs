@@ -15,7 +15,18 @@ use crate::build::cargo;
 use crate::{cmd, files, paths, ui};
 
 /// Names of the VMM's threads: one glob for each kind of thread.
-const THREADS: [&str; 7] = ["husk-vmm", "vcpu*", "devices", "virtio-fs*", "virtio-blk*", "prefault", "husk-task"];
+const THREADS: [&str; 10] = [
+    "husk-vmm",
+    "vcpu*",
+    "devices",
+    "virtio-fs*",
+    "fs-supervisor",
+    "fs-locks",
+    "fs-lock-owner",
+    "virtio-blk*",
+    "prefault",
+    "husk-task",
+];
 /// Beginnings of the names of the shim's threads. For these threads, xtask reports violations but counts no calls,
 /// because threads of runc's shim can have the same names (`containerd-shim`).
 const SHIM_THREADS: [&str; 5] = ["containerd-shim", "husk-shim", "launch", "mount", "pod-network"];
@@ -130,6 +141,17 @@ fn is_used(rule: &Rule, counts: &BTreeMap<(String, String), u64>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_kind_of_thread_of_the_vmm_is_traced() {
+        let text = fs::read_to_string(paths::root().join("vmm-glue/src/jail/kind.rs")).unwrap();
+        let names = text.lines().filter_map(|line| line.trim().strip_prefix("Self::")?.split_once(" => \""));
+        let mut names: Vec<&str> = names.filter_map(|(_, name)| name.strip_suffix("\",")).collect();
+        let mut traced: Vec<&str> = THREADS.iter().map(|name| name.trim_end_matches('*')).collect();
+        names.sort_unstable();
+        traced.sort_unstable();
+        assert_eq!(traced, names);
+    }
 
     #[test]
     fn counts_and_violations_are_read_by_thread_and_call() {
