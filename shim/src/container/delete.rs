@@ -219,6 +219,7 @@ impl Shim {
         }
         let deleted = self.publish_deleted(process, exit);
         self.release_pid(&container.id);
+        self.shut_down_after_delete();
         Ok(deleted)
     }
 

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use husk_config::TimeoutFactor;
 use husk_proto::containerd::api::{
-    CreateTaskRequest, ExecProcessRequest, PidsRequest, ShutdownRequest, StartRequest, StatsRequest, Status,
+    CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, PidsRequest, ShutdownRequest, StartRequest,
+    StatsRequest, Status,
 };
 use husk_proto::containerd::topics::{TASK_EXIT_EVENT_TOPIC, TASK_OOM_EVENT_TOPIC};
 use protobuf::well_known_types::any::Any;
@@ -264,6 +265,30 @@ async fn delete_and_shutdown_cancel_a_creation() {
         // The shim has torn the sandbox down.
         tokio::time::timeout(BUDGET, model.shim.wait_finished()).await.unwrap();
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn shim_ends_after_a_shutdown_that_arrived_during_the_last_deletes() {
+    let model = Model::start(true).await;
+    model.run("a").await;
+    model.run("b").await;
+    for id in ["a", "b"] {
+        let kill = KillRequest { id: id.to_owned(), signal: 9, ..Default::default() };
+        model.client().kill(within(BUDGET), &kill).await.unwrap();
+        model.wait(id).await;
+    }
+    model.script.set("delete", Answer::DoneLate(Duration::from_secs(3)));
+    for id in ["a", "b"] {
+        let delete = DeleteRequest { id: id.to_owned(), ..Default::default() };
+        assert!(model.client().delete(within(Duration::from_secs(1)), &delete).await.is_err());
+        // containerd sends Delete again, takes the answer for a success, and sends Shutdown once.
+        let error = model.delete(id).await.unwrap_err().to_string();
+        assert!(error.contains("not found"), "{error}");
+        let request = ShutdownRequest { id: id.to_owned(), ..Default::default() };
+        model.client().shutdown(within(BUDGET), &request).await.unwrap();
+    }
+    assert!(!model.shim.containers.is_empty());
+    tokio::time::timeout(BUDGET, model.shim.wait_finished()).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]

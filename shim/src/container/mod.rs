@@ -38,12 +38,13 @@ use tokio::sync::{mpsc, watch};
 
 use crate::container::containers::{Container, Containers};
 use crate::container::orderly_end::OrderlyEnd;
-use crate::container::process::{Exit, ExitReport, Process};
+use crate::container::process::{Exit, ExitReport, Process, State};
 use crate::error::ServiceError;
 use crate::events::{Events, timestamp};
 use crate::launcher::Launcher;
 use crate::resources::oom_score::Scores;
 use crate::sandbox::Sandbox;
+use crate::sandbox::disks::DISK_FLUSH_TIMEOUT;
 use crate::sandbox::launch::DeferredLaunch;
 use crate::stdio::Paths;
 use crate::vm::agent::{Agent, Report};
@@ -71,6 +72,8 @@ pub struct Shim {
     /// exited.
     pub(crate) vm_ended: watch::Sender<bool>,
     pub(crate) finishing: AtomicBool,
+    /// Whether a Shutdown request arrived while the last containers were being deleted.
+    shutdown_waits: AtomicBool,
     orderly_end: watch::Sender<OrderlyEnd>,
     pub(crate) finished: watch::Sender<bool>,
 }
@@ -102,6 +105,7 @@ impl Shim {
             launcher,
             vm_ended: watch::Sender::new(false),
             finishing: AtomicBool::new(false),
+            shutdown_waits: AtomicBool::new(false),
             orderly_end: watch::Sender::new(OrderlyEnd::NotBegun),
             finished: watch::Sender::new(false),
         });
@@ -154,6 +158,34 @@ impl Shim {
             let _ = tokio::time::timeout(limit, self.finish()).await;
         } else {
             self.finish().await;
+        }
+    }
+
+    /// Handles Shutdown, which ends the shim if the pod has no containers.
+    pub(crate) async fn shut_down(self: &Arc<Self>) {
+        // containerd 1.7 sends this request after the deletion of each task of a pod. A creation of another container
+        // must then continue.
+        if self.containers.all().is_empty() {
+            self.cancel_all_creations().await;
+        }
+        // If containerd created the sandbox through the Sandbox API, only ShutdownSandbox ends the shim.
+        if self.sandbox_state.is_created() {
+            return;
+        }
+        if self.containers.is_empty() {
+            self.finish_by_request(self.sandbox.timeout(DISK_FLUSH_TIMEOUT)).await;
+        } else if self.containers.all().iter().all(|container| container.init.state() == State::Deleted) {
+            self.shutdown_waits.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Ends the shim after the deletion of the last container, if Shutdown arrived meanwhile. containerd sends Shutdown
+    /// only once: if a Delete request exceeds the client's timeout, the next one fails with "not found", which containerd
+    /// takes for a success (`delete` in runtime/v2/shim.go of containerd 1.7).
+    pub(crate) fn shut_down_after_delete(self: &Arc<Self>) {
+        if self.shutdown_waits.load(Ordering::Relaxed) && self.containers.is_empty() {
+            let shim = Arc::clone(self);
+            tokio::spawn(async move { shim.finish().await });
         }
     }
 

@@ -24,7 +24,6 @@ use crate::container::process::State;
 use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::oci;
-use crate::sandbox::disks::DISK_FLUSH_TIMEOUT;
 use crate::vm::agent;
 use crate::vm::agent::{timeouts, within};
 
@@ -276,15 +275,7 @@ impl Task for Handler {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // containerd 1.7 sends this request after the deletion of each task of a pod. A creation of another container
-        // must then continue.
-        if self.shim.containers.all().is_empty() {
-            self.shim.cancel_all_creations().await;
-        }
-        // If containerd created the sandbox through the Sandbox API, only ShutdownSandbox ends the shim.
-        if self.shim.containers.is_empty() && !self.shim.sandbox_state.is_created() {
-            self.shim.finish_by_request(self.shim.sandbox.timeout(DISK_FLUSH_TIMEOUT)).await;
-        }
+        self.shim.shut_down().await;
         Ok(Empty::new())
     }
 }
