@@ -213,6 +213,16 @@ const FILE_SUPERVISOR: &[Rule] = &[
     allow(Sysno::seccomp, "confines a thread"),
 ];
 
+/// Calls of all threads that take locks or wait for them.
+const LOCK_THREAD: &[Rule] = &[
+    allow(Sysno::close, "closes a file that has no more locks"),
+    allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait"),
+    allow(Sysno::getrandom, "seeds the keys of hash tables"),
+    allow(Sysno::mremap, "the allocator resizes large blocks"),
+    allow_if(Sysno::prctl, &[is(0, PR_SET_NAME as u32)], "starts a thread"),
+    allow(Sysno::gettid, "reads the thread's id, to which the interruption is sent"),
+];
+
 const LOCK_WAITER: &[Rule] = &[
     allow(Sysno::flock, "waits for a lock"),
     allow_if(
@@ -225,12 +235,6 @@ const LOCK_WAITER: &[Rule] = &[
         ],
         "waits for a lock on a duplicate of an fd",
     ),
-    allow(Sysno::close, "closes a file that has no more locks"),
-    allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait"),
-    allow(Sysno::getrandom, "seeds the keys of hash tables"),
-    allow(Sysno::mremap, "the allocator resizes large blocks"),
-    allow_if(Sysno::prctl, &[is(0, PR_SET_NAME as u32)], "starts a thread"),
-    allow(Sysno::gettid, "reads the thread's id, to which the interruption is sent"),
     allow(Sysno::getpid, "the process's id is an argument of tgkill"),
     allow_if(Sysno::tgkill, &[is(0, OWN_PID)], "interrupts a wait"),
 ];
@@ -243,12 +247,6 @@ const LOCK_OWNER: &[Rule] = &[
     ),
     allow_if(Sysno::unshare, &[is(0, CLONE_FILES.cast_unsigned())], "gives an owner of locks its own file table"),
     allow(Sysno::pidfd_getfd, "copies an fd of the VMM into a file table; the only pidfd is that of the VMM"),
-    allow(Sysno::close, "closes a file that has no more locks"),
-    allow(Sysno::restart_syscall, "the kernel resumes an interrupted wait"),
-    allow(Sysno::getrandom, "seeds the keys of hash tables"),
-    allow(Sysno::mremap, "the allocator resizes large blocks"),
-    allow_if(Sysno::prctl, &[is(0, PR_SET_NAME as u32)], "starts a thread"),
-    allow(Sysno::gettid, "reads the thread's id, to which the interruption is sent"),
 ];
 
 const DEVICE_LOOP: &[Rule] = &[
@@ -351,9 +349,9 @@ fn tables(kind: Kind) -> &'static [&'static [Rule]] {
         Kind::FileServer => &[EVERY_THREAD, THREAD_END, WORKER, FILE_SERVER],
         // The worker threads that this thread starts inherit its filter.
         Kind::FileSupervisor => &[EVERY_THREAD, THREAD_START, THREAD_END, WORKER, FILE_SERVER, FILE_SUPERVISOR],
-        Kind::LockWaiter => &[EVERY_THREAD, THREAD_START, THREAD_END, LOCK_WAITER],
+        Kind::LockWaiter => &[EVERY_THREAD, THREAD_START, THREAD_END, LOCK_THREAD, LOCK_WAITER],
         // The threads that this thread starts inherit its filter.
-        Kind::LockOwner => &[EVERY_THREAD, THREAD_START, THREAD_END, LOCK_OWNER],
+        Kind::LockOwner => &[EVERY_THREAD, THREAD_START, THREAD_END, LOCK_THREAD, LOCK_OWNER],
         Kind::Disk => &[EVERY_THREAD, THREAD_END, WORKER, DISK],
         Kind::Prefault => &[EVERY_THREAD, THREAD_END],
         Kind::Pid => &[EVERY_THREAD, THREAD_END, PID],
