@@ -105,7 +105,9 @@ impl Shim {
                 Ok(())
             }
             // The process exited before the signal arrived, by itself or because the VM ended.
-            Err(_) if self.sandbox.is_dead() || process.exit().is_some() => Err(ServiceError::Finished),
+            Err(error) if process.exit().is_some() || self.vm_has_ended_with(&error).await => {
+                Err(ServiceError::Finished)
+            }
             Err(error) => match agent::error("kill", error) {
                 // A hostile agent can answer with an error. If the container does not exit, the shim kills the VM.
                 error if ends_container && error.code() != ttrpc::Code::NOT_FOUND => {
@@ -147,7 +149,7 @@ impl Shim {
     ) -> Result<DeleteResponse, ServiceError> {
         failpoint!(async "shim.delete").map_err(ServiceError::failed)?;
         let process = &container.init;
-        let before = process.begin_delete(ServiceError::NoContainer)?;
+        let before = self.begin_delete(container).await?;
         if before == State::Stopped
             && let Some(relay) = process.relay()
         {
@@ -172,7 +174,7 @@ impl Shim {
                 Err(error) if agent::is_timeout(&error) => {
                     self.end_silent_vm(container, "delete", limit).await;
                 }
-                Err(_) if self.sandbox.is_dead() => {}
+                Err(error) if self.vm_has_ended_with(&error).await => {}
                 Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
                 Err(error) if container.claim_delete_failure() => {
                     process.delete_failed(before);
@@ -219,8 +221,24 @@ impl Shim {
         }
         let deleted = self.publish_deleted(process, exit);
         self.release_pid(&container.id);
+        process.end_delete();
         self.shut_down_after_delete();
         Ok(deleted)
+    }
+
+    /// Begins the deletion of a container. If another request is deleting the container, waits until that request has
+    /// ended. The container then does not exist, or the deletion has failed, and this request tries it again.
+    ///
+    /// containerd repeats a Delete request that has exceeded its timeout. It takes "not found" for a success, and then
+    /// forgets the container (`delete` in runtime/v2/shim.go of containerd 1.7). runc's shim holds a lock meanwhile.
+    async fn begin_delete(&self, container: &Arc<Container>) -> Result<State, ServiceError> {
+        let exists = || self.containers.get(&container.id).is_ok_and(|found| Arc::ptr_eq(&found, container));
+        loop {
+            match container.init.begin_delete(ServiceError::NoContainer) {
+                Err(ServiceError::NoContainer) if exists() => container.init.wait_delete().await,
+                result => return result,
+            }
+        }
     }
 
     /// Deletes an exec.

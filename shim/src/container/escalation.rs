@@ -14,6 +14,7 @@ use crate::container::containers::Container;
 #[cfg(doc)]
 use crate::container::exit_progress;
 use crate::sandbox::disks::DISK_FLUSH_TIMEOUT;
+use crate::vm::agent;
 
 /// Timeout for the agent's answer to a request that sends a signal. The agent answers without waiting for another
 /// process of the guest.
@@ -70,10 +71,21 @@ impl Shim {
     /// Kills the VM because of `reason`. Waits until the VM has ended.
     pub(crate) async fn end_vm(&self, container: &Container, reason: String) {
         self.fail_vm(reason);
-        let mut ended = self.vm_ended.subscribe();
-        if tokio::time::timeout(self.sandbox.timeout(VM_END_TIMEOUT), ended.wait_for(|ended| *ended)).await.is_err() {
+        if !self.wait_vm_end().await {
             tracing::error!(container = container.id, "the VM has not ended, although the shim has killed it");
         }
+    }
+
+    /// Returns whether a call to the agent failed with `error` because the VM has ended. If the VM is ending, waits
+    /// until it has ended: the connection to the agent breaks before the shim notices the end of the VMM process.
+    pub(crate) async fn vm_has_ended_with(&self, error: &ttrpc::Error) -> bool {
+        self.sandbox.is_dead() || agent::is_connection_error(error) && self.wait_vm_end().await
+    }
+
+    /// Waits until a VM that is being killed has ended, at most for [`VM_END_TIMEOUT`]. Returns whether it has ended.
+    async fn wait_vm_end(&self) -> bool {
+        let mut ended = self.vm_ended.subscribe();
+        tokio::time::timeout(self.sandbox.timeout(VM_END_TIMEOUT), ended.wait_for(|ended| *ended)).await.is_ok()
     }
 
     /// Kills the VM because of `reason`. Leaves the VM to the orderly end while that is in progress. The orderly end

@@ -281,14 +281,61 @@ async fn shim_ends_after_a_shutdown_that_arrived_during_the_last_deletes() {
     for id in ["a", "b"] {
         let delete = DeleteRequest { id: id.to_owned(), ..Default::default() };
         assert!(model.client().delete(within(Duration::from_secs(1)), &delete).await.is_err());
-        // containerd sends Delete again, takes the answer for a success, and sends Shutdown once.
-        let error = model.delete(id).await.unwrap_err().to_string();
-        assert!(error.contains("not found"), "{error}");
         let request = ShutdownRequest { id: id.to_owned(), ..Default::default() };
         model.client().shutdown(within(BUDGET), &request).await.unwrap();
     }
     assert!(!model.shim.containers.is_empty());
     tokio::time::timeout(BUDGET, model.shim.wait_finished()).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn second_delete_waits_for_the_first_one() {
+    for first in [Answer::Late(Duration::from_secs(3)), Answer::Never] {
+        let model = Model::start(true).await;
+        model.add("a");
+        model.run("other").await;
+        model.script.set("delete", first);
+        let delete = DeleteRequest { id: "a".to_owned(), ..Default::default() };
+        assert!(model.client().delete(within(Duration::from_secs(1)), &delete).await.is_err());
+        let error = model.delete("a").await.unwrap_err().to_string();
+        assert!(error.contains("not found"), "{error}");
+        assert!(model.shim.containers.get("a").is_err(), "the container exists, although containerd forgets it");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn second_delete_tries_again_after_the_first_one_has_failed() {
+    let model = Model::start(true).await;
+    model.add("a");
+    model.run("other").await;
+    model.script.hang("delete");
+    let delete = DeleteRequest { id: "a".to_owned(), ..Default::default() };
+    assert!(model.client().delete(within(Duration::from_secs(1)), &delete).await.is_err());
+    let second = model.client();
+    let second = tokio::spawn(async move { second.delete(within(BUDGET), &delete).await });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    model.script.set("delete", Answer::Error);
+    assert_eq!(second.await.unwrap().unwrap().exit_status, 137);
+    assert!(model.shim.containers.get("a").is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn kill_and_delete_succeed_although_the_connection_breaks_before_the_vmm_has_exited() {
+    let model = Model::start(false).await;
+    model.run("a").await;
+    model.add("b");
+    model.script.hang("*");
+    let (kills, deletes) = (model.client(), model.client());
+    let kill = KillRequest { id: "a".to_owned(), signal: 9, ..Default::default() };
+    let delete = DeleteRequest { id: "b".to_owned(), ..Default::default() };
+    let killed = tokio::spawn(async move { kills.kill(within(BUDGET), &kill).await });
+    let deleted = tokio::spawn(async move { deletes.delete(within(BUDGET), &delete).await });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    model.shim.sandbox.agent().unwrap().close();
+    assert_eq!(deleted.await.unwrap().unwrap().exit_status, 137);
+    let error = killed.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("process already finished"), "{error}");
+    assert_eq!(model.delete("a").await.unwrap().exit_status, 137);
 }
 
 #[tokio::test(start_paused = true)]

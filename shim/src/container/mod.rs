@@ -180,8 +180,7 @@ impl Shim {
     }
 
     /// Ends the shim after the deletion of the last container, if Shutdown arrived meanwhile. containerd sends Shutdown
-    /// only once: if a Delete request exceeds the client's timeout, the next one fails with "not found", which containerd
-    /// takes for a success (`delete` in runtime/v2/shim.go of containerd 1.7).
+    /// only once.
     pub(crate) fn shut_down_after_delete(self: &Arc<Self>) {
         if self.shutdown_waits.load(Ordering::Relaxed) && self.containers.is_empty() {
             let shim = Arc::clone(self);

@@ -67,6 +67,8 @@ pub struct Process {
     starting: watch::Sender<bool>,
     /// Whether a client has killed the process while it was being started.
     start_killed: watch::Sender<bool>,
+    /// Whether a request is deleting the process.
+    deleting: watch::Sender<bool>,
 }
 
 /// How to handle a reported exit.
@@ -91,6 +93,7 @@ impl Process {
             exit: watch::Sender::new(None),
             starting: watch::Sender::new(false),
             start_killed: watch::Sender::new(false),
+            deleting: watch::Sender::new(false),
         }
     }
 
@@ -244,7 +247,8 @@ impl Process {
         publish
     }
 
-    /// Begins the deletion. Returns the state before the deletion.
+    /// Begins the deletion, which [`Process::end_delete`] or [`Process::delete_failed`] ends. Returns the state before
+    /// the deletion.
     ///
     /// # Errors
     /// [`ServiceError::Delete`] if the process is starting or running. The error is `deleted` if an earlier call has
@@ -256,14 +260,27 @@ impl Process {
             State::Starting | State::Running => Err(ServiceError::Delete("running")),
             before @ (State::Created | State::Stopped) => {
                 inner.state = State::Deleted;
+                self.deleting.send_replace(true);
                 Ok(before)
             }
         }
     }
 
+    /// Records that the deletion has ended.
+    pub fn end_delete(&self) {
+        self.deleting.send_replace(false);
+    }
+
     /// Restores the state that the process had before a failed deletion. The client can then retry the deletion.
     pub fn delete_failed(&self, before: State) {
         lock(&self.inner).state = before;
+        self.end_delete();
+    }
+
+    /// Waits while a request is deleting the process.
+    pub async fn wait_delete(&self) {
+        // The wait does not fail, because `self` owns the sender.
+        let _ = self.deleting.subscribe().wait_for(|deleting| !*deleting).await;
     }
 }
 

@@ -279,6 +279,12 @@ pub fn is_timeout(error: &ttrpc::Error) -> bool {
     }
 }
 
+/// Returns whether `error` is that of the connection to the agent, and not an answer or a timeout. Without this
+/// connection, the shim kills the VM.
+pub fn is_connection_error(error: &ttrpc::Error) -> bool {
+    !matches!(error, ttrpc::Error::RpcStatus(_)) && !is_timeout(error)
+}
+
 #[cfg(test)]
 #[path = "hostile_agent_tests.rs"]
 mod hostile_agent_tests;

@@ -1,12 +1,14 @@
 //! Many requests at once, and many streams whose readers have stopped.
 use std::fs::File;
 use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Command};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use husk_e2e::cri::pod::need_image;
+use husk_e2e::cri::pod::{need_image, remove_parent, text};
 use husk_e2e::cri::{Pod, pods, try_call_within};
-use husk_e2e::node;
+use husk_e2e::{containerd_log, node};
 use nix::sched::{CloneFlags, setns};
 use serde_json::json;
 
@@ -18,6 +20,15 @@ const CONNECTIONS: usize = 150;
 const LIMIT: Duration = Duration::from_secs(240);
 /// The timeout of a connection's first byte.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Number of pods that are removed at once.
+const PODS: usize = 12;
+/// Number of processes that keep the node busy meanwhile.
+const BUSY: usize = 24;
+/// The timeout of the removal of a pod. A request is repeated as the kubelet repeats it.
+const REMOVAL: Duration = Duration::from_secs(300);
+/// The timeout for the pods' cgroups to be removable: a shim may end later than its pod.
+const CGROUPS: Duration = Duration::from_secs(60);
 
 /// A server that sends without end to every client.
 const SERVER: &str = "
@@ -52,6 +63,82 @@ fn many_execs_at_once_all_run() {
         assert!(failed.is_empty(), "{} of {EXECS} execs failed: {:?}\n{}", failed.len(), failed[0], node::log_tail(20));
         assert!(results.iter().all(|result| result.as_ref().unwrap()["exit_code"].as_i64().unwrap_or(0) == 0));
     });
+}
+
+/// Processes that use all CPU time of the node until they are dropped.
+struct BusyNode(Vec<Child>);
+
+impl BusyNode {
+    fn start() -> Self {
+        let busy = || Command::new("/bin/sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
+        BusyNode((0..BUSY).map(|_| busy()).collect())
+    }
+}
+
+impl Drop for BusyNode {
+    fn drop(&mut self) {
+        for process in &mut self.0 {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
+
+/// Stops and removes a pod as the kubelet does: a request that fails is repeated.
+fn remove(pod: &str) -> Result<(), String> {
+    let begin = Instant::now();
+    for method in ["StopPodSandbox", "RemovePodSandbox"] {
+        while let Err(status) =
+            try_call_within(Duration::from_secs(120), "RuntimeService", method, &json!({ "pod_sandbox_id": pod }))
+        {
+            eprintln!("{pod}: {method} failed: {status}");
+            if begin.elapsed() > REMOVAL {
+                return Err(format!("{method} failed: {status}"));
+            }
+            thread::sleep(Duration::from_secs(2));
+        }
+    }
+    Ok(())
+}
+
+// On a busy node, requests exceed containerd's timeouts. containerd then repeats them while the shim is handling them.
+#[test]
+#[ignore = "long: many pods take minutes on a busy emulated node"]
+fn pods_removed_at_once_on_a_busy_node_leave_nothing() {
+    pods("cri-burst-removal", |pods| {
+        let up = thread::scope(|scope| {
+            let start = || {
+                let pod = pods.pod();
+                let container = pod.sleeper().id;
+                (pod.id, container, text(&pod.config["metadata"]["name"]))
+            };
+            let starts: Vec<_> = (0..PODS).map(|_| scope.spawn(start)).collect();
+            starts.into_iter().map(|start| start.join().unwrap()).collect::<Vec<_>>()
+        });
+        let busy = BusyNode::start();
+        let begin = Instant::now();
+        let results: Vec<_> = thread::scope(|scope| {
+            let removals: Vec<_> = up.iter().map(|(id, ..)| scope.spawn(move || remove(id))).collect();
+            removals.into_iter().map(|removal| removal.join().unwrap()).collect()
+        });
+        drop(busy);
+        println!("{PODS} pods were removed in {:?}: {results:?}", begin.elapsed());
+        assert!(results.iter().all(Result::is_ok), "{results:?}\n{}", node::log_tail(60));
+        for (pod, container, name) in &up {
+            let log = || containerd_log::lines_with(&[pod, container]);
+            assert!(remove_parent_within(name, CGROUPS), "the cgroup of {name} stays\n{}", log());
+        }
+    });
+}
+
+/// Removes the parent cgroup of a pod. Returns whether it is gone within the limit.
+fn remove_parent_within(name: &str, limit: Duration) -> bool {
+    let path = Path::new("/sys/fs/cgroup/kubepods").join(name);
+    let gone = || {
+        remove_parent(name);
+        (!path.exists()).then_some(())
+    };
+    node::eventually(limit, gone).is_some()
 }
 
 /// Connects to the server in the pod as port forwarding does: from a process on the node, in the pod's network
