@@ -16,6 +16,9 @@ use crate::io::console::Console;
 use crate::io::relay::Endpoint;
 use crate::io::stdio::ChildIo;
 
+/// Timeout for a terminal that a helper has sent before its end.
+const CONSOLE_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Parameters of one helper.
 pub struct HelperJob<'a> {
     /// [`crate::helper::CREATE`] or [`crate::helper::EXEC`].
@@ -69,7 +72,7 @@ impl Tasks {
                 let receiving = tokio::spawn(console.receive());
                 let ended = ended.await;
                 // The helper has exited. If it sent a terminal, the terminal is already in the socket's buffer.
-                let limit = Duration::from_secs(if ended.is_some_and(|e| e.status == 0) { 5 } else { 0 });
+                let limit = if ended.is_some_and(|e| e.status == 0) { CONSOLE_TIMEOUT } else { Duration::ZERO };
                 (ended, timeout(limit, receiving).await.ok())
             }
         };

@@ -2,10 +2,12 @@
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use husk_config::BaseTimeout;
-use husk_proto::containerd::api::{DeleteResponse, ShutdownRequest, StateRequest};
+use husk_proto::containerd::api::{
+    DeleteRequest, DeleteResponse, KillRequest, ShutdownRequest, StateRequest, WaitRequest,
+};
 use husk_proto::containerd::shim_async::{Client, TaskClient};
 use protobuf::Message;
 use ttrpc::asynchronous::transport::Socket;
@@ -21,8 +23,11 @@ use crate::vm::agent::within;
 
 /// Exit status that `delete` reports: the status after SIGKILL. `delete` cannot know the task's real exit status.
 const EXIT_STATUS_KILLED: u32 = 128 + 9;
-/// Timeout of the request for a container's state, which the sandbox's shim answers at once.
-const REQUEST_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(3);
+/// Timeout of the request for the state of a sandbox container, which the sandbox's shim answers at once. containerd
+/// kills this process after 5 s (`cleanupTimeout` in runtime/v2/shim.go of containerd 1.7).
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the shim may take to end a container that containerd has given up.
+const END_TIMEOUT: Duration = Duration::from_secs(3);
 /// Timeout of the Shutdown request. This is longer than the shim takes to cancel all creations, to flush the guest's
 /// disks, and to tear the sandbox down. A cleanup before that would kill the VM during the flush.
 const SHUTDOWN_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(15);
@@ -45,10 +50,14 @@ pub fn delete(args: &Args) -> std::io::Result<()> {
             Address::new(None, &address, &args.namespace, &group)
         });
     // A live shim serves all containers of the pod. Therefore, the deletion of a single container must not clean up the
-    // sandbox. containerd runs this action even after a normal deletion of the sandbox container. In this case, the
-    // shim is needed only if the pod has other containers.
+    // sandbox. containerd runs this action even after a normal deletion of a container. After that of the sandbox
+    // container, the shim is needed only if the pod has other containers. If the shim still has another container,
+    // containerd has given the container up, and may start it again. Then the container must end first.
     let is_needed = || {
-        if group == args.id { spec.is_some() && has_other_containers(&address, &args.id) } else { address.is_live() }
+        if group == args.id {
+            return spec.is_some() && has_other_containers(&address, &args.id);
+        }
+        address.is_live() && (!state.has_container(&args.id) || end_container(&address, &args.id))
     };
     if !is_needed() {
         state.clean_up();
@@ -65,6 +74,28 @@ pub fn delete(args: &Args) -> std::io::Result<()> {
     out.flush()
 }
 
+/// Ends and deletes a container. Returns whether the shim says that the container has ended or does not exist.
+fn end_container(address: &Address, id: &str) -> bool {
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return false };
+    let end = async {
+        let stream = tokio::net::UnixStream::connect(address.path()).await.ok()?;
+        let task = TaskClient::new(Client::new(Socket::from(stream)));
+        let gone = |error: &ttrpc::Error| matches!(error, ttrpc::Error::RpcStatus(status) if status.code() == ttrpc::Code::NOT_FOUND);
+        let context = || within(END_TIMEOUT);
+        // The error for a container that has exited does not matter: the next request tells.
+        let kill = KillRequest { id: id.to_owned(), signal: 9, all: true, ..Default::default() };
+        let _ = task.kill(context(), &kill).await;
+        match task.wait(context(), &WaitRequest { id: id.to_owned(), ..Default::default() }).await {
+            Ok(_) => {}
+            Err(error) => return gone(&error).then_some(()),
+        }
+        // The shim goes on with the deletion if this process ends first.
+        let _ = task.delete(context(), &DeleteRequest { id: id.to_owned(), ..Default::default() }).await;
+        Some(())
+    };
+    runtime.block_on(async { tokio::time::timeout(END_TIMEOUT, end).await }).is_ok_and(|ended| ended.is_some())
+}
+
 /// Returns whether the shim has containers, but does not have container `id`.
 ///
 /// If the shim does not have container `id`, sends a Shutdown request. A shim with containers ignores this request. A
@@ -78,7 +109,7 @@ fn has_other_containers(address: &Address, id: &str) -> bool {
         let factor = launch::config().map(|config| config.timeout_factor).unwrap_or_default();
         let context = |base| within(factor.of(base));
         let state = StateRequest { id: id.to_owned(), ..Default::default() };
-        match task.state(context(REQUEST_TIMEOUT), &state).await {
+        match task.state(within(REQUEST_TIMEOUT), &state).await {
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
             _ => return None,
         }

@@ -53,7 +53,7 @@ struct WatchError(#[source] io::Error);
 
 impl Shim {
     /// Creates a container. After an error, removes everything that was made for the container.
-    pub(crate) async fn create(&self, request: CreateTaskRequest) -> Result<(), ServiceError> {
+    pub(crate) async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<(), ServiceError> {
         if !crate::ids::is_name(&request.id) {
             return Err(ServiceError::Invalid(format!("container id {:?}", request.id)));
         }
@@ -69,6 +69,7 @@ impl Shim {
         let reservation = self.containers.reserve(&request.id)?;
         // From here on, the orderly end cancels the creation.
         self.check_not_ending()?;
+        self.sandbox.dir().record_container(&request.id);
         let created = self.create_reserved(&request, &reservation).await;
         if let Err(error) = &created {
             tracing::error!(container = request.id, error = %crate::chain(error), "failed to create the container");
@@ -81,9 +82,11 @@ impl Shim {
             self.tear_down_bundle(&request.id).await;
             self.release_resources(&request.id);
             self.release_pid(&request.id);
+            self.sandbox.dir().forget_container(&request.id);
         }
         // If there is no container, the id becomes free only after the cleanup.
         drop(reservation);
+        self.shut_down_if_waiting();
         created
     }
 

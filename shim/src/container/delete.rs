@@ -203,12 +203,16 @@ impl Shim {
         let _ = failpoint!(async "shim.delete.guest");
         self.tear_down_bundle(&container.id).await;
         let exit = process.exit().unwrap_or(killed);
+        let pid = self.pid(&container.id);
+        // From here on, the id can be used again.
+        self.release_pid(&container.id);
+        self.sandbox.dir().forget_container(&container.id);
         self.containers.remove(&container.id);
         self.release_resources(&container.id);
         self.sandbox.timeline.mark("deleted");
         let event = TaskDelete {
             container_id: container.id.clone(),
-            pid: self.pid(&container.id),
+            pid,
             exit_status: exit.status,
             exited_at: Some(timestamp(exit.at)).into(),
             ..Default::default()
@@ -219,10 +223,9 @@ impl Shim {
         if tokio::time::timeout_at(begin + POSTSTOP_TIMEOUT, hooks).await.is_err() {
             tracing::warn!(container = container.id, "the poststop hooks continue after the deletion of the container");
         }
-        let deleted = self.publish_deleted(process, exit);
-        self.release_pid(&container.id);
+        let deleted = Self::deleted(process, exit, pid);
         process.end_delete();
-        self.shut_down_after_delete();
+        self.shut_down_if_waiting();
         Ok(deleted)
     }
 
@@ -262,13 +265,13 @@ impl Shim {
         }
         process.drop_relay();
         container.remove_exec(&process.exec);
-        Ok(self.publish_deleted(process, exit))
+        Ok(Self::deleted(process, exit, self.pid(&container.id)))
     }
 
-    fn publish_deleted(&self, process: &Process, exit: Exit) -> DeleteResponse {
+    fn deleted(process: &Process, exit: Exit, pid: u32) -> DeleteResponse {
         tracing::debug!(container = process.container, exec = process.exec, status = exit.status, "deleted a process");
         DeleteResponse {
-            pid: self.pid(&process.container),
+            pid,
             exit_status: exit.status,
             exited_at: Some(timestamp(exit.at)).into(),
             ..Default::default()

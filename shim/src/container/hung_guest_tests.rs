@@ -289,6 +289,30 @@ async fn shim_ends_after_a_shutdown_that_arrived_during_the_last_deletes() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn shim_ends_after_a_shutdown_that_arrived_during_a_creation() {
+    let model = Model::start(true).await;
+    // A creation is not cancelled while it waits for the VMM.
+    model.host.hang(true);
+    assert!(model.client().create(within(Duration::from_secs(1)), &create(&model, "b")).await.is_err());
+    let request = ShutdownRequest { id: "b".to_owned(), ..Default::default() };
+    model.client().shutdown(within(BUDGET), &request).await.unwrap();
+    assert!(!model.shim.containers.is_empty(), "the creation has ended too early for this test");
+    tokio::time::timeout(timeouts::SLOW * 2, model.shim.wait_finished()).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn teardown_waits_for_a_launch_in_progress() {
+    let model = Model::start(true).await;
+    let launching = model.shim.sandbox_state.begin_launch();
+    let shim = std::sync::Arc::clone(&model.shim);
+    let finished = tokio::spawn(async move { shim.finish().await });
+    tokio::time::sleep(BUDGET).await;
+    assert!(!finished.is_finished(), "the processes and the cgroup of the launch stay");
+    drop(launching);
+    tokio::time::timeout(BUDGET, finished).await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn second_delete_waits_for_the_first_one() {
     for first in [Answer::Late(Duration::from_secs(3)), Answer::Never] {
         let model = Model::start(true).await;

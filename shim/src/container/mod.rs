@@ -72,7 +72,7 @@ pub struct Shim {
     /// exited.
     pub(crate) vm_ended: watch::Sender<bool>,
     pub(crate) finishing: AtomicBool,
-    /// Whether a Shutdown request arrived while the last containers were being deleted.
+    /// Whether a Shutdown request arrived while the last containers were being deleted or created.
     shutdown_waits: AtomicBool,
     orderly_end: watch::Sender<OrderlyEnd>,
     pub(crate) finished: watch::Sender<bool>,
@@ -144,6 +144,7 @@ impl Shim {
             let shim = Arc::clone(self);
             tokio::spawn(async move {
                 shim.wait_orderly_end().await;
+                shim.sandbox_state.wait_launch().await;
                 shim.sandbox.tear_down().await;
                 shim.finished.send_replace(true);
             });
@@ -179,9 +180,9 @@ impl Shim {
         }
     }
 
-    /// Ends the shim after the deletion of the last container, if Shutdown arrived meanwhile. containerd sends Shutdown
-    /// only once.
-    pub(crate) fn shut_down_after_delete(self: &Arc<Self>) {
+    /// Ends the shim after the deletion of the last container, or the end of the last creation, if Shutdown arrived
+    /// meanwhile. containerd sends Shutdown only once.
+    pub(crate) fn shut_down_if_waiting(self: &Arc<Self>) {
         if self.shutdown_waits.load(Ordering::Relaxed) && self.containers.is_empty() {
             let shim = Arc::clone(self);
             tokio::spawn(async move { shim.finish().await });

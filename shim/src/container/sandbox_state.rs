@@ -30,6 +30,8 @@ pub struct SandboxState {
     created: OnceLock<Created>,
     /// Whether a request to stop the sandbox has arrived.
     stopping: Mutex<bool>,
+    /// Whether the sandbox is being launched.
+    launching: watch::Sender<bool>,
     /// Exit of the sandbox.
     exit: watch::Sender<Option<Exit>>,
     created_at: SystemTime,
@@ -42,6 +44,15 @@ struct Created {
     files: Option<PathBuf>,
 }
 
+/// A launch in progress.
+pub(crate) struct Launching<'a>(&'a watch::Sender<bool>);
+
+impl Drop for Launching<'_> {
+    fn drop(&mut self) {
+        self.0.send_replace(false);
+    }
+}
+
 impl SandboxState {
     /// Returns the initial state. `pending` is `Some` if the launch waits for a CreateSandbox request.
     pub fn new(pending: Option<DeferredLaunch>) -> Self {
@@ -49,9 +60,27 @@ impl SandboxState {
             pending: Mutex::new(pending),
             created: OnceLock::new(),
             stopping: Mutex::new(false),
+            launching: watch::Sender::new(false),
             exit: watch::Sender::new(None),
             created_at: SystemTime::now(),
         }
+    }
+
+    /// Takes the launch that waits for a CreateSandbox request. While the second value exists, the sandbox counts as
+    /// being launched.
+    fn take_pending(&self) -> Option<(DeferredLaunch, Launching<'_>)> {
+        lock(&self.pending).take().map(|pending| (pending, self.begin_launch()))
+    }
+
+    pub(crate) fn begin_launch(&self) -> Launching<'_> {
+        self.launching.send_replace(true);
+        Launching(&self.launching)
+    }
+
+    /// Waits while the sandbox is being launched. Its processes and its cgroup are not known before.
+    pub async fn wait_launch(&self) {
+        // The wait does not fail, because `self` owns the sender.
+        let _ = self.launching.subscribe().wait_for(|launching| !*launching).await;
     }
 
     /// Returns whether a CreateSandbox request created the sandbox.
@@ -110,7 +139,7 @@ impl Shim {
     /// this function only records the creation.
     pub(crate) async fn create_sandbox(&self, config: &PodSandboxConfig, netns: &str) -> Result<(), ServiceError> {
         self.check_not_ending()?;
-        let pending = lock(&self.sandbox_state.pending).take();
+        let (pending, _launching) = self.sandbox_state.take_pending().unzip();
         let (created, launch) = match pending {
             None if self.sandbox_state.is_created() || self.sandbox.is_dead() => {
                 return Err(ServiceError::Exists(self.sandbox.id.clone()));

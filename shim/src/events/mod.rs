@@ -52,9 +52,12 @@ pub struct RetryPolicy {
     pub initial_backoff: Duration,
 }
 
+/// How long the delivery of an event is retried while other events are delivered.
+const DELIVERY_TIMEOUT: Duration = Duration::from_secs(30);
+
 impl Default for RetryPolicy {
     fn default() -> Self {
-        Self { timeout: Duration::from_secs(30), initial_backoff: Duration::from_millis(20) }
+        Self { timeout: DELIVERY_TIMEOUT, initial_backoff: Duration::from_millis(20) }
     }
 }
 

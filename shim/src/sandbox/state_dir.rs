@@ -2,9 +2,10 @@
 //!
 //! If the shim has ended unexpectedly, the shim's `delete` command uses the directory's files for the cleanup.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use husk_base::sys::pidfd;
 
@@ -22,6 +23,10 @@ const RECORD: &str = "sandbox.json";
 const STUCK: &str = "stuck";
 /// Files that a cleanup needs: the processes, the cgroup and the systemd scope.
 const CLEANUP: [&str; 4] = ["vmm.pid", "shim.pid", "cgroup", "unit"];
+/// Directory with an empty file for each container that the shim has, by the container's id.
+const CONTAINERS: &str = "containers";
+/// How long the processes of a sandbox may take to exit after SIGKILL.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Temporary file that is renamed to `RECORD`.
 const RECORD_NEW: &str = "sandbox.json.new";
 
@@ -150,6 +155,28 @@ impl StateDir {
         }
     }
 
+    /// Records that the shim has the container `id`. Best effort.
+    pub fn record_container(&self, id: &str) {
+        let dir = self.path.join(CONTAINERS);
+        let written = match std::fs::create_dir(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error),
+            _ => std::fs::write(dir.join(id), ""),
+        };
+        if let Err(error) = written {
+            tracing::warn!(container = id, %error, "failed to record the container for the action delete");
+        }
+    }
+
+    /// Records that the shim no longer has the container `id`.
+    pub fn forget_container(&self, id: &str) {
+        let _ = std::fs::remove_file(self.path.join(CONTAINERS).join(id));
+    }
+
+    /// Returns whether the shim has recorded that it has the container `id`.
+    pub fn has_container(&self, id: &str) -> bool {
+        self.path.join(CONTAINERS).join(id).exists()
+    }
+
     /// Returns the process that the file `name` records, or `None` if the file is missing or invalid.
     pub fn read_process(&self, name: &str) -> Option<ProcessId> {
         let text = self.read(name)?;
@@ -168,13 +195,13 @@ impl StateDir {
         if self.read(STUCK).is_some() && self.read_process("shim.pid").is_some_and(ProcessId::is_alive) {
             return;
         }
-        for name in ["vmm.pid", "shim.pid"] {
-            if let Some(process) = self.read_process(name)
-                && process.pid != std::process::id().cast_signed()
-            {
-                process.kill_and_wait();
-            }
-        }
+        // The processes get the signals before the first wait, because a VMM process that waits in the node's kernel
+        // can take all the time.
+        let own = std::process::id().cast_signed();
+        let processes = ["vmm.pid", "shim.pid"].into_iter().filter_map(|name| self.read_process(name));
+        let killed: Vec<_> = processes.filter(|process| process.pid != own).filter_map(ProcessId::kill).collect();
+        let end = Instant::now() + EXIT_TIMEOUT;
+        killed.iter().for_each(|process| wait_exit(process, end));
         let namespace = self.path.parent().and_then(Path::file_name).and_then(|name| name.to_str());
         let dirs = self.read("cgroup").unwrap_or_default();
         let dirs: Vec<&Path> = dirs.lines().map(Path::new).collect();
@@ -204,6 +231,13 @@ impl StateDir {
         let all = CLEANUP.iter().chain(&others).chain(&crate::pod::FILES);
         for name in all.filter(|name| select(name)) {
             let _ = std::fs::remove_file(self.path.join(name));
+        }
+        if select(CONTAINERS) {
+            let dir = self.path.join(CONTAINERS);
+            for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
+                let _ = std::fs::remove_file(entry.path());
+            }
+            let _ = std::fs::remove_dir(&dir);
         }
     }
 
@@ -235,19 +269,32 @@ impl ProcessId {
         Self::read(self.pid.cast_unsigned()) == Some(self)
     }
 
-    /// Kills the process, and waits at most 5 s until the process has ended. Does nothing if the PID belongs to another
-    /// process.
+    /// Kills the process, and waits until the process has ended, at most for `EXIT_TIMEOUT`. Does nothing if the PID
+    /// belongs to another process.
     pub fn kill_and_wait(self) {
-        let Ok(fd) = pidfd::open(self.pid) else { return };
+        if let Some(process) = self.kill() {
+            wait_exit(&process, Instant::now() + EXIT_TIMEOUT);
+        }
+    }
+
+    /// Kills the process. Returns its pidfd, or `None` if the PID belongs to another process.
+    fn kill(self) -> Option<OwnedFd> {
+        let fd = pidfd::open(self.pid).ok()?;
         // Compare the start times only after the pidfd is open. If the start times match, the PID has not been reused.
         // The pidfd then refers to the recorded process.
         if !self.is_alive() {
-            return;
+            return None;
         }
         let _ = pidfd::send_signal(fd.as_fd(), libc::SIGKILL);
-        let mut poll = [nix::poll::PollFd::new(fd.as_fd(), nix::poll::PollFlags::POLLIN)];
-        let _ = nix::poll::poll(&mut poll, 5000u16);
+        Some(fd)
     }
+}
+
+/// Waits until the process of a pidfd has ended, at most until `end`.
+fn wait_exit(process: &OwnedFd, end: Instant) {
+    let mut poll = [nix::poll::PollFd::new(process.as_fd(), nix::poll::PollFlags::POLLIN)];
+    let rest = u16::try_from(end.saturating_duration_since(Instant::now()).as_millis()).unwrap_or(u16::MAX);
+    let _ = nix::poll::poll(&mut poll, rest);
 }
 
 /// Returns field 22 of /proc/pid/stat. The command name in field 2 can contain any character and ends at the last `)`.

@@ -36,7 +36,7 @@ impl Sandbox {
         }
         self.timeline.mark("torn down");
         if let Some(launched) = self.launched.get() {
-            self.timeline.finish(&launched.timeline_log);
+            self.timeline.finish(&launched.timeline_log).await;
         }
     }
 

@@ -1,6 +1,6 @@
 //! Timeline of a sandbox's start, with steps of the shim and the VMM. The timeline is saved in the sandbox's directory.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
@@ -8,10 +8,13 @@ use std::time::Duration;
 use husk_config::timeline::Timeline as Record;
 use nix::time::ClockId;
 
-use crate::lock;
+use crate::{blocking, lock};
 
 /// Maximum number of steps. The maximum bounds the shim's memory in a pod with many containers.
 const MAX_STEPS: usize = 256;
+
+/// How long the end of a sandbox waits until its timeline is in the timeline log.
+const APPEND_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A timeline to which several threads add steps.
 #[derive(Debug)]
@@ -57,8 +60,9 @@ impl Timeline {
         }
     }
 
-    /// Logs the timeline, and appends the timeline to the file `log`. If `log` is empty, only logs the timeline.
-    pub fn finish(&self, log: &Path) {
+    /// Logs the timeline, and appends the timeline to the file `log`. If `log` is empty, only logs the timeline. If the
+    /// file system of the file hangs, gives up after `APPEND_TIMEOUT`.
+    pub async fn finish(&self, log: &Path) {
         let record = lock(&self.record).clone();
         let first = record.steps.first().map_or(0, |step| step.at_ns);
         let text: Vec<String> = record
@@ -70,10 +74,16 @@ impl Timeline {
         if log.as_os_str().is_empty() {
             return;
         }
-        let written = record.to_line().map_err(std::io::Error::other).and_then(|line| {
+        let path = log.to_owned();
+        let append = blocking::spawn(move || {
+            let line = record.to_line().map_err(io::Error::other)?;
             // Write the line with a single write(2), so that lines of several shims do not interleave.
-            std::fs::OpenOptions::new().create(true).append(true).open(log)?.write_all(line.as_bytes())
+            std::fs::OpenOptions::new().create(true).append(true).open(path)?.write_all(line.as_bytes())
         });
+        let written = match tokio::time::timeout(APPEND_TIMEOUT, append).await {
+            Ok(written) => written.and_then(|written| written),
+            Err(_) => Err(io::Error::other("the file system does not answer")),
+        };
         if let Err(error) = written {
             tracing::warn!(%error, path = %log.display(), "failed to append the timeline to the timeline log");
         }

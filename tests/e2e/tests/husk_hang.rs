@@ -12,6 +12,8 @@ use husk_e2e::cri::{Pod, expect_error, pods, try_call_within};
 use husk_e2e::disk::Disk;
 use husk_e2e::{KUBERNETES, containerd, node, vm};
 use nix::mount::umount;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 /// The limit of each request that ends a container or a pod, on the test node.
@@ -108,6 +110,23 @@ fn container_of_a_stopped_vmm_survives_a_restart_of_containerd() {
         // The agent answers the requests that it got while the VMM was stopped before it starts the exec.
         assert_eq!(container.sh("echo here"), "here");
         assert_eq!((state(), vm::vmm_pids_of(&pod.id)), (json!("CONTAINER_RUNNING"), before));
+    });
+}
+
+#[test]
+fn container_that_containerd_has_given_up_is_dead() {
+    pods("cri-hang-shim", |pods| {
+        let pod = pods.pod();
+        let container = pod.sleeper();
+        let [shim] = vm::shim_pids_of(&pod.id)[..] else { panic!("expected exactly one shim") };
+        node::send_signal(shim, Signal::SIGSTOP);
+        restart_containerd();
+        // The kubelet may now start a second copy of the container.
+        let state = container.status()["state"].clone();
+        assert_ne!(state, json!("CONTAINER_RUNNING"), "containerd has not given the container up");
+        let dead = node::eventually(BUDGET, || vm::vmm_pids_of(&pod.id).is_empty().then_some(()));
+        let _ = kill(Pid::from_raw(shim), Signal::SIGCONT);
+        assert!(dead.is_some(), "the container runs on, although containerd has given it up\n{}", node::log_tail(60));
     });
 }
 
