@@ -23,6 +23,7 @@ pub mod memory;
 pub mod process;
 pub mod reporter;
 pub mod serial;
+pub mod snapshot;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
