@@ -14,6 +14,7 @@ use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
 use super::queue::{
     Chain, Iov, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, log_guest_fault, log_host_failure, read_config_bytes,
 };
+use super::saved::{ActiveState, DeviceValues, SaveError};
 use crate::guest_memory::GuestMemory;
 use crate::memory::hotplug;
 
@@ -255,6 +256,19 @@ impl VirtioDevice for Balloon {
         self.actual = 0;
         for queue in self.active.take().into_iter().flat_map(|active| active.queues) {
             self.wake.retire(queue);
+        }
+    }
+
+    fn save(&self) -> Result<ActiveState, SaveError> {
+        let states = self.active.iter().flat_map(|active| &active.queues).map(Virtqueue::state);
+        let queues = states.collect::<Option<Vec<_>>>().ok_or(SaveError::Busy(VIRTIO_ID_BALLOON))?;
+        let (target, actual) = (self.target, self.actual);
+        Ok(ActiveState { queues, values: DeviceValues::Balloon { target, actual } })
+    }
+
+    fn restore(&mut self, values: DeviceValues) {
+        if let DeviceValues::Balloon { target, actual } = values {
+            (self.target, self.actual) = (target, actual);
         }
     }
 }

@@ -7,6 +7,7 @@ use husk_base::sync;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::saved::{ActiveState, DeviceValues, SaveError};
 use crate::guest_memory::GuestMemory;
 
 /// A virtqueue that the driver has set up. The queue's configuration cannot change after DRIVER_OK.
@@ -101,6 +102,15 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     /// Does not wait for these threads, because the device loop must go on serving the other devices. Called when the
     /// driver resets the device, or has broken a queue.
     fn reset(&mut self);
+    /// Returns the state of an active device that is paused. By default, a device cannot be saved.
+    ///
+    /// # Errors
+    /// [`SaveError`].
+    fn save(&self) -> Result<ActiveState, SaveError> {
+        Err(SaveError::Type(self.device_type()))
+    }
+    /// Sets the values of a saved device, before the device is activated.
+    fn restore(&mut self, _values: DeviceValues) {}
     /// Calls `idle` when all requests of earlier activations have ended. The caller must have called
     /// [`VirtioDevice::reset`], and must not call [`VirtioDevice::activate`] before `idle` has been called.
     fn when_idle(&mut self, idle: OnIdle) {

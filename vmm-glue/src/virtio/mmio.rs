@@ -22,12 +22,13 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS,
     VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
 };
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{ActivateError, Activation, ActiveQueue, Interrupt, SharedDevice, lock};
 use super::loop_handle::LoopHandle;
 use super::mmio_interrupt::MmioInterrupt;
+use super::saved::{DeviceValues, RestoreError, SaveError, SavedDevice, SavedQueue};
 use crate::guest_memory::GuestMemory;
 
 /// Offset of the register that a driver writes to notify a queue. KVM turns the write into an eventfd signal.
@@ -39,6 +40,12 @@ const VERSION: u32 = 2;
 /// "HUSK" in little-endian byte order.
 const VENDOR: u32 = 0x4b53_5548;
 const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
+/// The values of the status register that a saved device can have.
+const STATUSES: [u32; 5] = {
+    const DRIVER: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER;
+    const FEATURES: u32 = DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
+    [0, VIRTIO_CONFIG_S_ACKNOWLEDGE, DRIVER, FEATURES, FEATURES | VIRTIO_CONFIG_S_DRIVER_OK]
+};
 
 /// Error from attaching a device to a transport.
 #[derive(Debug, thiserror::Error)]
@@ -258,8 +265,8 @@ impl Transport {
             if queue.ready() && !queue.is_valid(&self.memory) {
                 return Err(ActivateError::Queue(index));
             }
-            let mut active = Queue::new(queue.max_size()).map_err(|_| ActivateError::Queue(index))?;
-            copy(queue, &mut active);
+            // A restored queue goes on at its position.
+            let active = Queue::try_from(queue.state()).map_err(|_| ActivateError::Queue(index))?;
             let notify = notify.try_clone().map_err(|error| ActivateError::Host("a queue's notification", error))?;
             queues.push(ActiveQueue { queue: active, notify });
         }
@@ -277,6 +284,76 @@ impl Transport {
         let mut device = lock(&self.device);
         device.reset();
         device.when_idle(Box::new(move || state.complete_reset()));
+    }
+
+    /// Returns the state of the device and of this transport. The device must be paused, and no vCPU may run.
+    ///
+    /// # Errors
+    /// [`SaveError`].
+    pub fn save(&self) -> Result<SavedDevice, SaveError> {
+        let registers = self.registers();
+        let failed = VIRTIO_CONFIG_S_FAILED | NEEDS_RESET;
+        if registers.resetting || (registers.status | self.state.interrupt.status()) & failed != 0 {
+            return Err(SaveError::Reset(self.device_type));
+        }
+        let mut states: Vec<QueueState> = registers.queues.iter().map(Queue::state).collect();
+        let mut values = DeviceValues::None;
+        if registers.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
+            let active = lock(&self.device).save()?;
+            values = active.values;
+            for (state, active) in states.iter_mut().zip(active.queues) {
+                *state = active;
+            }
+        }
+        Ok(SavedDevice {
+            device_type: self.device_type,
+            status: registers.status,
+            driver_features: registers.driver_features,
+            selectors: [registers.device_features_sel, registers.driver_features_sel, registers.queue_sel],
+            queues: states.into_iter().map(SavedQueue::from).collect(),
+            causes: self.state.interrupt.causes(),
+            generation: self.state.interrupt.generation(),
+            values,
+        })
+    }
+
+    /// Sets the state of a new device and of this transport. Activates the device if it was active, and interrupts the
+    /// driver once: the interrupt of the saved VM may not have reached the guest.
+    ///
+    /// # Errors
+    /// [`RestoreError`]. The VM must not run after an error.
+    pub fn restore(self: &Arc<Self>, saved: &SavedDevice) -> Result<(), RestoreError> {
+        let device_type = self.device_type;
+        if saved.device_type != device_type {
+            return Err(RestoreError::Type { saved: saved.device_type, device: device_type });
+        }
+        let mut registers = self.registers();
+        let is_valid = STATUSES.contains(&saved.status) && saved.driver_features & !registers.device_features == 0;
+        if !is_valid {
+            return Err(RestoreError::Features(device_type));
+        }
+        let queues = registers.queues.iter().zip(&saved.queues).map(|(queue, saved)| saved.queue(queue.max_size()));
+        let queues = queues.collect::<Option<Vec<_>>>().filter(|_| registers.queues.len() == saved.queues.len());
+        registers.queues = queues.ok_or(RestoreError::Queues(device_type))?;
+        registers.status = saved.status;
+        registers.driver_features = saved.driver_features;
+        [registers.device_features_sel, registers.driver_features_sel, registers.queue_sel] = saved.selectors;
+        let is_active = saved.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
+        drop(registers);
+        self.state.interrupt.restore(saved.causes, saved.generation);
+        lock(&self.device).restore(saved.values);
+        if is_active && !self.run(Self::activate_restored) {
+            return Err(RestoreError::Loop(device_type));
+        }
+        Ok(())
+    }
+
+    /// Activates a restored device, and interrupts its driver.
+    fn activate_restored(self: &Arc<Self>) {
+        self.activate();
+        if let Err(error) = self.state.interrupt.queue(0) {
+            log::warn!("failed to interrupt the driver of virtio device of type {}: {error}", self.device_type);
+        }
     }
 
     fn registers(&self) -> MutexGuard<'_, Registers> {
@@ -399,20 +476,6 @@ fn configure(queue: &mut Queue, register: u32, value: u32) {
         VIRTIO_MMIO_QUEUE_USED_HIGH => queue.set_used_ring_address(None, Some(value)),
         _ => {}
     }
-}
-
-/// Copies a queue's configuration. The device takes over the copy. The transport keeps the original, because the driver
-/// can still read the queue's registers.
-fn copy(from: &Queue, to: &mut Queue) {
-    let halves = |address: u64| (Some(half(address, 0)), Some(half(address, 1)));
-    to.set_size(from.size());
-    let (low, high) = halves(from.desc_table());
-    to.set_desc_table_address(low, high);
-    let (low, high) = halves(from.avail_ring());
-    to.set_avail_ring_address(low, high);
-    let (low, high) = halves(from.used_ring());
-    to.set_used_ring_address(low, high);
-    to.set_ready(from.ready());
 }
 
 /// Returns the 32-bit half of `value` that a selector register selects.

@@ -67,6 +67,12 @@ impl MmioInterrupt {
         self.generation.load(Ordering::SeqCst)
     }
 
+    /// Sets the causes and the number of changes, for a saved device.
+    pub fn restore(&self, causes: u32, generation: u32) {
+        self.status.store(causes, Ordering::SeqCst);
+        self.generation.store(generation, Ordering::SeqCst);
+    }
+
     /// Clears the causes that the driver has handled.
     pub fn acknowledge(&self, causes: u32) {
         self.status.fetch_and(!causes, Ordering::SeqCst);

@@ -14,6 +14,7 @@ use crate::control::wire;
 use crate::event_loop::{EventLoop, PreparedLoop};
 use crate::reporter::Reporter;
 use crate::virtio::device::{OnIdle, VirtioDevice};
+use crate::virtio::saved::ActiveState;
 
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << 5;
 const ACK_DRIVER: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER;
@@ -28,6 +29,9 @@ struct Probe {
     resets: usize,
     refuse: bool,
     config: [u8; 8],
+    /// The queues of the last activation.
+    queues: Vec<Queue>,
+    values: DeviceValues,
     /// Whether the device has a thread that is serving a request. If so, `on_idle` is called at the end of the request.
     busy: bool,
     on_idle: Option<OnIdle>,
@@ -70,8 +74,15 @@ impl VirtioDevice for Probe {
         }
         let queues = activation.queues.iter().map(|queue| (queue.queue.size(), queue.queue.desc_table())).collect();
         self.activations.push((activation.features, queues));
+        self.queues = activation.queues.into_iter().map(|queue| queue.queue).collect();
         self.active = true;
         Ok(())
+    }
+    fn save(&self) -> Result<ActiveState, SaveError> {
+        Ok(ActiveState { queues: self.queues.iter().map(Queue::state).collect(), values: self.values })
+    }
+    fn restore(&mut self, values: DeviceValues) {
+        self.values = values;
     }
     fn reset(&mut self) {
         self.active = false;
@@ -102,6 +113,10 @@ fn transport_on(device_loop: &LoopHandle) -> (Arc<Transport>, Arc<Mutex<Probe>>)
 fn transport() -> (Arc<Transport>, Arc<Mutex<Probe>>) {
     static SHARED: LazyLock<LoopHandle> = LazyLock::new(|| start_loop().1);
     transport_on(&SHARED)
+}
+
+fn lock_probe(probe: &Mutex<Probe>) -> MutexGuard<'_, Probe> {
+    probe.lock().unwrap()
 }
 
 /// Waits until the device loop has run all earlier closures.
@@ -169,6 +184,62 @@ fn driver_can_activate_and_reset_device() {
         assert_eq!(get(&transport, VIRTIO_MMIO_QUEUE_READY), 0);
         assert_eq!(probe.lock().unwrap().resets, round);
     }
+}
+
+#[test]
+fn restored_device_goes_on_where_the_saved_one_was() {
+    let (first, probe) = transport();
+    negotiate(&first);
+    set_up_queue(&first, 0, 128, 0x1_0000);
+    activate(&first);
+    let values = DeviceValues::Vsock { next_port: 7 };
+    {
+        let mut probe = lock_probe(&probe);
+        probe.queues[0].set_next_avail(300);
+        probe.queues[0].set_next_used(299);
+        probe.values = values;
+    }
+    set(&first, VIRTIO_MMIO_QUEUE_SEL, 1);
+    first.state.interrupt.config().unwrap();
+    let saved = first.save().unwrap();
+    let saved: SavedDevice = postcard::from_bytes(&postcard::to_allocvec(&saved).unwrap()).unwrap();
+    let (second, probe) = transport();
+    second.restore(&saved).unwrap();
+    settle(&second);
+    assert_eq!(get(&second, VIRTIO_MMIO_STATUS), DRIVER_OK);
+    assert_eq!(get(&second, VIRTIO_MMIO_CONFIG_GENERATION), 1);
+    let causes = VIRTIO_MMIO_INT_CONFIG | VIRTIO_MMIO_INT_VRING;
+    assert_eq!((get(&second, VIRTIO_MMIO_INTERRUPT_STATUS), second.irq_fd().read().unwrap()), (causes, 1));
+    // The second queue is selected, and is not ready.
+    assert_eq!(get(&second, VIRTIO_MMIO_QUEUE_READY), 0);
+    let probe = lock_probe(&probe);
+    assert_eq!(probe.activations, [(FEATURES, vec![(128, 0x1_0000), (16, 0)])]);
+    assert_eq!((probe.queues[0].next_avail(), probe.queues[0].next_used(), probe.values), (300, 299, values));
+    drop(probe);
+    assert_eq!(second.save().unwrap().queues, saved.queues);
+}
+
+#[test]
+fn states_that_do_not_fit_are_refused() {
+    let (first, _) = transport();
+    negotiate(&first);
+    set_up_queue(&first, 0, 128, 0x1_0000);
+    let saved = first.save().unwrap();
+    let refused = |change: &dyn Fn(&mut SavedDevice)| {
+        let mut saved = saved.clone();
+        change(&mut saved);
+        transport().0.restore(&saved).unwrap_err()
+    };
+    assert_eq!(refused(&|saved| saved.device_type = 1), RestoreError::Type { saved: 1, device: 42 });
+    assert_eq!(refused(&|saved| saved.driver_features |= 2), RestoreError::Features(42));
+    for status in [VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED, DRIVER_OK | NEEDS_RESET] {
+        assert_eq!(refused(&|saved| saved.status = status), RestoreError::Features(42));
+    }
+    assert_eq!(refused(&|saved| saved.queues.truncate(1)), RestoreError::Queues(42));
+    assert_eq!(refused(&|saved| saved.queues.reverse()), RestoreError::Queues(42));
+    let failed = transport().0;
+    failed.state.interrupt.needs_reset().unwrap();
+    assert_eq!(failed.save(), Err(SaveError::Reset(42)));
 }
 
 #[test]

@@ -13,6 +13,7 @@ pub mod net;
 pub mod queue;
 pub mod rate_limit;
 pub mod rng;
+pub mod saved;
 pub(crate) mod slot_eventfds;
 pub mod slots;
 #[cfg(any(test, feature = "testing"))]

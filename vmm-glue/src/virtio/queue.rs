@@ -360,6 +360,11 @@ impl Virtqueue {
         self.index
     }
 
+    /// Returns the state of the queue, or `None` if the device holds chains of it.
+    pub fn state(&self) -> Option<virtio_queue::QueueState> {
+        (self.in_flight == 0).then(|| self.queue.state())
+    }
+
     /// Updates the indices after vhost has served the queue: all chains up to `index` were popped and returned.
     pub fn set_served_until(&mut self, index: u16) {
         self.queue.set_next_avail(index);

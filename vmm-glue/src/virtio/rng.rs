@@ -14,6 +14,7 @@ use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
 use super::queue::{Iov, QueueFault, TIMER_TOKEN, Virtqueue, WAKE_TOKEN, WakeEvent};
 use super::rate_limit::{Direction, Throttle};
+use super::saved::{ActiveState, DeviceValues, SaveError};
 use crate::config::{Rate, RateLimit};
 use crate::guest_memory::GuestMemory;
 
@@ -147,6 +148,12 @@ impl VirtioDevice for Rng {
         if let Some(active) = self.active.take() {
             self.wake.retire(active.queue);
         }
+    }
+
+    fn save(&self) -> Result<ActiveState, SaveError> {
+        let queue = self.active.as_ref().and_then(|active| active.queue.state());
+        let queues = vec![queue.ok_or(SaveError::Busy(VIRTIO_ID_RNG))?];
+        Ok(ActiveState { queues, values: DeviceValues::None })
     }
 }
 

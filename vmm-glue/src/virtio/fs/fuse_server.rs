@@ -81,6 +81,11 @@ impl FuseServer {
         self.fs.limiter()
     }
 
+    /// Returns whether the guest has mounted the file system.
+    pub fn is_mounted(&self) -> bool {
+        self.fs.is_mounted()
+    }
+
     /// Lets requests wait for locks, or interrupts all waits and lets no request begin one.
     pub fn allow_lock_waits(&self, allowed: bool) {
         self.fs.locks().allow_waits(allowed);

@@ -77,6 +77,7 @@ use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, OnIdle, VirtioDevice};
 use super::queue::{Chain, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
 use super::rate_limit::SharedLimiter;
+use super::saved::{ActiveState, DeviceValues, SaveError};
 use super::workers::{Growth, Handler, Later, Workers};
 use crate::config::ShareConfig;
 use crate::guest_memory::GuestMemory;
@@ -368,6 +369,14 @@ impl VirtioDevice for Fs {
 
     fn when_idle(&mut self, idle: OnIdle) {
         self.workers.when_idle(idle);
+    }
+
+    /// Only a device whose file system is not mounted can be saved, because the guest's nodes and handles are not saved.
+    fn save(&self) -> Result<ActiveState, SaveError> {
+        let high_priority = self.active.as_ref().and_then(|active| active.high_priority.state());
+        let states = [high_priority, self.workers.queue_state()].into_iter().collect::<Option<Vec<_>>>();
+        let queues = states.filter(|_| !self.server.is_mounted()).ok_or(SaveError::Busy(VIRTIO_ID_FS))?;
+        Ok(ActiveState { queues, values: DeviceValues::None })
     }
 
     fn pause(&mut self) {

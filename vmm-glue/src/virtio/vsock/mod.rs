@@ -31,6 +31,7 @@ use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
 use super::queue::{QueueFault, TIMER_TOKEN, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
 use super::rate_limit::Throttle;
+use super::saved::{ActiveState, DeviceValues, SaveError};
 use crate::config::RateLimit;
 use crate::guest_memory::GuestMemory;
 
@@ -308,5 +309,21 @@ impl VirtioDevice for Vsock {
         self.changed.clear();
         self.reset_packets.clear();
         self.wake.wake();
+    }
+
+    fn save(&self) -> Result<ActiveState, SaveError> {
+        let is_idle = self.connections.is_empty() && self.pending.is_empty() && self.reset_packets.is_empty();
+        let queues = self.active.as_ref().filter(|_| is_idle).map(|Active { rx, tx, event, .. }| [rx, tx, event]);
+        let states = queues.and_then(|queues| queues.into_iter().map(Virtqueue::state).collect::<Option<Vec<_>>>());
+        let queues = states.ok_or(SaveError::Busy(VIRTIO_ID_VSOCK))?;
+        Ok(ActiveState { queues, values: DeviceValues::Vsock { next_port: self.next_port } })
+    }
+
+    fn restore(&mut self, values: DeviceValues) {
+        if let DeviceValues::Vsock { next_port } = values
+            && PORTS.contains(&next_port)
+        {
+            self.next_port = next_port;
+        }
     }
 }

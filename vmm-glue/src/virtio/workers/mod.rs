@@ -173,6 +173,12 @@ impl<H: Handler> Workers<H> {
         Ok(())
     }
 
+    /// Returns the state of the queue of the activation. Returns `None` if there is none, or requests are being served.
+    pub fn queue_state(&self) -> Option<virtio_queue::QueueState> {
+        let session = lock(&self.pool.state).session.clone();
+        session.and_then(|session| session.queue_state())
+    }
+
     /// Ends the activation, if there is one. Does not wait for requests that are being served.
     pub fn deactivate(&self) {
         if let Some(session) = lock(&self.pool.state).session.take() {

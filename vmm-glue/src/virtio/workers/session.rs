@@ -121,6 +121,12 @@ impl Session {
         lock(&self.state)
     }
 
+    /// Returns the state of the queue. Returns `None` if requests are being served, or the driver broke the queue.
+    pub fn queue_state(&self) -> Option<virtio_queue::QueueState> {
+        let state = self.lock();
+        state.queue.state().filter(|_| state.busy == 0 && !state.failed)
+    }
+
     /// Makes all workers leave the session.
     pub fn end(&self, name: &str) {
         self.lock().stopped = true;

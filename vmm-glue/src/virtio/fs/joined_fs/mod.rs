@@ -10,6 +10,7 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use virtiofsd::filesystem::{
@@ -38,12 +39,19 @@ pub struct JoinedFs {
     nodes: Arc<Nodes>,
     /// The open directory /proc/self/fd.
     fd_directory: File,
+    /// Whether the guest has mounted the file system.
+    mounted: AtomicBool,
 }
 
 impl JoinedFs {
     /// Wraps a file system. `fd_directory` is /proc/self/fd.
     pub fn new(fs: ShareFs, nodes: Arc<Nodes>, fd_directory: File) -> Self {
-        Self { fs, nodes, fd_directory }
+        Self { fs, nodes, fd_directory, mounted: AtomicBool::new(false) }
+    }
+
+    /// Returns whether the guest has mounted the file system, and has not said that it has unmounted it.
+    pub fn is_mounted(&self) -> bool {
+        self.mounted.load(Ordering::Acquire)
     }
 
     /// Calls a function with the file of a handle.
@@ -175,10 +183,12 @@ impl FileSystem for JoinedFs {
     type DirIter = <ShareFs as FileSystem>::DirIter;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        self.mounted.store(true, Ordering::Release);
         self.fs.init(capable)
     }
 
     fn destroy(&self) {
+        self.mounted.store(false, Ordering::Release);
         self.fs.destroy();
         self.nodes.clear();
     }
