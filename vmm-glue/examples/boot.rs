@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use husk_vmm::client::{ARGV0, CONTROL_FD, SpawnOptions, Vmm, spawn};
-use husk_vmm::config::{BlkConfig, FdIndex, RateLimit, SeccompMode, ShareConfig, VmConfig};
+use husk_vmm::config::{BlkConfig, FdIndex, RateLimit, SeccompMode, ShareConfig, Source, VmConfig};
 use husk_vmm::control::{Call, ExitReason, Notice};
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -115,8 +115,7 @@ fn config() -> VmConfig {
         max_memory_mib: 0,
         huge_mib: 0,
         kvm: FdIndex(0),
-        kernel: FdIndex(1),
-        initrd: FdIndex(2),
+        source: Source::Kernel { kernel: FdIndex(1), initrd: FdIndex(2) },
         kernel_params: String::new(),
         console: FdIndex(3),
         share: None,
@@ -127,6 +126,7 @@ fn config() -> VmConfig {
         blk: Vec::new(),
         balloon: false,
         spare_slots: 2,
+        saveable: false,
         seccomp: SeccompMode::Enforce,
     }
 }

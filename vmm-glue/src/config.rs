@@ -26,11 +26,10 @@ pub struct VmConfig {
     pub huge_mib: u64,
     /// `/dev/kvm`, opened read-write.
     pub kvm: FdIndex,
-    /// The guest kernel: an uncompressed x86-64 ELF image.
-    pub kernel: FdIndex,
-    /// The initrd.
-    pub initrd: FdIndex,
-    /// Kernel parameters that are appended to the parameters that the VMM sets.
+    /// What the VM runs.
+    pub source: Source,
+    /// Kernel parameters that are appended to the parameters that the VMM sets. A saved VM has those with which it was
+    /// booted.
     pub kernel_params: String,
     /// Write end of a pipe, to which the VMM writes the guest's serial console output.
     pub console: FdIndex,
@@ -51,9 +50,37 @@ pub struct VmConfig {
     /// Number of empty virtio-mmio slots for hot-plugged disks and interfaces. The VM gets fewer empty slots if fewer
     /// slots are free. Hot-plugged memory has additional slots.
     pub spare_slots: u8,
+    /// Whether the VM can be saved. It then must not have interfaces or disks. Each vCPU needs one more fd.
+    #[serde(default)]
+    pub saveable: bool,
     /// What happens when a thread of the VMM makes a system call that its seccomp filter does not allow.
     pub seccomp: SeccompMode,
 }
+
+/// What a VM runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Source {
+    /// A kernel that boots.
+    Kernel {
+        /// An uncompressed x86-64 ELF image.
+        kernel: FdIndex,
+        /// The initrd.
+        initrd: FdIndex,
+    },
+    /// A saved VM that goes on. The configuration must have the same vCPUs, memory, devices and slots as that with which
+    /// the VM was booted.
+    Saved {
+        /// The file with the state, opened for reading.
+        state: FdIndex,
+        /// The file with the memory, opened for reading. The VM shares its pages until it writes to them.
+        memory: FdIndex,
+        /// The build that has saved the VM.
+        build: BuildId,
+    },
+}
+
+/// Identifies a build of the VMM, which can restore only what the same build has saved.
+pub type BuildId = [u8; 32];
 
 /// What happens when a thread makes a system call that its seccomp filter does not allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,7 +9,7 @@ use std::path::Path;
 use nix::fcntl::{FcntlArg, fcntl};
 
 use crate::arch::layout;
-use crate::config::{BlkConfig, FdIndex, NetConfig, RateLimit, ShareConfig, VmConfig};
+use crate::config::{BlkConfig, BuildId, FdIndex, NetConfig, RateLimit, ShareConfig, Source, VmConfig};
 use crate::virtio::net::{MAX_QUEUE_PAIRS, tap_flags};
 
 /// Minimum and maximum guest memory in MiB. The maximum, 4 TiB, is far below 64 TiB, the limit of 46 physical address
@@ -68,18 +68,37 @@ pub struct CheckedConfig {
     pub memory: u64,
     /// `/dev/kvm`.
     pub kvm: OwnedFd,
-    /// The guest kernel.
-    pub kernel: File,
-    /// The initrd.
-    pub initrd: File,
-    /// Length of the initrd in bytes.
-    pub initrd_len: u64,
+    /// What the VM runs.
+    pub source: CheckedSource,
     /// Write end of the console's pipe.
     pub console: OwnedFd,
     /// Network interfaces and their taps.
     pub net: Vec<(NetConfig, Vec<File>)>,
     /// Disks and their files.
     pub blk: Vec<(BlkConfig, File)>,
+}
+
+/// What the VM runs, with its files.
+#[derive(Debug)]
+pub enum CheckedSource {
+    /// A kernel that boots.
+    Kernel {
+        /// The guest kernel.
+        kernel: File,
+        /// The initrd.
+        initrd: File,
+        /// Length of the initrd in bytes.
+        initrd_len: u64,
+    },
+    /// A saved VM that goes on.
+    Saved {
+        /// The file with the state.
+        state: File,
+        /// The file with the memory.
+        memory: File,
+        /// The build that has saved the VM.
+        build: BuildId,
+    },
 }
 
 /// Validates the whole configuration. Does not create anything.
@@ -110,18 +129,8 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<CheckedConfig, Confi
     let mut fds = Fds::new(fds);
     let kvm = fds.take("kvm", config.kvm)?;
     check_kind(has_file_type(&kvm, "kvm", libc::S_IFCHR)?, "kvm", "/dev/kvm")?;
-    let kernel = File::from(fds.take("kernel", config.kernel)?);
-    check_kind(has_file_type(&kernel, "kernel", libc::S_IFREG)?, "kernel", "a regular file")?;
-    let initrd = File::from(fds.take("initrd", config.initrd)?);
-    check_kind(has_file_type(&initrd, "initrd", libc::S_IFREG)?, "initrd", "a regular file")?;
-    let initrd_len = initrd.metadata().map_err(|error| ConfigError::Examine("initrd", error))?.len();
     let memory = config.memory_mib << 20;
-    check_range(
-        initrd_len > 0 && initrd_len < memory / 2,
-        "length of initrd",
-        initrd_len,
-        "at least 1 byte and less than half of guest memory",
-    )?;
+    let source = source(config.source, memory, &mut fds)?;
     let console = fds.take("console", config.console)?;
     check_kind(
         has_file_type(&console, "console", libc::S_IFIFO)? && writable(&console, "console")?,
@@ -139,7 +148,32 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<CheckedConfig, Confi
         blk.push((disk.clone(), self::blk(disk, file)?));
     }
     fds.reject_unused()?;
-    Ok(CheckedConfig { config, memory, kvm, kernel, initrd, initrd_len, console, net, blk })
+    Ok(CheckedConfig { config, memory, kvm, source, console, net, blk })
+}
+
+fn source(source: Source, memory: u64, fds: &mut Fds) -> Result<CheckedSource, ConfigError> {
+    let mut regular = |name, index| {
+        let file = File::from(fds.take(name, index)?);
+        check_kind(has_file_type(&file, name, libc::S_IFREG)?, name, "a regular file")?;
+        Ok(file)
+    };
+    match source {
+        Source::Kernel { kernel, initrd } => {
+            let (kernel, initrd) = (regular("kernel", kernel)?, regular("initrd", initrd)?);
+            let initrd_len = initrd.metadata().map_err(|error| ConfigError::Examine("initrd", error))?.len();
+            check_range(
+                initrd_len > 0 && initrd_len < memory / 2,
+                "length of initrd",
+                initrd_len,
+                "at least 1 byte and less than half of guest memory",
+            )?;
+            Ok(CheckedSource::Kernel { kernel, initrd, initrd_len })
+        }
+        Source::Saved { state, memory, build } => {
+            let (state, memory) = (regular("state", state)?, regular("memory", memory)?);
+            Ok(CheckedSource::Saved { state, memory, build })
+        }
+    }
 }
 
 /// Validates a network interface and returns its taps.

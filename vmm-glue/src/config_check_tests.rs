@@ -5,6 +5,10 @@ use std::io;
 use super::*;
 use crate::config::{Rate, SeccompMode};
 
+fn kernel(kernel: usize, initrd: usize) -> Source {
+    Source::Kernel { kernel: FdIndex(kernel), initrd: FdIndex(initrd) }
+}
+
 /// Returns a valid configuration and its fds: a character device, two files and a pipe.
 fn valid() -> (VmConfig, Vec<OwnedFd>, io::PipeReader) {
     let file = || {
@@ -21,8 +25,7 @@ fn valid() -> (VmConfig, Vec<OwnedFd>, io::PipeReader) {
         max_memory_mib: 0,
         huge_mib: 0,
         kvm: FdIndex(0),
-        kernel: FdIndex(1),
-        initrd: FdIndex(2),
+        source: Source::Kernel { kernel: FdIndex(1), initrd: FdIndex(2) },
         kernel_params: String::new(),
         console: FdIndex(3),
         share: None,
@@ -33,6 +36,7 @@ fn valid() -> (VmConfig, Vec<OwnedFd>, io::PipeReader) {
         blk: Vec::new(),
         balloon: false,
         spare_slots: 0,
+        saveable: false,
         seccomp: SeccompMode::Enforce,
     };
     let fds = vec![File::open("/dev/null").unwrap().into(), file(), file(), writer.into()];
@@ -64,7 +68,7 @@ fn tap() -> NetConfig {
 fn check_accepts_valid_configuration() {
     let (config, fds, _reader) = valid();
     let checked = check(config, fds).unwrap();
-    assert_eq!((checked.memory, checked.initrd_len), (128 << 20, 100));
+    assert_eq!(checked.memory, 128 << 20);
 }
 
 #[test]
@@ -81,10 +85,10 @@ fn check_rejects_values_out_of_range() {
 
 #[test]
 fn check_rejects_missing_unused_and_wrong_fds() {
-    assert!(check_error(|config, _| config.kernel = FdIndex(9)).contains("position 9"));
-    assert!(check_error(|config, _| config.initrd = FdIndex(1)).contains("position 1"));
+    assert!(check_error(|config, _| config.source = kernel(9, 2)).contains("position 9"));
+    assert!(check_error(|config, _| config.source = kernel(1, 1)).contains("position 1"));
     assert!(check_error(|_, fds| fds.push(tempfile::tempfile().unwrap().into())).contains("use 1 of the received fds"));
-    assert!(check_error(|config, _| config.kernel = FdIndex(3)).contains("kernel"));
+    assert!(check_error(|config, _| config.source = kernel(3, 2)).contains("kernel"));
     assert!(check_error(|_, fds| fds.swap(2, 3)).contains("initrd: the fd is not a regular file"));
     assert!(check_error(|_, fds| fds[0] = tempfile::tempfile().unwrap().into()).contains("/dev/kvm"));
     assert!(check_error(|_, fds| fds[2] = tempfile::tempfile().unwrap().into()).contains("length of initrd"));

@@ -10,8 +10,9 @@ use std::sync::{Mutex, MutexGuard};
 
 use husk_base::sync::lock;
 use husk_base::sys::fd::set_nonblocking;
+use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
-use vm_superio::serial::{NoEvents, Serial};
+use vm_superio::serial::{NoEvents, Serial, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
 /// First I/O port of COM1.
@@ -46,6 +47,45 @@ impl Console {
         let _ = self.lock().write(register, value);
     }
 
+    /// Returns the registers.
+    pub fn state(&self) -> ConsoleState {
+        let state = self.lock().state();
+        ConsoleState {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupts: [state.interrupt_enable, state.interrupt_identification],
+            line: [state.line_control, state.line_status],
+            modem: [state.modem_control, state.modem_status],
+            scratch: state.scratch,
+        }
+    }
+
+    /// Sets the registers.
+    ///
+    /// # Errors
+    /// If the interrupt cannot be raised.
+    pub fn restore(&self, state: &ConsoleState) -> io::Result<()> {
+        let ConsoleState { divisor, interrupts, line, modem, scratch } = *state;
+        let state = SerialState {
+            baud_divisor_low: divisor[0],
+            baud_divisor_high: divisor[1],
+            interrupt_enable: interrupts[0],
+            interrupt_identification: interrupts[1],
+            line_control: line[0],
+            line_status: line[1],
+            modem_control: modem[0],
+            modem_status: modem[1],
+            scratch,
+            // The console has no input.
+            in_buffer: Vec::new(),
+        };
+        let mut serial = self.lock();
+        let irq = Irq(serial.interrupt_evt().0.try_clone()?);
+        let lines = serial.writer_mut().take()?;
+        *serial =
+            Serial::from_state(&state, irq, NoEvents, lines).map_err(|error| io::Error::other(format!("{error:?}")))?;
+        Ok(())
+    }
+
     /// Writes buffered output that does not end with a newline yet.
     pub fn flush(&self) {
         self.lock().writer_mut().write_out();
@@ -54,6 +94,16 @@ impl Console {
     fn lock(&self) -> MutexGuard<'_, Serial<Irq, NoEvents, LineWriter>> {
         lock(&self.0)
     }
+}
+
+/// The registers of the serial port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleState {
+    divisor: [u8; 2],
+    interrupts: [u8; 2],
+    line: [u8; 2],
+    modem: [u8; 2],
+    scratch: u8,
 }
 
 /// The port's interrupt.
@@ -75,6 +125,12 @@ struct LineWriter {
 }
 
 impl LineWriter {
+    /// Moves the buffered output to a new writer of the same pipe.
+    fn take(&mut self) -> io::Result<Self> {
+        let pipe = self.pipe.try_clone()?;
+        Ok(Self { pipe, line: std::mem::take(&mut self.line), dropped: self.dropped })
+    }
+
     /// Writes the buffered bytes to the pipe, or drops them.
     fn write_out(&mut self) {
         if self.line.is_empty() {

@@ -11,7 +11,7 @@ use husk_base::entropy;
 use husk_config::{Config, Seccomp};
 use husk_proto::agent::{IdMapping, Mount, SetupRequest, UpdateNetworkRequest};
 use husk_proto::{AGENT_PROTOCOL, AUDIT_PREFIX, GUEST_SHM, SHARE_TAG, ports};
-use husk_vmm::config::{FdIndex, SeccompMode, ShareConfig, VmConfig};
+use husk_vmm::config::{FdIndex, SeccompMode, ShareConfig, Source, VmConfig};
 use husk_vmm::control::{Answer, Call, VcpuPlace};
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
@@ -260,8 +260,7 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
         max_memory_mib: plan.boot_size.growth.max.memory_mib,
         huge_mib,
         kvm: FdIndex(0),
-        kernel: FdIndex(1),
-        initrd: FdIndex(2),
+        source: Source::Kernel { kernel: FdIndex(1), initrd: FdIndex(2) },
         kernel_params: kernel_params(plan),
         console: FdIndex(3),
         share: Some(ShareConfig {
@@ -277,6 +276,7 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
         blk: Vec::new(),
         balloon: plan.config.free_page_reporting,
         spare_slots: SPARE_SLOTS,
+        saveable: false,
         seccomp: plan.seccomp(),
     };
     let files = format!("from kernel {} and initrd {}", plan.config.kernel.display(), plan.config.initrd.display());

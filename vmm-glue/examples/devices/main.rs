@@ -15,7 +15,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use husk_vmm::client::{ARGV0, CONTROL_FD, CallError, SpawnOptions, Vmm, spawn};
-use husk_vmm::config::{BlkConfig, FdIndex, NetConfig, RateLimit, SeccompMode, ShareConfig, VmConfig};
+use husk_vmm::config::{BlkConfig, FdIndex, NetConfig, RateLimit, SeccompMode, ShareConfig, Source, VmConfig};
 use husk_vmm::control::{Call, Notice};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -227,8 +227,7 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
         max_memory_mib: 0,
         huge_mib: 0,
         kvm: FdIndex(0),
-        kernel: FdIndex(1),
-        initrd: FdIndex(2),
+        source: Source::Kernel { kernel: FdIndex(1), initrd: FdIndex(2) },
         kernel_params: std::env::var("DEVICES_KERNEL_PARAMS").unwrap_or_default(),
         console: FdIndex(3),
         share: Some(ShareConfig {
@@ -258,6 +257,7 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
         }],
         balloon: true,
         spare_slots: 0,
+        saveable: false,
         seccomp: SeccompMode::Enforce,
     };
     let fds = [kvm.as_fd(), kernel.as_fd(), initrd.as_fd(), end.as_fd(), tap.as_fd(), disk.as_fd()];

@@ -7,7 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{BlkConfig, NetConfig, VmConfig};
+use crate::config::{BlkConfig, BuildId, NetConfig, VmConfig};
 
 pub mod wire;
 
@@ -95,6 +95,11 @@ pub enum Call {
         /// The pid from the answer to `AcquirePid`.
         pid: u32,
     },
+    /// Saves the VM, which must be paused. The packet carries two empty files: for the state, and for the memory.
+    Save {
+        /// The build of the VMM.
+        build: BuildId,
+    },
     /// Requests where each vCPU is, to find out why a guest does not answer. The answer is `Inspected`.
     Inspect,
     /// Ends the process without a warning to the guest. If the guest has disks, call the agent's Sync first, so that no
@@ -122,6 +127,7 @@ impl Call {
             Self::GetPluggedMemory(_) => "GetPluggedMemory",
             Self::AcquirePid => "AcquirePid",
             Self::ReleasePid { .. } => "ReleasePid",
+            Self::Save { .. } => "Save",
             Self::Inspect => "Inspect",
             Self::Stop => "Stop",
         }

@@ -5,6 +5,8 @@
 pub enum Kind {
     /// The main thread, which serves the control socket.
     Control,
+    /// The main thread of a VMM whose VM can be saved. It never runs a pod.
+    Saver,
     /// The thread of a vCPU.
     Vcpu,
     /// The device loop.
@@ -31,6 +33,7 @@ impl Kind {
     /// All kinds.
     pub const ALL: [Self; 10] = [
         Self::Control,
+        Self::Saver,
         Self::Vcpu,
         Self::DeviceLoop,
         Self::FileServer,
@@ -45,7 +48,7 @@ impl Kind {
     /// Returns the prefix of the names of this kind's threads (comm in proc(5)).
     pub fn thread_name(self) -> &'static str {
         match self {
-            Self::Control => "husk-vmm",
+            Self::Control | Self::Saver => "husk-vmm",
             Self::Vcpu => "vcpu",
             Self::DeviceLoop => "devices",
             Self::FileServer => "virtio-fs",

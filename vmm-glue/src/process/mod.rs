@@ -10,7 +10,7 @@ use husk_base::failpoint;
 use husk_base::sys::process::exit_immediately;
 
 use crate::boot;
-use crate::config::VmConfig;
+use crate::config::{BuildId, VmConfig};
 use crate::config_check;
 use crate::control::{Answer, BootStep, Call, ExitReason, PROTOCOL, Request};
 use crate::jail::{self, Entered};
@@ -142,6 +142,7 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
             }
         }
         (Call::SetBalloon { mib }, Some(vm)) => done(vm.set_balloon(mib)),
+        (Call::Save { build }, Some(vm)) => save(vm, fds, &build),
         (Call::Inspect, Some(vm)) => {
             vm.inspect().map(|vcpus| Answer::Inspected { vcpus }).map_err(|error| chain(&error))
         }
@@ -158,6 +159,13 @@ fn reached(call: &Call) -> io::Result<()> {
         Call::AcquirePid => failpoint!("vmm.acquire-pid"),
         _ => Ok(()),
     }
+}
+
+fn save(vm: &Vm, fds: Vec<OwnedFd>, build: &BuildId) -> Result<Answer, String> {
+    let count = fds.len();
+    let [state, memory] = <[OwnedFd; 2]>::try_from(fds)
+        .map_err(|_| format!("failed to save the VM: two files are required, but {count} fds were received"))?;
+    vm.save(state.into(), memory.into(), build).map(|()| Answer::Done).map_err(|error| chain(&error))
 }
 
 fn done(result: Result<(), VmError>) -> Result<Answer, String> {
@@ -180,10 +188,11 @@ fn create(config: VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Resu
     if let Some(share) = share.filter(|_| !jail::UNJAILED) {
         share.root = "/".to_owned();
     }
+    let kind = if checked.config.saveable { jail::Kind::Saver } else { jail::Kind::Control };
     let vm = boot::build(checked, belongings, reporter).map_err(|error| chain(&error))?;
     failpoint!("vmm.built").map_err(|error| error.to_string())?;
     // Confine this thread last, because the threads that it starts inherit its capabilities.
-    jail::confine(jail::Kind::Control).map_err(|error| chain(&error))?;
+    jail::confine(kind).map_err(|error| chain(&error))?;
     Ok((vm, unrestricted))
 }
 

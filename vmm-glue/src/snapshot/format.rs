@@ -10,6 +10,8 @@
 //! of the VMM, a section of an unknown kind or version, a kind that is missing or occurs twice, a wrong checksum, and
 //! bytes after the last section. The checksums find damage, not forgery: only root can write the file.
 
+use crate::config::BuildId;
+
 /// First bytes of the file.
 const MAGIC: [u8; 8] = *b"HUSKSNAP";
 /// Version of the header and of the sections' layout.
@@ -22,9 +24,6 @@ const SECTION: usize = 16;
 const ALIGN: usize = 8;
 /// Maximum number of sections.
 const MAX_SECTIONS: u32 = 64;
-
-/// Identifies the build of the VMM that has written a state. The state of another build is refused.
-pub type BuildId = [u8; 32];
 
 /// What a section contains. New kinds get new numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -1,6 +1,7 @@
-//! Saves a paused VM, and builds a VM from what was saved.
+//! Saves a paused VM, and reads what was saved. [`crate::boot`] builds a VM from it.
 
 pub mod format;
 pub mod memory;
 pub mod platform;
+pub mod state;
 pub mod vcpu;

@@ -1,5 +1,7 @@
 //! Creates vCPUs in KVM, at boot and when the pod grows.
 
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
 use std::sync::Arc;
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
@@ -14,6 +16,9 @@ pub enum CreateVcpuError {
     /// A KVM ioctl failed.
     #[error("ioctl {0} failed")]
     Kvm(&'static str, #[source] kvm_ioctls::Error),
+    /// The fd of a vCPU could not be duplicated.
+    #[error("failed to duplicate the fd of a vCPU")]
+    Copy(#[source] io::Error),
     /// A KVM structure with a variable number of entries could not be allocated.
     #[error("failed to build a KVM structure: too many entries")]
     Fam(#[source] vmm_sys_util::fam::Error),
@@ -37,6 +42,20 @@ impl VcpuFactory {
     pub fn create(&self, id: u8, entry: Option<u64>) -> Result<VcpuFd, CreateVcpuError> {
         let cpuid = cpuid::normalise(&self.supported, self.config, id);
         create_vcpu(&self.vm, id, &CpuId::from_entries(&cpuid).map_err(CreateVcpuError::Fam)?, entry)
+    }
+
+    /// Returns another handle of a vCPU, to save its state. The vCPU must not run while the handle is used.
+    ///
+    /// # Errors
+    /// [`CreateVcpuError::Copy`].
+    pub fn copy(&self, vcpu: &VcpuFd) -> Result<VcpuFd, CreateVcpuError> {
+        // SAFETY: `vcpu` keeps its fd open during the call.
+        let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+        let copy = fd.try_clone_to_owned().map_err(CreateVcpuError::Copy)?;
+        // SAFETY: the fd is that of a vCPU of this VM, and `into_raw_fd` gives up its ownership. Therefore, the new
+        // `VcpuFd` is the only owner and closes the fd once.
+        unsafe { self.vm.create_vcpu_from_rawfd(copy.into_raw_fd()) }
+            .map_err(|error| CreateVcpuError::Kvm("mmap of a vCPU", error))
     }
 
     /// Returns the maximum number of vCPUs.

@@ -24,6 +24,7 @@ use crate::bus::{Bus, Effect};
 use crate::control::{BootStep, ExitReason, VcpuPlace};
 use crate::jail::{Kind, confine};
 use crate::reporter::Reporter;
+use crate::serial::Console;
 use factory::{CreateVcpuError, VcpuFactory};
 
 /// Stack size of a vCPU thread in bytes. The thread's calls are not nested deeply.
@@ -132,6 +133,11 @@ impl Vcpus {
             .map_err(VcpuError::Thread)?;
         self.threads.push(thread);
         Ok(())
+    }
+
+    /// Returns the console.
+    pub fn console(&self) -> &Console {
+        &self.bus.console
     }
 
     /// Resumes all vCPUs.

@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::{self, SharedDevice};
 use super::loop_handle::LoopHandle;
 use super::mmio::{self, Transport, TransportError};
+use super::saved::{RestoreError, SaveError, SavedDevice};
 use super::slot_eventfds::{self, Registry};
 use crate::arch::layout;
 use crate::guest_memory::GuestMemory;
@@ -36,6 +37,17 @@ pub enum PlugError {
     /// The slot has no device that can be hot-unplugged.
     #[error("failed to hot-unplug the device in slot {0}: the slot has no disk or interface")]
     NotRemovable(u32),
+}
+
+/// Why the saved devices do not fit the slots.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreSlotError {
+    /// A device could not be restored.
+    #[error("failed to restore the device in slot {0}")]
+    Device(usize, #[source] RestoreError),
+    /// A slot has a device only in the saved VM, or only in this one.
+    #[error("slot {0} has a device only in one of the saved VM and this VM")]
+    Slot(usize),
 }
 
 /// One slot. vCPUs hold the read lock during an access.
@@ -127,6 +139,35 @@ impl Slots {
             .zip(&self.slots)
             .find(|(_, slot)| read(slot).as_ref().is_some_and(matches_mac))
             .map(|(number, _)| number)
+    }
+
+    /// Returns the state of the device in each slot. The devices must be paused, and no vCPU may run.
+    ///
+    /// # Errors
+    /// The number of a slot, and why its device cannot be saved.
+    pub fn save(&self) -> Result<Vec<Option<SavedDevice>>, (usize, SaveError)> {
+        let save = |(number, slot): (usize, &Slot)| {
+            read(slot).as_ref().map(|transport| transport.save().map_err(|error| (number, error))).transpose()
+        };
+        self.slots.iter().enumerate().map(save).collect()
+    }
+
+    /// Sets the state of the device in each slot. The slots must have the devices of the saved VM.
+    ///
+    /// # Errors
+    /// [`RestoreSlotError`].
+    pub fn restore(&self, saved: &[Option<SavedDevice>]) -> Result<(), RestoreSlotError> {
+        for number in 0..self.slots.len().max(saved.len()) {
+            let transport = self.slots.get(number).and_then(|slot| read(slot).clone());
+            match (transport, saved.get(number).and_then(Option::as_ref)) {
+                (Some(transport), Some(saved)) => {
+                    transport.restore(saved).map_err(|error| RestoreSlotError::Device(number, error))?;
+                }
+                (None, None) => {}
+                _ => return Err(RestoreSlotError::Slot(number)),
+            }
+        }
+        Ok(())
     }
 
     /// Returns all plugged devices.

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use event_manager::SubscriberId;
 
-use super::VmError;
+use super::{SaveError, VmError};
 use crate::event_loop::EventLoop;
 use crate::virtio::device::SharedDevice;
+use crate::virtio::saved::SavedDevice;
 use crate::virtio::slots::{Purpose, Slots, Unplugged};
 
 /// The slots and the device loop.
@@ -70,6 +71,14 @@ impl Devices {
         drop(device);
         unregistered?;
         Ok(removed?)
+    }
+
+    /// Returns the state of the device in each slot. The device loop must be paused.
+    ///
+    /// # Errors
+    /// [`SaveError::Device`].
+    pub(super) fn save(&self) -> Result<Vec<Option<SavedDevice>>, SaveError> {
+        self.slots.save().map_err(|(slot, error)| SaveError::Device(slot, error))
     }
 
     /// Returns the slot of the interface with this MAC address, or `None` if no interface has this address.

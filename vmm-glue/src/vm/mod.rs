@@ -1,6 +1,7 @@
 //! A built VM and the operations that the control socket requests.
 
 mod devices;
+mod save;
 
 use std::fs::File;
 use std::io;
@@ -29,6 +30,8 @@ use crate::virtio::vsock::{self, Vsock};
 use crate::vmgenid::VmGenId;
 
 pub(crate) use devices::Devices;
+pub use save::SaveError;
+pub(crate) use save::Saver;
 
 /// Why an operation on a VM failed.
 #[derive(Debug, thiserror::Error)]
@@ -95,12 +98,13 @@ pub struct Vm {
     /// Number of bytes by which the guest's kernel was moved.
     pub(crate) kernel_moved: u64,
     pub(crate) interfaces: Interfaces,
-    /// Restoring a VM from a snapshot will renew the id.
+    /// `None` if the VM cannot be saved.
+    pub(crate) saver: Option<Saver>,
     pub(crate) _vmgenid: VmGenId,
     pub(crate) running: bool,
     /// This field must be the last, so that it is dropped last. All fields above use guest memory until the process
     /// ends.
-    pub(crate) _memory: GuestMemory,
+    pub(crate) memory: GuestMemory,
 }
 
 /// Error of creating an interface.

@@ -49,7 +49,7 @@ pub fn run() -> ! {
         let _ = wire::send(control.as_fd(), &outcome, &[]);
         exit_immediately(0)
     };
-    if kind == Kind::Control {
+    if matches!(kind, Kind::Control | Kind::Saver) {
         // The VMM's main thread also starts threads before its filter is set. At the first thread, glibc installs
         // signal handlers.
         std::thread::spawn(std::thread::park);

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use husk_base::sys::interface;
 use husk_vmm::client::{CallError, SpawnOptions, Vmm, spawn};
-use husk_vmm::config::{BlkConfig, FdIndex, NetConfig, RateLimit, SeccompMode, ShareConfig, VmConfig};
+use husk_vmm::config::{BlkConfig, FdIndex, NetConfig, RateLimit, SeccompMode, ShareConfig, Source, VmConfig};
 use husk_vmm::control::{Answer, Call, ExitReason, Notice, PageKind, Request, wire};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -173,8 +173,7 @@ impl Node {
             max_memory_mib: 2 * MEMORY_MIB,
             huge_mib: 0,
             kvm: FdIndex(0),
-            kernel: FdIndex(1),
-            initrd: FdIndex(2),
+            source: Source::Kernel { kernel: FdIndex(1), initrd: FdIndex(2) },
             kernel_params: String::new(),
             console: FdIndex(3),
             share: Some(ShareConfig {
@@ -197,6 +196,7 @@ impl Node {
             blk: vec![BlkConfig { file: FdIndex(5), read_only: false, serial: "disk".to_owned(), rate_limit: none }],
             balloon: true,
             spare_slots: 1,
+            saveable: false,
             seccomp: SeccompMode::Enforce,
         };
         let fds = [kvm.as_fd(), kernel.as_fd(), initrd.as_fd(), console.as_fd(), self.tap.as_fd(), disk.as_fd()];

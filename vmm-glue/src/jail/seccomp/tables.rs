@@ -37,6 +37,20 @@ const KVM_SET_MSRS: u32 = 0x4008_ae89;
 const KVM_SET_FPU: u32 = 0x41a0_ae8d;
 const KVM_GET_LAPIC: u32 = 0x8400_ae8e;
 const KVM_SET_LAPIC: u32 = 0x4400_ae8f;
+const KVM_CHECK_EXTENSION: u32 = 0xae03;
+const KVM_GET_MP_STATE: u32 = 0x8004_ae98;
+const KVM_GET_REGS: u32 = 0x8090_ae81;
+const KVM_GET_SREGS: u32 = 0x8138_ae83;
+const KVM_GET_XSAVE: u32 = 0x9000_aea4;
+const KVM_GET_XCRS: u32 = 0x8188_aea6;
+const KVM_GET_DEBUGREGS: u32 = 0x8080_aea1;
+const KVM_GET_CPUID2: u32 = 0xc008_ae91;
+const KVM_GET_MSRS: u32 = 0xc008_ae88;
+const KVM_GET_VCPU_EVENTS: u32 = 0x8040_ae9f;
+const KVM_GET_TSC_KHZ: u32 = 0xaea3;
+const KVM_GET_IRQCHIP: u32 = 0xc208_ae62;
+const KVM_GET_PIT2: u32 = 0x8070_ae9f;
+const KVM_GET_CLOCK: u32 = 0x8030_ae7c;
 
 // linux/vhost.h
 const VHOST_GET_FEATURES: u32 = 0x8008_af00;
@@ -336,6 +350,31 @@ const CONTROL: &[Rule] = &[
     ),
 ];
 
+const SAVER: &[Rule] = &[
+    allow_if(
+        Sysno::ioctl,
+        &[
+            is(1, KVM_CHECK_EXTENSION),
+            is(1, KVM_GET_MP_STATE),
+            is(1, KVM_GET_REGS),
+            is(1, KVM_GET_SREGS),
+            is(1, KVM_GET_XSAVE),
+            is(1, KVM_GET_XCRS),
+            is(1, KVM_GET_DEBUGREGS),
+            is(1, KVM_GET_LAPIC),
+            is(1, KVM_GET_CPUID2),
+            is(1, KVM_GET_MSRS),
+            is(1, KVM_GET_VCPU_EVENTS),
+            is(1, KVM_GET_TSC_KHZ),
+            is(1, KVM_GET_IRQCHIP),
+            is(1, KVM_GET_PIT2),
+            is(1, KVM_GET_CLOCK),
+        ],
+        "saves a VM",
+    ),
+    allow(Sysno::mincore, "finds the pages of a VM that is saved"),
+];
+
 const PID: &[Rule] = &[allow(Sysno::gettid, "reads the thread's id, which is the container's PID on the host")];
 
 /// Returns the tables of a kind of thread. A call may be in several tables.
@@ -344,6 +383,7 @@ fn tables(kind: Kind) -> &'static [&'static [Rule]] {
         // The control thread starts other threads, which inherit its filter. Therefore, the control thread's filter
         // also allows the calls of these threads.
         Kind::Control => &[EVERY_THREAD, CONTROL, THREAD_START, THREAD_END, VCPU, WORKER, DISK],
+        Kind::Saver => &[EVERY_THREAD, CONTROL, SAVER, THREAD_START, THREAD_END, VCPU, WORKER, DISK],
         Kind::Vcpu => &[EVERY_THREAD, VCPU],
         Kind::DeviceLoop => &[EVERY_THREAD, DEVICE_LOOP],
         Kind::FileServer => &[EVERY_THREAD, THREAD_END, WORKER, FILE_SERVER],
@@ -371,6 +411,7 @@ mod tests {
 
     const KINDS: [(Kind, usize); 10] = [
         (Kind::Control, 45),
+        (Kind::Saver, 46),
         (Kind::Vcpu, 15),
         (Kind::DeviceLoop, 35),
         (Kind::FileServer, 70),

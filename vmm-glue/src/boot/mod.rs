@@ -1,24 +1,27 @@
 //! Builds a VM from a checked configuration, in one function that lists the steps from top to bottom. After the last
 //! step, the boot vCPU is at the kernel's entry point, and no vCPU runs yet.
 
-use std::fs::File;
-use std::io::{self, Seek};
+mod kernel;
+pub mod saved;
+
+use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VmFd};
-use linux_loader::loader::{Elf, KernelLoader};
-use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
+use vm_memory::GuestMemory as _;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::arch::boot_params::{self, BootData, SEED_LEN};
+use kernel::Kernel;
+use saved::{RestoreError, Saved};
+
 use crate::arch::cpuid::CpuidConfig;
-use crate::arch::kaslr::{self, KaslrError};
-use crate::arch::{device_tree, layout, regs};
+use crate::arch::kaslr::KaslrError;
+use crate::arch::layout;
 use crate::boot_timing::BootTiming;
 use crate::bus::Bus;
-use crate::config_check::CheckedConfig;
+use crate::config_check::{CheckedConfig, CheckedSource};
 use crate::event_loop::{LoopError, PreparedLoop};
 use crate::guest_memory::GuestMemory;
 use crate::jail::Belongings;
@@ -26,6 +29,8 @@ use crate::memory::hotplug::Backing;
 use crate::memory::{self, MemoryError, hotplug};
 use crate::reporter::Reporter;
 use crate::serial::Console;
+use crate::snapshot::state::Machine;
+use crate::snapshot::vcpu::{VcpuStateError, saved_msrs};
 use crate::vcpu::factory::{CreateVcpuError, VcpuFactory};
 use crate::vcpu::{VcpuError, Vcpus};
 use crate::virtio::balloon::Balloon;
@@ -35,24 +40,8 @@ use crate::virtio::fs::{Fs, FsError};
 use crate::virtio::rng::Rng;
 use crate::virtio::slots::{PlugError, Purpose, Slots};
 use crate::virtio::vsock::Vsock;
-use crate::vm::{Devices, HotplugMemory, InterfaceError, Interfaces, Vm};
+use crate::vm::{Devices, HotplugMemory, InterfaceError, Interfaces, Saver, Vm};
 use crate::vmgenid::VmGenId;
-
-/// Kernel parameters that every guest gets:
-/// - `console`, `quiet`: the kernel prints only errors, because each character on the serial port is a VM exit;
-/// - `reboot=k panic=-1`: a panic resets the VM at once, through the keyboard controller;
-/// - `rcupdate.rcu_expedited=1`: RCU grace periods use interprocessor interrupts and do not wait for ticks. Starting
-///   and stopping a container unmounts file systems and removes namespaces, and each of these operations waits for many
-///   grace periods. With few vCPUs, the interrupts are cheap;
-/// - `swiotlb=noforce`: the kernel does not allocate bounce buffers, because virtio does not need them. The buffers
-///   would occupy 64 MiB in a guest with more than 3 GiB;
-/// - `noreplace-smp`: the kernel keeps its ten thousand lock prefixes. Otherwise, a kernel with one vCPU would remove
-///   the prefixes one at a time, which takes a seventh of the boot time in the test node. The kernel would restore the
-///   prefixes when a second vCPU is hot-plugged;
-/// - `tsc=reliable`: the kernel does not check the TSC against slower clocks, because this VM does not have any.
-///   `kvm-clock` stays the clock source if the TSC is not stable.
-const CMDLINE: &str =
-    "console=ttyS0 quiet panic=-1 reboot=k rcupdate.rcu_expedited=1 swiotlb=noforce noreplace-smp tsc=reliable";
 
 /// Error from building a VM.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +72,12 @@ pub enum BootError {
     /// The kernel could not be moved to a random address.
     #[error(transparent)]
     Kaslr(#[from] KaslrError),
+    /// A saved VM cannot go on.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// The vCPUs cannot be prepared for being saved.
+    #[error("failed to prepare the vCPUs for being saved")]
+    Saver(#[source] VcpuStateError),
     /// The kernel and the initrd do not fit into guest memory.
     #[error("guest memory is too small for the kernel and the initrd, which end at {0} MiB")]
     TooSmall(u64),
@@ -124,11 +119,16 @@ pub enum BootError {
     Threads(#[from] VcpuError),
 }
 
+/// What guest memory contains.
+enum Content {
+    Kernel(Kernel),
+    Saved(Box<Saved>),
+}
+
 /// Builds the VM. Its vCPUs do not run until [`Vm::resume`].
 pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Reporter>) -> Result<Vm, BootError> {
     let mut timing = BootTiming::start();
-    let CheckedConfig { config, memory: memory_size, kvm, mut kernel, mut initrd, initrd_len, console, net, blk } =
-        checked;
+    let CheckedConfig { config, memory: memory_size, kvm, source, console, net, blk } = checked;
 
     // Open KVM and check its capabilities.
     let kvm = open_kvm(kvm)?;
@@ -143,33 +143,22 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     vm.create_pit2(pit).map_err(|error| BootError::Kvm("KVM_CREATE_PIT2", error))?;
     timing.step("interrupt controllers");
 
-    // Map guest memory. Load the kernel, and then the initrd, into guest memory.
+    // Map guest memory. Load the kernel, and then the initrd, into guest memory, or map the memory of a saved VM.
     let ram = memory::map(memory_size)?;
-    let kernel_len = kernel.metadata().map_err(|error| BootError::Host("the kernel file", error))?.len();
-    let ram_end = memory_size.min(layout::HOLE_START);
-    memory::prefault(&ram, &prefault_ranges(memory_size, kernel_len, initrd_len))?;
+    let content = match source {
+        CheckedSource::Kernel { kernel, initrd, initrd_len } => {
+            Content::Kernel(Kernel::load((kernel, initrd, initrd_len), &ram, &config, memory_size, &mut timing)?)
+        }
+        CheckedSource::Saved { state, memory, build } => {
+            Content::Saved(Box::new(Saved::load(state, &memory, &build, &ram)?))
+        }
+    };
     memory::register(&vm, &ram)?;
     let (memory, hotplug_memory) =
         reserve(ram, hotplug::range(memory_size, config.max_memory_mib << 20), Backing::Ordinary)?;
     let huge_range = hotplug::huge_range(memory_size, memory.last_addr().0 + 1, config.huge_mib << 20);
     let (memory, hotplug_huge_pages) = reserve(memory, huge_range, Backing::Huge)?;
     timing.step("memory");
-    let loaded =
-        Elf::load(&memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_RAM))).map_err(BootError::Kernel)?;
-    timing.step("kernel read");
-    let random = u64::from_ne_bytes(
-        husk_base::entropy::bytes().map_err(|error| BootError::Host("a random kernel address", error))?,
-    );
-    let is_fixed = config.kernel_params.split_whitespace().any(|parameter| parameter == "nokaslr");
-    let kernel_moved = if is_fixed { None } else { kaslr::randomize(&memory, &kernel, loaded.kernel_end, random)? };
-    timing.step("kernel moved");
-    let initrd_start = loaded.kernel_end.next_multiple_of(PAGE);
-    let initrd_end = initrd_start.saturating_add(initrd_len);
-    if initrd_end >= ram_end {
-        return Err(BootError::TooSmall(initrd_end >> 20));
-    }
-    read_initrd(&memory, &mut initrd, initrd_start, initrd_len)?;
-    timing.step("initrd read");
 
     // Create the devices, in the order in which the guest finds them, and the spare slots.
     let vsock = Vsock::new(u64::from(config.vsock_cid), config.vsock_rate_limit)
@@ -218,42 +207,42 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     let bus = Arc::new(Bus { console, slots: slots.clone() });
     timing.step("console");
 
-    // Write the data that the kernel reads when it starts. The device tree lists as many vCPUs as the VM can ever have.
-    // `maxcpus` limits how many of these vCPUs the kernel brings up at boot.
-    let maxcpus = if config.vcpus < config.max_vcpus { format!(" maxcpus={}", config.vcpus) } else { String::new() };
-    let cmdline = format!("{CMDLINE}{maxcpus} {}", config.kernel_params);
-    if cmdline.len() >= layout::CMDLINE_MAX {
-        return Err(BootError::Cmdline(cmdline.len()));
+    // Write the data that the kernel reads when it starts, or check that the saved VM is like this one.
+    let machine =
+        Machine { memory: memory_size, vcpus: config.vcpus, max_vcpus: config.max_vcpus, slots: slots.count() };
+    match &content {
+        Content::Kernel(kernel) => kernel.write_boot_data(&memory, &config, memory_size, slots.count())?,
+        Content::Saved(saved) => saved.check(machine)?,
     }
-    let seed: [u8; SEED_LEN] = husk_base::entropy::bytes().map_err(|error| BootError::Host("the seed", error))?;
-    let device_tree = device_tree::build(config.max_vcpus, slots.count()).map_err(BootError::DeviceTree)?;
-    let data = BootData {
-        memory: memory_size,
-        cmdline: cmdline.trim_end(),
-        initrd: initrd_start,
-        initrd_len,
-        device_tree: &device_tree,
-        seed,
-        kaslr: kernel_moved.is_some(),
-    };
-    boot_params::write(&memory, &data).map_err(BootError::Write)?;
-    regs::write_tables(&memory).map_err(BootError::Write)?;
     let vmgenid = VmGenId::new(&vm).map_err(|error| BootError::Host("the VM Generation ID", error))?;
     vmgenid.renew(&memory).map_err(|error| BootError::Host("the VM Generation ID", error))?;
     timing.step("boot data");
 
     // Create the vCPUs. The first vCPU is at the kernel's entry point. The other vCPUs wait until the first vCPU sends
-    // a startup interprocessor interrupt.
+    // a startup interprocessor interrupt. The vCPUs of a saved VM are where they were.
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|error| BootError::Kvm("KVM_GET_SUPPORTED_CPUID", error))?;
     let cpuid_config =
         CpuidConfig { vcpus: config.max_vcpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) };
     let factory = VcpuFactory::new(vm.clone(), supported.as_slice().to_vec(), cpuid_config);
-    let mut vcpus = Vec::with_capacity(usize::from(config.vcpus));
-    for id in 0..config.vcpus {
-        vcpus.push(factory.create(id, (id == 0).then_some(loaded.kernel_load.0))?);
-    }
+    let vcpus = match &content {
+        Content::Kernel(kernel) => {
+            let entry = |id| (id == 0).then_some(kernel.entry);
+            (0..config.vcpus).map(|id| factory.create(id, entry(id))).collect::<Result<Vec<_>, _>>()?
+        }
+        Content::Saved(saved) => {
+            let vcpus = saved.restore(&vm, &slots, &bus.console)?;
+            vmgenid.notify().map_err(|error| BootError::Host("the VM Generation ID", error))?;
+            vcpus
+        }
+    };
+    let saver = if config.saveable {
+        let copies = vcpus.iter().map(|vcpu| factory.copy(vcpu)).collect::<Result<Vec<_>, _>>()?;
+        Some(Saver { vcpus: copies, msrs: saved_msrs(&kvm).map_err(BootError::Saver)?, machine })
+    } else {
+        None
+    };
     timing.step("vCPUs");
 
     // Start the threads.
@@ -269,43 +258,17 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
         hotplug_memory,
         hotplug_huge_pages,
         kvm: vm,
-        kernel_moved: kernel_moved.unwrap_or(0),
+        kernel_moved: match &content {
+            Content::Kernel(kernel) => kernel.moved.unwrap_or(0),
+            Content::Saved(saved) => saved.kernel_moved(),
+        },
         interfaces,
+        saver,
         _vmgenid: vmgenid,
         running: false,
-        _memory: memory,
+        memory,
     })
 }
-
-/// Returns the ranges of guest memory (start, end) that the boot fills almost completely, in the order in which the
-/// prefault thread faults in the ranges:
-/// - the second half of the kernel, the initrd and the initrd's unpacked files. While the prefault thread faults in
-///   this range, the VMM reads the first half of the kernel;
-/// - the end of RAM, where the kernel makes its first allocations: 64 bytes for each page, and hash tables;
-/// - the first half of the kernel;
-/// - all memory below the kernel, which the kernel's page allocator hands out first.
-///
-/// In the rest of memory, the kernel uses only single, scattered pages.
-fn prefault_ranges(memory: u64, kernel_len: u64, initrd_len: u64) -> Vec<(u64, u64)> {
-    let kernel_end = KERNEL_START + kernel_len + 2 * initrd_len + UNPACKED;
-    let mut ranges = vec![
-        (KERNEL_START + kernel_len / 2, kernel_end),
-        (KERNEL_START, KERNEL_START + kernel_len / 2),
-        (0, KERNEL_START),
-    ];
-    if let Some(&(start, len)) = layout::ram(memory).last() {
-        ranges.insert(1, (start + len - (memory / 64 + FIRST_ALLOCATIONS).min(len), start + len));
-    }
-    ranges
-}
-
-/// Start address of the guest kernel (CONFIG_PHYSICAL_START). Only the ranges to prefault depend on this address.
-const KERNEL_START: u64 = 16 << 20;
-/// Number of bytes that the boot fills after the initrd, in addition to the initrd's unpacked copy.
-const UNPACKED: u64 = 2 << 20;
-/// Number of bytes that the boot fills at the end of RAM, in addition to the `struct page` array.
-const FIRST_ALLOCATIONS: u64 = 8 << 20;
-const PAGE: u64 = 4096;
 
 fn open_kvm(fd: OwnedFd) -> Result<Kvm, BootError> {
     // SAFETY: `into_raw_fd` gives up ownership of a valid, open fd. Therefore, `Kvm` is its only owner and closes it
@@ -362,14 +325,4 @@ fn reserve(
 
 fn shared(device: impl VirtioDevice + 'static) -> SharedDevice {
     Arc::new(Mutex::new(device))
-}
-
-/// Reads the initrd directly into guest memory.
-fn read_initrd(memory: &GuestMemory, file: &mut File, start: u64, len: u64) -> Result<(), BootError> {
-    file.rewind().map_err(BootError::Initrd)?;
-    let end = start.saturating_add(len);
-    let len = usize::try_from(len).map_err(|_| BootError::TooSmall(end >> 20))?;
-    memory
-        .read_exact_volatile_from(GuestAddress(start), file, len)
-        .map_err(|error| BootError::Initrd(io::Error::other(error)))
 }

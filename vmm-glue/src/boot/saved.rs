@@ -1,0 +1,108 @@
+//! Builds the parts of a VM from those of a saved VM.
+
+use std::fs::File;
+use std::io::{self, Read};
+
+use kvm_ioctls::{VcpuFd, VmFd};
+
+use crate::config::BuildId;
+use crate::guest_memory::GuestMemory;
+use crate::serial::Console;
+use crate::snapshot::memory::{self, MemoryStateError};
+use crate::snapshot::platform::{self, PlatformError};
+use crate::snapshot::state::{MAX_LEN, Machine, State, StateError};
+use crate::snapshot::vcpu::{self, VcpuStateError};
+use crate::virtio::slots::{RestoreSlotError, Slots};
+
+/// Why a saved VM cannot go on. A VM can then be booted instead.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The file with the state could not be read.
+    #[error("failed to read the state of the saved VM")]
+    Read(#[source] io::Error),
+    /// The state is too long.
+    #[error("the state of the saved VM has more than {MAX_LEN} bytes")]
+    Long,
+    /// The state is not valid.
+    #[error("the state of the saved VM cannot be used")]
+    State(#[from] StateError),
+    /// The memory could not be mapped.
+    #[error(transparent)]
+    Memory(#[from] MemoryStateError),
+    /// The saved VM was built with another configuration.
+    #[error("the saved VM has the configuration {saved:?}, but {wanted:?} is needed")]
+    Machine {
+        /// The saved configuration.
+        saved: Machine,
+        /// The configuration of this VM.
+        wanted: Machine,
+    },
+    /// A vCPU could not be created.
+    #[error("failed to create vCPU {0}")]
+    Create(u64, #[source] kvm_ioctls::Error),
+    /// A vCPU could not be restored.
+    #[error("failed to restore vCPU {0}")]
+    Vcpu(u64, #[source] VcpuStateError),
+    /// The interrupt controllers, the timer or the clock could not be restored.
+    #[error("failed to restore what KVM emulates")]
+    Platform(#[from] PlatformError),
+    /// The console could not be restored.
+    #[error("failed to restore the console")]
+    Console(#[source] io::Error),
+    /// A device could not be restored.
+    #[error(transparent)]
+    Slot(#[from] RestoreSlotError),
+}
+
+/// A saved VM, whose memory has been mapped.
+pub struct Saved(State);
+
+impl Saved {
+    /// Reads the state, and maps the memory over `ram`.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    pub fn load(state: File, memory: &File, build: &BuildId, ram: &GuestMemory) -> Result<Self, RestoreError> {
+        let mut bytes = Vec::new();
+        state.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(RestoreError::Read)?;
+        if u64::try_from(bytes.len()).is_ok_and(|len| len > MAX_LEN) {
+            return Err(RestoreError::Long);
+        }
+        let state = State::from_bytes(build, &bytes)?;
+        memory::map(ram, &state.memory, memory)?;
+        Ok(Self(state))
+    }
+
+    /// Checks that the saved VM was built like this one.
+    ///
+    /// # Errors
+    /// [`RestoreError::Machine`].
+    pub fn check(&self, wanted: Machine) -> Result<(), RestoreError> {
+        let saved = self.0.values.machine;
+        let is_same = saved == wanted && self.0.vcpus.len() == usize::from(wanted.vcpus);
+        if is_same { Ok(()) } else { Err(RestoreError::Machine { saved, wanted }) }
+    }
+
+    /// Returns the number of bytes by which the kernel was moved.
+    pub fn kernel_moved(&self) -> u64 {
+        self.0.values.kernel_moved
+    }
+
+    /// Creates and restores the vCPUs. Restores everything else. Returns the vCPUs.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    pub fn restore(&self, vm: &VmFd, slots: &Slots, console: &Console) -> Result<Vec<VcpuFd>, RestoreError> {
+        let State { values, vcpus, platform, devices, .. } = &self.0;
+        let vcpu = |(id, state)| {
+            let vcpu = vm.create_vcpu(id).map_err(|error| RestoreError::Create(id, error))?;
+            vcpu::restore(vm, &vcpu, state).map_err(|error| RestoreError::Vcpu(id, error))?;
+            Ok(vcpu)
+        };
+        let vcpus = (0u64..).zip(vcpus).map(vcpu).collect::<Result<Vec<_>, RestoreError>>()?;
+        platform::restore(vm, platform)?;
+        console.restore(&values.console).map_err(RestoreError::Console)?;
+        slots.restore(devices)?;
+        Ok(vcpus)
+    }
+}

@@ -1,0 +1,80 @@
+//! Saves a paused VM.
+
+use std::fs::File;
+use std::io::{self, Write};
+
+use kvm_ioctls::VcpuFd;
+
+use super::Vm;
+use crate::config::BuildId;
+use crate::snapshot::memory::{self, MemoryStateError};
+use crate::snapshot::platform::{self, PlatformError};
+use crate::snapshot::state::{Machine, State, StateError, Values};
+use crate::snapshot::vcpu::{self, VcpuStateError};
+use crate::virtio::saved::SaveError as DeviceError;
+
+/// Why a VM cannot be saved.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// The VM was not built to be saved.
+    #[error("failed to save the VM: its configuration does not have `saveable`")]
+    NotSaveable,
+    /// The VM runs.
+    #[error("failed to save the VM: the VM must be paused first")]
+    Running,
+    /// A vCPU could not be saved.
+    #[error("failed to save vCPU {0}")]
+    Vcpu(usize, #[source] VcpuStateError),
+    /// The interrupt controllers, the timer or the clock could not be saved.
+    #[error("failed to save what KVM emulates")]
+    Platform(#[from] PlatformError),
+    /// A device could not be saved.
+    #[error("failed to save the device in slot {0}")]
+    Device(usize, #[source] DeviceError),
+    /// The memory could not be saved.
+    #[error(transparent)]
+    Memory(#[from] MemoryStateError),
+    /// The state could not be encoded.
+    #[error("failed to encode the state of the VM")]
+    State(#[from] StateError),
+    /// The state could not be written.
+    #[error("failed to write the state of the VM")]
+    Write(#[source] io::Error),
+}
+
+/// What is needed to save a VM. Only a VM whose configuration has `saveable` has it.
+pub(crate) struct Saver {
+    /// Further handles of the vCPUs.
+    pub vcpus: Vec<VcpuFd>,
+    /// The numbers of the model-specific registers to save.
+    pub msrs: Vec<u32>,
+    /// What the VM was built with.
+    pub machine: Machine,
+}
+
+impl Vm {
+    /// Saves the paused VM in two empty files: its memory, and then everything else.
+    ///
+    /// # Errors
+    /// [`SaveError`]. The files are then not usable.
+    pub fn save(&self, mut state: File, mut memory: File, build: &BuildId) -> Result<(), SaveError> {
+        let Saver { vcpus, msrs, machine } = self.saver.as_ref().ok_or(SaveError::NotSaveable)?;
+        if self.running {
+            return Err(SaveError::Running);
+        }
+        let save = |(id, vcpu)| vcpu::save(&self.kvm, vcpu, msrs).map_err(|error| SaveError::Vcpu(id, error));
+        let vcpus = vcpus.iter().enumerate().map(save).collect::<Result<Vec<_>, _>>()?;
+        let saved = State {
+            values: Values {
+                machine: *machine,
+                kernel_moved: self.kernel_moved,
+                console: self.vcpus.console().state(),
+            },
+            vcpus,
+            platform: platform::save(&self.kvm)?,
+            devices: self.devices.save()?,
+            memory: memory::save(&self.memory, &mut memory)?,
+        };
+        state.write_all(&saved.to_bytes(build)?).map_err(SaveError::Write)
+    }
+}

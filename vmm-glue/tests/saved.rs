@@ -1,0 +1,168 @@
+//! Saves a VM, and restores it in another VMM process, several times. The guest is machine code without a kernel that
+//! counts on the console.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a panic is a failure of the test"
+)]
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, PipeReader, Write};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::time::Duration;
+
+use husk_vmm::client::{ARGV0, CONTROL_FD, CallError, SpawnOptions, Vmm, spawn};
+use husk_vmm::config::{BuildId, FdIndex, RateLimit, SeccompMode, Source, VmConfig};
+use husk_vmm::control::Call;
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::TimeVal;
+
+/// How long the process may take for each answer.
+const LIMIT: Duration = Duration::from_secs(60);
+const BUILD: BuildId = [3; 32];
+/// Address of the program.
+const PROGRAM: u64 = 0x20_0000;
+/// The program, in 64-bit mode: prints the letters a to p and a newline each, over and over.
+const CODE: [u8; 37] = [
+    0x31, 0xdb, // xor ebx, ebx
+    0xba, 0xf8, 0x03, 0x00, 0x00, // mov edx, 0x3f8
+    0x89, 0xd8, // next: mov eax, ebx
+    0x24, 0x0f, // and al, 15
+    0x04, 0x61, // add al, 'a'
+    0xee, // out dx, al
+    0xb0, 0x0a, // mov al, '\n'
+    0xee, // out dx, al
+    0xff, 0xc3, // inc ebx
+    0xb9, 0x00, 0x20, 0x00, 0x00, // mov ecx, 0x2000
+    0xff, 0xc9, // wait: dec ecx
+    0x75, 0xfc, // jnz wait
+    0x89, 0x1c, 0x25, 0x00, 0x00, 0x30, 0x00, // mov [0x300000], ebx
+    0xeb, 0xe2, // jmp next
+];
+
+fn main() {
+    if std::env::args().next().is_some_and(|name| name == ARGV0) {
+        // SAFETY: `spawn` passes the control socket as this fd, and nothing else owns the fd.
+        husk_vmm::process::main(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
+    }
+    let (state, memory) = (tempfile::NamedTempFile::new().unwrap(), tempfile::NamedTempFile::new().unwrap());
+    let kernel = elf();
+    let mut initrd = tempfile::tempfile().unwrap();
+    initrd.write_all(b"none").unwrap();
+    let source = Source::Kernel { kernel: FdIndex(1), initrd: FdIndex(2) };
+    let mut first = Machine::create(source, [&kernel, &initrd], true).unwrap();
+    first.vmm.call(Call::Resume, &[]).unwrap();
+    let mut last = first.line();
+    for _ in 0..3 {
+        last = follows(last, first.line());
+    }
+    let files = [state.reopen().unwrap(), memory.reopen().unwrap()];
+    let save = |vmm: &mut Vmm| vmm.call(Call::Save { build: BUILD }, &[files[0].as_fd(), files[1].as_fd()]);
+    assert!(matches!(save(&mut first.vmm), Err(CallError::Refused(_))), "a running VM was saved");
+    first.vmm.call(Call::Pause, &[]).unwrap();
+    save(&mut first.vmm).expect("save the VM");
+    first.vmm.call(Call::Stop, &[]).unwrap();
+    // The lines that were printed before the pause.
+    while let Some(line) = first.last_line() {
+        last = follows(last, line);
+    }
+    let restore = |build| {
+        let files = [File::open(state.path()).unwrap(), File::open(memory.path()).unwrap()];
+        let source = Source::Saved { state: FdIndex(1), memory: FdIndex(2), build };
+        Machine::create(source, [&files[0], &files[1]], false)
+    };
+    for _ in 0..3 {
+        let mut machine = restore(BUILD).expect("restore the VM");
+        machine.vmm.call(Call::Resume, &[]).unwrap();
+        let mut line = last;
+        for _ in 0..20 {
+            line = follows(line, machine.line());
+        }
+        machine.vmm.call(Call::Stop, &[]).unwrap();
+    }
+    let Err(CallError::Refused(error)) = restore([4; 32]) else { panic!("the state of another build was used") };
+    assert!(error.contains("another build"), "{error}");
+    println!("a saved VM goes on where it was");
+}
+
+/// Checks that a line is the one after `last`.
+fn follows(last: u8, line: u8) -> u8 {
+    assert_eq!(line, b'a' + (last - b'a' + 1) % 16, "the line {:?} follows {:?}", line as char, last as char);
+    line
+}
+
+/// A VMM process.
+struct Machine {
+    vmm: Vmm,
+    console: BufReader<PipeReader>,
+}
+
+impl Machine {
+    fn create(source: Source, files: [&File; 2], saveable: bool) -> Result<Self, CallError> {
+        let (console, writer) = io::pipe().unwrap();
+        let spawned = spawn(SpawnOptions::default()).expect("start the VMM");
+        let limit = TimeVal::new(LIMIT.as_secs().cast_signed(), 0);
+        setsockopt(&spawned.control.as_fd(), sockopt::ReceiveTimeout, &limit).unwrap();
+        let mut vmm = Vmm::new(spawned.control);
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("open /dev/kvm: this test needs KVM");
+        let config = VmConfig {
+            id: "saved".to_owned(),
+            vcpus: 1,
+            max_vcpus: 2,
+            memory_mib: 64,
+            max_memory_mib: 128,
+            huge_mib: 0,
+            kvm: FdIndex(0),
+            source,
+            kernel_params: String::new(),
+            console: FdIndex(3),
+            share: None,
+            require_landlock: false,
+            vsock_cid: 3,
+            vsock_rate_limit: RateLimit::default(),
+            net: Vec::new(),
+            blk: Vec::new(),
+            balloon: true,
+            spare_slots: 2,
+            saveable,
+            seccomp: SeccompMode::Enforce,
+        };
+        let fds = [kvm.as_fd(), files[0].as_fd(), files[1].as_fd(), writer.as_fd()];
+        vmm.call(Call::Create(Box::new(config)), &fds)?;
+        Ok(Self { vmm, console: BufReader::new(console) })
+    }
+
+    fn line(&mut self) -> u8 {
+        self.last_line().expect("the guest must print a line")
+    }
+
+    /// Returns the next line, or `None` if the VMM has ended.
+    fn last_line(&mut self) -> Option<u8> {
+        let mut line = String::new();
+        self.console.read_line(&mut line).unwrap();
+        line.bytes().next()
+    }
+}
+
+/// Returns an ELF file with the program.
+fn elf() -> File {
+    const OFFSET: u64 = 4096;
+    let mut file = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    // e_type, e_machine, e_version, e_entry, e_phoff, e_shoff, e_flags, and six sizes and counts.
+    file.extend([2u16, 62].map(u16::to_le_bytes).concat());
+    file.extend(1u32.to_le_bytes());
+    file.extend([PROGRAM, 64, 0].map(u64::to_le_bytes).concat());
+    file.extend(0u32.to_le_bytes());
+    file.extend([64u16, 56, 1, 64, 0, 0].map(u16::to_le_bytes).concat());
+    // p_type and p_flags, p_offset, p_vaddr, p_paddr, p_filesz, p_memsz, p_align.
+    file.extend([1u32, 7].map(u32::to_le_bytes).concat());
+    let len = CODE.len() as u64;
+    file.extend([OFFSET, PROGRAM, PROGRAM, len, len, 4096].map(u64::to_le_bytes).concat());
+    file.resize(OFFSET as usize, 0);
+    file.extend(CODE);
+    let mut elf = tempfile::tempfile().unwrap();
+    elf.write_all(&file).unwrap();
+    elf
+}
