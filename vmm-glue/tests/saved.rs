@@ -1,5 +1,6 @@
 //! Saves a VM, and restores it in another VMM process, several times. The guest is machine code without a kernel that
-//! counts on the console.
+//! counts on the console. With the paths of a kernel and an initrd as arguments, the guest is Husk's guest, and the
+//! program connects to its agent.
 
 #![allow(
     clippy::unwrap_used,
@@ -11,16 +12,18 @@
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, PipeReader, Write};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use husk_vmm::client::{ARGV0, CONTROL_FD, CallError, SpawnOptions, Vmm, spawn};
 use husk_vmm::config::{BuildId, FdIndex, RateLimit, SeccompMode, Source, VmConfig};
-use husk_vmm::control::Call;
+use husk_vmm::control::{BootStep, Call, Notice};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
 /// How long the process may take for each answer.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(1800);
+/// The agent's port (`husk_proto::ports::AGENT`).
+const AGENT: u32 = 1024;
 const BUILD: BuildId = [3; 32];
 /// Address of the program.
 const PROGRAM: u64 = 0x20_0000;
@@ -47,6 +50,60 @@ fn main() {
         // SAFETY: `spawn` passes the control socket as this fd, and nothing else owns the fd.
         husk_vmm::process::main(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
     }
+    let files: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    match files.as_slice() {
+        [kernel, initrd] => agent(kernel, initrd),
+        _ => counter(),
+    }
+}
+
+/// Saves Husk's guest when its agent is ready. Connects to the agent of each restored guest.
+fn agent(kernel: &str, initrd: &str) {
+    let (state, memory) = (tempfile::NamedTempFile::new().unwrap(), tempfile::NamedTempFile::new().unwrap());
+    let (kernel, initrd) = (File::open(kernel).expect("open the kernel"), File::open(initrd).expect("open the initrd"));
+    let source = Source::Kernel { kernel: FdIndex(1), initrd: FdIndex(2) };
+    let begin = Instant::now();
+    let mut first = Machine::create(source, [&kernel, &initrd], true).unwrap();
+    first.vmm.call(Call::Resume, &[]).unwrap();
+    loop {
+        match first.vmm.notice() {
+            Ok(Notice::BootStep { step: BootStep::AgentReady, .. }) => break,
+            Ok(Notice::BootStep { .. }) => {}
+            other => panic!("{other:?}\n{}", io::read_to_string(first.console).unwrap_or_default()),
+        }
+    }
+    println!("the agent was ready after {:.3} s", begin.elapsed().as_secs_f64());
+    let files = [state.reopen().unwrap(), memory.reopen().unwrap()];
+    let begin = Instant::now();
+    first.vmm.call(Call::Pause, &[]).unwrap();
+    first.vmm.call(Call::Save { build: BUILD }, &[files[0].as_fd(), files[1].as_fd()]).expect("save the VM");
+    let len = |file: &File| file.metadata().unwrap().len();
+    println!(
+        "saved in {:.3} s: {} bytes of state, {:.1} MiB of memory",
+        begin.elapsed().as_secs_f64(),
+        len(&files[0]),
+        len(&files[1]) as f64 / 1048576.0
+    );
+    first.vmm.call(Call::Stop, &[]).unwrap();
+    for _ in 0..5 {
+        let files = [File::open(state.path()).unwrap(), File::open(memory.path()).unwrap()];
+        let source = Source::Saved { state: FdIndex(1), memory: FdIndex(2), build: BUILD };
+        let begin = Instant::now();
+        let mut machine = Machine::create(source, [&files[0], &files[1]], false).expect("restore the VM");
+        let created = begin.elapsed();
+        machine.vmm.call(Call::Resume, &[]).unwrap();
+        let _agent = machine.vmm.connect(AGENT).expect("connect to the agent");
+        println!(
+            "restored in {:.3} s, connected to the agent after {:.3} s",
+            created.as_secs_f64(),
+            begin.elapsed().as_secs_f64()
+        );
+        machine.vmm.call(Call::Stop, &[]).unwrap();
+    }
+}
+
+/// Saves a guest that counts, and checks that each restored guest goes on counting.
+fn counter() {
     let (state, memory) = (tempfile::NamedTempFile::new().unwrap(), tempfile::NamedTempFile::new().unwrap());
     let kernel = elf();
     let mut initrd = tempfile::tempfile().unwrap();
@@ -111,8 +168,8 @@ impl Machine {
             id: "saved".to_owned(),
             vcpus: 1,
             max_vcpus: 2,
-            memory_mib: 64,
-            max_memory_mib: 128,
+            memory_mib: 256,
+            max_memory_mib: 512,
             huge_mib: 0,
             kvm: FdIndex(0),
             source,

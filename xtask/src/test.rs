@@ -25,6 +25,8 @@ const FSX: &str = "cri_fsx";
 /// The suite with hostile guests. The suite needs the test program `hostile` of `husk-vmm`, which attacks the VMM's
 /// devices, and an initramfs with a lying agent.
 const HOSTILE: &str = "husk_hostile";
+/// The suite with saved VMs. The suite needs the test program `saved` of `husk-vmm`.
+const SAVED: &str = "husk_saved";
 /// Maximum number of suites per boot if only one node runs at a time. With this maximum, two boots are enough for all
 /// suites of containerd 1.7. Each boot costs ten seconds, and more if the node has to import the images. Boots with
 /// fewer suites would also have advantages. Kernel state that a suite leaves behind affects only the suites of the same
@@ -341,6 +343,9 @@ fn run_boot(
         }
         if name == HOSTILE {
             add.extend(hostile_guests(seat)?);
+        }
+        if name == SAVED {
+            add.push(Add::new(build::test("husk-vmm", "saved")?.path, "/husk/saved"));
         }
         add.push(Add::new(path, format!("/husk/tests/{name}")));
     }
