@@ -67,19 +67,24 @@ pub enum Source {
         /// The initrd.
         initrd: FdIndex,
     },
-    /// A saved VM that goes on. The configuration must have the same vCPUs, memory, devices and slots as that with which
-    /// the VM was booted.
+    /// A saved VM that goes on. If it cannot go on here, the kernel boots instead. The configuration must have the same
+    /// vCPUs, memory, devices and slots as that with which the saved VM was booted, and no interfaces and disks.
     Saved {
         /// The file with the state, opened for reading.
         state: FdIndex,
         /// The file with the memory, opened for reading. The VM shares its pages until it writes to them.
         memory: FdIndex,
-        /// The build that has saved the VM.
+        /// Identifies what the VM was booted from, and the build that has saved it.
         build: BuildId,
+        /// An uncompressed x86-64 ELF image.
+        kernel: FdIndex,
+        /// The initrd.
+        initrd: FdIndex,
     },
 }
 
-/// Identifies a build of the VMM, which can restore only what the same build has saved.
+/// Identifies what a VM was booted from, and the build of the VMM. A saved VM can only go on in a VMM that names the same
+/// id.
 pub type BuildId = [u8; 32];
 
 /// What happens when a thread makes a system call that its seccomp filter does not allow.

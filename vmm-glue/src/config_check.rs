@@ -82,23 +82,53 @@ pub struct CheckedConfig {
 #[derive(Debug)]
 pub enum CheckedSource {
     /// A kernel that boots.
-    Kernel {
-        /// The guest kernel.
-        kernel: File,
-        /// The initrd.
-        initrd: File,
-        /// Length of the initrd in bytes.
-        initrd_len: u64,
-    },
+    Kernel(KernelFiles),
     /// A saved VM that goes on.
     Saved {
         /// The file with the state.
         state: File,
         /// The file with the memory.
         memory: File,
-        /// The build that has saved the VM.
+        /// Identifies what the VM was booted from, and the build that has saved it.
         build: BuildId,
+        /// What boots if the saved VM cannot go on.
+        otherwise: KernelFiles,
     },
+}
+
+/// A kernel and its initrd.
+#[derive(Debug)]
+pub struct KernelFiles {
+    /// The guest kernel.
+    pub kernel: File,
+    /// The initrd.
+    pub initrd: File,
+    /// Length of the initrd in bytes.
+    pub initrd_len: u64,
+}
+
+impl CheckedConfig {
+    /// Returns the configuration of the VM that boots if the saved VM cannot go on, with copies of the fds. Returns `None`
+    /// if there is no saved VM.
+    ///
+    /// # Errors
+    /// If an fd cannot be duplicated.
+    pub fn otherwise(&self) -> io::Result<Option<Self>> {
+        let CheckedSource::Saved { otherwise: KernelFiles { kernel, initrd, initrd_len }, .. } = &self.source else {
+            return Ok(None);
+        };
+        let (kernel, initrd) = (kernel.try_clone()?, initrd.try_clone()?);
+        Ok(Some(Self {
+            config: self.config.clone(),
+            memory: self.memory,
+            kvm: self.kvm.try_clone()?,
+            source: CheckedSource::Kernel(KernelFiles { kernel, initrd, initrd_len: *initrd_len }),
+            console: self.console.try_clone()?,
+            // A saved VM has neither.
+            net: Vec::new(),
+            blk: Vec::new(),
+        }))
+    }
 }
 
 /// Validates the whole configuration. Does not create anything.
@@ -131,6 +161,9 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<CheckedConfig, Confi
     check_kind(has_file_type(&kvm, "kvm", libc::S_IFCHR)?, "kvm", "/dev/kvm")?;
     let memory = config.memory_mib << 20;
     let source = source(config.source, memory, &mut fds)?;
+    let has_devices = !config.net.is_empty() || !config.blk.is_empty();
+    let without_devices = "without interfaces and disks, which are plugged in later";
+    check_range(!has_devices || matches!(source, CheckedSource::Kernel(_)), "source", "a saved VM", without_devices)?;
     let console = fds.take("console", config.console)?;
     check_kind(
         has_file_type(&console, "console", libc::S_IFIFO)? && writable(&console, "console")?,
@@ -157,21 +190,21 @@ fn source(source: Source, memory: u64, fds: &mut Fds) -> Result<CheckedSource, C
         check_kind(has_file_type(&file, name, libc::S_IFREG)?, name, "a regular file")?;
         Ok(file)
     };
+    let (Source::Kernel { kernel, initrd } | Source::Saved { kernel, initrd, .. }) = source;
+    let (kernel, initrd) = (regular("kernel", kernel)?, regular("initrd", initrd)?);
+    let initrd_len = initrd.metadata().map_err(|error| ConfigError::Examine("initrd", error))?.len();
+    check_range(
+        initrd_len > 0 && initrd_len < memory / 2,
+        "length of initrd",
+        initrd_len,
+        "at least 1 byte and less than half of guest memory",
+    )?;
+    let files = KernelFiles { kernel, initrd, initrd_len };
     match source {
-        Source::Kernel { kernel, initrd } => {
-            let (kernel, initrd) = (regular("kernel", kernel)?, regular("initrd", initrd)?);
-            let initrd_len = initrd.metadata().map_err(|error| ConfigError::Examine("initrd", error))?.len();
-            check_range(
-                initrd_len > 0 && initrd_len < memory / 2,
-                "length of initrd",
-                initrd_len,
-                "at least 1 byte and less than half of guest memory",
-            )?;
-            Ok(CheckedSource::Kernel { kernel, initrd, initrd_len })
-        }
-        Source::Saved { state, memory, build } => {
+        Source::Kernel { .. } => Ok(CheckedSource::Kernel(files)),
+        Source::Saved { state, memory, build, .. } => {
             let (state, memory) = (regular("state", state)?, regular("memory", memory)?);
-            Ok(CheckedSource::Saved { state, memory, build })
+            Ok(CheckedSource::Saved { state, memory, build, otherwise: files })
         }
     }
 }

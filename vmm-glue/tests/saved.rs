@@ -9,14 +9,15 @@
     reason = "a panic is a failure of the test"
 )]
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, PipeReader, Write};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use husk_vmm::client::{ARGV0, CONTROL_FD, CallError, SpawnOptions, Vmm, spawn};
 use husk_vmm::config::{BuildId, FdIndex, RateLimit, SeccompMode, Source, VmConfig};
-use husk_vmm::control::{BootStep, Call, Notice};
+use husk_vmm::control::{Answer, BootStep, Call, Notice};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
@@ -61,9 +62,8 @@ fn main() {
 fn agent(kernel: &str, initrd: &str) {
     let (state, memory) = (tempfile::NamedTempFile::new().unwrap(), tempfile::NamedTempFile::new().unwrap());
     let (kernel, initrd) = (File::open(kernel).expect("open the kernel"), File::open(initrd).expect("open the initrd"));
-    let source = Source::Kernel { kernel: FdIndex(1), initrd: FdIndex(2) };
     let begin = Instant::now();
-    let mut first = Machine::create(source, [&kernel, &initrd], true).unwrap();
+    let mut first = Machine::create([&kernel, &initrd], None, true).unwrap();
     first.vmm.call(Call::Resume, &[]).unwrap();
     loop {
         match first.vmm.notice() {
@@ -87,9 +87,9 @@ fn agent(kernel: &str, initrd: &str) {
     first.vmm.call(Call::Stop, &[]).unwrap();
     for _ in 0..5 {
         let files = [File::open(state.path()).unwrap(), File::open(memory.path()).unwrap()];
-        let source = Source::Saved { state: FdIndex(1), memory: FdIndex(2), build: BUILD };
         let begin = Instant::now();
-        let mut machine = Machine::create(source, [&files[0], &files[1]], false).expect("restore the VM");
+        let mut machine = Machine::create([&kernel, &initrd], Some((&files, BUILD)), false).expect("restore the VM");
+        assert_eq!(machine.refused, None);
         let created = begin.elapsed();
         machine.vmm.call(Call::Resume, &[]).unwrap();
         let _agent = machine.vmm.connect(AGENT).expect("connect to the agent");
@@ -108,8 +108,7 @@ fn counter() {
     let kernel = elf();
     let mut initrd = tempfile::tempfile().unwrap();
     initrd.write_all(b"none").unwrap();
-    let source = Source::Kernel { kernel: FdIndex(1), initrd: FdIndex(2) };
-    let mut first = Machine::create(source, [&kernel, &initrd], true).unwrap();
+    let mut first = Machine::create([&kernel, &initrd], None, true).unwrap();
     first.vmm.call(Call::Resume, &[]).unwrap();
     let mut last = first.line();
     for _ in 0..3 {
@@ -125,13 +124,13 @@ fn counter() {
     while let Some(line) = first.last_line() {
         last = follows(last, line);
     }
-    let restore = |build| {
-        let files = [File::open(state.path()).unwrap(), File::open(memory.path()).unwrap()];
-        let source = Source::Saved { state: FdIndex(1), memory: FdIndex(2), build };
-        Machine::create(source, [&files[0], &files[1]], false)
+    let restore = |build, state: &Path, memory: &Path| {
+        let files = [File::open(state).unwrap(), File::open(memory).unwrap()];
+        Machine::create([&kernel, &initrd], Some((&files, build)), false).expect("restore the VM")
     };
     for _ in 0..3 {
-        let mut machine = restore(BUILD).expect("restore the VM");
+        let mut machine = restore(BUILD, state.path(), memory.path());
+        assert_eq!(machine.refused, None);
         machine.vmm.call(Call::Resume, &[]).unwrap();
         let mut line = last;
         for _ in 0..20 {
@@ -139,8 +138,23 @@ fn counter() {
         }
         machine.vmm.call(Call::Stop, &[]).unwrap();
     }
-    let Err(CallError::Refused(error)) = restore([4; 32]) else { panic!("the state of another build was used") };
-    assert!(error.contains("another build"), "{error}");
+    // A saved VM that cannot go on is not used. The kernel boots instead.
+    let mut damaged = fs::read(state.path()).unwrap();
+    damaged[1000] ^= 1;
+    let changed = [tempfile::NamedTempFile::new().unwrap(), tempfile::NamedTempFile::new().unwrap()];
+    fs::write(changed[0].path(), damaged).unwrap();
+    for (build, state, memory, expected) in [
+        ([4; 32], state.path(), memory.path(), "another build"),
+        (BUILD, changed[0].path(), memory.path(), "a checksum is wrong"),
+        (BUILD, state.path(), changed[1].path(), "invalid part of a saved VM's memory"),
+    ] {
+        let mut machine = restore(build, state, memory);
+        let refused = machine.refused.take().unwrap_or_default();
+        assert!(refused.contains(expected), "{refused}");
+        machine.vmm.call(Call::Resume, &[]).unwrap();
+        assert_eq!(machine.line(), b'a');
+        machine.vmm.call(Call::Stop, &[]).unwrap();
+    }
     println!("a saved VM goes on where it was");
 }
 
@@ -154,10 +168,13 @@ fn follows(last: u8, line: u8) -> u8 {
 struct Machine {
     vmm: Vmm,
     console: BufReader<PipeReader>,
+    /// Why the saved VM does not go on.
+    refused: Option<String>,
 }
 
 impl Machine {
-    fn create(source: Source, files: [&File; 2], saveable: bool) -> Result<Self, CallError> {
+    /// Creates a VM from a kernel and an initrd, or from a saved VM.
+    fn create(files: [&File; 2], saved: Option<(&[File; 2], BuildId)>, saveable: bool) -> Result<Self, CallError> {
         let (console, writer) = io::pipe().unwrap();
         let spawned = spawn(SpawnOptions::default()).expect("start the VMM");
         let limit = TimeVal::new(LIMIT.as_secs().cast_signed(), 0);
@@ -172,7 +189,16 @@ impl Machine {
             max_memory_mib: 512,
             huge_mib: 0,
             kvm: FdIndex(0),
-            source,
+            source: match saved {
+                None => Source::Kernel { kernel: FdIndex(1), initrd: FdIndex(2) },
+                Some((_, build)) => Source::Saved {
+                    state: FdIndex(4),
+                    memory: FdIndex(5),
+                    build,
+                    kernel: FdIndex(1),
+                    initrd: FdIndex(2),
+                },
+            },
             kernel_params: String::new(),
             console: FdIndex(3),
             share: None,
@@ -186,9 +212,12 @@ impl Machine {
             saveable,
             seccomp: SeccompMode::Enforce,
         };
-        let fds = [kvm.as_fd(), files[0].as_fd(), files[1].as_fd(), writer.as_fd()];
-        vmm.call(Call::Create(Box::new(config)), &fds)?;
-        Ok(Self { vmm, console: BufReader::new(console) })
+        let mut fds = vec![kvm.as_fd(), files[0].as_fd(), files[1].as_fd(), writer.as_fd()];
+        fds.extend(saved.iter().flat_map(|(files, _)| files.iter()).map(AsFd::as_fd));
+        match vmm.call(Call::Create(Box::new(config)), &fds)? {
+            Answer::Created { refused, .. } => Ok(Self { vmm, console: BufReader::new(console), refused }),
+            other => panic!("{other:?}"),
+        }
     }
 
     fn line(&mut self) -> u8 {

@@ -283,7 +283,7 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
     let error = |step: String| move |source| BootError::Vmm { step, source };
     let create = Call::Create(Box::new(config));
     let created = vmm.call(create, &fds).await.map_err(error(format!("create the VM {files}")))?;
-    if let Answer::Created { unrestricted: Some(unrestricted) } = created {
+    if let Answer::Created { unrestricted: Some(unrestricted), .. } = created {
         tracing::warn!(unrestricted, "the VMM runs without some Landlock restrictions");
     }
     if plan.seccomp() == SeccompMode::Log {

@@ -132,7 +132,7 @@ impl Pod {
         }
         let unrestricted = entered.unrestricted.clone();
         self.jail = Some(entered);
-        Ok(Answer::Created { unrestricted })
+        Ok(Answer::Created { unrestricted, refused: None })
     }
 
     fn connect(&mut self, port: u32, fds: Vec<OwnedFd>) -> io::Result<Answer> {

@@ -11,6 +11,7 @@ use crate::arch::boot_params::{self, BootData, SEED_LEN};
 use crate::arch::{device_tree, kaslr, layout, regs};
 use crate::boot_timing::BootTiming;
 use crate::config::VmConfig;
+use crate::config_check::KernelFiles;
 use crate::guest_memory::GuestMemory;
 use crate::memory;
 
@@ -46,7 +47,7 @@ impl Kernel {
     /// # Errors
     /// [`BootError`].
     pub fn load(
-        (mut kernel, mut initrd, initrd_len): (File, File, u64),
+        KernelFiles { mut kernel, mut initrd, initrd_len }: KernelFiles,
         memory: &GuestMemory,
         config: &VmConfig,
         memory_size: u64,

@@ -13,6 +13,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::GuestMemory as _;
 use vmm_sys_util::eventfd::EventFd;
 
+use husk_base::error::chain;
 use kernel::Kernel;
 use saved::{RestoreError, Saved};
 
@@ -29,6 +30,7 @@ use crate::memory::hotplug::Backing;
 use crate::memory::{self, MemoryError, hotplug};
 use crate::reporter::Reporter;
 use crate::serial::Console;
+use crate::snapshot::host::{Host, HostError};
 use crate::snapshot::state::Machine;
 use crate::snapshot::vcpu::{VcpuStateError, saved_msrs};
 use crate::vcpu::factory::{CreateVcpuError, VcpuFactory};
@@ -75,9 +77,12 @@ pub enum BootError {
     /// A saved VM cannot go on.
     #[error(transparent)]
     Restore(#[from] RestoreError),
-    /// The vCPUs cannot be prepared for being saved.
+    /// The VM cannot be prepared for being saved.
     #[error("failed to prepare the vCPUs for being saved")]
     Saver(#[source] VcpuStateError),
+    /// What KVM offers could not be read.
+    #[error("failed to read what KVM offers")]
+    Offered(#[from] HostError),
     /// The kernel and the initrd do not fit into guest memory.
     #[error("guest memory is too small for the kernel and the initrd, which end at {0} MiB")]
     TooSmall(u64),
@@ -125,8 +130,35 @@ enum Content {
     Saved(Box<Saved>),
 }
 
-/// Builds the VM. Its vCPUs do not run until [`Vm::resume`].
-pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Reporter>) -> Result<Vm, BootError> {
+/// A VM that was built.
+pub struct Built {
+    /// The VM.
+    pub vm: Vm,
+    /// Why a saved VM does not go on. The kernel boots instead.
+    pub refused: Option<RestoreError>,
+}
+
+/// Builds the VM. Its vCPUs do not run until [`Vm::resume`]. If a saved VM cannot go on, builds a VM that boots.
+///
+/// # Errors
+/// [`BootError`].
+pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Reporter>) -> Result<Built, BootError> {
+    let copied = |error| BootError::Host("the files for a boot without the saved VM", error);
+    let otherwise = match checked.otherwise().map_err(copied)? {
+        Some(otherwise) => Some((otherwise, belongings.try_clone().map_err(copied)?)),
+        None => None,
+    };
+    match (build_once(checked, belongings, reporter), otherwise) {
+        (Err(BootError::Restore(refused)), Some((checked, belongings))) => {
+            log::warn!("the kernel boots, because a saved VM cannot go on: {}", chain(&refused));
+            let vm = build_once(checked, belongings, reporter)?;
+            Ok(Built { vm, refused: Some(refused) })
+        }
+        (built, _) => Ok(Built { vm: built?, refused: None }),
+    }
+}
+
+fn build_once(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Reporter>) -> Result<Vm, BootError> {
     let mut timing = BootTiming::start();
     let CheckedConfig { config, memory: memory_size, kvm, source, console, net, blk } = checked;
 
@@ -146,11 +178,9 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     // Map guest memory. Load the kernel, and then the initrd, into guest memory, or map the memory of a saved VM.
     let ram = memory::map(memory_size)?;
     let content = match source {
-        CheckedSource::Kernel { kernel, initrd, initrd_len } => {
-            Content::Kernel(Kernel::load((kernel, initrd, initrd_len), &ram, &config, memory_size, &mut timing)?)
-        }
-        CheckedSource::Saved { state, memory, build } => {
-            Content::Saved(Box::new(Saved::load(state, &memory, &build, &ram)?))
+        CheckedSource::Kernel(files) => Content::Kernel(Kernel::load(files, &ram, &config, memory_size, &mut timing)?),
+        CheckedSource::Saved { state, memory, build, .. } => {
+            Content::Saved(Box::new(Saved::load((state, &memory), &build, &kvm, &ram)?))
         }
     };
     memory::register(&vm, &ram)?;
@@ -203,7 +233,6 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
         .map_err(|error| BootError::Host("the console's interrupt", error))?;
     vm.register_irqfd(&serial_irq, layout::SERIAL_GSI).map_err(|error| BootError::Kvm("KVM_IRQFD", error))?;
     let console = Arc::new(Console::new(console, serial_irq).map_err(|error| BootError::Host("the console", error))?);
-    reporter.flush_at_exit(console.clone());
     let bus = Arc::new(Bus { console, slots: slots.clone() });
     timing.step("console");
 
@@ -239,13 +268,15 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     };
     let saver = if config.saveable {
         let copies = vcpus.iter().map(|vcpu| factory.copy(vcpu)).collect::<Result<Vec<_>, _>>()?;
-        Some(Saver { vcpus: copies, msrs: saved_msrs(&kvm).map_err(BootError::Saver)?, machine })
+        let msrs = saved_msrs(&kvm).map_err(BootError::Saver)?;
+        Some(Saver { vcpus: copies, msrs, machine, host: Host::read(&kvm)? })
     } else {
         None
     };
     timing.step("vCPUs");
 
-    // Start the threads.
+    // Start the threads. From here on, the guest may print.
+    reporter.flush_at_exit(bus.console.clone());
     let devices = devices.into_iter().map(|(_, device)| device).collect();
     let event_loop = device_loop.start(devices, reporter.clone())?;
     let vcpus = Vcpus::start(vcpus, factory, &bus, reporter)?;

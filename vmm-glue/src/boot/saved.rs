@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::io::{self, Read};
 
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use crate::config::BuildId;
 use crate::guest_memory::GuestMemory;
 use crate::serial::Console;
+use crate::snapshot::host::{Host, HostError};
 use crate::snapshot::memory::{self, MemoryStateError};
 use crate::snapshot::platform::{self, PlatformError};
 use crate::snapshot::state::{MAX_LEN, Machine, State, StateError};
@@ -37,6 +38,12 @@ pub enum RestoreError {
         /// The configuration of this VM.
         wanted: Machine,
     },
+    /// What KVM offers could not be read.
+    #[error("failed to read what KVM offers")]
+    Host(#[from] HostError),
+    /// KVM offers something else than to the saved VM.
+    #[error("the saved VM was booted on another CPU, with other microcode, or with other parameters of KVM")]
+    OtherHost,
     /// A vCPU could not be created.
     #[error("failed to create vCPU {0}")]
     Create(u64, #[source] kvm_ioctls::Error),
@@ -58,17 +65,25 @@ pub enum RestoreError {
 pub struct Saved(State);
 
 impl Saved {
-    /// Reads the state, and maps the memory over `ram`.
+    /// Reads the state, checks that it fits this host, and maps the memory over `ram`.
     ///
     /// # Errors
     /// [`RestoreError`].
-    pub fn load(state: File, memory: &File, build: &BuildId, ram: &GuestMemory) -> Result<Self, RestoreError> {
+    pub fn load(
+        (state, memory): (File, &File),
+        build: &BuildId,
+        kvm: &Kvm,
+        ram: &GuestMemory,
+    ) -> Result<Self, RestoreError> {
         let mut bytes = Vec::new();
         state.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(RestoreError::Read)?;
         if u64::try_from(bytes.len()).is_ok_and(|len| len > MAX_LEN) {
             return Err(RestoreError::Long);
         }
         let state = State::from_bytes(build, &bytes)?;
+        if state.values.host != Host::read(kvm)? {
+            return Err(RestoreError::OtherHost);
+        }
         memory::map(ram, &state.memory, memory)?;
         Ok(Self(state))
     }

@@ -167,6 +167,9 @@ pub enum Answer {
         /// A string that names the restrictions that the VMM's jail lacks, because the host's kernel does not support
         /// these restrictions. `None` if no restriction is missing.
         unrestricted: Option<String>,
+        /// Why a saved VM does not go on. The kernel boots instead.
+        #[serde(default)]
+        refused: Option<String>,
     },
     /// The requested item does not exist.
     NotFound,

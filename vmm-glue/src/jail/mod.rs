@@ -46,6 +46,15 @@ pub struct Belongings {
 }
 
 impl Belongings {
+    /// Returns belongings with copies of the fds.
+    ///
+    /// # Errors
+    /// If an fd cannot be duplicated.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let Self { fd_directory, dev_null, max_fds } = self;
+        Ok(Self { fd_directory: fd_directory.try_clone()?, dev_null: dev_null.try_clone()?, max_fds: *max_fds })
+    }
+
     /// Returns the belongings of a process that is not in a jail, for tests.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use husk_base::error::chain;
 use husk_base::failpoint;
 use husk_base::sys::process::exit_immediately;
 
-use crate::boot;
+use crate::boot::{self, Built};
 use crate::config::{BuildId, VmConfig};
 use crate::config_check;
 use crate::control::{Answer, BootStep, Call, ExitReason, PROTOCOL, Request};
@@ -90,10 +90,10 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
             reporter.exit(ExitReason::Stopped)
         }
         (Call::Create(config), None) => match create(*config, fds, reporter) {
-            Ok((vm, unrestricted)) => {
+            Ok((vm, created)) => {
                 *current_vm = Some(vm);
                 reporter.report_boot_step(BootStep::VmCreated);
-                Ok(Answer::Created { unrestricted })
+                Ok(created)
             }
             Err(error) => Err(error),
         },
@@ -176,8 +176,8 @@ fn attached(result: Result<u32, VmError>) -> Result<Answer, String> {
     result.map(|slot| Answer::Attached { slot }).map_err(|error| chain(&error))
 }
 
-/// Confines the process and creates the VM. If the jail lacks restrictions, also returns a string that names them.
-fn create(config: VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Result<(Vm, Option<String>), String> {
+/// Confines the process and creates the VM. Also returns the answer.
+fn create(config: VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Result<(Vm, Answer), String> {
     failpoint!("vmm.create").map_err(|error| error.to_string())?;
     let mut checked =
         config_check::check(config, fds).map_err(|error| format!("invalid VM configuration: {}", chain(&error)))?;
@@ -189,11 +189,11 @@ fn create(config: VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Resu
         share.root = "/".to_owned();
     }
     let kind = if checked.config.saveable { jail::Kind::Saver } else { jail::Kind::Control };
-    let vm = boot::build(checked, belongings, reporter).map_err(|error| chain(&error))?;
+    let Built { vm, refused } = boot::build(checked, belongings, reporter).map_err(|error| chain(&error))?;
     failpoint!("vmm.built").map_err(|error| error.to_string())?;
     // Confine this thread last, because the threads that it starts inherit its capabilities.
     jail::confine(kind).map_err(|error| chain(&error))?;
-    Ok((vm, unrestricted))
+    Ok((vm, Answer::Created { unrestricted, refused: refused.map(|error| chain(&error)) }))
 }
 
 #[cfg(test)]

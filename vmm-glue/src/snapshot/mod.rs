@@ -1,6 +1,7 @@
 //! Saves a paused VM, and reads what was saved. [`crate::boot`] builds a VM from it.
 
 pub mod format;
+pub mod host;
 pub mod memory;
 pub mod platform;
 pub mod state;

@@ -4,6 +4,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::format::{self, FormatError, Kind, Section};
+use super::host::Host;
 use super::memory::Extent;
 use super::platform::PlatformState;
 use super::vcpu::VcpuState;
@@ -28,10 +29,12 @@ pub struct Machine {
 }
 
 /// Values of the VM that are not in its vCPUs or devices.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Values {
     /// What the VM was built with.
     pub machine: Machine,
+    /// What KVM offered.
+    pub host: Host,
     /// Number of bytes by which the kernel was moved.
     pub kernel_moved: u64,
     /// The registers of the console.

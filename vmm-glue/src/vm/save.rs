@@ -7,6 +7,7 @@ use kvm_ioctls::VcpuFd;
 
 use super::Vm;
 use crate::config::BuildId;
+use crate::snapshot::host::Host;
 use crate::snapshot::memory::{self, MemoryStateError};
 use crate::snapshot::platform::{self, PlatformError};
 use crate::snapshot::state::{Machine, State, StateError, Values};
@@ -50,6 +51,8 @@ pub(crate) struct Saver {
     pub msrs: Vec<u32>,
     /// What the VM was built with.
     pub machine: Machine,
+    /// What KVM offers.
+    pub host: Host,
 }
 
 impl Vm {
@@ -58,7 +61,7 @@ impl Vm {
     /// # Errors
     /// [`SaveError`]. The files are then not usable.
     pub fn save(&self, mut state: File, mut memory: File, build: &BuildId) -> Result<(), SaveError> {
-        let Saver { vcpus, msrs, machine } = self.saver.as_ref().ok_or(SaveError::NotSaveable)?;
+        let Saver { vcpus, msrs, machine, host } = self.saver.as_ref().ok_or(SaveError::NotSaveable)?;
         if self.running {
             return Err(SaveError::Running);
         }
@@ -67,6 +70,7 @@ impl Vm {
         let saved = State {
             values: Values {
                 machine: *machine,
+                host: host.clone(),
                 kernel_moved: self.kernel_moved,
                 console: self.vcpus.console().state(),
             },

@@ -27,7 +27,7 @@ impl Packet {
             Packet::Answer { seq, answer, number, .. } => {
                 let answer = match answer % 7 {
                     0 => Answer::Done,
-                    1 => Answer::Created { unrestricted: None },
+                    1 => Answer::Created { unrestricted: None, refused: None },
                     2 => Answer::NotFound,
                     3 => Answer::Connected,
                     4 => Answer::PluggedMemory { plugged_mib: *number },
