@@ -42,6 +42,10 @@ pub mod agent_ttrpc {
 /// side has no version yet.
 pub const AGENT_PROTOCOL: u32 = 2;
 
+/// The kernel parameter of a guest that becomes a template. Its agent mounts the share only in Setup, because each guest
+/// that is made from the template has its own share.
+pub const TEMPLATE_PARAMETER: &str = "husk.template=1";
+
 /// Type URL of [`agent::CreateOptions`] in the options of a create request.
 pub const CREATE_OPTIONS_TYPE_URL: &str = "husk.agent.v1.CreateOptions";
 

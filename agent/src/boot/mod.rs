@@ -3,6 +3,7 @@
 mod boot_mark;
 mod kernel_settings;
 mod mounts;
+mod template;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use husk_proto::{agent_ttrpc, containerd, ports};
 
 use crate::io::streams::Streams;
 use crate::sandbox::service::SandboxService;
-use crate::sandbox::{Sandbox, port_forwarding};
+use crate::sandbox::{Sandbox, port_forwarding, share};
 use crate::task::{Tasks, service::TaskService};
 use crate::{events, fatal, log, reaper, vsock};
 
@@ -58,14 +59,15 @@ fn run() -> Result<std::convert::Infallible, BootError> {
     log::init();
     kernel_settings::apply();
     crate::cgroup::init_root().map_err(BootError::Cgroup)?;
-    if let Err(error) = mounts::mount_share() {
+    let is_template = template::is_template();
+    if !is_template && let Err(error) = share::mount() {
         tracing::error!("{}", chain(&error));
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(BootError::Runtime)?;
-    runtime.block_on(serve())
+    runtime.block_on(serve(is_template))
 }
 
-async fn serve() -> Result<std::convert::Infallible, BootError> {
+async fn serve(is_template: bool) -> Result<std::convert::Infallible, BootError> {
     let listen = |port| vsock::Listener::bind(port).map_err(|source| BootError::Listen { port, source });
     let (api, stream_port, log_port) = (listen(ports::AGENT)?, listen(ports::STREAM)?, listen(ports::LOG)?);
     let forward_port = listen(ports::PORT_FORWARDING)?;
@@ -81,17 +83,24 @@ async fn serve() -> Result<std::convert::Infallible, BootError> {
             sandbox.clone(),
             hub,
             streams.clone(),
+            is_template,
         ))));
     server.start().await.map_err(BootError::Serve)?;
     tokio::spawn(streams.serve(stream_port));
     tokio::spawn(log::serve(log_port));
     tokio::spawn(port_forwarding::serve(forward_port, sandbox.clone()));
-    boot_mark::write(BootMark::AgentReady);
-
+    if !is_template {
+        boot_mark::write(BootMark::AgentReady);
+    }
     // The agent creates the pod's namespaces while the shim connects, so that Setup takes less time. If the creation
     // fails, Setup retries it and reports the error.
     if let Err(error) = sandbox.prepare(None) {
         tracing::error!("{}", chain(&error));
+    }
+    if is_template {
+        template::shrink();
+        // The VM is saved at this mark.
+        boot_mark::write(BootMark::AgentReady);
     }
     loop {
         children.recv().await;

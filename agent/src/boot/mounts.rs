@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use husk_proto::{GUEST_SHARE, SHARE_TAG};
 use nix::mount::{MsFlags, mount};
 use nix::unistd::{chdir, chroot};
 
@@ -64,16 +63,6 @@ pub fn mount_all() -> Result<(), MountError> {
     mount_new("devpts", "/dev/pts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, "mode=0620,gid=5,ptmxmode=0666")?;
     mount_new("tmpfs", "/dev/shm", RESTRICTED, "mode=1777")?;
     mount_new("mqueue", "/dev/mqueue", RESTRICTED, "")
-}
-
-/// Mounts the share.
-pub fn mount_share() -> Result<(), MountError> {
-    make_dir("/run/husk")?;
-    make_dir(GUEST_SHARE)?;
-    // MS_NODEV is not set, because containers can use device nodes in their rootfs, as with runc. BPF device programs
-    // restrict the access to these nodes.
-    mount(Some(SHARE_TAG), GUEST_SHARE, Some("virtiofs"), MsFlags::empty(), None::<&str>)
-        .map_err(|source| MountError::Mount { fs: "virtiofs".into(), path: GUEST_SHARE.into(), source })
 }
 
 /// Creates `path` and its parents.

@@ -3,6 +3,7 @@
 mod apparmor;
 mod clock;
 mod hotplug;
+mod identity;
 mod link_notifications;
 pub mod loopback;
 pub mod mirror;
@@ -11,6 +12,7 @@ pub(crate) mod network;
 pub mod port_forwarding;
 pub mod service;
 pub(crate) mod setup;
+pub mod share;
 mod shared_pid;
 mod slots;
 pub mod volume;

@@ -16,7 +16,7 @@ use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use super::network::{Network, NetworkConfig};
 use super::volume::Volumes;
-use super::{Sandbox, apparmor, clock, hotplug, namespaces, setup, slots};
+use super::{Sandbox, apparmor, clock, hotplug, identity, namespaces, setup, share, slots};
 use crate::error::{ServiceError, failed};
 use crate::events::EventHub;
 use crate::host_sockets;
@@ -30,13 +30,15 @@ pub struct SandboxService {
     streams: Streams,
     volumes: Arc<Volumes>,
     network: Network,
+    /// Whether this guest was made from a template. Setup then mounts the share.
+    from_template: bool,
 }
 
 impl SandboxService {
     /// Creates the service for `sandbox`. The Events request streams the events of `hub`. The connections to sockets of
-    /// the node use `streams`.
-    pub fn new(sandbox: Arc<Sandbox>, hub: EventHub, streams: Streams) -> Self {
-        Self { sandbox, hub, streams, volumes: Arc::default(), network: Network::default() }
+    /// the node use `streams`. `from_template` says whether the guest is made from a template.
+    pub fn new(sandbox: Arc<Sandbox>, hub: EventHub, streams: Streams, from_template: bool) -> Self {
+        Self { sandbox, hub, streams, volumes: Arc::default(), network: Network::default(), from_template }
     }
 }
 
@@ -66,6 +68,13 @@ impl agent_ttrpc::Sandbox for SandboxService {
             && let Err(error) = husk_base::entropy::credit(&request.entropy)
         {
             tracing::warn!("failed to add entropy: {error}");
+        }
+        if self.from_template {
+            let own = tokio::task::spawn_blocking(|| -> Result<(), ServiceError> {
+                share::mount().map_err(failed("mount the share"))?;
+                identity::drop_random_bytes().map_err(failed("drop the random bytes of the template"))
+            });
+            own.await.map_err(failed("make the guest of a template this pod's guest"))??;
         }
         if request.pids_max > 0 {
             crate::cgroup::limit_pids(request.pids_max).map_err(failed("limit the number of processes and threads"))?;

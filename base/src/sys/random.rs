@@ -8,6 +8,8 @@ use std::os::fd::AsRawFd;
 const MAX_CREDIT: usize = 512;
 /// Constant from linux/random.h.
 const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+/// Constant from linux/random.h.
+const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
 
 /// Writes random bytes to the beginning of `bytes`, and returns their number. Never blocks. A signal can interrupt a
 /// request for more than 256 bytes. The call then returns only a part of the bytes.
@@ -32,6 +34,18 @@ pub fn add_entropy(device: &File, bytes: &[u8]) -> io::Result<()> {
     // SAFETY: the ioctl reads two integers, and as many bytes as the second integer says. Integers and bytes are in
     // `pool`, which outlives the call.
     match unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY as _, pool.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Makes the kernel's random number generator use the pool's entropy from now on. `device` is `/dev/urandom`.
+///
+/// # Errors
+/// The errors of the ioctl RNDRESEEDCRNG, which needs CAP_SYS_ADMIN.
+pub fn reseed(device: &File) -> io::Result<()> {
+    // SAFETY: the ioctl takes no argument.
+    match unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG as _) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

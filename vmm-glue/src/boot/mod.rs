@@ -8,14 +8,11 @@ use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
+use husk_base::error::chain;
 use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::GuestMemory as _;
 use vmm_sys_util::eventfd::EventFd;
-
-use husk_base::error::chain;
-use kernel::Kernel;
-use saved::{RestoreError, Saved};
 
 use crate::arch::cpuid::CpuidConfig;
 use crate::arch::kaslr::KaslrError;
@@ -44,6 +41,8 @@ use crate::virtio::slots::{PlugError, Purpose, Slots};
 use crate::virtio::vsock::Vsock;
 use crate::vm::{Devices, HotplugMemory, InterfaceError, Interfaces, Saver, Vm};
 use crate::vmgenid::VmGenId;
+use kernel::Kernel;
+use saved::{RestoreError, Saved};
 
 /// Error from building a VM.
 #[derive(Debug, thiserror::Error)]
