@@ -27,6 +27,9 @@ pub const MAX_SHUTDOWN_GRACE_SECS: u64 = 20;
 /// (COMMAND_LINE_SIZE), and the VMM needs a part of these bytes for its own parameters.
 const MAX_PARAMS: usize = 1024;
 
+/// Maximum age of templates in hours: a year.
+const MAX_TEMPLATE_AGE: u64 = 24 * 365;
+
 impl Config {
     /// Validates all values. Returns the first key that has an invalid value.
     pub fn check(&self) -> Result<(), InvalidValue> {
@@ -48,6 +51,7 @@ impl Config {
         for entry in &self.host_sockets {
             host_sockets::check(entry).map_err(|message| InvalidValue { key: "host_sockets", message })?;
         }
+        check_range("template_max_age_hours", self.template_max_age_hours, 1, MAX_TEMPLATE_AGE)?;
         check_range("start_timeout_secs", self.start_timeout_secs, 1, 3600)?;
         let (low, high) = TimeoutFactor::RANGE;
         check_range("timeout_factor", self.timeout_factor.0, low, high)?;

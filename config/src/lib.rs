@@ -18,6 +18,7 @@ pub use rate_limit::RateLimit;
 pub use timeout_factor::{BaseTimeout, TimeoutFactor};
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use husk_policy::Policy;
 use serde::{Deserialize, Serialize};
@@ -107,6 +108,12 @@ pub struct Config {
     /// Sockets of the node to which containers may connect. An entry for all sockets below a directory ends with a
     /// slash.
     pub host_sockets: Vec<String>,
+    /// Whether guests are made from templates.
+    pub template: Templates,
+    /// Which pods share a template.
+    pub template_share: TemplateShare,
+    /// Age in hours at which a template is made again.
+    pub template_max_age_hours: u64,
     /// What happens when the VMM or the shim makes a system call that its seccomp filter does not allow.
     pub seccomp: Seccomp,
     /// Whether a pod fails to start if the host's kernel cannot restrict the VMM's access to files with landlock.
@@ -151,6 +158,9 @@ impl Default for Config {
             virtio_fs_rate_limit: RateLimit::default(),
             vsock_rate_limit: RateLimit::default(),
             host_sockets: Vec::new(),
+            template: Templates::Auto,
+            template_share: TemplateShare::Node,
+            template_max_age_hours: 24,
             seccomp: Seccomp::Enforce,
             require_landlock: false,
             start_timeout_secs: 60,
@@ -162,6 +172,33 @@ impl Default for Config {
             policy: Policy::default(),
         }
     }
+}
+
+impl Config {
+    /// Returns the age at which a template is made again.
+    pub fn template_max_age(&self) -> Duration {
+        Duration::from_secs(self.template_max_age_hours.saturating_mul(3600))
+    }
+}
+
+/// Whether guests are made from templates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Templates {
+    /// A template is made after the first boot of a guest, and the next guests of the same size are made from it.
+    Auto,
+    /// All guests boot.
+    Off,
+}
+
+/// Which pods share a template.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TemplateShare {
+    /// All pods of the node.
+    Node,
+    /// The pods of a Kubernetes namespace.
+    Namespace,
 }
 
 /// What happens when the VMM or the shim makes a system call that its seccomp filter does not allow.

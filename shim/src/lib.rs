@@ -47,6 +47,9 @@ pub fn main() -> ExitCode {
     if name == sandbox::host_sockets::program::ARGV0 {
         return sandbox::host_sockets::program::main(args);
     }
+    if name == sandbox::template::ARGV0 {
+        return sandbox::template_builder::main(args);
+    }
     if name == husk_vmm::client::ARGV0 {
         // SAFETY: only `husk_vmm::client::spawn` starts this program under the VMM's name. `spawn` passes the control
         // socket as fd `CONTROL_FD`. Nothing else in this process uses this fd.

@@ -172,6 +172,20 @@ pub fn set_secure_bits(bits: libc::c_int) -> io::Result<()> {
     }
 }
 
+/// Gives this process and its later children the lowest priority: they run when no other process wants the CPU
+/// (SCHED_IDLE in sched(7)).
+///
+/// # Errors
+/// The error of sched_setscheduler(2).
+pub fn lower_priority() -> io::Result<()> {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the structure is valid, and outlives the call.
+    match unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::process::Command;

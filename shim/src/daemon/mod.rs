@@ -226,7 +226,7 @@ async fn serve(
     let sandbox = Sandbox::new(&context.sandbox, context.dir.clone(), Arc::clone(&context.timeline), vmm_log);
     let pending = match launch {
         Launch::Immediate(input) => {
-            sandbox.launch(*input, reports);
+            sandbox.launch(*input, &launcher, reports);
             None
         }
         Launch::Deferred(share) => Some(DeferredLaunch { context, share, dir, launcher: launcher.clone(), reports }),

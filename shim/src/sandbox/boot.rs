@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use husk_base::entropy;
 use husk_config::{Config, Seccomp};
-use husk_proto::agent::{IdMapping, Mount, SetupRequest, UpdateNetworkRequest};
+use husk_proto::agent::{BindDeviceRequest, IdMapping, Mount, SetupRequest, UpdateNetworkRequest};
 use husk_proto::{AGENT_PROTOCOL, AUDIT_PREFIX, GUEST_SHM, SHARE_TAG, ports};
 use husk_vmm::config::{FdIndex, SeccompMode, ShareConfig, Source, VmConfig};
 use husk_vmm::control::{Answer, Call, VcpuPlace};
@@ -29,16 +29,22 @@ use crate::sandbox::host_sockets::HostSockets;
 use crate::sandbox::notices;
 use crate::sandbox::notices::Progress;
 use crate::sandbox::policy::PodPolicies;
+use crate::sandbox::template::{self, Class, Template};
 use crate::sandbox::timeline::Timeline;
-use crate::vm::agent::{Agent, SetupError};
+use crate::text::bounded;
+use crate::vm::agent::{Agent, SetupError, timeouts, within};
 use crate::vm::console;
 use crate::vm::console::LogTail;
 use crate::vm::vmm::{VMM_EXIT_TIMEOUT, Vmm, VmmError};
 
 /// Number of spare slots at boot, for hot-plugged disks and interfaces.
-const SPARE_SLOTS: u8 = 5;
+pub const SPARE_SLOTS: u8 = 5;
+/// The guest's CID. All guests have the same one, because each VMM has its own vsock device.
+pub const VSOCK_CID: u32 = 3;
 /// Mount option for the size of the pod's `/dev/shm`, as in containerd's CRI.
 const SHM_SIZE: &str = "size=65536k";
+/// Maximum length of the VMM's text in a log line, in bytes. The VMM is not trusted.
+const MAX_REASON: usize = 1024;
 
 /// The part of the guest's configuration that depends on the pod.
 pub struct Pod {
@@ -78,6 +84,10 @@ pub struct BootPlan {
     pub kvm: File,
     /// Guest kernel and initrd.
     pub images: GuestImages,
+    /// The template from which the guest is made. `None` if the guest boots.
+    pub template: Option<Template>,
+    /// The class of the template that is to be made when the guest has booted.
+    pub wanted: Option<Class>,
 }
 
 /// A failure to boot the guest.
@@ -157,7 +167,12 @@ impl BootPlan {
         share: PathBuf,
     ) -> Result<Self, BootError> {
         let kvm = File::options().read(true).write(true).open("/dev/kvm").map_err(BootError::Kvm)?;
-        Ok(Self { pod, config, boot_size, share, kvm, images })
+        let (template, wanted) = template::choose(
+            template::Wish { pod: &pod.name, interfaces: pod.network.taps.len(), size: &boot_size },
+            &images,
+            &config,
+        );
+        Ok(Self { pod, config, boot_size, share, kvm, images, template, wanted })
     }
 }
 
@@ -176,14 +191,25 @@ pub async fn boot(
     let (console_out, console_in) = pipe_pair().map_err(BootError::Console)?;
     log_lines(console_out, "guest", tail.clone());
     let result = tokio::time::timeout(limit, async {
-        create(&plan, vmm, console_in).await?;
-        let state = progress.wait_for(|p| p.ready || p.ended()).await.map(|p| p.clone()).unwrap_or_default();
-        if !state.ready {
-            return Err(BootError::Ended { reason: String::new(), console: String::new() });
+        let goes_on = create(&plan, vmm, console_in).await?;
+        if goes_on {
+            timeline.mark("template restored");
+        } else {
+            let state = progress.wait_for(|p| p.ready || p.ended()).await.map(|p| p.clone()).unwrap_or_default();
+            if !state.ready {
+                return Err(BootError::Ended { reason: String::new(), console: String::new() });
+            }
         }
         connect(&plan, vmm, timeline, limit).await
     })
     .await;
+    if let (Some(template), Err(_) | Ok(Err(BootError::Ended { .. } | BootError::Vmm { .. }))) =
+        (&plan.template, &result)
+    {
+        // The guest did not answer, and the template may be the reason. The next guest boots, and another template is
+        // made. An error that the agent reports is the pod's.
+        template::discard(template);
+    }
     match result {
         Ok(Ok(agent)) => {
             log_agent_lines(vmm.clone());
@@ -246,12 +272,24 @@ fn kernel_params(plan: &BootPlan) -> String {
     params.trim().to_owned()
 }
 
-/// Tells the VMM to create and start the VM.
-async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
+/// Tells the VMM to create and start the VM. Returns whether the guest goes on from a template. If not, it boots.
+async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<bool, BootError> {
     let huge_mib = hugepages::pool_mib();
     let mut fds = vec![plan.kvm.as_fd(), plan.images.kernel.as_fd(), plan.images.initrd.as_fd(), console.as_fd()];
-    let net: Vec<_> = plan.pod.network.taps.iter().map(|tap| net_config(tap, &mut fds)).collect();
-    net.iter().for_each(|net| vmm.allow_vhost(net));
+    let (kernel, initrd) = (FdIndex(1), FdIndex(2));
+    let (source, net, spare_slots) = match &plan.template {
+        Some(Template { state, memory, key }) => {
+            fds.extend([state.as_fd(), memory.as_fd()]);
+            let (state, memory) = (FdIndex(4), FdIndex(5));
+            let source = Source::Saved { state, memory, build: key.id, kernel, initrd };
+            (source, Vec::new(), SPARE_SLOTS + template::INTERFACES)
+        }
+        None => {
+            let net: Vec<_> = plan.pod.network.taps.iter().map(|tap| net_config(tap, &mut fds)).collect();
+            net.iter().for_each(|net| vmm.allow_vhost(net));
+            (Source::Kernel { kernel, initrd }, net, SPARE_SLOTS)
+        }
+    };
     let config = VmConfig {
         id: plan.pod.id.clone(),
         vcpus: plan.boot_size.vcpus,
@@ -260,7 +298,7 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
         max_memory_mib: plan.boot_size.growth.max.memory_mib,
         huge_mib,
         kvm: FdIndex(0),
-        source: Source::Kernel { kernel: FdIndex(1), initrd: FdIndex(2) },
+        source,
         kernel_params: kernel_params(plan),
         console: FdIndex(3),
         share: Some(ShareConfig {
@@ -270,12 +308,12 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
             rate_limit: plan.pod.rate_limits.virtio_fs,
         }),
         require_landlock: plan.config.require_landlock,
-        vsock_cid: 3,
+        vsock_cid: VSOCK_CID,
         vsock_rate_limit: plan.pod.rate_limits.vsock,
         net,
         blk: Vec::new(),
         balloon: plan.config.free_page_reporting,
-        spare_slots: SPARE_SLOTS,
+        spare_slots,
         saveable: false,
         seccomp: plan.seccomp(),
     };
@@ -283,8 +321,15 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
     let error = |step: String| move |source| BootError::Vmm { step, source };
     let create = Call::Create(Box::new(config));
     let created = vmm.call(create, &fds).await.map_err(error(format!("create the VM {files}")))?;
-    if let Answer::Created { unrestricted: Some(unrestricted), .. } = created {
+    let Answer::Created { unrestricted, refused } = created else {
+        return Err(error("create the VM".into())(VmmError::Unexpected));
+    };
+    if let Some(unrestricted) = unrestricted {
         tracing::warn!(unrestricted, "the VMM runs without some Landlock restrictions");
+    }
+    if let (Some(reason), Some(template)) = (&refused, &plan.template) {
+        tracing::warn!(reason = bounded(reason, MAX_REASON), "the guest boots, because its template cannot be used");
+        template::discard(template);
     }
     if plan.seccomp() == SeccompMode::Log {
         tracing::warn!(
@@ -293,6 +338,24 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), Boot
         );
     }
     vmm.call(Call::Resume, &[]).await.map_err(error("start the VM".into()))?;
+    Ok(plan.template.is_some() && refused.is_none())
+}
+
+/// Plugs in the interfaces of a guest that was made from a template.
+async fn plug_interfaces(plan: &BootPlan, vmm: &Vmm, agent: &Agent) -> Result<(), BootError> {
+    for tap in &plan.pod.network.taps {
+        let mut fds = Vec::new();
+        let config = net_config(tap, &mut fds);
+        vmm.allow_vhost(&config);
+        let step = || "plug in a network interface".to_owned();
+        let attached = vmm.call(Call::AttachNet(config), &fds).await;
+        let attached = attached.map_err(|source| BootError::Vmm { step: step(), source })?;
+        let Answer::Attached { slot } = attached else {
+            return Err(BootError::Vmm { step: step(), source: VmmError::Unexpected });
+        };
+        let request = BindDeviceRequest { slot, ..Default::default() };
+        agent.sandbox.bind_device(within(timeouts::SLOW), &request).await.map_err(BootError::Network)?;
+    }
     Ok(())
 }
 
@@ -304,6 +367,10 @@ async fn connect(plan: &BootPlan, vmm: &Vmm, timeline: &Timeline, limit: Duratio
         .map_err(|source| BootError::Vmm { step: "connect to the agent".into(), source })?;
     timeline.mark("agent connected");
     let agent = Agent::new(stream).map_err(BootError::Connect)?;
+    if plan.template.is_some() {
+        plug_interfaces(plan, vmm, &agent).await?;
+        timeline.mark("interfaces plugged in");
+    }
     let entropy = entropy::bytes::<64>().map(Vec::from).unwrap_or_default();
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let pod = &plan.pod;

@@ -31,6 +31,10 @@ pub struct GuestImages {
     pub kernel: File,
     /// The initrd.
     pub initrd: File,
+    /// The kernel's digest, or [`identity`] if the configuration has no digest.
+    pub kernel_identity: String,
+    /// As `kernel_identity`, for the initrd.
+    pub initrd_identity: String,
 }
 
 /// A failure to open a file or to check its digest.
@@ -108,23 +112,26 @@ impl GuestImages {
             digest: &config.initrd_sha256,
         };
         let copies = Copies::open(copies, [kernel.digest, initrd.digest]);
-        Ok(Self { kernel: kernel.open(copies.as_ref())?, initrd: initrd.open(copies.as_ref())? })
+        let (kernel, kernel_identity) = kernel.open(copies.as_ref())?;
+        let (initrd, initrd_identity) = initrd.open(copies.as_ref())?;
+        Ok(Self { kernel, initrd, kernel_identity, initrd_identity })
     }
 }
 
 impl Image<'_> {
-    fn open(&self, copies: Option<&Copies>) -> Result<File, ImageError> {
+    /// Opens the file. Also returns its digest or identity.
+    fn open(&self, copies: Option<&Copies>) -> Result<(File, String), ImageError> {
         let Self { what, path, digest: expected, .. } = *self;
         let path = || path.to_owned();
         let file = File::open(self.path).map_err(|source| ImageError::Open { what, path: path(), source })?;
-        if expected.is_empty() {
-            return Ok(file);
-        }
         let failed = |source| ImageError::Verify { what, path: path(), source };
         let metadata = file.metadata().map_err(failed)?;
+        if expected.is_empty() {
+            return Ok((file, identity(&metadata)));
+        }
         let name = copy_name(expected, &metadata);
         if let Some(copy) = copies.and_then(|copies| copies.find(&name, metadata.len())) {
-            return Ok(copy);
+            return Ok((copy, expected.to_owned()));
         }
         let mut copy = copies.and_then(Copies::create).map_or_else(memory_file, Ok).map_err(failed)?;
         let found = digest::sha256(file, |block| copy.write_all(block)).map_err(failed)?;
@@ -136,15 +143,21 @@ impl Image<'_> {
             copies.keep(&copy, expected, &name);
         }
         // Open the copy again, because the VMM must not get a writable fd.
-        File::open(format!("/proc/self/fd/{}", copy.as_raw_fd())).map_err(failed)
+        let copy = File::open(format!("/proc/self/fd/{}", copy.as_raw_fd())).map_err(failed)?;
+        Ok((copy, expected.to_owned()))
     }
 }
 
 /// Returns the name of a file's copy. The name begins with the digest. The rest of the name changes if the file is
 /// changed or replaced.
 fn copy_name(digest: &str, file: &Metadata) -> String {
+    format!("{digest}-{}", identity(file))
+}
+
+/// Returns a text that changes if the file is changed or replaced.
+pub fn identity(file: &Metadata) -> String {
     format!(
-        "{digest}-{}-{}-{}-{}.{:09}-{}.{:09}",
+        "{}-{}-{}-{}.{:09}-{}.{:09}",
         file.dev(),
         file.ino(),
         file.len(),

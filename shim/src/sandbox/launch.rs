@@ -31,6 +31,7 @@ use crate::sandbox::cgroup_record;
 use crate::sandbox::guest_image::{self, GuestImages, ImageError};
 use crate::sandbox::policy::{PodPolicies, PolicyError};
 use crate::sandbox::state_dir::{ProcessId, StateDir, StateError};
+use crate::sandbox::template;
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{LaunchInput, Sandbox};
 use crate::vm::agent::Report;
@@ -156,13 +157,14 @@ impl DeferredLaunch {
         });
         let (installation, cgroup) = entered.await.map_err(LaunchError::EnterTask)?;
         let mut partial = PartialLaunch::default();
+        let own_launcher = launcher.clone();
         let entered = cgroup.map(|cgroup| partial.cgroup = cgroup);
         let input = on_thread(partial, move |partial| {
             entered?;
             let network = partial.spawn(&context, &bundle.spec, Some(&launcher))?;
             partial.plan(&context, &bundle, &share, network, installation)
         });
-        sandbox.launch(input.await, reports);
+        sandbox.launch(input.await, &own_launcher, reports);
         Ok(())
     }
 }
@@ -200,7 +202,7 @@ fn config_path() -> PathBuf {
 pub fn needed_files() -> Vec<PathBuf> {
     let mut paths = vec![config_path(), guest_image::COPIES.into()];
     if let Ok(Config { kernel, initrd, timeline_log, .. }) = config() {
-        paths.extend([kernel, initrd, timeline_log]);
+        paths.extend([kernel, initrd, timeline_log, template::STORE.into()]);
     }
     paths
 }

@@ -14,6 +14,8 @@ mod policy;
 mod propagation;
 pub mod state_dir;
 mod teardown;
+pub mod template;
+pub mod template_builder;
 pub mod timeline;
 mod volume_updates;
 
@@ -31,6 +33,7 @@ use husk_vmm::config::RateLimit;
 use husk_vmm::control::Notice;
 use tokio::sync::{Notify, mpsc};
 
+use crate::launcher::Launcher;
 use crate::network::port_forwarding;
 use crate::network::sync::NetworkSync;
 use crate::random;
@@ -153,7 +156,7 @@ impl Sandbox {
 
     /// Starts the boot. A second call does nothing. The agent's reports go to `reports`, which is closed when the VM
     /// ends.
-    pub fn launch(&self, input: LaunchInput, reports: mpsc::Sender<Report>) {
+    pub fn launch(&self, input: LaunchInput, launcher: &Launcher, reports: mpsc::Sender<Report>) {
         if !self.state.enter(State::Booting) {
             return;
         }
@@ -189,7 +192,7 @@ impl Sandbox {
         };
         let _ = self.launched.set(launched);
         let (handle, timeline, console) = (vmm, Arc::clone(&self.timeline), self.log_tail.clone());
-        let network_sync = Arc::clone(&self.network_sync);
+        let (network_sync, launcher) = (Arc::clone(&self.network_sync), launcher.clone());
         let end = self.end_follower(location.clone());
         let mut progress = notices::watch(notices, Arc::clone(&timeline), Arc::clone(&self.terminated));
         tokio::spawn(async move {
@@ -200,10 +203,14 @@ impl Sandbox {
                     plan.pod.pids_max = pids_max;
                     let (forwarding, watcher) =
                         (plan.pod.network.port_forwarding.take(), plan.pod.network.watcher.take());
+                    let wanted = plan.wanted.take();
                     let agent = boot::boot(plan, vmm, &mut progress, &timeline, &console).await;
                     let agent = agent.map_err(|e| crate::chain(&e));
                     if let (Ok(_), Some(forwarding)) = (&agent, forwarding) {
                         port_forwarding::serve(forwarding, vmm);
+                    }
+                    if let (Ok(_), Some(class)) = (&agent, wanted) {
+                        template::start_builder(launcher, class);
                     }
                     if let Ok(agent) = &agent {
                         reclaim::start(location, agent.clone(), vmm.clone());

@@ -1,0 +1,144 @@
+//! What decides whether a guest can be made from a template: the size of its VM, and what it boots from.
+
+use std::fs;
+use std::io;
+
+use husk_config::{Config, digest};
+use husk_vmm::config::BuildId;
+use serde::{Deserialize, Serialize};
+
+use crate::resources::{BootSize, hugepages};
+use crate::sandbox::guest_image::{GuestImages, identity};
+
+/// Version of the templates. A change of the agent's or the shim's part that makes older templates unusable increases it.
+const VERSION: u32 = 1;
+/// The version of the CPU's microcode.
+const MICROCODE: &str = "/sys/devices/system/cpu/cpu0/microcode/version";
+
+/// Guests of one class can be made from one template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Class {
+    /// Number of vCPUs at boot.
+    pub vcpus: u8,
+    /// Maximum number of vCPUs.
+    pub max_vcpus: u8,
+    /// Memory at boot in MiB.
+    pub memory_mib: u64,
+    /// Maximum memory in MiB.
+    pub max_memory_mib: u64,
+    /// Maximum hot-plugged memory in MiB that consists of huge pages.
+    pub huge_mib: u64,
+    /// The Kubernetes namespace, if only pods of one namespace share a template. Otherwise empty.
+    pub namespace: String,
+}
+
+impl Class {
+    /// Returns the class of a pod. `namespace` is the pod's Kubernetes namespace, if templates are not shared between
+    /// namespaces.
+    pub fn new(size: &BootSize, namespace: Option<&str>) -> Self {
+        Self {
+            vcpus: size.vcpus,
+            max_vcpus: size.growth.max.vcpus,
+            memory_mib: size.memory_mib,
+            max_memory_mib: size.growth.max.memory_mib,
+            huge_mib: hugepages::pool_mib(),
+            namespace: namespace.unwrap_or_default().to_owned(),
+        }
+    }
+}
+
+/// Identifies a template: a class, the files from which its guest was booted, and the program that has saved it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Key {
+    /// The key as the VMM stores it in the template.
+    pub id: BuildId,
+    /// The directory of the template.
+    pub name: String,
+}
+
+/// What a key is computed from.
+#[derive(Serialize)]
+struct Facts<'a> {
+    version: u32,
+    class: &'a Class,
+    kernel: &'a str,
+    initrd: &'a str,
+    program: String,
+    kernel_params: &'a str,
+    free_page_reporting: bool,
+    microcode: String,
+}
+
+impl Key {
+    /// Computes the key of a class with the node's present files and configuration.
+    ///
+    /// # Errors
+    /// If this program's file cannot be examined.
+    pub fn new(class: &Class, images: &GuestImages, config: &Config) -> io::Result<Self> {
+        let facts = Facts {
+            version: VERSION,
+            class,
+            kernel: &images.kernel_identity,
+            initrd: &images.initrd_identity,
+            program: identity(&fs::metadata("/proc/self/exe")?),
+            kernel_params: &config.kernel_params,
+            free_page_reporting: config.free_page_reporting,
+            // Containers and VMs do not have the file.
+            microcode: fs::read_to_string(MICROCODE).unwrap_or_default(),
+        };
+        let text = serde_json::to_vec(&facts)?;
+        let name = digest::sha256(text.as_slice(), |_| Ok(()))?;
+        let mut id = BuildId::default();
+        for (byte, digits) in id.iter_mut().zip(name.as_bytes().chunks(2)) {
+            let digits = std::str::from_utf8(digits).map_err(io::Error::other)?;
+            *byte = u8::from_str_radix(digits, 16).map_err(io::Error::other)?;
+        }
+        Ok(Self { id, name })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    fn images(kernel: &str) -> GuestImages {
+        let file = || File::open("/dev/null").unwrap();
+        GuestImages {
+            kernel: file(),
+            initrd: file(),
+            kernel_identity: kernel.to_owned(),
+            initrd_identity: "initrd".to_owned(),
+        }
+    }
+
+    #[test]
+    fn key_changes_with_the_class_the_files_and_the_configuration() {
+        let class = Class {
+            vcpus: 1,
+            max_vcpus: 3,
+            memory_mib: 1024,
+            max_memory_mib: 4096,
+            huge_mib: 0,
+            namespace: String::new(),
+        };
+        let config = Config::default();
+        let key = |class: &Class, kernel: &str, config: &Config| Key::new(class, &images(kernel), config).unwrap();
+        let first = key(&class, "kernel", &config);
+        assert_eq!(first, key(&class, "kernel", &config));
+        assert!(digest::is_sha256(&first.name) && first.name.starts_with(&format!("{:02x}", first.id[0])));
+        let others = [
+            key(&Class { memory_mib: 512, ..class.clone() }, "kernel", &config),
+            key(&Class { max_vcpus: 4, ..class.clone() }, "kernel", &config),
+            key(&Class { namespace: "a".to_owned(), ..class.clone() }, "kernel", &config),
+            key(&class, "other", &config),
+            key(&class, "kernel", &Config { kernel_params: "x".to_owned(), ..config.clone() }),
+            key(&class, "kernel", &Config { free_page_reporting: false, ..config.clone() }),
+        ];
+        for (number, other) in others.iter().enumerate() {
+            assert_ne!(*other, first, "{number}");
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! Templates: saved guests. A pod's guest is made from a template, which takes less time than a boot, and shares the
+//! pages that it does not change with the other guests of the template.
+//!
+//! After the first boot of a [`Class`], the shim starts a process that makes the template
+//! ([`crate::sandbox::template_builder`]). Its guest never runs a pod.
+
+mod class;
+mod start;
+mod store;
+
+use std::path::Path;
+
+use husk_config::{Config, TemplateShare, Templates};
+
+use self::store::remove;
+use crate::chain;
+use crate::resources::BootSize;
+use crate::sandbox::guest_image::GuestImages;
+
+pub use self::class::{Class, Key};
+pub use self::start::{ARGV0, start_builder};
+pub use self::store::{STORE, Store, StoreError, Template, find};
+
+/// A pod for whose guest a template is wanted.
+pub struct Wish<'a> {
+    /// The Kubernetes pod as `namespace/name`, or an empty text.
+    pub pod: &'a str,
+    /// Number of interfaces.
+    pub interfaces: usize,
+    /// The size of the VM.
+    pub size: &'a BootSize,
+}
+
+/// Returns the template from which a pod's guest is made. If there is none, the guest boots. Then also returns the class
+/// of the template that should be made, unless templates do not suit the pod.
+pub fn choose(wish: Wish<'_>, images: &GuestImages, config: &Config) -> (Option<Template>, Option<Class>) {
+    let Wish { pod, interfaces, size } = wish;
+    // A pod with kernel parameters has a kernel of its own. Interfaces occupy slots for hot-plugged devices.
+    let suits = config.template == Templates::Auto
+        && size.kernel_params.is_empty()
+        && interfaces <= MAX_INTERFACES
+        && !cfg!(feature = "failpoints");
+    if !suits {
+        return (None, None);
+    }
+    let namespace = pod.split_once('/').map(|(namespace, _)| namespace);
+    let namespace = namespace.filter(|_| config.template_share == TemplateShare::Namespace);
+    let class = Class::new(size, namespace);
+    let found = Key::new(&class, images, config)
+        .map_err(|error| error.to_string())
+        .and_then(|key| find(Path::new(STORE), &key, config.template_max_age()).map_err(|error| chain(&error)));
+    match found {
+        Ok(Some(template)) => (Some(template), None),
+        Ok(None) => (None, Some(class)),
+        Err(error) => {
+            tracing::warn!(error, "the guest boots, because no template can be used");
+            (None, None)
+        }
+    }
+}
+
+/// Removes a template from which a guest could not be made.
+pub fn discard(template: &Template) {
+    remove(Path::new(STORE), &template.key.name);
+}
+
+/// Number of interfaces for which a template has slots, in addition to the spare slots.
+pub const INTERFACES: u8 = 1;
+/// Maximum number of interfaces of a guest that is made from a template.
+const MAX_INTERFACES: usize = 2;

@@ -1,0 +1,303 @@
+//! The directory of the templates: a tmpfs that only root can access.
+//!
+//! A template is a directory with the files `state` and `memory`. It gets its name when it is complete. A shim opens the
+//! files through a read-only mount. Therefore, a VMM cannot open them for writing, not even through its own fds in procfs.
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use husk_base::sys::mount::{MOUNT_ATTR_RDONLY, clone_tree, set_attributes};
+use husk_config::digest;
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, Flock, FlockArg, OFlag, openat};
+use nix::mount::{MsFlags, mount};
+use nix::sys::stat::Mode;
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+
+use super::class::Key;
+
+/// The directory of the templates.
+pub const STORE: &str = "/run/husk-templates";
+/// Maximum number of templates. Each has about 50 MiB.
+const MAX_TEMPLATES: usize = 8;
+/// The tmpfs has at most this part of the node's memory.
+const PART_OF_MEMORY: u64 = 8;
+/// Beginning of the name of a template that is not complete.
+const PARTIAL: &str = "partial-";
+
+/// The opened files of a template.
+#[derive(Debug)]
+pub struct Template {
+    /// The file with the state.
+    pub state: File,
+    /// The file with the memory.
+    pub memory: File,
+    /// The key.
+    pub key: Key,
+}
+
+/// Why a template cannot be made or used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// A file or directory could not be used.
+    #[error("failed to {step} {}", path.display())]
+    File {
+        /// What failed.
+        step: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The directory is not private.
+    #[error("{STORE} is not on a tmpfs, or is accessible to users other than root: remove it, and unmount it first")]
+    NotPrivate,
+}
+
+fn failed(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+    move |source| StoreError::File { step, path: path.to_owned(), source }
+}
+
+/// Opens a template that is not older than `max_age`. Returns `None` if there is none.
+///
+/// # Errors
+/// [`StoreError`] if the directory cannot be used.
+pub fn find(store: &Path, key: &Key, max_age: Duration) -> Result<Option<Template>, StoreError> {
+    let dir = match open_private(store) {
+        Err(StoreError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened?,
+    };
+    // The files are opened in a copy of the mount that is read-only.
+    let read_only = clone_tree(dir.as_fd(), false).map_err(failed("copy the mount of", store))?;
+    set_attributes(read_only.as_fd(), MOUNT_ATTR_RDONLY, 0, false).map_err(failed("protect the mount of", store))?;
+    let open = |file: &str| {
+        let path = format!("{}/{file}", key.name);
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        match openat(&read_only, path.as_str(), flags, Mode::empty()) {
+            Ok(file) => Ok(Some(File::from(file))),
+            Err(Errno::ENOENT) => Ok(None),
+            Err(errno) => Err(failed("open", &store.join(path))(errno.into())),
+        }
+    };
+    let (Some(state), Some(memory)) = (open("state")?, open("memory")?) else { return Ok(None) };
+    let age =
+        state.metadata().and_then(|metadata| metadata.modified()).map(|made| SystemTime::now().duration_since(made));
+    // A template from the future is as bad as an old one: the clock was wrong.
+    let is_young = matches!(age, Ok(Ok(age)) if age <= max_age);
+    Ok(is_young.then(|| Template { state, memory, key: key.clone() }))
+}
+
+/// Removes a template. Guests that were made from it go on. Best effort.
+pub fn remove(store: &Path, name: &str) {
+    let path = store.join(name);
+    if let Err(error) = fs::remove_dir_all(&path) {
+        tracing::warn!(%error, path = %path.display(), "failed to remove a template");
+    }
+}
+
+fn open_private(store: &Path) -> Result<OwnedFd, StoreError> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let dir = openat(AT_FDCWD, store, flags, Mode::empty()).map_err(|errno| failed("open", store)(errno.into()))?;
+    let metadata = dir.try_clone().map(File::from).and_then(|dir| dir.metadata()).map_err(failed("examine", store))?;
+    let kind = fstatfs(dir.as_fd()).map_err(|errno| failed("examine", store)(errno.into()))?.filesystem_type();
+    let is_private = metadata.uid() == nix::unistd::geteuid().as_raw() && metadata.mode() & 0o077 == 0;
+    if is_private && kind == TMPFS_MAGIC { Ok(dir) } else { Err(StoreError::NotPrivate) }
+}
+
+/// The directory, locked for the process that makes templates.
+pub struct Store {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+/// A template that is not complete. If it is dropped, its files are removed.
+pub struct Partial {
+    path: PathBuf,
+    /// The empty file for the state.
+    pub state: File,
+    /// The empty file for the memory.
+    pub memory: File,
+    /// An empty directory.
+    pub empty: PathBuf,
+}
+
+impl Store {
+    /// Mounts the directory if it is not mounted, and locks it. Returns `None` if another process makes a template.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open(path: &Path) -> Result<Option<Self>, StoreError> {
+        match DirBuilder::new().mode(0o700).create(path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed("create", path)(error)),
+            _ => {}
+        }
+        // The lock is on the mount point, so that only one process mounts the tmpfs.
+        let parent = path.parent().unwrap_or(path);
+        let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev()).map_err(failed("examine", path));
+        let lock = path.with_extension("lock");
+        let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(&lock);
+        let file = file.map_err(failed("open", &lock))?;
+        let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { return Ok(None) };
+        if device(path)? == device(parent)? {
+            mount_tmpfs(path).map_err(failed("mount a tmpfs at", path))?;
+        }
+        drop(open_private(path)?);
+        Ok(Some(Self { path: path.to_owned(), _lock: lock }))
+    }
+
+    /// Removes templates that are not complete, are older than `max_age`, or too many, so that there is room for one
+    /// more. Best effort.
+    pub fn make_room(&self, max_age: Duration) {
+        let mut templates = Vec::new();
+        for entry in fs::read_dir(&self.path).into_iter().flatten().flatten() {
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            let made = entry.path().join("state").metadata().and_then(|state| state.modified());
+            let age = made.ok().and_then(|made| SystemTime::now().duration_since(made).ok());
+            match age {
+                Some(age) if digest::is_sha256(&name) && age <= max_age => templates.push((age, name)),
+                _ if name.starts_with(PARTIAL) || digest::is_sha256(&name) => remove(&self.path, &name),
+                _ => {}
+            }
+        }
+        templates.sort();
+        for (_, name) in templates.iter().skip(MAX_TEMPLATES - 1) {
+            remove(&self.path, name);
+        }
+    }
+
+    /// Creates the files of a template.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn begin(&self, key: &Key) -> Result<Partial, StoreError> {
+        let path = self.path.join(format!("{PARTIAL}{}", key.name));
+        let empty = path.join("empty");
+        let dir = |path: &Path| DirBuilder::new().mode(0o700).create(path).map_err(failed("create", path));
+        dir(&path)?;
+        dir(&empty)?;
+        let file = |name: &str| {
+            let path = path.join(name);
+            let created = File::options().read(true).write(true).create_new(true).mode(0o400).open(&path);
+            created.map_err(failed("create", &path))
+        };
+        Ok(Partial { state: file("state")?, memory: file("memory")?, empty, path: path.clone() })
+    }
+
+    /// Gives a complete template its name.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn finish(&self, partial: Partial, key: &Key) -> Result<(), StoreError> {
+        let _ = fs::remove_dir(&partial.empty);
+        let path = self.path.join(&key.name);
+        remove_if_there(&path)?;
+        fs::rename(&partial.path, &path).map_err(failed("rename", &partial.path))
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+fn remove_if_there(path: &Path) -> Result<(), StoreError> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove", path)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Mounts a tmpfs whose pages are not swapped. Linux before 6.4 does not know `noswap`.
+fn mount_tmpfs(path: &Path) -> io::Result<()> {
+    let memory = nix::sys::sysinfo::sysinfo()?.ram_total();
+    let options = format!("mode=0700,size={}", memory / PART_OF_MEMORY);
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let tmpfs = |options: &str| mount(Some("husk-templates"), path, Some("tmpfs"), flags, Some(options));
+    match tmpfs(&format!("{options},noswap")) {
+        Err(Errno::EINVAL) => Ok(tmpfs(&options)?),
+        mounted => Ok(mounted?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+    use crate::volumes::test_support::isolated;
+
+    const DAY: Duration = Duration::from_secs(86400);
+
+    fn key(byte: u8) -> Key {
+        Key { id: [byte; 32], name: format!("{byte:02x}").repeat(32) }
+    }
+
+    fn make(store: &Store, key: &Key) {
+        let mut partial = store.begin(key).unwrap();
+        partial.state.write_all(b"state").unwrap();
+        partial.memory.write_all(b"memory").unwrap();
+        store.finish(partial, key).unwrap();
+    }
+
+    #[test]
+    fn template_is_found_read_only_when_it_is_complete() {
+        isolated(|dir| {
+            let path = dir.join("templates");
+            assert!(find(&path, &key(1), DAY).unwrap().is_none());
+            let store = Store::open(&path).unwrap().unwrap();
+            assert!(Store::open(&path).unwrap().is_none(), "two processes have the lock");
+            let partial = store.begin(&key(1)).unwrap();
+            assert!(find(&path, &key(1), DAY).unwrap().is_none());
+            drop(partial);
+            make(&store, &key(1));
+            let mut found = find(&path, &key(1), DAY).unwrap().unwrap();
+            let mut text = String::new();
+            found.memory.read_to_string(&mut text).unwrap();
+            assert_eq!(text, "memory");
+            for file in [&found.state, &found.memory] {
+                let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+                let error = File::options().write(true).open(path).unwrap_err();
+                assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+            }
+            assert!(find(&path, &key(2), DAY).unwrap().is_none());
+            assert!(find(&path, &key(1), Duration::ZERO).unwrap().is_none());
+            // A template that was made again replaces the old one, which can still be read.
+            make(&store, &key(1));
+            assert_eq!(fs::read_dir(&path).unwrap().count(), 1);
+        });
+    }
+
+    #[test]
+    fn store_that_others_can_access_is_refused() {
+        isolated(|dir| {
+            let path = dir.join("templates");
+            fs::create_dir(&path).unwrap();
+            assert!(matches!(find(&path, &key(1), DAY), Err(StoreError::NotPrivate)));
+        });
+    }
+
+    #[test]
+    fn old_templates_and_leftovers_make_room() {
+        isolated(|dir| {
+            let path = dir.join("templates");
+            let store = Store::open(&path).unwrap().unwrap();
+            let count = || fs::read_dir(&path).unwrap().count();
+            std::mem::forget(store.begin(&key(100)).unwrap());
+            for byte in 0..10 {
+                make(&store, &key(byte));
+            }
+            assert_eq!(count(), 11);
+            store.make_room(DAY);
+            assert_eq!(count(), MAX_TEMPLATES - 1);
+            store.make_room(Duration::ZERO);
+            assert_eq!(count(), 0);
+        });
+    }
+}

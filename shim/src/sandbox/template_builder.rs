@@ -1,0 +1,179 @@
+//! The process that makes a template: boots a guest that never runs a pod, and saves it.
+//!
+//! The process has no daemon's life: a shim starts it, and it ends when the template is made. It runs at the lowest
+//! priority, in a cgroup of its own, to which the template's memory is charged.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, PipeReader};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use husk_config::{Config, ConfigError};
+use husk_proto::{SHARE_TAG, TEMPLATE_PARAMETER};
+use husk_vmm::client::{CallError, Network, SpawnError, SpawnOptions, Vmm, spawn};
+use husk_vmm::config::{FdIndex, RateLimit, ShareConfig, Source, VmConfig};
+use husk_vmm::control::{BootStep, Call, ExitReason, Notice};
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::TimeVal;
+
+use crate::chain;
+use crate::sandbox::boot::{SPARE_SLOTS, VSOCK_CID, seccomp_mode};
+use crate::sandbox::guest_image::{GuestImages, ImageError};
+use crate::sandbox::launch;
+use crate::sandbox::template::{Class, INTERFACES, Key, STORE, Store, StoreError, find};
+
+/// How long the process waits before it boots the guest, so that the pod that has started it can start first.
+const DELAY: Duration = Duration::from_secs(2);
+/// Timeout for each step of the guest's boot. The boot has the lowest priority, and nobody waits for it.
+const LIMIT: Duration = Duration::from_secs(600);
+/// The cgroup of the process, and of the templates' memory.
+const CGROUP: &str = "husk-templates";
+
+/// Why no template was made.
+#[derive(Debug, thiserror::Error)]
+enum BuildError {
+    #[error("invalid arguments: expected a class as JSON")]
+    Class(#[source] serde_json::Error),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("failed to {0}")]
+    Host(&'static str, #[source] io::Error),
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    #[error("failed to {0}")]
+    Vmm(&'static str, #[source] CallError),
+    #[error("the guest ended: {0:?}")]
+    Ended(ExitReason),
+}
+
+/// Makes the template of the class in `args`, and returns the exit code.
+pub fn main(mut args: impl Iterator<Item = OsString>) -> ExitCode {
+    let class = args.next().unwrap_or_default();
+    match serde_json::from_str(&class.to_string_lossy()).map_err(BuildError::Class).and_then(|class| build(&class)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("husk: {}", chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn build(class: &Class) -> Result<(), BuildError> {
+    let _ = nix::unistd::setsid();
+    husk_base::sys::process::lower_priority().map_err(|error| BuildError::Host("lower the priority", error))?;
+    enter_cgroup();
+    // Another process that makes a template also makes the one of this class, if a later pod wants it.
+    let Some(store) = Store::open(Path::new(STORE))? else { return Ok(()) };
+    log_to(&Path::new(STORE).join("log")).map_err(|error| BuildError::Host("open the log", error))?;
+    thread::sleep(DELAY);
+    let config = launch::config()?;
+    let images = GuestImages::open(&config)?;
+    let key = Key::new(class, &images, &config).map_err(|error| BuildError::Host("examine this program", error))?;
+    let max_age = config.template_max_age();
+    if find(Path::new(STORE), &key, max_age)?.is_some() {
+        return Ok(());
+    }
+    store.make_room(max_age);
+    let partial = store.begin(&key)?;
+    let mut guest = Guest::boot(class, &config, &images, &partial.empty)?;
+    guest.wait_ready()?;
+    guest.vmm.call(Call::Pause, &[]).map_err(|error| BuildError::Vmm("pause the VM", error))?;
+    let files = [partial.state.as_fd(), partial.memory.as_fd()];
+    guest.vmm.call(Call::Save { build: key.id }, &files).map_err(|error| BuildError::Vmm("save the VM", error))?;
+    Ok(store.finish(partial, &key)?)
+}
+
+/// Moves this process to its cgroup. Without the cgroup, a template's memory is charged to containerd. Best effort.
+fn enter_cgroup() {
+    for hierarchy in ["/sys/fs/cgroup", "/sys/fs/cgroup/memory"].map(Path::new) {
+        let cgroup = hierarchy.join(CGROUP);
+        if !hierarchy.join("cgroup.procs").exists() {
+            continue;
+        }
+        let _ = fs::create_dir(&cgroup);
+        if let Err(error) = fs::write(cgroup.join("cgroup.procs"), "0") {
+            eprintln!("husk: failed to enter the cgroup {}: {error}", cgroup.display());
+        }
+    }
+}
+
+/// Writes the output of this process and of the VMM to a file.
+fn log_to(path: &Path) -> io::Result<()> {
+    let log = File::create(path)?;
+    Ok(nix::unistd::dup2_stderr(&log)?)
+}
+
+/// The guest that becomes the template. It ends when it is dropped, because its control socket is closed.
+struct Guest {
+    vmm: Vmm,
+}
+
+impl Guest {
+    fn boot(class: &Class, config: &Config, images: &GuestImages, share: &Path) -> Result<Self, BuildError> {
+        let host = |what| move |error| BuildError::Host(what, error);
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").map_err(host("open /dev/kvm"))?;
+        let (console, writer) = io::pipe().map_err(host("create a pipe for the guest's console"))?;
+        log_lines(console).map_err(host("start a thread"))?;
+        let spawned = spawn(SpawnOptions { network: Network::New, ..SpawnOptions::default() })?;
+        let limit = TimeVal::new(i64::try_from(LIMIT.as_secs()).unwrap_or(i64::MAX), 0);
+        setsockopt(&spawned.control.as_fd(), sockopt::ReceiveTimeout, &limit)
+            .map_err(|errno| BuildError::Host("set the timeout of the control socket", errno.into()))?;
+        let mut vmm = Vmm::new(spawned.control);
+        let create = VmConfig {
+            id: "template".to_owned(),
+            vcpus: class.vcpus,
+            max_vcpus: class.max_vcpus,
+            memory_mib: class.memory_mib,
+            max_memory_mib: class.max_memory_mib,
+            huge_mib: class.huge_mib,
+            kvm: FdIndex(0),
+            source: Source::Kernel { kernel: FdIndex(1), initrd: FdIndex(2) },
+            kernel_params: format!("{} {TEMPLATE_PARAMETER}", config.kernel_params).trim().to_owned(),
+            console: FdIndex(3),
+            share: Some(ShareConfig {
+                tag: SHARE_TAG.to_owned(),
+                root: share.display().to_string(),
+                workers: config.virtio_fs_workers,
+                rate_limit: RateLimit::default(),
+            }),
+            require_landlock: config.require_landlock,
+            vsock_cid: VSOCK_CID,
+            vsock_rate_limit: RateLimit::default(),
+            net: Vec::new(),
+            blk: Vec::new(),
+            balloon: config.free_page_reporting,
+            spare_slots: SPARE_SLOTS + INTERFACES,
+            saveable: true,
+            seccomp: seccomp_mode(config),
+        };
+        let fds = [kvm.as_fd(), images.kernel.as_fd(), images.initrd.as_fd(), writer.as_fd()];
+        vmm.call(Call::Create(Box::new(create)), &fds).map_err(|error| BuildError::Vmm("create the VM", error))?;
+        vmm.call(Call::Resume, &[]).map_err(|error| BuildError::Vmm("start the VM", error))?;
+        Ok(Self { vmm })
+    }
+
+    /// Waits until the guest can be saved.
+    fn wait_ready(&mut self) -> Result<(), BuildError> {
+        loop {
+            match self.vmm.notice().map_err(|error| BuildError::Vmm("wait for the guest's agent", error))? {
+                Notice::BootStep { step: BootStep::AgentReady, .. } => return Ok(()),
+                Notice::Exited { reason } => return Err(BuildError::Ended(reason)),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Copies the guest's console to the log.
+fn log_lines(mut console: PipeReader) -> io::Result<()> {
+    let copy = move || drop(io::copy(&mut console, &mut io::stderr()));
+    thread::Builder::new().name("console".into()).spawn(copy).map(drop)
+}
