@@ -83,11 +83,13 @@ pub struct Config {
 }
 
 impl Config {
-    /// Replaces the configuration by `content`. The factor for timeouts stays, because the node can be emulated.
+    /// Replaces the configuration by `content`. The factor for timeouts stays, because the node can be emulated. Guests
+    /// boot, unless `content` says otherwise.
     pub fn set(content: &str) -> Self {
         let saved = Self { saved: fs::read(CONFIG).ok() };
         let factor = if content.contains("timeout_factor") { "" } else { "\ntimeout_factor = 5\n" };
-        fs::write(CONFIG, format!("{content}{factor}")).unwrap();
+        let template = if content.contains("template") { "" } else { "\ntemplate = \"off\"\n" };
+        fs::write(CONFIG, format!("{content}{factor}{template}")).unwrap();
         saved
     }
 

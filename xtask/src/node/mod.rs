@@ -289,11 +289,11 @@ pub fn shell(containerd: Line, add: &[Add], machine: Machine) -> Result<()> {
 const CONFIG: &str = "etc/husk/config.toml";
 
 /// Returns Husk's configuration for the node: the installed one, followed by the settings in `more`. The node can be
-/// emulated, and is then slow.
+/// emulated, and is then slow. Guests boot, because a template that is made in the background would disturb tests.
 pub fn configuration(more: &str) -> Result<String> {
     let path = paths::dist().join(CONFIG);
     let text = fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
-    Ok(format!("{text}\ntimeout_factor = 5\n{more}"))
+    Ok(format!("{text}\ntimeout_factor = 5\ntemplate = \"off\"\n{more}"))
 }
 
 /// Writes the tar that the node unpacks over its root file system. The tar has `tests/node/root`, `dist/root`, what the

@@ -1,0 +1,155 @@
+//! Templates: guests that are made from a saved guest.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use husk_config::timeline::Timeline;
+use husk_e2e::cri::{Pod, Pods, pods};
+use husk_e2e::node::{self, Config};
+use nix::mount::{MntFlags, umount2};
+
+/// The directory of the templates.
+const STORE: &str = "/run/husk-templates";
+/// How long a template may take on an emulated node, at the lowest priority.
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// Lets the node make templates. Dropping it removes them.
+struct Templates(#[expect(dead_code, reason = "restores the configuration when it is dropped")] Config);
+
+impl Templates {
+    fn on() -> Self {
+        Self(Config::set("template = \"auto\"\n"))
+    }
+
+    /// Returns the directories of complete templates.
+    fn complete() -> Vec<PathBuf> {
+        let entries = fs::read_dir(STORE).into_iter().flatten().flatten().map(|entry| entry.path());
+        let is_complete = |path: &PathBuf| path.file_name().is_some_and(|name| name.len() == 64);
+        entries.filter(is_complete).collect()
+    }
+
+    /// Starts a pod, and waits until its template is complete.
+    #[track_caller]
+    fn make(pods: &Pods) -> PathBuf {
+        let before = Self::complete();
+        let pod = pods.pod();
+        assert!(!is_clone(&pod), "the first guest was made from a template");
+        let made = node::eventually(LIMIT, || Self::complete().into_iter().find(|path| !before.contains(path)));
+        pod.remove();
+        made.unwrap_or_else(|| {
+            let log = fs::read_to_string(Path::new(STORE).join("log")).unwrap_or_default();
+            panic!("no template after {} s\n{log}\n{}", LIMIT.as_secs(), node::log_tail(20))
+        })
+    }
+}
+
+impl Drop for Templates {
+    fn drop(&mut self) {
+        let _ = umount2(STORE, MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir(STORE);
+        let _ = fs::remove_file("/run/husk-templates.lock");
+        for hierarchy in ["/sys/fs/cgroup", "/sys/fs/cgroup/memory"] {
+            let _ = fs::remove_dir(Path::new(hierarchy).join("husk-templates"));
+        }
+    }
+}
+
+/// Returns the steps of a pod's start.
+fn steps(pod: &Pod) -> Vec<String> {
+    let path = format!("/run/husk/k8s.io/{}/timeline.json", pod.id);
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    Timeline::from_lines(&text).unwrap().remove(0).steps.into_iter().map(|step| step.name).collect()
+}
+
+/// Returns whether a pod's guest was made from a template.
+fn is_clone(pod: &Pod) -> bool {
+    steps(pod).iter().any(|step| step == "template restored")
+}
+
+#[test]
+fn second_pod_is_made_from_the_template_of_the_first() {
+    pods("template", |pods| {
+        let _templates = Templates::on();
+        Templates::make(pods);
+        let pod = pods.pod();
+        assert!(is_clone(&pod), "{:?}\n{}", steps(&pod), node::log_tail(30));
+        let container = pod.start(&pod.sh("sleep 100000"));
+        assert_eq!(container.sh("hostname"), pod.config["hostname"].as_str().unwrap());
+        // The interface was plugged in after the guest was restored.
+        let address = pod.addresses()[0].to_string();
+        assert!(container.sh("ip -4 -o address show dev eth0").contains(&address));
+        // The guest's clocks go on.
+        let uptime = || container.sh("cut -d' ' -f1 /proc/uptime").parse::<f64>().unwrap();
+        let (before, _) = (uptime(), container.sh("sleep 1"));
+        assert!((before + 1.0..before + 60.0).contains(&uptime()));
+        let guest: u64 = container.sh("date +%s").parse().unwrap();
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        assert!(now.abs_diff(guest) <= 5, "the guest's clock shows {guest}, and the node's clock shows {now}");
+    });
+}
+
+/// What must differ between guests: random bytes of two kinds, `boot_id`, and the MAC address.
+const IDENTITY: &str = "head -c 16 /dev/urandom | hexdump -ve '1/1 \"%02x\"'; echo; \
+                        cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid; \
+                        cat /sys/class/net/eth0/address; hostname";
+
+#[test]
+fn guests_of_a_template_have_their_own_identities() {
+    pods("template-identity", |pods| {
+        let _templates = Templates::on();
+        Templates::make(pods);
+        let mut seen = BTreeSet::new();
+        for batch in 0..10 {
+            let clones: Vec<Pod> = (0..5).map(|_| pods.pod()).collect();
+            for pod in &clones {
+                assert!(is_clone(pod), "{:?}", steps(pod));
+                let container = pod.start(&pod.sh(&format!("{IDENTITY}; sleep 100000")));
+                container.wait_for(pod.config["hostname"].as_str().unwrap());
+                for line in container.log().lines() {
+                    assert!(seen.insert(line.to_owned()), "two guests have {line:?} (batch {batch}): {seen:?}");
+                }
+            }
+            clones.iter().for_each(Pod::remove);
+        }
+        assert_eq!(seen.len(), 50 * 5);
+    });
+}
+
+#[test]
+fn template_that_cannot_be_used_is_dropped_and_the_guest_boots() {
+    pods("template-damaged", |pods| {
+        let _templates = Templates::on();
+        let template = Templates::make(pods);
+        let state = template.join("state");
+        let mut bytes = fs::read(&state).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::remove_file(&state).unwrap();
+        fs::write(&state, bytes).unwrap();
+        let pod = pods.pod();
+        assert!(!is_clone(&pod));
+        let log = node::log_tail(60);
+        assert!(log.contains("its template cannot be used") && log.contains("a checksum is wrong"), "{log}");
+        assert!(Templates::complete().is_empty());
+        let container = pod.start(&pod.sh("sleep 100000"));
+        assert_eq!(container.sh("echo here"), "here");
+        pod.remove();
+        // The next pod boots, too, and its template is used afterwards.
+        Templates::make(pods);
+        assert!(is_clone(&pods.pod()));
+    });
+}
+
+#[test]
+fn template_of_another_kernel_is_not_used() {
+    pods("template-stale", |pods| {
+        let _templates = Templates::on();
+        Templates::make(pods);
+        let status = Command::new("touch").arg("/usr/local/share/husk/initrd.cpio").status().unwrap();
+        assert!(status.success());
+        assert!(!is_clone(&pods.pod()));
+    });
+}
