@@ -23,6 +23,7 @@ mod net;
 mod netlink;
 mod policy;
 mod rng;
+mod saved_state;
 mod stream_header;
 mod vmm_answers;
 mod vsock;
@@ -54,8 +55,8 @@ macro_rules! targets {
 
 targets! {
     agent_answers agent_network agent_requests annotations balloon blk boot_data bootstrap bundle config console
-    control_wire cri_sandbox dbus fuse guest_files kernel mem mmio net netlink policy rng stream_header vmm_answers
-    vsock
+    control_wire cri_sandbox dbus fuse guest_files kernel mem mmio net netlink policy rng saved_state stream_header
+    vmm_answers vsock
 }
 
 /// Runs a target with each input of the target's corpus.
