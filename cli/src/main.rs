@@ -6,6 +6,7 @@
 mod check;
 mod output;
 mod ps;
+mod template;
 mod trace;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -46,6 +47,23 @@ enum Command {
         /// default is the newest timeline in the file that the configuration key `timeline_log` names.
         target: Option<String>,
     },
+    /// Lists, makes or removes templates. A template is a saved guest from which guests of pods are made.
+    #[command(subcommand)]
+    Template(TemplateCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum TemplateCommand {
+    /// Lists this node's templates.
+    List {
+        /// Output format.
+        #[arg(long, short, value_enum, default_value_t = template::Output::Text)]
+        output: template::Output,
+    },
+    /// Makes the template for pods without limits, and waits until it is made. Does nothing if there is one.
+    Build,
+    /// Removes all templates. Guests that were made from them go on.
+    Clear,
 }
 
 fn main() -> ExitCode {
@@ -55,10 +73,18 @@ fn main() -> ExitCode {
         Command::Ps { output } => print(&ps::main(output)),
         Command::Trace { target } => match trace::main(&arguments.config, target.as_deref()) {
             Ok(text) => print(&text),
-            Err(error) => {
-                eprintln!("husk: {}", chain(&error));
-                ExitCode::FAILURE
-            }
+            Err(error) => fail(&error),
+        },
+        Command::Template(TemplateCommand::List { output }) => print(&template::list(output)),
+        Command::Template(TemplateCommand::Build) => fail(&template::build(&arguments.config)),
+        Command::Template(TemplateCommand::Clear) => match template::clear() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error),
         },
     }
+}
+
+fn fail(error: &dyn std::error::Error) -> ExitCode {
+    eprintln!("husk: {}", chain(error));
+    ExitCode::FAILURE
 }

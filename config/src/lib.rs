@@ -9,6 +9,7 @@ pub mod host_sockets;
 mod load;
 pub mod rate_limit;
 pub mod sandbox;
+pub mod template;
 pub mod timeline;
 pub mod timeout_factor;
 

@@ -47,7 +47,7 @@ pub fn main() -> ExitCode {
     if name == sandbox::host_sockets::program::ARGV0 {
         return sandbox::host_sockets::program::main(args);
     }
-    if name == sandbox::template::ARGV0 {
+    if name == husk_config::template::ARGV0 {
         return sandbox::template_builder::main(args);
     }
     if name == husk_vmm::client::ARGV0 {

@@ -3,7 +3,6 @@
 mod jail;
 
 use std::{
-    fmt::Write,
     fs,
     path::Path,
     time::{Duration, SystemTime},
@@ -13,6 +12,7 @@ use husk_config::sandbox::Sandbox;
 use serde::Serialize;
 
 use self::jail::Jail;
+use crate::output::{age, columns};
 
 /// State directory of the shims. `husk ps` reads the files `<namespace>/<sandbox>/sandbox.json` in this directory.
 const STATE_DIR: &str = "/run/husk";
@@ -89,7 +89,8 @@ fn table(rows: &[Row], now: SystemTime) -> String {
     let head = ["NAMESPACE", "SANDBOX", "POD", "STATE", "VCPUS", "MEMORY", "USED", "AGE", "VMM", "SHIM"];
     let mut lines = vec![head.map(str::to_owned)];
     for Row { sandbox, used_kib, running, .. } in rows {
-        let age = now.duration_since(SystemTime::UNIX_EPOCH + Duration::from_secs(sandbox.started)).unwrap_or_default();
+        let started = SystemTime::UNIX_EPOCH + Duration::from_secs(sandbox.started);
+        let since = now.duration_since(started).unwrap_or_default();
         lines.push([
             sandbox.namespace.clone(),
             sandbox.id.chars().take(13).collect(),
@@ -98,34 +99,12 @@ fn table(rows: &[Row], now: SystemTime) -> String {
             sandbox.vcpus.to_string(),
             format!("{} MiB", sandbox.memory_mib),
             format!("{} MiB", used_kib / 1024),
-            self::age(age),
+            age(since),
             sandbox.vmm_pid.to_string(),
             sandbox.shim_pid.to_string(),
         ]);
     }
-    let mut widths = [0; 10];
-    for line in &lines {
-        for (width, cell) in widths.iter_mut().zip(line) {
-            *width = (*width).max(cell.chars().count());
-        }
-    }
-    let mut text = String::new();
-    for line in &lines {
-        let cells: Vec<String> = line.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
-        let _ = writeln!(text, "{}", cells.join("  ").trim_end());
-    }
-    text
-}
-
-/// Formats a duration in the largest unit for which the number is at least 2.
-fn age(age: Duration) -> String {
-    let seconds = age.as_secs();
-    match seconds {
-        0..=119 => format!("{seconds}s"),
-        120..=7199 => format!("{}m", seconds / 60),
-        7200..=172_799 => format!("{}h", seconds / 3600),
-        _ => format!("{}d", seconds / 86_400),
-    }
+    columns(&lines)
 }
 
 #[cfg(test)]
@@ -176,11 +155,5 @@ k8s.io     0123456789abc  shop/cart  running  2      320 MiB  41 MiB  90s  12   
         let text = fs::read_to_string(&old).unwrap().replace(",\"configured_seccomp\":\"log\"", "");
         fs::write(&old, text).unwrap();
         assert_eq!(self::rows(&state, &proc)[0].sandbox.configured_seccomp, None);
-    }
-
-    #[test]
-    fn age_uses_the_largest_fitting_unit() {
-        let format = |seconds| age(Duration::from_secs(seconds));
-        assert_eq!([format(3), format(130), format(7300), format(200_000)], ["3s", "2m", "2h", "2d"]);
     }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use husk_base::entropy;
+use husk_config::template::Class;
 use husk_config::{Config, Seccomp};
 use husk_proto::agent::{BindDeviceRequest, IdMapping, Mount, SetupRequest, UpdateNetworkRequest};
 use husk_proto::{AGENT_PROTOCOL, AUDIT_PREFIX, GUEST_SHM, SHARE_TAG, ports};
@@ -29,7 +30,7 @@ use crate::sandbox::host_sockets::HostSockets;
 use crate::sandbox::notices;
 use crate::sandbox::notices::Progress;
 use crate::sandbox::policy::PodPolicies;
-use crate::sandbox::template::{self, Class, Template};
+use crate::sandbox::template::{self, Template};
 use crate::sandbox::timeline::Timeline;
 use crate::text::bounded;
 use crate::vm::agent::{Agent, SetupError, timeouts, within};

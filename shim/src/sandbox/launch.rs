@@ -31,7 +31,6 @@ use crate::sandbox::cgroup_record;
 use crate::sandbox::guest_image::{self, GuestImages, ImageError};
 use crate::sandbox::policy::{PodPolicies, PolicyError};
 use crate::sandbox::state_dir::{ProcessId, StateDir, StateError};
-use crate::sandbox::template;
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{LaunchInput, Sandbox};
 use crate::vm::agent::Report;
@@ -202,7 +201,7 @@ fn config_path() -> PathBuf {
 pub fn needed_files() -> Vec<PathBuf> {
     let mut paths = vec![config_path(), guest_image::COPIES.into()];
     if let Ok(Config { kernel, initrd, timeline_log, .. }) = config() {
-        paths.extend([kernel, initrd, timeline_log, template::STORE.into()]);
+        paths.extend([kernel, initrd, timeline_log, husk_config::template::STORE.into()]);
     }
     paths
 }

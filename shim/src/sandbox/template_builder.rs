@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
+use husk_config::template::{Class, STORE};
 use husk_config::{Config, ConfigError};
 use husk_proto::{SHARE_TAG, TEMPLATE_PARAMETER};
 use husk_vmm::client::{CallError, Network, SpawnError, SpawnOptions, Vmm, spawn};
@@ -21,10 +22,12 @@ use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
 use crate::chain;
+use crate::oci::Spec;
+use crate::resources::{self, BootSizeError};
 use crate::sandbox::boot::{SPARE_SLOTS, VSOCK_CID, seccomp_mode};
 use crate::sandbox::guest_image::{GuestImages, ImageError};
 use crate::sandbox::launch;
-use crate::sandbox::template::{Class, INTERFACES, Key, STORE, Store, StoreError, find};
+use crate::sandbox::template::{INTERFACES, Key, Store, StoreError, class_of, find};
 
 /// How long the process waits before it boots the guest, so that the pod that has started it can start first.
 const DELAY: Duration = Duration::from_secs(2);
@@ -41,6 +44,8 @@ enum BuildError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
+    Size(#[from] BootSizeError),
+    #[error(transparent)]
     Image(#[from] ImageError),
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -54,10 +59,9 @@ enum BuildError {
     Ended(ExitReason),
 }
 
-/// Makes the template of the class in `args`, and returns the exit code.
+/// Makes the template of the class in `args`, or of pods without limits, and returns the exit code.
 pub fn main(mut args: impl Iterator<Item = OsString>) -> ExitCode {
-    let class = args.next().unwrap_or_default();
-    match serde_json::from_str(&class.to_string_lossy()).map_err(BuildError::Class).and_then(|class| build(&class)) {
+    match build(args.next()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("husk: {}", chain(&error));
@@ -66,15 +70,25 @@ pub fn main(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn build(class: &Class) -> Result<(), BuildError> {
-    let _ = nix::unistd::setsid();
-    husk_base::sys::process::lower_priority().map_err(|error| BuildError::Host("lower the priority", error))?;
-    enter_cgroup();
-    // Another process that makes a template also makes the one of this class, if a later pod wants it.
-    let Some(store) = Store::open(Path::new(STORE))? else { return Ok(()) };
-    log_to(&Path::new(STORE).join("log")).map_err(|error| BuildError::Host("open the log", error))?;
-    thread::sleep(DELAY);
+fn build(class: Option<OsString>) -> Result<(), BuildError> {
+    let class = class.map(|class| serde_json::from_str(&class.to_string_lossy()).map_err(BuildError::Class));
+    let class: Option<Class> = class.transpose()?;
     let config = launch::config()?;
+    let _ = nix::unistd::setsid();
+    enter_cgroup();
+    // While another process makes a template, this one is not made. A later pod of this class wants it again.
+    let Some(store) = Store::open(Path::new(STORE))? else { return Ok(()) };
+    let class = match class {
+        Some(class) => {
+            husk_base::sys::process::lower_priority().map_err(|error| BuildError::Host("lower the priority", error))?;
+            log_to(&Path::new(STORE).join("log")).map_err(|error| BuildError::Host("open the log", error))?;
+            thread::sleep(DELAY);
+            class
+        }
+        // An operator waits for the template.
+        None => class_of(&resources::boot_size(&Spec::default(), &config, u64::MAX)?, None),
+    };
+    let class = &class;
     let images = GuestImages::open(&config)?;
     let key = Key::new(class, &images, &config).map_err(|error| BuildError::Host("examine this program", error))?;
     let max_age = config.template_max_age();
@@ -82,7 +96,7 @@ fn build(class: &Class) -> Result<(), BuildError> {
         return Ok(());
     }
     store.make_room(max_age);
-    let partial = store.begin(&key)?;
+    let partial = store.begin(&key, class)?;
     let mut guest = Guest::boot(class, &config, &images, &partial.empty)?;
     guest.wait_ready()?;
     guest.vmm.call(Call::Pause, &[]).map_err(|error| BuildError::Vmm("pause the VM", error))?;

@@ -3,9 +3,10 @@
 use std::fs;
 use std::io;
 
+use husk_config::template::Class;
 use husk_config::{Config, digest};
 use husk_vmm::config::BuildId;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::resources::{BootSize, hugepages};
 use crate::sandbox::guest_image::{GuestImages, identity};
@@ -15,36 +16,16 @@ const VERSION: u32 = 1;
 /// The version of the CPU's microcode.
 const MICROCODE: &str = "/sys/devices/system/cpu/cpu0/microcode/version";
 
-/// Guests of one class can be made from one template.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Class {
-    /// Number of vCPUs at boot.
-    pub vcpus: u8,
-    /// Maximum number of vCPUs.
-    pub max_vcpus: u8,
-    /// Memory at boot in MiB.
-    pub memory_mib: u64,
-    /// Maximum memory in MiB.
-    pub max_memory_mib: u64,
-    /// Maximum hot-plugged memory in MiB that consists of huge pages.
-    pub huge_mib: u64,
-    /// The Kubernetes namespace, if only pods of one namespace share a template. Otherwise empty.
-    pub namespace: String,
-}
-
-impl Class {
-    /// Returns the class of a pod. `namespace` is the pod's Kubernetes namespace, if templates are not shared between
-    /// namespaces.
-    pub fn new(size: &BootSize, namespace: Option<&str>) -> Self {
-        Self {
-            vcpus: size.vcpus,
-            max_vcpus: size.growth.max.vcpus,
-            memory_mib: size.memory_mib,
-            max_memory_mib: size.growth.max.memory_mib,
-            huge_mib: hugepages::pool_mib(),
-            namespace: namespace.unwrap_or_default().to_owned(),
-        }
+/// Returns the class of a pod. `namespace` is the pod's Kubernetes namespace, if templates are not shared between
+/// namespaces.
+pub fn class_of(size: &BootSize, namespace: Option<&str>) -> Class {
+    Class {
+        vcpus: size.vcpus,
+        max_vcpus: size.growth.max.vcpus,
+        memory_mib: size.memory_mib,
+        max_memory_mib: size.growth.max.memory_mib,
+        huge_mib: hugepages::pool_mib(),
+        namespace: namespace.unwrap_or_default().to_owned(),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Templates: saved guests. A pod's guest is made from a template, which takes less time than a boot, and shares the
 //! pages that it does not change with the other guests of the template.
 //!
-//! After the first boot of a [`Class`], the shim starts a process that makes the template
+//! After the first boot of a class ([`husk_config::template::Class`]), the shim starts a process that makes the template
 //! ([`crate::sandbox::template_builder`]). Its guest never runs a pod.
 
 mod class;
@@ -10,6 +10,7 @@ mod store;
 
 use std::path::Path;
 
+use husk_config::template::{Class, STORE};
 use husk_config::{Config, TemplateShare, Templates};
 
 use self::store::remove;
@@ -17,9 +18,9 @@ use crate::chain;
 use crate::resources::BootSize;
 use crate::sandbox::guest_image::GuestImages;
 
-pub use self::class::{Class, Key};
-pub use self::start::{ARGV0, start_builder};
-pub use self::store::{STORE, Store, StoreError, Template, find};
+pub use self::class::{Key, class_of};
+pub use self::start::start_builder;
+pub use self::store::{Store, StoreError, Template, find};
 
 /// A pod for whose guest a template is wanted.
 pub struct Wish<'a> {
@@ -45,7 +46,7 @@ pub fn choose(wish: Wish<'_>, images: &GuestImages, config: &Config) -> (Option<
     }
     let namespace = pod.split_once('/').map(|(namespace, _)| namespace);
     let namespace = namespace.filter(|_| config.template_share == TemplateShare::Namespace);
-    let class = Class::new(size, namespace);
+    let class = class_of(size, namespace);
     let found = Key::new(&class, images, config)
         .map_err(|error| error.to_string())
         .and_then(|key| find(Path::new(STORE), &key, config.template_max_age()).map_err(|error| chain(&error)));

@@ -4,13 +4,10 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use super::class::Class;
-use super::store::STORE;
+use husk_config::template::{ARGV0, Class, STORE};
+
 use crate::chain;
 use crate::launcher::{Launcher, ProgramOptions};
-
-/// Value of `argv[0]` that makes this program make a template.
-pub const ARGV0: &str = "husk-template";
 
 /// Starts the process, which goes on if the shim ends. Returns at once. Errors are logged.
 pub fn start_builder(launcher: Launcher, class: Class) {

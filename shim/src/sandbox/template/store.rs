@@ -1,17 +1,17 @@
 //! The directory of the templates: a tmpfs that only root can access.
 //!
-//! A template is a directory with the files `state` and `memory`. It gets its name when it is complete. A shim opens the
+//! A template is a directory ([`husk_config::template`]). It gets its name when it is complete. A shim opens the
 //! files through a read-only mount. Therefore, a VMM cannot open them for writing, not even through its own fds in procfs.
 
 use std::fs::{self, DirBuilder, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use husk_base::sys::mount::{MOUNT_ATTR_RDONLY, clone_tree, set_attributes};
-use husk_config::digest;
+use husk_config::template::{CLASS, Class, MEMORY, STATE, STORE, is_complete};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, Flock, FlockArg, OFlag, openat};
 use nix::mount::{MsFlags, mount};
@@ -20,8 +20,6 @@ use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
 use super::class::Key;
 
-/// The directory of the templates.
-pub const STORE: &str = "/run/husk-templates";
 /// Maximum number of templates. Each has about 50 MiB.
 const MAX_TEMPLATES: usize = 8;
 /// The tmpfs has at most this part of the node's memory.
@@ -84,7 +82,7 @@ pub fn find(store: &Path, key: &Key, max_age: Duration) -> Result<Option<Templat
             Err(errno) => Err(failed("open", &store.join(path))(errno.into())),
         }
     };
-    let (Some(state), Some(memory)) = (open("state")?, open("memory")?) else { return Ok(None) };
+    let (Some(state), Some(memory)) = (open(STATE)?, open(MEMORY)?) else { return Ok(None) };
     let age =
         state.metadata().and_then(|metadata| metadata.modified()).map(|made| SystemTime::now().duration_since(made));
     // A template from the future is as bad as an old one: the clock was wrong.
@@ -156,11 +154,11 @@ impl Store {
         let mut templates = Vec::new();
         for entry in fs::read_dir(&self.path).into_iter().flatten().flatten() {
             let Ok(name) = entry.file_name().into_string() else { continue };
-            let made = entry.path().join("state").metadata().and_then(|state| state.modified());
+            let made = entry.path().join(STATE).metadata().and_then(|state| state.modified());
             let age = made.ok().and_then(|made| SystemTime::now().duration_since(made).ok());
             match age {
-                Some(age) if digest::is_sha256(&name) && age <= max_age => templates.push((age, name)),
-                _ if name.starts_with(PARTIAL) || digest::is_sha256(&name) => remove(&self.path, &name),
+                Some(age) if is_complete(&name) && age <= max_age => templates.push((age, name)),
+                _ if name.starts_with(PARTIAL) || is_complete(&name) => remove(&self.path, &name),
                 _ => {}
             }
         }
@@ -174,7 +172,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn begin(&self, key: &Key) -> Result<Partial, StoreError> {
+    pub fn begin(&self, key: &Key, class: &Class) -> Result<Partial, StoreError> {
         let path = self.path.join(format!("{PARTIAL}{}", key.name));
         let empty = path.join("empty");
         let dir = |path: &Path| DirBuilder::new().mode(0o700).create(path).map_err(failed("create", path));
@@ -185,7 +183,9 @@ impl Store {
             let created = File::options().read(true).write(true).create_new(true).mode(0o400).open(&path);
             created.map_err(failed("create", &path))
         };
-        Ok(Partial { state: file("state")?, memory: file("memory")?, empty, path: path.clone() })
+        let text = serde_json::to_vec(class).map_err(|error| failed("write", &path.join(CLASS))(error.into()))?;
+        file(CLASS)?.write_all(&text).map_err(failed("write", &path.join(CLASS)))?;
+        Ok(Partial { state: file(STATE)?, memory: file(MEMORY)?, empty, path: path.clone() })
     }
 
     /// Gives a complete template its name.
@@ -227,7 +227,7 @@ fn mount_tmpfs(path: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
+    use std::io::Read;
     use std::os::fd::AsRawFd;
 
     use super::*;
@@ -235,12 +235,16 @@ mod tests {
 
     const DAY: Duration = Duration::from_secs(86400);
 
+    fn class() -> Class {
+        Class { vcpus: 1, max_vcpus: 3, memory_mib: 1024, max_memory_mib: 4096, huge_mib: 0, namespace: String::new() }
+    }
+
     fn key(byte: u8) -> Key {
         Key { id: [byte; 32], name: format!("{byte:02x}").repeat(32) }
     }
 
     fn make(store: &Store, key: &Key) {
-        let mut partial = store.begin(key).unwrap();
+        let mut partial = store.begin(key, &class()).unwrap();
         partial.state.write_all(b"state").unwrap();
         partial.memory.write_all(b"memory").unwrap();
         store.finish(partial, key).unwrap();
@@ -253,7 +257,7 @@ mod tests {
             assert!(find(&path, &key(1), DAY).unwrap().is_none());
             let store = Store::open(&path).unwrap().unwrap();
             assert!(Store::open(&path).unwrap().is_none(), "two processes have the lock");
-            let partial = store.begin(&key(1)).unwrap();
+            let partial = store.begin(&key(1), &class()).unwrap();
             assert!(find(&path, &key(1), DAY).unwrap().is_none());
             drop(partial);
             make(&store, &key(1));
@@ -289,7 +293,7 @@ mod tests {
             let path = dir.join("templates");
             let store = Store::open(&path).unwrap().unwrap();
             let count = || fs::read_dir(&path).unwrap().count();
-            std::mem::forget(store.begin(&key(100)).unwrap());
+            std::mem::forget(store.begin(&key(100), &class()).unwrap());
             for byte in 0..10 {
                 make(&store, &key(byte));
             }
