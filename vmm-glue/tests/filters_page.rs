@@ -28,7 +28,7 @@ is 0xae80, and `3 lacks 0x4` means that the third argument does not have this bi
 ";
 
 /// The kinds of threads, each with the title of its column.
-const KINDS: [(Kind, &str); 10] = [
+const KINDS: [(Kind, &str); 11] = [
     (Kind::Control, "control"),
     (Kind::Saver, "saver"),
     (Kind::Vcpu, "vCPU"),

@@ -153,7 +153,7 @@ fn find_used(memory: &GuestMemory, address: u64, len: u64, used: &mut Vec<(u64, 
     let mut resident = vec![0u8; usize::try_from(len.div_ceil(PAGE)).unwrap_or_default()];
     // SAFETY: the range is mapped, and `resident` has a byte for each page. An error leaves the bytes unchanged.
     let known = unsafe { libc::mincore(guard.as_ptr().cast_mut().cast(), range.len(), resident.as_mut_ptr()) } == 0;
-    let mut bytes = [0u8; PAGE as usize];
+    let mut bytes = [0u8; 4096];
     for (page, resident) in (0u64..).zip(resident) {
         // A page that has no memory reads as zeros. Reading it would give it a page-table entry.
         if known && resident & 1 == 0 {

@@ -293,7 +293,7 @@ mod tests {
             let path = dir.join("templates");
             let store = Store::open(&path).unwrap().unwrap();
             let count = || fs::read_dir(&path).unwrap().count();
-            std::mem::forget(store.begin(&key(100), &class()).unwrap());
+            let _unfinished = std::mem::ManuallyDrop::new(store.begin(&key(100), &class()).unwrap());
             for byte in 0..10 {
                 make(&store, &key(byte));
             }

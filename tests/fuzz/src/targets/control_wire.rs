@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use husk_base::sys::scm_rights;
-use husk_vmm::config_check::check;
+use husk_vmm::config_check::{CheckedSource, check};
 use husk_vmm::control::{Call, Notice, Reply, Request, wire};
 
 use crate::driver::memory_file;
@@ -23,7 +23,8 @@ pub fn run(bytes: &[u8]) {
         && let Ok((Request { call: Call::Create(config), .. }, fds)) = wire::recv::<Request>(&theirs)
         && let Ok(checked) = check(*config, fds)
     {
-        assert!((1..=64).contains(&checked.config.vcpus) && checked.initrd_len == 1);
+        let (CheckedSource::Kernel(files) | CheckedSource::Saved { otherwise: files, .. }) = &checked.source;
+        assert!((1..=64).contains(&checked.config.vcpus) && files.initrd_len == 1);
     }
     if send(&[]) {
         let _ = wire::recv::<Reply>(&theirs);

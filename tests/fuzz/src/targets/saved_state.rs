@@ -18,7 +18,7 @@ pub fn run(bytes: &[u8]) {
     let file = write(&BUILD, &sections).expect("write the sections");
     let Ok(state) = State::from_bytes(&BUILD, &file) else { return };
     for queue in state.devices.iter().flatten().flat_map(|device| &device.queues) {
-        drop(queue.queue(256));
+        let _ = queue.queue(256);
     }
     let again = state.to_bytes(&BUILD).expect("write a state that was read");
     assert!(State::from_bytes(&BUILD, &again).is_ok(), "a state that was written cannot be read");

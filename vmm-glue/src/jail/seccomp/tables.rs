@@ -409,7 +409,7 @@ mod tests {
 
     use super::*;
 
-    const KINDS: [(Kind, usize); 10] = [
+    const KINDS: [(Kind, usize); 11] = [
         (Kind::Control, 45),
         (Kind::Saver, 46),
         (Kind::Vcpu, 15),
