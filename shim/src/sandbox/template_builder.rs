@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, PipeReader};
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
@@ -18,6 +18,8 @@ use husk_proto::{SHARE_TAG, TEMPLATE_PARAMETER};
 use husk_vmm::client::{CallError, Network, SpawnError, SpawnOptions, Vmm, spawn};
 use husk_vmm::config::{FdIndex, RateLimit, ShareConfig, Source, VmConfig};
 use husk_vmm::control::{BootStep, Call, ExitReason, Notice};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
@@ -97,12 +99,35 @@ fn build(class: Option<OsString>) -> Result<(), BuildError> {
     }
     store.make_room(max_age);
     let partial = store.begin(&key, class)?;
-    let mut guest = Guest::boot(class, &config, &images, &partial.empty)?;
+    let share = EmptyShare::mount(&partial.empty).map_err(|error| BuildError::Host("mount an empty share", error))?;
+    let mut guest = Guest::boot(class, &config, &images, &share.0)?;
     guest.wait_ready()?;
     guest.vmm.call(Call::Pause, &[]).map_err(|error| BuildError::Vmm("pause the VM", error))?;
     let files = [partial.state.as_fd(), partial.memory.as_fd()];
     guest.vmm.call(Call::Save { build: key.id }, &files).map_err(|error| BuildError::Vmm("save the VM", error))?;
+    drop(share);
     Ok(store.finish(partial, &key)?)
+}
+
+/// An empty, read-only mount, which the VMM needs as its root directory. Only this process and the VMM see the mount.
+/// Dropping it unmounts it here.
+struct EmptyShare(PathBuf);
+
+impl EmptyShare {
+    fn mount(path: &Path) -> io::Result<Self> {
+        let none = None::<&Path>;
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)?;
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_RDONLY;
+        mount(Some("husk"), path, Some("tmpfs"), flags, Some("size=4k,nr_inodes=1"))?;
+        Ok(Self(path.to_owned()))
+    }
+}
+
+impl Drop for EmptyShare {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
 }
 
 /// Moves this process to its cgroup. Without the cgroup, a template's memory is charged to containerd. Best effort.

@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use husk_config::timeline::Timeline;
+use husk_e2e::containerd_log;
 use husk_e2e::cri::{Pod, Pods, pods};
 use husk_e2e::node::{self, Config};
 use nix::mount::{MntFlags, umount2};
@@ -37,11 +38,13 @@ impl Templates {
         let before = Self::complete();
         let pod = pods.pod();
         assert!(!is_clone(&pod), "the first guest was made from a template");
-        let made = node::eventually(LIMIT, || Self::complete().into_iter().find(|path| !before.contains(path)));
+        let failed = || containerd_log::lines_with(&[&pod.id]).contains("failed to make a template");
+        let new = || Self::complete().into_iter().find(|path| !before.contains(path));
+        let made = node::eventually(LIMIT, || new().map(Some).or_else(|| failed().then_some(None)));
         pod.remove();
-        made.unwrap_or_else(|| {
+        made.flatten().unwrap_or_else(|| {
             let log = fs::read_to_string(Path::new(STORE).join("log")).unwrap_or_default();
-            panic!("no template after {} s\n{log}\n{}", LIMIT.as_secs(), node::log_tail(20))
+            panic!("no template was made\n{log}\n{}", node::log_tail(20))
         })
     }
 }
