@@ -11,9 +11,13 @@ use husk_e2e::containerd_log;
 use husk_e2e::cri::{Pod, Pods, pods};
 use husk_e2e::node::{self, Config};
 use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// The directory of the templates.
 const STORE: &str = "/run/husk-templates";
+/// The name of a process that makes a template.
+const BUILDER: &[u8] = b"husk-template\0";
 /// How long a template may take on an emulated node, at the lowest priority.
 const LIMIT: Duration = Duration::from_secs(300);
 
@@ -49,14 +53,36 @@ impl Templates {
     }
 }
 
+/// Returns the processes that make templates.
+fn builders() -> Vec<Pid> {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let is_builder = |pid: &i32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with(BUILDER));
+    pids.filter(is_builder).map(Pid::from_raw).collect()
+}
+
 impl Drop for Templates {
     fn drop(&mut self) {
+        // The last pod may have started a process that makes a template. Its VMM ends with it.
+        let ended = node::eventually(LIMIT, || {
+            let builders = builders();
+            for pid in &builders {
+                let _ = kill(*pid, Signal::SIGKILL);
+            }
+            builders.is_empty().then_some(())
+        });
+        if ended.is_none() {
+            eprintln!("the processes {:?} do not end", builders());
+        }
         let _ = umount2(STORE, MntFlags::MNT_DETACH);
         let _ = fs::remove_dir(STORE);
         let _ = fs::remove_file("/run/husk-templates.lock");
-        for hierarchy in ["/sys/fs/cgroup", "/sys/fs/cgroup/memory"] {
-            let _ = fs::remove_dir(Path::new(hierarchy).join("husk-templates"));
-        }
+        let cgroups = ["/sys/fs/cgroup", "/sys/fs/cgroup/memory"].map(|path| Path::new(path).join("husk-templates"));
+        // A VMM leaves its cgroup when its process has ended.
+        node::eventually(LIMIT, || {
+            cgroups.iter().for_each(|cgroup| drop(fs::remove_dir(cgroup)));
+            cgroups.iter().all(|cgroup| !cgroup.exists()).then_some(())
+        });
     }
 }
 
