@@ -188,6 +188,8 @@ impl Config {
 pub enum Templates {
     /// A template is made after the first boot of a guest, and the next guests of the same size are made from it.
     Auto,
+    /// Guests are made from the templates that `husk template build` has made. Other guests boot.
+    Manual,
     /// All guests boot.
     Off,
 }

@@ -40,6 +40,16 @@ const SUITES_A_BOOT_BESIDE: usize = 12;
 /// minutes.
 const LIMITS: Limits = Limits::secs(2400, 300);
 
+/// Makes the template for pods without limits in the node.
+const MAKE_TEMPLATE: &str = "sed -i 's/^template = .*/template = \"manual\"/' /etc/husk/config.toml\n\
+                             husk template build && husk template list || exit 1\n";
+
+/// Prints how many of the ended pods had a guest from the template. Fails if none had.
+const COUNT_CLONES: &str = "ended=$(grep -c 'timeline in ms' /var/log/containerd.log)\n\
+                            clones=$(grep 'timeline in ms' /var/log/containerd.log | grep -c 'template restored')\n\
+                            echo \"$clones of $ended guests were made from the template\"\n\
+                            [ \"$clones\" -gt 0 ] || failed=1\n";
+
 /// Number of slowest tests that a run lists at its end.
 const SLOWEST: usize = 15;
 
@@ -80,6 +90,9 @@ pub struct Options {
     /// end, list the rules that no suite needed. Fail if a filter did not allow a call that a suite made.
     #[arg(long, requires = "e2e")]
     syscalls: bool,
+    /// Make a template in each node, and let the guests of pods without limits be made from it.
+    #[arg(long, requires = "e2e")]
+    templates: bool,
 }
 
 /// The result of a run.
@@ -257,7 +270,7 @@ fn e2e(filter: Filter<'_>, options: &Options, stages: &Stages, results: Results,
         |seat, boot| {
             let program = |(name, _): &(String, usize)| named.iter().map(|(suite, _)| *suite).find(|s| s.name == *name);
             let programs: Vec<&Program> = boot.suites.iter().filter_map(program).collect();
-            let selection = Selection { filter, long, syscalls: options.syscalls };
+            let selection = Selection { filter, long, syscalls: options.syscalls, templates: options.templates };
             run_boot(seat, boot, &programs, &selection, options.handler.as_deref())
         },
         |work, boot, report: BootReport| {
@@ -309,6 +322,8 @@ struct Selection<'a> {
     long: bool,
     /// Whether the system calls of the VMMs are recorded.
     syscalls: bool,
+    /// Whether guests are made from a template.
+    templates: bool,
 }
 
 impl Selection<'_> {
@@ -351,8 +366,7 @@ fn run_boot(
     }
     files::make_dir(&seat.dir())?;
     let path = seat.dir().join("e2e.sh");
-    fs::write(&path, script(boot, selection.syscalls))
-        .with_context(|| format!("failed to write {}", path.display()))?;
+    fs::write(&path, script(boot, selection)).with_context(|| format!("failed to write {}", path.display()))?;
     let mut env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()), ("RUST_BACKTRACE".into(), "1".into())];
     env.extend(handler.map(|handler| ("HUSK_E2E_HANDLER".to_owned(), handler.to_owned())));
     let limits = if selection.filter == Filter::All { LIMITS } else { Limits::default() };
@@ -386,10 +400,13 @@ fn hostile_guests(seat: Seat) -> Result<[Add; 2]> {
 
 /// Returns the script that runs the suites of a boot. [`Recorder`] reads the script's marks, and the line that the
 /// script prints before each suite's output.
-fn script(boot: &Boot, syscalls: bool) -> String {
+fn script(boot: &Boot, selection: &Selection<'_>) -> String {
     let mut script = String::from("# Runs the suites one after another. Fails if a suite fails.\nfailed=0\n");
-    if syscalls {
+    if selection.syscalls {
         script.push_str(&syscalls::begin());
+    }
+    if selection.templates {
+        script.push_str(MAKE_TEMPLATE);
     }
     for (name, _) in &boot.suites {
         script.push_str(&format!(
@@ -398,8 +415,11 @@ fn script(boot: &Boot, syscalls: bool) -> String {
              else failed=1; echo \"mark failed {name}\" >&9; fi\n"
         ));
     }
-    if syscalls {
+    if selection.syscalls {
         script.push_str(syscalls::END);
+    }
+    if selection.templates {
+        script.push_str(COUNT_CLONES);
     }
     script.push_str("exit $failed\n");
     script
@@ -418,7 +438,8 @@ mod tests {
 
     /// Runs the script of a boot on this machine, with other programs in place of the suites.
     fn boot_here(dir: &Path, results: &mut Results, boot: &Boot, args: &[&str]) -> Vec<(String, Attempt)> {
-        let script = script(boot, false).replace("/husk/tests", &dir.join("suites").display().to_string());
+        let selection = Selection { filter: Filter::All, long: false, syscalls: false, templates: false };
+        let script = script(boot, &selection).replace("/husk/tests", &dir.join("suites").display().to_string());
         let marks = dir.join("marks");
         let mut bash = Command::new("bash");
         bash.arg("-c").arg(format!("exec 9>'{}'; {script}", marks.display())).arg("script").args(args);
@@ -471,7 +492,8 @@ mod tests {
 
     #[test]
     fn arguments_include_ignored_tests_only_if_long_tests_run() {
-        let args = |filter, long| Selection { filter: Filter::parse(filter), long, syscalls: false }.args();
+        let args =
+            |filter, long| Selection { filter: Filter::parse(filter), long, syscalls: false, templates: false }.args();
         assert!(args("", false).is_empty());
         assert_eq!(args("", true), ["--include-ignored"]);
         assert_eq!(args("name", true), ["--include-ignored", "name"]);

@@ -83,13 +83,16 @@ pub struct Config {
 }
 
 impl Config {
-    /// Replaces the configuration by `content`. The factor for timeouts stays, because the node can be emulated. Guests
-    /// boot, unless `content` says otherwise.
+    /// Replaces the configuration by `content`. The factor for timeouts stays, because the node can be emulated. Whether
+    /// guests are made from templates stays, too, unless `content` says otherwise.
     pub fn set(content: &str) -> Self {
         let saved = Self { saved: fs::read(CONFIG).ok() };
         let factor = if content.contains("timeout_factor") { "" } else { "\ntimeout_factor = 5\n" };
-        let template = if content.contains("template") { "" } else { "\ntemplate = \"off\"\n" };
-        fs::write(CONFIG, format!("{content}{factor}{template}")).unwrap();
+        let before = saved.saved.as_deref().unwrap_or_default();
+        let of_node =
+            String::from_utf8_lossy(before).lines().find(|line| line.starts_with("template =")).map(str::to_owned);
+        let template = of_node.filter(|_| !content.contains("template =")).unwrap_or_default();
+        fs::write(CONFIG, format!("{content}{factor}\n{template}\n")).unwrap();
         saved
     }
 

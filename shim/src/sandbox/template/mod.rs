@@ -33,11 +33,11 @@ pub struct Wish<'a> {
 }
 
 /// Returns the template from which a pod's guest is made. If there is none, the guest boots. Then also returns the class
-/// of the template that should be made, unless templates do not suit the pod.
+/// of the template that should be made, unless templates do not suit the pod or are made by an operator.
 pub fn choose(wish: Wish<'_>, images: &GuestImages, config: &Config) -> (Option<Template>, Option<Class>) {
     let Wish { pod, interfaces, size } = wish;
     // A pod with kernel parameters has a kernel of its own. Interfaces occupy slots for hot-plugged devices.
-    let suits = config.template == Templates::Auto
+    let suits = config.template != Templates::Off
         && size.kernel_params.is_empty()
         && interfaces <= MAX_INTERFACES
         && !cfg!(feature = "failpoints");
@@ -52,7 +52,7 @@ pub fn choose(wish: Wish<'_>, images: &GuestImages, config: &Config) -> (Option<
         .and_then(|key| find(Path::new(STORE), &key, config.template_max_age()).map_err(|error| chain(&error)));
     match found {
         Ok(Some(template)) => (Some(template), None),
-        Ok(None) => (None, Some(class)),
+        Ok(None) => (None, (config.template == Templates::Auto).then_some(class)),
         Err(error) => {
             tracing::warn!(error, "the guest boots, because no template can be used");
             (None, None)
