@@ -34,6 +34,9 @@ pub enum ServiceError {
     /// An action (verb and object) failed.
     #[error("failed to {0}")]
     Failed(String, #[source] Cause),
+    /// The guest was made from a template, and could not be made this pod's guest.
+    #[error("failed to make the guest of a template this pod's guest")]
+    Template(#[source] Cause),
     /// Any other error. The text is the complete message.
     #[error("{0}")]
     Unknown(String),
@@ -49,6 +52,8 @@ impl ServiceError {
             Self::InvalidArgument(_) | Self::Malformed(..) => Code::INVALID_ARGUMENT,
             Self::Refused(_) => Code::PERMISSION_DENIED,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
+            // The shim removes the template.
+            Self::Template(_) => Code::DATA_LOSS,
             Self::Failed(..) | Self::Unknown(_) => Code::UNKNOWN,
         }
     }

@@ -146,7 +146,7 @@ fn counter() {
     for (build, state, memory, expected) in [
         ([4; 32], state.path(), memory.path(), "another build"),
         (BUILD, changed[0].path(), memory.path(), "a checksum is wrong"),
-        (BUILD, state.path(), changed[1].path(), "invalid part of a saved VM's memory"),
+        (BUILD, state.path(), changed[1].path(), "does not belong to its state"),
     ] {
         let mut machine = restore(build, state, memory);
         let refused = machine.refused.take().unwrap_or_default();

@@ -12,11 +12,23 @@ use std::io::{self, Read};
 /// kernel has larger buffers.
 const HELD: usize = 256;
 
+/// Gives the guest random numbers of its own. Blocks until the hypervisor has sent some.
+///
+/// # Errors
+/// If there is no entropy, or if the kernel does not accept it. The guest would have the random numbers of the template.
+pub fn renew(entropy: &[u8]) -> io::Result<()> {
+    if entropy.is_empty() {
+        return Err(io::Error::other("the host has sent no entropy"));
+    }
+    husk_base::entropy::credit(entropy)?;
+    drop_random_bytes()
+}
+
 /// Drops the hypervisor's random bytes that the kernel holds and that no reader has got. They are in the template, and
 /// all its guests would read the same ones. Blocks until the hypervisor has sent others.
 ///
 /// # Errors
 /// If `/dev/hwrng` cannot be read.
-pub fn drop_random_bytes() -> io::Result<()> {
+fn drop_random_bytes() -> io::Result<()> {
     File::open("/dev/hwrng")?.read_exact(&mut [0; HELD])
 }

@@ -64,17 +64,18 @@ impl agent_ttrpc::Sandbox for SandboxService {
         {
             tracing::warn!("failed to set the clock: {error}");
         }
-        if !request.entropy.is_empty()
+        if self.from_template {
+            let entropy = request.entropy.clone();
+            let own = tokio::task::spawn_blocking(move || -> Result<(), ServiceError> {
+                identity::renew(&entropy).map_err(failed("renew the guest's random numbers"))?;
+                share::mount().map_err(failed("mount the share"))
+            });
+            let own = own.await.map_err(|error| ServiceError::Template(error.into()))?;
+            own.map_err(|error| ServiceError::Template(error.into()))?;
+        } else if !request.entropy.is_empty()
             && let Err(error) = husk_base::entropy::credit(&request.entropy)
         {
             tracing::warn!("failed to add entropy: {error}");
-        }
-        if self.from_template {
-            let own = tokio::task::spawn_blocking(|| -> Result<(), ServiceError> {
-                share::mount().map_err(failed("mount the share"))?;
-                identity::drop_random_bytes().map_err(failed("drop the random bytes of the template"))
-            });
-            own.await.map_err(failed("make the guest of a template this pod's guest"))??;
         }
         if request.pids_max > 0 {
             crate::cgroup::limit_pids(request.pids_max).map_err(failed("limit the number of processes and threads"))?;

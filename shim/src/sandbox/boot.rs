@@ -16,6 +16,7 @@ use husk_vmm::config::{FdIndex, SeccompMode, ShareConfig, Source, VmConfig};
 use husk_vmm::control::{Answer, Call, VcpuPlace};
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
+use tokio::time::error::Elapsed;
 
 use crate::network::Network;
 use crate::network::sync::net_config;
@@ -33,7 +34,7 @@ use crate::sandbox::policy::PodPolicies;
 use crate::sandbox::template::{self, Template};
 use crate::sandbox::timeline::Timeline;
 use crate::text::bounded;
-use crate::vm::agent::{Agent, SetupError, timeouts, within};
+use crate::vm::agent::{self, Agent, SetupError, timeouts, within};
 use crate::vm::console;
 use crate::vm::console::LogTail;
 use crate::vm::vmm::{VMM_EXIT_TIMEOUT, Vmm, VmmError};
@@ -204,12 +205,11 @@ pub async fn boot(
         connect(&plan, vmm, timeline, limit).await
     })
     .await;
-    if let (Some(template), Err(_) | Ok(Err(BootError::Ended { .. } | BootError::Vmm { .. }))) =
-        (&plan.template, &result)
+    if let Some(Template { identity, .. }) = &plan.template
+        && guest_failed(&result, progress)
+        && !vmm.is_killed()
     {
-        // The guest did not answer, and the template may be the reason. The next guest boots, and another template is
-        // made. An error that the agent reports is the pod's.
-        template::discard(template);
+        template::strike(identity.clone()).await;
     }
     match result {
         Ok(Ok(agent)) => {
@@ -236,6 +236,19 @@ pub async fn boot(
             log_vcpus(vmm).await;
             Err(BootError::Timeout { secs: limit.as_secs(), console: console_suffix(tail) })
         }
+    }
+}
+
+/// Returns whether the guest has failed. An error that the agent or the VMM reports is usually the pod's.
+fn guest_failed(result: &Result<Result<Agent, BootError>, Elapsed>, progress: &watch::Receiver<Progress>) -> bool {
+    match result {
+        Ok(Ok(_)) => false,
+        Err(_) | Ok(Err(BootError::Ended { .. })) => true,
+        Ok(Err(BootError::Vmm { source: VmmError::Gone | VmmError::Timeout { .. }, .. })) => true,
+        Ok(Err(BootError::Setup(SetupError::Agent(error)) | BootError::Network(error))) => {
+            agent::is_timeout(error) || agent::is_connection_error(error) || agent::is_template_error(error)
+        }
+        Ok(Err(_)) => progress.borrow().ended(),
     }
 }
 
@@ -279,10 +292,10 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<bool, Bo
     let mut fds = vec![plan.kvm.as_fd(), plan.images.kernel.as_fd(), plan.images.initrd.as_fd(), console.as_fd()];
     let (kernel, initrd) = (FdIndex(1), FdIndex(2));
     let (source, net, spare_slots) = match &plan.template {
-        Some(Template { state, memory, key }) => {
+        Some(Template { state, memory, identity }) => {
             fds.extend([state.as_fd(), memory.as_fd()]);
             let (state, memory) = (FdIndex(4), FdIndex(5));
-            let source = Source::Saved { state, memory, build: key.id, kernel, initrd };
+            let source = Source::Saved { state, memory, build: identity.key.id, kernel, initrd };
             (source, Vec::new(), SPARE_SLOTS + template::INTERFACES)
         }
         None => {
@@ -330,7 +343,7 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<bool, Bo
     }
     if let (Some(reason), Some(template)) = (&refused, &plan.template) {
         tracing::warn!(reason = bounded(reason, MAX_REASON), "the guest boots, because its template cannot be used");
-        template::discard(template);
+        template::discard(template.identity.clone()).await;
     }
     if plan.seccomp() == SeccompMode::Log {
         tracing::warn!(

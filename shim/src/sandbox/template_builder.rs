@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use husk_config::template::{Class, STORE};
 use husk_config::{Config, ConfigError};
@@ -29,10 +29,15 @@ use crate::resources::{self, BootSizeError};
 use crate::sandbox::boot::{SPARE_SLOTS, VSOCK_CID, seccomp_mode};
 use crate::sandbox::guest_image::{GuestImages, ImageError};
 use crate::sandbox::launch;
-use crate::sandbox::template::{INTERFACES, Key, Store, StoreError, class_of, find};
+use crate::sandbox::template::{INTERFACES, Key, Store, StoreError, class_of, delay, find, is_delayed};
 
 /// How long the process waits before it boots the guest, so that the pod that has started it can start first.
 const DELAY: Duration = Duration::from_secs(2);
+/// How old the guest has to be. If a guest is younger than a second, KVM takes the time-stamp counter that a restored
+/// vCPU gets for an attempt to synchronize the vCPUs, and ignores it (`kvm_synchronize_tsc` in arch/x86/kvm/x86.c).
+const MIN_AGE: Duration = Duration::from_secs(2);
+/// `oom_score_adj` of the process and of its VM. If memory is short, they are killed before any pod.
+const OOM_SCORE_ADJ: &str = "1000";
 /// Timeout for each step of the guest's boot. The boot has the lowest priority, and nobody waits for it.
 const LIMIT: Duration = Duration::from_secs(600);
 /// The cgroup of the process, and of the templates' memory.
@@ -78,12 +83,15 @@ fn build(class: Option<OsString>) -> Result<(), BuildError> {
     let config = launch::config()?;
     let _ = nix::unistd::setsid();
     enter_cgroup();
+    fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ)
+        .map_err(|error| BuildError::Host("set oom_score_adj", error))?;
     // While another process makes a template, this one is not made. A later pod of this class wants it again.
     let Some(store) = Store::open(Path::new(STORE))? else { return Ok(()) };
+    let in_background = class.is_some();
     let class = match class {
         Some(class) => {
-            husk_base::sys::process::lower_priority().map_err(|error| BuildError::Host("lower the priority", error))?;
             log_to(&Path::new(STORE).join("log")).map_err(|error| BuildError::Host("open the log", error))?;
+            husk_base::sys::process::lower_priority().map_err(|error| BuildError::Host("lower the priority", error))?;
             thread::sleep(DELAY);
             class
         }
@@ -94,19 +102,31 @@ fn build(class: Option<OsString>) -> Result<(), BuildError> {
     let images = GuestImages::open(&config)?;
     let key = Key::new(class, &images, &config).map_err(|error| BuildError::Host("examine this program", error))?;
     let max_age = config.template_max_age();
-    if find(Path::new(STORE), &key, max_age)?.is_some() {
+    let waits = in_background && is_delayed(Path::new(STORE), &key);
+    if waits || find(Path::new(STORE), &key, max_age)?.is_some() {
         return Ok(());
     }
     store.make_room(max_age);
-    let partial = store.begin(&key, class)?;
+    let made = make(&store, class, &key, &config, &images);
+    if made.is_err() {
+        delay(Path::new(STORE), &key);
+    }
+    made
+}
+
+/// Boots the guest, and saves it.
+fn make(store: &Store, class: &Class, key: &Key, config: &Config, images: &GuestImages) -> Result<(), BuildError> {
+    let partial = store.begin(key, class)?;
     let share = EmptyShare::mount(&partial.empty).map_err(|error| BuildError::Host("mount an empty share", error))?;
-    let mut guest = Guest::boot(class, &config, &images, &share.0)?;
+    let mut guest = Guest::boot(class, config, images, &share.0)?;
+    let begin = Instant::now();
     guest.wait_ready()?;
+    thread::sleep(MIN_AGE.saturating_sub(begin.elapsed()));
     guest.vmm.call(Call::Pause, &[]).map_err(|error| BuildError::Vmm("pause the VM", error))?;
     let files = [partial.state.as_fd(), partial.memory.as_fd()];
     guest.vmm.call(Call::Save { build: key.id }, &files).map_err(|error| BuildError::Vmm("save the VM", error))?;
     drop(share);
-    Ok(store.finish(partial, &key)?)
+    Ok(store.finish(partial, key)?)
 }
 
 /// An empty, read-only mount, which the VMM needs as its root directory. Only this process and the VMM see the mount.
@@ -140,6 +160,10 @@ fn enter_cgroup() {
         let _ = fs::create_dir(&cgroup);
         if let Err(error) = fs::write(cgroup.join("cgroup.procs"), "0") {
             eprintln!("husk: failed to enter the cgroup {}: {error}", cgroup.display());
+        }
+        // SCHED_IDLE counts only within a cgroup. Without the cpu controller, these files do not exist.
+        if fs::write(cgroup.join("cpu.idle"), "1").is_err() {
+            let _ = fs::write(cgroup.join("cpu.weight"), "1");
         }
     }
 }

@@ -279,6 +279,12 @@ pub fn is_timeout(error: &ttrpc::Error) -> bool {
     }
 }
 
+/// Returns whether the agent reports that the guest could not be made this pod's guest, although it was made from a
+/// template.
+pub fn is_template_error(error: &ttrpc::Error) -> bool {
+    matches!(error, ttrpc::Error::RpcStatus(status) if status.code() == ttrpc::Code::DATA_LOSS)
+}
+
 /// Returns whether `error` is that of the connection to the agent, and not an answer or a timeout. Without this
 /// connection, the shim kills the VM.
 pub fn is_connection_error(error: &ttrpc::Error) -> bool {

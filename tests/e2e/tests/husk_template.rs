@@ -166,6 +166,13 @@ fn template_that_cannot_be_used_is_dropped_and_the_guest_boots() {
         let container = pod.start(&pod.sh("sleep 100000"));
         assert_eq!(container.sh("echo here"), "here");
         pod.remove();
+        // The next attempt to make the template is delayed.
+        let delayed = fs::read_dir(STORE).unwrap().flatten().map(|entry| entry.path());
+        let [delayed] = &delayed.filter(|path| path.to_string_lossy().contains("/delayed-")).collect::<Vec<_>>()[..]
+        else {
+            panic!("the next attempt is not delayed");
+        };
+        fs::remove_file(delayed).unwrap();
         // The next pod boots, too, and its template is used afterwards.
         Templates::make(pods);
         assert!(is_clone(&pods.pod()));

@@ -9,7 +9,7 @@ use crate::config::BuildId;
 use crate::guest_memory::GuestMemory;
 use crate::serial::Console;
 use crate::snapshot::host::{Host, HostError};
-use crate::snapshot::memory::{self, MemoryStateError};
+use crate::snapshot::memory::{self, FileId, MemoryStateError};
 use crate::snapshot::platform::{self, PlatformError};
 use crate::snapshot::state::{MAX_LEN, Machine, State, StateError};
 use crate::snapshot::vcpu::{self, VcpuStateError};
@@ -27,6 +27,9 @@ pub enum RestoreError {
     /// The state is not valid.
     #[error("the state of the saved VM cannot be used")]
     State(#[from] StateError),
+    /// The file with the memory is not that of the state.
+    #[error("the memory of the saved VM does not belong to its state, or has another length")]
+    OtherMemory,
     /// The memory could not be mapped.
     #[error(transparent)]
     Memory(#[from] MemoryStateError),
@@ -83,6 +86,9 @@ impl Saved {
         let state = State::from_bytes(build, &bytes)?;
         if state.values.host != Host::read(kvm)? {
             return Err(RestoreError::OtherHost);
+        }
+        if state.values.memory_file != FileId::of(memory).map_err(RestoreError::Read)? {
+            return Err(RestoreError::OtherMemory);
         }
         memory::map(ram, &state.memory, memory)?;
         Ok(Self(state))

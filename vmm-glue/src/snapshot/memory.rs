@@ -10,6 +10,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, WriteVolatile};
@@ -34,6 +35,23 @@ pub struct Extent {
     pub len: u64,
     /// Offset in the file. A multiple of 4096.
     pub offset: u64,
+}
+
+/// Identifies the file with the memory that belongs to a state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileId {
+    inode: u64,
+    len: u64,
+}
+
+impl FileId {
+    /// Returns the id of a file.
+    ///
+    /// # Errors
+    /// The error of reading the file's attributes.
+    pub fn of(file: &File) -> io::Result<Self> {
+        file.metadata().map(|metadata| Self { inode: metadata.ino(), len: metadata.len() })
+    }
 }
 
 /// Error from saving or mapping memory.
@@ -62,13 +80,17 @@ pub enum MemoryStateError {
 }
 
 /// Writes the parts of guest memory that are not zero to an empty file. Returns the parts. No vCPU and no device may run.
+/// Only the first `len` bytes of guest memory are saved: the memory at boot. A VM with plugged memory cannot be saved.
 ///
 /// # Errors
 /// [`MemoryStateError::Access`] or [`MemoryStateError::Write`].
-pub fn save(memory: &GuestMemory, file: &mut File) -> Result<Vec<Extent>, MemoryStateError> {
+pub fn save(memory: &GuestMemory, len: u64, file: &mut File) -> Result<Vec<Extent>, MemoryStateError> {
     let mut used = Vec::new();
+    let mut left = len;
     for region in memory.iter() {
-        let (start, end) = (region.start_addr().0, region.start_addr().0 + region.len());
+        let start = region.start_addr().0;
+        let end = start + region.len().min(left);
+        left -= end - start;
         let mut address = start;
         while address < end {
             let len = CHUNK.min(end - address);
@@ -148,17 +170,9 @@ fn check(extents: &[Extent], file_len: u64) -> Result<(), MemoryStateError> {
 
 /// Adds the parts of a range that are not zero to `used`.
 fn find_used(memory: &GuestMemory, address: u64, len: u64, used: &mut Vec<(u64, u64)>) -> Result<(), MemoryStateError> {
-    let range = slice(memory, address, len)?;
-    let guard = range.ptr_guard();
-    let mut resident = vec![0u8; usize::try_from(len.div_ceil(PAGE)).unwrap_or_default()];
-    // SAFETY: the range is mapped, and `resident` has a byte for each page. An error leaves the bytes unchanged.
-    let known = unsafe { libc::mincore(guard.as_ptr().cast_mut().cast(), range.len(), resident.as_mut_ptr()) } == 0;
     let mut bytes = [0u8; 4096];
-    for (page, resident) in (0u64..).zip(resident) {
-        // A page that has no memory reads as zeros. Reading it would give it a page-table entry.
-        if known && resident & 1 == 0 {
-            continue;
-        }
+    // mincore(2) would not tell pages that have never been written from pages that have been swapped out.
+    for page in 0..len.div_ceil(PAGE) {
         let at = address + page * PAGE;
         let len = PAGE.min(address + len - at);
         slice(memory, at, len)?.copy_to(&mut bytes[..]);
@@ -222,7 +236,7 @@ mod tests {
 
     fn saved(memory: &GuestMemory) -> (File, Vec<Extent>) {
         let mut file = tempfile::tempfile().unwrap();
-        let extents = save(memory, &mut file).unwrap();
+        let extents = save(memory, 2 * LEN as u64, &mut file).unwrap();
         file.rewind().unwrap();
         (file, extents)
     }
@@ -253,6 +267,15 @@ mod tests {
     fn unused_memory_is_not_saved() {
         let (file, extents) = saved(&memory());
         assert_eq!((file.metadata().unwrap().len(), extents), (0, Vec::new()));
+    }
+
+    #[test]
+    fn memory_beyond_that_of_the_boot_is_not_saved() {
+        let memory = memory();
+        memory.write_obj(1u8, GuestAddress((1 << 32) + 0x1000)).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        assert_eq!(save(&memory, LEN as u64 + 0x1000, &mut file).unwrap(), []);
+        assert_eq!(save(&memory, LEN as u64 + 0x2000, &mut file).unwrap().len(), 1);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::format::{self, FormatError, Kind, Section};
 use super::host::Host;
-use super::memory::Extent;
+use super::memory::{Extent, FileId};
 use super::platform::PlatformState;
 use super::vcpu::VcpuState;
 use crate::config::BuildId;
@@ -33,6 +33,8 @@ pub struct Machine {
 pub struct Values {
     /// What the VM was built with.
     pub machine: Machine,
+    /// The file with the memory.
+    pub memory_file: FileId,
     /// What KVM offered.
     pub host: Host,
     /// Number of bytes by which the kernel was moved.

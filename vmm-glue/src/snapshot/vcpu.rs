@@ -284,7 +284,7 @@ mod tests {
         let state = postcard::to_allocvec(&first.save()).unwrap();
         let platform = postcard::to_allocvec(&platform::save(&first.vm).unwrap()).unwrap();
         let mut file = tempfile::tempfile().unwrap();
-        let extents = memory::save(&first.memory, &mut file).unwrap();
+        let extents = memory::save(&first.memory, u64::MAX, &mut file).unwrap();
         for _ in 0..2 {
             let mut second = Machine::new(|memory| memory::map(memory, &extents, &file).unwrap());
             let state: VcpuState = postcard::from_bytes(&state).unwrap();

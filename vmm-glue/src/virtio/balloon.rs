@@ -161,8 +161,8 @@ fn release_all(buffers: &Iov<'_>, policy: &ReleasePolicy) {
     }
 }
 
-/// Drops the pages that lie completely within a range of guest memory. After that, these pages read as zeroes. Drops no
-/// page if the range overlaps huge pages.
+/// Drops the pages that lie completely within a range of guest memory. After that, these pages read as zeroes, or, in a
+/// guest that was made from a template, as they were in the template. Drops no page if the range overlaps huge pages.
 fn release(start: *mut u8, len: usize, policy: &ReleasePolicy) {
     let skipped = start.align_offset(PAGE);
     let len = len.saturating_sub(skipped) & !(PAGE - 1);

@@ -8,7 +8,7 @@ use kvm_ioctls::VcpuFd;
 use super::Vm;
 use crate::config::BuildId;
 use crate::snapshot::host::Host;
-use crate::snapshot::memory::{self, MemoryStateError};
+use crate::snapshot::memory::{self, FileId, MemoryStateError};
 use crate::snapshot::platform::{self, PlatformError};
 use crate::snapshot::state::{Machine, State, StateError, Values};
 use crate::snapshot::vcpu::{self, VcpuStateError};
@@ -67,9 +67,11 @@ impl Vm {
         }
         let save = |(id, vcpu)| vcpu::save(&self.kvm, vcpu, msrs).map_err(|error| SaveError::Vcpu(id, error));
         let vcpus = vcpus.iter().enumerate().map(save).collect::<Result<Vec<_>, _>>()?;
+        let extents = memory::save(&self.memory, machine.memory, &mut memory)?;
         let saved = State {
             values: Values {
                 machine: *machine,
+                memory_file: FileId::of(&memory).map_err(MemoryStateError::Write)?,
                 host: host.clone(),
                 kernel_moved: self.kernel_moved,
                 console: self.vcpus.console().state(),
@@ -77,7 +79,7 @@ impl Vm {
             vcpus,
             platform: platform::save(&self.kvm)?,
             devices: self.devices.save()?,
-            memory: memory::save(&self.memory, &mut memory)?,
+            memory: extents,
         };
         state.write_all(&saved.to_bytes(build)?).map_err(SaveError::Write)
     }

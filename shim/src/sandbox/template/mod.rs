@@ -13,14 +13,13 @@ use std::path::Path;
 use husk_config::template::{Class, STORE};
 use husk_config::{Config, TemplateShare, Templates};
 
-use self::store::remove;
-use crate::chain;
 use crate::resources::BootSize;
 use crate::sandbox::guest_image::GuestImages;
+use crate::{blocking, chain};
 
 pub use self::class::{Key, class_of};
 pub use self::start::start_builder;
-pub use self::store::{Store, StoreError, Template, find};
+pub use self::store::{Identity, Store, StoreError, Template, delay, find, is_delayed};
 
 /// A pod for whose guest a template is wanted.
 pub struct Wish<'a> {
@@ -60,9 +59,14 @@ pub fn choose(wish: Wish<'_>, images: &GuestImages, config: &Config) -> (Option<
     }
 }
 
-/// Removes a template from which a guest could not be made.
-pub fn discard(template: &Template) {
-    remove(Path::new(STORE), &template.key.name);
+/// Removes a template from which no guest can be made.
+pub async fn discard(template: Identity) {
+    let _ = blocking::spawn(move || store::discard(Path::new(STORE), &template)).await;
+}
+
+/// Records that a guest that was made from a template has failed. The second failure removes the template.
+pub async fn strike(template: Identity) {
+    let _ = blocking::spawn(move || store::strike(Path::new(STORE), &template)).await;
 }
 
 /// Number of interfaces for which a template has slots, in addition to the spare slots.

@@ -27,6 +27,13 @@ const PART_OF_MEMORY: u64 = 8;
 /// Beginning of the name of a template that is not complete.
 const PARTIAL: &str = "partial-";
 
+/// Prefix of the name of a file that delays the next attempt to make a template. The rest of the name is the key.
+const DELAYED: &str = "delayed-";
+/// How long an attempt to make a template is delayed after a failure.
+const DELAY: Duration = Duration::from_secs(600);
+/// Name of an empty file in a template: a guest that was made from the template has failed.
+const STRUCK: &str = "struck";
+
 /// The opened files of a template.
 #[derive(Debug)]
 pub struct Template {
@@ -34,8 +41,21 @@ pub struct Template {
     pub state: File,
     /// The file with the memory.
     pub memory: File,
+    /// Which template it is.
+    pub identity: Identity,
+}
+
+/// Identifies a template. Another template can have the same key later.
+#[derive(Debug, Clone)]
+pub struct Identity {
     /// The key.
     pub key: Key,
+    /// Device and inode of the file with the state.
+    inode: (u64, u64),
+}
+
+fn inode(metadata: &fs::Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
 }
 
 /// Why a template cannot be made or used.
@@ -87,13 +107,56 @@ pub fn find(store: &Path, key: &Key, max_age: Duration) -> Result<Option<Templat
         state.metadata().and_then(|metadata| metadata.modified()).map(|made| SystemTime::now().duration_since(made));
     // A template from the future is as bad as an old one: the clock was wrong.
     let is_young = matches!(age, Ok(Ok(age)) if age <= max_age);
-    Ok(is_young.then(|| Template { state, memory, key: key.clone() }))
+    let identity = state.metadata().map(|metadata| Identity { key: key.clone(), inode: inode(&metadata) });
+    let identity = identity.map_err(failed("examine", store))?;
+    Ok(is_young.then_some(Template { state, memory, identity }))
 }
 
-/// Removes a template. Guests that were made from it go on. Best effort.
-pub fn remove(store: &Path, name: &str) {
+/// Removes a template that cannot be used, and delays the next attempt to make it. Guests that were made from it go on.
+/// Does nothing if the template has been replaced meanwhile. Best effort. Blocks the calling thread.
+pub fn discard(store: &Path, template: &Identity) {
+    let state = store.join(&template.key.name).join(STATE);
+    if fs::symlink_metadata(state).is_ok_and(|metadata| inode(&metadata) == template.inode) {
+        delay(store, &template.key);
+        remove(store, &template.key.name);
+    }
+}
+
+/// Records that a guest that was made from the template has failed. The template may be the reason, but also the pod or
+/// the node. Therefore the template is removed only at the second failure. Best effort. Blocks the calling thread.
+pub fn strike(store: &Path, template: &Identity) {
+    let path = store.join(&template.key.name).join(STRUCK);
+    match File::options().write(true).create_new(true).open(&path) {
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => discard(store, template),
+        Err(error) => tracing::debug!(%error, path = %path.display(), "failed to record the failure of a template"),
+    }
+}
+
+/// Delays the next attempt to make a template by [`DELAY`]. Best effort.
+pub fn delay(store: &Path, key: &Key) {
+    let path = store.join(format!("{DELAYED}{}", key.name));
+    if let Err(error) = File::create(&path) {
+        tracing::debug!(%error, path = %path.display(), "failed to delay the next attempt to make a template");
+    }
+}
+
+/// Returns whether the next attempt to make a template has to wait.
+pub fn is_delayed(store: &Path, key: &Key) -> bool {
+    let path = store.join(format!("{DELAYED}{}", key.name));
+    let at = fs::metadata(path).and_then(|metadata| metadata.modified());
+    at.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age < DELAY))
+}
+
+fn remove(store: &Path, name: &str) {
     let path = store.join(name);
-    if let Err(error) = fs::remove_dir_all(&path) {
+    let removed = match fs::remove_dir_all(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => fs::remove_file(&path),
+        removed => removed,
+    };
+    if let Err(error) = removed
+        && error.kind() != io::ErrorKind::NotFound
+    {
         tracing::warn!(%error, path = %path.display(), "failed to remove a template");
     }
 }
@@ -158,7 +221,9 @@ impl Store {
             let age = made.ok().and_then(|made| SystemTime::now().duration_since(made).ok());
             match age {
                 Some(age) if is_complete(&name) && age <= max_age => templates.push((age, name)),
-                _ if name.starts_with(PARTIAL) || is_complete(&name) => remove(&self.path, &name),
+                _ if [PARTIAL, DELAYED].iter().any(|prefix| name.starts_with(prefix)) || is_complete(&name) => {
+                    remove(&self.path, &name);
+                }
                 _ => {}
             }
         }

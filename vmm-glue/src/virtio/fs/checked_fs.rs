@@ -127,12 +127,12 @@ impl CheckedFs {
         self.nodes.wait_for_jobs(node, &wait);
     }
 
-    /// If only the guest uses the file, adds the option with which the file's locks stay in the guest's kernel.
     /// Returns whether the guest has mounted the file system.
     pub fn is_mounted(&self) -> bool {
         self.fs.is_mounted()
     }
 
+    /// If only the guest uses the file, adds the option with which the file's locks stay in the guest's kernel.
     fn with_lock_option(&self, inode: Inode, handle: Option<Handle>, options: OpenOptions) -> OpenOptions {
         if !handle.is_some_and(|handle| self.locks.are_private(inode, handle)) {
             return options;
