@@ -22,11 +22,17 @@ const BUILDER: &[u8] = b"husk-template\0";
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// Lets the node make templates. Dropping it removes them.
-struct Templates(#[expect(dead_code, reason = "restores the configuration when it is dropped")] Config);
+struct Templates {
+    config: Option<Config>,
+    /// Whether the node had a template before.
+    had_one: bool,
+}
 
 impl Templates {
     fn on() -> Self {
-        Self(Config::set("template = \"auto\"\n"))
+        let had_one = !Self::complete().is_empty();
+        husk_template("clear");
+        Self { config: Some(Config::set("template = \"auto\"\n")), had_one }
     }
 
     /// Returns the directories of complete templates.
@@ -51,6 +57,11 @@ impl Templates {
             panic!("no template was made\n{log}\n{}", node::log_tail(20))
         })
     }
+}
+
+#[track_caller]
+fn husk_template(action: &str) {
+    assert!(Command::new("husk").args(["template", action]).status().unwrap().success(), "husk template {action}");
 }
 
 /// Returns the processes that make templates.
@@ -83,6 +94,10 @@ impl Drop for Templates {
             cgroups.iter().for_each(|cgroup| drop(fs::remove_dir(cgroup)));
             cgroups.iter().all(|cgroup| !cgroup.exists()).then_some(())
         });
+        drop(self.config.take());
+        if self.had_one {
+            husk_template("build");
+        }
     }
 }
 
