@@ -353,6 +353,27 @@ mod tests {
     }
 
     #[test]
+    fn template_is_removed_at_the_second_failure_unless_it_was_replaced() {
+        isolated(|dir| {
+            let path = dir.join("templates");
+            let store = Store::open(&path).unwrap().unwrap();
+            make(&store, &key(1));
+            let found = || find(&path, &key(1), DAY).unwrap().map(|template| template.identity);
+            let first = found().unwrap();
+            strike(&path, &first);
+            assert!(found().is_some() && !is_delayed(&path, &key(1)));
+            strike(&path, &first);
+            assert!(found().is_none() && is_delayed(&path, &key(1)) && !is_delayed(&path, &key(2)));
+            // The failed guest is one of the former template.
+            make(&store, &key(1));
+            discard(&path, &first);
+            assert!(found().is_some());
+            discard(&path, &found().unwrap());
+            assert!(found().is_none());
+        });
+    }
+
+    #[test]
     fn old_templates_and_leftovers_make_room() {
         isolated(|dir| {
             let path = dir.join("templates");
