@@ -28,6 +28,8 @@ const EXIT_STATUS_KILLED: u32 = 128 + 9;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the shim may take to end a container that containerd has given up.
 const END_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long to wait for the deletion of a container that has ended.
+const DELETE_ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Timeout of the Shutdown request. This is longer than the shim takes to cancel all creations, to flush the guest's
 /// disks, and to tear the sandbox down. A cleanup before that would kill the VM during the flush.
 const SHUTDOWN_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(15);
@@ -74,26 +76,32 @@ pub fn delete(args: &Args) -> std::io::Result<()> {
     out.flush()
 }
 
+fn is_not_found(error: &ttrpc::Error) -> bool {
+    matches!(error, ttrpc::Error::RpcStatus(status) if status.code() == ttrpc::Code::NOT_FOUND)
+}
+
 /// Ends and deletes a container. Returns whether the shim says that the container has ended or does not exist.
 fn end_container(address: &Address, id: &str) -> bool {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return false };
     let end = async {
         let stream = tokio::net::UnixStream::connect(address.path()).await.ok()?;
         let task = TaskClient::new(Client::new(Socket::from(stream)));
-        let gone = |error: &ttrpc::Error| matches!(error, ttrpc::Error::RpcStatus(status) if status.code() == ttrpc::Code::NOT_FOUND);
-        let context = || within(END_TIMEOUT);
-        // The error for a container that has exited does not matter: the next request tells.
-        let kill = KillRequest { id: id.to_owned(), signal: 9, all: true, ..Default::default() };
-        let _ = task.kill(context(), &kill).await;
-        match task.wait(context(), &WaitRequest { id: id.to_owned(), ..Default::default() }).await {
+        let exit = async {
+            // The error for a container that has exited does not matter: the next request tells.
+            let kill = KillRequest { id: id.to_owned(), signal: 9, all: true, ..Default::default() };
+            let _ = task.kill(within(END_TIMEOUT), &kill).await;
+            task.wait(within(END_TIMEOUT), &WaitRequest { id: id.to_owned(), ..Default::default() }).await
+        };
+        match tokio::time::timeout(END_TIMEOUT, exit).await.ok()? {
             Ok(_) => {}
-            Err(error) => return gone(&error).then_some(()),
+            Err(error) => return is_not_found(&error).then_some(()),
         }
-        // The shim goes on with the deletion if this process ends first.
-        let _ = task.delete(context(), &DeleteRequest { id: id.to_owned(), ..Default::default() }).await;
+        // The shim goes on with the deletion if it does not answer in time.
+        let delete = DeleteRequest { id: id.to_owned(), ..Default::default() };
+        let _ = task.delete(within(DELETE_ANSWER_TIMEOUT), &delete).await;
         Some(())
     };
-    runtime.block_on(async { tokio::time::timeout(END_TIMEOUT, end).await }).is_ok_and(|ended| ended.is_some())
+    runtime.block_on(end).is_some()
 }
 
 /// Returns whether the shim has containers, but does not have container `id`.
@@ -110,7 +118,7 @@ fn has_other_containers(address: &Address, id: &str) -> bool {
         let context = |base| within(factor.of(base));
         let state = StateRequest { id: id.to_owned(), ..Default::default() };
         match task.state(within(REQUEST_TIMEOUT), &state).await {
-            Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
+            Err(error) if is_not_found(&error) => {}
             _ => return None,
         }
         let shutdown = ShutdownRequest { id: id.to_owned(), ..Default::default() };
