@@ -1,10 +1,15 @@
 //! The guest's wall clock follows the node's wall clock.
+use std::thread;
 use std::time::{Duration, SystemTime};
 
 use husk_e2e::cri::{PodContainer, pods};
-use husk_e2e::node;
+use husk_e2e::{node, vm};
+use nix::sys::signal::Signal;
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_gettime, clock_settime};
+
+/// How long a VMM is stopped.
+const PAUSE: Duration = Duration::from_secs(5);
 
 /// Adds `seconds` to the node's wall clock.
 fn step(seconds: i64) {
@@ -71,6 +76,24 @@ fn guest_clock_follows_steps_of_the_node_clock() {
             first < second && second < third && third < first + 600.0,
             "the guest's monotonic clock went back or was stepped: {first}, {second}, {third}"
         );
+    });
+}
+
+#[test]
+fn guest_clock_is_right_after_the_vmm_was_stopped() {
+    pods("cri-clock-pause", |pods| {
+        let pod = pods.pod();
+        let container = pod.start(&pod.python("import time; time.sleep(1000000)"));
+        let first = wait_for_node_clock(&container);
+        let vmms = vm::vmm_pids_of(&pod.id);
+        assert!(!vmms.is_empty());
+        vmms.iter().for_each(|pid| node::send_signal(*pid, Signal::SIGSTOP));
+        thread::sleep(PAUSE);
+        vmms.iter().for_each(|pid| node::send_signal(*pid, Signal::SIGCONT));
+        // As for a process that is stopped, the monotonic clock goes on.
+        let second = wait_for_node_clock(&container);
+        let passed = second - first;
+        assert!((PAUSE.as_secs_f64()..600.0).contains(&passed), "the monotonic clock advanced by {passed} s");
     });
 }
 

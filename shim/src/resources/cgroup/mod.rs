@@ -8,6 +8,7 @@ mod v1;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::blocking;
 use crate::systemd::{Scope, Unit, UnitError};
@@ -25,6 +26,8 @@ const ATTEMPTS: u32 = 10;
 /// reports as pids of containers. The shim has at most 64 threads for blocking calls, and a thread for each volume with
 /// propagation.
 pub const MAX_TASKS: u64 = 2048;
+/// Timeout for the removal of the sandbox's cgroup when the sandbox ends.
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Location of a sandbox's cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -214,10 +217,12 @@ impl Cgroup {
         let removed = blocking::spawn(move || {
             let dirs: Vec<&Path> = location.dirs().collect();
             remove(&dirs, unit.as_ref(), &namespace);
-        })
-        .await;
-        if let Err(error) = removed {
-            tracing::warn!("the task that removes the sandbox's cgroup failed: {error}");
+        });
+        // The removal itself has shorter timeouts. But it may find no thread, if all of them hang in file systems.
+        match tokio::time::timeout(REMOVAL_TIMEOUT, removed).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!("the task that removes the sandbox's cgroup failed: {error}"),
+            Err(_) => tracing::warn!("failed to remove the sandbox's cgroup in time"),
         }
     }
 }
