@@ -18,9 +18,10 @@ use tokio::time::Instant;
 
 use crate::container::escalation::{KILL_ANSWER_TIMEOUT, KILL_EXIT_TIMEOUT, SIGNAL_TIMEOUT};
 use crate::container::model_tests::{Answer, BUDGET, Model, create, start_more_execs_than_turns, within};
+use crate::sandbox::boot::log_vcpus;
 use crate::sandbox::end::OOM_KILLED;
 use crate::vm::agent::timeouts;
-use crate::vm::vmm::VMM_EXIT_TIMEOUT;
+use crate::vm::vmm::{INSPECT_TIMEOUT, VMM_EXIT_TIMEOUT};
 
 /// The factor of the model.
 const HARDWARE: TimeoutFactor = TimeoutFactor(1);
@@ -238,6 +239,17 @@ async fn create_in_a_stopped_vmm_fails_after_one_timeout() {
     let error = model.client().create(within(timeouts::SLOW * 3), &create(&model, "b")).await.unwrap_err().to_string();
     assert!(begin.elapsed() < timeouts::SLOW + timeouts::QUICK * 2, "{:?}", begin.elapsed());
     assert!(error.contains("the VMM did not answer the request AcquirePid within 60 s"), "{error}");
+}
+
+/// `cargo xtask chaos --failpoints` found that a start that had timed out waited for a hung VMM for a minute, to log where
+/// the guest is.
+#[tokio::test(start_paused = true)]
+async fn start_that_timed_out_does_not_wait_for_a_hung_vmm() {
+    let model = Model::start(true).await;
+    model.host.hang(true);
+    let begin = Instant::now();
+    log_vcpus(&model.vmm).await;
+    assert!(begin.elapsed() < HARDWARE.of(INSPECT_TIMEOUT) + SLACK, "{:?}", begin.elapsed());
 }
 
 #[tokio::test(start_paused = true)]

@@ -254,7 +254,7 @@ fn guest_failed(result: &Result<Result<Agent, BootError>, Elapsed>, progress: &w
 
 /// Logs where the vCPUs of a guest that does not answer are. An address in the kernel can be looked up with
 /// `addr2line --exe vmlinux`.
-async fn log_vcpus(vmm: &Vmm) {
+pub(crate) async fn log_vcpus(vmm: &Vmm) {
     match vmm.call(Call::Inspect, &[]).await {
         Ok(Answer::Inspected { vcpus }) => {
             let vcpus: Vec<String> = vcpus.iter().enumerate().map(|(id, place)| describe_place(id, *place)).collect();

@@ -82,12 +82,12 @@ fn build(class: Option<OsString>) -> Result<(), BuildError> {
     let class: Option<Class> = class.transpose()?;
     let config = launch::config()?;
     let _ = nix::unistd::setsid();
-    enter_cgroup();
+    let in_background = class.is_some();
+    enter_cgroup(in_background);
     fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ)
         .map_err(|error| BuildError::Host("set oom_score_adj", error))?;
     // While another process makes a template, this one is not made. A later pod of this class wants it again.
     let Some(store) = Store::open(Path::new(STORE))? else { return Ok(()) };
-    let in_background = class.is_some();
     let class = match class {
         Some(class) => {
             log_to(&Path::new(STORE).join("log")).map_err(|error| BuildError::Host("open the log", error))?;
@@ -151,7 +151,7 @@ impl Drop for EmptyShare {
 }
 
 /// Moves this process to its cgroup. Without the cgroup, a template's memory is charged to containerd. Best effort.
-fn enter_cgroup() {
+fn enter_cgroup(in_background: bool) {
     for hierarchy in ["/sys/fs/cgroup", "/sys/fs/cgroup/memory"].map(Path::new) {
         let cgroup = hierarchy.join(CGROUP);
         if !hierarchy.join("cgroup.procs").exists() {
@@ -161,10 +161,9 @@ fn enter_cgroup() {
         if let Err(error) = fs::write(cgroup.join("cgroup.procs"), "0") {
             eprintln!("husk: failed to enter the cgroup {}: {error}", cgroup.display());
         }
-        // SCHED_IDLE counts only within a cgroup. Without the cpu controller, these files do not exist.
-        if fs::write(cgroup.join("cpu.idle"), "1").is_err() {
-            let _ = fs::write(cgroup.join("cpu.weight"), "1");
-        }
+        // SCHED_IDLE counts only within a cgroup. The file does not exist without the cpu controller, and before Linux
+        // 5.15.
+        let _ = fs::write(cgroup.join("cpu.idle"), if in_background { "1" } else { "0" });
     }
 }
 

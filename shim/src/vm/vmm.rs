@@ -44,7 +44,7 @@ const SLOW_ANSWER_TIMEOUT: Duration = Duration::from_secs(3600);
 /// exits only when the wait ends. The shim then leaves the process to the kernel.
 pub const VMM_EXIT_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(1);
 /// Timeout for the VMM's answer to Inspect. The VMM itself waits for one second.
-const INSPECT_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(2);
+pub const INSPECT_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(2);
 
 /// Error from starting or calling the VMM.
 #[derive(Debug, thiserror::Error)]
