@@ -14,7 +14,7 @@ pub mod wire;
 /// Version of this protocol. A change that an older shim or VMM would misunderstand increases the version. The shim
 /// passes its version as the VMM's first argument, because the argument can be read even if the format of the messages
 /// differs.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// A message from the shim to the VMM.
 #[derive(Debug, Serialize, Deserialize)]

@@ -350,30 +350,27 @@ const CONTROL: &[Rule] = &[
     ),
 ];
 
-const SAVER: &[Rule] = &[
-    allow_if(
-        Sysno::ioctl,
-        &[
-            is(1, KVM_CHECK_EXTENSION),
-            is(1, KVM_GET_MP_STATE),
-            is(1, KVM_GET_REGS),
-            is(1, KVM_GET_SREGS),
-            is(1, KVM_GET_XSAVE),
-            is(1, KVM_GET_XCRS),
-            is(1, KVM_GET_DEBUGREGS),
-            is(1, KVM_GET_LAPIC),
-            is(1, KVM_GET_CPUID2),
-            is(1, KVM_GET_MSRS),
-            is(1, KVM_GET_VCPU_EVENTS),
-            is(1, KVM_GET_TSC_KHZ),
-            is(1, KVM_GET_IRQCHIP),
-            is(1, KVM_GET_PIT2),
-            is(1, KVM_GET_CLOCK),
-        ],
-        "saves a VM",
-    ),
-    allow(Sysno::mincore, "finds the pages of a VM that is saved"),
-];
+const SAVER: &[Rule] = &[allow_if(
+    Sysno::ioctl,
+    &[
+        is(1, KVM_CHECK_EXTENSION),
+        is(1, KVM_GET_MP_STATE),
+        is(1, KVM_GET_REGS),
+        is(1, KVM_GET_SREGS),
+        is(1, KVM_GET_XSAVE),
+        is(1, KVM_GET_XCRS),
+        is(1, KVM_GET_DEBUGREGS),
+        is(1, KVM_GET_LAPIC),
+        is(1, KVM_GET_CPUID2),
+        is(1, KVM_GET_MSRS),
+        is(1, KVM_GET_VCPU_EVENTS),
+        is(1, KVM_GET_TSC_KHZ),
+        is(1, KVM_GET_IRQCHIP),
+        is(1, KVM_GET_PIT2),
+        is(1, KVM_GET_CLOCK),
+    ],
+    "saves a VM",
+)];
 
 const PID: &[Rule] = &[allow(Sysno::gettid, "reads the thread's id, which is the container's PID on the host")];
 
@@ -411,7 +408,7 @@ mod tests {
 
     const KINDS: [(Kind, usize); 11] = [
         (Kind::Control, 45),
-        (Kind::Saver, 46),
+        (Kind::Saver, 45),
         (Kind::Vcpu, 15),
         (Kind::DeviceLoop, 35),
         (Kind::FileServer, 70),
