@@ -25,8 +25,9 @@ const READ_TIMEOUT: Duration = Duration::from_secs(60);
 const PODS: usize = 12;
 /// Number of processes that keep the node busy meanwhile.
 const BUSY: usize = 24;
-/// The timeout of the removal of a pod. A request is repeated as the kubelet repeats it.
-const REMOVAL: Duration = Duration::from_secs(300);
+/// The timeout of a request that removes a pod, and of its repetitions by the kubelet.
+const REQUEST: Duration = Duration::from_secs(120);
+const REMOVAL: Duration = Duration::from_secs(150);
 /// The timeout for the pods' cgroups to be removable: a shim may end later than its pod.
 const CGROUPS: Duration = Duration::from_secs(60);
 
@@ -86,17 +87,13 @@ impl Drop for BusyNode {
 
 /// Stops and removes a pod as the kubelet does: a request that fails is repeated.
 fn remove(pod: &str) -> Result<(), String> {
-    let begin = Instant::now();
+    let request = json!({ "pod_sandbox_id": pod });
     for method in ["StopPodSandbox", "RemovePodSandbox"] {
-        while let Err(status) =
-            try_call_within(Duration::from_secs(120), "RuntimeService", method, &json!({ "pod_sandbox_id": pod }))
-        {
-            eprintln!("{pod}: {method} failed: {status}");
-            if begin.elapsed() > REMOVAL {
-                return Err(format!("{method} failed: {status}"));
-            }
-            thread::sleep(Duration::from_secs(2));
-        }
+        let call = || {
+            let result = try_call_within(REQUEST, "RuntimeService", method, &request);
+            result.inspect_err(|status| eprintln!("{pod}: {method} failed: {status}")).ok()
+        };
+        node::eventually(REMOVAL, call).ok_or_else(|| format!("{method} failed"))?;
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use husk_e2e::cri::{PodContainer, pods};
+use husk_e2e::cri::{Pod, PodContainer, Pods, pods};
 use husk_e2e::{node, vm};
 use nix::sys::signal::Signal;
 use nix::sys::time::TimeSpec;
@@ -31,6 +31,13 @@ impl Drop for Ahead {
     fn drop(&mut self) {
         step(-3600);
     }
+}
+
+/// Starts a pod whose container has Python.
+fn start(pods: &Pods) -> (Pod, PodContainer) {
+    let pod = pods.pod();
+    let container = pod.start(&pod.python("import time; time.sleep(1000000)"));
+    (pod, container)
 }
 
 /// Returns the guest's wall clock and its monotonic clock, in seconds.
@@ -65,8 +72,7 @@ fn wait_for_node_clock(container: &PodContainer) -> f64 {
 #[test]
 fn guest_clock_follows_steps_of_the_node_clock() {
     pods("cri-clock", |pods| {
-        let pod = pods.pod();
-        let container = pod.start(&pod.python("import time; time.sleep(1000000)"));
+        let (_pod, container) = start(pods);
         let first = wait_for_node_clock(&container);
         let ahead = Ahead::new();
         let second = wait_for_node_clock(&container);
@@ -82,8 +88,7 @@ fn guest_clock_follows_steps_of_the_node_clock() {
 #[test]
 fn guest_clock_is_right_after_the_vmm_was_stopped() {
     pods("cri-clock-pause", |pods| {
-        let pod = pods.pod();
-        let container = pod.start(&pod.python("import time; time.sleep(1000000)"));
+        let (pod, container) = start(pods);
         let first = wait_for_node_clock(&container);
         let vmms = vm::vmm_pids_of(&pod.id);
         assert!(!vmms.is_empty());
@@ -128,8 +133,7 @@ fn set_tick(micros: i64) {
 #[test]
 fn guest_clock_follows_slews_of_the_node_clock() {
     pods("cri-clock-slew", |pods| {
-        let pod = pods.pod();
-        let container = pod.start(&pod.python("import time; time.sleep(1000000)"));
+        let (_pod, container) = start(pods);
         let first = wait_for_node_clock(&container);
         let fast = Fast::new();
         let begin = SystemTime::now();
