@@ -152,10 +152,10 @@ impl Shim {
         self.wait_finished().await;
     }
 
-    /// Tears the sandbox down because of a request. While the pod ends in an orderly way, the request waits at most for
-    /// `limit`.
+    /// Tears the sandbox down because of a request. While the pod ends in an orderly way, and during a launch, the
+    /// request waits at most for `limit`.
     pub(crate) async fn finish_by_request(self: &Arc<Self>, limit: Duration) {
-        if self.is_ending() {
+        if self.is_ending() || self.sandbox_state.is_launching() {
             let _ = tokio::time::timeout(limit, self.finish()).await;
         } else {
             self.finish().await;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, SystemTime};
 
+use husk_config::BaseTimeout;
 use husk_proto::cri::PodSandboxConfig;
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -21,6 +22,9 @@ use crate::sandbox::launch::hostname;
 /// Timeout for the arrival of the CreateSandbox request. containerd sends this request as soon as the shim's
 /// `start` action has replied.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long StopSandbox waits for the sandbox's end after the shim has killed the VMM process. This is longer than
+/// `VMM_EXIT_TIMEOUT` with the last events. Only a launch that hangs takes longer: its VMM process is not known yet.
+pub const SANDBOX_END_TIMEOUT: BaseTimeout = BaseTimeout::from_secs(3);
 
 /// State of the sandbox for containerd's Sandbox service.
 pub struct SandboxState {
@@ -81,6 +85,11 @@ impl SandboxState {
     pub async fn wait_launch(&self) {
         // The wait does not fail, because `self` owns the sender.
         let _ = self.launching.subscribe().wait_for(|launching| !*launching).await;
+    }
+
+    /// Returns whether the sandbox is being launched.
+    pub fn is_launching(&self) -> bool {
+        *self.launching.borrow()
     }
 
     /// Returns whether a CreateSandbox request created the sandbox.
@@ -171,16 +180,24 @@ impl Shim {
         Ok(())
     }
 
-    /// Ends the VM, and waits until the sandbox's exit has been recorded. While the pod ends in an orderly way, the
-    /// wait has a limit.
+    /// Ends the VM, and waits until the sandbox's exit has been recorded, at most for [`SANDBOX_END_TIMEOUT`]. While the
+    /// pod ends in an orderly way, waits as [`Shim::end_vm_by_request`] does.
+    ///
+    /// If the sandbox has not ended by then, its launch hangs. The sandbox counts as ended, because it has no container.
+    /// `create_sandbox` kills the VM as soon as the launch has ended.
     pub(crate) async fn stop_sandbox(&self) {
         self.sandbox_state.begin_stop();
         // If the sandbox was never launched, this drop closes the channel for the agent's reports.
         // `Shim::handle_reports` then records the exit.
         drop(lock(&self.sandbox_state.pending).take());
         self.end_vm_by_request(Duration::MAX).await;
-        if !self.is_ending() {
-            self.sandbox_state.wait().await;
+        if self.is_ending() {
+            return;
+        }
+        let limit = self.sandbox.timeout(SANDBOX_END_TIMEOUT);
+        if tokio::time::timeout(limit, self.sandbox_state.wait()).await.is_err() {
+            tracing::error!("the sandbox's launch hangs; the shim will kill the VM when the launch ends");
+            self.sandbox_state.record_end();
         }
     }
 
@@ -194,5 +211,56 @@ impl Shim {
         if lock(&self.sandbox_state.pending).is_none() {
             std::future::pending::<()>().await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use async_trait::async_trait;
+    use husk_proto::containerd::shim::event::Envelope;
+    use tokio::sync::mpsc;
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::container::escalation::VM_END_TIMEOUT;
+    use crate::container::model_tests::BUDGET;
+    use crate::events::{Events, Publish, PublishError, RetryPolicy};
+    use crate::launcher::Launcher;
+    use crate::sandbox::Sandbox;
+    use crate::sandbox::state_dir::StateDir;
+    use crate::sandbox::timeline::Timeline;
+
+    struct NoContainerd;
+
+    #[async_trait]
+    impl Publish for NoContainerd {
+        async fn publish(&mut self, _: &Envelope) -> Result<(), PublishError> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn stop_and_shutdown_of_a_sandbox_do_not_wait_for_a_launch_that_hangs() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::at(root.path());
+        let timeline = Arc::new(Timeline::new("test", "launching", dir.timeline()));
+        let sandbox = Sandbox::new("launching", dir, timeline, None);
+        let events = Events::start("test", NoContainerd, RetryPolicy::default());
+        // The channel stays open until the VM ends. Here, the launch holds it.
+        let (_reports, reported) = mpsc::channel(1);
+        let shim = Shim::new("test", sandbox, events, Launcher::ended(), reported, None);
+        let launching = shim.sandbox_state.begin_launch();
+        let begin = Instant::now();
+        shim.stop_sandbox().await;
+        assert_eq!(shim.sandbox_state.exit().map(|exit| exit.status), Some(0));
+        // RemovePodSandbox stops the sandbox again, and shuts it down.
+        shim.stop_sandbox().await;
+        shim.finish_by_request(shim.sandbox.timeout(VM_END_TIMEOUT)).await;
+        assert!(begin.elapsed() < BUDGET, "{:?}", begin.elapsed());
+        assert!(shim.finishing.load(Ordering::Relaxed) && !*shim.finished.borrow(), "the launch has not ended");
+        drop(launching);
+        tokio::time::timeout(BUDGET, shim.wait_finished()).await.unwrap();
     }
 }
