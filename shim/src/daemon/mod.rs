@@ -2,6 +2,7 @@
 
 pub mod mount_namespace;
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -102,26 +103,32 @@ pub fn run(args: DaemonArgs) -> i32 {
     });
     // Leave the bundle directory, because containerd removes the directory before the shim ends.
     let _ = std::env::set_current_dir("/");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    match runtime {
-        Ok(runtime) => {
-            let code = runtime.block_on(async {
-                if let Some(pipe) = refused_calls {
-                    log_refused_calls(pipe);
-                }
-                serve(args, context, launch, launcher, vmm_log).await
-            });
-            // Do not wait for threads, because a thread may hang in a file system. They end with the process.
-            runtime.shutdown_background();
-            code
+    let (address, dir) = (args.address.clone(), context.dir.clone());
+    let ended = run_async(async {
+        if let Some(pipe) = refused_calls {
+            log_refused_calls(pipe);
         }
-        Err(error) => {
-            tracing::error!(%error, "failed to start the async runtime");
-            args.address.remove();
-            context.dir.remove();
-            1
-        }
-    }
+        serve(args, context, launch, launcher, vmm_log).await
+    });
+    ended.unwrap_or_else(|error| {
+        tracing::error!(%error, "failed to start the async runtime");
+        address.remove();
+        dir.remove();
+        1
+    })
+}
+
+/// Runs `future` on this thread. Returns when `future` is ready, although a blocking call may hang on another thread,
+/// for example in a file system of the node. Such threads end with the process.
+///
+/// # Errors
+/// If the runtime cannot be started.
+fn run_async<T>(future: impl Future<Output = T>) -> io::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let output = runtime.block_on(future);
+    // To drop the runtime would wait for its threads.
+    runtime.shutdown_background();
+    Ok(output)
 }
 
 /// Leaves containerd's session. Closes the pipes to containerd, because containerd waits for EOF on these pipes.
@@ -303,7 +310,25 @@ impl Termination {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+
     use super::*;
+
+    #[test]
+    fn daemon_ends_although_a_blocking_call_hangs() {
+        let (end_call, call_ended) = mpsc::channel::<()>();
+        let (call_began, began) = tokio::sync::oneshot::channel();
+        let code = run_async(async {
+            // The call of a library of the shim, for example of tokio's name lookup.
+            drop(tokio::task::spawn_blocking(move || {
+                let _ = call_began.send(());
+                let _ = call_ended.recv();
+            }));
+            began.await.map_or(1, |()| 0)
+        });
+        assert_eq!(code.unwrap(), 0);
+        drop(end_call);
+    }
 
     #[tokio::test]
     async fn signal_that_arrives_while_nothing_waits_is_not_lost() {
