@@ -186,7 +186,7 @@ impl Config {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Templates {
-    /// A template is made after the first boot of a guest, and the next guests of the same size are made from it.
+    /// A template is made after the first boot of a guest, and the next guests of the same class are made from it.
     Auto,
     /// Guests are made from the templates that `husk template build` has made. Other guests boot.
     Manual,

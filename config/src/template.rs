@@ -11,7 +11,7 @@ pub const MEMORY: &str = "memory";
 /// The file with the template's [`Class`], in JSON.
 pub const CLASS: &str = "class";
 /// Value of `argv[0]` that makes the shim's program make a template. The argument is a [`Class`] in JSON. Without an
-/// argument, the program makes the template for pods without limits.
+/// argument, the program makes the templates of all sizes of memory for pods with the default number of vCPUs.
 pub const ARGV0: &str = "husk-template";
 
 /// Guests of one class can be made from one template.

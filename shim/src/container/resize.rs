@@ -24,17 +24,21 @@ pub(crate) struct ResourceLimits {
 struct ParseError(#[source] serde_json::Error);
 
 impl Shim {
-    /// Grows the pod for a new container. A container outside a pod needs no growth, because the VM of such a container
-    /// boots with its full size.
+    /// Grows the pod for a new container. The VM of a container outside a pod boots with its full size, unless its guest
+    /// is made from a template.
     pub(crate) async fn reserve_resources(&self, id: &str, limits: Limits) -> Result<(), ServiceError> {
         let (before, huge) = (self.pod_size(), limits.huge_page_bytes > 0 || self.sandbox.huge_mib() > 0);
         lock(&self.limits.pod).insert(id.to_owned(), limits);
         let after = self.pod_size();
         self.log_vcpu_shortage();
+        let is_whole =
+            |size: Size| self.sandbox.resizer().is_none_or(|resizer| resizer.start.max(size) == resizer.start);
         // Creating a container must not shrink the pod. The size before the creation may also cover containers that do
         // not exist yet.
         match before.zip(after) {
-            Some((before, after)) if before.max(after) != before || huge => self.resize(before).await,
+            Some((before, after)) if before.max(after) != before || huge || !is_whole(before) => {
+                self.resize(before).await
+            }
             _ => Ok(()),
         }
     }

@@ -19,6 +19,8 @@ pub struct BootSize {
     pub vcpus: u8,
     /// Guest memory at boot in MiB.
     pub memory_mib: u64,
+    /// The largest size of a VM that boots with this number of vCPUs. Without annotations, the VM can grow to it.
+    pub largest: Size,
     /// Kernel parameters that the pod adds.
     pub kernel_params: String,
     /// Rules by which the VM grows.
@@ -97,10 +99,7 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<BootSize, BootSizeE
             Some(limit) if limit / MIB < config.min_memory_mib => {
                 return Err(BootSizeError::MemoryTooLow { limit, min_mib: config.min_memory_mib });
             }
-            Some(limit) => {
-                let mib = limit.div_ceil(MIB).saturating_add(config.memory_overhead_mib);
-                mib.saturating_add(page_metadata_mib(mib)).min(host.memory_mib.max(MIN_VM_MIB))
-            }
+            Some(limit) => limited_mib(limit.div_ceil(MIB), config).min(host.memory_mib.max(MIN_VM_MIB)),
             None => config.default_memory_mib,
         },
     };
@@ -119,11 +118,23 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<BootSize, BootSizeE
     // At boot, the guest's kernel allocates per-CPU data for every possible vCPU. Therefore, spare_vcpus limits the
     // growth.
     let grown_vcpus = vcpus.saturating_add(config.spare_vcpus).min(host_vcpus).min(config.max_vcpus);
+    let largest = Size { vcpus: grown_vcpus, memory_mib: host.memory_mib }.max(boot);
     let max = Size {
-        vcpus: if fixed(annotation::VCPUS) { vcpus } else { grown_vcpus },
-        memory_mib: if fixed(annotation::MEMORY_MIB) { memory_mib } else { host.memory_mib },
+        vcpus: if fixed(annotation::VCPUS) { vcpus } else { largest.vcpus },
+        memory_mib: if fixed(annotation::MEMORY_MIB) { memory_mib } else { largest.memory_mib },
     };
-    Ok(BootSize { vcpus, memory_mib, kernel_params, growth: Growth::new(boot, max, config) })
+    Ok(BootSize { vcpus, memory_mib, largest, kernel_params, growth: Growth::new(boot, max, config) })
+}
+
+/// Returns the guest memory of a pod whose containers have a limit of `mib` MiB together.
+fn limited_mib(mib: u64, config: &Config) -> u64 {
+    let mib = mib.saturating_add(config.memory_overhead_mib);
+    mib.saturating_add(page_metadata_mib(mib))
+}
+
+/// Returns the guest memory, in MiB, of a pod with the lowest memory limit that the configuration allows.
+pub fn smallest_limited_mib(config: &Config) -> u64 {
+    limited_mib(config.min_memory_mib, config).max(MIN_VM_MIB)
 }
 
 /// Returns the limits that determine the VM's size. For a Kubernetes sandbox, the annotations contain the limits. For a

@@ -93,26 +93,29 @@ struct Job {
 pub struct Resizer {
     /// Rules that compute the VM's size from the containers' limits.
     pub growth: Growth,
+    /// Size of the VM when its guest began.
+    pub start: Size,
     jobs: mpsc::UnboundedSender<Job>,
 }
 
 impl Resizer {
-    /// Starts the task. The task ends when the returned handle is dropped.
+    /// Starts the task for a VM of size `start`. The task ends when the returned handle is dropped.
     pub fn start(
         growth: Growth,
+        start: Size,
         vmm: Vmm,
         state: StateCell,
         cgroup: Option<(CgroupLocation, Option<Unit>)>,
         record: RecordSize,
     ) -> Self {
         let (jobs, requests) = mpsc::unbounded_channel();
-        let current = Target { size: growth.boot, huge_mib: 0, host: HostLimits::default() };
+        let current = Target { size: start, huge_mib: 0, host: HostLimits::default() };
         let task = ResizeTask {
             vmm,
             state,
             cgroup,
             record,
-            start: growth.boot,
+            start,
             current,
             complete: true,
             slots: Slots::default(),
@@ -120,7 +123,7 @@ impl Resizer {
             shrinking: None,
         };
         tokio::spawn(task.run(requests));
-        Self { growth, jobs }
+        Self { growth, start, jobs }
     }
 
     /// Queues a resize to `target`, and does not wait for the result. If the resize fails, the task logs the error.

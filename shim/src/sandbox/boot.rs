@@ -23,6 +23,7 @@ use crate::network::sync::net_config;
 use crate::oci;
 use crate::oci::IdMappings;
 use crate::resources::BootSize;
+use crate::resources::growth::Size;
 use crate::resources::hugepages;
 use crate::resources::rate_limits::RateLimits;
 use crate::sandbox::end;
@@ -31,7 +32,7 @@ use crate::sandbox::host_sockets::HostSockets;
 use crate::sandbox::notices;
 use crate::sandbox::notices::Progress;
 use crate::sandbox::policy::PodPolicies;
-use crate::sandbox::template::{self, Template};
+use crate::sandbox::template::{self, Choice, Template};
 use crate::sandbox::timeline::Timeline;
 use crate::text::bounded;
 use crate::vm::agent::{self, Agent, SetupError, timeouts, within};
@@ -78,8 +79,13 @@ pub struct BootPlan {
     pub pod: Pod,
     /// The operator's configuration.
     pub config: Config,
-    /// The VM's size at boot and its maximum size.
+    /// The pod's size before its first container, and its maximum size.
     pub boot_size: BootSize,
+    /// The VM's size when its guest begins. Its memory can be less than that of `boot_size`. Then the rest is plugged in
+    /// before the first container is created.
+    pub vm_size: Size,
+    /// The VM's maximum size.
+    pub max_vm_size: Size,
     /// Directory on the host that the VMM serves to the guest as the share.
     pub share: PathBuf,
     /// The opened device `/dev/kvm`.
@@ -169,12 +175,15 @@ impl BootPlan {
         share: PathBuf,
     ) -> Result<Self, BootError> {
         let kvm = File::options().read(true).write(true).open("/dev/kvm").map_err(BootError::Kvm)?;
-        let (template, wanted) = template::choose(
-            template::Wish { pod: &pod.name, interfaces: pod.network.taps.len(), size: &boot_size },
-            &images,
-            &config,
-        );
-        Ok(Self { pod, config, boot_size, share, kvm, images, template, wanted })
+        let wish = template::Wish { pod: &pod.name, interfaces: pod.network.taps.len(), size: &boot_size };
+        let (vm_size, max_vm_size, template, wanted) = match template::choose(wish, &images, &config) {
+            Choice::Template(template, class) => {
+                let max = Size { vcpus: class.max_vcpus, memory_mib: class.max_memory_mib };
+                (Size { vcpus: class.vcpus, memory_mib: class.memory_mib }, max, Some(template), None)
+            }
+            Choice::Boot { wanted } => (boot_size.growth.boot, boot_size.growth.max, None, wanted),
+        };
+        Ok(Self { pod, config, boot_size, vm_size, max_vm_size, share, kvm, images, template, wanted })
     }
 }
 
@@ -306,10 +315,10 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<bool, Bo
     };
     let config = VmConfig {
         id: plan.pod.id.clone(),
-        vcpus: plan.boot_size.vcpus,
-        max_vcpus: plan.boot_size.growth.max.vcpus,
-        memory_mib: plan.boot_size.memory_mib,
-        max_memory_mib: plan.boot_size.growth.max.memory_mib,
+        vcpus: plan.vm_size.vcpus,
+        max_vcpus: plan.max_vm_size.vcpus,
+        memory_mib: plan.vm_size.memory_mib,
+        max_memory_mib: plan.max_vm_size.memory_mib,
         huge_mib,
         kvm: FdIndex(0),
         source,

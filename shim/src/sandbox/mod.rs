@@ -236,7 +236,7 @@ impl Sandbox {
                 tracing::warn!(error = %crate::chain(&error), "failed to record the VM's size for husk ps");
             }
         });
-        Resizer::start(plan.boot_size.growth.clone(), vmm.clone(), self.state.clone(), cgroup, record)
+        Resizer::start(plan.boot_size.growth.clone(), plan.vm_size, vmm.clone(), self.state.clone(), cgroup, record)
     }
 
     /// Returns whether the VMM process was started and has not exited.
@@ -348,7 +348,8 @@ impl Sandbox {
         let timeline = Arc::new(Timeline::new("test", id, dir.timeline()));
         let sandbox = Self::new(id, dir, Arc::clone(&timeline), None);
         sandbox.state.enter(State::Booting);
-        let resizer = Resizer::start(growth, vmm.clone(), sandbox.state.clone(), None, Arc::new(|_| ()));
+        let resizer =
+            Resizer::start(growth.clone(), growth.boot, vmm.clone(), sandbox.state.clone(), None, Arc::new(|_| ()));
         let launched = Launched {
             cgroup: None,
             vmm: Some(vmm.clone()),

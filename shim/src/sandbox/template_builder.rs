@@ -25,11 +25,11 @@ use nix::sys::time::TimeVal;
 
 use crate::chain;
 use crate::oci::Spec;
-use crate::resources::{self, BootSizeError};
+use crate::resources::{self, BootSize, BootSizeError};
 use crate::sandbox::boot::{SPARE_SLOTS, VSOCK_CID, seccomp_mode};
 use crate::sandbox::guest_image::{GuestImages, ImageError};
 use crate::sandbox::launch;
-use crate::sandbox::template::{INTERFACES, Key, Store, StoreError, class_of, delay, find, is_delayed};
+use crate::sandbox::template::{INTERFACES, Key, Store, StoreError, class_of, delay, find, is_delayed, memory_sizes};
 
 /// How long the process waits before it boots the guest, so that the pod that has started it can start first.
 const DELAY: Duration = Duration::from_secs(2);
@@ -66,7 +66,7 @@ enum BuildError {
     Ended(ExitReason),
 }
 
-/// Makes the template of the class in `args`, or of pods without limits, and returns the exit code.
+/// Makes the template of the class in `args`, or those of all sizes of memory, and returns the exit code.
 pub fn main(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     match build(args.next()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -88,30 +88,38 @@ fn build(class: Option<OsString>) -> Result<(), BuildError> {
         .map_err(|error| BuildError::Host("set oom_score_adj", error))?;
     // While another process makes a template, this one is not made. A later pod of this class wants it again.
     let Some(store) = Store::open(Path::new(STORE))? else { return Ok(()) };
-    let class = match class {
+    let classes = match class {
         Some(class) => {
             log_to(&Path::new(STORE).join("log")).map_err(|error| BuildError::Host("open the log", error))?;
             husk_base::sys::process::lower_priority().map_err(|error| BuildError::Host("lower the priority", error))?;
             thread::sleep(DELAY);
-            class
+            vec![class]
         }
-        // An operator waits for the template.
-        None => class_of(&resources::boot_size(&Spec::default(), &config, u64::MAX)?, None),
+        // An operator waits for the templates.
+        None => all_classes(&config)?,
     };
-    let class = &class;
     let images = GuestImages::open(&config)?;
-    let key = Key::new(class, &images, &config).map_err(|error| BuildError::Host("examine this program", error))?;
     let max_age = config.template_max_age();
-    let waits = in_background && is_delayed(Path::new(STORE), &key);
-    if waits || find(Path::new(STORE), &key, max_age)?.is_some() {
-        return Ok(());
+    for class in &classes {
+        let key = Key::new(class, &images, &config).map_err(|error| BuildError::Host("examine this program", error))?;
+        let waits = in_background && is_delayed(Path::new(STORE), &key);
+        if waits || find(Path::new(STORE), &key, max_age)?.is_some() {
+            continue;
+        }
+        store.make_room(max_age);
+        if let Err(error) = make(&store, class, &key, &config, &images) {
+            delay(Path::new(STORE), &key);
+            return Err(error);
+        }
     }
-    store.make_room(max_age);
-    let made = make(&store, class, &key, &config, &images);
-    if made.is_err() {
-        delay(Path::new(STORE), &key);
-    }
-    made
+    Ok(())
+}
+
+/// Returns the classes of pods that have at most the default number of vCPUs, from the smallest memory.
+fn all_classes(config: &Config) -> Result<Vec<Class>, BuildError> {
+    let size = resources::boot_size(&Spec::default(), config, u64::MAX)?;
+    let sizes = memory_sizes(config).into_iter();
+    Ok(sizes.filter_map(|memory_mib| class_of(&BootSize { memory_mib, ..size.clone() }, config, None)).collect())
 }
 
 /// Boots the guest, and saves it.

@@ -13,6 +13,7 @@ use husk_e2e::node::{self, Config};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::json;
 
 /// The directory of the templates.
 const STORE: &str = "/run/husk-templates";
@@ -159,6 +160,42 @@ fn guests_of_a_template_have_their_own_identities() {
             clones.iter().for_each(Pod::remove);
         }
         assert_eq!(seen.len(), 50 * 5);
+    });
+}
+
+/// Starts a container with a limit, in a pod with the same limit. Returns the pod and the guest's memory in MiB.
+fn limited(pods: &Pods, mib: u64) -> (Pod, u64) {
+    let limits = json!({ "memory_limit_in_bytes": mib << 20 });
+    let mut config = pods.config();
+    config["linux"]["resources"] = limits.clone();
+    let pod = pods.run(config);
+    let mut config = pod.sh("sleep 100000");
+    config["linux"]["resources"] = limits;
+    let container = pod.start(&config);
+    let seen = container.sh("awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo").parse().unwrap();
+    // The container can use its whole limit.
+    container.sh(&format!("dd if=/dev/zero of=/dev/null bs={}M count=1 2> /dev/null", mib * 3 / 4));
+    (pod, seen)
+}
+
+#[test]
+fn pods_of_different_sizes_are_made_from_one_template() {
+    pods("template-sizes", |pods| {
+        let _templates = Templates::on();
+        let (booted, whole) = limited(pods, 300);
+        assert!(!is_clone(&booted));
+        let made = node::eventually(LIMIT, || Templates::complete().into_iter().next());
+        made.expect("no template was made");
+        for mib in [200, 300, 400] {
+            let (pod, seen) = limited(pods, mib);
+            assert!(is_clone(&pod), "{mib} MiB: {:?}", steps(&pod));
+            // Blocks of 128 MiB are plugged, of which the guest uses the part that was requested.
+            assert!(
+                (whole + mib - 300..whole + mib - 300 + 16).contains(&(seen + 8)),
+                "{mib} MiB: {seen} MiB, not {whole}"
+            );
+        }
+        assert_eq!(Templates::complete().len(), 1);
     });
 }
 

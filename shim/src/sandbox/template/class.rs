@@ -1,5 +1,6 @@
 //! What decides whether a guest can be made from a template: the size of its VM, and what it boots from.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 
@@ -8,6 +9,7 @@ use husk_config::{Config, digest};
 use husk_vmm::config::BuildId;
 use serde::Serialize;
 
+use crate::resources::boot_size::smallest_limited_mib;
 use crate::resources::{BootSize, hugepages};
 use crate::sandbox::guest_image::{GuestImages, identity};
 
@@ -16,17 +18,32 @@ const VERSION: u32 = 1;
 /// The version of the CPU's microcode.
 const MICROCODE: &str = "/sys/devices/system/cpu/cpu0/microcode/version";
 
-/// Returns the class of a pod. `namespace` is the pod's Kubernetes namespace, if templates are not shared between
-/// namespaces.
-pub fn class_of(size: &BootSize, namespace: Option<&str>) -> Class {
-    Class {
+/// Sizes of guest memory for which templates are made, in MiB, in addition to those that the configuration determines.
+const MEMORY_MIB: [u64; 3] = [128, 256, 512];
+
+/// Returns the sizes of guest memory for which templates are made, in MiB, without duplicates: the size of the smallest
+/// pod with a limit, the default size, and sizes between them.
+///
+/// A template for each size of a pod would not pay. A guest that is made from a template of a smaller size gets the rest
+/// of its memory as hot-plugged memory, which costs only the page metadata for this rest.
+pub fn memory_sizes(config: &Config) -> BTreeSet<u64> {
+    let (smallest, default) = (smallest_limited_mib(config), config.default_memory_mib);
+    let between = MEMORY_MIB.into_iter().filter(|mib| (smallest..default).contains(mib));
+    between.chain([smallest, default]).collect()
+}
+
+/// Returns the class from whose template the guest of a pod can be made. Returns `None` if all templates have too much
+/// memory. `namespace` is the pod's Kubernetes namespace, if templates are not shared between namespaces.
+pub fn class_of(size: &BootSize, config: &Config, namespace: Option<&str>) -> Option<Class> {
+    let memory_mib = memory_sizes(config).range(..=size.memory_mib).next_back().copied()?;
+    Some(Class {
         vcpus: size.vcpus,
-        max_vcpus: size.growth.max.vcpus,
-        memory_mib: size.memory_mib,
-        max_memory_mib: size.growth.max.memory_mib,
+        max_vcpus: size.largest.vcpus,
+        memory_mib,
+        max_memory_mib: size.largest.memory_mib,
         huge_mib: hugepages::pool_mib(),
         namespace: namespace.unwrap_or_default().to_owned(),
-    }
+    })
 }
 
 /// Identifies a template: a class, the files from which its guest was booted, and the program that has saved it.
@@ -84,6 +101,9 @@ mod tests {
     use std::fs::File;
 
     use super::*;
+    use crate::oci::Spec;
+    use crate::resources::boot_size;
+    use crate::resources::growth::Growth;
 
     fn images(kernel: &str) -> GuestImages {
         let file = || File::open("/dev/null").unwrap();
@@ -93,6 +113,25 @@ mod tests {
             kernel_identity: kernel.to_owned(),
             initrd_identity: "initrd".to_owned(),
         }
+    }
+
+    #[test]
+    fn pods_of_different_sizes_share_a_class() {
+        let config =
+            Config { default_memory_mib: 1024, memory_overhead_mib: 64, min_memory_mib: 8, ..Config::default() };
+        assert_eq!(Vec::from_iter(memory_sizes(&config)), [74, 128, 256, 512, 1024]);
+        assert_eq!(Vec::from_iter(memory_sizes(&Config { default_memory_mib: 200, ..config.clone() })), [74, 128, 200]);
+        let size = boot_size(&Spec::default(), &config, u64::MAX).unwrap();
+        let class = |memory_mib| class_of(&BootSize { memory_mib, ..size.clone() }, &config, None);
+        for (memory_mib, expected) in
+            [(74, 74), (127, 74), (128, 128), (326, 256), (1023, 512), (1024, 1024), (1 << 20, 1024)]
+        {
+            assert_eq!(class(memory_mib).unwrap().memory_mib, expected, "{memory_mib}");
+        }
+        assert_eq!(class(73), None);
+        // An annotation that sets the size only limits the growth.
+        let fixed = Growth::new(size.growth.boot, size.growth.boot, &config);
+        assert_eq!(class_of(&BootSize { growth: fixed, ..size.clone() }, &config, None), class(size.memory_mib));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::resources::BootSize;
 use crate::sandbox::guest_image::GuestImages;
 use crate::{blocking, chain};
 
-pub use self::class::{Key, class_of};
+pub use self::class::{Key, class_of, memory_sizes};
 pub use self::start::start_builder;
 pub use self::store::{Identity, Store, StoreError, Template, delay, find, is_delayed};
 
@@ -31,9 +31,22 @@ pub struct Wish<'a> {
     pub size: &'a BootSize,
 }
 
-/// Returns the template from which a pod's guest is made. If there is none, the guest boots. Then also returns the class
-/// of the template that should be made, unless templates do not suit the pod or are made by an operator.
-pub fn choose(wish: Wish<'_>, images: &GuestImages, config: &Config) -> (Option<Template>, Option<Class>) {
+/// How a pod's guest begins.
+#[derive(Debug)]
+pub enum Choice {
+    /// The guest is made from a template of this class.
+    Template(Template, Class),
+    /// The guest boots.
+    Boot {
+        /// The class of the template that should be made. `None` if templates do not suit the pod or are made by an
+        /// operator.
+        wanted: Option<Class>,
+    },
+}
+
+/// Chooses the template from which a pod's guest is made, if there is one.
+pub fn choose(wish: Wish<'_>, images: &GuestImages, config: &Config) -> Choice {
+    const BOOT: Choice = Choice::Boot { wanted: None };
     let Wish { pod, interfaces, size } = wish;
     // A pod with kernel parameters has a kernel of its own. Interfaces occupy slots for hot-plugged devices.
     let suits = config.template != Templates::Off
@@ -41,20 +54,20 @@ pub fn choose(wish: Wish<'_>, images: &GuestImages, config: &Config) -> (Option<
         && interfaces <= MAX_INTERFACES
         && !cfg!(feature = "failpoints");
     if !suits {
-        return (None, None);
+        return BOOT;
     }
     let namespace = pod.split_once('/').map(|(namespace, _)| namespace);
     let namespace = namespace.filter(|_| config.template_share == TemplateShare::Namespace);
-    let class = class_of(size, namespace);
+    let Some(class) = class_of(size, config, namespace) else { return BOOT };
     let found = Key::new(&class, images, config)
         .map_err(|error| error.to_string())
         .and_then(|key| find(Path::new(STORE), &key, config.template_max_age()).map_err(|error| chain(&error)));
     match found {
-        Ok(Some(template)) => (Some(template), None),
-        Ok(None) => (None, (config.template == Templates::Auto).then_some(class)),
+        Ok(Some(template)) => Choice::Template(template, class),
+        Ok(None) => Choice::Boot { wanted: (config.template == Templates::Auto).then_some(class) },
         Err(error) => {
             tracing::warn!(error, "the guest boots, because no template can be used");
-            (None, None)
+            BOOT
         }
     }
 }
