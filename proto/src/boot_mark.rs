@@ -12,6 +12,8 @@ pub enum BootMark {
     AgentStarted = 1,
     /// The agent listens on all its vsock ports.
     AgentReady = 2,
+    /// A guest that becomes a template can be saved.
+    TemplateReady = 3,
 }
 
 impl TryFrom<u8> for BootMark {
@@ -21,6 +23,7 @@ impl TryFrom<u8> for BootMark {
         match value {
             1 => Ok(Self::AgentStarted),
             2 => Ok(Self::AgentReady),
+            3 => Ok(Self::TemplateReady),
             other => Err(other),
         }
     }

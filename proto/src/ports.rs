@@ -8,3 +8,6 @@ pub const STREAM: u32 = 1025;
 pub const PORT_FORWARDING: u32 = 1027;
 /// The agent's log. The agent accepts one connection and writes lines of text to it.
 pub const LOG: u32 = 1026;
+/// Only in a guest that becomes a template: a connection begins the trial ([`crate::boot_mark::BootMark::TemplateReady`]
+/// ends it). The agent accepts one connection, and closes it at once.
+pub const TRIAL: u32 = 1028;

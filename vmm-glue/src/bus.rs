@@ -75,5 +75,6 @@ fn step(byte: u8) -> Option<BootStep> {
     Some(match boot_mark::BootMark::try_from(byte).ok()? {
         boot_mark::BootMark::AgentStarted => BootStep::AgentStarted,
         boot_mark::BootMark::AgentReady => BootStep::AgentReady,
+        boot_mark::BootMark::TemplateReady => BootStep::TemplateReady,
     })
 }

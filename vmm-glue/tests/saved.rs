@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 use husk_vmm::client::{ARGV0, CONTROL_FD, CallError, SpawnOptions, Vmm, spawn};
 use husk_vmm::config::{BuildId, FdIndex, RateLimit, SeccompMode, Source, VmConfig};
 use husk_vmm::control::{Answer, BootStep, Call, Notice};
+use husk_vmm::snapshot::state::State;
+use husk_vmm::snapshot::written::Range;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
@@ -28,6 +30,8 @@ const AGENT: u32 = 1024;
 const BUILD: BuildId = [3; 32];
 /// Address of the program.
 const PROGRAM: u64 = 0x20_0000;
+/// Address of the number that the program counts.
+const COUNTER: u64 = 0x30_0000;
 /// The program, in 64-bit mode: prints the letters a to p and a newline each, over and over.
 const CODE: [u8; 37] = [
     0x31, 0xdb, // xor ebx, ebx
@@ -114,11 +118,19 @@ fn counter() {
     for _ in 0..3 {
         last = follows(last, first.line());
     }
+    first.vmm.call(Call::RecordWrites, &[]).expect("record the guest's writes");
+    for _ in 0..2 {
+        last = follows(last, first.line());
+    }
     let files = [state.reopen().unwrap(), memory.reopen().unwrap()];
     let save = |vmm: &mut Vmm| vmm.call(Call::Save { build: BUILD }, &[files[0].as_fd(), files[1].as_fd()]);
     assert!(matches!(save(&mut first.vmm), Err(CallError::Refused(_))), "a running VM was saved");
     first.vmm.call(Call::Pause, &[]).unwrap();
     save(&mut first.vmm).expect("save the VM");
+    let written = State::from_bytes(&BUILD, &fs::read(state.path()).unwrap()).unwrap().written;
+    let is_known = |range: &Range| (range.address..range.address + range.len).contains(&COUNTER);
+    assert!(written.iter().any(is_known), "the page of the counter is not in {written:?}");
+    assert!(!written.iter().any(|range| range.address == PROGRAM), "the program is in {written:?}");
     first.vmm.call(Call::Stop, &[]).unwrap();
     // The lines that were printed before the pause.
     while let Some(line) = first.last_line() {

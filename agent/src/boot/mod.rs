@@ -4,6 +4,7 @@ mod boot_mark;
 mod kernel_settings;
 mod mounts;
 mod template;
+mod trial;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -76,6 +77,8 @@ async fn serve(is_template: bool) -> Result<std::convert::Infallible, BootError>
     let mut children = reaper.signals().map_err(BootError::Reaper)?;
     let sandbox = Arc::new(Sandbox::default());
     let tasks = Arc::new(Tasks::new(hub.clone(), streams.clone(), reaper.clone(), sandbox.clone()));
+    let trial_port = is_template.then(|| listen(ports::TRIAL)).transpose()?;
+    let own_tasks = tasks.clone();
     let mut server = ttrpc::asynchronous::Server::new()
         .add_listener(api.into_ttrpc())
         .register_service(containerd::shim_async::create_task(Arc::new(TaskService::new(tasks))))
@@ -97,9 +100,9 @@ async fn serve(is_template: bool) -> Result<std::convert::Infallible, BootError>
     if let Err(error) = sandbox.prepare(None) {
         tracing::error!("{}", chain(&error));
     }
-    if is_template {
+    if let Some(port) = trial_port {
         template::shrink();
-        // The VM is saved at this mark.
+        tokio::spawn(template::prepare(port, own_tasks));
         boot_mark::write(BootMark::AgentReady);
     }
     loop {

@@ -1,8 +1,15 @@
 //! Prepares a guest that becomes a template: a saved guest from which other guests are made.
 
 use std::fs;
+use std::sync::Arc;
 
+use husk_base::error::chain;
 use husk_proto::TEMPLATE_PARAMETER;
+use husk_proto::boot_mark::BootMark;
+
+use super::{boot_mark, trial};
+use crate::task::Tasks;
+use crate::vsock;
 
 /// Returns whether this guest becomes a template, or was made from one.
 pub fn is_template() -> bool {
@@ -20,6 +27,19 @@ pub fn shrink() {
             tracing::warn!("failed to write {path}: {error}");
         }
     }
+}
+
+/// Runs a container when the process that makes the template opens a connection, which is closed at once. Then writes
+/// the mark at which the VM is saved. After an error, too: the template is as good, but its guests start later.
+pub async fn prepare(port: vsock::Listener, tasks: Arc<Tasks>) {
+    if let Err(error) = port.accept().await {
+        tracing::error!("failed to wait for the begin of the trial: {error}");
+    }
+    drop(port);
+    if let Err(error) = trial::run(&tasks).await {
+        tracing::error!("{}", chain(&error));
+    }
+    boot_mark::write(BootMark::TemplateReady);
 }
 
 #[cfg(test)]

@@ -36,13 +36,19 @@ pub const POD_INIT: &str = "pod-init";
 /// First argument of a process that holds its namespaces open until the agent kills it.
 pub const HOLDER: &str = "hold-namespaces";
 
-/// Runs the helper in the role `role`: [`CREATE`], [`EXEC`], [`POD_INIT`] or [`HOLDER`].
+/// First argument of a process that exits at once.
+pub const TRIAL: &str = "trial";
+
+/// Runs the helper in the role `role`: [`CREATE`], [`EXEC`], [`POD_INIT`], [`HOLDER`] or [`TRIAL`].
 pub fn main(role: &OsStr, mut args: impl Iterator<Item = OsString>) -> ExitCode {
     if role == POD_INIT {
         return pod_init::run(args);
     }
     if role == HOLDER {
         return reap_forever();
+    }
+    if role == TRIAL {
+        return ExitCode::SUCCESS;
     }
     let (Some(request), Some(response_file)) = (args.next().map(PathBuf::from), args.next().map(PathBuf::from)) else {
         return ExitCode::FAILURE;

@@ -29,6 +29,13 @@ use crate::oom::OomWatch;
 use crate::reaper::{ProcessExit, now_ns};
 use crate::shared_volumes;
 
+fn parse(request: &CreateTaskRequest) -> Result<(CreateOptions, Spec), ServiceError> {
+    let options = CreateOptions::parse_from_bytes(&request.options.value)
+        .map_err(malformed("failed to parse the create options"))?;
+    let spec = serde_json::from_slice(&options.spec).map_err(malformed("failed to parse the specification"))?;
+    Ok((options, spec))
+}
+
 impl Tasks {
     /// Creates a container. Its init waits for [`Tasks::start_init`].
     ///
@@ -45,14 +52,31 @@ impl Tasks {
         // in the table of `Streams`.
         let streams = self.take_streams(&tokens).await?;
         check_id(&request.id)?;
-        let options = CreateOptions::parse_from_bytes(&request.options.value)
-            .map_err(malformed("failed to parse the create options"))?;
-        let mut spec: Spec =
-            serde_json::from_slice(&options.spec).map_err(malformed("failed to parse the specification"))?;
+        let (options, spec) = parse(&request)?;
         if !request.checkpoint.is_empty() {
             return Err(ServiceError::Unimplemented("restoring from a checkpoint is not supported"));
         }
         self.sandbox.policy.check_container(&spec, &request, &options.rootfs)?;
+        self.create_checked(request, options, spec, tokens, streams).await
+    }
+
+    /// Creates a container of the agent itself, without standard streams. No policy applies to it.
+    ///
+    /// # Errors
+    /// As for [`Tasks::create`].
+    pub async fn create_own(&self, request: CreateTaskRequest) -> Result<i32, ServiceError> {
+        let (options, spec) = parse(&request)?;
+        self.create_checked(request, options, spec, StreamTokens::default(), StdioStreams::default()).await
+    }
+
+    async fn create_checked(
+        &self,
+        request: CreateTaskRequest,
+        options: CreateOptions,
+        mut spec: Spec,
+        tokens: StreamTokens,
+        streams: StdioStreams,
+    ) -> Result<i32, ServiceError> {
         let reservation = self.reserve(&request.id)?;
         self.sandbox.prepare(None).map_err(failed("prepare the pod's namespaces"))?;
         if spec::joins_shared_pid_namespace(&spec) {

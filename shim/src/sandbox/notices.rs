@@ -97,6 +97,7 @@ fn name(step: BootStep) -> &'static str {
         BootStep::FirstInstruction => "first guest instruction",
         BootStep::AgentStarted => "agent started",
         BootStep::AgentReady => "agent ready",
+        BootStep::TemplateReady => "template ready",
     }
 }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use husk_config::template::{Class, STORE};
 use husk_config::{Config, ConfigError};
-use husk_proto::{SHARE_TAG, TEMPLATE_PARAMETER};
+use husk_proto::{SHARE_TAG, TEMPLATE_PARAMETER, ports};
 use husk_vmm::client::{CallError, Network, SpawnError, SpawnOptions, Vmm, spawn};
 use husk_vmm::config::{FdIndex, RateLimit, ShareConfig, Source, VmConfig};
 use husk_vmm::control::{BootStep, Call, ExitReason, Notice};
@@ -128,7 +128,11 @@ fn make(store: &Store, class: &Class, key: &Key, config: &Config, images: &Guest
     let share = EmptyShare::mount(&partial.empty).map_err(|error| BuildError::Host("mount an empty share", error))?;
     let mut guest = Guest::boot(class, config, images, &share.0)?;
     let begin = Instant::now();
-    guest.wait_ready()?;
+    guest.wait_for(BootStep::AgentReady)?;
+    // The guest runs a container. What it writes meanwhile, each guest of the template will write at its start.
+    guest.vmm.call(Call::RecordWrites, &[]).map_err(|error| BuildError::Vmm("record the guest's writes", error))?;
+    drop(guest.vmm.connect(ports::TRIAL).map_err(|error| BuildError::Vmm("begin the trial", error))?);
+    guest.wait_for(BootStep::TemplateReady)?;
     thread::sleep(MIN_AGE.saturating_sub(begin.elapsed()));
     guest.vmm.call(Call::Pause, &[]).map_err(|error| BuildError::Vmm("pause the VM", error))?;
     let files = [partial.state.as_fd(), partial.memory.as_fd()];
@@ -230,11 +234,11 @@ impl Guest {
         Ok(Self { vmm })
     }
 
-    /// Waits until the guest can be saved.
-    fn wait_ready(&mut self) -> Result<(), BuildError> {
+    /// Waits until the guest has reached a step.
+    fn wait_for(&mut self, awaited: BootStep) -> Result<(), BuildError> {
         loop {
             match self.vmm.notice().map_err(|error| BuildError::Vmm("wait for the guest's agent", error))? {
-                Notice::BootStep { step: BootStep::AgentReady, .. } => return Ok(()),
+                Notice::BootStep { step, .. } if step == awaited => return Ok(()),
                 Notice::Exited { reason } => return Err(BuildError::Ended(reason)),
                 _ => {}
             }

@@ -260,7 +260,7 @@ fn build_once(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Rep
             (0..config.vcpus).map(|id| factory.create(id, entry(id))).collect::<Result<Vec<_>, _>>()?
         }
         Content::Saved(saved) => {
-            let vcpus = saved.restore(&vm, &slots, &bus.console)?;
+            let vcpus = saved.restore(&vm, &memory, &slots, &bus.console)?;
             vmgenid.notify().map_err(|error| BootError::Host("the VM Generation ID", error))?;
             vcpus
         }
@@ -268,7 +268,7 @@ fn build_once(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Rep
     let saver = if config.saveable {
         let copies = vcpus.iter().map(|vcpu| factory.copy(vcpu)).collect::<Result<Vec<_>, _>>()?;
         let msrs = saved_msrs(&kvm).map_err(BootError::Saver)?;
-        Some(Saver { vcpus: copies, msrs, machine, host: Host::read(&kvm)? })
+        Some(Saver { vcpus: copies, msrs, machine, host: Host::read(&kvm)?, records: false })
     } else {
         None
     };

@@ -11,6 +11,7 @@ use crate::serial::Console;
 use crate::snapshot::host::{Host, HostError};
 use crate::snapshot::memory::{self, FileId, MemoryStateError};
 use crate::snapshot::platform::{self, PlatformError};
+use crate::snapshot::prefault;
 use crate::snapshot::state::{MAX_LEN, Machine, State, StateError};
 use crate::snapshot::vcpu::{self, VcpuStateError};
 use crate::virtio::slots::{RestoreSlotError, Slots};
@@ -113,8 +114,14 @@ impl Saved {
     ///
     /// # Errors
     /// [`RestoreError`].
-    pub fn restore(&self, vm: &VmFd, slots: &Slots, console: &Console) -> Result<Vec<VcpuFd>, RestoreError> {
-        let State { values, vcpus, platform, devices, .. } = &self.0;
+    pub fn restore(
+        &self,
+        vm: &VmFd,
+        ram: &GuestMemory,
+        slots: &Slots,
+        console: &Console,
+    ) -> Result<Vec<VcpuFd>, RestoreError> {
+        let State { values, vcpus, platform, devices, memory, written } = &self.0;
         let vcpu = |(id, state)| {
             let vcpu = vm.create_vcpu(id).map_err(|error| RestoreError::Create(id, error))?;
             vcpu::restore(vm, &vcpu, state).map_err(|error| RestoreError::Vcpu(id, error))?;
@@ -124,6 +131,9 @@ impl Saved {
         platform::restore(vm, platform)?;
         console.restore(&values.console).map_err(RestoreError::Console)?;
         slots.restore(devices)?;
+        if let Some(vcpu) = vcpus.first() {
+            prefault::prefault(ram, vcpu, memory, written);
+        }
         Ok(vcpus)
     }
 }

@@ -95,6 +95,8 @@ pub enum Call {
         /// The pid from the answer to `AcquirePid`.
         pid: u32,
     },
+    /// Records from now on which pages the guest writes, for [`Call::Save`]. The VM's configuration must have `saveable`.
+    RecordWrites,
     /// Saves the VM, which must be paused. The packet carries two empty files: for the state, and for the memory.
     Save {
         /// The build of the VMM.
@@ -127,6 +129,7 @@ impl Call {
             Self::GetPluggedMemory(_) => "GetPluggedMemory",
             Self::AcquirePid => "AcquirePid",
             Self::ReleasePid { .. } => "ReleasePid",
+            Self::RecordWrites => "RecordWrites",
             Self::Save { .. } => "Save",
             Self::Inspect => "Inspect",
             Self::Stop => "Stop",
@@ -249,6 +252,8 @@ pub enum BootStep {
     AgentStarted,
     /// The agent listens for connections.
     AgentReady,
+    /// A guest that becomes a template can be saved.
+    TemplateReady,
 }
 
 /// Why a VM ended.

@@ -92,6 +92,14 @@ pub fn prefault(memory: &GuestMemory, ranges: &[(u64, u64)]) -> Result<(), Memor
     Ok(())
 }
 
+/// Gives the guest pages of its own for a range: copies those of a file, and allocates the others.
+///
+/// # Errors
+/// [`MemoryError`]. Linux before 5.14 does not have this advice, and the call does nothing there.
+pub fn populate(memory: &GuestMemory, start: u64, len: u64) -> Result<(), MemoryError> {
+    advise(memory, start, usize::try_from(len).map_err(|_| MemoryError::Size)?, libc::MADV_POPULATE_WRITE)
+}
+
 fn advise(memory: &GuestMemory, start: u64, len: usize, advice: libc::c_int) -> Result<(), MemoryError> {
     let slice = memory.get_slice(GuestAddress(start), len).map_err(|_| MemoryError::Size)?;
     let pointer = slice.ptr_guard_mut();

@@ -142,6 +142,7 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
             }
         }
         (Call::SetBalloon { mib }, Some(vm)) => done(vm.set_balloon(mib)),
+        (Call::RecordWrites, Some(vm)) => vm.record_writes().map(|()| Answer::Done).map_err(|error| chain(&error)),
         (Call::Save { build }, Some(vm)) => save(vm, fds, &build),
         (Call::Inspect, Some(vm)) => {
             vm.inspect().map(|vcpus| Answer::Inspected { vcpus }).map_err(|error| chain(&error))

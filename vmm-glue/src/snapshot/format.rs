@@ -38,6 +38,8 @@ pub enum Kind {
     Devices,
     /// Where each part of guest memory is in the memory file.
     Memory,
+    /// Which pages the guest will write soon.
+    Written,
 }
 
 /// A section.
@@ -85,12 +87,13 @@ pub enum FormatError {
 
 impl Kind {
     /// All kinds, with their numbers and versions. The version changes with the content's type.
-    const ALL: [(Self, u32, u32); 5] = [
+    const ALL: [(Self, u32, u32); 6] = [
         (Self::Machine, 1, 1),
         (Self::Vcpus, 2, 1),
         (Self::Platform, 3, 1),
         (Self::Devices, 4, 1),
         (Self::Memory, 5, 1),
+        (Self::Written, 6, 1),
     ];
 
     fn numbers(self) -> (u32, u32) {

@@ -4,5 +4,7 @@ pub mod format;
 pub mod host;
 pub mod memory;
 pub mod platform;
+pub mod prefault;
 pub mod state;
 pub mod vcpu;
+pub mod written;

@@ -12,6 +12,7 @@ use crate::snapshot::memory::{self, FileId, MemoryStateError};
 use crate::snapshot::platform::{self, PlatformError};
 use crate::snapshot::state::{Machine, State, StateError, Values};
 use crate::snapshot::vcpu::{self, VcpuStateError};
+use crate::snapshot::written::{self, LogError};
 use crate::virtio::saved::SaveError as DeviceError;
 
 /// Why a VM cannot be saved.
@@ -35,6 +36,9 @@ pub enum SaveError {
     /// The memory could not be saved.
     #[error(transparent)]
     Memory(#[from] MemoryStateError),
+    /// KVM did not record the written pages.
+    #[error("failed to record the written pages")]
+    Written(#[from] LogError),
     /// The state could not be encoded.
     #[error("failed to encode the state of the VM")]
     State(#[from] StateError),
@@ -53,20 +57,34 @@ pub(crate) struct Saver {
     pub machine: Machine,
     /// What KVM offers.
     pub host: Host,
+    /// Whether KVM records the written pages.
+    pub records: bool,
 }
 
 impl Vm {
+    /// Records from now on which pages the guest writes. [`Vm::save`] saves their addresses.
+    ///
+    /// # Errors
+    /// [`SaveError`].
+    pub fn record_writes(&mut self) -> Result<(), SaveError> {
+        let saver = self.saver.as_mut().ok_or(SaveError::NotSaveable)?;
+        written::begin(&self.kvm, &self.memory, saver.machine.memory)?;
+        saver.records = true;
+        Ok(())
+    }
+
     /// Saves the paused VM in two empty files: its memory, and then everything else.
     ///
     /// # Errors
     /// [`SaveError`]. The files are then not usable.
     pub fn save(&self, mut state: File, mut memory: File, build: &BuildId) -> Result<(), SaveError> {
-        let Saver { vcpus, msrs, machine, host } = self.saver.as_ref().ok_or(SaveError::NotSaveable)?;
+        let Saver { vcpus, msrs, machine, host, records } = self.saver.as_ref().ok_or(SaveError::NotSaveable)?;
         if self.running {
             return Err(SaveError::Running);
         }
         let save = |(id, vcpu)| vcpu::save(&self.kvm, vcpu, msrs).map_err(|error| SaveError::Vcpu(id, error));
         let vcpus = vcpus.iter().enumerate().map(save).collect::<Result<Vec<_>, _>>()?;
+        let written = if *records { written::end(&self.kvm, &self.memory, machine.memory)? } else { Vec::new() };
         let extents = memory::save(&self.memory, machine.memory, &mut memory)?;
         let saved = State {
             values: Values {
@@ -80,6 +98,7 @@ impl Vm {
             platform: platform::save(&self.kvm)?,
             devices: self.devices.save()?,
             memory: extents,
+            written,
         };
         state.write_all(&saved.to_bytes(build)?).map_err(SaveError::Write)
     }

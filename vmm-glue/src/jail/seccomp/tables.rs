@@ -50,6 +50,7 @@ const KVM_GET_VCPU_EVENTS: u32 = 0x8040_ae9f;
 const KVM_GET_TSC_KHZ: u32 = 0xaea3;
 const KVM_GET_IRQCHIP: u32 = 0xc208_ae62;
 const KVM_GET_PIT2: u32 = 0x8070_ae9f;
+const KVM_GET_DIRTY_LOG: u32 = 0x4010_ae42;
 const KVM_GET_CLOCK: u32 = 0x8030_ae7c;
 
 // linux/vhost.h
@@ -368,6 +369,7 @@ const SAVER: &[Rule] = &[allow_if(
         is(1, KVM_GET_IRQCHIP),
         is(1, KVM_GET_PIT2),
         is(1, KVM_GET_CLOCK),
+        is(1, KVM_GET_DIRTY_LOG),
     ],
     "saves a VM",
 )];
