@@ -24,6 +24,7 @@ pub mod scale;
 pub mod shim;
 pub mod soak;
 pub mod spec;
+pub mod template;
 pub mod vm;
 
 pub use case::{Case, case};

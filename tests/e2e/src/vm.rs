@@ -36,9 +36,18 @@ fn is_launcher(pid: i32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "husk-launcher")
 }
 
+/// Returns the pids of the shims for runc that were started for container `id`.
+pub fn runc_shim_pids_of(id: &str) -> Vec<i32> {
+    of_program("containerd-shim-runc", id)
+}
+
 fn of_shim(id: &str) -> Vec<i32> {
+    of_program("containerd-shim-husk", id)
+}
+
+fn of_program(program: &str, id: &str) -> Vec<i32> {
     processes_with(|arguments| {
-        arguments.first().is_some_and(|first| first.contains("containerd-shim-husk"))
+        arguments.first().is_some_and(|first| first.contains(program))
             && arguments.windows(2).any(|pair| pair[0] == "-id" && pair[1] == id)
     })
 }
@@ -91,6 +100,8 @@ pub struct Memory {
     /// only for guest memory. Guest memory cannot be identified by size, because advice about huge pages splits
     /// the mapping of guest memory.
     pub guest: u64,
+    /// The anonymous part of guest memory. The rest is shared with the template and with its other guests.
+    pub guest_anonymous: u64,
     /// PSS of all other mappings.
     pub other: u64,
 }
@@ -103,13 +114,18 @@ pub fn memory(pid: i32) -> std::io::Result<Memory> {
 /// Parses smaps. `VmFlags` is the last line of each mapping (Linux, fs/proc/task_mmu.c); `dd` is "do not include area
 /// into core dump".
 fn parse_smaps(smaps: &str) -> Memory {
-    let mut memory = Memory { guest: 0, other: 0 };
-    let mut pss = 0;
+    let mut memory = Memory { guest: 0, guest_anonymous: 0, other: 0 };
+    let (mut pss, mut anonymous) = (0, 0);
+    let kib = |value: &str| value.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0);
     for line in smaps.lines() {
         let Some((key, value)) = line.split_once(':') else { continue };
         match key {
-            "Pss" => pss = value.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0),
-            "VmFlags" if value.split_whitespace().any(|flag| flag == "dd") => memory.guest += pss,
+            "Pss" => pss = kib(value),
+            "Anonymous" => anonymous = kib(value),
+            "VmFlags" if value.split_whitespace().any(|flag| flag == "dd") => {
+                memory.guest += pss;
+                memory.guest_anonymous += anonymous;
+            }
             "VmFlags" => memory.other += pss,
             _ => {}
         }
@@ -123,9 +139,9 @@ mod tests {
 
     #[test]
     fn guest_memory_is_separated_from_other_memory() {
-        let smaps = "7f00-7f01 rw-p 0 00:00 0\nSize: 262144 kB\nPss: 30000 kB\nPss_Dirty: 30000 kB\n\
+        let smaps = "7f00-7f01 rw-p 0 00:00 0\nSize: 262144 kB\nPss: 30000 kB\nPss_Dirty: 30000 kB\nAnonymous: 20000 kB\n\
                      VmFlags: rd wr mr mw me nr dd nh\n\
                      5500-5501 r-xp 0 08:01 3 /usr/local/bin/x\nSize: 4096 kB\nPss: 1500 kB\nVmFlags: rd ex mr mw me\n";
-        assert_eq!(parse_smaps(smaps), Memory { guest: 30000, other: 1500 });
+        assert_eq!(parse_smaps(smaps), Memory { guest: 30000, guest_anonymous: 20000, other: 1500 });
     }
 }
