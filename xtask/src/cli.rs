@@ -77,11 +77,8 @@ enum Task {
     /// Run hundreds of pods at once in the test node. Exit with 1 if what they take from the node does not grow linearly,
     /// or if Husk reaches a limit of the node with fewer than 1000 pods.
     Scale(scale::Options),
-    /// Run a benchmark in the test node.
-    Bench {
-        #[command(subcommand)]
-        command: bench::Bench,
-    },
+    /// Run benchmarks in the test node.
+    Bench(bench::Options),
 }
 
 #[derive(Args, Clone, Copy)]
@@ -181,7 +178,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Task::Chaos(options) => return chaos::chaos(&options),
         Task::Soak(options) => return chaos::soak(&options),
         Task::Scale(options) => return scale::scale(&options),
-        Task::Bench { command } => return bench::bench(&command),
+        Task::Bench(options) => return bench::bench(&options),
     }
     Ok(0)
 }

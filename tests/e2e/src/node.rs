@@ -73,6 +73,33 @@ pub fn kernel_release() -> String {
     fs::read_to_string("/proc/sys/kernel/osrelease").unwrap().trim().to_owned()
 }
 
+/// Writes dirty pages back, and drops the node's caches.
+pub fn drop_caches() {
+    nix::unistd::sync();
+    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+}
+
+/// Waits until the node's available memory is stable, because the memory of removed pods may be freed late. Drops the
+/// node's caches meanwhile.
+pub fn wait_for_stable_memory() {
+    const TOLERANCE: f64 = 512.0 * 1024.0;
+    let mut last = 0.0;
+    eventually(Duration::from_secs(30), || {
+        thread::sleep(Duration::from_secs(1));
+        drop_caches();
+        let now = meminfo("MemAvailable");
+        let change: f64 = now - std::mem::replace(&mut last, now);
+        (change.abs() < TOLERANCE).then_some(())
+    });
+}
+
+/// Returns a value of /proc/meminfo, in bytes. Returns 0 if the node's kernel does not have the value.
+pub fn meminfo(key: &str) -> f64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap();
+    let found = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+    1024.0 * found.and_then(|value| value.trim().strip_suffix(" kB")?.parse().ok()).unwrap_or(0.0)
+}
+
 /// Path of Husk's configuration.
 const CONFIG: &str = "/etc/husk/config.toml";
 

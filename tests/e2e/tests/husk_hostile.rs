@@ -9,7 +9,7 @@ use std::fs;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use husk_e2e::bench::median;
+use husk_benchmarks::median;
 use husk_e2e::cri::pod::need_image;
 use husk_e2e::cri::{Pod, PodContainer, Pods, pods, try_call};
 use husk_e2e::figures::print_figure;

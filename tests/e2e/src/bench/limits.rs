@@ -1,13 +1,14 @@
 //! Measures whether the devices of a VM keep to their rate limits. Each device is measured twice: with a limit in bytes
 //! per second, and with a limit in operations per second. The load is always faster than the limit.
 
-use std::fmt::Write as _;
 use std::net::{IpAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use husk_benchmarks::{Report, Table};
 use serde_json::json;
 
+use super::{Options, python};
 use crate::cri::pod::need_image;
 use crate::cri::stream::{Stream, channel};
 use crate::cri::{Pod, PodContainer, call, pods_with_handler};
@@ -135,15 +136,17 @@ const OPERATIONS: Limits = Limits {
     vsock: Limit::Operations(10),
 };
 
-/// Measures each device for `seconds` seconds, and prints a table. Returns whether all rates are within 5 % of their
-/// limits.
+/// Measures each device. The report has a failure for each rate that differs from its limit by more than 5 %.
 ///
 /// # Panics
 /// If a step fails.
-pub fn measure(seconds: u64) -> bool {
+pub fn measure(options: &Options) -> Report {
     need_image(PYTHON);
-    let mut table = "| device | limit per second | measured | ratio |\n| --- | ---: | ---: | ---: |\n".to_owned();
-    let mut held = true;
+    let mut report = Report::new("limits").with("seconds", options.seconds);
+    let mut table = Table {
+        columns: ["device", "limit per second", "measured", "× limit"].map(str::to_owned).to_vec(),
+        rows: Vec::new(),
+    };
     for limits in [&BYTES, &OPERATIONS] {
         pods_with_handler("bench-limits", "husk", |pods| {
             let _config = node::Config::set(&configuration(limits));
@@ -153,15 +156,18 @@ pub fn measure(seconds: u64) -> bool {
             config["devices"] =
                 json!([{ "container_path": "/dev/xvda", "host_path": disk.device, "permissions": "rw" }]);
             let container = pod.start(&config);
-            let duration = Duration::from_secs(seconds);
+            let duration = Duration::from_secs(options.seconds);
             let mut row = |device: &str, limit: Limit, rate: f64| {
                 let (configured, unit) = match limit {
                     Limit::Bytes(rate) => (rate as f64, "bytes"),
                     Limit::Operations(rate) => (rate as f64, "operations"),
                 };
                 let ratio = rate / configured;
-                held &= (0.95..=1.05).contains(&ratio);
-                let _ = writeln!(table, "| {device} | {configured} {unit} | {rate:.1} | {ratio:.3} |");
+                if !(0.95..=1.05).contains(&ratio) {
+                    report.failures.push(format!("{device}: {rate:.1} of {configured} {unit} per second"));
+                }
+                let cells = [device.to_owned(), format!("{configured} {unit}"), format!("{rate:.1}")];
+                table.rows.push([cells.to_vec(), vec![format!("{ratio:.3}")]].concat());
                 println!("{device}: {rate:.1} of {configured} {unit} per second ({ratio:.3})");
             };
             row("disk", limits.disk, read(&container, "/dev/xvda", limits.disk, duration));
@@ -172,8 +178,8 @@ pub fn measure(seconds: u64) -> bool {
             row("vsock", limits.vsock, vsock(&container, limits.vsock, duration));
         });
     }
-    println!("\n{table}");
-    held
+    report.tables.push(table);
+    report
 }
 
 /// Creates the file that [`READ`] reads from the share.
@@ -192,12 +198,9 @@ fn configuration(limits: &Limits) -> String {
     .concat()
 }
 
-/// Runs a Python program in the container, and returns the numbers that it prints.
+/// Runs a Python program that measures for `duration`, and returns the numbers that it prints.
 fn run(container: &PodContainer, program: &str, arguments: &[&str], duration: Duration) -> Vec<f64> {
-    let command = [&["python3", "-S", "-c", program][..], arguments].concat();
-    let done = container.exec_within(duration + 2 * crate::command::TIMEOUT, &command);
-    assert_eq!(done.code, 0, "the Python program failed: {done:?}");
-    done.out.split_whitespace().map(|number| number.parse().unwrap()).collect()
+    python::run(container, program, arguments, duration + 2 * crate::command::TIMEOUT)
 }
 
 fn seconds(duration: Duration) -> String {

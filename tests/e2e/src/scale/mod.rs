@@ -148,8 +148,8 @@ impl Series {
         }
         let mut starts: Vec<f64> = self.starts.iter().map(|start| start.1).collect();
         let quarter = (starts.len() / 4).max(1);
-        let early = crate::bench::median(starts.get(..quarter).unwrap_or_default());
-        let late = crate::bench::median(&starts.split_off(starts.len().saturating_sub(quarter)));
+        let early = husk_benchmarks::median(starts.get(..quarter).unwrap_or_default());
+        let late = husk_benchmarks::median(&starts.split_off(starts.len().saturating_sub(quarter)));
         if late > early * SLOWER + SLOWER_NOISE {
             findings.push(format!("a start takes {late:.1} s at the end, and {early:.1} s at the beginning"));
         }

@@ -8,11 +8,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use husk_base::sync::lock;
+use husk_benchmarks::median;
 use serde_json::{Value, json};
 
 use super::line::LEAST;
 use super::{Outcome, Series, limits, sample};
-use crate::bench::median;
 use crate::cri::pod::KUBELET;
 use crate::cri::{Pods, Status, try_call, try_call_within};
 use crate::{BUSYBOX, grpc};

@@ -1,17 +1,17 @@
-//! Measures a pod's network with vhost-net and with the VMM's data path, in alternating runs.
+//! Throughput and round-trip time of a pod's network: with runc, with vhost-net and with the VMM's data path.
 
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream};
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use husk_config::timeline::Timeline;
+use husk_benchmarks::{Report, median};
 
-use super::median;
+use super::timelines::{at, timeline};
+use super::{Options, Quantity, Variant, interleave};
+use crate::PYTHON;
 use crate::cri::pod::need_image;
 use crate::cri::{Pod, PodContainer, pods_with_handler};
-use crate::{PYTHON, node};
 
 /// A Python server. On port 8080, the server echoes the received data. On port 8081, the server counts the received
 /// bytes, and sends the count after the client's last byte. Each port serves one connection at a time.
@@ -43,81 +43,60 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as connection:
 
 /// Number of requests in one measurement of the round-trip time.
 const ROUND_TRIPS: usize = 300;
-const TIMELINES: &str = "/run/husk-bench-timelines";
 
-struct Variant {
-    name: &'static str,
-    config: String,
-    egress: Vec<f64>,
-    ingress: Vec<f64>,
-    round_trip: Vec<f64>,
-    connected: Vec<f64>,
-    started: Vec<f64>,
-}
+/// A variant: its name, its runtime, and lines of Husk's configuration.
+type DataPath = (&'static str, Variant, &'static str);
 
-/// Measures vhost-net and the VMM's data path with `vcpus` vCPUs per pod. Prints a table with one row per data path.
+/// The variants. Husk's default is vhost-net.
+const PATHS: [DataPath; 3] = [
+    ("runc", Variant::Runc, ""),
+    ("husk, vhost-net", Variant::Boot, "vhost_net = true\n"),
+    ("husk, VMM", Variant::Boot, "vhost_net = false\n"),
+];
+
+/// Measures TCP between a pod and the node, and what the network adds to the start of a pod.
 ///
 /// # Panics
 /// If a step fails.
-pub fn measure(runs: u32, mib: usize, vcpus: u32) {
+pub fn measure(options: &Options) -> Report {
     need_image(PYTHON);
-    let variant = |(name, vhost)| Variant {
-        name,
-        config: format!("vhost_net = {vhost}\ntimeline_log = \"{TIMELINES}\"\n"),
-        egress: Vec::new(),
-        ingress: Vec::new(),
-        round_trip: Vec::new(),
-        connected: Vec::new(),
-        started: Vec::new(),
-    };
-    let mut variants = [("vhost-net", true), ("VMM", false)].map(variant);
-    traffic(&mut variants, runs, mib, vcpus);
-    starts(&mut variants, runs);
-    println!("\n| frames carried by | out MiB/s | in MiB/s | round trip | network connected | sandbox set up |");
-    println!("| --- | ---: | ---: | ---: | ---: | ---: |");
-    for variant in variants {
-        let [egress, ingress, trip] =
-            [&variant.egress, &variant.ingress, &variant.round_trip].map(|values| median(values));
-        let [connected, started] = [&variant.connected, &variant.started].map(|values| median(values));
-        let name = variant.name;
-        println!("| {name} | {egress:.1} | {ingress:.1} | {trip:.0} µs | {connected:.0} ms | {started:.0} ms |");
-    }
+    let (runs, mib, vcpus) = (options.runs.unwrap_or(5), options.mib.unwrap_or(64), options.vcpus);
+    let mut report = Report::new("net").with("runs", runs).with("mib", mib).with("vcpus", vcpus);
+    traffic(&mut report, runs, mib, vcpus);
+    starts(&mut report, runs);
+    report
 }
 
-fn traffic(variants: &mut [Variant; 2], runs: u32, mib: usize, vcpus: u32) {
-    pods_with_handler("bench-network", "husk", |pods| {
-        let made: Vec<(Pod, PodContainer)> = variants
+fn traffic(report: &mut Report, runs: u32, mib: usize, vcpus: u32) {
+    let quantities = [
+        Quantity::higher("TCP from the pod", "MiB/s"),
+        Quantity::higher("TCP to the pod", "MiB/s"),
+        Quantity::lower("round-trip time of one byte", "µs"),
+    ];
+    pods_with_handler("bench-net", "husk", |pods| {
+        let made: Vec<(Pod, PodContainer)> = PATHS
             .iter()
-            .map(|variant| {
-                let _config = node::Config::set(&variant.config);
+            .map(|(_, variant, lines)| {
+                let _config = variant.configure_with(lines);
                 let mut config = pods.config();
                 config["annotations"]["io.husk.vcpus"] = vcpus.to_string().into();
-                let pod = pods.run(config);
+                let pod = pods.run_with_handler(variant.handler(), config);
                 let container = pod.start(&pod.python(SERVER));
                 container.wait_for("up");
                 (pod, container)
             })
             .collect();
-        for round in 0..=runs {
-            for (variant, (pod, container)) in variants.iter_mut().zip(&made) {
-                let ip = pod.addresses().into_iter().find(IpAddr::is_ipv4).unwrap();
-                let egress = measure_egress(container, mib);
-                let ingress = measure_ingress(ip, mib);
-                let trip = round_trip(ip);
+        // The warm-up round includes the switch to vhost-net.
+        interleave(report, runs, &PATHS.map(|(name, ..)| name), &quantities, |index, _| {
+            let (pod, container) = &made[index];
+            let ip = pod.addresses().into_iter().find(IpAddr::is_ipv4).unwrap();
+            let values = vec![measure_egress(container, mib), measure_ingress(ip, mib), round_trip(ip)];
+            if PATHS[index].1.is_husk() {
                 let threads = fs::read_dir(format!("/proc/{}/task", pod.pid())).unwrap().count();
-                println!(
-                    "round {round}: {} out {egress:.1} MiB/s, in {ingress:.1} MiB/s, round trip {trip:.0} µs, \
-                     {threads} threads",
-                    variant.name
-                );
-                // Round 0 is not counted, because it warms the node's caches and includes the switch to vhost-net.
-                if round > 0 {
-                    variant.egress.push(egress);
-                    variant.ingress.push(ingress);
-                    variant.round_trip.push(trip);
-                }
+                println!("the VMM of {} has {threads} threads", PATHS[index].0);
             }
-        }
+            values
+        });
     });
 }
 
@@ -175,23 +154,20 @@ fn round_trip(ip: IpAddr) -> f64 {
 }
 
 /// Measures the duration of a pod's start, and the time from the VMM's start until the network is connected.
-fn starts(variants: &mut [Variant; 2], runs: u32) {
-    for round in 0..=runs {
-        for variant in variants.iter_mut() {
-            let _config = node::Config::set(&variant.config);
-            let mut id = String::new();
-            pods_with_handler("bench-network-start", "husk", |pods| id = pods.pod().id);
-            let text = fs::read_to_string(Path::new(TIMELINES)).unwrap();
-            let all = Timeline::from_lines(&text).unwrap();
-            let steps = all.into_iter().rev().find(|timeline| timeline.sandbox == id).unwrap().steps;
-            let at = |name: &str| steps.iter().find(|step| step.name == name).unwrap().at_ns as f64 / 1e6;
-            let connected = at("network connected") - at("vmm process");
-            let started = at("sandbox set up") - at("shim start");
-            println!("start {round}: {} network {connected:.1} ms of {started:.0} ms", variant.name);
-            if round > 0 {
-                variant.connected.push(connected);
-                variant.started.push(started);
-            }
-        }
-    }
+fn starts(report: &mut Report, runs: u32) {
+    let quantities = [
+        Quantity::lower("`vmm process` until `network connected`", "ms"),
+        Quantity::lower("`shim start` until `sandbox set up`", "ms"),
+    ];
+    let paths = PATHS.get(1..).unwrap_or_default();
+    let names: Vec<&str> = paths.iter().map(|(name, ..)| *name).collect();
+    interleave(report, runs, &names, &quantities, |index, _| {
+        let (_, variant, lines) = paths[index];
+        let _config = variant.configure_with(lines);
+        let mut id = String::new();
+        pods_with_handler("bench-net-start", "husk", |pods| id = pods.pod().id);
+        let timeline = timeline(&id);
+        let between = |from, to| at(&timeline, to) - at(&timeline, from);
+        vec![between("vmm process", "network connected"), between("shim start", "sandbox set up")]
+    });
 }

@@ -1,0 +1,28 @@
+//! The list of benchmarks.
+
+use clap::ValueEnum;
+
+/// A benchmark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Benchmark {
+    /// Duration of `ctr run --rm … true`, the steps of Husk's start, and the memory of an idle container.
+    Start,
+    /// Memory that the node uses for each idle pod.
+    Memory,
+    /// Throughput and round-trip time of TCP, with runc, with vhost-net and with the VMM's data path.
+    Net,
+    /// Throughput of a command's output through the CRI's Exec.
+    Exec,
+    /// Rates of each device under a rate limit. Fails if a rate differs from its limit by more than 5 %.
+    Limits,
+}
+
+impl Benchmark {
+    /// The benchmarks that compare Husk with runc, or a guest that boots with a guest that is made from a template.
+    pub const COMPARISONS: [Self; 4] = [Self::Start, Self::Memory, Self::Net, Self::Exec];
+
+    /// Returns the name on the command line and of the file with the results.
+    pub fn name(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+}
