@@ -7,6 +7,8 @@ use clap::ValueEnum;
 pub enum Benchmark {
     /// Duration of `ctr run --rm … true`, the steps of Husk's start, and the memory of an idle container.
     Start,
+    /// Duration of RunPodSandbox, and the time until the first line of a container's log.
+    Sandbox,
     /// Memory that the node uses for each idle pod.
     Memory,
     /// Throughput and round-trip time of TCP, with runc, with vhost-net and with the VMM's data path.
@@ -19,7 +21,7 @@ pub enum Benchmark {
 
 impl Benchmark {
     /// The benchmarks that compare Husk with runc, or a guest that boots with a guest that is made from a template.
-    pub const COMPARISONS: [Self; 4] = [Self::Start, Self::Memory, Self::Net, Self::Exec];
+    pub const COMPARISONS: [Self; 5] = [Self::Start, Self::Sandbox, Self::Memory, Self::Net, Self::Exec];
 
     /// Returns the name on the command line and of the file with the results.
     pub fn name(self) -> String {
