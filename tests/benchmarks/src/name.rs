@@ -9,6 +9,8 @@ pub enum Benchmark {
     Start,
     /// Duration of RunPodSandbox, and the time until the first line of a container's log.
     Sandbox,
+    /// Time from the request to the VMM until the agent has answered Setup.
+    Restore,
     /// Memory that the node uses for each idle pod.
     Memory,
     /// Throughput and round-trip time of TCP, with runc, with vhost-net and with the VMM's data path.
@@ -21,7 +23,7 @@ pub enum Benchmark {
 
 impl Benchmark {
     /// The benchmarks that compare Husk with runc, or a guest that boots with a guest that is made from a template.
-    pub const COMPARISONS: [Self; 5] = [Self::Start, Self::Sandbox, Self::Memory, Self::Net, Self::Exec];
+    pub const COMPARISONS: [Self; 6] = [Self::Start, Self::Sandbox, Self::Restore, Self::Memory, Self::Net, Self::Exec];
 
     /// Returns the name on the command line and of the file with the results.
     pub fn name(self) -> String {

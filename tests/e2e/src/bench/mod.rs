@@ -6,6 +6,7 @@ pub mod memory;
 pub mod net;
 mod options;
 mod python;
+pub mod restore;
 pub mod sandbox;
 pub mod start;
 mod timelines;
