@@ -13,6 +13,8 @@ pub enum Benchmark {
     Restore,
     /// Memory that the node uses for each idle pod.
     Memory,
+    /// Guest memory that the host holds, by part of the guest's address space.
+    GuestMemory,
     /// Throughput and round-trip time of TCP, with runc, with vhost-net and with the VMM's data path.
     Net,
     /// Throughput of a command's output through the CRI's Exec.
@@ -23,7 +25,8 @@ pub enum Benchmark {
 
 impl Benchmark {
     /// The benchmarks that compare Husk with runc, or a guest that boots with a guest that is made from a template.
-    pub const COMPARISONS: [Self; 6] = [Self::Start, Self::Sandbox, Self::Restore, Self::Memory, Self::Net, Self::Exec];
+    pub const COMPARISONS: [Self; 7] =
+        [Self::Start, Self::Sandbox, Self::Restore, Self::Memory, Self::GuestMemory, Self::Net, Self::Exec];
 
     /// Returns the name on the command line and of the file with the results.
     pub fn name(self) -> String {

@@ -1,6 +1,7 @@
 //! The benchmarks. Each benchmark is a module whose function `measure` returns a report.
 
 pub mod exec;
+pub mod guest_memory;
 pub mod limits;
 pub mod memory;
 pub mod net;
