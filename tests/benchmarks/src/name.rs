@@ -15,6 +15,8 @@ pub enum Benchmark {
     Memory,
     /// Guest memory that the host holds, by part of the guest's address space.
     GuestMemory,
+    /// Duration of a start while many pods run.
+    Density,
     /// Throughput and round-trip time of TCP, with runc, with vhost-net and with the VMM's data path.
     Net,
     /// Throughput of a command's output through the CRI's Exec.
@@ -25,8 +27,16 @@ pub enum Benchmark {
 
 impl Benchmark {
     /// The benchmarks that compare Husk with runc, or a guest that boots with a guest that is made from a template.
-    pub const COMPARISONS: [Self; 7] =
-        [Self::Start, Self::Sandbox, Self::Restore, Self::Memory, Self::GuestMemory, Self::Net, Self::Exec];
+    pub const COMPARISONS: [Self; 8] = [
+        Self::Start,
+        Self::Sandbox,
+        Self::Restore,
+        Self::Memory,
+        Self::GuestMemory,
+        Self::Density,
+        Self::Net,
+        Self::Exec,
+    ];
 
     /// Returns the name on the command line and of the file with the results.
     pub fn name(self) -> String {

@@ -16,6 +16,9 @@ pub struct Options {
     /// memory: numbers of pods.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 10])]
     pub pods: Vec<usize>,
+    /// density: number of pods that run during the starts.
+    #[arg(long, default_value_t = 30)]
+    pub background: usize,
     /// exec, net: amount of data in MiB. Default: depends on the benchmark.
     #[arg(long)]
     pub mib: Option<usize>,
