@@ -17,6 +17,8 @@ pub enum Benchmark {
     GuestMemory,
     /// Duration of a start while many pods run.
     Density,
+    /// Duration of many starts at once. Fails if an exit code is wrong or if anything is left.
+    Burst,
     /// Throughput and round-trip time of TCP, with runc, with vhost-net and with the VMM's data path.
     Net,
     /// Throughput of a command's output through the CRI's Exec.
@@ -27,13 +29,14 @@ pub enum Benchmark {
 
 impl Benchmark {
     /// The benchmarks that compare Husk with runc, or a guest that boots with a guest that is made from a template.
-    pub const COMPARISONS: [Self; 8] = [
+    pub const COMPARISONS: [Self; 9] = [
         Self::Start,
         Self::Sandbox,
         Self::Restore,
         Self::Memory,
         Self::GuestMemory,
         Self::Density,
+        Self::Burst,
         Self::Net,
         Self::Exec,
     ];

@@ -1,5 +1,6 @@
 //! The benchmarks. Each benchmark is a module whose function `measure` returns a report.
 
+pub mod burst;
 pub mod density;
 pub mod exec;
 pub mod guest_memory;

@@ -19,6 +19,9 @@ pub struct Options {
     /// density: number of pods that run during the starts.
     #[arg(long, default_value_t = 30)]
     pub background: usize,
+    /// burst: number of containers that start at once.
+    #[arg(long, default_value_t = 50)]
+    pub at_once: usize,
     /// exec, net: amount of data in MiB. Default: depends on the benchmark.
     #[arg(long)]
     pub mib: Option<usize>,
