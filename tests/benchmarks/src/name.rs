@@ -19,6 +19,8 @@ pub enum Benchmark {
     Density,
     /// Duration of many starts at once. Fails if an exit code is wrong or if anything is left.
     Burst,
+    /// Creating, examining and removing small files, and the start of Python.
+    IoMeta,
     /// Throughput and round-trip time of TCP, with runc, with vhost-net and with the VMM's data path.
     Net,
     /// Throughput of a command's output through the CRI's Exec.
@@ -29,7 +31,7 @@ pub enum Benchmark {
 
 impl Benchmark {
     /// The benchmarks that compare Husk with runc, or a guest that boots with a guest that is made from a template.
-    pub const COMPARISONS: [Self; 9] = [
+    pub const COMPARISONS: [Self; 10] = [
         Self::Start,
         Self::Sandbox,
         Self::Restore,
@@ -37,6 +39,7 @@ impl Benchmark {
         Self::GuestMemory,
         Self::Density,
         Self::Burst,
+        Self::IoMeta,
         Self::Net,
         Self::Exec,
     ];

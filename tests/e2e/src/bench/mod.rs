@@ -4,6 +4,7 @@ pub mod burst;
 pub mod density;
 pub mod exec;
 pub mod guest_memory;
+pub mod io_meta;
 pub mod limits;
 pub mod memory;
 pub mod net;

@@ -22,6 +22,9 @@ pub struct Options {
     /// burst: number of containers that start at once.
     #[arg(long, default_value_t = 50)]
     pub at_once: usize,
+    /// io-meta: number of files.
+    #[arg(long, default_value_t = 500)]
+    pub files: usize,
     /// exec, net: amount of data in MiB. Default: depends on the benchmark.
     #[arg(long)]
     pub mib: Option<usize>,

@@ -6,7 +6,9 @@ use std::{fs, io};
 
 use clap::Parser;
 use husk_benchmarks::{Benchmark, Report, markdown};
-use husk_e2e::bench::{Options, burst, density, exec, guest_memory, limits, memory, net, restore, sandbox, start};
+use husk_e2e::bench::{
+    Options, burst, density, exec, guest_memory, io_meta, limits, memory, net, restore, sandbox, start,
+};
 use husk_e2e::template::Templates;
 
 /// Runs benchmarks in the test node.
@@ -56,6 +58,7 @@ fn run(benchmark: Benchmark, options: &Options, conditions: &[(String, String)])
         Benchmark::GuestMemory => guest_memory::measure,
         Benchmark::Density => density::measure,
         Benchmark::Burst => burst::measure,
+        Benchmark::IoMeta => io_meta::measure,
         Benchmark::Net => net::measure,
         Benchmark::Exec => exec::measure,
         Benchmark::Limits => limits::measure,

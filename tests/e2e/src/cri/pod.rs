@@ -120,6 +120,14 @@ impl Pods {
         path
     }
 
+    /// Creates the directory of an emptyDir on the node's disk. [`Pods::dir`] is on a tmpfs.
+    pub fn disk_volume(&self, pod: &Pod, name: &str) -> DiskVolume {
+        let dir = Path::new("/var/lib/kubelet/pods").join(text(&pod.config["metadata"]["uid"]));
+        let path = dir.join("volumes/kubernetes.io~empty-dir").join(name);
+        fs::create_dir_all(&path).unwrap();
+        DiskVolume { dir, path }
+    }
+
     /// Runs a pod without containers.
     #[track_caller]
     pub fn pod(&self) -> Pod {
@@ -161,6 +169,26 @@ impl Pods {
             remove_parent(&format!("{}-{number}", self.name));
         }
         result
+    }
+}
+
+/// A volume on the node's disk. Dropping it removes its files.
+pub struct DiskVolume {
+    /// The directory of the pod's volumes.
+    dir: PathBuf,
+    path: PathBuf,
+}
+
+impl DiskVolume {
+    /// Returns the volume's directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for DiskVolume {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.dir);
     }
 }
 
