@@ -21,6 +21,8 @@ pub enum Benchmark {
     Burst,
     /// Creating, examining and removing small files, and the start of Python.
     IoMeta,
+    /// Writing and reading a large file.
+    IoSeq,
     /// Throughput and round-trip time of TCP, with runc, with vhost-net and with the VMM's data path.
     Net,
     /// Throughput of a command's output through the CRI's Exec.
@@ -31,7 +33,7 @@ pub enum Benchmark {
 
 impl Benchmark {
     /// The benchmarks that compare Husk with runc, or a guest that boots with a guest that is made from a template.
-    pub const COMPARISONS: [Self; 10] = [
+    pub const COMPARISONS: [Self; 11] = [
         Self::Start,
         Self::Sandbox,
         Self::Restore,
@@ -40,6 +42,7 @@ impl Benchmark {
         Self::Density,
         Self::Burst,
         Self::IoMeta,
+        Self::IoSeq,
         Self::Net,
         Self::Exec,
     ];

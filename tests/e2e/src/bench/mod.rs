@@ -5,6 +5,7 @@ pub mod density;
 pub mod exec;
 pub mod guest_memory;
 pub mod io_meta;
+pub mod io_seq;
 pub mod limits;
 pub mod memory;
 pub mod net;
