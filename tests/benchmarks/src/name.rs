@@ -25,6 +25,8 @@ pub enum Benchmark {
     IoSeq,
     /// Throughput and round-trip time of TCP, with runc, with vhost-net and with the VMM's data path.
     Net,
+    /// Part of freed guest memory that the host has again after ten seconds.
+    GiveBack,
     /// Throughput of a command's output through the CRI's Exec.
     Exec,
     /// Rates of each device under a rate limit. Fails if a rate differs from its limit by more than 5 %.
@@ -33,7 +35,7 @@ pub enum Benchmark {
 
 impl Benchmark {
     /// The benchmarks that compare Husk with runc, or a guest that boots with a guest that is made from a template.
-    pub const COMPARISONS: [Self; 11] = [
+    pub const COMPARISONS: [Self; 12] = [
         Self::Start,
         Self::Sandbox,
         Self::Restore,
@@ -44,6 +46,7 @@ impl Benchmark {
         Self::IoMeta,
         Self::IoSeq,
         Self::Net,
+        Self::GiveBack,
         Self::Exec,
     ];
 

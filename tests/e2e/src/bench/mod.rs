@@ -3,6 +3,7 @@
 pub mod burst;
 pub mod density;
 pub mod exec;
+pub mod give_back;
 pub mod guest_memory;
 pub mod io_meta;
 pub mod io_seq;

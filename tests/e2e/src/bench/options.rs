@@ -25,7 +25,7 @@ pub struct Options {
     /// io-meta: number of files.
     #[arg(long, default_value_t = 500)]
     pub files: usize,
-    /// exec, io-seq, net: amount of data in MiB. Default: depends on the benchmark.
+    /// exec, give-back, io-seq, net: amount of data in MiB. Default: depends on the benchmark.
     #[arg(long)]
     pub mib: Option<usize>,
     /// limits: duration of each measurement, in seconds.

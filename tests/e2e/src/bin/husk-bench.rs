@@ -7,7 +7,8 @@ use std::{fs, io};
 use clap::Parser;
 use husk_benchmarks::{Benchmark, Report, markdown};
 use husk_e2e::bench::{
-    Options, burst, density, exec, guest_memory, io_meta, io_seq, limits, memory, net, restore, sandbox, start,
+    Options, burst, density, exec, give_back, guest_memory, io_meta, io_seq, limits, memory, net, restore, sandbox,
+    start,
 };
 use husk_e2e::template::Templates;
 
@@ -61,6 +62,7 @@ fn run(benchmark: Benchmark, options: &Options, conditions: &[(String, String)])
         Benchmark::IoMeta => io_meta::measure,
         Benchmark::IoSeq => io_seq::measure,
         Benchmark::Net => net::measure,
+        Benchmark::GiveBack => give_back::measure,
         Benchmark::Exec => exec::measure,
         Benchmark::Limits => limits::measure,
     };
