@@ -1,12 +1,18 @@
-//! `cargo xtask bench …`: runs the benchmarks in the test node.
+//! `cargo xtask bench …`: runs the benchmarks in the test node, records their results, and compares results with the
+//! recorded ones.
 
-use std::path::PathBuf;
+mod chart;
+mod check;
+mod page;
+
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
-use husk_benchmarks::Benchmark;
+use husk_benchmarks::{Benchmark, Report};
 
 use crate::build::{self, Profile};
 use crate::node::kvm::{self, Verdict};
@@ -26,7 +32,7 @@ const ALL: &str = "all";
 #[derive(Args)]
 pub struct Options {
     /// The benchmarks. They run in one boot of the node.
-    #[arg(value_parser = choices(), required = true)]
+    #[arg(value_parser = choices(), required_unless_present_any = ["record", "check"])]
     benchmarks: Vec<Choice>,
     /// Build the programs in the quick profile.
     #[arg(long)]
@@ -34,6 +40,13 @@ pub struct Options {
     /// The number of runs of each variant, after one warm-up run. Default: depends on the benchmark.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     runs: Option<u32>,
+    /// Write the results to docs/performance and docs/performance.md. Without BENCHMARKS, write the results of earlier
+    /// runs.
+    #[arg(long)]
+    record: bool,
+    /// Run quick measurements of start, memory and burst. Fail if a ratio to runc is 25 % worse than the recorded one.
+    #[arg(long, conflicts_with_all = ["benchmarks", "record", "args"])]
+    check: bool,
     /// Further options of husk-bench.
     #[arg(last = true)]
     args: Vec<String>,
@@ -59,6 +72,9 @@ pub fn bench(options: &Options) -> Result<u8> {
     let runs = options.runs.map(|runs| ["--runs".to_owned(), runs.to_string()]);
     let args = [runs.into_iter().flatten().collect(), options.args.clone()].concat();
     let profile = Profile::quick(options.quick);
+    if options.check {
+        return check::check(profile, args);
+    }
     let mut benchmarks = Vec::new();
     for choice in &options.benchmarks {
         match choice {
@@ -68,7 +84,12 @@ pub fn bench(options: &Options) -> Result<u8> {
     }
     benchmarks.sort();
     benchmarks.dedup();
-    run(&benchmarks, profile, args)
+    let code = if benchmarks.is_empty() { 0 } else { run(&benchmarks, profile, args)? };
+    if options.record {
+        let all = Benchmark::value_variants();
+        page::record(if benchmarks.is_empty() { all } else { &benchmarks })?;
+    }
+    Ok(code)
 }
 
 /// Runs the benchmarks in one boot of the node. Returns the exit code.
@@ -127,6 +148,15 @@ fn conditions(profile: Profile) -> Result<[(&'static str, String); 3]> {
     };
     let commit = cmd::output(&mut git)?.trim().to_owned();
     Ok([("profile", profile.name().to_owned()), ("node", node.to_owned()), ("commit", commit)])
+}
+
+/// Reads the results of a benchmark. Returns `None` if the file does not exist.
+fn read(path: &Path) -> Result<Option<Report>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = fs::read_to_string(path).with_context(|| format!("failed to read {}", path.display()))?;
+    serde_json::from_str(&text).map(Some).with_context(|| format!("failed to parse {}", path.display()))
 }
 
 /// Returns the directory of the results.
