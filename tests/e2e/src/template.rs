@@ -38,7 +38,7 @@ impl Templates {
         Self { config: Some(Config::set("template = \"auto\"\n")), had_one }
     }
 
-    /// Makes the template for pods without limits.
+    /// Makes the templates for pods with the default number of vCPUs.
     #[track_caller]
     pub fn build() -> Self {
         let templates = Self::on();
@@ -74,13 +74,6 @@ impl Templates {
             let log = fs::read_to_string(Path::new(STORE).join("log")).unwrap_or_default();
             panic!("no template was made\n{log}\n{}", node::log_tail(20))
         })
-    }
-
-    /// Waits until no process makes a template.
-    #[track_caller]
-    pub fn wait_for_builders() {
-        let ended = node::eventually(LIMIT, || builders().is_empty().then_some(()));
-        assert!(ended.is_some(), "the processes {:?} do not end", builders());
     }
 }
 

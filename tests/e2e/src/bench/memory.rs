@@ -11,7 +11,6 @@ use super::{ABSENT, Options, Quantity, Variant, interleave};
 use crate::cri::pod::Pod;
 use crate::cri::{Pods, pods_with_handler};
 use crate::node;
-use crate::template::Templates;
 use crate::vm;
 
 /// How long the pods are idle before they are measured.
@@ -28,10 +27,6 @@ pub fn measure(options: &Options) -> Report {
     let mut report = Report::new("memory").with("runs", runs).with("pods", options.pods.clone()).with("limit", LIMIT);
     for limit in [None, Some(LIMIT)] {
         pods_with_handler("bench-memory", "husk", |pods| {
-            if limit.is_some() {
-                Templates::make_for(pods, config(pods, limit));
-                Templates::wait_for_builders();
-            }
             for &count in &options.pods {
                 let quantities = quantities(count, limit);
                 interleave(&mut report, runs, &names(&Variant::COMPARED), &quantities, |index, round| {
