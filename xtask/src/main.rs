@@ -11,6 +11,7 @@ mod conformance;
 mod cpio;
 mod demo;
 mod deny;
+mod disk_space;
 mod dist;
 mod extent;
 mod files;

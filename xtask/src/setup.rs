@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::pins::KERNEL_SOURCE;
-use crate::{cmd, ui};
+use crate::{cmd, disk_space, ui};
 
 /// The packages that xtask needs on every distribution, each with its purpose.
 const PACKAGES: &[(&str, &str)] = &[
@@ -43,6 +43,7 @@ pub fn setup() -> Result<()> {
     if !cfg!(target_arch = "x86_64") {
         bail!("Husk can be built on x86_64 only");
     }
+    disk_space::check();
     let release = os_release()?;
     let installed = installed()?;
     let backports = release.codename == "bookworm";
