@@ -106,13 +106,18 @@ fn build(class: Option<OsString>) -> Result<(), BuildError> {
         if waits || find(Path::new(STORE), &key, max_age)?.is_some() {
             continue;
         }
-        store.make_room(max_age);
+        store.make_room(max_age, size_of_files(class));
         if let Err(error) = make(&store, class, &key, &config, &images) {
             delay(Path::new(STORE), &key);
             return Err(error);
         }
     }
     Ok(())
+}
+
+/// Returns the size of a template's files, rounded up: the kernel, the agent, and 1/64 of the memory for page metadata.
+fn size_of_files(class: &Class) -> u64 {
+    (64 << 20) + (class.memory_mib << 20) / 32
 }
 
 /// Returns the classes of pods that have at most the default number of vCPUs, from the smallest memory.

@@ -17,6 +17,7 @@ use nix::fcntl::{AT_FDCWD, Flock, FlockArg, OFlag, openat};
 use nix::mount::{MsFlags, mount};
 use nix::sys::stat::Mode;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::sys::statvfs::statvfs;
 
 use super::class::Key;
 
@@ -143,7 +144,11 @@ pub fn delay(store: &Path, key: &Key) {
 
 /// Returns whether the next attempt to make a template has to wait.
 pub fn is_delayed(store: &Path, key: &Key) -> bool {
-    let path = store.join(format!("{DELAYED}{}", key.name));
+    is_recent(&store.join(format!("{DELAYED}{}", key.name)))
+}
+
+/// Returns whether a file that delays an attempt still does so.
+fn is_recent(path: &Path) -> bool {
     let at = fs::metadata(path).and_then(|metadata| metadata.modified());
     at.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age < DELAY))
 }
@@ -211,9 +216,9 @@ impl Store {
         Ok(Some(Self { path: path.to_owned(), _lock: lock }))
     }
 
-    /// Removes templates that are not complete, are older than `max_age`, or too many, so that there is room for one
-    /// more. Best effort.
-    pub fn make_room(&self, max_age: Duration) {
+    /// Removes templates that are not complete or are older than `max_age`, and delays that have ended. Then removes the
+    /// oldest templates until there is room for one more, whose files have `bytes` bytes. Best effort.
+    pub fn make_room(&self, max_age: Duration, bytes: u64) {
         let mut templates = Vec::new();
         for entry in fs::read_dir(&self.path).into_iter().flatten().flatten() {
             let Ok(name) = entry.file_name().into_string() else { continue };
@@ -221,16 +226,22 @@ impl Store {
             let age = made.ok().and_then(|made| SystemTime::now().duration_since(made).ok());
             match age {
                 Some(age) if is_complete(&name) && age <= max_age => templates.push((age, name)),
-                _ if [PARTIAL, DELAYED].iter().any(|prefix| name.starts_with(prefix)) || is_complete(&name) => {
-                    remove(&self.path, &name);
-                }
+                _ if name.starts_with(PARTIAL) || is_complete(&name) => remove(&self.path, &name),
+                _ if name.starts_with(DELAYED) && !is_recent(&entry.path()) => remove(&self.path, &name),
                 _ => {}
             }
         }
         templates.sort();
-        for (_, name) in templates.iter().skip(MAX_TEMPLATES - 1) {
-            remove(&self.path, name);
+        while templates.len() >= MAX_TEMPLATES || self.available().is_some_and(|available| available < bytes) {
+            let Some((_, oldest)) = templates.pop() else { return };
+            remove(&self.path, &oldest);
         }
+    }
+
+    /// Returns the number of bytes for which the tmpfs has room.
+    fn available(&self) -> Option<u64> {
+        let space = statvfs(&self.path).ok()?;
+        Some(space.blocks_available() * space.fragment_size())
     }
 
     /// Creates the files of a template.
@@ -384,10 +395,33 @@ mod tests {
                 make(&store, &key(byte));
             }
             assert_eq!(count(), 11);
-            store.make_room(DAY);
-            assert_eq!(count(), MAX_TEMPLATES - 1);
-            store.make_room(Duration::ZERO);
-            assert_eq!(count(), 0);
+            delay(&path, &key(50));
+            store.make_room(DAY, 0);
+            assert_eq!(count(), MAX_TEMPLATES - 1 + 1);
+            // The templates that were made first are removed first.
+            assert!(find(&path, &key(2), DAY).unwrap().is_none() && find(&path, &key(3), DAY).unwrap().is_some());
+            store.make_room(Duration::ZERO, 0);
+            assert!(count() == 1 && is_delayed(&path, &key(50)), "the delay of another template has ended");
+        });
+    }
+
+    #[test]
+    fn templates_make_room_if_the_tmpfs_is_full() {
+        isolated(|dir| {
+            let path = dir.join("templates");
+            let store = Store::open(&path).unwrap().unwrap();
+            for byte in 0..3 {
+                let mut partial = store.begin(&key(byte), &class()).unwrap();
+                partial.memory.write_all(&vec![1; 1 << 20]).unwrap();
+                store.finish(partial, &key(byte)).unwrap();
+            }
+            let available = store.available().unwrap();
+            store.make_room(DAY, available);
+            assert_eq!(fs::read_dir(&path).unwrap().count(), 3);
+            store.make_room(DAY, available + (1 << 20));
+            assert!(find(&path, &key(0), DAY).unwrap().is_none() && find(&path, &key(1), DAY).unwrap().is_some());
+            store.make_room(DAY, u64::MAX);
+            assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
         });
     }
 }
