@@ -9,7 +9,7 @@ use husk_proto::boot_mark::BootMark;
 
 use super::{boot_mark, trial};
 use crate::task::Tasks;
-use crate::vsock;
+use crate::{fatal, vsock};
 
 /// Returns whether this guest becomes a template, or was made from one.
 pub fn is_template() -> bool {
@@ -30,14 +30,14 @@ pub fn shrink() {
 }
 
 /// Runs a container when the process that makes the template opens a connection, which is closed at once. Then writes
-/// the mark at which the VM is saved. After an error, too: the template is as good, but its guests start later.
+/// the mark at which the VM is saved. After an error, the guest ends, because a part of the container may remain.
 pub async fn prepare(port: vsock::Listener, tasks: Arc<Tasks>) {
     if let Err(error) = port.accept().await {
-        tracing::error!("failed to wait for the begin of the trial: {error}");
+        fatal::die(&format!("failed to wait for the begin of the trial: {error}"));
     }
     drop(port);
     if let Err(error) = trial::run(&tasks).await {
-        tracing::error!("{}", chain(&error));
+        fatal::die(&chain(&error));
     }
     boot_mark::write(BootMark::TemplateReady);
 }

@@ -86,8 +86,10 @@ pub enum FormatError {
 }
 
 impl Kind {
+    /// Number of kinds.
+    pub const COUNT: usize = 6;
     /// All kinds, with their numbers and versions. The version changes with the content's type.
-    const ALL: [(Self, u32, u32); 6] = [
+    const ALL: [(Self, u32, u32); Self::COUNT] = [
         (Self::Machine, 1, 1),
         (Self::Vcpus, 2, 1),
         (Self::Platform, 3, 1),
@@ -95,6 +97,11 @@ impl Kind {
         (Self::Memory, 5, 1),
         (Self::Written, 6, 1),
     ];
+
+    /// Returns all kinds.
+    pub fn all() -> [Self; Self::COUNT] {
+        Self::ALL.map(|(kind, ..)| kind)
+    }
 
     fn numbers(self) -> (u32, u32) {
         let mut all = Self::ALL.iter().filter(|(kind, ..)| *kind == self);
@@ -206,11 +213,11 @@ mod tests {
     const BUILD: BuildId = [7; 32];
 
     fn sections<'a>(contents: &'a [Vec<u8>]) -> Vec<Section<'a>> {
-        Kind::ALL.iter().zip(contents).map(|((kind, ..), content)| Section { kind: *kind, content }).collect()
+        Kind::all().into_iter().zip(contents).map(|(kind, content)| Section { kind, content }).collect()
     }
 
     fn file() -> Vec<u8> {
-        let contents: Vec<Vec<u8>> = (0u8..5).map(|len| vec![len; len.into()]).collect();
+        let contents: Vec<Vec<u8>> = (0u8..).take(Kind::COUNT).map(|len| vec![len; len.into()]).collect();
         write(&BUILD, &sections(&contents)).unwrap()
     }
 
@@ -239,9 +246,9 @@ mod tests {
             file
         };
         assert_eq!(read(&BUILD, &with_version(2)), Err(FormatError::Version(2)));
-        assert_eq!(Kind::of(6, 1), Err(FormatError::Unknown { kind: 6, version: 1 }));
+        assert_eq!(Kind::of(7, 1), Err(FormatError::Unknown { kind: 7, version: 1 }));
         assert_eq!(Kind::of(1, 2), Err(FormatError::Unknown { kind: 1, version: 2 }));
-        let contents = vec![Vec::new(); 5];
+        let contents = vec![Vec::new(); Kind::COUNT];
         let mut twice = sections(&contents);
         twice[1].kind = Kind::Machine;
         assert_eq!(write(&BUILD, &twice), Err(FormatError::Count(Kind::Machine)));
@@ -250,7 +257,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(contents in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..300), 5)) {
+        fn what_is_written_is_read(
+            contents in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..300), Kind::COUNT)
+        ) {
             let file = write(&BUILD, &sections(&contents)).unwrap();
             prop_assert_eq!(read(&BUILD, &file).unwrap(), sections(&contents));
         }

@@ -7,14 +7,13 @@ use crate::input::input;
 
 /// The key of the file.
 const BUILD: [u8; 32] = [7; 32];
-/// All kinds of sections.
-const KINDS: [Kind; 5] = [Kind::Machine, Kind::Vcpus, Kind::Platform, Kind::Devices, Kind::Memory];
 
 /// Runs one input.
 pub fn run(bytes: &[u8]) {
     drop(State::from_bytes(&BUILD, bytes));
-    let Some(contents) = input::<[Vec<u8>; 5]>(bytes) else { return };
-    let sections: Vec<_> = KINDS.into_iter().zip(&contents).map(|(kind, content)| Section { kind, content }).collect();
+    let Some(contents) = input::<[Vec<u8>; Kind::COUNT]>(bytes) else { return };
+    let sections: Vec<_> =
+        Kind::all().into_iter().zip(&contents).map(|(kind, content)| Section { kind, content }).collect();
     let file = write(&BUILD, &sections).expect("write the sections");
     let Ok(state) = State::from_bytes(&BUILD, &file) else { return };
     for queue in state.devices.iter().flatten().flat_map(|device| &device.queues) {
