@@ -32,12 +32,12 @@ pub struct Quantity {
 }
 
 impl Quantity {
-    /// Creates a quantity of which lower values are better.
+    /// Creates a quantity. Lower values are better.
     pub fn lower(name: impl Into<String>, unit: &'static str) -> Self {
         Self { name: name.into(), unit, better: Better::Lower }
     }
 
-    /// Creates a quantity of which higher values are better.
+    /// Creates a quantity. Higher values are better.
     pub fn higher(name: impl Into<String>, unit: &'static str) -> Self {
         Self { name: name.into(), unit, better: Better::Higher }
     }
