@@ -83,7 +83,7 @@ fn husk_template(action: &str) {
 }
 
 /// Returns the processes that make templates.
-fn builders() -> Vec<Pid> {
+pub fn builders() -> Vec<Pid> {
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let is_builder = |pid: &i32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with(BUILDER));

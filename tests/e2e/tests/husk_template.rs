@@ -31,8 +31,9 @@ fn second_pod_is_made_from_the_template_of_the_first() {
     });
 }
 
-/// What must differ between guests: random bytes of two kinds, `boot_id`, and the MAC address.
-const IDENTITY: &str = "head -c 16 /dev/urandom | hexdump -ve '1/1 \"%02x\"'; echo; \
+/// What must differ between guests: random bytes of two kinds, those of the hypervisor, `boot_id`, and the MAC address.
+const IDENTITY: &str = "mknod /hwrng c 10 183; \
+                        for from in /dev/urandom /hwrng; do head -c 16 $from | hexdump -ve '1/1 \"%02x\"'; echo; done; \
                         cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid; \
                         cat /sys/class/net/eth0/address; hostname";
 
@@ -41,12 +42,17 @@ fn guests_of_a_template_have_their_own_identities() {
     pods("template-identity", |pods| {
         let _templates = Templates::on();
         Templates::make(pods);
+        let mut privileged = pods.config();
+        privileged["linux"]["security_context"]["privileged"] = true.into();
         let mut seen = BTreeSet::new();
         for batch in 0..10 {
-            let clones: Vec<Pod> = (0..5).map(|_| pods.pod()).collect();
+            let clones: Vec<Pod> = (0..5).map(|_| pods.run(privileged.clone())).collect();
             for pod in &clones {
                 assert!(is_clone(pod), "{:?}", steps(pod));
-                let container = pod.start(&pod.sh(&format!("{IDENTITY}; sleep 100000")));
+                // Only a privileged container can open the device of the hypervisor's random numbers.
+                let mut config = pod.sh(&format!("{IDENTITY}; sleep 100000"));
+                config["linux"]["security_context"]["privileged"] = true.into();
+                let container = pod.start(&config);
                 container.wait_for(pod.config["hostname"].as_str().unwrap());
                 for line in container.log().lines() {
                     assert!(seen.insert(line.to_owned()), "two guests have {line:?} (batch {batch}): {seen:?}");
@@ -54,7 +60,7 @@ fn guests_of_a_template_have_their_own_identities() {
             }
             clones.iter().for_each(Pod::remove);
         }
-        assert_eq!(seen.len(), 50 * 5);
+        assert_eq!(seen.len(), 50 * 6);
     });
 }
 

@@ -179,7 +179,7 @@ fn build_once(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Rep
     let content = match source {
         CheckedSource::Kernel(files) => Content::Kernel(Kernel::load(files, &ram, &config, memory_size, &mut timing)?),
         CheckedSource::Saved { state, memory, build, .. } => {
-            Content::Saved(Box::new(Saved::load((state, &memory), &build, &kvm, &ram)?))
+            Content::Saved(Box::new(Saved::load((state, &memory), &build, &kvm, &ram, &mut timing)?))
         }
     };
     memory::register(&vm, &ram)?;
@@ -260,7 +260,10 @@ fn build_once(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Rep
             (0..config.vcpus).map(|id| factory.create(id, entry(id))).collect::<Result<Vec<_>, _>>()?
         }
         Content::Saved(saved) => {
-            let vcpus = saved.restore(&vm, &memory, &slots, &bus.console)?;
+            let vcpus = saved.restore(&vm, &slots, &bus.console)?;
+            timing.step("vCPUs and devices");
+            saved.prefault(&memory, &vcpus);
+            timing.step("prefault");
             vmgenid.notify().map_err(|error| BootError::Host("the VM Generation ID", error))?;
             vcpus
         }

@@ -5,6 +5,7 @@ use std::io::{self, Read};
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
+use crate::boot_timing::BootTiming;
 use crate::config::BuildId;
 use crate::guest_memory::GuestMemory;
 use crate::serial::Console;
@@ -78,6 +79,7 @@ impl Saved {
         build: &BuildId,
         kvm: &Kvm,
         ram: &GuestMemory,
+        timing: &mut BootTiming,
     ) -> Result<Self, RestoreError> {
         let mut bytes = Vec::new();
         state.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(RestoreError::Read)?;
@@ -85,9 +87,11 @@ impl Saved {
             return Err(RestoreError::Long);
         }
         let state = State::from_bytes(build, &bytes)?;
+        timing.step("read state");
         if state.values.host != Host::read(kvm)? {
             return Err(RestoreError::OtherHost);
         }
+        timing.step("compare host");
         if state.values.memory_file != FileId::of(memory).map_err(RestoreError::Read)? {
             return Err(RestoreError::OtherMemory);
         }
@@ -117,11 +121,10 @@ impl Saved {
     pub fn restore(
         &self,
         vm: &VmFd,
-        ram: &GuestMemory,
         slots: &Slots,
         console: &Console,
     ) -> Result<Vec<VcpuFd>, RestoreError> {
-        let State { values, vcpus, platform, devices, memory, written } = &self.0;
+        let State { values, vcpus, platform, devices, .. } = &self.0;
         let vcpu = |(id, state)| {
             let vcpu = vm.create_vcpu(id).map_err(|error| RestoreError::Create(id, error))?;
             vcpu::restore(vm, &vcpu, state).map_err(|error| RestoreError::Vcpu(id, error))?;
@@ -131,9 +134,14 @@ impl Saved {
         platform::restore(vm, platform)?;
         console.restore(&values.console).map_err(RestoreError::Console)?;
         slots.restore(devices)?;
+        Ok(vcpus)
+    }
+
+    /// Maps memory that the guest will access soon. Best effort.
+    pub fn prefault(&self, ram: &GuestMemory, vcpus: &[VcpuFd]) {
+        let State { memory, written, .. } = &self.0;
         if let Some(vcpu) = vcpus.first() {
             prefault::prefault(ram, vcpu, memory, written);
         }
-        Ok(vcpus)
     }
 }
