@@ -19,7 +19,7 @@ use husk_vmm::client::{ARGV0, CONTROL_FD, CallError, SpawnOptions, Vmm, spawn};
 use husk_vmm::config::{BuildId, FdIndex, RateLimit, SeccompMode, Source, VmConfig};
 use husk_vmm::control::{Answer, BootStep, Call, Notice};
 use husk_vmm::snapshot::state::State;
-use husk_vmm::snapshot::written::Range;
+use husk_vmm::snapshot::touched::Range;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
@@ -118,7 +118,11 @@ fn counter() {
     for _ in 0..3 {
         last = follows(last, first.line());
     }
-    first.vmm.call(Call::RecordWrites, &[]).expect("record the guest's writes");
+    first.vmm.call(Call::Pause, &[]).unwrap();
+    let copy = tempfile::tempfile().unwrap();
+    let pagemap = File::open(format!("/proc/{}/pagemap", first.pid)).unwrap();
+    first.vmm.call(Call::RecordTouched, &[copy.as_fd(), pagemap.as_fd()]).expect("record what the guest touches");
+    first.vmm.call(Call::Resume, &[]).unwrap();
     for _ in 0..2 {
         last = follows(last, first.line());
     }
@@ -127,10 +131,11 @@ fn counter() {
     assert!(matches!(save(&mut first.vmm), Err(CallError::Refused(_))), "a running VM was saved");
     first.vmm.call(Call::Pause, &[]).unwrap();
     save(&mut first.vmm).expect("save the VM");
-    let written = State::from_bytes(&BUILD, &fs::read(state.path()).unwrap()).unwrap().written;
-    let is_known = |range: &Range| (range.address..range.address + range.len).contains(&COUNTER);
-    assert!(written.iter().any(is_known), "the page of the counter is not in {written:?}");
-    assert!(!written.iter().any(|range| range.address == PROGRAM), "the program is in {written:?}");
+    let touched = State::from_bytes(&BUILD, &fs::read(state.path()).unwrap()).unwrap().touched;
+    let has =
+        |ranges: &[Range], page| ranges.iter().any(|range| (range.address..range.address + range.len).contains(&page));
+    assert!(has(&touched.written, COUNTER) && !has(&touched.read, COUNTER), "{touched:?}");
+    assert!(has(&touched.read, PROGRAM) && !has(&touched.written, PROGRAM), "{touched:?}");
     first.vmm.call(Call::Stop, &[]).unwrap();
     // The lines that were printed before the pause.
     while let Some(line) = first.last_line() {
@@ -179,6 +184,8 @@ fn follows(last: u8, line: u8) -> u8 {
 /// A VMM process.
 struct Machine {
     vmm: Vmm,
+    /// The VMM's PID.
+    pid: u32,
     console: BufReader<PipeReader>,
     /// Why the saved VM does not go on.
     refused: Option<String>,
@@ -191,7 +198,7 @@ impl Machine {
         let spawned = spawn(SpawnOptions::default()).expect("start the VMM");
         let limit = TimeVal::new(LIMIT.as_secs().cast_signed(), 0);
         setsockopt(&spawned.control.as_fd(), sockopt::ReceiveTimeout, &limit).unwrap();
-        let mut vmm = Vmm::new(spawned.control);
+        let (mut vmm, pid) = (Vmm::new(spawned.control), spawned.pid);
         let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("open /dev/kvm: this test needs KVM");
         let config = VmConfig {
             id: "saved".to_owned(),
@@ -227,7 +234,7 @@ impl Machine {
         let mut fds = vec![kvm.as_fd(), files[0].as_fd(), files[1].as_fd(), writer.as_fd()];
         fds.extend(saved.iter().flat_map(|(files, _)| files.iter()).map(AsFd::as_fd));
         match vmm.call(Call::Create(Box::new(config)), &fds)? {
-            Answer::Created { refused, .. } => Ok(Self { vmm, console: BufReader::new(console), refused }),
+            Answer::Created { refused, .. } => Ok(Self { vmm, pid, console: BufReader::new(console), refused }),
             other => panic!("{other:?}"),
         }
     }

@@ -101,7 +101,7 @@ async fn serve(is_template: bool) -> Result<std::convert::Infallible, BootError>
         tracing::error!("{}", chain(&error));
     }
     if let Some(port) = trial_port {
-        template::shrink();
+        template::shrink().await;
         tokio::spawn(template::prepare(port, own_tasks));
         boot_mark::write(BootMark::AgentReady);
     }

@@ -1,7 +1,8 @@
 //! Runs a container in a guest that becomes a template, before the guest is saved.
 //!
 //! Each guest of the template begins with the creation of a container. After the trial, the kernel has loaded and
-//! allocated what this takes. The process that makes the template records which pages the trial writes.
+//! allocated what this takes. The process that makes the template records which pages the trial touches. Therefore, the
+//! trial also does what the Setup request does, if it leaves nothing in the guest.
 
 use std::fs;
 use std::io;
@@ -9,14 +10,19 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use husk_proto::GUEST_SHARE;
 use husk_proto::agent::CreateOptions;
 use husk_proto::containerd::api::CreateTaskRequest;
+use nix::mount::{MntFlags, umount2};
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
 
 use crate::error::ServiceError;
 use crate::helper;
+use crate::sandbox::network::{Network, NetworkConfig, NetworkError};
+use crate::sandbox::share::ShareError;
+use crate::sandbox::{identity, namespaces, share};
 use crate::task::Tasks;
 
 /// The container's id. It can be used again after the trial.
@@ -33,14 +39,45 @@ pub enum TrialError {
     Rootfs(#[source] io::Error),
     #[error("failed to encode the request of the trial")]
     Encode(#[source] protobuf::Error),
+    #[error("failed to mount the share in the trial")]
+    Share(#[from] ShareError),
+    #[error("failed to unmount the share after the trial")]
+    Unmount(#[source] io::Error),
+    #[error("failed to read random numbers of the hypervisor in the trial")]
+    Random(#[source] io::Error),
+    #[error("failed to set up no network in the trial")]
+    Network(#[from] NetworkError),
+    #[error("failed to enter the pod's namespaces in the trial")]
+    Namespaces(#[from] namespaces::NamespaceError),
+    #[error("a blocking call of the trial failed")]
+    Blocking(#[source] tokio::task::JoinError),
     #[error("failed to run the container of the trial")]
     Container(#[from] ServiceError),
     #[error("the container of the trial has not exited after {} s", EXIT_TIMEOUT.as_secs())]
     Timeout,
 }
 
-/// Creates, starts and deletes a container. Nothing of it remains.
+/// Does what Setup does, and creates, starts and deletes a container. Nothing of it remains.
 pub async fn run(tasks: &Arc<Tasks>) -> Result<(), TrialError> {
+    set_up().await?;
+    let result = run_container(tasks).await;
+    // A guest can only be saved if the share is not mounted.
+    let unmounted = umount2(GUEST_SHARE, MntFlags::empty()).map_err(|errno| TrialError::Unmount(errno.into()));
+    result.and(unmounted)
+}
+
+/// Does the parts of the Setup request that leave nothing but the mounted share.
+async fn set_up() -> Result<(), TrialError> {
+    let blocking = tokio::task::spawn_blocking(|| {
+        identity::drop_random_bytes().map_err(TrialError::Random)?;
+        share::mount().map_err(TrialError::Share)
+    });
+    blocking.await.map_err(TrialError::Blocking)??;
+    namespaces::run_in_pod(|| ())?;
+    Ok(Network::default().apply(NetworkConfig::default()).await?)
+}
+
+async fn run_container(tasks: &Arc<Tasks>) -> Result<(), TrialError> {
     let rootfs = Path::new(DIR).join("rootfs");
     fs::create_dir_all(&rootfs).map_err(TrialError::Rootfs)?;
     let program = fs::read_link("/proc/self/exe").map_err(TrialError::Rootfs)?;

@@ -29,6 +29,6 @@ pub fn renew(entropy: &[u8]) -> io::Result<()> {
 ///
 /// # Errors
 /// If `/dev/hwrng` cannot be read.
-fn drop_random_bytes() -> io::Result<()> {
+pub fn drop_random_bytes() -> io::Result<()> {
     File::open("/dev/hwrng")?.read_exact(&mut [0; HELD])
 }

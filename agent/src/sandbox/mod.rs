@@ -3,7 +3,7 @@
 mod apparmor;
 mod clock;
 mod hotplug;
-mod identity;
+pub(crate) mod identity;
 mod link_notifications;
 pub mod loopback;
 pub mod mirror;

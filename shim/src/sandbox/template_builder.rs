@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use husk_config::template::{Class, STORE};
 use husk_config::{Config, ConfigError};
@@ -20,6 +20,7 @@ use husk_vmm::config::{FdIndex, RateLimit, ShareConfig, Source, VmConfig};
 use husk_vmm::control::{BootStep, Call, ExitReason, Notice};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
@@ -33,9 +34,6 @@ use crate::sandbox::template::{INTERFACES, Key, Store, StoreError, class_of, del
 
 /// How long the process waits before it boots the guest, so that the pod that has started it can start first.
 const DELAY: Duration = Duration::from_secs(2);
-/// How old the guest has to be. If a guest is younger than a second, KVM takes the time-stamp counter that a restored
-/// vCPU gets for an attempt to synchronize the vCPUs, and ignores it (`kvm_synchronize_tsc` in arch/x86/kvm/x86.c).
-const MIN_AGE: Duration = Duration::from_secs(2);
 /// `oom_score_adj` of the process and of its VM. If memory is short, they are killed before any pod.
 const OOM_SCORE_ADJ: &str = "1000";
 /// Timeout for each step of the guest's boot. The boot has the lowest priority, and nobody waits for it.
@@ -132,14 +130,15 @@ fn make(store: &Store, class: &Class, key: &Key, config: &Config, images: &Guest
     let partial = store.begin(key, class)?;
     let share = EmptyShare::mount(&partial.empty).map_err(|error| BuildError::Host("mount an empty share", error))?;
     let mut guest = Guest::boot(class, config, images, &share.0)?;
-    let begin = Instant::now();
     guest.wait_for(BootStep::AgentReady)?;
-    // The guest runs a container. What it writes meanwhile, each guest of the template will write at its start.
-    guest.vmm.call(Call::RecordWrites, &[]).map_err(|error| BuildError::Vmm("record the guest's writes", error))?;
+    // The guest runs a container. What it touches meanwhile, each guest of the template will touch at its start.
+    guest.record_touched()?;
     drop(guest.vmm.connect(ports::TRIAL).map_err(|error| BuildError::Vmm("begin the trial", error))?);
+    // The agent waits for some seconds meanwhile. If a guest were younger than a second, KVM would take the time-stamp
+    // counter that a restored vCPU gets for an attempt to synchronize the vCPUs, and would ignore it
+    // (`kvm_synchronize_tsc` in arch/x86/kvm/x86.c).
     guest.wait_for(BootStep::TemplateReady)?;
-    thread::sleep(MIN_AGE.saturating_sub(begin.elapsed()));
-    guest.vmm.call(Call::Pause, &[]).map_err(|error| BuildError::Vmm("pause the VM", error))?;
+    guest.pause()?;
     let files = [partial.state.as_fd(), partial.memory.as_fd()];
     guest.vmm.call(Call::Save { build: key.id }, &files).map_err(|error| BuildError::Vmm("save the VM", error))?;
     drop(share);
@@ -193,6 +192,8 @@ fn log_to(path: &Path) -> io::Result<()> {
 /// The guest that becomes the template. It ends when it is dropped, because its control socket is closed.
 struct Guest {
     vmm: Vmm,
+    /// The VMM's PID.
+    pid: u32,
 }
 
 impl Guest {
@@ -205,7 +206,7 @@ impl Guest {
         let limit = TimeVal::new(i64::try_from(LIMIT.as_secs()).unwrap_or(i64::MAX), 0);
         setsockopt(&spawned.control.as_fd(), sockopt::ReceiveTimeout, &limit)
             .map_err(|errno| BuildError::Host("set the timeout of the control socket", errno.into()))?;
-        let mut vmm = Vmm::new(spawned.control);
+        let (mut vmm, pid) = (Vmm::new(spawned.control), spawned.pid);
         let create = VmConfig {
             id: "template".to_owned(),
             vcpus: class.vcpus,
@@ -236,7 +237,24 @@ impl Guest {
         let fds = [kvm.as_fd(), images.kernel.as_fd(), images.initrd.as_fd(), writer.as_fd()];
         vmm.call(Call::Create(Box::new(create)), &fds).map_err(|error| BuildError::Vmm("create the VM", error))?;
         vmm.call(Call::Resume, &[]).map_err(|error| BuildError::Vmm("start the VM", error))?;
-        Ok(Self { vmm })
+        Ok(Self { vmm, pid })
+    }
+
+    fn pause(&mut self) -> Result<(), BuildError> {
+        self.vmm.call(Call::Pause, &[]).map(drop).map_err(|error| BuildError::Vmm("pause the VM", error))
+    }
+
+    /// Lets the VMM record which pages the guest touches.
+    fn record_touched(&mut self) -> Result<(), BuildError> {
+        let copy = memfd_create("husk-template", MFdFlags::MFD_CLOEXEC)
+            .map_err(|errno| BuildError::Host("create a file for a copy of the guest's memory", errno.into()))?;
+        let pagemap = File::open(format!("/proc/{}/pagemap", self.pid))
+            .map_err(|error| BuildError::Host("open the pagemap of the VMM", error))?;
+        self.pause()?;
+        let files = [copy.as_fd(), pagemap.as_fd()];
+        let recorded = self.vmm.call(Call::RecordTouched, &files);
+        recorded.map_err(|error| BuildError::Vmm("record what the guest touches", error))?;
+        self.vmm.call(Call::Resume, &[]).map(drop).map_err(|error| BuildError::Vmm("let the VM go on", error))
     }
 
     /// Waits until the guest has reached a step.

@@ -183,6 +183,16 @@ fn build_once(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Rep
         }
     };
     memory::register(&vm, &ram)?;
+    // The vCPUs of a saved VM are where they were. A thread maps the memory that they will access, while the devices are
+    // created.
+    let saved_vcpus = match &content {
+        Content::Kernel(_) => Vec::new(),
+        Content::Saved(saved) => saved.restore_vcpus(&vm)?,
+    };
+    let prefault = match &content {
+        Content::Kernel(_) => None,
+        Content::Saved(saved) => saved.prefault(&ram, &saved_vcpus),
+    };
     let (memory, hotplug_memory) =
         reserve(ram, hotplug::range(memory_size, config.max_memory_mib << 20), Backing::Ordinary)?;
     let huge_range = hotplug::huge_range(memory_size, memory.last_addr().0 + 1, config.huge_mib << 20);
@@ -247,7 +257,7 @@ fn build_once(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Rep
     timing.step("boot data");
 
     // Create the vCPUs. The first vCPU is at the kernel's entry point. The other vCPUs wait until the first vCPU sends
-    // a startup interprocessor interrupt. The vCPUs of a saved VM are where they were.
+    // a startup interprocessor interrupt.
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|error| BootError::Kvm("KVM_GET_SUPPORTED_CPUID", error))?;
@@ -260,18 +270,18 @@ fn build_once(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Rep
             (0..config.vcpus).map(|id| factory.create(id, entry(id))).collect::<Result<Vec<_>, _>>()?
         }
         Content::Saved(saved) => {
-            let vcpus = saved.restore(&vm, &slots, &bus.console)?;
-            timing.step("vCPUs and devices");
-            saved.prefault(&memory, &vcpus);
-            timing.step("prefault");
+            saved.restore(&vm, &slots, &bus.console)?;
             vmgenid.notify().map_err(|error| BootError::Host("the VM Generation ID", error))?;
-            vcpus
+            timing.step("state of devices");
+            drop(prefault);
+            timing.step("prefault");
+            saved_vcpus
         }
     };
     let saver = if config.saveable {
         let copies = vcpus.iter().map(|vcpu| factory.copy(vcpu)).collect::<Result<Vec<_>, _>>()?;
         let msrs = saved_msrs(&kvm).map_err(BootError::Saver)?;
-        Some(Saver { vcpus: copies, msrs, machine, host: Host::read(&kvm)?, records: false })
+        Some(Saver { vcpus: copies, msrs, machine, host: Host::read(&kvm)?, pagemap: None })
     } else {
         None
     };

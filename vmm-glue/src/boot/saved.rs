@@ -12,7 +12,7 @@ use crate::serial::Console;
 use crate::snapshot::host::{Host, HostError};
 use crate::snapshot::memory::{self, FileId, MemoryStateError};
 use crate::snapshot::platform::{self, PlatformError};
-use crate::snapshot::prefault;
+use crate::snapshot::prefault::Prefault;
 use crate::snapshot::state::{MAX_LEN, Machine, State, StateError};
 use crate::snapshot::vcpu::{self, VcpuStateError};
 use crate::virtio::slots::{RestoreSlotError, Slots};
@@ -114,34 +114,32 @@ impl Saved {
         self.0.values.kernel_moved
     }
 
-    /// Creates and restores the vCPUs. Restores everything else. Returns the vCPUs.
+    /// Creates and restores the vCPUs.
     ///
     /// # Errors
     /// [`RestoreError`].
-    pub fn restore(
-        &self,
-        vm: &VmFd,
-        slots: &Slots,
-        console: &Console,
-    ) -> Result<Vec<VcpuFd>, RestoreError> {
-        let State { values, vcpus, platform, devices, .. } = &self.0;
-        let vcpu = |(id, state)| {
+    pub fn restore_vcpus(&self, vm: &VmFd) -> Result<Vec<VcpuFd>, RestoreError> {
+        let restore = |(id, state)| {
             let vcpu = vm.create_vcpu(id).map_err(|error| RestoreError::Create(id, error))?;
             vcpu::restore(vm, &vcpu, state).map_err(|error| RestoreError::Vcpu(id, error))?;
             Ok(vcpu)
         };
-        let vcpus = (0u64..).zip(vcpus).map(vcpu).collect::<Result<Vec<_>, RestoreError>>()?;
-        platform::restore(vm, platform)?;
-        console.restore(&values.console).map_err(RestoreError::Console)?;
-        slots.restore(devices)?;
-        Ok(vcpus)
+        (0u64..).zip(&self.0.vcpus).map(restore).collect()
     }
 
-    /// Maps memory that the guest will access soon. Best effort.
-    pub fn prefault(&self, ram: &GuestMemory, vcpus: &[VcpuFd]) {
-        let State { memory, written, .. } = &self.0;
-        if let Some(vcpu) = vcpus.first() {
-            prefault::prefault(ram, vcpu, memory, written);
-        }
+    /// Starts to map memory that the guest will access soon. Best effort. `None` if there is no vCPU.
+    pub fn prefault(&self, ram: &GuestMemory, vcpus: &[VcpuFd]) -> Option<Prefault> {
+        vcpus.first().map(|vcpu| Prefault::start(ram, vcpu, &self.0.touched))
+    }
+
+    /// Restores everything but the vCPUs and the memory.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    pub fn restore(&self, vm: &VmFd, slots: &Slots, console: &Console) -> Result<(), RestoreError> {
+        let State { values, platform, devices, .. } = &self.0;
+        platform::restore(vm, platform)?;
+        console.restore(&values.console).map_err(RestoreError::Console)?;
+        Ok(slots.restore(devices)?)
     }
 }

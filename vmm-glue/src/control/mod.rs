@@ -95,8 +95,10 @@ pub enum Call {
         /// The pid from the answer to `AcquirePid`.
         pid: u32,
     },
-    /// Records from now on which pages the guest writes, for [`Call::Save`]. The VM's configuration must have `saveable`.
-    RecordWrites,
+    /// Records from now on which pages the guest touches, for [`Call::Save`]. The VM must be paused, and its configuration
+    /// must have `saveable`. The packet carries an empty file for a copy of the memory, and the VMM's
+    /// `/proc/PID/pagemap`.
+    RecordTouched,
     /// Saves the VM, which must be paused. The packet carries two empty files: for the state, and for the memory.
     Save {
         /// The build of the VMM.
@@ -129,7 +131,7 @@ impl Call {
             Self::GetPluggedMemory(_) => "GetPluggedMemory",
             Self::AcquirePid => "AcquirePid",
             Self::ReleasePid { .. } => "ReleasePid",
-            Self::RecordWrites => "RecordWrites",
+            Self::RecordTouched => "RecordTouched",
             Self::Save { .. } => "Save",
             Self::Inspect => "Inspect",
             Self::Stop => "Stop",

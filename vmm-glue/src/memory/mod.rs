@@ -100,11 +100,25 @@ pub fn populate(memory: &GuestMemory, start: u64, len: u64) -> Result<(), Memory
     advise(memory, start, usize::try_from(len).map_err(|_| MemoryError::Size)?, libc::MADV_POPULATE_WRITE)
 }
 
+/// Gives back pages of a range that contains only zeros, and turns huge pages off there.
+///
+/// # Errors
+/// [`MemoryError`].
+pub fn drop_zeros(memory: &GuestMemory, start: u64, len: u64) -> Result<(), MemoryError> {
+    let len = usize::try_from(len).map_err(|_| MemoryError::Size)?;
+    if len == 0 {
+        return Ok(());
+    }
+    advise(memory, start, len, libc::MADV_NOHUGEPAGE)?;
+    advise(memory, start, len, libc::MADV_DONTNEED)
+}
+
 fn advise(memory: &GuestMemory, start: u64, len: usize, advice: libc::c_int) -> Result<(), MemoryError> {
     let slice = memory.get_slice(GuestAddress(start), len).map_err(|_| MemoryError::Size)?;
     let pointer = slice.ptr_guard_mut();
     // SAFETY: `get_slice` has checked that the range lies within one mapping, which `memory` keeps mapped during the
-    // call. No advice that the callers use changes the memory's content.
+    // call. No advice that the callers use changes the memory's content: MADV_DONTNEED is used for zeros in anonymous
+    // memory.
     let result = unsafe { libc::madvise(pointer.as_ptr().cast(), len, advice) };
     let error = io::Error::last_os_error();
     // A host kernel without transparent huge pages returns EINVAL. Such a kernel does not need the advice.

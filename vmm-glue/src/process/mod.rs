@@ -142,7 +142,7 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
             }
         }
         (Call::SetBalloon { mib }, Some(vm)) => done(vm.set_balloon(mib)),
-        (Call::RecordWrites, Some(vm)) => vm.record_writes().map(|()| Answer::Done).map_err(|error| chain(&error)),
+        (Call::RecordTouched, Some(vm)) => record_touched(vm, fds),
         (Call::Save { build }, Some(vm)) => save(vm, fds, &build),
         (Call::Inspect, Some(vm)) => {
             vm.inspect().map(|vcpus| Answer::Inspected { vcpus }).map_err(|error| chain(&error))
@@ -160,6 +160,14 @@ fn reached(call: &Call) -> io::Result<()> {
         Call::AcquirePid => failpoint!("vmm.acquire-pid"),
         _ => Ok(()),
     }
+}
+
+fn record_touched(vm: &mut Vm, fds: Vec<OwnedFd>) -> Result<Answer, String> {
+    let count = fds.len();
+    let [copy, pagemap] = <[OwnedFd; 2]>::try_from(fds).map_err(|_| {
+        format!("failed to record touched pages: two files are required, but {count} fds were received")
+    })?;
+    vm.record_touched(copy.into(), pagemap.into()).map(|()| Answer::Done).map_err(|error| chain(&error))
 }
 
 fn save(vm: &Vm, fds: Vec<OwnedFd>, build: &BuildId) -> Result<Answer, String> {

@@ -38,8 +38,8 @@ pub enum Kind {
     Devices,
     /// Where each part of guest memory is in the memory file.
     Memory,
-    /// Which pages the guest will write soon.
-    Written,
+    /// Which pages the guest will read and write soon.
+    Touched,
 }
 
 /// A section.
@@ -95,7 +95,7 @@ impl Kind {
         (Self::Platform, 3, 1),
         (Self::Devices, 4, 1),
         (Self::Memory, 5, 1),
-        (Self::Written, 6, 1),
+        (Self::Touched, 6, 2),
     ];
 
     /// Returns all kinds.

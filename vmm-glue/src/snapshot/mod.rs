@@ -6,5 +6,5 @@ pub mod memory;
 pub mod platform;
 pub mod prefault;
 pub mod state;
+pub mod touched;
 pub mod vcpu;
-pub mod written;

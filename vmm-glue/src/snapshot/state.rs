@@ -7,8 +7,8 @@ use super::format::{self, FormatError, Kind, Section};
 use super::host::Host;
 use super::memory::{Extent, FileId};
 use super::platform::PlatformState;
+use super::touched::Touched;
 use super::vcpu::VcpuState;
-use super::written::Range;
 use crate::config::BuildId;
 use crate::serial::ConsoleState;
 use crate::virtio::saved::SavedDevice;
@@ -56,8 +56,8 @@ pub struct State {
     pub devices: Vec<Option<SavedDevice>>,
     /// The parts of guest memory.
     pub memory: Vec<Extent>,
-    /// The pages that the guest will write soon.
-    pub written: Vec<Range>,
+    /// The pages that the guest will read and write soon.
+    pub touched: Touched,
 }
 
 /// Error from reading or writing a state.
@@ -77,14 +77,14 @@ impl State {
     /// # Errors
     /// [`StateError`].
     pub fn to_bytes(&self, build: &BuildId) -> Result<Vec<u8>, StateError> {
-        let Self { values, vcpus, platform, devices, memory, written } = self;
+        let Self { values, vcpus, platform, devices, memory, touched } = self;
         let contents = [
             encode(Kind::Machine, values)?,
             encode(Kind::Vcpus, vcpus)?,
             encode(Kind::Platform, platform)?,
             encode(Kind::Devices, devices)?,
             encode(Kind::Memory, memory)?,
-            encode(Kind::Written, written)?,
+            encode(Kind::Touched, touched)?,
         ];
         let sections: Vec<_> = contents.iter().map(|(kind, content)| Section { kind: *kind, content }).collect();
         Ok(format::write(build, &sections)?)
@@ -102,7 +102,7 @@ impl State {
             platform: decode(&sections, Kind::Platform)?,
             devices: decode(&sections, Kind::Devices)?,
             memory: decode(&sections, Kind::Memory)?,
-            written: decode(&sections, Kind::Written)?,
+            touched: decode(&sections, Kind::Touched)?,
         })
     }
 }

@@ -11,8 +11,8 @@ use crate::snapshot::host::Host;
 use crate::snapshot::memory::{self, FileId, MemoryStateError};
 use crate::snapshot::platform::{self, PlatformError};
 use crate::snapshot::state::{Machine, State, StateError, Values};
+use crate::snapshot::touched::{self, Touched, TouchedError};
 use crate::snapshot::vcpu::{self, VcpuStateError};
-use crate::snapshot::written::{self, LogError};
 use crate::virtio::saved::SaveError as DeviceError;
 
 /// Why a VM cannot be saved.
@@ -36,9 +36,9 @@ pub enum SaveError {
     /// The memory could not be saved.
     #[error(transparent)]
     Memory(#[from] MemoryStateError),
-    /// KVM did not record the written pages.
-    #[error("failed to record the written pages")]
-    Written(#[from] LogError),
+    /// The pages that the guest touches could not be recorded.
+    #[error("failed to record the pages that the guest touches")]
+    Touched(#[from] TouchedError),
     /// The state could not be encoded.
     #[error("failed to encode the state of the VM")]
     State(#[from] StateError),
@@ -57,19 +57,23 @@ pub(crate) struct Saver {
     pub machine: Machine,
     /// What KVM offers.
     pub host: Host,
-    /// Whether KVM records the written pages.
-    pub records: bool,
+    /// The pagemap of this process, if the pages that the guest touches are recorded.
+    pub pagemap: Option<File>,
 }
 
 impl Vm {
-    /// Records from now on which pages the guest writes. [`Vm::save`] saves their addresses.
+    /// Records from now on which pages the guest of the paused VM touches. [`Vm::save`] saves their addresses. `copy` is
+    /// an empty file for the memory's content, and `pagemap` is `/proc/PID/pagemap` of this process.
     ///
     /// # Errors
-    /// [`SaveError`].
-    pub fn record_writes(&mut self) -> Result<(), SaveError> {
+    /// [`SaveError`]. The VM must then not go on.
+    pub fn record_touched(&mut self, copy: File, pagemap: File) -> Result<(), SaveError> {
         let saver = self.saver.as_mut().ok_or(SaveError::NotSaveable)?;
-        written::begin(&self.kvm, &self.memory, saver.machine.memory)?;
-        saver.records = true;
+        if self.running {
+            return Err(SaveError::Running);
+        }
+        touched::begin(&self.memory, saver.machine.memory, copy)?;
+        saver.pagemap = Some(pagemap);
         Ok(())
     }
 
@@ -78,13 +82,17 @@ impl Vm {
     /// # Errors
     /// [`SaveError`]. The files are then not usable.
     pub fn save(&self, mut state: File, mut memory: File, build: &BuildId) -> Result<(), SaveError> {
-        let Saver { vcpus, msrs, machine, host, records } = self.saver.as_ref().ok_or(SaveError::NotSaveable)?;
+        let Saver { vcpus, msrs, machine, host, pagemap } = self.saver.as_ref().ok_or(SaveError::NotSaveable)?;
         if self.running {
             return Err(SaveError::Running);
         }
         let save = |(id, vcpu)| vcpu::save(&self.kvm, vcpu, msrs).map_err(|error| SaveError::Vcpu(id, error));
         let vcpus = vcpus.iter().enumerate().map(save).collect::<Result<Vec<_>, _>>()?;
-        let written = if *records { written::end(&self.kvm, &self.memory, machine.memory)? } else { Vec::new() };
+        // Saving the memory touches all of it.
+        let touched = match pagemap {
+            Some(pagemap) => touched::end(&self.memory, machine.memory, pagemap)?,
+            None => Touched::default(),
+        };
         let extents = memory::save(&self.memory, machine.memory, &mut memory)?;
         let saved = State {
             values: Values {
@@ -98,7 +106,7 @@ impl Vm {
             platform: platform::save(&self.kvm)?,
             devices: self.devices.save()?,
             memory: extents,
-            written,
+            touched,
         };
         state.write_all(&saved.to_bytes(build)?).map_err(SaveError::Write)
     }

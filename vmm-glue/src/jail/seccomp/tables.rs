@@ -50,8 +50,8 @@ const KVM_GET_VCPU_EVENTS: u32 = 0x8040_ae9f;
 const KVM_GET_TSC_KHZ: u32 = 0xaea3;
 const KVM_GET_IRQCHIP: u32 = 0xc208_ae62;
 const KVM_GET_PIT2: u32 = 0x8070_ae9f;
-const KVM_GET_DIRTY_LOG: u32 = 0x4010_ae42;
 const KVM_GET_CLOCK: u32 = 0x8030_ae7c;
+const KVM_PRE_FAULT_MEMORY: u32 = 0xc040_aed5;
 
 // linux/vhost.h
 const VHOST_GET_FEATURES: u32 = 0x8008_af00;
@@ -351,28 +351,32 @@ const CONTROL: &[Rule] = &[
     ),
 ];
 
-const SAVER: &[Rule] = &[allow_if(
-    Sysno::ioctl,
-    &[
-        is(1, KVM_CHECK_EXTENSION),
-        is(1, KVM_GET_MP_STATE),
-        is(1, KVM_GET_REGS),
-        is(1, KVM_GET_SREGS),
-        is(1, KVM_GET_XSAVE),
-        is(1, KVM_GET_XCRS),
-        is(1, KVM_GET_DEBUGREGS),
-        is(1, KVM_GET_LAPIC),
-        is(1, KVM_GET_CPUID2),
-        is(1, KVM_GET_MSRS),
-        is(1, KVM_GET_VCPU_EVENTS),
-        is(1, KVM_GET_TSC_KHZ),
-        is(1, KVM_GET_IRQCHIP),
-        is(1, KVM_GET_PIT2),
-        is(1, KVM_GET_CLOCK),
-        is(1, KVM_GET_DIRTY_LOG),
-    ],
-    "saves a VM",
-)];
+const SAVER: &[Rule] = &[
+    allow_if(
+        Sysno::ioctl,
+        &[
+            is(1, KVM_CHECK_EXTENSION),
+            is(1, KVM_GET_MP_STATE),
+            is(1, KVM_GET_REGS),
+            is(1, KVM_GET_SREGS),
+            is(1, KVM_GET_XSAVE),
+            is(1, KVM_GET_XCRS),
+            is(1, KVM_GET_DEBUGREGS),
+            is(1, KVM_GET_LAPIC),
+            is(1, KVM_GET_CPUID2),
+            is(1, KVM_GET_MSRS),
+            is(1, KVM_GET_VCPU_EVENTS),
+            is(1, KVM_GET_TSC_KHZ),
+            is(1, KVM_GET_IRQCHIP),
+            is(1, KVM_GET_PIT2),
+            is(1, KVM_GET_CLOCK),
+        ],
+        "saves a VM",
+    ),
+    allow(Sysno::pread64, "reads which pages the guest has touched"),
+];
+
+const PREFAULT: &[Rule] = &[allow_if(Sysno::ioctl, &[is(1, KVM_PRE_FAULT_MEMORY)], "maps memory of a restored VM")];
 
 const PID: &[Rule] = &[allow(Sysno::gettid, "reads the thread's id, which is the container's PID on the host")];
 
@@ -392,7 +396,7 @@ fn tables(kind: Kind) -> &'static [&'static [Rule]] {
         // The threads that this thread starts inherit its filter.
         Kind::LockOwner => &[EVERY_THREAD, THREAD_START, THREAD_END, LOCK_THREAD, LOCK_OWNER],
         Kind::Disk => &[EVERY_THREAD, THREAD_END, WORKER, DISK],
-        Kind::Prefault => &[EVERY_THREAD, THREAD_END],
+        Kind::Prefault => &[EVERY_THREAD, THREAD_END, PREFAULT],
         Kind::Pid => &[EVERY_THREAD, THREAD_END, PID],
     }
 }
@@ -418,7 +422,7 @@ mod tests {
         (Kind::LockWaiter, 30),
         (Kind::LockOwner, 29),
         (Kind::Disk, 35),
-        (Kind::Prefault, 15),
+        (Kind::Prefault, 16),
         (Kind::Pid, 16),
     ];
 
