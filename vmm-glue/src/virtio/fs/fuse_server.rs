@@ -60,8 +60,7 @@ const WRITE_HEADERS: usize = 80;
 const WRITE_ANSWER: usize = 24;
 /// Size of `struct fuse_write_attr` (guest/kernel/patches), in bytes.
 const WRITE_ATTRIBUTES: usize = size_of::<AttrOut>() + 16;
-/// Maximum number of nodes in one BATCH_FORGET. Over virtio-fs, Linux never sends BATCH_FORGET. Linux sends one FORGET
-/// for each node instead (`virtio_fs_send_forget()` in fs/fuse/virtio_fs.c).
+/// Maximum number of nodes in one BATCH_FORGET. The guest's kernel sends at most 64 (guest/kernel/patches).
 const MAX_BATCH: usize = 4096;
 
 /// Index of the queue for FORGET.

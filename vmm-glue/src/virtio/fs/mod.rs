@@ -143,6 +143,7 @@ pub struct Fs {
 impl Handler for FuseServer {
     const KIND: Kind = Kind::FileServer;
     const NAME: &'static str = "virtio-fs";
+    const POLLS: bool = true;
     const GROWTH: Option<Growth> =
         Some(Growth { workers: ADDED_WORKERS, per_group: WORKERS_PER_MOUNT, supervisor: Kind::FileSupervisor });
 
