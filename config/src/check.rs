@@ -27,6 +27,8 @@ pub const MAX_SHUTDOWN_GRACE_SECS: u64 = 20;
 /// (COMMAND_LINE_SIZE), and the VMM needs a part of these bytes for its own parameters.
 const MAX_PARAMS: usize = 1024;
 
+/// Maximum time for which the guest caches names and attributes of volumes, in ms. The VMM has the same limit.
+const MAX_VOLUME_CACHE_MS: u32 = 60_000;
 /// Maximum age of templates in hours: a year.
 const MAX_TEMPLATE_AGE: u64 = 24 * 365;
 
@@ -45,6 +47,7 @@ impl Config {
         check_range("default_memory_mib", self.default_memory_mib, MIN_VM_MIB, MAX_VM_MIB)?;
         check_range("min_memory_mib", self.min_memory_mib, 1, MAX_VM_MIB)?;
         check_range("virtio_fs_workers", self.virtio_fs_workers, 1, 64)?;
+        check_range("volume_cache_ms", self.volume_cache_ms, 0, MAX_VOLUME_CACHE_MS)?;
         for (key, limit) in self.rate_limits() {
             limit.check().map_err(|message| InvalidValue { key, message })?;
         }
@@ -142,6 +145,8 @@ mod tests {
         assert!(problem(|c| c.memory_overhead_mib = 1).starts_with("memory_overhead_mib: "));
         assert!(problem(|c| c.min_memory_mib = 0).starts_with("min_memory_mib: "));
         assert!(problem(|c| c.virtio_fs_workers = 0).starts_with("virtio_fs_workers: "));
+        let expected = "volume_cache_ms: 60001 is out of range: must be 0 to 60000";
+        assert_eq!(problem(|c| c.volume_cache_ms = 60_001), expected);
         assert!(problem(|c| c.start_timeout_secs = 0).starts_with("start_timeout_secs: "));
         for factor in [0, 11] {
             let expected = format!("timeout_factor: {factor} is out of range: must be 1 to 10");

@@ -91,6 +91,8 @@ pub struct Config {
     pub min_memory_mib: u64,
     /// Number of virtio-fs threads per pod. More threads run only while requests hang.
     pub virtio_fs_workers: u8,
+    /// How long the guest caches names and attributes of volumes that others can change, in ms.
+    pub volume_cache_ms: u32,
     /// Whether the guest returns unused memory to the host (virtio-balloon).
     pub free_page_reporting: bool,
     /// Whether Husk uses vhost-net, if the host supports it. With vhost-net, the host's kernel forwards the frames of
@@ -151,6 +153,7 @@ impl Default for Config {
             memory_overhead_mib: 64,
             min_memory_mib: 8,
             virtio_fs_workers: 2,
+            volume_cache_ms: 1000,
             free_page_reporting: true,
             vhost_net: true,
             disk_rate_limit: RateLimit::default(),

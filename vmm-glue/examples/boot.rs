@@ -132,7 +132,7 @@ fn config() -> VmConfig {
 }
 
 fn share(root: String) -> ShareConfig {
-    ShareConfig { tag: "husk".to_owned(), root, workers: 1, rate_limit: RateLimit::default() }
+    ShareConfig { tag: "husk".to_owned(), root, workers: 1, volume_cache_ms: 1000, rate_limit: RateLimit::default() }
 }
 
 fn now_ms() -> f64 {

@@ -101,15 +101,66 @@ pub enum SeccompMode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FdIndex(pub usize);
 
-/// End of the name of a private mount ([`is_private_mount`]).
+/// Name of the mount of a root file system that containerd's snapshotter has made for the container.
+pub const ROOTFS: &str = "rootfs";
+/// Name of the mount of a root file system that is a directory of the host.
+pub const HOST_ROOTFS: &str = "host-rootfs";
+/// End of the name of an emptyDir's mount.
 pub const PRIVATE_SUFFIX: &str = "-private";
-/// Name of the mount with a container's root file system. This mount is private.
-const ROOTFS: &str = "rootfs";
+/// End of the name of a mount on a local file system of the host. [`PRIVATE_SUFFIX`] can follow.
+pub const LOCAL_SUFFIX: &str = "-local";
 
-/// Returns whether only the guest uses the files of a mount. A mount of a share has a path of two names, and `name` is
-/// the second one. The locks of these files stay in the guest's kernel.
+/// Who changes the files of a mount of the share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MountKind {
+    /// A root file system that containerd's snapshotter has made for the container. Only the guest changes it.
+    Rootfs,
+    /// A root file system that is a directory of the host. Programs of the host can change it.
+    HostRootfs,
+    /// An emptyDir of the pod. Programs of the host seldom change it.
+    EmptyDir,
+    /// Another volume. The host and other pods can change it.
+    Volume,
+}
+
+/// What the name of a mount says about its files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MountProperties {
+    /// Who changes the files.
+    pub kind: MountKind,
+    /// Whether the file system is local. It then reports no errors when a file is closed.
+    pub local: bool,
+}
+
+impl MountProperties {
+    /// Returns whether the locks of the files stay in the guest's kernel.
+    pub fn is_private(self) -> bool {
+        self.kind != MountKind::Volume
+    }
+}
+
+/// Returns what the name of a mount says about its files. A mount of a share has a path of two names, and `name` is the
+/// second one. Returns `None` if the shim does not give such names to mounts.
+pub fn mount_properties(name: &str) -> Option<MountProperties> {
+    match name {
+        ROOTFS => return Some(MountProperties { kind: MountKind::Rootfs, local: true }),
+        HOST_ROOTFS => return Some(MountProperties { kind: MountKind::HostRootfs, local: true }),
+        _ => {}
+    }
+    let (number, key) = name.split_once('.')?;
+    if !number.starts_with(|first: char| first.is_ascii_digit()) {
+        return None;
+    }
+    let (kind, key) = match key.strip_suffix(PRIVATE_SUFFIX) {
+        Some(key) => (MountKind::EmptyDir, key),
+        None => (MountKind::Volume, key),
+    };
+    Some(MountProperties { kind, local: key.ends_with(LOCAL_SUFFIX) })
+}
+
+/// Returns whether the locks of a mount's files stay in the guest's kernel. `name` is the name of the mount.
 pub fn is_private_mount(name: &str) -> bool {
-    name == ROOTFS || name.ends_with(PRIVATE_SUFFIX)
+    mount_properties(name).is_some_and(MountProperties::is_private)
 }
 
 /// A mount that belongs to one file system with other mounts of the share ([`joined_mount`]).
@@ -150,6 +201,8 @@ pub struct ShareConfig {
     pub root: String,
     /// Number of worker threads, 1 to 64.
     pub workers: u8,
+    /// How long the guest caches names and attributes of volumes that others can change, in ms, 0 to 60000.
+    pub volume_cache_ms: u32,
     /// Rate limit of the requests.
     pub rate_limit: RateLimit,
 }
@@ -216,4 +269,23 @@ pub struct Rate {
     pub per_second: u64,
     /// Amount that may exceed the average rate at once, at least 1.
     pub burst: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_mounts_say_who_changes_the_files() {
+        let properties = |name| mount_properties(name).map(|MountProperties { kind, local }| (kind, local));
+        assert_eq!(properties("rootfs"), Some((MountKind::Rootfs, true)));
+        assert_eq!(properties("host-rootfs"), Some((MountKind::HostRootfs, true)));
+        assert_eq!(properties("0.fd-1a-7-1-private"), Some((MountKind::EmptyDir, false)));
+        assert_eq!(properties("0.fd-1a-7-1-u0-1-2-g0-1-2-local-private"), Some((MountKind::EmptyDir, true)));
+        assert_eq!(properties("3-w1000-fd-local.fd-1a-7-1-local"), Some((MountKind::Volume, true)));
+        assert_eq!(properties("3-r1000-fd.fd-1a-7-1"), Some((MountKind::Volume, false)));
+        for other in ["mounts", ".volumes", "x-private", "c1.x-private", "rootfs-local", ""] {
+            assert_eq!(properties(other), None, "{other}");
+        }
+    }
 }

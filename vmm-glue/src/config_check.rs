@@ -19,6 +19,8 @@ const MEMORY_MIB: std::ops::RangeInclusive<u64> = 64..=4 << 20;
 const VCPUS: std::ops::RangeInclusive<u8> = 1..=64;
 /// Maximum length of a virtio-fs tag in bytes (virtio 1.2, 5.11.4).
 const TAG_MAX: usize = 36;
+/// Maximum time for which the guest caches names and attributes of volumes, in ms.
+const MAX_VOLUME_CACHE_MS: u32 = 60_000;
 /// Maximum length of a disk's serial number in bytes (virtio 1.2, 5.2.6).
 const SERIAL_MAX: usize = 20;
 
@@ -275,6 +277,8 @@ fn share(config: &ShareConfig) -> Result<(), ConfigError> {
     let tag = (1..=TAG_MAX).contains(&config.tag.len()) && !config.tag.contains('\0');
     check_range(tag, "share.tag", &config.tag, "1 to 36 bytes, without NUL")?;
     check_range((1..=64).contains(&config.workers), "share.workers", config.workers, "1 to 64")?;
+    let cache = config.volume_cache_ms;
+    check_range(cache <= MAX_VOLUME_CACHE_MS, "share.volume_cache_ms", cache, "0 to 60000")?;
     rate_limit("share.rate_limit", config.rate_limit)?;
     let root = Path::new(&config.root);
     let directory = root.is_absolute()

@@ -100,9 +100,12 @@ fn check_rejects_invalid_devices() {
         tag: tag.to_owned(),
         root: root.to_owned(),
         workers: 1,
+        volume_cache_ms: 1000,
         rate_limit: RateLimit::default(),
     };
     assert!(check_error(|config, _| config.share = Some(share("", "/"))).contains("share.tag"));
+    let slow = ShareConfig { volume_cache_ms: 60_001, ..share("husk", "/") };
+    assert!(check_error(|config, _| config.share = Some(slow)).contains("share.volume_cache_ms"));
     assert!(check_error(|config, _| config.share = Some(share("husk", "tmp"))).contains("share.root"));
     assert!(check_error(|config, _| config.share = Some(share("husk", "/nowhere"))).contains("share.root"));
     assert!(

@@ -96,7 +96,7 @@ fn privilege(spec: &Spec, mounts: &[Mount], rootfs: &str) -> Option<&'static str
     if hooks.is_some_and(|hooks| !hooks.is_empty()) {
         return Some("the container has a createContainer hook, which would run with the agent's privileges");
     }
-    if !matches!(names_below(Path::new(rootfs), GUEST_SHARE).as_deref(), Some([_, "rootfs"])) {
+    if !matches!(names_below(Path::new(rootfs), GUEST_SHARE).as_deref(), Some([_, "rootfs" | "host-rootfs"])) {
         return Some("the container's rootfs is not at a path at which the share holds rootfs mounts");
     }
     let is_isolated = has_user_namespace(linux);
@@ -343,6 +343,9 @@ mod tests {
     #[test]
     fn wrong_rootfs_path_or_create_container_hook_is_a_privilege() {
         let spec = parse(|_| {});
+        for rootfs in ["/run/husk/share/c/rootfs", "/run/husk/share/c/host-rootfs"] {
+            assert_eq!(container(&spec, &CreateTaskRequest::default(), rootfs).privilege, None, "{rootfs}");
+        }
         for rootfs in ["/", "/run/husk/share", "/run/husk/share/../rootfs", "/run/husk/share/c/rootfs/x", "rootfs", ""]
         {
             let found = container(&spec, &CreateTaskRequest::default(), rootfs).privilege;

@@ -7,6 +7,7 @@ use std::{
 };
 
 use husk_proto::annotations::POD_UID;
+use husk_vmm::config::{HOST_ROOTFS, ROOTFS};
 use serde_json::Value;
 
 use crate::host_view::HostView;
@@ -105,7 +106,10 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     // Translate the specification before the first mount. Therefore, an invalid specification needs no cleanup.
     let mut raw = bundle.raw.clone();
     let (mut notes, mut volumes) = (Vec::new(), GuestVolumes::default());
-    translate::spec(&mut raw, id, request.pids, &mut notes)?;
+    // Programs of the host can change a directory that the specification names, but not what the snapshotter mounts.
+    let root = if request.rootfs.is_empty() { HOST_ROOTFS } else { ROOTFS };
+    let rootfs = translate::guest_rootfs(id, root);
+    translate::spec(&mut raw, (id, &rootfs), request.pids, &mut notes)?;
     if !cgroup::is_cgroup_v2() {
         translate::add_cgroup_namespace(&mut raw);
     }
@@ -114,9 +118,9 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     // cleanup below, because the cleanup would remove the other container's mounts.
     create(share.join(id))?;
     let mounted = (|| {
-        create(share.join(id).join("rootfs"))?;
+        create(share.join(id).join(root))?;
         create(shared_mounts::markers_dir(share, id))?;
-        mount(bundle, request, &mut raw, &mut notes, &mut volumes)
+        mount(bundle, request, root, &mut raw, &mut notes, &mut volumes)
     })();
     if let Err(error) = mounted {
         // Ignore an error of the teardown, because the caller gets the error that caused the teardown.
@@ -126,19 +130,19 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     let profile = bundle.spec.process.apparmor_profile.clone().unwrap_or_default();
     let disks = disks::find(&raw);
     let needs_propagation = bundle.spec.mounts.iter().any(|mount| mount.is_bind() && Flags::of(mount).slave);
-    let rootfs = translate::guest_rootfs(id);
     Ok(Prepared { spec: raw, rootfs, notes, needs_propagation, profile, volumes, disks })
 }
 
 fn mount(
     bundle: &Bundle,
     request: &Request<'_>,
+    root: &str,
     raw: &mut Value,
     notes: &mut Vec<String>,
     guest: &mut GuestVolumes,
 ) -> Result<(), PrepareError> {
     let Request { id, share, rootfs, host, host_sockets, .. } = *request;
-    let target = share.join(id).join("rootfs");
+    let target = share.join(id).join(root);
     let stage = StagingDir::for_share(share);
     let host_only =
         stage.host_only(share).map_err(|source| PrepareError::HostOnly { share: share.to_owned(), source })?;

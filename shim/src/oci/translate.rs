@@ -9,11 +9,11 @@ use serde_json::{Map, Value};
 use crate::oci::json::{TranslateError, array, object, present, unsupported};
 use crate::oci::{devices, hooks, host_devices, update};
 
-/// Translates a specification, except for mount sources, which [`crate::volumes::plan`] translates. `pids` maps PIDs on
-/// the host to ids of the pod's containers. Adds texts for the log to `notes`, for example about omitted fields.
+/// Translates a specification, except for mount sources, which [`crate::volumes::plan`] translates. `rootfs` is the path
+/// of the root file system in the guest. `pids` maps PIDs on the host to ids of the pod's containers. Adds texts for the log to `notes`, for example about omitted fields.
 pub fn spec(
     raw: &mut Value,
-    id: &str,
+    (id, rootfs): (&str, &str),
     pids: &HashMap<u32, String>,
     notes: &mut Vec<String>,
 ) -> Result<(), TranslateError> {
@@ -22,7 +22,7 @@ pub fn spec(
         hooks::keep_guest_hooks(hooks)?;
     }
     if let Some(root) = spec.get_mut("root").and_then(Value::as_object_mut) {
-        root.insert("path".into(), guest_rootfs(id).into());
+        root.insert("path".into(), rootfs.into());
     }
     if let Some(process) = object(spec, "process")? {
         self::process(process, notes)?;
@@ -33,9 +33,9 @@ pub fn spec(
     Ok(())
 }
 
-/// Returns the path of a container's root file system in the guest.
-pub fn guest_rootfs(id: &str) -> String {
-    format!("{}/{id}/rootfs", husk_proto::GUEST_SHARE)
+/// Returns the path of a container's root file system in the guest. `name` is the name of its mount in the share.
+pub fn guest_rootfs(id: &str, name: &str) -> String {
+    format!("{}/{id}/{name}", husk_proto::GUEST_SHARE)
 }
 
 /// Translates the process of an exec request (OCI `Process` as JSON). Returns the translated process and the name of
@@ -178,7 +178,8 @@ mod tests {
         let mut value = sample();
         let mut notes = Vec::new();
         change(&mut value);
-        spec(&mut value, "c1", &HashMap::from([(77, "c0".to_owned())]), &mut notes).map(|()| (value, notes))
+        spec(&mut value, ("c1", "/run/husk/share/c1/rootfs"), &HashMap::from([(77, "c0".to_owned())]), &mut notes)
+            .map(|()| (value, notes))
     }
 
     fn refused(change: impl FnOnce(&mut Value)) -> String {
@@ -291,7 +292,7 @@ mod tests {
     proptest! {
         #[test]
         fn translating_arbitrary_json_never_panics(mut value in any_json()) {
-            let _ = spec(&mut value, "c1", &HashMap::new(), &mut Vec::new());
+            let _ = spec(&mut value, ("c1", "/run/husk/share/c1/rootfs"), &HashMap::new(), &mut Vec::new());
         }
     }
 }

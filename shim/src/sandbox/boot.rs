@@ -328,6 +328,7 @@ async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<bool, Bo
             tag: SHARE_TAG.to_owned(),
             root: plan.share.display().to_string(),
             workers: plan.config.virtio_fs_workers,
+            volume_cache_ms: plan.config.volume_cache_ms,
             rate_limit: plan.pod.rate_limits.virtio_fs,
         }),
         require_landlock: plan.config.require_landlock,

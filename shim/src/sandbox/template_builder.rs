@@ -222,6 +222,7 @@ impl Guest {
                 tag: SHARE_TAG.to_owned(),
                 root: share.display().to_string(),
                 workers: config.virtio_fs_workers,
+                volume_cache_ms: config.volume_cache_ms,
                 rate_limit: RateLimit::default(),
             }),
             require_landlock: config.require_landlock,

@@ -5,12 +5,12 @@ use std::{
     os::fd::{AsFd, OwnedFd},
 };
 
-use husk_vmm::config::PRIVATE_SUFFIX;
+use husk_vmm::config::{LOCAL_SUFFIX, PRIVATE_SUFFIX};
 use nix::sys::{
     stat::fstat,
     statfs::{
-        BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, F2FS_SUPER_MAGIC, FsType, NFS_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC,
-        fstatfs,
+        BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, F2FS_SUPER_MAGIC, FsType, NFS_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC,
+        TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs,
     },
     statvfs::{FsFlags, fstatvfs},
 };
@@ -33,7 +33,8 @@ pub struct Source<'a> {
     pub ignores_mount_id: bool,
     /// Whether the host's later mounts propagate to the guest.
     pub receives_mounts: bool,
-    /// Whether only this pod uses the source. The guest then keeps the locks of its files to itself.
+    /// Whether only this pod uses the source. The guest then keeps the locks of its files to itself, and caches their
+    /// attributes longer.
     pub private: bool,
 }
 
@@ -50,6 +51,18 @@ const UNIQUE_INODES: [FsType; 8] = [
     TMPFS_MAGIC,
     NFS_SUPER_MAGIC,
     FsType(0x00c3_6400),
+    FsType(0x2fc1_2fc1),
+];
+
+/// File systems that do nothing when a program closes a file. Others can report an error of an earlier write. ZFS has the
+/// number of [`UNIQUE_INODES`].
+const LOCAL: [FsType; 7] = [
+    EXT4_SUPER_MAGIC,
+    XFS_SUPER_MAGIC,
+    BTRFS_SUPER_MAGIC,
+    F2FS_SUPER_MAGIC,
+    TMPFS_MAGIC,
+    OVERLAYFS_SUPER_MAGIC,
     FsType(0x2fc1_2fc1),
 ];
 
@@ -70,7 +83,7 @@ pub struct MountKey {
     /// The host's mount, or its flags.
     mount: String,
     flags: u8,
-    /// The id mappings, and whether the mount is private.
+    /// The id mappings, whether the file system is local, and whether the mount is private.
     rest: String,
 }
 
@@ -83,7 +96,7 @@ impl MountKey {
     /// Returns the key of the source's mount.
     ///
     /// # Errors
-    /// The errors of fstat(2) and fstatvfs(2).
+    /// The errors of fstat(2), fstatfs(2) and fstatvfs(2).
     pub fn of(source: &Source<'_>) -> io::Result<Self> {
         let stat = fstat(source.file)?;
         // With `ignores_mount_id`, the key contains the mount's flags, such as read-only, instead of the mount id.
@@ -100,8 +113,11 @@ impl MountKey {
         ];
         let flags = flags.iter().filter(|(is_set, _)| *is_set).fold(0, |all, (_, flag)| all | flag);
         let id_mappings = source.id_mappings.map_or_else(String::new, |id_mappings| format!("-{}", id_mappings.tag()));
+        let is_local = LOCAL.contains(&fstatfs(source.file)?.filesystem_type());
+        let local = if is_local { LOCAL_SUFFIX } else { "" };
         let private = if source.private { PRIVATE_SUFFIX } else { "" };
-        Ok(Self { device: stat.st_dev, inode: stat.st_ino, mount, flags, rest: format!("{id_mappings}{private}") })
+        let rest = format!("{id_mappings}{local}{private}");
+        Ok(Self { device: stat.st_dev, inode: stat.st_ino, mount, flags, rest })
     }
 
     /// Returns how the VMM joins the mount with other mounts of the share, if it does. The caller must have checked that
@@ -202,31 +218,36 @@ impl Flags {
 mod tests {
     use std::path::Path;
 
+    use husk_vmm::config::{MountKind, MountProperties, mount_properties};
     use nix::mount::{MsFlags, mount};
 
     use super::*;
     use crate::volumes::test_support::{isolated, tmpfs};
 
     #[test]
-    fn vmm_recognizes_private_mounts_by_their_keys() {
-        let file = mount_api::open_path(Path::new("/"), false).unwrap();
-        let key = |private| {
+    fn vmm_recognizes_the_kind_of_a_mount_by_its_key() {
+        let key = |path: &str, private| {
+            let file = mount_api::open_path(Path::new(path), false).unwrap();
             let flags = Flags::enforced_by_guest();
             let (directory, ignores_mount_id, receives_mounts) = (true, false, false);
             let source =
                 Source { file: &file, directory, id_mappings: None, flags, ignores_mount_id, receives_mounts, private };
             let key = MountKey::of(&source).unwrap();
             assert_eq!(MountKey::parse(&key.to_string()).as_ref(), Some(&key));
-            format!("7.{key}")
+            mount_properties(&format!("7.{key}"))
         };
-        assert!(husk_vmm::config::is_private_mount(&key(true)));
-        assert!(!husk_vmm::config::is_private_mount(&key(false)));
+        let properties = |kind, local| Some(MountProperties { kind, local });
+        assert_eq!(key("/dev/shm", true), properties(MountKind::EmptyDir, true));
+        assert_eq!(key("/dev/shm", false), properties(MountKind::Volume, true));
+        assert_eq!(key("/proc", true), properties(MountKind::EmptyDir, false));
+        assert_eq!(key("/proc", false), properties(MountKind::Volume, false));
     }
 
     #[test]
     fn key_contains_all_properties() {
         let key = |text: &str| MountKey::parse(text).unwrap();
-        for text in ["fe-1a-m1000-3", "fe-1a-7-9-u0-1-2-g0-1-2", "fe-1a-7-1-private", "fe-1a-7-1-u0-1-2-g0-1-2-private"]
+        for text in
+            ["fe-1a-m1000-3", "fe-1a-7-9-u0-1-2-g0-1-2", "fe-1a-7-1-private", "fe-1a-7-1-u0-1-2-g0-1-2-local-private"]
         {
             assert_eq!(key(text).to_string(), text);
         }

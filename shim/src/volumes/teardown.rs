@@ -5,6 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use husk_vmm::config::{HOST_ROOTFS, ROOTFS};
+
 use crate::volumes::shared_mounts;
 use crate::volumes::unmount::{remove, unmount};
 
@@ -31,9 +33,11 @@ pub fn teardown(share: &Path, id: &str) -> Result<(), TeardownError> {
     };
     shared_mounts::release(share, id, &mut keep_first_error);
     let markers = shared_mounts::markers_dir(share, id);
-    let rootfs = dir.join("rootfs");
-    keep_first_error(&rootfs, unmount(&rootfs));
-    for path in [&markers, &rootfs, &dir] {
+    let roots = [ROOTFS, HOST_ROOTFS].map(|name| dir.join(name));
+    for rootfs in &roots {
+        keep_first_error(rootfs, unmount(rootfs));
+    }
+    for path in roots.iter().chain([&markers, &dir]) {
         keep_first_error(path, remove(path));
     }
     first

@@ -1,14 +1,17 @@
 //! Files that a guest creates in the share. Device nodes, programs and symbolic links have no effect on the node. A
-//! file system of the node can have blocks that are reserved for root. In a guest, only root can use these blocks.
+//! file system of the node can have blocks that are reserved for root. In a guest, only root can use these blocks. The
+//! guest caches what only the guest changes, and for a short time what the node changes.
 
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
+use husk_e2e::case::Container;
 use husk_e2e::disk::{Disk, run_on_node};
-use husk_e2e::{NAMESPACE, case, node, vm};
+use husk_e2e::{Case, NAMESPACE, case, node, vm};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{major, minor, stat};
 use nix::sys::statvfs::statvfs;
@@ -186,6 +189,85 @@ fn only_root_of_a_container_fills_blocks_that_are_reserved_for_root() {
             );
             container.exec(&format!("remove-{user}"), &["rm", "/v/large"]).expect_code(0);
         }
+        container.kill();
+    });
+}
+
+/// Returns the size of a file as the container sees it, or `None` if the container does not see the file.
+fn size_seen(container: &Container, path: &str) -> Option<u64> {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let id = format!("size-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+    container.exec(&id, &["stat", "-c", "%s", path]).out().trim().parse().ok()
+}
+
+/// Starts a container with the node's directory `volume` at `/v`.
+fn with_volume(case: &Case, volume: &Path) -> Container {
+    let flag = format!("type=bind,src={},dst=/v,options=rbind:rw", volume.display());
+    case.container(case.sh("echo up; exec sleep 1000").flags(&["--mount", &flag]))
+}
+
+/// Returns the directory of the node with the container's root file system, in the mount namespace of the shim.
+fn rootfs_on_node(container: &Container) -> PathBuf {
+    let [shim] = vm::shim_pids_of(&container.id)[..] else { panic!("expected one shim of {}", container.id) };
+    let share = format!("/proc/{shim}/root/run/husk/{NAMESPACE}/{}/share", container.id);
+    Path::new(&share).join(&container.id).join("rootfs")
+}
+
+#[test]
+fn changes_by_the_node_are_visible_in_volumes() {
+    case("share-cache", |case| {
+        let volume = case.dir().join("volume");
+        fs::create_dir(&volume).unwrap();
+        fs::write(volume.join("file"), "1").unwrap();
+        let container = with_volume(case, &volume);
+        assert_eq!(
+            [size_seen(&container, "/v/file"), size_seen(&container, "/v/later")],
+            [Some(1), None],
+            "the container must see the volume"
+        );
+        fs::write(volume.join("file"), "four").unwrap();
+        fs::write(volume.join("later"), "").unwrap();
+        // The default of volume_cache_ms is a second. An exec in an emulated node takes about as long.
+        let seen = node::eventually(Duration::from_secs(10), || {
+            let sizes = [size_seen(&container, "/v/file"), size_seen(&container, "/v/later")];
+            (sizes == [Some(4), Some(0)]).then_some(())
+        });
+        assert!(seen.is_some(), "the container does not see what the node has written");
+
+        // Only the guest changes a root file system. Therefore, the guest does not ask the node again.
+        let rootfs = rootfs_on_node(&container);
+        container.exec("make", &["sh", "-c", "echo > /etc/own; ls /etc/none"]);
+        fs::write(rootfs.join("etc/own"), "four").unwrap();
+        fs::write(rootfs.join("etc/none"), "").unwrap();
+        std::thread::sleep(Duration::from_secs(3));
+        assert_eq!(
+            [size_seen(&container, "/etc/own"), size_seen(&container, "/etc/none")],
+            [Some(1), None],
+            "the guest has asked the node for a file of its root file system again"
+        );
+        container.kill();
+    });
+}
+
+#[test]
+fn volume_cache_ms_delays_changes_by_the_node() {
+    let _config = node::Config::set("volume_cache_ms = 20000\n");
+    case("share-cache-long", |case| {
+        let volume = case.dir().join("volume");
+        fs::create_dir(&volume).unwrap();
+        fs::write(volume.join("file"), "1").unwrap();
+        let container = with_volume(case, &volume);
+        let begin = Instant::now();
+        assert_eq!(size_seen(&container, "/v/file"), Some(1));
+        fs::write(volume.join("file"), "four").unwrap();
+        let size = size_seen(&container, "/v/file");
+        assert!(
+            size == Some(1) || begin.elapsed() > Duration::from_secs(19),
+            "the guest has not cached the attributes"
+        );
+        let seen =
+            node::eventually(Duration::from_secs(40), || (size_seen(&container, "/v/file") == Some(4)).then_some(()));
+        assert!(seen.is_some(), "the container does not see what the node has written");
         container.kill();
     });
 }

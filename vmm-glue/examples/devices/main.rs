@@ -234,6 +234,7 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
             tag: "husk".into(),
             root: root.display().to_string(),
             workers: 2,
+            volume_cache_ms: 1000,
             rate_limit: RateLimit::default(),
         }),
         require_landlock: false,

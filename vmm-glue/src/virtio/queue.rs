@@ -1,6 +1,9 @@
 //! Virtqueue operations for all devices: popping descriptor chains of bounded length, returning chains, and
 //! notifications.
 
+#[path = "queue_polling.rs"]
+mod polling;
+
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::AsRawFd;

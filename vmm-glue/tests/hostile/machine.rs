@@ -180,6 +180,7 @@ impl Node {
                 tag: "husk".to_owned(),
                 root: path(self.tree.share()),
                 workers: 2,
+                volume_cache_ms: 1000,
                 rate_limit: none,
             }),
             require_landlock: false,

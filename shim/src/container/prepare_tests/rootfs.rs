@@ -36,8 +36,10 @@ fn prepare_mounts_a_rootfs_from_the_bundle_or_an_image_file() {
         fs::write(root.join("here"), "").unwrap();
         fs::set_permissions(&root, fs::Permissions::from_mode(0o755)).unwrap();
         let bundle = bundle(dir, |_| ());
-        prepare_from(&bundle, "c1", &share.host, &[]).unwrap();
-        assert!(share.guest.join("c1/rootfs/here").exists());
+        let prepared = prepare_from(&bundle, "c1", &share.host, &[]).unwrap();
+        assert_eq!(prepared.rootfs, "/run/husk/share/c1/host-rootfs");
+        assert_eq!(prepared.spec["root"]["path"], "/run/husk/share/c1/host-rootfs");
+        assert!(share.guest.join("c1/host-rootfs/here").exists());
         let ro = RootMount {
             kind: "bind".into(),
             source: root.to_str().unwrap().into(),

@@ -40,7 +40,7 @@ pub fn run(bytes: &[u8]) {
         replace_disk_numbers(&mut bundle.raw.clone(), &disks.into_iter().map(numbers).collect::<Vec<_>>());
         pod::add_mounts(&mut bundle, bundle_dir());
         let pids = HashMap::from([(7, "other".to_owned())]);
-        if translate::spec(&mut bundle.raw, "id", &pids, &mut Vec::new()).is_ok() {
+        if translate::spec(&mut bundle.raw, ("id", "/rootfs"), &pids, &mut Vec::new()).is_ok() {
             assert_no_host_namespace(&bundle);
         }
     }

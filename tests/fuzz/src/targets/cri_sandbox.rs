@@ -21,6 +21,7 @@ pub fn run(bytes: &[u8]) {
     let _ = boot_size(&bundle.spec, &Config::default(), u64::MAX);
     pod::add_mounts(&mut bundle, Path::new("/dir"));
     if bundle.check().is_ok() {
-        translate::spec(&mut bundle.raw, "id", &HashMap::new(), &mut Vec::new()).expect("translate the specification");
+        translate::spec(&mut bundle.raw, ("id", "/rootfs"), &HashMap::new(), &mut Vec::new())
+            .expect("translate the specification");
     }
 }

@@ -412,7 +412,13 @@ fn serve(input: Input) {
     let (mut before, mut inodes) = Default::default();
     read_around(Path::new("/"), &mut before, &mut inodes);
     let workers = 1 + u8::from(input.two_workers);
-    let share = ShareConfig { tag: "fuzz".into(), root: SHARE.into(), workers, rate_limit: RateLimit::default() };
+    let share = ShareConfig {
+        tag: "fuzz".into(),
+        root: SHARE.into(),
+        workers,
+        volume_cache_ms: 1000,
+        rate_limit: RateLimit::default(),
+    };
     let mut bench = Bench::new(
         Fs::new(&share, husk_vmm::jail::Belongings::without_jail().expect("open /proc/self/fd and /dev/null"), || {})
             .expect("create the device"),

@@ -35,10 +35,6 @@ use crate::virtio::rate_limit::SharedLimiter;
 /// the copy must not be much larger than the data of a WRITE request. After a short copy, the guest requests the rest.
 const MAX_LIMITED_COPY: u64 = 1 << 20;
 
-/// Flag of an answer to OPEN and CREATE: the guest's kernel serves the locks of this open file itself
-/// (guest/kernel/patches).
-const FOPEN_LOCAL_LOCKS: u32 = 1 << 31;
-
 type Opened = (Option<Handle>, OpenOptions);
 
 /// The wrapped file system. All clones share one state.
@@ -104,7 +100,7 @@ impl CheckedFs {
         self.fd_limit.wait_for_temporary();
         self.wait_for_space(parent);
         let (entry, handle) = self.fs.create_temporary(ctx, parent, mode, flags, umask)?;
-        let options = self.with_lock_option(entry.inode, Some(handle), OpenOptions::KEEP_CACHE);
+        let options = OpenOptions::KEEP_CACHE | self.nodes.area(entry.inode).open_options();
         Ok((entry, handle, options))
     }
 
@@ -130,15 +126,6 @@ impl CheckedFs {
     /// Returns whether the guest has mounted the file system.
     pub fn is_mounted(&self) -> bool {
         self.fs.is_mounted()
-    }
-
-    /// If only the guest uses the file, adds the option with which the file's locks stay in the guest's kernel.
-    fn with_lock_option(&self, inode: Inode, handle: Option<Handle>, options: OpenOptions) -> OpenOptions {
-        if !handle.is_some_and(|handle| self.locks.are_private(inode, handle)) {
-            return options;
-        }
-        // SAFETY: the type is an integer, for which every value is valid. Its methods do not rely on known bits.
-        options | unsafe { OpenOptions::from_bits_unchecked(FOPEN_LOCAL_LOCKS) }
     }
 
     /// Returns the owner of a file.
@@ -356,7 +343,7 @@ impl FileSystem for CheckedFs {
         self.wait_for_fd();
         self.wait_for_space(parent);
         let (entry, handle, options) = self.fs.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)?;
-        let options = self.with_lock_option(entry.inode, handle, options);
+        let options = options | self.nodes.area(entry.inode).open_options();
         Ok((entry, handle, options))
     }
 
@@ -367,7 +354,7 @@ impl FileSystem for CheckedFs {
             return Err(io::Error::from_raw_os_error(libc::EPROTO));
         }
         let enabled = self.fs.init(capable)?;
-        self.locks.init()?;
+        self.locks.clear();
         Ok(enabled | FsOptions::POSIX_LOCKS | FsOptions::FLOCK_LOCKS)
     }
 
@@ -380,7 +367,7 @@ impl FileSystem for CheckedFs {
         request_checks::open_flags(flags)?;
         self.wait_for_fd_of(inode);
         let (handle, options) = self.fs.open(ctx, inode, kill_priv, flags)?;
-        Ok((handle, self.with_lock_option(inode, handle, options)))
+        Ok((handle, options | self.nodes.area(inode).open_options()))
     }
 
     fn flush(&self, ctx: Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()> {

@@ -1,5 +1,6 @@
 //! Serves FUSE requests. This module itself decodes the requests that have no answer, the requests for locks, and
-//! TMPFILE. virtiofsd's `Server` serves all other requests of the request queue.
+//! TMPFILE. virtiofsd's `Server` serves all other requests of the request queue. This module extends the answers to
+//! WRITE.
 //!
 //! A vCPU can change guest memory while a request is served. If this module checked a value in guest memory and then
 //! read the value again, the second value could be unchecked. Therefore, this module follows three rules:
@@ -17,7 +18,7 @@ use std::sync::Mutex;
 use husk_base::sync::lock;
 use virtiofsd::filesystem::{Context, FileSystem as _};
 use virtiofsd::fuse::{
-    BatchForgetIn, CreateIn, EntryOut, ForgetIn, ForgetOne, InHeader, InterruptIn, LkIn, LkOut, OpenOut,
+    AttrOut, BatchForgetIn, CreateIn, EntryOut, ForgetIn, ForgetOne, InHeader, InterruptIn, LkIn, LkOut, OpenOut,
 };
 use virtiofsd::server::Server;
 use vm_memory::{ByteValued, Bytes as _, GuestAddress};
@@ -44,6 +45,8 @@ const SETLK: u32 = 32;
 const SETLKW: u32 = 33;
 const DESTROY: u32 = 38;
 const BATCH_FORGET: u32 = 42;
+/// FUSE operation that writes to a file.
+const WRITE: u32 = 16;
 /// FUSE operation that creates and opens a file without a name (O_TMPFILE).
 const TMPFILE: u32 = 51;
 /// Size of `struct fuse_out_header`, in bytes.
@@ -53,8 +56,11 @@ const OUT_HEADER_LEN: u32 = 16;
 /// Total size of `struct fuse_in_header` and `struct fuse_write_in`, in bytes. These structures precede the data of a
 /// WRITE request. A READ request has the same size, but no data.
 const WRITE_HEADERS: usize = 80;
-/// Maximum number of nodes in one BATCH_FORGET. Over virtio-fs, Linux never sends BATCH_FORGET. Linux sends one FORGET
-/// for each node instead (`virtio_fs_send_forget()` in fs/fuse/virtio_fs.c).
+/// Total size of `struct fuse_out_header` and `struct fuse_write_out`, in bytes.
+const WRITE_ANSWER: usize = 24;
+/// Size of `struct fuse_write_attr` (guest/kernel/patches), in bytes.
+const WRITE_ATTRIBUTES: usize = size_of::<AttrOut>() + 16;
+/// Maximum number of nodes in one BATCH_FORGET. The guest's kernel sends at most 64 (guest/kernel/patches).
 const MAX_BATCH: usize = 4096;
 
 /// Index of the queue for FORGET.
@@ -115,6 +121,7 @@ impl FuseServer {
                 chain.readable.skip(size_of::<InHeader>());
                 Some(self.serve_tmpfile(header, chain))
             }
+            Some(header) if header.opcode == WRITE => Some(self.serve_write(header, memory, chain)),
             header => Some(self.serve_now(header, memory, chain)),
         }
     }
@@ -172,6 +179,32 @@ impl FuseServer {
         }
     }
 
+    /// Serves a WRITE request. If there is space, appends the attributes after the write, and the mtime before the write
+    /// (guest/kernel/patches). `header` is a private copy. If the guest changes the request meanwhile, it only gets the
+    /// attributes of a file that it could ask for.
+    fn serve_write(&self, header: InHeader, memory: &GuestMemory, mut chain: Chain<'_>) -> u32 {
+        let fits = chain.writable.len() >= WRITE_ANSWER + WRITE_ATTRIBUTES;
+        let attributes = || self.fs.getattr(Context::from(header), header.nodeid, None).ok();
+        let is_cheap = || self.fs.nodes().area(header.nodeid).has_cheap_attributes();
+        let before = if fits && is_cheap() { attributes() } else { None };
+        let used = self.serve_by_virtiofsd(&header, memory, &chain);
+        if used as usize != WRITE_ANSWER {
+            return used;
+        }
+        let (Some((before, _)), Some((attr, timeout))) = (before, before.and_then(|_| attributes())) else {
+            return used;
+        };
+        let (attr_valid, attr_valid_nsec) = (timeout.as_secs(), timeout.subsec_nanos());
+        let after = AttrOut { attr_valid, attr_valid_nsec, dummy: 0, attr };
+        let before = [&before.mtime.to_le_bytes()[..], &before.mtimensec.to_le_bytes(), &[0; 4]].concat();
+        let appended = [after.as_slice(), &before].concat();
+        let length = u32::try_from(WRITE_ANSWER + appended.len()).unwrap_or(0);
+        chain.writable.copy_from(&length.to_le_bytes());
+        chain.writable.skip(WRITE_ANSWER);
+        chain.writable.copy_from(&appended);
+        length
+    }
+
     fn serve_now(&self, header: Option<InHeader>, memory: &GuestMemory, mut chain: Chain<'_>) -> u32 {
         let Some(header) = header else {
             log_guest_fault(REQUEST_QUEUE, &"the FUSE request is shorter than its header");
@@ -184,12 +217,16 @@ impl FuseServer {
             });
             return 0;
         }
+        self.serve_by_virtiofsd(&header, memory, &chain)
+    }
+
+    fn serve_by_virtiofsd(&self, header: &InHeader, memory: &GuestMemory, chain: &Chain<'_>) -> u32 {
         // virtiofsd splits the writer after the answer's header, and panics if the writer is shorter than this header.
         if chain.writable.len() < OUT_HEADER {
             log_guest_fault(REQUEST_QUEUE, &"the answer buffer of the FUSE request is too small");
             return 0;
         }
-        let opened = lock(&self.table).open(memory, &chain);
+        let opened = lock(&self.table).open(memory, chain);
         let result = match opened {
             Ok((reader, writer)) => {
                 self.server.handle_message(reader, writer, None::<&mut ()>).map_err(|error| error.to_string())
@@ -202,7 +239,7 @@ impl FuseServer {
             Err(error) => {
                 let fault = format_args!("failed to serve a FUSE request with opcode {}: {error}", header.opcode);
                 log_guest_fault(REQUEST_QUEUE, &fault);
-                reply_error(&chain, header.unique, libc::EINVAL)
+                reply_error(chain, header.unique, libc::EINVAL)
             }
         }
     }

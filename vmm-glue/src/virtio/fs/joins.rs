@@ -15,6 +15,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use virtiofsd::filesystem::Entry;
 
+use super::cache::Area;
 use super::ids::{Handle, Inode};
 use crate::config::JoinedMount;
 
@@ -26,6 +27,8 @@ pub struct Node {
     pub lookups: u32,
     /// The inode number of the file, or 0 if the file has no name.
     pub file: u64,
+    /// Where the node is.
+    pub area: Area,
 }
 
 /// References of one of virtiofsd's nodes that are to be dropped.

@@ -7,6 +7,9 @@
 //! If a file system of the host hangs, only the requests for this file system wait. Each mount has a limited number of
 //! worker threads, and threads are added when all threads hang ([`super::workers`]).
 
+mod cache;
+#[cfg(test)]
+mod cache_tests;
 mod checked_fs;
 mod closing;
 mod descriptor_table;
@@ -55,7 +58,6 @@ mod xattr_names_tests;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -64,6 +66,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 
+use self::cache::Cache;
 use self::checked_fs::CheckedFs;
 use self::fd_budget::FdBudget;
 use self::fd_limit::FdLimit;
@@ -101,9 +104,6 @@ const SPARE_FRACTION: u64 = 4;
 const ADDED_WORKERS: usize = 64;
 /// Maximum number of worker threads of one mount, unless the device has more from its start.
 const WORKERS_PER_MOUNT: usize = 8;
-/// How long the guest caches names and attributes. A change that the host makes in a volume is visible in the guest
-/// after at most this time.
-const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Error from creating a virtio-fs device.
 #[derive(Debug, thiserror::Error)]
@@ -143,6 +143,7 @@ pub struct Fs {
 impl Handler for FuseServer {
     const KIND: Kind = Kind::FileServer;
     const NAME: &'static str = "virtio-fs";
+    const POLLS: bool = true;
     const GROWTH: Option<Growth> =
         Some(Growth { workers: ADDED_WORKERS, per_group: WORKERS_PER_MOUNT, supervisor: Kind::FileSupervisor });
 
@@ -214,15 +215,14 @@ impl Fs {
         let fd_limit = FdLimit::new(fd_limit, threshold, Arc::clone(&budget), Box::new(request_forget));
         let xattrmap = xattr_names::map().map_err(|error| root_error(io::Error::other(error)))?;
         let temporary = temporary.map_err(FsError::Event)?;
-        let temporary = TemporaryFiles::new(budget, temporary, xattrmap.clone(), CACHE_TIMEOUT);
+        let temporary = TemporaryFiles::new(budget, temporary, xattrmap.clone());
         let virtiofsd_fds = guest_fd_limit - temporary_fds;
         let fs = PassthroughFs::new(passthrough_config(share.root.clone(), fd_directory, virtiofsd_fds, xattrmap));
         let limiter = SharedLimiter::new(share.rate_limit);
-        let nodes = Arc::new(Nodes::new(guest_fd_limit));
-        let names_directory = paths_directory.try_clone().map_err(FsError::Event)?;
+        let nodes = Arc::new(Nodes::new(guest_fd_limit, Cache::new(share.volume_cache_ms)));
         let fs = ShareFs::new(fs.map_err(root_error)?, temporary);
-        let fs = Arc::new(JoinedFs::new(fs, Arc::clone(&nodes), names_directory));
-        let locks = Locks::new(Arc::clone(&fs), paths_directory).map_err(FsError::Threads)?;
+        let fs = Arc::new(JoinedFs::new(fs, Arc::clone(&nodes), paths_directory));
+        let locks = Locks::new(Arc::clone(&fs)).map_err(FsError::Threads)?;
         let server = FuseServer::new(CheckedFs::new(fs, locks, fd_limit, nodes, dev_null, limiter));
         let server = server.map_err(root_error)?;
         let server = Arc::new(server);
@@ -267,12 +267,9 @@ fn passthrough_config(root_dir: String, fd_directory: File, guest_fd_limit: u64,
         root_dir,
         proc_sfd_rawfd: Some(fd_directory),
         guest_fd_limit,
-        // The guest looks names and attributes up again after the timeout. With `Always`, file data stays in the
-        // guest's page cache until the file's size or mtime changes (FUSE_AUTO_INVAL_DATA). With `Auto`, each open
-        // would drop the file's pages. Therefore, every execve(2) in the guest would read the binary from the host
-        // again.
-        entry_timeout: CACHE_TIMEOUT,
-        attr_timeout: CACHE_TIMEOUT,
+        // `Cache` sets the timeouts of names and attributes. With `Always`, file data stays in the guest's page cache
+        // until the file's size or mtime changes (FUSE_AUTO_INVAL_DATA). With `Auto`, each open would drop the file's
+        // pages. Therefore, every execve(2) in the guest would read the binary from the host again.
         cache_policy: CachePolicy::Always,
         // Writeback is off, because the host changes files that the guest has cached. Moreover, when the VM is killed,
         // no data that the guest has reported as written may be lost.

@@ -25,7 +25,13 @@ pub struct Guest {
 }
 
 pub fn share(root: &Path, workers: u8) -> ShareConfig {
-    ShareConfig { tag: "husk".into(), root: root.to_str().unwrap().into(), workers, rate_limit: RateLimit::default() }
+    ShareConfig {
+        tag: "husk".into(),
+        root: root.to_str().unwrap().into(),
+        workers,
+        volume_cache_ms: 1000,
+        rate_limit: RateLimit::default(),
+    }
 }
 
 pub fn belongings() -> Belongings {

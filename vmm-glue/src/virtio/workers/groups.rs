@@ -117,6 +117,11 @@ impl Groups {
         Some((id, work))
     }
 
+    /// Returns whether requests or jobs are held.
+    pub fn is_held(&self) -> bool {
+        self.held > 0
+    }
+
     /// Returns whether a group has too many held requests.
     pub fn has_excess(&self) -> bool {
         self.excess > 0

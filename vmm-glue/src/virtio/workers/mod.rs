@@ -19,6 +19,7 @@
 //! limited ([`groups`]). Further requests of the group wait without a worker.
 
 mod groups;
+mod poll_time;
 mod session;
 
 use std::io;
@@ -64,6 +65,8 @@ pub trait Handler: Send + Sync + 'static {
     const KIND: Kind;
     /// If not `None`, workers are added when all workers hang.
     const GROWTH: Option<Growth> = None;
+    /// Whether a worker polls the queue for a short time after a request ([`poll_time`]).
+    const POLLS: bool = false;
     /// Returns the limiter of the requests.
     fn limiter(&self) -> &SharedLimiter;
     /// Returns the number of bytes for which a request needs tokens.

@@ -10,8 +10,8 @@ use husk_base::sync::{lock, wait, wait_timeout};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::Handler;
 use super::groups::{Groups, Work};
+use super::{Handler, poll_time};
 use crate::guest_memory::GuestMemory;
 use crate::virtio::device::Interrupt;
 use crate::virtio::queue::{Chain, HeldChain, QueueFault, Virtqueue};
@@ -22,6 +22,8 @@ pub const PAUSE_TIMEOUT: Duration = Duration::from_secs(5);
 const GROW_DELAY: Duration = Duration::from_millis(100);
 /// Time after which another worker is tried if none could be added.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
+/// Number of pauses of a processor between two looks at the queue.
+const PAUSES: usize = 64;
 /// Number of workers of a group while more than half of all workers are busy.
 const FEW_WORKERS: usize = 2;
 
@@ -35,6 +37,8 @@ pub struct Session {
     changed: Condvar,
     /// Notified when the supervisor has something to do.
     supervise: Condvar,
+    /// How long a worker polls the queue after a request.
+    poll_time: Duration,
     /// Number of workers that the device has from its start.
     first_workers: usize,
     /// Maximum number of workers, with the additional ones.
@@ -54,6 +58,8 @@ struct State {
     groups: Groups,
     /// Whether the supervisor waits for a notification without a timeout.
     supervisor_waits: bool,
+    /// Whether a worker polls the queue. Then no other worker does, and the driver does not notify the device.
+    polled: bool,
     /// Whether a worker waits until the next request is admitted.
     throttled: bool,
     paused: bool,
@@ -98,6 +104,7 @@ impl Session {
             taken: 0,
             groups,
             supervisor_waits: false,
+            polled: false,
             throttled: false,
             paused,
             settled: paused,
@@ -108,6 +115,7 @@ impl Session {
             memory,
             interrupt,
             notify,
+            poll_time: poll_time::measure(&stop),
             stop,
             state: Mutex::new(state),
             changed: Condvar::new(),
@@ -245,7 +253,7 @@ impl Session {
     /// Serves requests until the queue is empty or another worker waits for the next request's admission, and then
     /// counts this thread as idle. Returns false if the session has ended.
     fn serve_until_empty<H: Handler>(self: &Arc<Self>, handler: &H) -> Result<bool, QueueFault> {
-        let mut state = self.lock();
+        let (mut state, mut polls) = (self.lock(), false);
         loop {
             while state.paused && !state.stopped {
                 state = wait(&self.changed, state);
@@ -273,6 +281,7 @@ impl Session {
                         state
                     }
                 };
+                polls = H::POLLS;
                 continue;
             }
             if state.throttled {
@@ -282,7 +291,12 @@ impl Session {
             }
             let popped = if state.failed { None } else { state.queue.pop(&self.memory)? };
             let Some(request) = popped else {
-                if !state.failed && state.queue.enable_notification(&self.memory)? {
+                if std::mem::take(&mut polls) && !state.polled && !state.failed {
+                    state = self.poll(state)?;
+                    continue;
+                }
+                // A worker that polls takes the next request, or enables the notification.
+                if !state.polled && !state.failed && state.queue.enable_notification(&self.memory)? {
                     continue;
                 }
                 state.idle += 1;
@@ -310,7 +324,23 @@ impl Session {
                 self.notify_one(H::NAME);
             }
             state = self.serve_request(handler, state, group, request)?;
+            polls = H::POLLS;
         }
+    }
+
+    /// Polls until there is something to do, or the time to poll is over.
+    fn poll<'s>(&'s self, mut state: MutexGuard<'s, State>) -> Result<MutexGuard<'s, State>, QueueFault> {
+        let end = Instant::now() + self.poll_time;
+        state.queue.suppress_notification(&self.memory)?;
+        state.polled = true;
+        let has_work = |state: &State| state.stopped || state.paused || state.failed || state.groups.is_held();
+        while !has_work(&state) && !state.queue.has_chains(&self.memory) && Instant::now() < end {
+            drop(state);
+            (0..PAUSES).for_each(|_| std::hint::spin_loop());
+            state = self.lock();
+        }
+        state.polled = false;
+        Ok(state)
     }
 
     /// Serves a request whose group has a worker for it.
@@ -366,7 +396,7 @@ impl Session {
         let result = serve();
         let mut state = self.lock();
         state.busy -= 1;
-        if state.busy == 0 {
+        if state.busy == 0 && state.paused {
             self.changed.notify_all();
         }
         (state, result)

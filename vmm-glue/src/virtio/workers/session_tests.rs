@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use super::*;
-use crate::virtio::testing::Bench;
+use crate::virtio::testing::{Bench, Irq, queue_without_device};
 use crate::virtio::workers::tests::{Device, Started, active};
 
 fn session(bench: &Bench<Device>) -> Arc<Session> {
@@ -107,4 +107,24 @@ fn request_that_hangs_is_answered_after_the_pause() {
     assert!(bench.queues[0].poll().is_none());
     bench.lock().0.resume();
     bench.run_until(|queues| queues[0].poll().is_some());
+}
+
+#[test]
+fn poll_ends_with_a_request_a_job_the_session_or_its_time() {
+    let (memory, mut driver, queue) = queue_without_device(4);
+    let interrupt = Arc::new(Irq::default());
+    let mut session = Session::new(Arc::new(memory), queue, interrupt, false, (1, 0), 1).unwrap();
+    session.poll_time = Duration::from_millis(1);
+    let state = session.poll(session.lock()).unwrap();
+    assert!(!state.polled);
+    drop(state);
+    session.poll_time = Duration::from_secs(3600);
+    driver.add(&[b"request"], &[]);
+    let mut state = session.poll(session.lock()).unwrap();
+    assert!(state.queue.pop(&session.memory).unwrap().is_some());
+    state.groups.queue(1, 7);
+    let mut state = session.poll(state).unwrap();
+    assert!(matches!(state.groups.next(1), Some((1, Work::Job(7)))));
+    state.stopped = true;
+    drop(session.poll(state).unwrap());
 }

@@ -75,9 +75,11 @@ impl JoinedFs {
         umask: u32,
     ) -> io::Result<(Entry, Handle)> {
         let create = |place: Place| self.fs.create_temporary(ctx, (place.inner, parent), mode, flags, umask);
-        let (_, created) = self.call(ctx, parent, create)?;
-        self.nodes.add_unnamed(parent, created.0.inode);
-        Ok(created)
+        let (_, (mut entry, handle)) = self.call(ctx, parent, create)?;
+        self.nodes.add_unnamed(parent, entry.inode);
+        let area = self.nodes.area(parent);
+        self.nodes.cache.set_timeouts(area, area, &mut entry);
+        Ok((entry, handle))
     }
 
     /// Calls a function with the place of a node. Repeats the call if the node has moved.
@@ -143,6 +145,10 @@ impl JoinedFs {
         Ok(entry)
     }
 
+    fn with_timeout(&self, node: Inode, attr: Attr) -> (Attr, Duration) {
+        (attr, self.nodes.cache.attributes(self.nodes.area(node), attr.mode))
+    }
+
     /// Records a handle that was opened with an inner node.
     fn opened(&self, ctx: Context, handle: Option<Handle>, node: Inode, inner: Inode) {
         let Some(handle) = handle.filter(|_| inner != node) else { return };
@@ -194,7 +200,11 @@ impl FileSystem for JoinedFs {
     }
 
     fn lookup(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
-        self.entry(ctx, parent, name, |parent| self.fs.lookup(ctx, parent, name))
+        let found = self.entry(ctx, parent, name, |parent| self.fs.lookup(ctx, parent, name));
+        found.or_else(|error| match error.raw_os_error() {
+            Some(libc::ENOENT) => self.nodes.cache.missing(self.nodes.area(parent)).ok_or(error),
+            _ => Err(error),
+        })
     }
 
     fn create(
@@ -324,7 +334,12 @@ impl FileSystem for JoinedFs {
             let handle = handle.filter(|_| of_handle == Some(place.inner));
             self.fs.setattr(ctx, place.inner, attr, handle, valid)
         })?;
-        Ok(result)
+        Ok(self.with_timeout(inode, result.0))
+    }
+
+    fn getattr(&self, ctx: Context, inode: Inode, handle: Option<Handle>) -> io::Result<(Attr, Duration)> {
+        let (_, (attr, _)) = self.call(ctx, inode, |place| self.fs.getattr(ctx, place.inner, handle))?;
+        Ok(self.with_timeout(inode, attr))
     }
 
     fn read<W: ZeroCopyWriter>(
@@ -416,7 +431,6 @@ impl FileSystem for JoinedFs {
     by_node! {
         fn unlink(ctx: Context, parent: Inode, name: &CStr) -> ();
         fn rmdir(ctx: Context, parent: Inode, name: &CStr) -> ();
-        fn getattr(ctx: Context, inode: Inode, handle: Option<Handle>) -> (Attr, Duration);
         fn readlink(ctx: Context, inode: Inode) -> Vec<u8>;
         fn access(ctx: Context, inode: Inode, mask: u32) -> ();
         fn setxattr(

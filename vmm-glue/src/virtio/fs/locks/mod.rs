@@ -23,7 +23,6 @@ mod deadlock_tests;
 mod file_table;
 mod owners;
 mod place;
-mod private;
 mod ranges;
 mod table;
 #[cfg(test)]
@@ -36,13 +35,12 @@ use std::sync::{Arc, Mutex};
 
 use husk_base::sync::lock;
 use husk_base::sys::file_lock::{Flock, flock};
-use virtiofsd::filesystem::{Context, FileSystem as _};
+use virtiofsd::filesystem::Context;
 use virtiofsd::fuse::{FileLock, InHeader, LkIn};
 
 use self::change::{Change, LAST_BYTE, error};
 use self::owners::Owners;
 use self::place::Waiting;
-use self::private::PrivateFiles;
 use self::ranges::RangeLock;
 use self::table::{Owner, Place, Table};
 use self::waiters::{Calls, Job, Waiters};
@@ -51,8 +49,6 @@ use super::joined_fs::JoinedFs;
 
 /// The lock is a lock of flock(2): FUSE_LK_FLOCK in include/uapi/linux/fuse.h.
 const FLOCK: u32 = 1 << 0;
-/// The share's root directory: FUSE_ROOT_ID in include/uapi/linux/fuse.h.
-const ROOT: Inode = 1;
 
 /// Sends the answer of a request that has waited.
 pub type Answer = Box<dyn FnOnce(io::Result<()>) + Send>;
@@ -60,7 +56,6 @@ pub type Answer = Box<dyn FnOnce(io::Result<()>) + Send>;
 /// The locks of one device.
 pub struct Locks {
     fs: Arc<JoinedFs>,
-    private: PrivateFiles,
     table: Mutex<Table>,
     owners: Owners,
     waiters: Waiters,
@@ -85,20 +80,14 @@ fn would_block(error: &io::Error) -> bool {
 }
 
 impl Locks {
-    /// Creates the table, and starts the threads that start the other threads. `fd_directory` is /proc/self/fd. The
-    /// guest must not have open files yet ([`owners`]).
+    /// Creates the table, and starts the threads that start the other threads. The guest must not have open files yet
+    /// ([`owners`]).
     ///
     /// # Errors
     /// If a thread cannot be started or confined.
-    pub fn new(fs: Arc<JoinedFs>, fd_directory: File) -> io::Result<Self> {
-        let private = PrivateFiles::new(fd_directory);
+    pub fn new(fs: Arc<JoinedFs>) -> io::Result<Self> {
         let (owners, waiters) = (Owners::new()?, Waiters::start()?);
-        Ok(Self { fs, private, table: Mutex::default(), owners, waiters })
-    }
-
-    /// Returns whether only the guest uses a file, so that the guest need not ask for its locks.
-    pub fn are_private(&self, inode: Inode, handle: Handle) -> bool {
-        self.with_file(inode, handle, |file| Ok(self.private.contains(file))).unwrap_or(false)
+        Ok(Self { fs, table: Mutex::default(), owners, waiters })
     }
 
     /// Serves GETLK.
@@ -182,19 +171,6 @@ impl Locks {
         self.waiters.interrupt_all();
         lock(&self.table).clear();
         self.owners.clear();
-    }
-
-    /// Prepares for a new connection of a guest.
-    ///
-    /// # Errors
-    /// If the path of the share cannot be read.
-    pub fn init(&self) -> io::Result<()> {
-        self.clear();
-        let (handle, _) = self.fs.opendir(context(), ROOT, (libc::O_RDONLY | libc::O_DIRECTORY).cast_unsigned())?;
-        let handle = handle.ok_or_else(|| error(libc::EBADF))?;
-        let result = self.with_file(ROOT, handle, |root| self.private.set_root(root));
-        self.fs.releasedir(context(), ROOT, 0, handle)?;
-        result
     }
 
     fn enter(&self, inode: Inode) -> Entered<'_> {

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use husk_base::sync::{lock, wait_timeout};
 use virtiofsd::filesystem::Entry;
 
+use super::cache::{Area, Cache};
 use super::ids::{Handle, Inode};
 use super::joins::{Joins, MountPoint, Node, Origin, Surplus};
 use super::tmpfile::is_temporary;
@@ -45,6 +46,8 @@ pub struct Nodes {
     job_ended: Condvar,
     /// Maximum number of known nodes. The guest cannot have more open files.
     max: usize,
+    /// How long the guest caches names and attributes.
+    pub cache: Cache,
     hasher: RandomState,
     /// Whether inner nodes can differ from the guest's nodes. Stays true until the end of the connection.
     joined: AtomicBool,
@@ -157,10 +160,10 @@ pub struct Dropped {
 
 impl Nodes {
     /// Creates the nodes of a file system with at most `max` open files.
-    pub fn new(max: u64) -> Self {
+    pub fn new(max: u64, cache: Cache) -> Self {
         let (state, job_ended) = (Mutex::default(), Condvar::new());
         let max = usize::try_from(max).unwrap_or(usize::MAX);
-        Self { state, job_ended, max, hasher: RandomState::new(), joined: AtomicBool::new(false) }
+        Self { state, job_ended, max, cache, hasher: RandomState::new(), joined: AtomicBool::new(false) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -182,15 +185,27 @@ impl Nodes {
         Ok(Place { inner: state.joins.inner_of(inode), mount: Some(node.mount) })
     }
 
+    /// Returns where a node is.
+    pub fn area(&self, inode: Inode) -> Area {
+        area_of(&self.lock(), inode)
+    }
+
     /// Records a lookup of a name in a directory, which was at a place during the lookup. Changes the answer to what the
-    /// guest gets: its node of the file and, for the root of a mount that can be joined, the number of the file system
-    /// (`fs_id` in guest/kernel/patches). Returns references of inner nodes that the caller has to drop.
+    /// guest gets: its node of the file, how long it caches the answer and, for the root of a mount that can be joined,
+    /// the number of the file system (`fs_id` in guest/kernel/patches). Returns references of inner nodes that the
+    /// caller has to drop.
     pub fn add(&self, directory: Inode, place: Place, name: &CStr, entry: &mut Entry) -> Option<Surplus> {
         let state = &mut *self.lock();
         let first_mount = || state.joins.first_mount_of(directory);
         let inherited = place.mount.or_else(first_mount).unwrap_or_else(|| mount_of(state, directory));
         let is_directory = entry.attr.mode & libc::S_IFMT == libc::S_IFDIR;
         let is_root = entry.attr.flags & SUBMOUNT != 0;
+        let parent = area_of(state, directory);
+        let area = match directory {
+            ROOT => Area::below_root(),
+            _ => parent.child(name.to_bytes(), is_root),
+        };
+        self.cache.set_timeouts(parent, area, entry);
         let mut joined = None;
         if is_root {
             entry.attr.rdev = 0;
@@ -229,7 +244,7 @@ impl Nodes {
         };
         if entry.inode != ROOT && state.nodes.len() < self.max {
             let file = if is_temporary(entry.inode) { 0 } else { entry.attr.ino };
-            insert(state, entry.inode, Node { mount, lookups: 1, file });
+            insert(state, entry.inode, Node { mount, lookups: 1, file, area });
             if joined.is_some() {
                 state.joins.set_root(mount, entry.inode);
             }
@@ -242,8 +257,8 @@ impl Nodes {
     pub fn add_unnamed(&self, directory: Inode, node: Inode) {
         let state = &mut *self.lock();
         if state.nodes.len() < self.max {
-            let mount = mount_of(state, directory);
-            insert(state, node, Node { mount, lookups: 1, file: 0 });
+            let (mount, area) = (mount_of(state, directory), area_of(state, directory));
+            insert(state, node, Node { mount, lookups: 1, file: 0, area });
         }
     }
 
@@ -428,6 +443,10 @@ impl Nodes {
 
 fn mount_of(state: &State, node: Inode) -> u32 {
     state.nodes.get(&node).map_or(SHARE, |node| node.mount)
+}
+
+fn area_of(state: &State, node: Inode) -> Area {
+    state.nodes.get(&node).map_or(Area::Share, |node| node.area)
 }
 
 fn bad_node() -> io::Error {

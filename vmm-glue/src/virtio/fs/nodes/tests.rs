@@ -8,13 +8,13 @@ use super::*;
 
 /// Returns `count` nodes that the guest has looked up, all of the share's mount.
 fn nodes(count: u64) -> Nodes {
-    let nodes = Nodes::new(1 << 20);
+    let nodes = Nodes::new(1 << 20, Cache::new(1000));
     (2..2 + count).for_each(|node| look_up(&nodes, node, SHARE));
     nodes
 }
 
 fn look_up(nodes: &Nodes, node: Inode, mount: u32) {
-    nodes.lock().nodes.insert(node, Node { mount, lookups: 1, file: 0 });
+    nodes.lock().nodes.insert(node, Node { mount, lookups: 1, file: 0, area: Area::Share });
 }
 
 /// Looks up a mount that can be joined, in a directory of the share.
@@ -77,7 +77,7 @@ fn job_stays_with_the_mount_for_which_it_was_queued() {
 #[test]
 fn node_without_a_name_is_in_the_group_of_its_directory() {
     let nodes = nodes(1);
-    nodes.lock().nodes.insert(9, Node { mount: 7, lookups: 1, file: 0 });
+    nodes.lock().nodes.insert(9, Node { mount: 7, lookups: 1, file: 0, area: Area::Share });
     nodes.add_unnamed(9, 1 << 63);
     nodes.add_unnamed(2, 1 << 63 | 1);
     assert_eq!((nodes.group(1 << 63), nodes.group(1 << 63 | 1)), (7, 0));

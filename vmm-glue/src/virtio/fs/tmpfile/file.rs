@@ -66,7 +66,7 @@ fn small(number: impl TryInto<u32>) -> u32 {
 
 impl TemporaryFiles {
     pub fn getattr(&self, _ctx: Context, inode: Inode, _handle: Option<Handle>) -> io::Result<(Attr, Duration)> {
-        Ok((attributes(&self.node(inode)?.path)?, self.timeout))
+        Ok((attributes(&self.node(inode)?.path)?, Duration::ZERO))
     }
 
     pub fn setattr(
@@ -115,7 +115,7 @@ impl TemporaryFiles {
             let name = fd_name(&node.path);
             utimensat(&self.fd_directory, name.as_str(), &atime, &mtime, UtimensatFlags::FollowSymlink)?;
         }
-        Ok((attributes(&node.path)?, self.timeout))
+        Ok((attributes(&node.path)?, Duration::ZERO))
     }
 
     /// The guest's kernel checks permissions itself (`default_permissions`), and does not send ACCESS.

@@ -56,8 +56,6 @@ pub struct TemporaryFiles {
     xattrs: XattrMap,
     /// Whether the guest uses POSIX ACLs. The guest then leaves the umask to the host.
     posix_acl: AtomicBool,
-    /// How long the guest caches names and attributes.
-    timeout: Duration,
 }
 
 #[derive(Default)]
@@ -121,7 +119,7 @@ fn bad_number() -> io::Error {
 
 impl TemporaryFiles {
     /// Creates an empty table. `fd_directory` is /proc/self/fd.
-    pub fn new(budget: Arc<FdBudget>, fd_directory: File, xattrs: XattrMap, timeout: Duration) -> Self {
+    pub fn new(budget: Arc<FdBudget>, fd_directory: File, xattrs: XattrMap) -> Self {
         Self {
             state: Mutex::default(),
             aliases: AtomicUsize::new(0),
@@ -130,7 +128,6 @@ impl TemporaryFiles {
             fd_directory,
             xattrs,
             posix_acl: AtomicBool::new(false),
-            timeout,
         }
     }
 
@@ -293,7 +290,8 @@ impl TemporaryFiles {
 
     fn entry(&self, inode: Inode, node: &Node) -> io::Result<Entry> {
         let attr = file::attributes(&node.path)?;
-        Ok(Entry { inode, generation: 0, attr, attr_timeout: self.timeout, entry_timeout: self.timeout })
+        // The caller sets the timeouts.
+        Ok(Entry { inode, generation: 0, attr, attr_timeout: Duration::ZERO, entry_timeout: Duration::ZERO })
     }
 
     /// Opens a file by its path in /proc/self/fd.
