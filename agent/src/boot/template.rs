@@ -26,9 +26,11 @@ fn has_parameter(cmdline: &str) -> bool {
 const REPORT_DELAYS: [&str; 2] = ["20", "2000"];
 /// Kernel parameter with the time between two reports (guest/kernel/patches/0020-page-reporting-delay.patch).
 const REPORT_DELAY: &str = "/sys/module/page_reporting/parameters/page_reporting_delay_ms";
-/// How long the guest waits until its kernel has reported the free pages. The first report comes up to two seconds after
-/// the boot has freed a page.
-const REPORTING: Duration = Duration::from_secs(3);
+/// How long the guest waits until its kernel has reported the pages that the boot has freed. The first report comes up to
+/// two seconds after a page was freed.
+const BOOT_REPORTING: Duration = Duration::from_millis(2500);
+/// The same for the pages that the trial has freed. Then the first of [`REPORT_DELAYS`] counts.
+const TRIAL_REPORTING: Duration = Duration::from_secs(1);
 
 /// Frees memory that the guests of the template do not need, and moves what is left together. Waits until the kernel has
 /// reported the free pages, which then need not be saved. Best effort.
@@ -38,7 +40,7 @@ pub async fn shrink() {
     for (path, value) in writes {
         write(path, value);
     }
-    tokio::time::sleep(REPORTING).await;
+    tokio::time::sleep(BOOT_REPORTING).await;
 }
 
 fn write(path: &str, value: &str) {
@@ -59,7 +61,7 @@ pub async fn prepare(port: vsock::Listener, tasks: Arc<Tasks>) {
     }
     // Otherwise, each guest of the template would report at its start what the trial has freed. For each reported block,
     // the kernel reads its page metadata.
-    tokio::time::sleep(REPORTING).await;
+    tokio::time::sleep(TRIAL_REPORTING).await;
     let [_, usual] = REPORT_DELAYS;
     write(REPORT_DELAY, usual);
     boot_mark::write(BootMark::TemplateReady);

@@ -10,7 +10,8 @@ use crate::oci::json::{TranslateError, array, object, present, unsupported};
 use crate::oci::{devices, hooks, host_devices, update};
 
 /// Translates a specification, except for mount sources, which [`crate::volumes::plan`] translates. `rootfs` is the path
-/// of the root file system in the guest. `pids` maps PIDs on the host to ids of the pod's containers. Adds texts for the log to `notes`, for example about omitted fields.
+/// of the root file system in the guest. `pids` maps PIDs on the host to ids of the pod's containers. Adds texts for the
+/// log to `notes`, for example about omitted fields.
 pub fn spec(
     raw: &mut Value,
     (id, rootfs): (&str, &str),

@@ -37,16 +37,21 @@ const IDENTITY: &str = "mknod /hwrng c 10 183; \
                         cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid; \
                         cat /sys/class/net/eth0/address; hostname";
 
+/// Starts a pod that can have privileged containers.
+fn privileged(pods: &Pods) -> Pod {
+    let mut config = pods.config();
+    config["linux"]["security_context"]["privileged"] = true.into();
+    pods.run(config)
+}
+
 #[test]
 fn guests_of_a_template_have_their_own_identities() {
     pods("template-identity", |pods| {
         let _templates = Templates::on();
         Templates::make(pods);
-        let mut privileged = pods.config();
-        privileged["linux"]["security_context"]["privileged"] = true.into();
         let mut seen = BTreeSet::new();
         for batch in 0..10 {
-            let clones: Vec<Pod> = (0..5).map(|_| pods.run(privileged.clone())).collect();
+            let clones: Vec<Pod> = (0..5).map(|_| privileged(pods)).collect();
             for pod in &clones {
                 assert!(is_clone(pod), "{:?}", steps(pod));
                 // Only a privileged container can open the device of the hypervisor's random numbers.

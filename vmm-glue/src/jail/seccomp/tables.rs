@@ -414,7 +414,7 @@ mod tests {
 
     const KINDS: [(Kind, usize); 11] = [
         (Kind::Control, 45),
-        (Kind::Saver, 45),
+        (Kind::Saver, 46),
         (Kind::Vcpu, 15),
         (Kind::DeviceLoop, 35),
         (Kind::FileServer, 70),
