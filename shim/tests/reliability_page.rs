@@ -21,7 +21,7 @@ struct Limit {
 const TEST_NODE: u64 = 5;
 
 /// Constants that end in TIMEOUT but limit no wait of the shim, the VMM or the agent.
-const NO_WAITS: [&str; 1] = ["CACHE_TIMEOUT"];
+const NO_WAITS: [&str; 1] = ["SHARE_TIMEOUT"];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()

@@ -264,7 +264,7 @@ fn rootfs_excludes_host_only_file_systems() {
         let root = mount_host_only(dir);
         let bundle = bundle(dir, |spec| spec["root"]["path"] = json!(root));
         let prepared = prepare_from(&bundle, "c1", &share.host, &[]).unwrap();
-        let seen = share.guest.join("c1/rootfs");
+        let seen = share.guest.join("c1/host-rootfs");
         assert_no_host_only(&seen, &share);
         assert_eq!(fs::read_to_string(seen.join("data/file")).unwrap(), "data");
         assert!(prepared.notes.iter().any(|note| note.contains("/proc (proc)")), "{:?}", prepared.notes);
