@@ -162,7 +162,7 @@ impl Default for Config {
             virtio_fs_rate_limit: RateLimit::default(),
             vsock_rate_limit: RateLimit::default(),
             host_sockets: Vec::new(),
-            template: Templates::Auto,
+            template: Templates::Off,
             template_share: TemplateShare::Node,
             template_max_age_hours: 24,
             seccomp: Seccomp::Enforce,
