@@ -76,7 +76,7 @@ fn prefault(memory: &GuestMemory, vcpu: &OwnedFd, touched: &Touched) {
     }
     for Range { address, len } in touched.all() {
         for offset in (0..len).step_by(CHUNK) {
-            let range = Range { address: address + offset, len: (CHUNK as u64).min(len - offset) };
+            let range = Range { address: address.saturating_add(offset), len: (CHUNK as u64).min(len - offset) };
             if let Err(error) = map(vcpu, range) {
                 // KVM before Linux 6.11 does not know the ioctl.
                 return log::debug!("failed to map memory of the saved VM in KVM: {error}");
