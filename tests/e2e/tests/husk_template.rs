@@ -6,7 +6,7 @@ use std::process::Command;
 
 use husk_e2e::cri::{Pod, Pods, pods};
 use husk_e2e::node::{self, Config};
-use husk_e2e::template::{STORE, Templates, is_clone, steps};
+use husk_e2e::template::{Templates, end_delays, is_clone, steps};
 use serde_json::{Value, json};
 
 #[test]
@@ -131,12 +131,7 @@ fn template_that_cannot_be_used_is_dropped_and_the_guest_boots() {
         assert_eq!(container.sh("echo here"), "here");
         pod.remove();
         // The next attempt to make the template is delayed.
-        let delayed = fs::read_dir(STORE).unwrap().flatten().map(|entry| entry.path());
-        let [delayed] = &delayed.filter(|path| path.to_string_lossy().contains("/delayed-")).collect::<Vec<_>>()[..]
-        else {
-            panic!("the next attempt is not delayed");
-        };
-        fs::remove_file(delayed).unwrap();
+        assert_eq!(end_delays(), 1, "the next attempt is not delayed");
         // The next pod boots, too, and its template is used afterwards.
         Templates::make(pods);
         assert!(is_clone(&pods.pod()));

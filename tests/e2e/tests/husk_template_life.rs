@@ -5,9 +5,9 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use husk_e2e::cri::{Pod, pods};
+use husk_e2e::cri::{Pod, Pods, pods};
 use husk_e2e::node::{self, Config};
-use husk_e2e::template::{STORE, Templates, builders, is_clone, steps};
+use husk_e2e::template::{STORE, Templates, builders, end_delays, is_clone, steps};
 use nix::sys::signal::{Signal, kill};
 use serde_json::json;
 
@@ -65,14 +65,19 @@ fn killed_builder_leaves_nothing_that_is_used() {
     });
 }
 
+/// Starts [`PODS`] pods at once.
+fn start_at_once(pods: &Pods) -> Vec<Pod> {
+    thread::scope(|scope| {
+        let starts: Vec<_> = (0..PODS).map(|_| scope.spawn(|| pods.pod())).collect();
+        starts.into_iter().map(|start| start.join().unwrap()).collect()
+    })
+}
+
 #[test]
 fn pods_that_start_at_once_without_a_template_start_one_builder() {
     pods("template-many", |pods| {
         let _templates = Templates::on();
-        let started: Vec<Pod> = thread::scope(|scope| {
-            let starts: Vec<_> = (0..PODS).map(|_| scope.spawn(|| pods.pod())).collect();
-            starts.into_iter().map(|start| start.join().unwrap()).collect()
-        });
+        let started = start_at_once(pods);
         assert!(builders().len() <= 1, "{:?}", builders());
         for pod in &started {
             assert!(pod.is_ready());
@@ -82,11 +87,7 @@ fn pods_that_start_at_once_without_a_template_start_one_builder() {
         if node::eventually(Duration::from_secs(300), made).is_none() {
             panic!("no template was made: {}", fs::read_to_string(Path::new(STORE).join("log")).unwrap_or_default());
         }
-        let clones: Vec<Pod> = thread::scope(|scope| {
-            let starts: Vec<_> = (0..PODS).map(|_| scope.spawn(|| pods.pod())).collect();
-            starts.into_iter().map(|start| start.join().unwrap()).collect()
-        });
-        for pod in &clones {
+        for pod in &start_at_once(pods) {
             assert!(is_clone(pod), "{:?}", steps(pod));
         }
     });
@@ -127,11 +128,7 @@ fn template_whose_memory_was_replaced_or_cut_is_not_used() {
             let log = node::log_tail(60);
             assert!(log.contains("does not belong to its state"), "{harm}: {log}");
             pod.remove();
-            for entry in fs::read_dir(STORE).unwrap().flatten() {
-                if entry.file_name().to_string_lossy().starts_with("delayed-") {
-                    fs::remove_file(entry.path()).unwrap();
-                }
-            }
+            assert_eq!(end_delays(), 1, "{harm}");
         }
     });
 }
