@@ -185,13 +185,13 @@ fn build_once(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Rep
     memory::register(&vm, &ram)?;
     // The vCPUs of a saved VM are where they were. A thread maps the memory that they will access, while the devices are
     // created.
-    let saved_vcpus = match &content {
-        Content::Kernel(_) => Vec::new(),
-        Content::Saved(saved) => saved.restore_vcpus(&vm)?,
-    };
-    let prefault = match &content {
-        Content::Kernel(_) => None,
-        Content::Saved(saved) => saved.prefault(&ram, &saved_vcpus),
+    let (saved_vcpus, prefault) = match &content {
+        Content::Kernel(_) => (Vec::new(), None),
+        Content::Saved(saved) => {
+            let vcpus = saved.restore_vcpus(&vm)?;
+            let prefault = saved.prefault(&ram, &vcpus);
+            (vcpus, prefault)
+        }
     };
     let (memory, hotplug_memory) =
         reserve(ram, hotplug::range(memory_size, config.max_memory_mib << 20), Backing::Ordinary)?;
